@@ -1,0 +1,26 @@
+"""Fine-tune MiDashengLM on your own recordings: convert, train, merge, predict.
+
+Importing this package imports nothing heavy; each name below brings its room along when first used.
+"""
+
+from importlib import import_module
+
+__version__ = "0.2.0.dev0"
+
+_ROOM_OF = {
+    "ConvertOptions": "options",
+    "TrainOptions": "options",
+    "InferenceOptions": "options",
+    "convert_dataset": "dataset",
+    "train": "training",
+    "infer": "inference",
+    "ToolkitError": "errors",
+}
+
+__all__ = ["__version__", *_ROOM_OF]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_ROOM_OF[name]}"), name)

@@ -1,0 +1,106 @@
+"""The tree of what the user can put right.
+
+    ToolkitError            exit status 1: the work could not be done
+    |-- UsageError          exit status 2: the command line is wrong by itself
+    |-- InputError          a CSV, a configuration file or an output path
+    |   `-- RowsError       rows of a CSV: all of them in one message
+    |-- AudioError          one recording that cannot be used
+    |-- DatasetError        a converted dataset
+    `-- ModelError          a model, tokenizer, adapter or checkpoint, or the way to it
+
+Anything else that reaches the user is a bug in this toolkit.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mdl_toolkit.language import Text
+
+MOST_ROWS_SHOWN = 50  # rule 12: at most the first 50 and a count
+
+
+class ToolkitError(Exception):
+    """What went wrong, where, and what to do, in one sentence and both languages."""
+
+    exit_status = 1
+
+    def __init__(self, en: str, zh: str) -> None:
+        super().__init__(en, zh)
+        self.text = Text(en, zh)
+
+    def __str__(self) -> str:
+        return str(self.text)
+
+
+class UsageError(ToolkitError):
+    """The command line is wrong by itself, whatever the files hold."""
+
+    exit_status = 2
+
+
+class InputError(ToolkitError):
+    """A CSV, a configuration file or an output path that cannot be used."""
+
+
+class AudioError(ToolkitError):
+    """A recording that cannot be used; the message does not name it, its caller does."""
+
+
+class DatasetError(ToolkitError):
+    """A converted dataset that cannot be written, opened or used."""
+
+
+class ModelError(ToolkitError):
+    """A model, tokenizer, adapter or checkpoint that cannot be had or used."""
+
+
+@dataclass(frozen=True)
+class RowProblem:
+    """What is wrong with one row of a CSV.
+
+    Attributes:
+        line: line of the CSV file where the row starts, counted from 1.
+        column: the column's name.
+        value: the cell's text.
+        reason: what is wrong with it and what to do.
+    """
+
+    line: int
+    column: str
+    value: str
+    reason: Text
+
+
+class RowsError(InputError):
+    """All the bad rows of a CSV (rule 12)."""
+
+    def __init__(self, source: str, problems: Sequence[RowProblem]) -> None:
+        self.source = source
+        self.problems = tuple(sorted(problems, key=lambda problem: problem.line))
+        super().__init__(self._render(chinese=False), self._render(chinese=True))
+
+    def __reduce__(self) -> tuple[type["RowsError"], tuple[str, tuple[RowProblem, ...]]]:
+        return type(self), (self.source, self.problems)
+
+    def _render(self, *, chinese: bool) -> str:
+        count = len(self.problems)
+        head = f"{self.source}：{count} 行有问题：" if chinese else f"{self.source}: {count} bad row(s):"
+        lines = [head]
+        for problem in self.problems[:MOST_ROWS_SHOWN]:
+            where, value = _where(problem, chinese), _shorten(problem.value)
+            reason = problem.reason.zh if chinese else problem.reason.en
+            lines.append(f"  {where} {value!r}: {reason}")
+        if count > MOST_ROWS_SHOWN:
+            more = count - MOST_ROWS_SHOWN
+            lines.append(f"  ……另有 {more} 行" if chinese else f"  ... and {more} more")
+        return "\n".join(lines)
+
+
+def _where(problem: RowProblem, chinese: bool) -> str:
+    if chinese:
+        return f"第 {problem.line} 行 {problem.column} 列"
+    return f"line {problem.line}, column {problem.column}"
+
+
+def _shorten(value: str, most: int = 120) -> str:
+    return value if len(value) <= most else value[: most - 1] + "…"

@@ -1,0 +1,172 @@
+"""Kinds of options: how a value is spelled, and which values are accepted.
+
+A kind reads a word of the command line and a value of a YAML file alike; it knows no option by name.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mdl_toolkit.language import Text
+
+TRUE_WORDS = frozenset({"true", "1", "yes", "on"})
+FALSE_WORDS = frozenset({"false", "0", "no", "off"})
+TRAIN_TARGETS = ("encoder", "projector", "decoder", "embed_tokens", "lm_head")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How the value of an option is read, from a word of the command line or a value of a YAML file.
+
+    Attributes:
+        metavar: what `--help` shows in the value's place.
+        parse: the value, or ValueError with `Text` as its argument saying what is accepted.
+        is_boolean: the option may stand alone, and has a `--no-` form.
+        is_repeated: the option may be given several times.
+    """
+
+    metavar: str
+    parse: Callable[[Any], Any]
+    is_boolean: bool = False
+    is_repeated: bool = False
+
+
+def refuse(en: str, zh: str) -> ValueError:
+    """What `Kind.parse` raises: the values that are accepted, in both languages."""
+    return ValueError(Text(en, zh))
+
+
+def _boolean(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    word = str(value).strip().lower()
+    if word in TRUE_WORDS | FALSE_WORDS:
+        return word in TRUE_WORDS
+    raise refuse("expected true or false", "应为 true 或 false")
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool):
+        raise refuse("expected a number", "应为数字")
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise refuse("expected a number", "应为数字") from None
+    if not math.isfinite(number):
+        raise refuse("expected a finite number", "应为有限的数字")
+    return number
+
+
+def _integer(least: int) -> Kind:
+    def parse(value: Any) -> int:
+        number = _number(value)
+        if number != int(number) or number < least:
+            raise refuse(f"expected a whole number of at least {least}", f"应为不小于 {least} 的整数")
+        return int(number)
+
+    return Kind("N", parse)
+
+
+def _real(accepts: Callable[[float], bool], en: str, zh: str) -> Kind:
+    def parse(value: Any) -> float:
+        number = _number(value)
+        if not accepts(number):
+            raise refuse(f"expected {en}", f"应为{zh}")
+        return number
+
+    return Kind("X", parse)
+
+
+def _cadence(value: Any) -> int | float:
+    """Every how many steps, or which fraction of an epoch (rule 27); 0 is never."""
+    number = _number(value)
+    if number >= 0 and number == int(number):
+        return int(number)
+    if 0 < number < 1:
+        return number
+    raise refuse(
+        "expected a whole number of steps, a fraction of an epoch between 0 and 1, or 0 for never",
+        "应为整数步数、0 到 1 之间的 epoch 比例，或 0（表示不进行）",
+    )
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise refuse("expected a text (in YAML, put it in quotes)", "应为文本（在 YAML 中请加引号）")
+    return value
+
+
+def _path(value: Any) -> str:
+    text = _text(str(value) if isinstance(value, Path) else value)
+    if not text or "\0" in text:
+        raise refuse("expected a path", "应为路径")
+    return text
+
+
+def _resume(value: Any) -> bool | str | None:
+    """True, a path, or None: null and false both mean starting afresh (rule 30)."""
+    try:
+        return _boolean(value) or None
+    except ValueError:
+        return _path(value)
+
+
+def choice(*choices: str) -> Kind:
+    """One of some words, spelled exactly so."""
+
+    def parse(value: Any) -> str:
+        if value in choices:
+            return str(value)
+        listed = ", ".join(choices)
+        raise refuse(f"expected one of {listed}", f"应为以下之一：{listed}")
+
+    return Kind("|".join(choices), parse)
+
+
+def _words(value: Any) -> tuple[str, ...]:
+    """A list, a JSON list or words separated by commas, without repetitions (rule 3)."""
+    items = [value] if isinstance(value, str) else value
+    if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
+        raise refuse("expected words", "应为单词列表")
+    words: list[str] = []
+    for item in items:
+        words += _split_list(item)
+    return tuple(dict.fromkeys(words))
+
+
+def _split_list(item: str) -> list[str]:
+    if not item.strip().startswith("["):
+        return [word.strip() for word in item.split(",") if word.strip()]
+    try:
+        words = json.loads(item)
+    except json.JSONDecodeError:
+        words = None
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise refuse('expected a JSON list of words such as ["a", "b"]', '应为 JSON 单词列表，如 ["a", "b"]')
+    return words
+
+
+def _targets(value: Any) -> tuple[str, ...]:
+    words = _words(value)
+    wrong = [word for word in words if word not in TRAIN_TARGETS]
+    if wrong or not words:
+        listed = ", ".join(TRAIN_TARGETS)
+        raise refuse(f"expected some of {listed}", f"应为以下之中的一个或多个：{listed}")
+    return words
+
+
+BOOLEAN = Kind("true|false", _boolean, is_boolean=True)
+TEXT = Kind("TEXT", _text)
+PATH = Kind("PATH", _path)
+NAME = Kind("NAME", _path)
+CADENCE = Kind("N|FRACTION", _cadence)
+RESUME = Kind("true|false|PATH", _resume)
+TARGETS = Kind("|".join(TRAIN_TARGETS), _targets, is_repeated=True)
+WORDS = Kind("NAME", _words, is_repeated=True)
+COUNT = _integer(1)
+WHOLE = _integer(0)
+POSITIVE = _real(lambda x: x > 0, "a number above 0", "大于 0 的数字")
+DROPOUT = _real(lambda x: 0 <= x < 1, "a number from 0 to below 1", "不小于 0 且小于 1 的数字")

@@ -1,0 +1,401 @@
+"""Every setting once, as frozen dataclasses: name, kind, default, help, group.
+
+The command line, `--config` files, `--help`, the reference pages and Python callers are all read from
+these tables. Values are checked here, one by one; what depends on files, models or the machine is not.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from mdl_toolkit.errors import UsageError
+from mdl_toolkit.kinds import (
+    BOOLEAN,
+    CADENCE,
+    COUNT,
+    DROPOUT,
+    NAME,
+    PATH,
+    POSITIVE,
+    RESUME,
+    TARGETS,
+    TEXT,
+    WHOLE,
+    WORDS,
+    Kind,
+    choice,
+    refuse,
+)  # fmt: skip
+from mdl_toolkit.language import Text
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the table says of one option beside its default; kept in the field's metadata.
+
+    Attributes:
+        kind: how its value is read.
+        group: the heading under which `--help` shows it.
+        help: one text for `--help`, settings files and the reference.
+        nullable: the word `null` is accepted and means None.
+        dynamic: words shown for a default that depends on the machine.
+        positional: the value stands on the command line without the option's name.
+    """
+
+    kind: Kind
+    group: Text
+    help: Text
+    nullable: bool = False
+    dynamic: Text | None = None
+    positional: bool = False
+
+
+REQUIRED: Any = dataclasses.MISSING
+
+
+def option(kind: Kind, default: Any, group: Text, en: str, zh: str, **more: Any) -> Any:
+    """Declare one option; `more` goes to `Setting`."""
+    setting = Setting(kind, group, Text(en, zh), **more)
+    return dataclasses.field(default=default, metadata={"setting": setting})
+
+
+def setting_of(field: "dataclasses.Field[Any]") -> Setting:
+    """What the table says of a field."""
+    setting = field.metadata["setting"]
+    assert isinstance(setting, Setting)
+    return setting
+
+
+def spelling(name: str) -> str:
+    """The option's spelling on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+COMMON = Text("Common options", "通用选项")
+DATASET = Text("Dataset options", "数据集选项")
+FILES = Text("Input and output", "输入和输出")
+TRAINING = Text("Training options", "训练选项")
+MEMORY = Text("Memory options", "显存选项")
+EVALUATION = Text("Evaluation options", "评估选项")
+CHECKPOINTS = Text("Checkpoint and output options", "检查点与输出选项")
+INFERENCE = Text("Inference options", "推理选项")
+DEMO = Text("Demo options", "演示选项")
+
+DYNAMIC_WORKERS = Text("half the available CPUs, at most 32", "可用 CPU 核心数的一半，最大 32")
+DYNAMIC_BF16 = Text("true where CUDA supports bfloat16", "CUDA 支持 bfloat16 时为 true")
+DEFAULT_MODEL = "mispeech/midashenglm-7b"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What every command's options share: checking, and the way to and from YAML and words."""
+
+    COMMAND: ClassVar[str] = ""
+    SUMMARY: ClassVar[Text] = Text("", "")
+    GROUPS: ClassVar[tuple[Text, ...]] = ()
+
+    def __post_init__(self) -> None:
+        """Bring every value to its type.
+
+        Raises:
+            UsageError: naming every value that is not accepted, in one message.
+        """
+        problems = []
+        for field in dataclasses.fields(self):
+            try:
+                object.__setattr__(self, field.name, _read(field, getattr(self, field.name)))
+            except ValueError as refused:
+                problems.append((field, getattr(self, field.name), refused.args[0]))
+        if problems:
+            lines = [(shown_name(field), value, text) for field, value, text in problems]
+            raise UsageError(
+                "\n".join(f"{name}: {text.en}, not {value!r}" for name, value, text in lines),
+                "\n".join(f"{name}：{text.zh}，而不是 {value!r}" for name, value, text in lines),
+            )
+
+
+def shown_name(field: "dataclasses.Field[Any]") -> str:
+    """The option as messages name it: its spelling, or INPUT."""
+    return field.name.upper() if setting_of(field).positional else spelling(field.name)
+
+
+def _read(field: "dataclasses.Field[Any]", value: Any) -> Any:
+    setting = setting_of(field)
+    if value is None or (value == "null" and (setting.nullable or setting.kind is RESUME)):
+        if setting.nullable:
+            return None
+        raise refuse("expected a value", "应有值")
+    return setting.kind.parse(value)
+
+
+def fields_in_order(options: type[Options]) -> list["dataclasses.Field[Any]"]:
+    """The fields of a command, group by group in the order of the reference."""
+    fields = dataclasses.fields(options)
+    return [f for group in options.GROUPS for f in fields if setting_of(f).group == group]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionOptions(Options):
+    """How a CSV becomes samples; shared by all three commands."""
+
+    from_modelscope: bool = option(
+        BOOLEAN, False, COMMON,
+        "Load the model from ModelScope instead of Hugging Face (needs the extra `modelscope`).",
+        "是否从 ModelScope 加载模型；为 true 时从 ModelScope 加载（需要可选功能 modelscope），否则从 Huggingface 加载。",
+    )  # fmt: skip
+    tokenizing_batch_size: int = option(
+        COUNT, 8, COMMON,
+        "Rows that are tokenised together.",
+        "分词时使用的批量大小。",
+    )  # fmt: skip
+    num_workers: int | None = option(
+        COUNT, None, COMMON,
+        "Processes that decode and convert audio.",
+        "处理数据时使用的工作进程数量。",
+        nullable=True, dynamic=DYNAMIC_WORKERS,
+    )  # fmt: skip
+    system_prompt: str | None = option(
+        TEXT, None, DATASET,
+        "System prompt for rows without one in the column `system_prompt`.",
+        "默认系统提示词；数据集 system_prompt 列的非空值将覆盖它。",
+        nullable=True,
+    )  # fmt: skip
+    user_prompt: str | None = option(
+        TEXT, None, DATASET,
+        "User prompt for rows without one in the column `user_prompt`.",
+        "默认用户提示词；数据集 user_prompt 列的非空值将覆盖它。",
+        nullable=True,
+    )  # fmt: skip
+    base_dir: str | None = option(
+        PATH, None, DATASET,
+        "Folder that relative audio paths start from; the current directory if not given.",
+        "数据集的根目录；相对路径相对于该目录解析，未指定时相对于当前工作目录解析。",
+        nullable=True,
+    )  # fmt: skip
+    allow_empty_prediction: bool = option(
+        BOOLEAN, False, DATASET,
+        "Accept rows whose prediction is empty: the model learns to answer nothing.",
+        "接受 prediction 为空的行：模型将学习不输出任何内容。",
+    )  # fmt: skip
+    allow_truncated: bool = option(
+        BOOLEAN, False, DATASET,
+        "Accept recordings that are shorter than their header or size promises, with a warning.",
+        "接受实际长度短于文件头或文件大小所声明长度的音频，并给出警告。",
+    )  # fmt: skip
+    max_download_mb: float = option(
+        POSITIVE, 512.0, DATASET,
+        "Largest recording, in megabytes, that is fetched from a URL.",
+        "从 URL 下载的单个音频的大小上限（MB）。",
+    )  # fmt: skip
+
+
+_MODEL_HELP = (
+    "The model: a name on the hub, or a local folder.",
+    "模型的 Huggingface 名称或本地路径。",
+)
+_INPUT_HELP = ("The CSV file.", "输入数据集的 CSV 文件路径。")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions(ConversionOptions):
+    """Options of `convert-dataset`."""
+
+    COMMAND = "convert-dataset"
+    SUMMARY = Text(
+        "Convert a CSV of recordings into a dataset ready for training.",
+        "将 CSV 格式的数据集转换为可直接用于训练的数据集。",
+    )
+    GROUPS = (COMMON, DATASET, FILES)
+
+    model_name: str = option(NAME, DEFAULT_MODEL, COMMON, *_MODEL_HELP)
+    input: str = option(PATH, REQUIRED, FILES, *_INPUT_HELP, positional=True)
+    output: str = option(
+        PATH, REQUIRED, FILES,
+        "Where the converted dataset goes; a dataset that is there already is replaced.",
+        "输出数据集的保存路径；现有的数据集将被覆盖。",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(ConversionOptions):
+    """Options of `train`."""
+
+    COMMAND = "train"
+    SUMMARY = Text(
+        "Fine-tune the model on a CSV or a converted dataset.",
+        "使用 CSV 或转换后的数据集对模型进行微调。",
+    )
+    GROUPS = (TRAINING, MEMORY, EVALUATION, CHECKPOINTS, COMMON, DATASET)
+
+    model_name: str = option(NAME, DEFAULT_MODEL, COMMON, *_MODEL_HELP)
+    train_dataset: str = option(
+        PATH, REQUIRED, TRAINING,
+        "The training data: a CSV file or a folder written by convert-dataset.",
+        "训练数据集的路径：CSV 文件，或 convert-dataset 输出的目录。",
+    )  # fmt: skip
+    lr: float = option(POSITIVE, 1e-4, TRAINING, "Learning rate.", "学习率，控制优化器更新参数的速率。")
+    lora_rank: int = option(
+        COUNT, 32, TRAINING,
+        "Rank of the LoRA adapters; 8 to 16 for simple tasks, 32 or more for hard ones.",
+        "LoRA 的秩。简单任务建议 8~16；复杂任务可用 32 或更高，一般不超过 128。",
+    )  # fmt: skip
+    lora_alpha: float = option(
+        POSITIVE, 32.0, TRAINING,
+        "LoRA's alpha: the adapters are scaled by alpha / rank.",
+        "LoRA 的 alpha 参数：适配器按 alpha / rank 缩放。",
+    )  # fmt: skip
+    lora_dropout: float = option(
+        DROPOUT, 0.0, TRAINING, "Dropout rate of the LoRA adapters.", "LoRA 适配器的 dropout 率。"
+    )
+    train_target: tuple[str, ...] = option(
+        TARGETS, ("encoder", "projector", "decoder"), TRAINING,
+        "What is trained: audio encoder, projector and text decoder by LoRA, word embeddings and output head "
+        "in full. May be given several times; replaces the default.",
+        "训练的目标模块，可多次指定：encoder、projector、decoder 使用 LoRA 训练，embed_tokens 与 lm_head 完整训练。"
+        "指定后将取代默认值。",
+    )  # fmt: skip
+    num_epochs: float = option(
+        POSITIVE, 1.0, TRAINING,
+        "Passes over the training data; may be a fraction.",
+        "训练的总轮数，可以为浮点数以进行部分 epoch 训练。",
+    )  # fmt: skip
+    warmup_steps: int = option(
+        WHOLE, 0, TRAINING,
+        "Optimizer steps over which the learning rate rises from 0.",
+        "学习率预热的步数。",
+    )  # fmt: skip
+    seed: int = option(
+        WHOLE, 42, TRAINING,
+        "Seed of the data order, dropout and new adapter weights.",
+        "随机种子：数据顺序、dropout 与适配器初始值。",
+    )  # fmt: skip
+    batch_size: int = option(
+        COUNT, 8, MEMORY,
+        "Rows per device and step. Effective batch: batch_size * gradient_accumulation_steps * devices.",
+        "每个设备每步处理的样本数量。有效批次大小为 batch_size * gradient_accumulation_steps * 设备数。",
+    )  # fmt: skip
+    gradient_accumulation_steps: int = option(
+        COUNT, 1, MEMORY,
+        "Steps whose gradients are added up before the weights are updated.",
+        "梯度累积的步数。",
+    )  # fmt: skip
+    gradient_checkpointing: bool = option(
+        BOOLEAN, True, MEMORY,
+        "Compute activations again in the backward pass: much less memory, some more time.",
+        "是否启用梯度检查点：大幅节省显存，增加少量计算。",
+    )  # fmt: skip
+    bf16: bool | None = option(
+        BOOLEAN, None, MEMORY,
+        "Load the base weights in bfloat16; adapters and full copies train in float32.",
+        "是否使用 bfloat16 加载模型权重；适配器与完整训练的权重仍为 float32。",
+        nullable=True, dynamic=DYNAMIC_BF16,
+    )  # fmt: skip
+    quantization: str | None = option(
+        choice("8bit", "4bit"), None, MEMORY,
+        "Quantise the decoder's base weights (needs the extra `quantization`).",
+        "对解码器的基础权重进行量化（需要可选功能 quantization）。",
+        nullable=True,
+    )  # fmt: skip
+    eval_dataset: str | None = option(
+        PATH, None, EVALUATION,
+        "Data to evaluate on: a CSV file or a converted folder. Without it the other evaluation options are "
+        "ignored.",
+        "评估数据集的路径：CSV 文件或转换后的目录。未指定时忽略其他评估选项。",
+        nullable=True,
+    )  # fmt: skip
+    eval_steps: int | float = option(
+        CADENCE, 500, EVALUATION,
+        "Evaluate every so many steps, or so often per epoch (0.5: twice an epoch); always at the end.",
+        "每隔多少步进行一次评估；(0, 1) 间的浮点数表示 epoch 的比例；结束时总会评估。",
+    )  # fmt: skip
+    eval_batch_size: int | None = option(
+        COUNT, None, EVALUATION,
+        "Rows per device in evaluation; as in training if not given.",
+        "评估时每个设备处理的样本数量；未指定时使用训练批量大小。",
+        nullable=True,
+    )  # fmt: skip
+    eval_accumulation_steps: int | None = option(
+        COUNT, None, EVALUATION,
+        "Move evaluation results to the CPU every so many steps.",
+        "评估时每隔多少步将结果移至 CPU；未指定时不累积。",
+        nullable=True,
+    )  # fmt: skip
+    report_to: tuple[str, ...] = option(
+        WORDS, (), EVALUATION,
+        "Trackers to report to (tensorboard, wandb, swanlab ...). May be given several times.",
+        "将指标报告到哪些平台（tensorboard、wandb、swanlab 等），可多次指定。",
+    )  # fmt: skip
+    output: str = option(
+        PATH, REQUIRED, CHECKPOINTS,
+        "Folder for checkpoints and, in `final/`, the result.",
+        "输出目录：保存检查点，训练结果保存在其中的 final/。",
+    )  # fmt: skip
+    resume_from_checkpoint: bool | str | None = option(
+        RESUME, None, CHECKPOINTS,
+        "true: go on from the newest checkpoint in the output folder; a path: from that one.",
+        "true 表示从输出目录中最新的检查点恢复；路径表示从该检查点恢复；null 或 false 表示从头开始。",
+        nullable=True,
+    )  # fmt: skip
+    save_steps: int | float = option(
+        CADENCE, 500, CHECKPOINTS,
+        "Save a checkpoint every so many steps, or so often per epoch (0.5: twice an epoch); 0: only at the end.",
+        "每隔多少步保存一次检查点；(0, 1) 间的浮点数表示 epoch 的比例；0 表示仅在结束时保存。",
+    )  # fmt: skip
+    save_total_limit: int | None = option(
+        COUNT, None, CHECKPOINTS,
+        "Keep only the newest so many checkpoints.",
+        "最多保存多少个检查点，超过时删除最旧的；null 表示不限制。",
+        nullable=True,
+    )  # fmt: skip
+    merge_lora: bool = option(
+        BOOLEAN, True, CHECKPOINTS,
+        "Write a full model in the base model's format; false: only the adapter and fully trained weights.",
+        "是否合并 LoRA 并输出与原始模型格式相同的完整模型；false 时只输出适配器和被完整训练的权重。",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceOptions(ConversionOptions):
+    """Options of `inference`."""
+
+    COMMAND = "inference"
+    SUMMARY = Text(
+        "Run the model over a CSV of recordings and write its predictions.",
+        "使用模型对 CSV 中的音频进行推理并输出预测。",
+    )
+    GROUPS = (INFERENCE, COMMON, DATASET)
+
+    input: str = option(PATH, REQUIRED, INFERENCE, *_INPUT_HELP, positional=True)
+    output: str = option(
+        PATH, REQUIRED, INFERENCE,
+        "The CSV file to write; an existing file is replaced.",
+        "输出 CSV 文件的路径；现有的文件将被覆盖。",
+    )  # fmt: skip
+    model_name: str = option(
+        NAME, REQUIRED, INFERENCE,
+        "The model: a name on the hub, a local folder, or an adapter folder written by train.",
+        "模型的 Huggingface 名称、本地路径，或 train 输出的适配器目录。",
+    )  # fmt: skip
+    batch_size: int = option(
+        COUNT, 32, INFERENCE, "Rows per device and step.", "每个推理步骤中每个设备处理的样本数量。"
+    )
+    max_length: int = option(
+        COUNT, 128, INFERENCE,
+        "Most tokens of one row: prompt, audio, answer and special tokens together.",
+        "单行序列的最大长度，包括输入、音频、输出和所有特殊标记。",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions(Options):
+    """Options of `demo`."""
+
+    COMMAND = "demo"
+    SUMMARY = Text(
+        "See the whole road on real recordings, offline, with a tiny model.",
+        "用极小的模型和真实录音离线演示完整流程。",
+    )
+    GROUPS = (DEMO,)
+
+    output: str = option(PATH, "demo-output", DEMO, "Folder for all that is made.", "所有产物的目录。")
+    seed: int = option(WHOLE, 42, DEMO, "Seed of the tiny model and its training.", "随机种子。")

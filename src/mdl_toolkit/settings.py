@@ -1,0 +1,98 @@
+"""Options to and from YAML files and words of the command line.
+
+`read_settings` reads back what `to_yaml` writes; `as_command` is what a user would have typed.
+"""
+
+import dataclasses
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from mdl_toolkit.errors import InputError, UsageError
+from mdl_toolkit.options import Options, fields_in_order, setting_of, shown_name, spelling
+
+SETTINGS_FILE = "mdl-toolkit.yaml"
+
+AnyOptions = TypeVar("AnyOptions", bound=Options)
+
+
+def from_mapping(cls: type[AnyOptions], values: Mapping[str, Any]) -> AnyOptions:
+    """Options from values by field name.
+
+    Raises:
+        UsageError: naming the required options that are missing, or the values that are not accepted.
+    """
+    missing = [
+        shown_name(field)
+        for field in dataclasses.fields(cls)
+        if field.default is dataclasses.MISSING and field.name not in values
+    ]
+    if missing:
+        names = ", ".join(missing)
+        raise UsageError(f"{cls.COMMAND}: missing {names}", f"{cls.COMMAND}：缺少 {names}")
+    return cls(**values)
+
+
+def read_settings(path: str | Path, cls: type[Options]) -> dict[str, Any]:
+    """The values of a `--config` file, by field name; both spellings of a name are accepted.
+
+    Raises:
+        InputError: the file cannot be read, is no YAML mapping, or holds unknown keys (named).
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
+        reason = " ".join(str(problem).split())
+        raise InputError(f"--config {path}: {reason}", f"--config {path}：{reason}") from problem
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise InputError(f"--config {path}: expected `name: value` lines", f"--config {path}：应为“名称: 值”")
+    named = {str(key).replace("-", "_"): value for key, value in values.items()}
+    unknown = sorted(set(named) - {field.name for field in dataclasses.fields(cls)})
+    if unknown:
+        names = ", ".join(unknown)
+        raise InputError(
+            f"--config {path}: {cls.COMMAND} has no option {names}",
+            f"--config {path}：{cls.COMMAND} 没有选项 {names}",
+        )
+    return named
+
+
+def to_yaml(options: Options) -> str:
+    """The settings as YAML with each option's help as a comment; `read_settings` reads it back."""
+    lines = [f"# mdl-toolkit {options.COMMAND}"]
+    for field in fields_in_order(type(options)):
+        value = getattr(options, field.name)
+        value = list(value) if isinstance(value, tuple) else value
+        lines += ["", f"# {setting_of(field).help}", _yaml_line(field.name, value)]
+    return "\n".join(lines) + "\n"
+
+
+def _yaml_line(name: str, value: Any) -> str:
+    shown = yaml.safe_dump({name: value}, allow_unicode=True, width=10**6, default_flow_style=None)
+    return str(shown).rstrip("\n")
+
+
+def as_command(options: Options) -> str:
+    """The command line that gives these options, as a user would type it in a POSIX shell."""
+    words = ["mdl-toolkit", options.COMMAND]
+    for field in fields_in_order(type(options)):
+        value = getattr(options, field.name)
+        if value != field.default:
+            words += _words_of(field, value)
+    return shlex.join(words)
+
+
+def _words_of(field: "dataclasses.Field[Any]", value: Any) -> list[str]:
+    if setting_of(field).positional:
+        return [value]
+    values = value if isinstance(value, tuple) else (value,)
+    words = []
+    for item in values:
+        shown = "null" if item is None else str(item).lower() if isinstance(item, bool) else f"{item}"
+        words += [spelling(field.name), shown]
+    return words
