@@ -73,7 +73,7 @@ def to_yaml(options: Options) -> str:
 
 
 def _yaml_line(name: str, value: Any) -> str:
-    shown = yaml.safe_dump({name: value}, allow_unicode=True, width=10**6, default_flow_style=None)
+    shown = yaml.safe_dump({name: value}, allow_unicode=True, width=10**6, default_flow_style=False)
     return str(shown).rstrip("\n")
 
 
