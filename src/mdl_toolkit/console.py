@@ -76,7 +76,9 @@ class _Bar(Progress):
 
     def advance(self, count: int = 1, note: str = "") -> None:
         self.done += count
-        self._bar.update(self._task, advance=count, **({"note": note} if note else {}))
+        self._bar.advance(self._task, count)
+        if note:
+            self._bar.update(self._task, note=note)
 
     def close(self) -> None:
         self._bar.stop()

@@ -1,0 +1,110 @@
+"""Configuration of MiDashengLM: audio encoder, projector, text decoder.
+
+Defaults are the ones that the published code uses for an absent key; the text part is transformers' own.
+"""
+
+from typing import Any, ClassVar
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+TEXT_MODEL_TYPES = ("qwen2_5_omni_text", "qwen2", "qwen3")
+
+
+class MiDashengEncoderConfig(PreTrainedConfig):
+    """The Dasheng audio encoder: a vision transformer over log-mel patches of 64 bins x 40 ms."""
+
+    model_type = "midashenglm_dasheng_encoder"
+
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    init_values: float | None = None
+    patch_size: int | list[int] | tuple[int, ...] = 16
+    patch_stride: int | list[int] | tuple[int, ...] = 16
+    input_channels: int = 1
+    target_length: int = 1012
+    outputdim: int = 527
+    drop_rate: float = 0.0
+    attn_drop_rate: float = 0.0
+    n_fft: int = 512
+    win_length: int = 512
+    hop_length: int = 160
+    n_mels: int = 64
+    f_min: float = 0.0
+    f_max: float = 8000.0
+    sample_rate: int = 16000
+    center: bool = True
+
+    @property
+    def patch_frames(self) -> int:
+        """Frames in a patch."""
+        return _pair(self.patch_stride)[1]
+
+    @property
+    def chunk_patches(self) -> int:
+        """Patches in a whole encoder chunk: 252, or 10.08 s."""
+        return self.target_length // self.patch_frames
+
+    def check(self) -> None:
+        """Refuse what no published MiDashengLM has and this implementation does not compute.
+
+        Raises:
+            ValueError: naming the key and its value.
+        """
+        whole = (self.n_mels, self.patch_frames)
+        computed: dict[str, Any] = {
+            "patch_size": whole, "patch_stride": whole, "input_channels": 1, "center": True,
+            "drop_rate": 0.0, "attn_drop_rate": 0.0,
+        }  # fmt: skip
+        for key, wanted in computed.items():
+            value = _pair(getattr(self, key)) if key.startswith("patch") else getattr(self, key)
+            if value != wanted:
+                raise ValueError(f"audio_encoder_config.{key} = {value} is not supported, only {wanted}")
+
+
+class MiDashengLMConfig(PreTrainedConfig):
+    """The whole model; `text_config` says which Qwen the decoder is (by its `model_type`)."""
+
+    model_type = "midashenglm"
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {
+        "audio_encoder_config": MiDashengEncoderConfig,
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2_5_omni_text"),
+    }
+
+    audio_encoder_config: dict[str, Any] | PreTrainedConfig | None = None
+    text_config: dict[str, Any] | PreTrainedConfig | None = None
+    subsample_factor: int = 5
+    audio_token_id: int | None = 151646
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Make the two parts, and settle in one place whether input and output embeddings are tied.
+
+        Raises:
+            ValueError: the decoder is of a kind that no MiDashengLM has.
+        """
+        text = self.text_config
+        if isinstance(text, dict):
+            self.text_config = {"tie_word_embeddings": self.tie_word_embeddings, **text}
+        super().__post_init__(**kwargs)
+        assert isinstance(self.text_config, PreTrainedConfig)
+        if self.text_config.model_type not in TEXT_MODEL_TYPES:
+            known = ", ".join(TEXT_MODEL_TYPES)
+            raise ValueError(f"text_config.model_type {self.text_config.model_type!r} is not one of {known}")
+        self.tie_word_embeddings = self.text_config.tie_word_embeddings
+
+    @property
+    def parts(self) -> tuple[MiDashengEncoderConfig, PreTrainedConfig]:
+        """The audio encoder's and the text decoder's configuration."""
+        audio, text = self.audio_encoder_config, self.text_config
+        assert isinstance(audio, MiDashengEncoderConfig)
+        assert isinstance(text, PreTrainedConfig)
+        return audio, text
+
+
+def _pair(size: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
+    first, second = (size, size) if isinstance(size, int) else size
+    return first, second

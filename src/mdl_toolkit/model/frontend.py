@@ -1,0 +1,109 @@
+"""Waveforms to log-mel spectrograms, in float32 whatever the model's dtype.
+
+There is nothing to load and nothing to cast: window and filters are constants made when first needed.
+"""
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from mdl_toolkit.model.configuration import MiDashengEncoderConfig
+from mdl_toolkit.model.lengths import MIN_SAMPLES, frame_count
+
+FLOOR_POWER = 1e-10  # -100 dB
+DYNAMIC_RANGE_DB = 120.0  # below the loudest bin of the same clip
+
+
+def log_mel(waveforms: Tensor, lengths: list[int], config: MiDashengEncoderConfig) -> Tensor:
+    """Log-mel spectrograms in dB, each clip computed as if it were alone.
+
+    Args:
+        waveforms: `[clips, longest]`, zero-padded on the right.
+        lengths: samples of each clip.
+        config: n_fft, hop_length, n_mels and so on.
+
+    Returns:
+        `[clips, n_mels, frames of the longest]` float32; what lies beyond a clip's own frames is arbitrary.
+
+    Raises:
+        ValueError: a clip is longer than its row or too short for one frame.
+    """
+    _check(waveforms, lengths)
+    device = waveforms.device
+    with torch.autocast(device.type, enabled=False):
+        padded = _reflect(waveforms.float(), lengths, config.n_fft // 2)
+        window, filters = _constants(_key(config), device)
+        spectrum = torch.stft(
+            padded, config.n_fft, config.hop_length, config.win_length, window,
+            center=False, return_complex=True,
+        )  # fmt: skip
+        power = spectrum.real.square() + spectrum.imag.square()
+        mel = torch.matmul(filters.T, power)
+        decibels = 10.0 * torch.log10(mel.clamp(min=FLOOR_POWER))
+        return _floor(decibels, lengths, config.hop_length)
+
+
+def _check(waveforms: Tensor, lengths: list[int]) -> None:
+    if waveforms.ndim != 2 or len(lengths) != len(waveforms):
+        shape = list(waveforms.shape)
+        raise ValueError(f"input_values {shape} do not match {len(lengths)} audio lengths")
+    for clip, length in enumerate(lengths):
+        if not MIN_SAMPLES <= length <= waveforms.shape[1]:
+            raise ValueError(
+                f"clip {clip} has {length} samples; from {MIN_SAMPLES} to {waveforms.shape[1]} are possible"
+            )
+
+
+def _reflect(waveforms: Tensor, lengths: list[int], padding: int) -> Tensor:
+    """Pad every clip at both of *its own* ends with its reflection: `[clips, longest + 2 * padding]`."""
+    last = torch.tensor(lengths, device=waveforms.device).unsqueeze(1) - 1
+    position = torch.arange(-padding, waveforms.shape[1] + padding, device=waveforms.device).abs()
+    position = torch.where(position > last, 2 * last - position, position)
+    return waveforms.gather(1, position.clamp(min=0))
+
+
+def _floor(decibels: Tensor, lengths: list[int], hop_length: int) -> Tensor:
+    """Raise every bin to at most 120 dB below the loudest one of its own clip."""
+    frames = torch.tensor([frame_count(length, hop_length) for length in lengths], device=decibels.device)
+    beyond = torch.arange(decibels.shape[-1], device=decibels.device) >= frames.unsqueeze(1)
+    loudest = decibels.masked_fill(beyond.unsqueeze(1), -torch.inf).amax(dim=(1, 2), keepdim=True)
+    return torch.maximum(decibels, loudest - DYNAMIC_RANGE_DB)
+
+
+_Key = tuple[int, int, int, int, float, float]
+
+
+def _key(config: MiDashengEncoderConfig) -> _Key:
+    return (
+        config.n_fft, config.win_length, config.n_mels, config.sample_rate, config.f_min, config.f_max,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=8)
+def _constants(key: _Key, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The periodic Hann window `[win_length]` and the mel filters `[n_fft // 2 + 1, n_mels]`."""
+    n_fft, win_length, n_mels, sample_rate, f_min, f_max = key
+    with torch.inference_mode(False), torch.device("cpu"):
+        window = torch.hann_window(win_length, periodic=True, dtype=torch.float32)
+        filters = mel_filters(n_fft // 2 + 1, n_mels, sample_rate, f_min, f_max)
+        return window.to(device), filters.to(device)
+
+
+def mel_filters(n_freqs: int, n_mels: int, sample_rate: int, f_min: float, f_max: float) -> Tensor:
+    """Triangular filters on the HTK mel scale, 2595 log10(1 + f / 700), not normalised by area.
+
+    In float32 throughout, as the published model was trained.
+
+    Returns:
+        `[n_freqs, n_mels]`; equal to `tests/golden/frontend.npz`, `fbanks`.
+    """
+    frequencies = torch.linspace(0, sample_rate // 2, n_freqs, dtype=torch.float32)
+    low, high = (2595.0 * math.log10(1.0 + f / 700.0) for f in (f_min, f_max))
+    mels = torch.linspace(low, high, n_mels + 2, dtype=torch.float32)
+    corners = 700.0 * (10.0 ** (mels / 2595.0) - 1.0)
+    width = corners.diff()
+    slopes = corners.unsqueeze(0) - frequencies.unsqueeze(1)
+    rising, falling = -slopes[:, :-2] / width[:-1], slopes[:, 2:] / width[1:]
+    return torch.minimum(rising, falling).clamp(min=0.0)

@@ -1,0 +1,249 @@
+"""MiDashengLM: audio encoder, projector and Qwen decoder as one transformers model.
+
+The decoder and its generation loop are transformers' own. Nothing here reads files beyond what
+`from_pretrained` does, and no code from a checkpoint is ever run.
+"""
+
+import copy
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers import GenerationMixin, PreTrainedModel, Qwen2ForCausalLM, Qwen3ForCausalLM
+from transformers.modeling_outputs import ModelOutput
+
+from mdl_toolkit.model.configuration import MiDashengLMConfig
+from mdl_toolkit.model.encoder import AudioProjector, FrozenBatchNorm, LayerScale, MiDashengEncoder
+
+IGNORE_INDEX = -100
+# Logits that exist at once in the loss: 2**26 float32 are 256 MiB, or 441 positions of 152,064 words.
+MOST_LOGITS = 2**26
+
+
+class CheckpointError(ValueError):
+    """A checkpoint whose tensors are not the model's; the message names them."""
+
+
+@dataclass
+class MiDashengLMOutput(ModelOutput):
+    """What a forward pass gives.
+
+    Attributes:
+        loss: cross entropy over the supervised positions; with `labels` only.
+        logits: `[batch, positions, vocabulary]`; without `labels`, or when asked for.
+        past_key_values: the decoder's cache, when it is used.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Any = None
+    hidden_states: Any = None
+    attentions: Any = None
+
+
+class MiDashengLMPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know of the model."""
+
+    config_class = MiDashengLMConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MiDashengEncoderBlock", "Qwen2DecoderLayer", "Qwen3DecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = "past_key_values"
+    _keep_in_fp32_modules_strict = {"init_bn"}  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"^audio_encoder\.front_end\."]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MiDashengEncoder):
+            nn.init.trunc_normal_(module.time_pos_embed, std=0.02)
+            nn.init.trunc_normal_(module.freq_pos_embed, std=0.02)
+        elif isinstance(module, LayerScale):
+            nn.init.constant_(module.gamma, self.config.audio_encoder_config.init_values)
+        elif isinstance(module, FrozenBatchNorm):
+            module.reset_parameters()
+
+
+class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
+    """The audio-language model.
+
+    The interface is the published one: `input_ids` and `attention_mask` `[batch, positions]`, padded on
+    the left, with one `<|AUDIO|>` token per audio token; `input_values` `[clips, longest]`, zero-padded on
+    the right; `audio_length` `[clips]` in samples; clips in the order of their placeholders.
+    """
+
+    def __init__(self, config: MiDashengLMConfig) -> None:
+        super().__init__(config)
+        audio, text = config.parts
+        self.audio_encoder = MiDashengEncoder(audio)
+        self.audio_projector = AudioProjector(audio.embed_dim, text.hidden_size, config.subsample_factor)
+        self.decoder = (Qwen3ForCausalLM if text.model_type == "qwen3" else Qwen2ForCausalLM)(text)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """Load as transformers does, but accept no tensor too many and none too few.
+
+        Raises:
+            CheckpointError: naming tensors that are unknown, missing or of another shape.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        _check_loading(str(name), info)
+        return (model, info) if wants_info else model
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The decoder's word embeddings."""
+        return self.decoder.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the decoder's word embeddings."""
+        self.decoder.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The decoder's output head."""
+        return self.decoder.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the decoder's output head."""
+        self.decoder.set_output_embeddings(value)
+
+    def audio_features(self, input_values: Tensor, audio_length: Tensor) -> Tensor:
+        """Encode and project clips: `[audio tokens of all clips, hidden_size]`."""
+        encoded, packing = self.audio_encoder(input_values, audio_length.tolist())
+        return self.audio_projector(encoded, packing)
+
+    def fuse(self, input_ids: Tensor, input_values: Tensor | None, audio_length: Tensor | None) -> Tensor:
+        """Word embeddings with audio features in the placeholders' places, `[batch, positions, hidden_size]`.
+
+        Raises:
+            ValueError: there are not as many placeholders as audio features.
+        """
+        embeddings = self.get_input_embeddings()(input_ids)
+        places = input_ids == self.config.audio_token_id
+        if input_values is None or audio_length is None:
+            features = embeddings.new_zeros(0, embeddings.shape[-1])
+        else:
+            features = self.audio_features(input_values, audio_length)
+        wanted = int(places.sum())
+        if wanted != len(features):
+            raise ValueError(
+                f"input_ids hold {wanted} audio placeholders, but the clips give {len(features)} features"
+            )
+        return embeddings.masked_scatter(places.unsqueeze(-1), features.to(embeddings.dtype))
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        input_values: Tensor | None = None,
+        audio_length: Tensor | None = None,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: int | Tensor | None = None,
+        return_logits: bool = False,
+        **kwargs: Any,
+    ) -> MiDashengLMOutput:
+        """Compute the loss, the logits, or both.
+
+        Args:
+            input_ids: `[batch, positions]`.
+            attention_mask: `[batch, positions]`, 0 at the padding on the left.
+            input_values: `[clips, longest]` samples at 16 kHz.
+            audio_length: `[clips]` in samples.
+            labels: `[batch, positions]`, -100 where nothing is to be learnt; shifted here.
+            position_ids: plain counting if not given.
+            past_key_values: as in transformers.
+            inputs_embeds: fused embeddings in place of ids and audio.
+            use_cache: as in transformers; not with labels.
+            logits_to_keep: only the last so many positions' logits (0: all).
+            num_items_in_batch: what the summed loss is divided by, if not by its own supervised tokens.
+            return_logits: give the whole logits although labels are given.
+            kwargs: passed on to the decoder.
+        """
+        if inputs_embeds is None:
+            assert input_ids is not None
+            inputs_embeds = self.fuse(input_ids, input_values, audio_length)
+        outputs = self.decoder.model(
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, use_cache=False if labels is not None else use_cache,
+            **{**kwargs, "return_dict": True},
+        )  # fmt: skip
+        hidden = outputs.last_hidden_state
+        loss = None if labels is None else self._loss(hidden, labels, num_items_in_batch)
+        logits = self._logits(hidden, logits_to_keep) if labels is None or return_logits else None
+        return MiDashengLMOutput(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states, attentions=outputs.attentions,
+        )  # fmt: skip
+
+    def _logits(self, hidden: Tensor, keep: int | Tensor) -> Tensor:
+        kept = slice(-keep, None) if isinstance(keep, int) else keep
+        return self.decoder.lm_head(hidden[:, kept])
+
+    def _loss(self, hidden: Tensor, labels: Tensor, divisor: int | Tensor | None) -> Tensor:
+        """Cross entropy in float32 over the supervised positions, which alone meet the output head."""
+        targets = labels[:, 1:].to(hidden.device)
+        supervised = targets != IGNORE_INDEX
+        states, targets = hidden[:, :-1][supervised], targets[supervised]
+        rows = max(1, MOST_LOGITS // self.config.text_config.vocab_size)
+        if len(targets) <= rows:
+            total = self._summed_loss(states, targets)
+        else:
+            # More than one slice: each slice's logits are made again in the backward pass, not kept.
+            slices = zip(states.split(rows), targets.split(rows), strict=True)
+            parts = [checkpoint(self._summed_loss, s, t, use_reentrant=False) for s, t in slices]
+            total = torch.stack(parts).sum()
+        return total / (max(len(targets), 1) if divisor is None else divisor)
+
+    def _summed_loss(self, states: Tensor, targets: Tensor) -> Tensor:
+        logits = self.decoder.lm_head(states).float()
+        return functional.cross_entropy(logits, targets, reduction="sum")
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        input_values: Tensor | None = None,
+        audio_length: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Answer: as transformers' `generate` of the decoder; returns the new tokens only."""
+        if inputs_embeds is None:
+            assert input_ids is not None
+            inputs_embeds = self.fuse(input_ids, input_values, audio_length)
+        settings = copy.deepcopy(kwargs.pop("generation_config", None) or self.generation_config)
+        rest = settings.update(**kwargs)
+        return self.decoder.generate(
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, generation_config=settings, **rest
+        )
+
+
+def _check_loading(name: str, info: dict[str, Any]) -> None:
+    wrong = {
+        "unknown": sorted(info["unexpected_keys"]),
+        "missing": sorted(info["missing_keys"]),
+        "of another shape": sorted(str(key[0]) for key in info["mismatched_keys"]),
+    }
+    problems = [f"{what}: {_listed(names)}" for what, names in wrong.items() if names]
+    if problems:
+        raise CheckpointError(f"{name}: tensors that do not fit this model; " + "; ".join(problems))
+
+
+def _listed(names: list[str], most: int = 20) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,25 @@
+"""The model's classes made known to transformers' Auto classes.
+
+Their own mappings come before a folder's `auto_map`, so remote code is neither needed nor asked for.
+"""
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, Qwen2Tokenizer
+
+from mdl_toolkit.model.configuration import MiDashengEncoderConfig, MiDashengLMConfig
+from mdl_toolkit.model.modeling import CheckpointError, MiDashengLMModel, MiDashengLMOutput
+from mdl_toolkit.model.processing import MiDashengLMProcessor
+
+__all__ = [
+    "CheckpointError",
+    "MiDashengEncoderConfig",
+    "MiDashengLMConfig",
+    "MiDashengLMModel",
+    "MiDashengLMOutput",
+    "MiDashengLMProcessor",
+]
+
+AutoConfig.register(MiDashengEncoderConfig.model_type, MiDashengEncoderConfig, exist_ok=True)
+AutoConfig.register(MiDashengLMConfig.model_type, MiDashengLMConfig, exist_ok=True)
+AutoModelForCausalLM.register(MiDashengLMConfig, MiDashengLMModel, exist_ok=True)
+AutoProcessor.register(MiDashengLMConfig, MiDashengLMProcessor, exist_ok=True)
+AutoTokenizer.register(MiDashengLMConfig, tokenizer_class=Qwen2Tokenizer, exist_ok=True)
