@@ -11,7 +11,7 @@ _ROOM_OF = {
     "ConvertOptions": "options",
     "TrainOptions": "options",
     "InferenceOptions": "options",
-    "convert_dataset": "dataset",
+    "convert_dataset": "conversion",
     "train": "training",
     "infer": "inference",
     "ToolkitError": "errors",

@@ -1,8 +1,10 @@
 """What a person sees while it works: lines, warnings and progress, all on standard error.
 
-In a terminal progress is a bar; in a pipe or a log file it is a plain line now and then.
+In a terminal progress is a bar; in a pipe or a log file it is a plain line now and then. Of several
+processes that work together only the first speaks.
 """
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -14,8 +16,15 @@ from mdl_toolkit.language import Text
 PLAIN_INTERVAL = 10.0  # seconds between two plain progress lines
 
 
+def is_first_process() -> bool:
+    """Tell whether this is the process that speaks and writes (rank 0, or the only one)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say(en: str, zh: str) -> None:
     """Write one line."""
+    if not is_first_process():
+        return
     sys.stderr.write(f"{Text(en, zh)}\n")
     sys.stderr.flush()
 
@@ -87,7 +96,7 @@ class _Bar(Progress):
 @contextmanager
 def progress(en: str, zh: str, total: int, *, quiet: bool = False) -> Iterator[Progress]:
     """Show progress over `total` parts; a bar in a terminal, lines elsewhere, nothing when `quiet`."""
-    fancy = sys.stderr.isatty() and not quiet
+    fancy = sys.stderr.isatty() and not quiet and is_first_process()
     shown = (_Bar if fancy else Progress)(Text(en, zh), total)
     if quiet:
         shown._last = float("inf")

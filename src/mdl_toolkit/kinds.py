@@ -24,13 +24,14 @@ class Kind:
     Attributes:
         metavar: what `--help` shows in the value's place.
         parse: the value, or ValueError with `Text` as its argument saying what is accepted.
-        is_boolean: the option may stand alone, and has a `--no-` form.
+        takes: only where the option may stand alone (bare is true, `--no-` is false): whether the word after
+            it is its value.
         is_repeated: the option may be given several times.
     """
 
     metavar: str
     parse: Callable[[Any], Any]
-    is_boolean: bool = False
+    takes: Callable[[str], bool] | None = None
     is_repeated: bool = False
 
 
@@ -39,12 +40,15 @@ def refuse(en: str, zh: str) -> ValueError:
     return ValueError(Text(en, zh))
 
 
+def is_boolean_word(word: str) -> bool:
+    """Whether a word says true or false (rule 1)."""
+    return word.strip().lower() in TRUE_WORDS | FALSE_WORDS
+
+
 def _boolean(value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    word = str(value).strip().lower()
-    if word in TRUE_WORDS | FALSE_WORDS:
-        return word in TRUE_WORDS
+    word = str(value)
+    if is_boolean_word(word):
+        return word.strip().lower() in TRUE_WORDS
     raise refuse("expected true or false", "应为 true 或 false")
 
 
@@ -53,18 +57,20 @@ def _number(value: Any) -> float:
         raise refuse("expected a number", "应为数字")
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise refuse("expected a number", "应为数字") from None
     if not math.isfinite(number):
         raise refuse("expected a finite number", "应为有限的数字")
     return number
 
 
-def _integer(least: int) -> Kind:
+def _integer(least: int, most: int = 2**53) -> Kind:  # 2**53: up to there a float holds every integer
     def parse(value: Any) -> int:
         number = _number(value)
         if number != int(number) or number < least:
             raise refuse(f"expected a whole number of at least {least}", f"应为不小于 {least} 的整数")
+        if number > most:
+            raise refuse(f"expected a whole number of at most {most}", f"应为不大于 {most} 的整数")
         return int(number)
 
     return Kind("N", parse)
@@ -96,12 +102,14 @@ def _cadence(value: Any) -> int | float:
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise refuse("expected a text (in YAML, put it in quotes)", "应为文本（在 YAML 中请加引号）")
+    if "\0" in value:
+        raise refuse("expected a text without NUL characters", "应为不含 NUL 字符的文本")
     return value
 
 
 def _path(value: Any) -> str:
     text = _text(str(value) if isinstance(value, Path) else value)
-    if not text or "\0" in text:
+    if not text:
         raise refuse("expected a path", "应为路径")
     return text
 
@@ -129,24 +137,32 @@ def choice(*choices: str) -> Kind:
 def _words(value: Any) -> tuple[str, ...]:
     """A list, a JSON list or words separated by commas, without repetitions (rule 3)."""
     items = [value] if isinstance(value, str) else value
-    if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
+    if not isinstance(items, list | tuple):
         raise refuse("expected words", "应为单词列表")
-    words: list[str] = []
-    for item in items:
-        words += _split_list(item)
+    words = [word for item in items for word in _split_list(item)]
     return tuple(dict.fromkeys(words))
 
 
-def _split_list(item: str) -> list[str]:
-    if not item.strip().startswith("["):
-        return [word.strip() for word in item.split(",") if word.strip()]
+def _split_list(item: Any) -> list[str]:
+    if isinstance(item, str) and item.strip().startswith("["):
+        return [word for part in _json_list(item) for word in _split_commas(part)]
+    return _split_commas(item)
+
+
+def _json_list(item: str) -> list[Any]:
     try:
         words = json.loads(item)
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         words = None
-    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+    if not isinstance(words, list):
         raise refuse('expected a JSON list of words such as ["a", "b"]', '应为 JSON 单词列表，如 ["a", "b"]')
     return words
+
+
+def _split_commas(item: Any) -> list[str]:
+    if not isinstance(item, str) or "[" in item:  # so that words read twice stay what they are
+        raise refuse("expected words", "应为单词列表")
+    return [word.strip() for word in _text(item).split(",") if word.strip()]
 
 
 def _targets(value: Any) -> tuple[str, ...]:
@@ -158,15 +174,16 @@ def _targets(value: Any) -> tuple[str, ...]:
     return words
 
 
-BOOLEAN = Kind("true|false", _boolean, is_boolean=True)
+BOOLEAN = Kind("true|false", _boolean, takes=is_boolean_word)
 TEXT = Kind("TEXT", _text)
 PATH = Kind("PATH", _path)
-NAME = Kind("NAME", _path)
+NAME = Kind("NAME|PATH", _path)
 CADENCE = Kind("N|FRACTION", _cadence)
-RESUME = Kind("true|false|PATH", _resume)
+RESUME = Kind("true|false|PATH", _resume, takes=lambda word: not word.startswith("-"))
 TARGETS = Kind("|".join(TRAIN_TARGETS), _targets, is_repeated=True)
 WORDS = Kind("NAME", _words, is_repeated=True)
 COUNT = _integer(1)
 WHOLE = _integer(0)
+SEED = _integer(0, 2**32 - 1)  # what numpy.random.seed accepts
 POSITIVE = _real(lambda x: x > 0, "a number above 0", "大于 0 的数字")
 DROPOUT = _real(lambda x: 0 <= x < 1, "a number from 0 to below 1", "不小于 0 且小于 1 的数字")

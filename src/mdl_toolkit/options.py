@@ -5,6 +5,7 @@ these tables. Values are checked here, one by one; what depends on files, models
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,13 +19,13 @@ from mdl_toolkit.kinds import (
     PATH,
     POSITIVE,
     RESUME,
+    SEED,
     TARGETS,
     TEXT,
     WHOLE,
     WORDS,
     Kind,
     choice,
-    refuse,
 )  # fmt: skip
 from mdl_toolkit.language import Text
 
@@ -80,6 +81,7 @@ EVALUATION = Text("Evaluation options", "评估选项")
 CHECKPOINTS = Text("Checkpoint and output options", "检查点与输出选项")
 INFERENCE = Text("Inference options", "推理选项")
 DEMO = Text("Demo options", "演示选项")
+COMPLETION = Text("Arguments", "参数")
 
 DYNAMIC_WORKERS = Text("half the available CPUs, at most 32", "可用 CPU 核心数的一半，最大 32")
 DYNAMIC_BF16 = Text("true where CUDA supports bfloat16", "CUDA 支持 bfloat16 时为 true")
@@ -100,18 +102,8 @@ class Options:
         Raises:
             UsageError: naming every value that is not accepted, in one message.
         """
-        problems = []
-        for field in dataclasses.fields(self):
-            try:
-                object.__setattr__(self, field.name, _read(field, getattr(self, field.name)))
-            except ValueError as refused:
-                problems.append((field, getattr(self, field.name), refused.args[0]))
-        if problems:
-            lines = [(shown_name(field), value, text) for field, value, text in problems]
-            raise UsageError(
-                "\n".join(f"{name}: {text.en}, not {value!r}" for name, value, text in lines),
-                "\n".join(f"{name}：{text.zh}，而不是 {value!r}" for name, value, text in lines),
-            )
+        for name, value in checked(type(self), vars(self)).items():
+            object.__setattr__(self, name, value)
 
 
 def shown_name(field: "dataclasses.Field[Any]") -> str:
@@ -119,18 +111,46 @@ def shown_name(field: "dataclasses.Field[Any]") -> str:
     return field.name.upper() if setting_of(field).positional else spelling(field.name)
 
 
+def checked(options: type[Options], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by field name, each brought to its option's type; options without a value are left out.
+
+    Raises:
+        UsageError: naming every value that is not accepted, in one message.
+    """
+    fields = [field for field in dataclasses.fields(options) if field.name in values]
+    read = {field.name: _read(field, values[field.name]) for field in fields}
+    refused = [field for field in fields if isinstance(read[field.name], Text)]
+    if refused:
+        lines = [(shown_name(field), read[field.name], _quoted(values[field.name])) for field in refused]
+        raise UsageError(
+            "\n".join(f"{name}: {reason.en}, not {value}" for name, reason, value in lines),
+            "\n".join(f"{name}：{reason.zh}，而不是 {value}" for name, reason, value in lines),
+        )
+    return read
+
+
+def _quoted(value: Any) -> str:
+    """A value as messages show it; that of a repeated option as the words that were typed."""
+    return ", ".join(map(repr, value)) if isinstance(value, tuple) else repr(value)
+
+
 def _read(field: "dataclasses.Field[Any]", value: Any) -> Any:
+    """The value, or the `Text` that says what is accepted."""
     setting = setting_of(field)
-    if value is None or (value == "null" and (setting.nullable or setting.kind is RESUME)):
-        if setting.nullable:
-            return None
-        raise refuse("expected a value", "应有值")
-    return setting.kind.parse(value)
+    if setting.nullable and (value is None or value == "null"):
+        return None
+    if value is None:
+        return Text("expected a value", "应有值")
+    try:
+        return setting.kind.parse(value)
+    except ValueError as refused:
+        accepted: Text = refused.args[0]
+    return Text(f"{accepted.en} (or null)", f"{accepted.zh}（或 null）") if setting.nullable else accepted
 
 
 def fields_in_order(options: type[Options]) -> list["dataclasses.Field[Any]"]:
-    """The fields of a command, group by group in the order of the reference."""
-    fields = dataclasses.fields(options)
+    """The fields of a command, group by group in the order of the reference: its own before the shared."""
+    fields = sorted(dataclasses.fields(options), key=lambda field: field.name not in options.__annotations__)
     return [f for group in options.GROUPS for f in fields if setting_of(f).group == group]
 
 
@@ -141,7 +161,8 @@ class ConversionOptions(Options):
     from_modelscope: bool = option(
         BOOLEAN, False, COMMON,
         "Load the model from ModelScope instead of Hugging Face (needs the extra `modelscope`).",
-        "是否从 ModelScope 加载模型；为 true 时从 ModelScope 加载（需要可选功能 modelscope），否则从 Huggingface 加载。",
+        "是否从 ModelScope 加载模型；为 true 时从 ModelScope 加载（需要可选功能 modelscope），"
+        "否则从 Huggingface 加载。",
     )  # fmt: skip
     tokenizing_batch_size: int = option(
         COUNT, 8, COMMON,
@@ -251,8 +272,8 @@ class TrainOptions(ConversionOptions):
         TARGETS, ("encoder", "projector", "decoder"), TRAINING,
         "What is trained: audio encoder, projector and text decoder by LoRA, word embeddings and output head "
         "in full. May be given several times; replaces the default.",
-        "训练的目标模块，可多次指定：encoder、projector、decoder 使用 LoRA 训练，embed_tokens 与 lm_head 完整训练。"
-        "指定后将取代默认值。",
+        "训练的目标模块，可多次指定：encoder、projector、decoder 使用 LoRA 训练，"
+        "embed_tokens 与 lm_head 完整训练。指定后将取代默认值。",
     )  # fmt: skip
     num_epochs: float = option(
         POSITIVE, 1.0, TRAINING,
@@ -265,7 +286,7 @@ class TrainOptions(ConversionOptions):
         "学习率预热的步数。",
     )  # fmt: skip
     seed: int = option(
-        WHOLE, 42, TRAINING,
+        SEED, 42, TRAINING,
         "Seed of the data order, dropout and new adapter weights.",
         "随机种子：数据顺序、dropout 与适配器初始值。",
     )  # fmt: skip
@@ -338,7 +359,8 @@ class TrainOptions(ConversionOptions):
     )  # fmt: skip
     save_steps: int | float = option(
         CADENCE, 500, CHECKPOINTS,
-        "Save a checkpoint every so many steps, or so often per epoch (0.5: twice an epoch); 0: only at the end.",
+        "Save a checkpoint every so many steps, or so often per epoch (0.5: twice an epoch); 0: only at the "
+        "end.",
         "每隔多少步保存一次检查点；(0, 1) 间的浮点数表示 epoch 的比例；0 表示仅在结束时保存。",
     )  # fmt: skip
     save_total_limit: int | None = option(
@@ -398,4 +420,23 @@ class DemoOptions(Options):
     GROUPS = (DEMO,)
 
     output: str = option(PATH, "demo-output", DEMO, "Folder for all that is made.", "所有产物的目录。")
-    seed: int = option(WHOLE, 42, DEMO, "Seed of the tiny model and its training.", "随机种子。")
+    seed: int = option(SEED, 42, DEMO, "Seed of the tiny model and its training.", "随机种子。")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionOptions(Options):
+    """Options of `completion`."""
+
+    COMMAND = "completion"
+    SUMMARY = Text(
+        "Print the script that lets a shell complete commands and options.",
+        "输出 shell 自动补全脚本。",
+    )
+    GROUPS = (COMPLETION,)
+
+    shell: str = option(
+        choice("bash", "zsh", "fish"), REQUIRED, COMPLETION,
+        'bash, zsh or fish. In bash: eval "$(mdl-toolkit completion bash)".',
+        'bash、zsh 或 fish。在 bash 中：eval "$(mdl-toolkit completion bash)"。',
+        positional=True,
+    )  # fmt: skip

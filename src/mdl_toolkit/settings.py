@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import yaml
 
 from mdl_toolkit.errors import InputError, UsageError
-from mdl_toolkit.options import Options, fields_in_order, setting_of, shown_name, spelling
+from mdl_toolkit.options import Options, checked, fields_in_order, setting_of, shown_name, spelling
 
 SETTINGS_FILE = "mdl-toolkit.yaml"
 
@@ -40,18 +40,10 @@ def read_settings(path: str | Path, cls: type[Options]) -> dict[str, Any]:
     """The values of a `--config` file, by field name; both spellings of a name are accepted.
 
     Raises:
-        InputError: the file cannot be read, is no YAML mapping, or holds unknown keys (named).
+        InputError: the file cannot be read, is no YAML mapping, or holds unknown keys or values that are not
+            accepted (all of them named).
     """
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
-        reason = " ".join(str(problem).split())
-        raise InputError(f"--config {path}: {reason}", f"--config {path}：{reason}") from problem
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise InputError(f"--config {path}: expected `name: value` lines", f"--config {path}：应为“名称: 值”")
-    named = {str(key).replace("-", "_"): value for key, value in values.items()}
+    named = {str(key).replace("-", "_"): value for key, value in _mapping(path).items()}
     unknown = sorted(set(named) - {field.name for field in dataclasses.fields(cls)})
     if unknown:
         names = ", ".join(unknown)
@@ -59,7 +51,29 @@ def read_settings(path: str | Path, cls: type[Options]) -> dict[str, Any]:
             f"--config {path}: {cls.COMMAND} has no option {names}",
             f"--config {path}：{cls.COMMAND} 没有选项 {names}",
         )
-    return named
+    try:
+        return checked(cls, named)
+    except UsageError as refused:
+        raise InputError(
+            "\n".join(f"--config {path}: {line}" for line in refused.text.en.splitlines()),
+            "\n".join(f"--config {path}：{line}" for line in refused.text.zh.splitlines()),
+        ) from refused
+
+
+def _mapping(path: str | Path) -> dict[Any, Any]:
+    try:
+        with Path(path).open(encoding="utf-8-sig") as file:
+            values = yaml.safe_load(file)
+    except FileNotFoundError as problem:
+        raise InputError(f"--config {path}: file not found", f"--config {path}：文件不存在") from problem
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as problem:
+        reason = " ".join(str(problem).split())
+        raise InputError(f"--config {path}: {reason}", f"--config {path}：{reason}") from problem
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise InputError(f"--config {path}: expected `name: value` lines", f"--config {path}：应为“名称: 值”")
+    return values
 
 
 def to_yaml(options: Options) -> str:
@@ -74,25 +88,31 @@ def to_yaml(options: Options) -> str:
 
 def _yaml_line(name: str, value: Any) -> str:
     shown = yaml.safe_dump({name: value}, allow_unicode=True, width=10**6, default_flow_style=False)
+    if "\x85" in shown:  # PyYAML writes this line break as it is and reads it back as a blank
+        shown = yaml.safe_dump({name: value}, width=10**6, default_flow_style=False)
     return str(shown).rstrip("\n")
 
 
 def as_command(options: Options) -> str:
     """The command line that gives these options, as a user would type it in a POSIX shell."""
-    words = ["mdl-toolkit", options.COMMAND]
-    for field in fields_in_order(type(options)):
-        value = getattr(options, field.name)
-        if value != field.default:
-            words += _words_of(field, value)
-    return shlex.join(words)
+    fields = fields_in_order(type(options))
+    inputs = [getattr(options, field.name) for field in fields if setting_of(field).positional]
+    named = [
+        word
+        for field in fields
+        if not setting_of(field).positional and getattr(options, field.name) != field.default
+        for word in _words_of(field, getattr(options, field.name))
+    ]
+    dashed = any(word.startswith("-") for word in inputs)
+    return shlex.join(
+        ["mdl-toolkit", options.COMMAND, *([*named, "--", *inputs] if dashed else [*inputs, *named])]
+    )
 
 
 def _words_of(field: "dataclasses.Field[Any]", value: Any) -> list[str]:
-    if setting_of(field).positional:
-        return [value]
-    values = value if isinstance(value, tuple) else (value,)
-    words = []
-    for item in values:
-        shown = "null" if item is None else str(item).lower() if isinstance(item, bool) else f"{item}"
-        words += [spelling(field.name), shown]
+    name = spelling(field.name)
+    words: list[str] = []
+    for item in value if isinstance(value, tuple) else (value,):
+        shown = "null" if item is None else str(item).lower() if isinstance(item, bool) else str(item)
+        words += [f"{name}={shown}"] if shown.startswith("-") else [name, shown]
     return words

@@ -1,7 +1,7 @@
-"""MiDashengLM, native: importing this room registers the model with transformers' Auto classes.
+"""MiDashengLM, native: taking any name from this room registers the model with transformers' Auto classes.
 
 `AutoConfig`, `AutoModelForCausalLM`, `AutoProcessor` and `AutoTokenizer` then open a published folder
-without remote code. `lengths` alone can be imported without torch.
+without remote code. Until then nothing is loaded: `lengths` can be imported without torch.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -89,11 +89,12 @@ class MiDashengLMConfig(PreTrainedConfig):
         text = self.text_config
         if isinstance(text, dict):
             self.text_config = {"tie_word_embeddings": self.tie_word_embeddings, **text}
+        kind = text.get("model_type") if isinstance(text, dict) else getattr(text, "model_type", None)
+        if kind not in (None, *TEXT_MODEL_TYPES):
+            known = ", ".join(TEXT_MODEL_TYPES)
+            raise ValueError(f"text_config.model_type {kind!r} is not one of {known}")
         super().__post_init__(**kwargs)
         assert isinstance(self.text_config, PreTrainedConfig)
-        if self.text_config.model_type not in TEXT_MODEL_TYPES:
-            known = ", ".join(TEXT_MODEL_TYPES)
-            raise ValueError(f"text_config.model_type {self.text_config.model_type!r} is not one of {known}")
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
 
     @property

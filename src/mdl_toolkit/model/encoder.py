@@ -6,6 +6,7 @@ each on its own. Padding is never computed: a clip's numbers do not depend on th
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -86,13 +87,15 @@ class Packing:
     @cached_property
     def visible(self) -> Tensor:
         """Index of every patch that is a key, `[keys]`."""
-        starts = [sum(self.chunks[:i]) for i in range(len(self.chunks))]
+        starts = accumulate(self.chunks[:-1], initial=0)
         kept = [torch.arange(start, start + n) for start, n in zip(starts, self.keys, strict=True)]
         return torch.cat(kept).to(self.device)
 
-    def bounds(self, counts: tuple[int, ...]) -> Tensor:
-        """Cumulated counts from 0, `[chunks + 1]` int32, as flash attention wants them."""
-        return torch.tensor((0, *counts)).cumsum(0).to(torch.int32).to(self.device)
+    @cached_property
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """Where chunks begin and end among the queries and among the keys, each `[chunks + 1]` int32."""
+        queries, keys = (torch.tensor((0, *n)).cumsum(0).to(torch.int32) for n in (self.chunks, self.keys))
+        return queries.to(self.device), keys.to(self.device)
 
 
 class FrozenBatchNorm(nn.BatchNorm2d):
@@ -180,9 +183,10 @@ class Attention(nn.Module):
         query = qkv[:, 0]
         key, value = qkv.index_select(0, packing.visible)[:, 1:].unbind(1)
         q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in (query, key, value))
+        q_bounds, k_bounds = packing.bounds
         out, _ = ALL_ATTENTION_FUNCTIONS[name](
             self, q, k, v, None, scaling=self.scaling, dropout=0.0,
-            cu_seq_lens_q=packing.bounds(packing.chunks), cu_seq_lens_k=packing.bounds(packing.keys),
+            cu_seq_lens_q=q_bounds, cu_seq_lens_k=k_bounds,
             max_length_q=max(packing.chunks), max_length_k=max(packing.keys),
         )  # fmt: skip
         return out
@@ -260,6 +264,8 @@ class MiDashengEncoder(nn.Module):
         """
         packing = Packing.of(lengths, self.config, waveforms.device)
         mel = log_mel(waveforms, lengths, self.config)
+        if not packing.chunks:  # clips of under 480 samples have no patch
+            return self.norm.weight.new_zeros(0, self.config.embed_dim), packing
         patches = self._cut(mel, packing)
         x = self.patch_embed(self.init_bn(patches)) + self._positions(packing)
         for block in self.blocks:
@@ -270,8 +276,10 @@ class MiDashengEncoder(nn.Module):
         """Cut `[clips, bins, frames]` into the real patches, `[patches, bins, frames of one]`."""
         width, most = self.config.patch_frames, max(packing.clips)
         whole = mel[:, :, : most * width].unflatten(2, (most, width)).transpose(1, 2)
+        # Indices made here, not a mask: a device need not count what is true in it before it can go on.
         real = torch.arange(most) < torch.tensor(packing.clips).unsqueeze(1)
-        return whole[real.to(mel.device)].contiguous()
+        clip, place = real.nonzero(as_tuple=True)
+        return whole[clip.to(mel.device), place.to(mel.device)].contiguous()
 
     def _positions(self, packing: Packing) -> Tensor:
         time = self.time_pos_embed[0, :, 0].T.index_select(0, packing.positions)
@@ -296,7 +304,7 @@ class AudioProjector(nn.Module):
 
     def _used(self, packing: Packing) -> Tensor:
         """Index of every patch that belongs to a whole group: a clip's last `patches mod 5` do not."""
-        starts = torch.tensor((0, *packing.clips[:-1])).cumsum(0).tolist()
+        starts = accumulate(packing.clips[:-1], initial=0)
         used = [
             torch.arange(start, start + n // self.k * self.k)
             for start, n in zip(starts, packing.clips, strict=True)

@@ -13,11 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from transformers import GenerationMixin, PreTrainedModel, Qwen2ForCausalLM, Qwen3ForCausalLM
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+)
 from transformers.modeling_outputs import ModelOutput
 
 from mdl_toolkit.model.configuration import MiDashengLMConfig
-from mdl_toolkit.model.encoder import AudioProjector, FrozenBatchNorm, LayerScale, MiDashengEncoder
+from mdl_toolkit.model.encoder import AudioProjector, LayerScale, MiDashengEncoder
 
 IGNORE_INDEX = -100
 # Logits that exist at once in the loss: 2**26 float32 are 256 MiB, or 441 positions of 152,064 words.
@@ -54,7 +60,10 @@ class MiDashengLMPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["MiDashengEncoderBlock", "Qwen2DecoderLayer", "Qwen3DecoderLayer"]  # noqa: RUF012
     _skip_keys_device_placement = "past_key_values"
-    _keep_in_fp32_modules_strict = {"init_bn"}  # noqa: RUF012
+    # Each by name: `init_bn` alone would make a float of the counter `num_batches_tracked` too.
+    _keep_in_fp32_modules_strict = {  # noqa: RUF012
+        "init_bn.weight", "init_bn.bias", "init_bn.running_mean", "init_bn.running_var",
+    }  # fmt: skip
     _keys_to_ignore_on_load_unexpected = [r"^audio_encoder\.front_end\."]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -68,8 +77,6 @@ class MiDashengLMPreTrainedModel(PreTrainedModel):
             nn.init.trunc_normal_(module.freq_pos_embed, std=0.02)
         elif isinstance(module, LayerScale):
             nn.init.constant_(module.gamma, self.config.audio_encoder_config.init_values)
-        elif isinstance(module, FrozenBatchNorm):
-            module.reset_parameters()
 
 
 class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
@@ -83,21 +90,28 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
     def __init__(self, config: MiDashengLMConfig) -> None:
         super().__init__(config)
         audio, text = config.parts
+        # transformers settles this for the parts that are models of their own; the encoder is a plain module.
+        audio._attn_implementation = audio._attn_implementation or config._attn_implementation
         self.audio_encoder = MiDashengEncoder(audio)
         self.audio_projector = AudioProjector(audio.embed_dim, text.hidden_size, config.subsample_factor)
         self.decoder = (Qwen3ForCausalLM if text.model_type == "qwen3" else Qwen2ForCausalLM)(text)
+        self.decoder.generation_config = GenerationConfig()  # the whole model's settings are the only ones
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, name: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        """Load as transformers does, but accept no tensor too many and none too few.
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Load as transformers does, but accept no tensor too many, none too few and none of another shape.
 
         Raises:
             CheckpointError: naming tensors that are unknown, missing or of another shape.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
-        _check_loading(str(name), info)
+        # Mismatched sizes are let through there and refused here, where the message names them.
+        ours = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **{**kwargs, **ours})
+        _check_loading(str(pretrained_model_name_or_path), info)
         return (model, info) if wants_info else model
 
     def get_input_embeddings(self) -> nn.Module:
@@ -116,20 +130,26 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
         """Replace the decoder's output head."""
         self.decoder.set_output_embeddings(value)
 
-    def audio_features(self, input_values: Tensor, audio_length: Tensor) -> Tensor:
-        """Encode and project clips: `[audio tokens of all clips, hidden_size]`."""
-        encoded, packing = self.audio_encoder(input_values, audio_length.tolist())
+    def audio_features(self, input_values: Tensor, audio_length: Tensor | None = None) -> Tensor:
+        """Encode and project clips (whole rows if no lengths are given): `[audio tokens, hidden_size]`."""
+        whole = [input_values.shape[-1]] * len(input_values)
+        lengths = whole if audio_length is None else audio_length.tolist()
+        encoded, packing = self.audio_encoder(input_values, lengths)
         return self.audio_projector(encoded, packing)
 
-    def fuse(self, input_ids: Tensor, input_values: Tensor | None, audio_length: Tensor | None) -> Tensor:
+    def fuse(
+        self, input_ids: Tensor | None, input_values: Tensor | None, audio_length: Tensor | None
+    ) -> Tensor:
         """Word embeddings with audio features in the placeholders' places, `[batch, positions, hidden_size]`.
 
         Raises:
-            ValueError: there are not as many placeholders as audio features.
+            ValueError: there are no ids, or not as many placeholders as audio features.
         """
+        if input_ids is None:
+            raise ValueError("neither input_ids nor inputs_embeds are given")
         embeddings = self.get_input_embeddings()(input_ids)
         places = input_ids == self.config.audio_token_id
-        if input_values is None or audio_length is None:
+        if input_values is None:
             features = embeddings.new_zeros(0, embeddings.shape[-1])
         else:
             features = self.audio_features(input_values, audio_length)
@@ -162,7 +182,7 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
             input_ids: `[batch, positions]`.
             attention_mask: `[batch, positions]`, 0 at the padding on the left.
             input_values: `[clips, longest]` samples at 16 kHz.
-            audio_length: `[clips]` in samples.
+            audio_length: `[clips]` in samples; whole rows if not given.
             labels: `[batch, positions]`, -100 where nothing is to be learnt; shifted here.
             position_ids: plain counting if not given.
             past_key_values: as in transformers.
@@ -174,7 +194,6 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
             kwargs: passed on to the decoder.
         """
         if inputs_embeds is None:
-            assert input_ids is not None
             inputs_embeds = self.fuse(input_ids, input_values, audio_length)
         outputs = self.decoder.model(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids,
@@ -222,11 +241,14 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Answer: as transformers' `generate` of the decoder; returns the new tokens only."""
+        """Answer: as transformers' `generate` of the decoder; returns the new tokens only.
+
+        What counts is, as there: keywords, then `generation_config`, then the model's own settings.
+        """
         if inputs_embeds is None:
-            assert input_ids is not None
             inputs_embeds = self.fuse(input_ids, input_values, audio_length)
-        settings = copy.deepcopy(kwargs.pop("generation_config", None) or self.generation_config)
+        settings = copy.deepcopy(kwargs.pop("generation_config", None) or GenerationConfig())
+        settings.update(**self.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
         rest = settings.update(**kwargs)
         return self.decoder.generate(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, generation_config=settings, **rest
@@ -237,7 +259,9 @@ def _check_loading(name: str, info: dict[str, Any]) -> None:
     wrong = {
         "unknown": sorted(info["unexpected_keys"]),
         "missing": sorted(info["missing_keys"]),
-        "of another shape": sorted(str(key[0]) for key in info["mismatched_keys"]),
+        "of another shape": sorted(
+            f"{key} {list(found)} instead of {list(wanted)}" for key, found, wanted in info["mismatched_keys"]
+        ),
     }
     problems = [f"{what}: {_listed(names)}" for what, names in wrong.items() if names]
     if problems:

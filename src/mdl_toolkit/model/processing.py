@@ -43,7 +43,7 @@ class MiDashengLMProcessor(ProcessorMixin):
 
         Args:
             text: one or several texts; each `<|AUDIO|>` stands for the next clip.
-            audio: one clip or a list of clips, each `[samples]`.
+            audio: one clip or several, each `[samples]`.
             sampling_rate: of the clips; must be the model's 16,000 if given.
             kwargs: for the tokenizer, as keywords or as `text_kwargs`; `audio_kwargs` are the clips'.
 
@@ -52,7 +52,7 @@ class MiDashengLMProcessor(ProcessorMixin):
             `audio_length` `[clips]` in samples.
 
         Raises:
-            ValueError: the rate is wrong, or placeholders and clips differ in number.
+            ValueError: the rate is wrong, a clip has channels, or placeholders and clips differ in number.
         """
         texts = [text] if isinstance(text, str) else list(text or [])
         clips = _clips(audio)
@@ -97,10 +97,13 @@ class MiDashengLMProcessor(ProcessorMixin):
 
 
 def _clips(audio: Any) -> list[np.ndarray]:
-    if audio is None:
+    if audio is None or len(audio) == 0:
         return []
-    several = isinstance(audio, list | tuple) and len(audio) > 0 and np.ndim(audio[0]) > 0
-    return [np.asarray(clip, dtype=np.float32).reshape(-1) for clip in (audio if several else [audio])]
+    clips = [np.asarray(clip, dtype=np.float32) for clip in (audio if np.ndim(audio[0]) > 0 else [audio])]
+    for clip in clips:
+        if clip.ndim != 1:
+            raise ValueError(f"a clip has the shape {list(clip.shape)}; one channel is wanted, [samples]")
+    return clips
 
 
 def _pad(clips: list[np.ndarray]) -> dict[str, np.ndarray]:

@@ -1,0 +1,48 @@
+# The words of this file are CI's words too: `.ci/run` calls `make check test`.
+# `make demo` and `make test` set everything up by themselves.
+
+PYTHON ?= python3
+VENV ?= .venv
+# The requirement that PyTorch is installed with, before anything that depends on it. Where a GPU is present
+# give your own, e.g. `make demo TORCH=torch`.
+TORCH ?= torch==2.13.0
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.set-up
+DOCS_STAMP := $(VENV)/.set-up-docs
+
+.PHONY: setup check test demo bench docs clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --editable . --group dev
+	touch $@
+
+$(DOCS_STAMP): pyproject.toml $(STAMP)
+	$(BIN)/python -m pip install --quiet --group docs
+	touch $@
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+demo: $(STAMP)
+	$(BIN)/mdl-toolkit demo --output demo-output
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks
+
+docs: $(DOCS_STAMP)
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) demo-output site .mypy_cache .ruff_cache .pytest_cache

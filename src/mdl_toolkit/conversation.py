@@ -1,0 +1,206 @@
+"""A row to messages, and messages to segments: each prompt, audio or answer.
+
+The checkpoint's chat template is data and decides everything around the user's words. It is rendered with
+marks in their places, so that nothing in the words can pass for a part of the template, and nothing has to
+be searched for afterwards.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+
+from mdl_toolkit.errors import ModelError
+from mdl_toolkit.manifest import Row
+
+Role = Literal["system", "user", "assistant"]
+_MARK = "\ufdd0{}\ufdd1"  # Unicode noncharacters: no template holds them
+_MARKED = re.compile("\ufdd0(\\d+)\ufdd1")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation.
+
+    Attributes:
+        role: who speaks.
+        text: the words; None when there are none.
+        has_audio: the recording comes before the words.
+    """
+
+    role: Role
+    text: str | None
+    has_audio: bool = False
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of a rendered conversation.
+
+    Attributes:
+        kind: `answer` is what the model shall learn to say, its closing token included; `audio` stands for
+            the recording; all else is `prompt`.
+        text: as rendered; for `audio` the placeholder.
+        is_template: the text is the template's, and special tokens in it are tokens; in the user's own words
+            they are plain text.
+    """
+
+    kind: Literal["prompt", "audio", "answer"]
+    text: str
+    is_template: bool
+
+
+@dataclass(frozen=True)
+class AudioMarks:
+    """The tokens around and in the place of a recording."""
+
+    token: str = "<|AUDIO|>"
+    begin: str = "<|audio_bos|>"
+    end: str = "<|audio_eos|>"
+
+
+def messages_of(row: Row, *, with_answer: bool) -> tuple[Message, ...]:
+    """The conversation of a row; an empty system prompt is none (rule 2)."""
+    system = (Message("system", row.system_prompt),) if row.system_prompt else ()
+    user = Message("user", row.user_prompt or None, has_audio=True)
+    answer = (Message("assistant", row.prediction or ""),) if with_answer else ()
+    return (*system, user, *answer)
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A checkpoint's chat template.
+
+    Attributes:
+        source: Jinja text.
+        end_of_turn: the token that closes an answer.
+        marks: the audio tokens.
+    """
+
+    source: str
+    end_of_turn: str = "<|im_end|>"
+    marks: AudioMarks = AudioMarks()
+
+    def segments(self, messages: tuple[Message, ...]) -> tuple[Segment, ...]:
+        """Render a conversation.
+
+        A conversation that ends with an answer begins with exactly what inference renders without it, so
+        that the model is trained on the prompt that it will be asked with.
+
+        Raises:
+            ModelError: the template fails, leaves out words or audio, or does not close the answer.
+        """
+        shape = tuple((m.role, m.text is not None, m.has_audio) for m in messages)
+        words = [m.text for m in messages if m.text is not None]
+        return tuple(
+            Segment(piece.kind, words[piece.word], False) if piece.word is not None
+            else Segment(piece.kind, piece.text, True)
+            for piece in _skeleton(self, shape)
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A segment of which the words are not filled in yet: `word` is their number."""
+
+    kind: Literal["prompt", "audio", "answer"]
+    text: str = ""
+    word: int | None = None
+
+
+_Shape = tuple[tuple[Role, bool, bool], ...]
+
+
+@lru_cache(maxsize=64)
+def _skeleton(template: ChatTemplate, shape: _Shape) -> tuple[_Piece, ...]:
+    """The pieces of every conversation of one shape; a template is rendered once per shape."""
+    turns, words = _marked_turns(shape), sum(has_text for _, has_text, _ in shape)
+    if shape[-1][0] != "assistant":
+        return tuple(_prompt_pieces(template, _render(template.source, turns, asking=True), words))
+    prompt = _render(template.source, turns[:-1], asking=True)
+    whole = _render(template.source, turns, asking=False)
+    answer = words - 1
+    _, mark, closing = whole.rpartition(_MARK.format(answer))
+    if not mark or not closing.startswith(template.end_of_turn):
+        raise _unfit(
+            f"it does not close an answer with {template.end_of_turn}",
+            f"未以 {template.end_of_turn} 结束回答",
+        )
+    rest = closing[len(template.end_of_turn) :]
+    return (
+        *_prompt_pieces(template, prompt, answer),
+        _Piece("answer", word=answer),
+        _Piece("answer", template.end_of_turn),
+        *([_Piece("prompt", rest)] if rest else []),
+    )
+
+
+def _marked_turns(shape: _Shape) -> list[dict[str, Any]]:
+    turns, word = [], 0
+    for role, has_text, has_audio in shape:
+        parts: list[dict[str, str]] = [{"type": "audio", "audio": ""}] if has_audio else []
+        if has_text:
+            parts.append({"type": "text", "text": _MARK.format(word)})
+            word += 1
+        turns.append({"role": role, "content": parts if has_audio else parts[0]["text"]})
+    return turns
+
+
+def _prompt_pieces(template: ChatTemplate, rendered: str, words: int) -> list[_Piece]:
+    pieces: list[_Piece] = []
+    for index, part in enumerate(_MARKED.split(rendered)):
+        if index % 2:
+            pieces.append(_Piece("prompt", word=int(part)))
+        elif part:
+            pieces += _audio_pieces(part, template.marks)
+    if sorted(piece.word for piece in pieces if piece.word is not None) != list(range(words)):
+        raise _unfit("it repeats words of a message or leaves them out", "重复或遗漏了消息中的文字")
+    if sum(piece.kind == "audio" for piece in pieces) != 1:
+        raise _unfit(
+            f"it does not place {template.marks.token} exactly once", f"未恰好放置一次 {template.marks.token}"
+        )
+    return pieces
+
+
+def _audio_pieces(text: str, marks: AudioMarks) -> list[_Piece]:
+    """Split the template's text at the placeholder; marks around it are added where neither is there."""
+    before, found, after = text.partition(marks.token)
+    if not found:
+        return [_Piece("prompt", text)]
+    if not before.endswith(marks.begin) and not after.startswith(marks.end):
+        before, after = before + marks.begin, marks.end + after
+    following = _audio_pieces(after, marks) if after else []
+    return [*([_Piece("prompt", before)] if before else []), _Piece("audio", marks.token), *following]
+
+
+def _render(source: str, turns: list[dict[str, Any]], *, asking: bool) -> str:
+    try:
+        return _compile(source).render(messages=turns, add_generation_prompt=asking, tools=None)
+    except jinja2.TemplateError as problem:
+        raise _unfit(str(problem), str(problem)) from problem
+
+
+@lru_cache(maxsize=8)
+def _compile(source: str) -> jinja2.Template:
+    """Compile in a sandbox, with what transformers offers a template (its `chat_template_utils`)."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(
+        value, ensure_ascii=False, indent=indent
+    )
+    environment.globals["raise_exception"] = _raise
+    return environment.from_string(source)
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _unfit(en: str, zh: str) -> ModelError:
+    return ModelError(f"the model's chat template cannot be used: {en}", f"无法使用模型的对话模板：{zh}")

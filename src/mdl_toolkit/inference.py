@@ -1,0 +1,189 @@
+"""CSV to predictions: every row is checked first, then answered greedily, then written in one go.
+
+Answers do not depend on the batch: every clip is computed as if alone, and each row has its own budget of
+new tokens.
+"""
+
+import csv
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from mdl_toolkit.batching import Collator
+from mdl_toolkit.console import progress, say
+from mdl_toolkit.conversion import convert_rows, read_rows
+from mdl_toolkit.dataset import ConvertedDataset
+from mdl_toolkit.errors import InputError, ModelError, RowProblem, RowsError
+from mdl_toolkit.language import Text
+from mdl_toolkit.loading import (
+    ADAPTER_CONFIG,
+    best_device,
+    choose_dtype,
+    find_model,
+    load_model,
+    read_json,
+    read_text_files,
+)
+from mdl_toolkit.manifest import Manifest
+from mdl_toolkit.options import InferenceOptions
+from mdl_toolkit.settings import SETTINGS_FILE, to_yaml
+from mdl_toolkit.tokens import Encoder
+
+
+def infer(options: InferenceOptions) -> list[str]:
+    """Answer every row of a CSV and write the CSV with the answers in the column `prediction`.
+
+    Returns:
+        The predictions, in the order of the rows.
+
+    Raises:
+        ToolkitError: bad rows, rows that are too long (all of them in one message), no model.
+    """
+    output = Path(options.output)
+    _check_output(output)
+    manifest = read_rows(options.input, options, needs_prediction=False, allow_empty=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.work-") as place:
+        predictions = _answer_all(manifest, Path(place), options) if manifest.rows else []
+    _write(output, manifest, predictions)
+    settings = output.with_name(f"{output.name}.{SETTINGS_FILE}")
+    settings.write_text(to_yaml(options), encoding="utf-8")
+    say(f"{output}: {len(predictions)} predictions", f"{output}：{len(predictions)} 条预测")
+    return predictions
+
+
+def _check_output(output: Path) -> None:
+    if output.is_dir():
+        raise InputError(
+            f"--output {output}: a folder is there; give the name of a CSV file",
+            f"--output {output}：该位置是目录；请指定 CSV 文件名",
+        )
+
+
+def _answer_all(manifest: Manifest, place: Path, options: InferenceOptions) -> list[str]:
+    folder = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=False)
+    encoder = Encoder(read_text_files(folder))
+    dataset_folder = place / "dataset"
+    dataset_folder.mkdir()
+    convert_rows(manifest, dataset_folder, encoder, options, with_answer=False)
+    dataset = ConvertedDataset(dataset_folder)
+    _check_lengths(manifest, dataset, options.max_length)
+    model = load_for_inference(options.model_name, from_modelscope=options.from_modelscope)
+    predictions: list[str] = []
+    with progress("answering", "推理中", len(dataset)) as shown:
+        for answers in _batches(model, encoder, dataset, options):
+            predictions += answers
+            shown.advance(len(answers))
+    return predictions
+
+
+def _check_lengths(manifest: Manifest, dataset: ConvertedDataset, max_length: int) -> None:
+    """Report all rows whose prompt leaves no room for an answer (rule 37).
+
+    Raises:
+        RowsError: with the length that each of them needs.
+    """
+    problems = [
+        RowProblem(row.line, "audio", row.audio_text, _too_long(int(length), max_length))
+        for row, length in zip(manifest.rows, dataset.positions, strict=True)
+        if length >= max_length
+    ]
+    if problems:
+        raise RowsError(str(manifest.path), problems)
+
+
+def _too_long(length: int, max_length: int) -> Text:
+    return Text(
+        f"the prompt alone takes {length} tokens; --max-length {max_length} must be at least {length + 1}",
+        f"仅提示就有 {length} 个词元；--max-length {max_length} 至少应为 {length + 1}",
+    )
+
+
+def load_for_inference(name: str, *, from_modelscope: bool) -> Any:
+    """A model ready to answer: a full one, or an adapter on the base that it names (rule 40).
+
+    Raises:
+        ModelError: the model, or the adapter's base, is not to be had.
+    """
+    folder = find_model(name, from_modelscope=from_modelscope, weights=True)
+    dtype, device = choose_dtype(None), best_device()
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return load_model(folder, dtype=dtype, device=device).eval()
+    base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(base, str):
+        raise ModelError(
+            f"{folder}: the adapter does not name its base model", f"{folder}：适配器未记录基础模型"
+        )
+    base_folder = find_model(base, from_modelscope=from_modelscope, weights=True)
+    from peft import PeftModel
+
+    model = load_model(base_folder, dtype=dtype, device=device)
+    return PeftModel.from_pretrained(model, folder, torch_device=str(device)).eval()
+
+
+def _batches(
+    model: Any, encoder: Encoder, dataset: ConvertedDataset, options: InferenceOptions
+) -> Iterator[list[str]]:
+    collate = Collator(encoder.pad_id)
+    for start in range(0, len(dataset), options.batch_size):
+        indices = range(start, min(start + options.batch_size, len(dataset)))
+        budgets = [options.max_length - int(dataset.positions[index]) for index in indices]
+        batch: dict[str, Any] = {**collate([dataset[index] for index in indices])}
+        del batch["labels"]
+        yield answer(model, encoder, batch, budgets)
+
+
+@torch.inference_mode()
+def answer(model: Any, encoder: Encoder, batch: dict[str, Any], budgets: list[int]) -> list[str]:
+    """Answer one batch greedily.
+
+    Args:
+        model: as `load_for_inference` gives it.
+        encoder: the model's tokenizer.
+        batch: `input_ids`, `attention_mask`, `input_values`, `audio_length`, as the collator gives them.
+        budgets: most new tokens of each row.
+    """
+    ends = _end_ids(model, encoder)
+    settings = GenerationConfig(
+        do_sample=False, max_new_tokens=max(budgets), eos_token_id=sorted(ends), pad_token_id=encoder.pad_id
+    )
+    on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    rows = model.generate(**on_device, generation_config=settings).tolist()
+    return [encoder.decode(_cut(ids, ends, most)) for ids, most in zip(rows, budgets, strict=True)]
+
+
+def _end_ids(model: Any, encoder: Encoder) -> set[int]:
+    ends = model.generation_config.eos_token_id
+    listed = ends if isinstance(ends, list) else [ends] if ends is not None else []
+    return {*listed, encoder.end_id}
+
+
+def _cut(ids: list[int], ends: set[int], most: int) -> list[int]:
+    """The answer itself: up to its end token, and no longer than its budget."""
+    kept = ids[:most]
+    return kept[: next((place for place, token in enumerate(kept) if token in ends), len(kept))]
+
+
+def _write(output: Path, manifest: Manifest, predictions: list[str]) -> None:
+    """Write the input's columns with the predictions, whole or not at all (rule 39)."""
+    columns = list(manifest.columns)
+    place = columns.index("prediction") if "prediction" in columns else len(columns)
+    columns[place:] = ["prediction", *columns[place + 1 :]]
+    work = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    try:
+        with work.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(columns)
+            for row, prediction in zip(manifest.rows, predictions, strict=True):
+                writer.writerow([*row.cells[:place], prediction, *row.cells[place + 1 :]])
+        if output.exists():
+            shutil.copymode(output, work)
+        work.replace(output)
+    finally:
+        work.unlink(missing_ok=True)

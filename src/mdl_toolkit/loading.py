@@ -1,0 +1,292 @@
+"""A name or path to what can be used: files, the text side, a model with its dtype and quantisation.
+
+Names are looked up on Hugging Face or ModelScope; a local folder stays local. No code from a checkpoint is
+run, no pickle is read.
+"""
+
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mdl_toolkit.errors import ModelError, ToolkitError
+
+if TYPE_CHECKING:
+    import torch
+
+    from mdl_toolkit.model import MiDashengLMModel
+
+MODEL_TYPE = "midashenglm"
+ADAPTER_CONFIG = "adapter_config.json"
+TEXT_FILES = ("*.json", "*.jinja", "*.txt")
+WEIGHT_FILES = ("*.safetensors",)
+# What a checkpoint folder may hold beside weights: all of it travels along when a model is exported.
+ALL_FILES = (*TEXT_FILES, *WEIGHT_FILES, "*.py", "*.md", "LICENSE*", "NOTICE*")
+# Quantised by bitsandbytes: the decoder's linear layers only (rule 33).
+NOT_QUANTIZED = ("audio_encoder", "audio_projector", "embed_tokens", "lm_head")
+
+
+# --- folders ---------------------------------------------------------------------------------------
+
+
+def find_model(name: str, *, from_modelscope: bool, weights: bool) -> Path:
+    """The folder of a model: the given one, or a download.
+
+    Args:
+        name: a local folder, or a name on the hub.
+        from_modelscope: look it up on ModelScope.
+        weights: fetch everything; otherwise only the small text files.
+
+    Raises:
+        ModelError: it is neither here nor to be had, or it is not a MiDashengLM.
+    """
+    local = Path(name).expanduser()
+    if local.is_dir():
+        folder = local
+    elif local.exists() or name.startswith((".", "~", "/")) or name.count("/") > 1:
+        raise _nowhere(name, "there is no such folder", "没有该目录")
+    else:
+        patterns = list(ALL_FILES if weights else TEXT_FILES)
+        folder = _from_modelscope(name, patterns) if from_modelscope else _from_huggingface(name, patterns)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        _check_folder(folder, weights=weights)
+    return folder
+
+
+def _check_folder(folder: Path, *, weights: bool) -> None:
+    config = read_json(folder / "config.json")
+    kind = config.get("model_type")
+    if kind != MODEL_TYPE:
+        raise ModelError(
+            f"{folder}: not a MiDashengLM (config.json says model_type {kind!r}); give a MiDashengLM folder",
+            f"{folder}：不是 MiDashengLM 模型（config.json 的 model_type 为 {kind!r}）；请指定其目录",
+        )
+    if weights and not list(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{folder}: no weights (*.safetensors); download the whole model",
+            f"{folder}：没有模型权重（*.safetensors）；请下载完整模型",
+        )
+
+
+def _from_huggingface(name: str, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return _download(name, "Hugging Face", lambda: snapshot_download(name, allow_patterns=patterns))
+
+
+def _from_modelscope(name: str, patterns: list[str]) -> Path:
+    need("modelscope", "modelscope", "--from-modelscope")
+    from modelscope import snapshot_download
+
+    return _download(name, "ModelScope", lambda: snapshot_download(name, allow_patterns=patterns))
+
+
+def _download(name: str, hub: str, fetch: Callable[[], str]) -> Path:
+    try:
+        return Path(fetch())
+    except Exception as problem:  # hubs raise a dozen kinds; each means: not to be had
+        reason = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
+        raise _nowhere(name, f"{hub} did not give it ({reason})", f"{hub} 未能提供（{reason}）") from problem
+
+
+def _nowhere(name: str, en: str, zh: str) -> ModelError:
+    return ModelError(
+        f"model {name}: not a folder here, and {en}. Give a local folder with --model-name, set HF_ENDPOINT "
+        "to a mirror that can be reached, or use --from-modelscope true",
+        f"模型 {name}：本地没有该目录，且{zh}。请用 --model-name 指定本地目录，"
+        "或设置 HF_ENDPOINT 为可访问的镜像，或使用 --from-modelscope true",
+    )
+
+
+def need(package: str, extra: str, option: str) -> None:
+    """Refuse an option whose optional package is not installed, before any work begins.
+
+    Raises:
+        ModelError: naming the extra to install.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise ModelError(
+            f'{option} needs the package {package}: pip install "mdl-toolkit[{extra}]"',
+            f'{option} 需要安装 {package}：pip install "mdl-toolkit[{extra}]"',
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a model folder.
+
+    Raises:
+        ModelError: the file is missing or is not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(
+            f"{path.parent}: no {path.name} there, so it is not a model folder",
+            f"{path.parent}：其中没有 {path.name}，不是模型目录",
+        ) from None
+    except (OSError, ValueError) as problem:
+        raise ModelError(f"{path}: {problem}", f"{path}：{problem}") from problem
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: expected a JSON object", f"{path}：应为 JSON 对象")
+    return value
+
+
+# --- the text side -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """What is needed to turn conversations into ids; small, and can be sent to worker processes.
+
+    Attributes:
+        tokenizer: the content of `tokenizer.json`.
+        chat_template: Jinja text.
+        specials: `audio_token`, `audio_bos_token`, `audio_eos_token`, `pad_token` by name.
+    """
+
+    tokenizer: str
+    chat_template: str
+    specials: tuple[tuple[str, str], ...]
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """The same for the same tokenizer, whatever its file looks like."""
+        canonical = json.dumps(json.loads(self.tokenizer), sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    @property
+    def template_fingerprint(self) -> str:
+        """The same for the same chat template."""
+        return hashlib.sha256(self.chat_template.encode()).hexdigest()[:16]
+
+
+def read_text_files(folder: Path) -> TextFiles:
+    """The text side of a model folder.
+
+    Raises:
+        ModelError: the tokenizer or the chat template is missing or broken.
+    """
+    config = read_json(folder / "tokenizer_config.json")
+    processor = folder / "processor_config.json"
+    config = {**config, **(read_json(processor) if processor.is_file() else {})}
+    names = {
+        "audio_token": "<|AUDIO|>",
+        "audio_bos_token": "<|audio_bos|>",
+        "audio_eos_token": "<|audio_eos|>",
+    }
+    names["pad_token"] = "<|endoftext|>"
+    found = {name: _token(config.get(name)) or usual for name, usual in names.items()}
+    return TextFiles(_tokenizer_json(folder), _chat_template(folder, config), tuple(found.items()))
+
+
+def _token(value: Any) -> str | None:
+    """A token is written as a string or as an object with its content."""
+    content = value.get("content") if isinstance(value, dict) else value
+    return content if isinstance(content, str) else None
+
+
+def _tokenizer_json(folder: Path) -> str:
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        read_json(file)
+        return file.read_text(encoding="utf-8")
+    from transformers import Qwen2Tokenizer
+
+    try:
+        return str(Qwen2Tokenizer.from_pretrained(folder).backend_tokenizer.to_str())
+    except (OSError, ValueError, TypeError) as problem:
+        raise ModelError(
+            f"{folder}: no tokenizer ({problem})", f"{folder}：没有分词器（{problem}）"
+        ) from problem
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> str:
+    file, old = folder / "chat_template.jinja", folder / "chat_template.json"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if template is None and old.is_file():
+        template = read_json(old).get("chat_template")
+    if isinstance(template, list):
+        template = next((t["template"] for t in template if t.get("name") == "default"), None)
+    if not isinstance(template, str):
+        raise ModelError(f"{folder}: no chat template", f"{folder}：没有对话模板")
+    return template
+
+
+# --- models ------------------------------------------------------------------------------------------
+
+
+def choose_dtype(bf16: bool | None) -> "torch.dtype":
+    """The dtype of base weights (rule 32): bfloat16 if asked for, or if CUDA has it natively."""
+    import torch
+
+    if bf16 is None:
+        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def load_model(
+    folder: Path,
+    *,
+    dtype: "torch.dtype",
+    device: "torch.device",
+    quantization: str | None = None,
+) -> "MiDashengLMModel":
+    """Load a full model.
+
+    Raises:
+        ModelError: the checkpoint does not fit or cannot be read.
+    """
+    from mdl_toolkit.model import MiDashengLMModel
+
+    quiet_libraries()
+    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "use_safetensors": True}
+    if quantization is not None:
+        options |= {"quantization_config": _bitsandbytes(quantization, dtype), "device_map": {"": device}}
+    try:
+        model = MiDashengLMModel.from_pretrained(folder, **options)
+    except ToolkitError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError) as problem:
+        reason = " ".join(str(problem).split())
+        raise ModelError(
+            f"{folder}: cannot be loaded: {reason}", f"{folder}：无法加载：{reason}"
+        ) from problem
+    return model if quantization is not None else model.to(device)  # type: ignore[no-any-return]
+
+
+def _bitsandbytes(quantization: str, dtype: "torch.dtype") -> Any:
+    from transformers import BitsAndBytesConfig
+
+    skip = list(NOT_QUANTIZED)
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=skip,
+    )  # fmt: skip
+
+
+def best_device() -> "torch.device":
+    """The GPU of this process, or the CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries below from drawing their own bars and from advice that is not for our users."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    # bitsandbytes says on import that it did not find kernels of the hub, which it does not need.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

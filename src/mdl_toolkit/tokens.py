@@ -1,0 +1,151 @@
+"""Segments to `input_ids` and `labels`, by construction.
+
+Labels cover the answer and the token that closes it, nothing else. Special tokens in the user's own words
+are encoded as plain text.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from mdl_toolkit.conversation import AudioMarks, ChatTemplate, Segment, messages_of
+from mdl_toolkit.errors import ModelError
+from mdl_toolkit.loading import TextFiles
+from mdl_toolkit.manifest import Row
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A conversation as numbers.
+
+    Attributes:
+        input_ids: `[positions]` int32, one `<|AUDIO|>` per audio token.
+        labels: `[positions]` int32, the ids to be learnt, -100 elsewhere; not shifted.
+    """
+
+    input_ids: NDArray[np.int32]
+    labels: NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Rows to tokens for one model's tokenizer and chat template."""
+
+    files: TextFiles
+
+    def encode_row(self, row: Row, audio_tokens: int, *, with_answer: bool) -> Tokens:
+        """Tokens of a row whose recording becomes `audio_tokens` tokens."""
+        segments = self.template.segments(messages_of(row, with_answer=with_answer))
+        return self.encode(segments, audio_tokens)
+
+    def encode(self, segments: tuple[Segment, ...], audio_tokens: int) -> Tokens:
+        """Tokens of rendered segments.
+
+        Prompt and answer are encoded apart, so that a training row begins with exactly the ids that
+        inference begins with; within each, neighbouring texts are encoded together.
+        """
+        ids: list[int] = []
+        labels: list[int] = []
+        for is_answer, run in _runs(segments):
+            new = self._encode_run(run, audio_tokens)
+            ids += new
+            labels += new if is_answer else [IGNORE_INDEX] * len(new)
+        return Tokens(np.array(ids, dtype=np.int32), np.array(labels, dtype=np.int32))
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of new tokens, without special tokens."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def id_of(self, token: str) -> int:
+        """The id of a token.
+
+        Raises:
+            ModelError: the tokenizer does not have it.
+        """
+        found = self.tokenizer.token_to_id(token)
+        if found is None:
+            raise ModelError(f"the tokenizer has no token {token}", f"分词器中没有词元 {token}")
+        return int(found)
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills short rows."""
+        return self.id_of(self._specials["pad_token"])
+
+    @cached_property
+    def end_id(self) -> int:
+        """The id that closes an answer."""
+        return self.id_of(self.template.end_of_turn)
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The chat template."""
+        names = self._specials
+        marks = AudioMarks(names["audio_token"], names["audio_bos_token"], names["audio_eos_token"])
+        return ChatTemplate(self.files.chat_template, marks=marks)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer with all its special tokens."""
+        return Tokenizer.from_str(self.files.tokenizer)
+
+    @cached_property
+    def _plain(self) -> Tokenizer:
+        """The tokenizer to which special tokens are plain text; `<tool_call>` and its like stay tokens."""
+        state = json.loads(self.files.tokenizer)
+        state["added_tokens"] = [token for token in state["added_tokens"] if not token["special"]]
+        state["post_processor"] = state["truncation"] = state["padding"] = None
+        return Tokenizer.from_str(json.dumps(state))
+
+    @cached_property
+    def _specials(self) -> dict[str, str]:
+        return dict(self.files.specials)
+
+    @cached_property
+    def _special_pattern(self) -> "re.Pattern[str]":
+        added = json.loads(self.files.tokenizer)["added_tokens"]
+        tokens = sorted((t["content"] for t in added if t["special"]), key=len, reverse=True)
+        return re.compile("(" + "|".join(map(re.escape, tokens)) + ")")
+
+    def _encode_run(self, segments: list[Segment], audio_tokens: int) -> list[int]:
+        """Ids of segments that are all prompt (and audio) or all answer."""
+        ids: list[int] = []
+        text = ""
+        for token, piece in self._pieces(segments):
+            if token:
+                ids += self._plain.encode(text, add_special_tokens=False).ids
+                ids += [self.id_of(token)] * (audio_tokens if piece == "audio" else 1)
+                text = ""
+            else:
+                text += piece
+        return ids + self._plain.encode(text, add_special_tokens=False).ids
+
+    def _pieces(self, segments: list[Segment]) -> list[tuple[str, str]]:
+        """Pairs of a special token and `audio` or nothing, or of nothing and plain text."""
+        pieces = []
+        for segment in segments:
+            if segment.kind == "audio":
+                pieces.append((segment.text, "audio"))
+            elif segment.is_template:
+                parts = self._special_pattern.split(segment.text)
+                pieces += [(part, "") if i % 2 else ("", part) for i, part in enumerate(parts)]
+            else:
+                pieces.append(("", segment.text))
+        return pieces
+
+
+def _runs(segments: tuple[Segment, ...]) -> list[tuple[bool, list[Segment]]]:
+    runs: list[tuple[bool, list[Segment]]] = []
+    for segment in segments:
+        is_answer = segment.kind == "answer"
+        if not runs or runs[-1][0] != is_answer:
+            runs.append((is_answer, []))
+        runs[-1][1].append(segment)
+    return runs

@@ -1,0 +1,430 @@
+"""Options to Trainer to result; the only room that knows `TrainingArguments`.
+
+The loss of an optimizer step is the mean over all supervised tokens of its effective batch, however that is
+split into batches, accumulation steps and processes.
+"""
+
+import dataclasses
+import difflib
+import math
+import os
+import shutil
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Subset
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from mdl_toolkit.batching import Collator
+from mdl_toolkit.checkpoints import FINAL, WORK, delete_oldest, due_steps, put_in_place, set_aside, to_resume
+from mdl_toolkit.console import progress, say, warn
+from mdl_toolkit.conversion import convert_rows, read_rows
+from mdl_toolkit.dataset import ConvertedDataset, check_apart
+from mdl_toolkit.errors import DatasetError, InputError, ToolkitError, UsageError
+from mdl_toolkit.export import export
+from mdl_toolkit.loading import (
+    TextFiles,
+    best_device,
+    choose_dtype,
+    find_model,
+    load_model,
+    need,
+    quiet_libraries,
+    read_text_files,
+)
+from mdl_toolkit.lora import TargetCount, add_adapters
+from mdl_toolkit.options import ConversionOptions, TrainOptions, spelling
+from mdl_toolkit.settings import SETTINGS_FILE, to_yaml
+from mdl_toolkit.tokens import IGNORE_INDEX, Encoder
+
+LOGGING_STEPS = 10
+LOADER_WORKERS = 4  # on a GPU; on a CPU decoding a clip is nothing beside a step
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training came to.
+
+    Attributes:
+        final: folder of the result.
+        steps: optimizer steps made, those before a resumption included.
+        train_loss: mean over the run.
+        eval_loss: over the supervised tokens of the evaluation set, at the end; None without one.
+    """
+
+    final: Path
+    steps: int
+    train_loss: float
+    eval_loss: float | None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Optimizer steps of a run.
+
+    Attributes:
+        per_epoch: in a whole epoch; partial batches and windows count.
+        total: of the run; at least 1.
+        saving: after which a checkpoint is due.
+        evaluating: after which an evaluation is due.
+    """
+
+    per_epoch: int
+    total: int
+    saving: frozenset[int]
+    evaluating: frozenset[int]
+
+    @staticmethod
+    def of(rows: int, processes: int, options: TrainOptions) -> "Schedule":
+        """Plan a run over `rows` samples."""
+        batches = math.ceil(rows / (options.batch_size * processes))
+        per_epoch = math.ceil(batches / options.gradient_accumulation_steps)
+        total = max(1, math.ceil(options.num_epochs * per_epoch - 1e-9))
+        evaluating = due_steps(options.eval_steps, per_epoch, total) if options.eval_dataset else frozenset()
+        return Schedule(per_epoch, total, due_steps(options.save_steps, per_epoch, total), evaluating)
+
+
+def train(options: TrainOptions) -> TrainResult:
+    """Fine-tune a model and write the result to `final/` in the output folder.
+
+    Raises:
+        ToolkitError: anything the user can put right, before weights are loaded wherever that is possible.
+    """
+    check_trackers(options.report_to)
+    if options.quantization is not None:
+        need("bitsandbytes", "quantization", "--quantization")
+    output = Path(options.output)
+    _check_places(output, options)
+    private = output / ".dataset"
+    try:
+        with _first_process_first():
+            files, train_set, eval_set = _open_data(options, private)
+            base = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=True)
+        return _run(options, base, Encoder(files), train_set, eval_set)
+    finally:
+        shutil.rmtree(private, ignore_errors=True)
+
+
+def _run(
+    options: TrainOptions,
+    base: Path,
+    encoder: Encoder,
+    train_set: ConvertedDataset,
+    eval_set: ConvertedDataset | None,
+) -> TrainResult:
+    output = Path(options.output)
+    resume = _prepare_output(output, options)
+    schedule = Schedule.of(len(train_set), _processes(), options)
+    model = _trainable_model(options, base)
+    trainer = ToolkitTrainer(options, schedule, model, Collator(encoder.pad_id), train_set, eval_set, resume)
+    done = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    final = output / FINAL
+    trainer.accelerator.wait_for_everyone()
+    if trainer.args.should_save:
+        export(base, output / f"checkpoint-{done.global_step}", final, options)
+        shutil.rmtree(output / WORK, ignore_errors=True)
+    say(
+        f"done: {done.global_step} steps; the result is in {final}",
+        f"完成：{done.global_step} 步；结果位于 {final}",
+    )
+    return TrainResult(final, done.global_step, done.training_loss, trainer.last_eval_loss)
+
+
+# --- before any weight is loaded -----------------------------------------------------------------------
+
+
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Refuse trackers that transformers does not know or that are not installed (rule 34).
+
+    Raises:
+        UsageError: a name is unknown, or `all` or `none` do not stand alone.
+        ToolkitError: a tracker's package is missing.
+    """
+    if not names:
+        return
+    from transformers.integrations import integration_utils
+
+    known = {*integration_utils.INTEGRATION_TO_CALLBACK, "all", "none"}
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            en, zh = (f"; did you mean {close[0]}?", f"；是否想写 {close[0]}？") if close else ("", "")
+            listed = ", ".join(sorted(known))
+            raise UsageError(
+                f"--report-to {name}: unknown tracker{en} (known: {listed})",
+                f"--report-to {name}：未知的平台{zh}（可用：{listed}）",
+            )
+    if len(names) > 1 and {"all", "none"} & set(names):
+        raise UsageError("--report-to: all and none stand alone", "--report-to：all 和 none 只能单独使用")
+    missing = set(names) - {"all", "none"} - set(integration_utils.get_available_reporting_integrations())
+    if missing:
+        listed = ", ".join(sorted(missing))
+        raise ToolkitError(
+            f"--report-to {listed}: not installed; pip install it, or leave it out",
+            f"--report-to {listed}：尚未安装；请先 pip install，或去掉该选项",
+        )
+
+
+def _check_places(output: Path, options: TrainOptions) -> None:
+    if output.is_file():
+        raise InputError(f"--output {output}: a file is there", f"--output {output}：该位置是一个文件")
+    if Path(options.model_name).is_dir():
+        check_apart(output, Path(options.model_name))
+    for option in ("train_dataset", "eval_dataset"):
+        value = getattr(options, option)
+        if value is None:
+            continue
+        if not Path(value).exists():
+            name = spelling(option)
+            raise InputError(f"{name} {value}: no such file or folder", f"{name} {value}：没有该文件或目录")
+        inside = Path(value).resolve()
+        if inside == output.resolve() or inside in output.resolve().parents:
+            check_apart(output, Path(value))
+
+
+def _open_data(
+    options: TrainOptions, private: Path
+) -> tuple[TextFiles, ConvertedDataset, ConvertedDataset | None]:
+    """The model's text side and both datasets; a CSV is converted into the run's private folder."""
+    folder = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=False)
+    files = read_text_files(folder)
+    _warn_ignored(options)
+    train_set = _open_set(options.train_dataset, options, files, private / "train")
+    if not len(train_set):
+        raise DatasetError(f"{options.train_dataset}: no rows", f"{options.train_dataset}：没有任何行")
+    if options.eval_dataset is None:
+        return files, train_set, None
+    return files, train_set, _open_set(options.eval_dataset, options, files, private / "eval")
+
+
+def _open_set(path: str, options: TrainOptions, files: TextFiles, private: Path) -> ConvertedDataset:
+    if Path(path).is_dir():
+        dataset = ConvertedDataset(Path(path))
+        dataset.record.check_model(files, path)
+        return dataset
+    if not private.exists():
+        manifest = read_rows(path, options, needs_prediction=True)
+        private.mkdir(parents=True)
+        convert_rows(manifest, private, Encoder(files), options)
+    return ConvertedDataset(private)
+
+
+def _warn_ignored(options: TrainOptions) -> None:
+    """Name conversion options that were given although all data are converted already (rule 24)."""
+    paths = [path for path in (options.train_dataset, options.eval_dataset) if path is not None]
+    if not all(Path(path).is_dir() for path in paths):
+        return
+    given = [
+        spelling(field.name)
+        for field in dataclasses.fields(ConversionOptions)
+        if field.name not in ("from_modelscope", "num_workers")
+        and getattr(options, field.name) != field.default
+    ]
+    if given:
+        names = ", ".join(given)
+        warn(f"the data are converted already: {names} ignored", f"数据已经转换：忽略 {names}")
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _first_process_first() -> AbstractContextManager[None]:
+    """With several processes, let the first do the work alone; the others find it done."""
+    if _processes() == 1:
+        return nullcontext()
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.cuda.is_available()).main_process_first()
+
+
+# --- the model and the run -----------------------------------------------------------------------------
+
+
+def _prepare_output(output: Path, options: TrainOptions) -> Path | None:
+    """Decide what is resumed, set the rest aside, and write the settings down."""
+    resume = to_resume(output, options.resume_from_checkpoint)
+    if int(os.environ.get("RANK", "0")):
+        return resume
+    output.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(output / WORK, ignore_errors=True)
+    if options.resume_from_checkpoint is True and resume is None:
+        warn(
+            f"no complete checkpoint in {output}: starting afresh",
+            f"{output} 中没有完整的检查点：从头开始训练",
+        )
+    if resume is None and (place := set_aside(output)):
+        say(f"what an earlier run left is now in {place}", f"先前训练的产物已移至 {place}")
+    (output / SETTINGS_FILE).write_text(to_yaml(options), encoding="utf-8")
+    return resume
+
+
+def _trainable_model(options: TrainOptions, base: Path) -> Any:
+    quiet_libraries()
+    set_seed(options.seed)
+    model = load_model(
+        base, dtype=choose_dtype(options.bf16), device=best_device(), quantization=options.quantization
+    )
+    name = str(base.resolve()) if Path(options.model_name).is_dir() else options.model_name
+    peft_model, counts = add_adapters(
+        model, options.train_target, rank=options.lora_rank, alpha=options.lora_alpha,
+        dropout=options.lora_dropout, base_name=name,
+    )  # fmt: skip
+    _say_counts(counts, tied=bool(model.config.tie_word_embeddings))
+    return peft_model
+
+
+def _say_counts(counts: list[TargetCount], *, tied: bool) -> None:
+    for count in counts:
+        say(
+            f"training {count.target}: {count.layers} layers, {count.parameters:,} parameters",
+            f"训练 {count.target}：{count.layers} 层，{count.parameters:,} 个参数",
+        )
+    if tied and {"embed_tokens", "lm_head"} & {count.target for count in counts}:
+        say(
+            "this model ties embed_tokens and lm_head: training one trains both",
+            "该模型的 embed_tokens 与 lm_head 共享权重：训练其一即同时训练两者",
+        )
+
+
+def _arguments(options: TrainOptions, schedule: Schedule) -> TrainingArguments:
+    on_gpu = torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(Path(options.output) / WORK),
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.eval_batch_size or options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        num_train_epochs=options.num_epochs,
+        max_steps=schedule.total,
+        learning_rate=options.lr,
+        warmup_steps=options.warmup_steps,
+        seed=options.seed,
+        bf16=choose_dtype(options.bf16) == torch.bfloat16,
+        use_cpu=not on_gpu,
+        activation_checkpointing=options.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        logging_steps=LOGGING_STEPS,
+        logging_first_step=True,
+        save_strategy="no",  # the schedule's callback says when
+        eval_strategy="no",
+        report_to=list(options.report_to) or "none",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        dataloader_num_workers=LOADER_WORKERS if on_gpu else 0,
+        dataloader_pin_memory=on_gpu,
+        ddp_find_unused_parameters=False,
+    )
+
+
+class ToolkitTrainer(Trainer):
+    """The HF Trainer with our schedule, our evaluation and whole checkpoints."""
+
+    def __init__(
+        self,
+        options: TrainOptions,
+        schedule: Schedule,
+        model: Any,
+        collator: Collator,
+        train_set: ConvertedDataset,
+        eval_set: ConvertedDataset | None,
+        resume: Path | None,
+    ) -> None:
+        super().__init__(
+            model=model, args=_arguments(options, schedule), data_collator=collator,
+            train_dataset=train_set, eval_dataset=eval_set, callbacks=[ScheduleCallback(schedule)],
+        )  # fmt: skip
+        self.remove_callback(PrinterCallback)
+        self._options, self._resumed = options, resume
+        self.control: Any
+        self.last_eval_loss: float | None = None
+
+    def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
+        """The loss over all supervised tokens of the evaluation set; memory does not grow with the set."""
+        started = time.monotonic()
+        loss, tokens = self._summed_eval_loss()
+        metrics = {
+            f"{metric_key_prefix}_loss": loss / max(tokens, 1),
+            f"{metric_key_prefix}_tokens": float(tokens),
+            f"{metric_key_prefix}_runtime": round(time.monotonic() - started, 3),
+        }
+        self.last_eval_loss = metrics[f"{metric_key_prefix}_loss"]
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @torch.no_grad()
+    def _summed_eval_loss(self) -> tuple[float, int]:
+        """Sum of token losses and number of tokens, over all processes; each takes every n-th row."""
+        rank, processes = self.args.process_index, self.args.world_size
+        assert self.eval_dataset is not None
+        mine = Subset(self.eval_dataset, range(rank, len(self.eval_dataset), processes))
+        loader = DataLoader(mine, self.args.eval_batch_size, collate_fn=self.data_collator)
+        was_training = self.model.training
+        self.model.eval()
+        sums = torch.zeros(2, dtype=torch.float64)
+        pending = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        every = self._options.eval_accumulation_steps
+        for step, batch in enumerate(loader, 1):
+            inputs = self._prepare_inputs(batch)
+            loss = self.model(**inputs, num_items_in_batch=1).loss
+            pending += torch.stack([loss.double(), (inputs["labels"][:, 1:] != IGNORE_INDEX).sum().double()])
+            if every is not None and step % every == 0:
+                sums, pending = sums + pending.cpu(), torch.zeros_like(pending)
+        self.model.train(was_training)
+        total = self.accelerator.reduce(pending + sums.to(pending.device), reduction="sum").cpu()
+        return float(total[0]), int(total[1])
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Save what is trained, and no pickle of the arguments."""
+        self.model.save_pretrained(output_dir, state_dict=state_dict)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write beside, then rename; delete the oldest."""
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            output = Path(self._options.output)
+            put_in_place(Path(self.args.output_dir), output)
+            delete_oldest(output, self._options.save_total_limit, self._resumed)
+        self.accelerator.wait_for_everyone()
+
+
+class ScheduleCallback(TrainerCallback):
+    """Says when to save and evaluate, and shows how far the run has come."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self._schedule = schedule
+        self._progress: Any = None
+        self._shown: Any = None
+        self._note = ""
+
+    def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+        """Open the progress bar; a resumed run begins where it stopped."""
+        self._progress = progress("training", "训练中", self._schedule.total)
+        self._shown = self._progress.__enter__()
+        self._shown.advance(state.global_step)
+
+    def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Ask for what is due after this step."""
+        self._shown.advance(1, self._note)
+        control.should_evaluate = state.global_step in self._schedule.evaluating
+        control.should_save = state.global_step in self._schedule.saving
+
+    def on_log(self, _args: Any, state: Any, _control: Any, logs: Any = None, **_: Any) -> None:
+        """Keep the loss for the bar, and say what an evaluation found."""
+        if logs and "loss" in logs:
+            self._note = f"loss {float(logs['loss']):.4f}"
+        if logs and "eval_loss" in logs:
+            loss, tokens = logs["eval_loss"], int(logs["eval_tokens"])
+            say(
+                f"evaluation at step {state.global_step}: loss {loss:.4f} over {tokens} tokens",
+                f"第 {state.global_step} 步评估：{tokens} 个词元的损失为 {loss:.4f}",
+            )
+
+    def on_train_end(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
+        """Close the progress bar."""
+        self._progress.__exit__(None, None, None)
