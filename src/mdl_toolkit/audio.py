@@ -59,11 +59,11 @@ def load(path: str | Path, *, allow_truncated: bool = False) -> Clip:
             NaN, infinity or no samples at all. The message does not name the file.
     """
     try:
-        # Opened by number: the decoders see no name, and so cannot go by the extension.
-        file = _File(io.FileIO(os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))))
+        plain = io.FileIO(path)
     except (OSError, ValueError) as problem:
         raise _unopened(problem) from problem
-    with file:
+    plain.name = ""  # without it, the decoders cannot go by the extension
+    with _File(plain) as file:
         return _load(file, allow_truncated)
 
 

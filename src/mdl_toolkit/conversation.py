@@ -8,11 +8,13 @@ be searched for afterwards.
 import json
 import re
 from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache
 from typing import Any, Literal
 
 import jinja2
 import jinja2.ext
+import jinja2.parser
 import jinja2.sandbox
 
 from mdl_toolkit.errors import ModelError
@@ -80,11 +82,13 @@ class ChatTemplate:
         source: Jinja text.
         end_of_turn: the token that closes an answer.
         marks: the audio tokens.
+        variables: what else the template may read, by name: the tokenizer's special tokens.
     """
 
     source: str
     end_of_turn: str = "<|im_end|>"
     marks: AudioMarks = AudioMarks()
+    variables: tuple[tuple[str, str], ...] = ()
 
     def segments(self, messages: tuple[Message, ...]) -> tuple[Segment, ...]:
         """Render a conversation.
@@ -121,23 +125,30 @@ def _skeleton(template: ChatTemplate, shape: _Shape) -> tuple[_Piece, ...]:
     """The pieces of every conversation of one shape; a template is rendered once per shape."""
     turns, words = _marked_turns(shape), sum(has_text for _, has_text, _ in shape)
     if shape[-1][0] != "assistant":
-        return tuple(_prompt_pieces(template, _render(template.source, turns, asking=True), words))
-    prompt = _render(template.source, turns[:-1], asking=True)
-    whole = _render(template.source, turns, asking=False)
-    answer = words - 1
-    _, mark, closing = whole.rpartition(_MARK.format(answer))
-    if not mark or not closing.startswith(template.end_of_turn):
+        return tuple(_prompt_pieces(template, _render(template, turns, asking=True), words))
+    prompt = _prompt_pieces(template, _render(template, turns[:-1], asking=True), words - 1)
+    rest = _after_answer(template, _render(template, turns, asking=False), words - 1)
+    return (
+        *prompt,
+        _Piece("answer", word=words - 1),
+        _Piece("answer", template.end_of_turn),
+        *([_Piece("prompt", rest)] if rest else []),
+    )
+
+
+def _after_answer(template: ChatTemplate, rendered: str, answer: int) -> str:
+    """What the template writes after an answer and the token that closes it."""
+    _, mark, after = rendered.partition(_MARK.format(answer))
+    if not mark or _MARKED.search(after):
+        raise _unfit(*_WORDS)
+    if template.marks.token in after:
+        raise _unfit(*_audio_words(template))
+    if not after.startswith(template.end_of_turn):
         raise _unfit(
             f"it does not close an answer with {template.end_of_turn}",
             f"未以 {template.end_of_turn} 结束回答",
         )
-    rest = closing[len(template.end_of_turn) :]
-    return (
-        *_prompt_pieces(template, prompt, answer),
-        _Piece("answer", word=answer),
-        _Piece("answer", template.end_of_turn),
-        *([_Piece("prompt", rest)] if rest else []),
-    )
+    return after[len(template.end_of_turn) :]
 
 
 def _marked_turns(shape: _Shape) -> list[dict[str, Any]]:
@@ -159,11 +170,9 @@ def _prompt_pieces(template: ChatTemplate, rendered: str, words: int) -> list[_P
         elif part:
             pieces += _audio_pieces(part, template.marks)
     if sorted(piece.word for piece in pieces if piece.word is not None) != list(range(words)):
-        raise _unfit("it repeats words of a message or leaves them out", "重复或遗漏了消息中的文字")
+        raise _unfit(*_WORDS)
     if sum(piece.kind == "audio" for piece in pieces) != 1:
-        raise _unfit(
-            f"it does not place {template.marks.token} exactly once", f"未恰好放置一次 {template.marks.token}"
-        )
+        raise _unfit(*_audio_words(template))
     return pieces
 
 
@@ -178,28 +187,67 @@ def _audio_pieces(text: str, marks: AudioMarks) -> list[_Piece]:
     return [*([_Piece("prompt", before)] if before else []), _Piece("audio", marks.token), *following]
 
 
-def _render(source: str, turns: list[dict[str, Any]], *, asking: bool) -> str:
+def _render(template: ChatTemplate, turns: list[dict[str, Any]], *, asking: bool) -> str:
+    variables = dict(template.variables)
     try:
-        return _compile(source).render(messages=turns, add_generation_prompt=asking, tools=None)
-    except jinja2.TemplateError as problem:
-        raise _unfit(str(problem), str(problem)) from problem
+        return _compile(template.source).render(
+            messages=turns, add_generation_prompt=asking, tools=None, documents=None, **variables
+        )
+    except Exception as problem:  # a template is a program, and may fail in every way that one can
+        reason = " ".join(str(problem).split()) or type(problem).__name__
+        raise _unfit(reason, reason) from problem
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}`, by which a template may say what is an answer: here its content, nothing else."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2's own declaration
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        """Read up to `{% endgeneration %}`."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)
 
 
 @lru_cache(maxsize=8)
 def _compile(source: str) -> jinja2.Template:
     """Compile in a sandbox, with what transformers offers a template (its `chat_template_utils`)."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(
-        value, ensure_ascii=False, indent=indent
-    )
+    environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = _now
     return environment.from_string(source)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _now(form: str) -> str:
+    return datetime.now().strftime(form)
 
 
 def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
+
+
+_WORDS = ("it repeats words of a message or leaves them out", "重复或遗漏了消息中的文字")
+
+
+def _audio_words(template: ChatTemplate) -> tuple[str, str]:
+    token = template.marks.token
+    return f"it does not place {token} exactly once", f"未恰好放置一次 {token}"
 
 
 def _unfit(en: str, zh: str) -> ModelError:

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,6 +40,9 @@ from mdl_toolkit.tokens import Encoder, Tokens
 
 FEW_ROWS = 64  # below this, starting processes costs more than they save
 MOST_WORKERS = 32
+CGROUP = Path("/sys/fs/cgroup")
+# Microseconds of CPU time per period of so many: version 2 and version 1 of cgroups.
+CPU_QUOTAS = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))
 
 
 def convert_dataset(options: ConvertOptions) -> ConvertedDataset:
@@ -49,9 +52,10 @@ def convert_dataset(options: ConvertOptions) -> ConvertedDataset:
         ToolkitError: bad rows (all of them in one message), a bad output folder, no model.
     """
     output = Path(options.output)
-    check_apart(output, Path(options.input))
-    check_output(output)
+    place = output.absolute()  # found again even if it was the current directory
+    _check_places(output, options)
     manifest = read_rows(options.input, options, needs_prediction=True)
+    _check_recordings(output, manifest)
     folder = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=False)
     with replacing(output) as work:
         record = convert_rows(manifest, work, Encoder(read_text_files(folder)), options)
@@ -62,7 +66,22 @@ def convert_dataset(options: ConvertOptions) -> ConvertedDataset:
         f"{output}：{record.rows} 行，{record.seconds / 3600:.2f} 小时，"
         f"{record.audio_tokens + record.text_tokens} 个词元",
     )
-    return ConvertedDataset(output)
+    return ConvertedDataset(place)
+
+
+def _check_places(output: Path, options: ConvertOptions) -> None:
+    check_output(output)
+    check_apart(output, Path(options.input))
+    if Path(options.model_name).is_dir():
+        check_apart(output, Path(options.model_name))
+
+
+def _check_recordings(output: Path, manifest: Manifest) -> None:
+    """Refuse an output with recordings in it: they would go with the dataset that it replaces."""
+    folders = {Path(row.audio).parent.resolve() for row in manifest.rows if not is_url(row.audio)}
+    for folder in sorted(folders):
+        if output.resolve() in (folder, *folder.parents):
+            check_apart(output, folder)
 
 
 def read_rows(
@@ -99,7 +118,8 @@ def convert_rows(
     """
     task = _Task(encoder, options.allow_truncated, with_answer)
     writer, tally = ShardWriter(folder), _Tally(encoder, options)
-    problems: list[RowProblem] = []
+    problems = [*manifest.problems]
+    _warn_early(manifest)
     with (
         _downloads(folder, options) as downloads,
         progress("converting", "转换中", len(manifest.rows)) as shown,
@@ -119,6 +139,16 @@ def convert_rows(
     writer.finish(record)
     tally.warn()
     return record
+
+
+def _warn_early(manifest: Manifest) -> None:
+    """Decoding takes long: who has bad rows already may not want to wait until the others are checked."""
+    if manifest.problems and len(manifest.rows) >= FEW_ROWS:
+        count = len(manifest.problems)
+        warn(
+            f"{count} rows cannot be used; checking the recordings of the others before all are reported",
+            f"{count} 行无法使用；将检查其余行的音频，然后一并报告",
+        )
 
 
 # --- one row -----------------------------------------------------------------------------------------
@@ -161,7 +191,7 @@ class _Task:
         try:
             clip = load(source.file, allow_truncated=self.allow_truncated)
         except AudioError as problem:
-            return RowProblem(row.line, "audio", row.audio_text, problem.text)
+            return RowProblem(row.line, "audio", row.shown, problem.text)
         audio = pack_audio(clip.samples)
         count = audio_token_count(audio.length)
         tokens = self.encoder.encode_row(row, count, with_answer=self.with_answer)
@@ -186,7 +216,7 @@ def _groups(
         try:
             file = str(downloads.path_of(row.audio)) if is_url(row.audio) else row.audio
         except AudioError as problem:
-            problems.append(RowProblem(row.line, "audio", row.audio_text, problem.text))
+            problems.append(RowProblem(row.line, "audio", row.shown, problem.text))
             continue
         group.append(_Source(row, file))
         if len(group) == size:
@@ -208,11 +238,17 @@ def default_workers() -> int:
 def available_cpus() -> int:
     """CPUs that this process may use: by affinity and by cgroup quota."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        return count if quota == "max" else max(1, min(count, int(quota) // int(period)))
-    except (OSError, ValueError):
-        return count
+    return max(1, min([count, *_granted()]))
+
+
+def _granted() -> Iterator[int]:
+    """CPUs that this container's cgroup grants, if there is a limit."""
+    for files in CPU_QUOTAS:
+        with suppress(OSError, ValueError):  # no such file, or the word `max`
+            text = " ".join((CGROUP / file).read_text(encoding="ascii") for file in files)
+            quota, period = map(int, text.split())
+            if quota > 0:
+                yield quota // period
 
 
 def _map(
@@ -288,8 +324,8 @@ class _Tally:
         """Say what a user should know of the recordings."""
         for row, text in self._truncated:
             warn(
-                f"line {row.line}: {row.audio_text}: {text.en}",
-                f"第 {row.line} 行：{row.audio_text}：{text.zh}",
+                f"line {row.line}: {row.shown}: {text.en}",
+                f"第 {row.line} 行：{row.shown}：{text.zh}",
             )
         if self._record.padded:
             warn(

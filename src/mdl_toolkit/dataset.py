@@ -5,12 +5,13 @@ is a memory map and a view: no list of numbers is ever made. Audio is 16 kHz mon
 """
 
 import bisect
+import hashlib
 import io
 import json
-import os
+import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,14 +23,16 @@ import soundfile
 from numpy.typing import NDArray
 
 from mdl_toolkit.audio import SAMPLE_RATE
-from mdl_toolkit.errors import DatasetError, InputError
+from mdl_toolkit.errors import DatasetError, InputError, ToolkitError
 from mdl_toolkit.loading import TextFiles
 from mdl_toolkit.tokens import Tokens
 
 RECORD_FILE = "mdl-toolkit.json"
 FORMAT = 1
 ROWS_PER_BATCH = 32
+BATCH_BYTES = 64 * 2**20  # of audio: an Arrow batch holds at most 2 GiB of it
 SHARD_BYTES = 256 * 2**20
+QUIETEST = -100  # smallest exponent of a scale: 32768 / scale must be a float32
 
 _FEATURES = {
     "input_ids": {"feature": {"dtype": "int32", "_type": "Value"}, "_type": "List"},
@@ -93,8 +96,8 @@ def pack_audio(waveform: NDArray[np.float32]) -> PackedAudio:
     The scale keeps loud clips (above full scale) from clipping and gives quiet ones at least 12 bits, so
     that rounding noise stays 77 dB below a clip's peak; 16-bit recordings at 16 kHz are kept exactly.
     """
-    scale = _scale(float(np.abs(waveform).max(initial=0.0)))
-    samples = np.clip(np.rint(waveform * (32768.0 / scale)), -32768, 32767).astype("<i2")
+    scale = _scale(waveform)
+    samples = np.rint(waveform * np.float32(32768.0 / scale)).astype("<i2")
     raw = samples.tobytes()
     buffer = io.BytesIO()
     soundfile.write(buffer, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
@@ -103,21 +106,31 @@ def pack_audio(waveform: NDArray[np.float32]) -> PackedAudio:
     return PackedAudio(flac if smaller else raw, "flac" if smaller else "pcm16", scale, len(samples))
 
 
-def _scale(peak: float) -> float:
-    if peak == 0.0:
-        return 1.0
-    _, exponent = np.frexp(np.float64(peak))  # 2**(exponent - 1) <= peak < 2**exponent
-    above_full_scale = exponent if peak > 1.0 else 0
-    too_quiet = min(int(exponent) + 3, 0)
-    return float(2.0 ** max(above_full_scale or too_quiet, -12))
+def _scale(waveform: NDArray[np.float32]) -> float:
+    """The power of two that stands for full scale."""
+    lowest, highest = float(waveform.min(initial=0.0)), float(waveform.max(initial=0.0))
+    exponent = int(np.frexp(max(-lowest, highest))[1])  # 2**(exponent - 1) <= peak < 2**exponent
+    scale = 2.0 ** max(min(exponent + 3, 0), QUIETEST)
+    while np.rint(highest * 32768.0 / scale) > 32767 or np.rint(lowest * 32768.0 / scale) < -32768:
+        scale *= 2.0
+    return scale
 
 
 def unpack_audio(packed: PackedAudio) -> NDArray[np.float32]:
-    """The waveform of `pack_audio`, `[samples]` float32."""
+    """The waveform of `pack_audio`, `[samples]` float32.
+
+    Raises:
+        ValueError: the bytes are damaged.
+    """
     if packed.format == "flac":
-        samples, _ = soundfile.read(io.BytesIO(packed.data), dtype="int16")
+        try:
+            samples, _ = soundfile.read(io.BytesIO(packed.data), dtype="int16")
+        except soundfile.SoundFileError as problem:
+            raise ValueError(str(problem)) from problem
     else:
         samples = np.frombuffer(packed.data, dtype="<i2")
+    if len(samples) != packed.length:
+        raise ValueError(f"{len(samples)} of {packed.length} samples")
     waveform: NDArray[np.float32] = samples.astype(np.float32)
     waveform *= np.float32(packed.scale / 32768.0)
     return waveform
@@ -180,13 +193,17 @@ class Record:
 
 
 class ShardWriter:
-    """Append samples; a new file is begun whenever one is full. Rows come out in the order they go in."""
+    """Append samples; a new file is begun whenever one is full. Rows come out in the order they go in.
+
+    Raises:
+        DatasetError: the disk does not take it.
+    """
 
     def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
         self._folder, self._shard_bytes = folder, shard_bytes
         self._files: list[Path] = []
         self._rows: list[dict[str, Any]] = []
-        self._bytes = 0
+        self._bytes = self._pending = 0  # of audio: in this shard, and in rows that are not written yet
         self._sink: pa.RecordBatchStreamWriter | None = None
 
     def append(self, tokens: Tokens, audio: PackedAudio) -> None:
@@ -198,31 +215,27 @@ class ShardWriter:
             }
         )  # fmt: skip
         self._bytes += len(audio.data)
-        if len(self._rows) == ROWS_PER_BATCH:
-            self._flush()
-        if self._bytes >= self._shard_bytes:
-            self._end_shard()
+        self._pending += len(audio.data)
+        with _writing(str(self._folder), DatasetError):
+            if len(self._rows) == ROWS_PER_BATCH or self._pending >= BATCH_BYTES:
+                self._flush()
+            if self._bytes >= self._shard_bytes:
+                self._end_shard()
 
     def finish(self, record: Record) -> None:
         """Name the shards and write what `datasets` and this toolkit need to open the folder."""
-        self._end_shard()
-        if not self._files:
-            self._open_shard()
+        with _writing(str(self._folder), DatasetError):
             self._end_shard()
-        names = []
-        for number, file in enumerate(self._files):
-            names.append(f"data-{number:05d}-of-{len(self._files):05d}.arrow")
-            file.rename(self._folder / names[-1])
-        state: dict[str, Any] = {
-            "_data_files": [{"filename": name} for name in names],
-            "_fingerprint": f"{record.tokenizer}{record.rows:x}",
-            "_format_columns": None, "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False, "_split": None,
-        }  # fmt: skip
-        _write_json(
-            self._folder / "dataset_info.json", {"citation": "", "description": "", "features": _FEATURES}
-        )
-        _write_json(self._folder / RECORD_FILE, asdict(record))
-        _write_json(self._folder / "state.json", state)
+            if not self._files:
+                self._open_shard()
+                self._end_shard()
+            names = [f"data-{i:05d}-of-{len(self._files):05d}.arrow" for i in range(len(self._files))]
+            for file, name in zip(self._files, names, strict=True):
+                file.rename(self._folder / name)
+            about = {"citation": "", "description": "", "features": _FEATURES}
+            _write_json(self._folder / "dataset_info.json", about)
+            _write_json(self._folder / RECORD_FILE, asdict(record))
+            _write_json(self._folder / "state.json", _state(names, record))
 
     def _open_shard(self) -> pa.RecordBatchStreamWriter:
         self._files.append(self._folder / f"data-{len(self._files):05d}.arrow")
@@ -233,7 +246,7 @@ class ShardWriter:
         if self._rows:
             sink = self._sink or self._open_shard()
             sink.write_batch(pa.RecordBatch.from_pylist(self._rows, schema=_SCHEMA))
-            self._rows = []
+            self._rows, self._pending = [], 0
 
     def _end_shard(self) -> None:
         self._flush()
@@ -246,25 +259,63 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def _state(names: list[str], record: Record) -> dict[str, Any]:
+    """What `datasets` wants to know of the files; by the fingerprint it names what it caches."""
+    canonical = json.dumps(asdict(record), sort_keys=True)
+    return {
+        "_data_files": [{"filename": name} for name in names],
+        "_fingerprint": hashlib.sha256(canonical.encode()).hexdigest()[:16],
+        "_format_columns": None, "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False,
+        "_split": None,
+    }  # fmt: skip
+
+
+@contextmanager
+def _writing(place: str, error: type[ToolkitError]) -> Iterator[None]:
+    try:
+        yield
+    except OSError as problem:
+        reason = problem.strerror or problem
+        raise error(f"{place}: cannot be written: {reason}", f"{place}：无法写入：{reason}") from problem
+
+
 @contextmanager
 def replacing(output: Path) -> Iterator[Path]:
     """Give a new folder to fill; it takes the output's place when all went well, and is removed if not.
 
     The previous content stays until then. Both names lie in one folder, so that putting in place is two
-    renames.
+    renames. A link is followed, and stays. What a killed process left behind is in nobody's way.
+
+    Raises:
+        InputError: the folder cannot be made or put in place.
     """
-    work = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    old = output.with_name(f".{output.name}.old-{os.getpid()}")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    work.mkdir()
+    target, mark = output.resolve(), secrets.token_hex(4)
+    work = target.with_name(f".{target.name}.partial-{mark}")
+    old = target.with_name(f".{target.name}.old-{mark}")
+    new_parents = [parent for parent in target.parents if not parent.exists()]
     try:
+        with _writing(f"--output {output}", InputError):
+            work.mkdir(parents=True)
         yield work
-        if output.exists():
-            output.rename(old)
-        work.rename(output)
+        with _writing(f"--output {output}", InputError):
+            _exchange(work, target, old)
     finally:
         shutil.rmtree(work, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+        with suppress(OSError):  # they are not empty if all went well
+            for parent in new_parents:
+                parent.rmdir()
+
+
+def _exchange(work: Path, target: Path, old: Path) -> None:
+    if target.exists():
+        target.rename(old)
+    try:
+        work.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
 
 
 def check_apart(output: Path, path: Path) -> None:
@@ -285,9 +336,15 @@ def check_output(output: Path) -> None:
     """Refuse an output folder that would swallow something else than a dataset (rule 18).
 
     Raises:
-        InputError: it is a file, or holds something else than a converted dataset.
+        InputError: it is no folder, holds something else than a converted dataset, or cannot be replaced.
     """
-    if output.is_file() or (output.is_dir() and any(output.iterdir()) and not is_converted(output)):
+    if output.is_mount():
+        raise InputError(
+            f"--output {output}: a mounted folder cannot be replaced; give a folder inside it",
+            f"--output {output}：挂载点无法被替换；请指定其中的子目录",
+        )
+    taken = any(output.iterdir()) and not is_converted(output) if output.is_dir() else output.exists()
+    if taken:
         raise InputError(
             f"--output {output}: something else than a converted dataset is there; choose another folder",
             f"--output {output}：该位置已有其他内容（不是转换后的数据集）；请选择其他目录",
@@ -300,6 +357,13 @@ def check_output(output: Path) -> None:
 def is_converted(path: Path) -> bool:
     """Tell whether a folder is a dataset that this toolkit converted."""
     return (path / RECORD_FILE).is_file() and (path / "state.json").is_file()
+
+
+def _read_record(file: Path) -> Record:
+    values = json.loads(file.read_text(encoding="utf-8"))
+    if values["format"] != FORMAT:
+        raise ValueError(f"format {values['format']}, this version reads {FORMAT}")
+    return Record(**values)
 
 
 @dataclass
@@ -320,12 +384,12 @@ class ConvertedDataset:
                 f"{self.folder}：不是 convert-dataset 输出的完整数据集；请重新转换",
             )
         try:
-            self.record = Record(**json.loads((self.folder / RECORD_FILE).read_text(encoding="utf-8")))
-            complete = self._starts[-1] == self.record.rows
-        except (OSError, ValueError, TypeError, KeyError, pa.ArrowInvalid) as problem:
+            self.record = _read_record(self.folder / RECORD_FILE)
+            rows = self._starts[-1]
+        except (OSError, ValueError, TypeError, KeyError, pa.ArrowException) as problem:
             raise self._damaged(str(problem)) from problem
-        if not complete or self.record.format != FORMAT:
-            raise self._damaged(f"{self._starts[-1]} rows, {self.record.rows} recorded")
+        if rows != self.record.rows:
+            raise self._damaged(f"{rows} rows, {self.record.rows} recorded")
 
     def __len__(self) -> int:
         return self.record.rows
@@ -338,7 +402,10 @@ class ConvertedDataset:
             column["audio_length"].as_py(),
         )  # fmt: skip
         ids, labels = (column[name].values.to_numpy() for name in ("input_ids", "labels"))
-        return Sample(ids, labels, unpack_audio(packed))
+        try:
+            return Sample(ids, labels, unpack_audio(packed))
+        except ValueError as problem:
+            raise self._damaged(f"row {index}: {problem}") from problem
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "record": self.record}

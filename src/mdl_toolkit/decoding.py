@@ -90,11 +90,12 @@ def _words(problem: object) -> str:
 
 def _average(channels: Floats) -> Floats:
     """Mono `[n]` of `[channels, n]`; added up one by one, so that every machine rounds alike."""
-    total = channels[0].copy()
+    total: Floats = channels[0].copy()
     with np.errstate(over="ignore", invalid="ignore"):  # infinity and NaN are found later
         for channel in channels[1:]:
             total += channel
-    return total / np.float32(len(channels)) if len(channels) > 1 else total
+    total /= np.float32(len(channels))
+    return total
 
 
 def _join(blocks: list[Floats]) -> Floats:
@@ -257,13 +258,19 @@ class _Reader:
 
 def _floats(frame: Any) -> Floats:
     """An FFmpeg frame as `[channels, n]` between -1 and 1."""
+    if frame.format.name.startswith("s64"):  # numpy arrays are not made of these
+        import av
+
+        (frame,) = av.AudioResampler("dblp").resample(frame)
     samples = frame.to_ndarray()  # [channels, n] if planar, else [1, n * channels]
     if not frame.format.is_planar:
         samples = samples.reshape(frame.samples, -1).T
+    floats: Floats = samples.astype(np.float32)
     if samples.dtype.kind == "u":
-        return (samples.astype(np.float32) - 128) / 128
-    scale = 2.0 ** (8 * samples.itemsize - 1) if samples.dtype.kind == "i" else 1.0
-    return samples.astype(np.float32) / np.float32(scale)
+        floats -= 128
+    if samples.dtype.kind in "iu":
+        floats /= np.float32(2 ** (8 * samples.itemsize - 1))
+    return floats
 
 
 def _promised_seconds(container: Any, stream: Any, packets: int) -> float:

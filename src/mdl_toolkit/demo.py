@@ -26,9 +26,11 @@ from mdl_toolkit.training import train
 
 PROMPT = "Which language is spoken?"
 EVAL_SHARE = 5  # every so many rows of each language of train.csv are held out to evaluate on
-SPECIALS = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>",
-)  # fmt: skip
+VOCABULARY = 512
+SPECIALS = {
+    "turn_token": "<|im_start|>", "audio_token": "<|AUDIO|>", "audio_bos_token": "<|audio_bos|>",
+    "audio_eos_token": "<|audio_eos|>",
+}  # fmt: skip
 CHAT_TEMPLATE = """\
 {% for message in messages %}<|im_start|>{{ message['role'] }}
 {% if message['content'] is string %}{{ message['content'] }}{% else %}\
@@ -75,7 +77,8 @@ def _report(references: list[str], guesses: list[str], answers: list[str]) -> tu
     table = confusion_table(references, answers)
     say(
         f"\nAccuracy on the {len(references)} test phrases: {before:.0%} before, {after:.0%} after training "
-        f"(guessing one of five languages: 20%).\nAnswers (columns) to phrases of each language (rows):\n{table}",
+        f"(one of five languages by chance: 20%).\n"
+        f"Answers (columns) to phrases of each language (rows):\n{table}",
         f"\n{len(references)} 条测试录音的准确率：训练前 {before:.0%}，训练后 {after:.0%}"
         f"（五种语言随机猜测为 20%）。\n各语言（行）的回答（列）：\n{table}",
     )
@@ -116,7 +119,7 @@ def _lay_out(phrases: Path, place: Path) -> None:
 def _check_inputs(place: Path) -> None:
     options = _convert_options(place)
     counts = [
-        len(read_rows(str(place / f"{name}.csv"), options, needs_prediction=True).rows)
+        len(read_rows(str(place / f"{name}.csv"), options, needs_prediction=True).checked().rows)
         for name in ("train", "eval", "test")
     ]
     say(
@@ -185,7 +188,7 @@ def make_tiny_model(folder: Path, phrases: Path, *, seed: int) -> None:
     from mdl_toolkit.model import MiDashengLMConfig, MiDashengLMModel, MiDashengLMProcessor
 
     folder.mkdir(parents=True)
-    tokenizer = _make_tokenizer(folder, phrases)
+    tokenizer = _make_tokenizer(phrases)
     torch.manual_seed(seed)
     model = MiDashengLMModel(MiDashengLMConfig(**_tiny_config(tokenizer)))
     # With rows as short as the usual initialisation's, the frozen head could never sound sure of a word.
@@ -214,24 +217,22 @@ def _tiny_config(tokenizer: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _make_tokenizer(folder: Path, phrases: Path) -> Any:
+def _make_tokenizer(phrases: Path) -> Any:
     """Learn a byte-level BPE of 512 entries from the transcripts, with Qwen2's own pre-tokenisation."""
-    from tokenizers import trainers
+    from tokenizers import pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
 
     texts = [*_column(phrases / "train.csv", "transcript"), "system user assistant", PROMPT]
     raw = Qwen2Tokenizer().backend_tokenizer
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    trainer = trainers.BpeTrainer(
-        vocab_size=512 - len(SPECIALS), show_progress=False, initial_alphabet=sorted(ByteLevel.alphabet())
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    size = VOCABULARY - len(SPECIALS) - 2  # and the two that are named below
+    raw.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=size, show_progress=False, initial_alphabet=alphabet)
     )
-    raw.train_from_iterator(texts, trainer)
     learnt = json.loads(raw.to_str())["model"]
-    vocabulary, merges = learnt["vocab"], [tuple(pair) for pair in learnt["merges"]]
     return Qwen2Tokenizer(
-        vocab=vocabulary, merges=merges, unk_token=None, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-        extra_special_tokens={"audio_token": "<|AUDIO|>", "audio_bos_token": "<|audio_bos|>"},
+        vocab=learnt["vocab"], merges=[tuple(pair) for pair in learnt["merges"]], unk_token=None,
+        eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=SPECIALS,
     )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from mdl_toolkit.loading import (
     choose_dtype,
     find_model,
     load_model,
+    quiet_peft,
     read_json,
     read_text_files,
 )
@@ -50,7 +51,9 @@ def infer(options: InferenceOptions) -> list[str]:
     manifest = read_rows(options.input, options, needs_prediction=False, allow_empty=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.work-") as place:
-        predictions = _answer_all(manifest, Path(place), options) if manifest.rows else []
+        predictions = (
+            _answer_all(manifest, Path(place), options) if manifest.rows or manifest.problems else []
+        )
     _write(output, manifest, predictions)
     settings = output.with_name(f"{output.name}.{SETTINGS_FILE}")
     settings.write_text(to_yaml(options), encoding="utf-8")
@@ -67,7 +70,9 @@ def _check_output(output: Path) -> None:
 
 
 def _answer_all(manifest: Manifest, place: Path, options: InferenceOptions) -> list[str]:
-    folder = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=False)
+    # Of a local folder everything is here to be checked at once; of a hub's, weights wait for the rows.
+    is_local = Path(options.model_name).is_dir()
+    folder = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=is_local)
     encoder = Encoder(read_text_files(folder))
     dataset_folder = place / "dataset"
     dataset_folder.mkdir()
@@ -90,7 +95,7 @@ def _check_lengths(manifest: Manifest, dataset: ConvertedDataset, max_length: in
         RowsError: with the length that each of them needs.
     """
     problems = [
-        RowProblem(row.line, "audio", row.audio_text, _too_long(int(length), max_length))
+        RowProblem(row.line, "audio", row.shown, _too_long(int(length), max_length))
         for row, length in zip(manifest.rows, dataset.positions, strict=True)
         if length >= max_length
     ]
@@ -124,7 +129,8 @@ def load_for_inference(name: str, *, from_modelscope: bool) -> Any:
     from peft import PeftModel
 
     model = load_model(base_folder, dtype=dtype, device=device)
-    return PeftModel.from_pretrained(model, folder, torch_device=str(device)).eval()
+    with quiet_peft():
+        return PeftModel.from_pretrained(model, folder, torch_device=str(device)).eval()
 
 
 def _batches(

@@ -46,7 +46,7 @@ def examine(file: BinaryIO) -> Finding:
         return _chunked(file, *_CHUNKED[head[:4]])
     if head[:16] == _W64:
         return _sized(_w64_promise(file))
-    if head[:4] == b".snd":
+    if head[:4] in (b".snd", b"dns."):
         return _sized(_au_promise(file, head))
     if head[:8] == b"NIST_1A\n":
         return _sized(_nist_promise(file))
@@ -144,9 +144,10 @@ def _w64_promise(file: BinaryIO) -> _Promise | None:
 
 
 def _au_promise(file: BinaryIO, head: bytes) -> _Promise | None:
-    """Of Sun/NeXT audio; the byte order is told by which reading of the offset is small."""
-    order = max("<>", key=lambda order: -struct.unpack(f"{order}I", head[4:8])[0])
-    offset, size = struct.unpack(f"{order}II", head[4:12])
+    """Of Sun/NeXT audio, whose magic word is reversed where all its numbers are."""
+    if len(head) < 12:
+        return None
+    offset, size = struct.unpack(">II" if head[:4] == b".snd" else "<II", head[4:12])
     file.seek(offset)
     return _promise(file, size)
 

@@ -9,7 +9,9 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
 MODEL_TYPE = "midashenglm"
 ADAPTER_CONFIG = "adapter_config.json"
 TEXT_FILES = ("*.json", "*.jinja", "*.txt")
+USUAL_TOKENS = {
+    "audio_token": "<|AUDIO|>", "audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>",
+    "pad_token": "<|endoftext|>",
+}  # fmt: skip
 WEIGHT_FILES = ("*.safetensors",)
 # What a checkpoint folder may hold beside weights: all of it travels along when a model is exported.
 ALL_FILES = (*TEXT_FILES, *WEIGHT_FILES, "*.py", "*.md", "LICENSE*", "NOTICE*")
@@ -123,7 +129,17 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelError: the file is missing or is not a JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(_read_text(path))
+    except ValueError as problem:
+        raise ModelError(f"{path}: {problem}", f"{path}：{problem}") from problem
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: expected a JSON object", f"{path}：应为 JSON 对象")
+    return value
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ModelError(
             f"{path.parent}: no {path.name} there, so it is not a model folder",
@@ -131,9 +147,6 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError) as problem:
         raise ModelError(f"{path}: {problem}", f"{path}：{problem}") from problem
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: expected a JSON object", f"{path}：应为 JSON 对象")
-    return value
 
 
 # --- the text side -----------------------------------------------------------------------------------
@@ -146,7 +159,8 @@ class TextFiles:
     Attributes:
         tokenizer: the content of `tokenizer.json`.
         chat_template: Jinja text.
-        specials: `audio_token`, `audio_bos_token`, `audio_eos_token`, `pad_token` by name.
+        specials: special tokens by name: `audio_token`, `audio_bos_token`, `audio_eos_token`, `pad_token`
+            always, others where there are any.
     """
 
     tokenizer: str
@@ -174,14 +188,11 @@ def read_text_files(folder: Path) -> TextFiles:
     config = read_json(folder / "tokenizer_config.json")
     processor = folder / "processor_config.json"
     config = {**config, **(read_json(processor) if processor.is_file() else {})}
-    names = {
-        "audio_token": "<|AUDIO|>",
-        "audio_bos_token": "<|audio_bos|>",
-        "audio_eos_token": "<|audio_eos|>",
+    named = {
+        name: token for name, value in config.items() if name.endswith("_token") and (token := _token(value))
     }
-    names["pad_token"] = "<|endoftext|>"
-    found = {name: _token(config.get(name)) or usual for name, usual in names.items()}
-    return TextFiles(_tokenizer_json(folder), _chat_template(folder, config), tuple(found.items()))
+    specials = {**USUAL_TOKENS, **named}
+    return TextFiles(_tokenizer_json(folder), _chat_template(folder, config), tuple(sorted(specials.items())))
 
 
 def _token(value: Any) -> str | None:
@@ -194,7 +205,7 @@ def _tokenizer_json(folder: Path) -> str:
     file = folder / "tokenizer.json"
     if file.is_file():
         read_json(file)
-        return file.read_text(encoding="utf-8")
+        return _read_text(file)
     from transformers import Qwen2Tokenizer
 
     try:
@@ -208,12 +219,13 @@ def _tokenizer_json(folder: Path) -> str:
 def _chat_template(folder: Path, config: dict[str, Any]) -> str:
     file, old = folder / "chat_template.jinja", folder / "chat_template.json"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        return _read_text(file)
     template = config.get("chat_template")
     if template is None and old.is_file():
         template = read_json(old).get("chat_template")
     if isinstance(template, list):
-        template = next((t["template"] for t in template if t.get("name") == "default"), None)
+        named = [each for each in template if isinstance(each, dict) and each.get("name") == "default"]
+        template = named[0].get("template") if named else None
     if not isinstance(template, str):
         raise ModelError(f"{folder}: no chat template", f"{folder}：没有对话模板")
     return template
@@ -253,7 +265,7 @@ def load_model(
         model = MiDashengLMModel.from_pretrained(folder, **options)
     except ToolkitError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError) as problem:
+    except Exception as problem:  # the libraries raise a dozen kinds; each means: it does not fit
         reason = " ".join(str(problem).split())
         raise ModelError(
             f"{folder}: cannot be loaded: {reason}", f"{folder}：无法加载：{reason}"
@@ -280,6 +292,17 @@ def best_device() -> "torch.device":
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Silence what PEFT says while it wraps a model and our users cannot change."""
+    with warnings.catch_warnings():
+        # PEFT 0.21 still asks transformers 5 by a name that goes in its version 6.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        # PEFT puts the folder the base was loaded from in the place of the base's name, and says so.
+        warnings.filterwarnings("ignore", message=".*base_model_name_or_path", category=UserWarning)
+        yield
 
 
 def quiet_libraries() -> None:

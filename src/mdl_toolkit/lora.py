@@ -4,7 +4,6 @@ encoder, projector and decoder are trained by LoRA; embed_tokens and lm_head as 
 """
 
 import re
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from mdl_toolkit.errors import ModelError
+from mdl_toolkit.loading import quiet_peft
 
 LORA_TARGETS = {
     "encoder": r"audio_encoder\.blocks\.\d+\.(?:attn\.(?:qkv|proj)|mlp\.fc[12])",
@@ -65,11 +65,7 @@ def add_adapters(
         target_modules=_pattern(targets), modules_to_save=full or None,
         ensure_weight_tying=tied and bool(full), base_model_name_or_path=base_name,
     )  # fmt: skip
-    with warnings.catch_warnings():
-        # PEFT 0.21 still asks transformers 5 by a name that goes in its version 6.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        # PEFT puts the folder the base was loaded from in the place of the base's name, and says so.
-        warnings.filterwarnings("ignore", message=".*base_model_name_or_path", category=UserWarning)
+    with quiet_peft():
         peft_model = get_peft_model(model, config, autocast_adapter_dtype=True)
     peft_model.peft_config["default"].base_model_name_or_path = base_name
     _raise_to_float32(peft_model)
@@ -85,8 +81,8 @@ def _pattern(targets: tuple[str, ...]) -> str:
 
 def _full_modules(targets: tuple[str, ...], tied: bool) -> list[str]:
     """Tied embeddings are one matrix: either word trains it, under the name of the input side."""
-    wanted = [target for target in FULL_TARGETS if target in targets]
-    return ["embed_tokens"] if wanted and tied else wanted
+    wanted = [module for target, module in FULL_TARGETS.items() if target in targets]
+    return [FULL_TARGETS["embed_tokens"]] if wanted and tied else wanted
 
 
 def _check_targets(model: nn.Module, targets: tuple[str, ...]) -> None:
@@ -111,7 +107,7 @@ def _count(model: nn.Module, target: str, tied: bool) -> TargetCount:
     if target in LORA_TARGETS:
         pattern = re.compile(rf".*?({LORA_TARGETS[target]})\.lora_[AB]\..*")
     else:
-        name = "decoder.model.embed_tokens" if tied else FULL_TARGETS[target]
+        name = FULL_TARGETS["embed_tokens" if tied else target]
         pattern = re.compile(rf".*?({re.escape(name)})\.modules_to_save\..*")
     found = [(match[1], p) for n, p in model.named_parameters() if (match := pattern.fullmatch(n))]
     return TargetCount(target, len({name for name, _ in found}), sum(p.numel() for _, p in found))

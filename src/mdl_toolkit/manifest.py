@@ -63,11 +63,30 @@ class Row:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A CSV that has been read: its columns in order, and its rows in order."""
+    """A CSV that has been read.
+
+    Attributes:
+        path: the file.
+        columns: its columns, in order.
+        rows: its usable rows, in order.
+        problems: what is wrong with the others. Who looks into the recordings adds to these, so that all
+            bad rows are reported together.
+    """
 
     path: Path
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
+    problems: tuple[RowProblem, ...] = ()
+
+    def checked(self) -> "Manifest":
+        """The manifest itself, if nothing is wrong with any row.
+
+        Raises:
+            RowsError: all rows that cannot be used.
+        """
+        if self.problems:
+            raise RowsError(str(self.path), self.problems)
+        return self
 
 
 @dataclass(frozen=True)
@@ -107,11 +126,13 @@ def read_manifest(
         allow_empty_prediction: an empty prediction is a prediction.
         allow_empty: no rows at all are accepted (inference).
 
+    Returns:
+        The usable rows, and the problems of the others: too many cells, a NUL byte, an empty cell, an audio
+        path that is not a file with something in it, an address that is not http or https.
+
     Raises:
         InputError: the file cannot be read, is not UTF-8 or no CSV; a column is missing or there twice;
             there is no row.
-        RowsError: all rows that cannot be used: too many cells, a NUL byte, an empty cell, an audio path
-            that is not a file with something in it, an address that is not http or https.
     """
     path = Path(path)
     lines = _lines(path, _text(path))
@@ -127,13 +148,11 @@ def read_manifest(
     fill_in = needs_prediction and not allow_empty_prediction
     reader = _Reader(columns, Defaults(base_dir, system_prompt, user_prompt), fill_in)
     rows = tuple(row for line in lines if (row := reader.read(line)))
-    if reader.problems:
-        raise RowsError(str(path), reader.problems)
-    if not rows and not allow_empty:
+    if not rows and not reader.problems and not allow_empty:
         raise _bad(
             path, "there is no row below the column names; add one", "列名之下没有任何数据行；请添加数据"
         )
-    return Manifest(path, columns, rows)
+    return Manifest(path, columns, rows, tuple(reader.problems))
 
 
 def is_url(audio: str) -> bool:

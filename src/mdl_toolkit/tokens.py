@@ -4,7 +4,6 @@ Labels cover the answer and the token that closes it, nothing else. Special toke
 are encoded as plain text.
 """
 
-import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,6 +38,9 @@ class Encoder:
     """Rows to tokens for one model's tokenizer and chat template."""
 
     files: TextFiles
+
+    def __reduce__(self) -> tuple[type["Encoder"], tuple[TextFiles]]:
+        return type(self), (self.files,)  # a pickled tokenizer forgets `encode_special_tokens`
 
     def encode_row(self, row: Row, audio_tokens: int, *, with_answer: bool) -> Tokens:
         """Tokens of a row whose recording becomes `audio_tokens` tokens."""
@@ -89,20 +91,25 @@ class Encoder:
         """The chat template."""
         names = self._specials
         marks = AudioMarks(names["audio_token"], names["audio_bos_token"], names["audio_eos_token"])
-        return ChatTemplate(self.files.chat_template, marks=marks)
+        return ChatTemplate(self.files.chat_template, marks=marks, variables=self.files.specials)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer with all its special tokens."""
-        return Tokenizer.from_str(self.files.tokenizer)
+        """The tokenizer; special tokens are plain text to it, `<tool_call>` and its like stay tokens.
 
-    @cached_property
-    def _plain(self) -> Tokenizer:
-        """The tokenizer to which special tokens are plain text; `<tool_call>` and its like stay tokens."""
-        state = json.loads(self.files.tokenizer)
-        state["added_tokens"] = [token for token in state["added_tokens"] if not token["special"]]
-        state["post_processor"] = state["truncation"] = state["padding"] = None
-        return Tokenizer.from_str(json.dumps(state))
+        Raises:
+            ModelError: `tokenizer.json` does not describe one.
+        """
+        try:
+            tokenizer = Tokenizer.from_str(self.files.tokenizer)
+        except Exception as problem:  # the only kind of error that this library raises
+            raise ModelError(
+                f"tokenizer.json cannot be used: {problem}", f"无法使用 tokenizer.json：{problem}"
+            ) from problem
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True
+        return tokenizer
 
     @cached_property
     def _specials(self) -> dict[str, str]:
@@ -110,9 +117,12 @@ class Encoder:
 
     @cached_property
     def _special_pattern(self) -> "re.Pattern[str]":
-        added = json.loads(self.files.tokenizer)["added_tokens"]
-        tokens = sorted((t["content"] for t in added if t["special"]), key=len, reverse=True)
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        tokens = sorted((token.content for token in added if token.special), key=len, reverse=True)
         return re.compile("(" + "|".join(map(re.escape, tokens)) + ")")
+
+    def _encode_text(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def _encode_run(self, segments: list[Segment], audio_tokens: int) -> list[int]:
         """Ids of segments that are all prompt (and audio) or all answer."""
@@ -120,12 +130,12 @@ class Encoder:
         text = ""
         for token, piece in self._pieces(segments):
             if token:
-                ids += self._plain.encode(text, add_special_tokens=False).ids
+                ids += self._encode_text(text)
                 ids += [self.id_of(token)] * (audio_tokens if piece == "audio" else 1)
                 text = ""
             else:
                 text += piece
-        return ids + self._plain.encode(text, add_special_tokens=False).ids
+        return ids + self._encode_text(text)
 
     def _pieces(self, segments: list[Segment]) -> list[tuple[str, str]]:
         """Pairs of a special token and `audio` or nothing, or of nothing and plain text."""

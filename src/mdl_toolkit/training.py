@@ -100,6 +100,7 @@ def train(options: TrainOptions) -> TrainResult:
     output = Path(options.output)
     _check_places(output, options)
     private = output / ".dataset"
+    is_new = not output.exists()
     try:
         with _first_process_first():
             files, train_set, eval_set = _open_data(options, private)
@@ -107,6 +108,8 @@ def train(options: TrainOptions) -> TrainResult:
         return _run(options, base, Encoder(files), train_set, eval_set)
     finally:
         shutil.rmtree(private, ignore_errors=True)
+        if is_new and output.is_dir() and not any(output.iterdir()):
+            output.rmdir()
 
 
 def _run(
@@ -190,7 +193,9 @@ def _open_data(
     options: TrainOptions, private: Path
 ) -> tuple[TextFiles, ConvertedDataset, ConvertedDataset | None]:
     """The model's text side and both datasets; a CSV is converted into the run's private folder."""
-    folder = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=False)
+    # Of a local folder everything is here to be checked at once; of a hub's, weights wait for the data.
+    is_local = Path(options.model_name).is_dir()
+    folder = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=is_local)
     files = read_text_files(folder)
     _warn_ignored(options)
     train_set = _open_set(options.train_dataset, options, files, private / "train")
@@ -380,7 +385,8 @@ class ToolkitTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Save what is trained, and no pickle of the arguments."""
-        self.model.save_pretrained(output_dir, state_dict=state_dict)
+        # Left to itself, PEFT asks the hub whether the vocabulary was changed.
+        self.model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write beside, then rename; delete the oldest."""

@@ -87,6 +87,8 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
     the right; `audio_length` `[clips]` in samples; clips in the order of their placeholders.
     """
 
+    _tied_weights_keys = {"decoder.lm_head.weight": "decoder.model.embed_tokens.weight"}  # noqa: RUF012
+
     def __init__(self, config: MiDashengLMConfig) -> None:
         super().__init__(config)
         audio, text = config.parts

@@ -1,0 +1,93 @@
+"""The demonstration: real learning on real recordings, for any seed, and nothing seen of the test phrases."""
+
+import csv
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from mdl_toolkit import demo
+from mdl_toolkit.cli import run
+from mdl_toolkit.evaluation import accuracy, confusion_table
+from mdl_toolkit.model import MiDashengLMModel
+from runs import files_below
+
+
+def column(path, name):
+    with path.open(encoding="utf-8", newline="") as file:
+        return [row[name] for row in csv.DictReader(file)]
+
+
+def in_own_process(folder, seed):
+    words = [sys.executable, "-m", "mdl_toolkit", "demo", "--output", str(folder), "--seed", str(seed)]
+    return subprocess.run(words, check=True, capture_output=True, text=True).stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_it_learns_from_scratch_to_at_least_80_percent(tmp_path, seed):
+    said = in_own_process(tmp_path / "demo", seed)
+    answers = column(tmp_path / "demo/after.csv", "prediction")
+    references = column(tmp_path / "demo/test.csv", "prediction")
+    right = sum(answer == reference for answer, reference in zip(answers, references, strict=True))
+    assert len(references) == 60
+    assert right / 60 >= 0.8
+    before = column(tmp_path / "demo/before.csv", "prediction")
+    assert sum(a == b for a, b in zip(before, references, strict=True)) / 60 <= 0.4
+    assert f"{right / 60:.0%} after training" in said
+    assert "Traceback" not in said
+    assert "arning" not in said
+
+
+def test_the_splits_share_no_recording(tmp_path):
+    demo._lay_out(tmp_path / "phrases", tmp_path)
+    files = {name: column(tmp_path / f"{name}.csv", "audio") for name in ("train", "eval", "test")}
+    assert [len(files[name]) for name in files] == [145, 35, 60]
+    for left, right in (("train", "eval"), ("train", "test"), ("eval", "test")):
+        assert not set(files[left]) & set(files[right])
+
+
+def test_the_tiny_model_is_a_model_like_any_other(tmp_path):
+    demo._lay_out(tmp_path / "phrases", tmp_path)
+    demo.make_tiny_model(tmp_path / "model", tmp_path / "phrases", seed=5)
+    model = MiDashengLMModel.from_pretrained(tmp_path / "model")
+    assert 400_000 < sum(parameter.numel() for parameter in model.parameters()) < 700_000
+    demo.make_tiny_model(tmp_path / "again", tmp_path / "phrases", seed=5)
+    assert files_below(tmp_path / "again") == files_below(tmp_path / "model")
+    for name in files_below(tmp_path / "again"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
+
+
+def test_the_commands_shown_can_be_typed(tmp_path, monkeypatch, capsys):
+    """Each command is shown as a user would type it; the words are those of the options used."""
+    used = []
+    for name in ("convert_dataset", "train", "infer"):
+        monkeypatch.setattr(demo, name, lambda options: used.append(options) or ["x"] * 60)
+    assert run(["demo", "--output", str(tmp_path / "demo")]) == 0
+    shown = [line[2:] for line in capsys.readouterr().err.split("\n") if line.startswith("$ ")]
+    assert [shlex.split(line)[:2] for line in shown] == [
+        ["mdl-toolkit", name] for name in ("convert-dataset", "inference", "train", "inference")
+    ]
+    again = []
+    for room, name in (("conversion", "convert_dataset"), ("training", "train"), ("inference", "infer")):
+        monkeypatch.setattr(f"mdl_toolkit.{room}.{name}", again.append)
+    assert [run(shlex.split(line)[1:]) for line in shown] == [0] * 4
+    assert again == used
+
+
+def test_another_folder_is_not_cleared_away(tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("precious")
+    assert run(["demo", "--output", str(tmp_path)]) == 1
+    assert "something else" in capsys.readouterr().err
+    assert files_below(tmp_path) == {"mine.txt"}
+
+
+def test_accuracy_and_confusion():
+    references, predictions = ["a", "b", "b", "c"], ["a", "c", "b ", "nonsense"]
+    assert accuracy(references, predictions) == 0.5
+    assert confusion_table(["a", "b", "b"], ["a", "c", "b"]).split() == [
+        "a", "b", "?", "a", "1", "·", "·", "b", "·", "1", "1",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="shorter"):
+        accuracy(["a"], [])
