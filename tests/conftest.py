@@ -11,6 +11,7 @@ os.environ.update(
     HF_HUB_DISABLE_TELEMETRY="1",
     TOKENIZERS_PARALLELISM="false",
     CUDA_VISIBLE_DEVICES="",
+    OMP_NUM_THREADS="1",  # the models here are so small that threads only wait for each other
 )
 for _name in ("LANGUAGE", "LC_ALL", "LC_MESSAGES"):
     os.environ.pop(_name, None)

@@ -3,6 +3,7 @@
 Importing this package imports nothing heavy; each name below brings its room along when first used.
 """
 
+import logging
 from importlib import import_module
 
 __version__ = "0.2.0.dev0"
@@ -18,6 +19,10 @@ _ROOM_OF = {
 }
 
 __all__ = ["__version__", *_ROOM_OF]
+
+# bitsandbytes says on import that it did not find kernels of the hub; it works without them. It comes along
+# with transformers' Trainer, so this must be said before anything else is imported.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> object:

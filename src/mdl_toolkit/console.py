@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from mdl_toolkit.language import Text
 
@@ -34,76 +34,76 @@ def warn(en: str, zh: str) -> None:
     say(f"warning: {en}", f"警告：{zh}")
 
 
-@dataclass
-class Progress:
-    """How far a piece of work has come; `advance` is called after each part of it."""
-
-    title: Text
-    total: int
-    done: int = 0
-    started: float = field(default_factory=time.monotonic)
-    _last: float = field(default_factory=time.monotonic)
+class Progress(Protocol):
+    """How far a piece of work has come."""
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Count parts as done and, now and then, say so."""
-        self.done += count
+        """Count parts as done; a note, such as the loss, stays until the next one."""
+
+
+class _Lines:
+    """Plain lines, not more than one in ten seconds."""
+
+    def __init__(self, title: Text, total: int) -> None:
+        self._title, self._total = title, total
+        self._done, self._note = 0, ""
+        self._started = self._last = time.monotonic()
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        self._done, self._note = self._done + count, note or self._note
         now = time.monotonic()
         if now - self._last >= PLAIN_INTERVAL:
             self._last = now
-            self._write(note)
+            self._write(now - self._started)
 
-    def close(self) -> None:
-        """Leave the last state on the screen."""
-
-    def _write(self, note: str) -> None:
-        left = _clock((time.monotonic() - self.started) / max(self.done, 1) * (self.total - self.done))
-        more = f", {note}" if note else ""
+    def _write(self, elapsed: float) -> None:
+        left = _clock(elapsed / max(self._done, 1) * (self._total - self._done))
+        more = f", {self._note}" if self._note else ""
         say(
-            f"{self.title.en}: {self.done}/{self.total}{more}, {left} left",
-            f"{self.title.zh}：{self.done}/{self.total}{more}，剩余 {left}",
+            f"{self._title.en}: {self._done}/{self._total}{more}, {left} left",
+            f"{self._title.zh}：{self._done}/{self._total}{more}，剩余 {left}",
         )
-
-
-class _Bar(Progress):
-    """The same in a terminal, drawn by rich."""
-
-    def __post_init__(self) -> None:
-        from rich import progress
-        from rich.console import Console
-
-        self._bar = progress.Progress(
-            progress.TextColumn("{task.description}"),
-            progress.BarColumn(),
-            progress.MofNCompleteColumn(),
-            progress.TextColumn("{task.fields[note]}"),
-            progress.TimeElapsedColumn(),
-            progress.TimeRemainingColumn(),
-            console=Console(stderr=True),
-        )
-        self._task = self._bar.add_task(str(self.title), total=self.total, note="")
-        self._bar.start()
-
-    def advance(self, count: int = 1, note: str = "") -> None:
-        self.done += count
-        self._bar.advance(self._task, count)
-        if note:
-            self._bar.update(self._task, note=note)
-
-    def close(self) -> None:
-        self._bar.stop()
 
 
 @contextmanager
-def progress(en: str, zh: str, total: int, *, quiet: bool = False) -> Iterator[Progress]:
-    """Show progress over `total` parts; a bar in a terminal, lines elsewhere, nothing when `quiet`."""
-    fancy = sys.stderr.isatty() and not quiet and is_first_process()
-    shown = (_Bar if fancy else Progress)(Text(en, zh), total)
-    if quiet:
-        shown._last = float("inf")
-    try:
-        yield shown
-    finally:
-        shown.close()
+def progress(en: str, zh: str, total: int) -> Iterator[Progress]:
+    """Show progress over `total` parts: a bar in a terminal, lines elsewhere."""
+    title = Text(en, zh)
+    if sys.stderr.isatty() and is_first_process():
+        with _bar(title, total) as bar:
+            yield bar
+    else:
+        yield _Lines(title, total)
+
+
+@contextmanager
+def _bar(title: Text, total: int) -> Iterator[Progress]:
+    from rich import progress as rich_progress
+    from rich.console import Console
+
+    columns = (
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TextColumn("{task.fields[note]}"),
+        rich_progress.TimeElapsedColumn(),
+        rich_progress.TimeRemainingColumn(),
+    )
+    with rich_progress.Progress(*columns, console=Console(stderr=True)) as shown:
+        task = shown.add_task(str(title), total=total, note="")
+        yield _Bar(shown, task)
+
+
+class _Bar:
+    """A task of rich's."""
+
+    def __init__(self, shown: Any, task: Any) -> None:
+        self._shown, self._task = shown, task
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        self._shown.advance(self._task, count)
+        if note:
+            self._shown.update(self._task, note=note)
 
 
 def _clock(seconds: float) -> str:

@@ -7,7 +7,6 @@ run, no pickle is read.
 import hashlib
 import importlib.util
 import json
-import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -307,9 +306,7 @@ def quiet_peft() -> Iterator[None]:
 
 def quiet_libraries() -> None:
     """Keep the libraries below from drawing their own bars and from advice that is not for our users."""
-    from transformers.utils import logging as transformers_logging
+    from transformers.utils import logging
 
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    # bitsandbytes says on import that it did not find kernels of the hub, which it does not need.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()

@@ -113,6 +113,14 @@ def _words_of(field: "dataclasses.Field[Any]", value: Any) -> list[str]:
     name = spelling(field.name)
     words: list[str] = []
     for item in value if isinstance(value, tuple) else (value,):
-        shown = "null" if item is None else str(item).lower() if isinstance(item, bool) else str(item)
+        shown = _word_of(item)
         words += [f"{name}={shown}"] if shown.startswith("-") else [name, shown]
     return words
+
+
+def _word_of(item: Any) -> str:
+    if item is None:
+        return "null"
+    if isinstance(item, bool):
+        return str(item).lower()
+    return str(item).removesuffix(".0") if isinstance(item, float) else str(item)

@@ -21,7 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from mdl_toolkit.batching import Collator
 from mdl_toolkit.checkpoints import FINAL, WORK, delete_oldest, due_steps, put_in_place, set_aside, to_resume
-from mdl_toolkit.console import progress, say, warn
+from mdl_toolkit.console import Progress, progress, say, warn
 from mdl_toolkit.conversion import convert_rows, read_rows
 from mdl_toolkit.dataset import ConvertedDataset, check_apart
 from mdl_toolkit.errors import DatasetError, InputError, ToolkitError, UsageError
@@ -123,8 +123,11 @@ def _run(
     resume = _prepare_output(output, options)
     schedule = Schedule.of(len(train_set), _processes(), options)
     model = _trainable_model(options, base)
-    trainer = ToolkitTrainer(options, schedule, model, Collator(encoder.pad_id), train_set, eval_set, resume)
-    done = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    with progress("training", "训练中", schedule.total) as shown:
+        callback = ScheduleCallback(schedule, shown)
+        collator = Collator(encoder.pad_id)
+        trainer = ToolkitTrainer(options, schedule, callback, model, collator, train_set, eval_set, resume)
+        done = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     final = output / FINAL
     trainer.accelerator.wait_for_everyone()
     if trainer.args.should_save:
@@ -332,6 +335,7 @@ class ToolkitTrainer(Trainer):
         self,
         options: TrainOptions,
         schedule: Schedule,
+        callback: "ScheduleCallback",
         model: Any,
         collator: Collator,
         train_set: ConvertedDataset,
@@ -340,7 +344,7 @@ class ToolkitTrainer(Trainer):
     ) -> None:
         super().__init__(
             model=model, args=_arguments(options, schedule), data_collator=collator,
-            train_dataset=train_set, eval_dataset=eval_set, callbacks=[ScheduleCallback(schedule)],
+            train_dataset=train_set, eval_dataset=eval_set, callbacks=[callback],
         )  # fmt: skip
         self.remove_callback(PrinterCallback)
         self._options, self._resumed = options, resume
@@ -402,16 +406,12 @@ class ToolkitTrainer(Trainer):
 class ScheduleCallback(TrainerCallback):
     """Says when to save and evaluate, and shows how far the run has come."""
 
-    def __init__(self, schedule: Schedule) -> None:
-        self._schedule = schedule
-        self._progress: Any = None
-        self._shown: Any = None
+    def __init__(self, schedule: Schedule, shown: Progress) -> None:
+        self._schedule, self._shown = schedule, shown
         self._note = ""
 
     def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
-        """Open the progress bar; a resumed run begins where it stopped."""
-        self._progress = progress("training", "训练中", self._schedule.total)
-        self._shown = self._progress.__enter__()
+        """A resumed run begins where it stopped."""
         self._shown.advance(state.global_step)
 
     def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -430,7 +430,3 @@ class ScheduleCallback(TrainerCallback):
                 f"evaluation at step {state.global_step}: loss {loss:.4f} over {tokens} tokens",
                 f"第 {state.global_step} 步评估：{tokens} 个词元的损失为 {loss:.4f}",
             )
-
-    def on_train_end(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
-        """Close the progress bar."""
-        self._progress.__exit__(None, None, None)
