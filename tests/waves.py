@@ -1,4 +1,4 @@
-"""The waveforms of the golden numbers, made by the recipe in `shared/model/facts.md`, and a batch of them."""
+"""The waveforms of the golden numbers, and a batch of them."""
 
 import numpy as np
 
