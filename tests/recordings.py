@@ -115,7 +115,8 @@ FFMPEG = [
     ("asf", "wmav1", 44_100),  # wma
     ("asf", "wmav2", 44_100),
     ("wav", "wmav2", 44_100),
-    ("amr", "libopencore_amrnb", 8_000),
+    # PyAV 19 still reads AMR but cannot write it any more.
+    *([("amr", "libopencore_amrnb", 8_000)] if "libopencore_amrnb" in av.codecs_available else []),
     ("ac3", "ac3", 48_000),
     ("eac3", "eac3", 48_000),
     ("wv", "wavpack", 44_100),

@@ -155,14 +155,19 @@ def _sndfile_missing(sound: Any, count: int, problem: Any) -> Text | None:
 # --- FFmpeg ----------------------------------------------------------------------------------------------
 
 
+def _any_tags(version: str) -> dict[str, str]:
+    """Tags may be in any encoding: PyAV 19 takes them as they are, older ones must be told to."""
+    return {"metadata_errors": "replace"} if int(version.partition(".")[0]) < 19 else {}
+
+
 def _ffmpeg(file: BinaryIO, refused: Any) -> Decoded:
     """Decode with FFmpeg what libsndfile refused, with the error `refused`, or would read only in part."""
     import av
 
     file.seek(0)
     try:
-        # The file stands for itself alone: a playlist in it opens nothing else. Tags may be in any encoding.
-        container = av.open(file, metadata_errors="replace", options={"protocol_whitelist": "none"})
+        # The file stands for itself alone: a playlist in it opens nothing else.
+        container = av.open(file, options={"protocol_whitelist": "none"}, **_any_tags(av.__version__))
     except (av.FFmpegError, OSError, ValueError, LookupError) as error:
         raise _no_recording(file, refused) from error
     with container:
