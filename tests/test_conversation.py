@@ -170,7 +170,8 @@ GENERATION = chatml(
 )
 ASKS_FOR_A_THOUGHT = chatml(ask="<|im_start|>assistant\n<think>\n")
 OFFERED = chatml(
-    head="{% set ns = namespace(seen=0) %}{{ {'b': '<é>', 'a': [1]} | tojson(separators=(',', ':'), sort_keys=true) }}"
+    head="{% set ns = namespace(seen=0) %}"
+    "{{ {'b': '<é>', 'a': [1]} | tojson(separators=(',', ':'), sort_keys=true) }}"
     "{{ strftime_now('%Y') }}{{ [1, 'ü'] | tojson(indent=1) }}{{ 'é' | tojson(ensure_ascii=true) }}"
     "{% for i in range(9) %}{% if i == 1 %}{% continue %}{% elif i == 3 %}{% break %}{% endif %}"
     "{% set ns.seen = ns.seen + 1 %}{% endfor %}{{ ns.seen }}"
@@ -290,7 +291,7 @@ UNFIT = {
     "places one more after the answer": (chatml(tail=f"{IN_TRAINING}<|AUDIO|>{{% endif %}}"), PLACES),
     "does not close the answer": (chatml(close="\n"), CLOSES),
     "closes it with something else": (chatml(close="</s>"), CLOSES),
-    "closes it too late": (chatml(close="\n<|im_end|>"), CLOSES),
+    "closes it too late": (chatml(close=" <|im_end|>"), CLOSES),
     "is empty": ("", DROPS),
     "refuses": (chatml(head="{{ raise_exception('no system\nprompt') }}"), "no system prompt"),
     "is no Jinja": (chatml(head="{% if %}"), "Expected an expression, got 'end of statement block'"),
@@ -335,8 +336,8 @@ def test_our_own_reasons_are_translated(reason):
         "{{{{ cycler.__init__.__globals__.os.system('touch {marker}') }}}}",
         "{{{{ lipsum.__globals__['os'].system('touch {marker}') }}}}",
         "{{{{ ''.__class__.__mro__[1].__subclasses__() }}}}",
-        "{{{{ (''|attr('__class__'))|attr('__mro__') | list }}}}",
-        "{{{{ '{{0.__class__.__init__}}'.format(messages) }}}}",
+        "{{{{ (''|attr('__class__'))|attr('mro') }}}}{{{{ (''|attr('__class__')).mro() }}}}",
+        "{{{{ '{{0.__class__}}'.format(messages)[0].upper() }}}}",
         "{{{{ ['{{0.__class__}}'.format] | map('call', 'x') | list }}}}",
         "{{{{ raise_exception.__globals__['json'] }}}}",
         "{{{{ strftime_now.__globals__['jinja2'] }}}}",

@@ -43,7 +43,7 @@ def test_it_learns_from_scratch_to_at_least_80_percent(tmp_path, seed):
 def test_the_splits_share_no_recording(tmp_path):
     demo._lay_out(tmp_path / "phrases", tmp_path)
     files = {name: column(tmp_path / f"{name}.csv", "audio") for name in ("train", "eval", "test")}
-    assert [len(files[name]) for name in files] == [145, 35, 60]
+    assert [len(files[name]) for name in files] == [160, 20, 60]
     for left, right in (("train", "eval"), ("train", "test"), ("eval", "test")):
         assert not set(files[left]) & set(files[right])
 

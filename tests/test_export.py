@@ -102,6 +102,7 @@ def test_shards_names_dtypes_and_metadata_are_the_bases(golden, tmp_path):
     merge(base, make_adapter(golden / "checkpoints/A-small", tmp_path / "adapter"), output)
     assert layout(output) == layout(base)
     assert files_below(output) == files_below(base)
+    assert {f.stat().st_mode for f in output.iterdir()} == {f.stat().st_mode for f in base.iterdir()}
     unchanged = files_below(base) - {file.name for file in base.glob("*.safetensors")}
     assert all((output / file).read_bytes() == (base / file).read_bytes() for file in unchanged)
     MiDashengLMModel.from_pretrained(output)

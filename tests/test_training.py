@@ -297,6 +297,35 @@ def test_resume_true_with_nothing_to_resume_warns(model, tmp_path, capsys):
     assert "starting afresh" in capsys.readouterr().err
 
 
+def test_a_finished_run_can_be_given_back(model, tmp_path, capsys):
+    csv = make_csv(tmp_path, 4)
+    done = train(train_options(csv, model, tmp_path / "run"))
+    checkpoint = tmp_path / "run/checkpoint-1"
+    again = train(train_options(csv, model, tmp_path / "again", resume_from_checkpoint=str(checkpoint)))
+    assert "nothing was left to train" in capsys.readouterr().err
+    expected, got = weights(done.final), weights(again.final)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_what_a_killed_run_converted_is_not_used(model, tmp_path):
+    """The private dataset of another CSV is there, as after kill -9."""
+    output, csv = tmp_path / "run", make_csv(tmp_path / "new", 8)
+    convert(make_csv(tmp_path / "old", 4, seed=70), model, output / training.PRIVATE / "train")
+    left = weights(train(train_options(csv, model, output)).final)
+    clean = weights(train(train_options(csv, model, tmp_path / "clean")).final)
+    assert all(torch.equal(left[name], clean[name]) for name in left)
+    assert not (output / training.PRIVATE).exists()
+
+
+def test_out_of_memory_is_explained(model, tmp_path, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    monkeypatch.setattr(training.ToolkitTrainer, "training_step", fail)
+    with pytest.raises(ModelError, match="ran out of memory; try a smaller --batch-size"):
+        train(train_options(make_csv(tmp_path, 4), model, tmp_path / "run"))
+
+
 # --- dtype and quantisation -----------------------------------------------------------------------------
 
 

@@ -6,14 +6,14 @@ processes. All bad rows are reported together, and then nothing is left behind.
 
 import multiprocessing
 import os
+import signal
 import tempfile
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
+from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any
 
 from mdl_toolkit import __version__
 from mdl_toolkit.audio import SAMPLE_RATE, load
@@ -40,6 +40,7 @@ from mdl_toolkit.tokens import Encoder, Tokens
 
 FEW_ROWS = 64  # below this, starting processes costs more than they save
 MOST_WORKERS = 32
+GROUPS_AHEAD = 4  # per worker, under way or waiting for an earlier one
 CGROUP = Path("/sys/fs/cgroup")
 # Microseconds of CPU time per period of so many: version 2 and version 1 of cgroups.
 CPU_QUOTAS = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))
@@ -125,14 +126,15 @@ def convert_rows(
         progress("converting", "转换中", len(manifest.rows)) as shown,
     ):
         groups = _groups(manifest.rows, downloads, options.tokenizing_batch_size, problems)
-        for results in _map(task, groups, _workers(options, len(manifest.rows))):
-            for result in results:
-                if isinstance(result, RowProblem):
-                    problems.append(result)
-                elif not problems:
-                    writer.append(result.tokens, result.audio)
-                    tally.add(result)
-            shown.advance(len(results))
+        with closing(_map(task, groups, _workers(options, len(manifest.rows)))) as mapped:
+            for results in mapped:
+                for result in results:
+                    if isinstance(result, RowProblem):
+                        problems.append(result)
+                    elif not problems:
+                        writer.append(result.tokens, result.audio)
+                        tally.add(result)
+                shown.advance(len(results))
     if problems:
         raise RowsError(str(manifest.path), problems)
     record = tally.record()
@@ -175,6 +177,9 @@ class _Converted:
     truncated: Text | None
 
 
+_Results = list[_Converted | RowProblem]
+
+
 @dataclass(frozen=True)
 class _Task:
     """What a worker process does to each group of rows."""
@@ -183,7 +188,7 @@ class _Task:
     allow_truncated: bool
     with_answer: bool
 
-    def __call__(self, group: list[_Source]) -> list[_Converted | RowProblem]:
+    def __call__(self, group: list[_Source]) -> _Results:
         return [self._convert(source) for source in group]
 
     def _convert(self, source: _Source) -> _Converted | RowProblem:
@@ -251,43 +256,94 @@ def _granted() -> Iterator[int]:
                 yield quota // period
 
 
-def _map(
-    task: _Task, groups: Iterator[list[_Source]], workers: int
-) -> Iterator[list[_Converted | RowProblem]]:
-    """Results in the order of the groups; only a few groups per worker are under way at once."""
+def _map(task: _Task, groups: Iterator[list[_Source]], workers: int) -> Generator[_Results, None, None]:
+    """Results in the order of the groups."""
     if workers == 1:
         yield from map(task, groups)
         return
-    context = multiprocessing.get_context("spawn")
-    waiting: deque[Future[list[_Converted | RowProblem]]] = deque()
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(task,)) as pool:
-        try:
-            for group in groups:
-                waiting.append(pool.submit(_run, group))
-                if len(waiting) > 4 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except BrokenProcessPool as problem:
-            raise DatasetError(
-                "a worker process was ended by the system (out of memory?); try a smaller --num-workers",
-                "工作进程被系统终止（内存不足？）；请减小 --num-workers",
-            ) from problem
-        finally:
-            pool.shutdown(cancel_futures=True)
+    pool = _Pool(task, workers)
+    try:
+        yield from pool.map(groups)
+    finally:
+        pool.close()
 
 
-_task: _Task | None = None
+class _Pool:
+    """Worker processes, each at a pipe of its own.
+
+    When a process is killed its pipe ends, even in the middle of an answer. (With the shared queue of
+    `ProcessPoolExecutor` the parent would then wait for the other half for ever.)
+    """
+
+    def __init__(self, task: _Task, count: int) -> None:
+        context = multiprocessing.get_context("spawn")  # forked children of a process with threads may hang
+        self._pipes: list[Any] = []
+        self._processes: list[Any] = []
+        for _ in range(count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(task, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def map(self, groups: Iterator[list[_Source]]) -> Iterator[_Results]:
+        """Results in the order of the groups; only a few groups per worker are under way at once.
+
+        Raises:
+            DatasetError: a worker process died.
+        """
+        numbered, most = enumerate(groups), GROUPS_AHEAD * len(self._pipes)
+        idle, busy, done = [*self._pipes], dict[Any, int](), dict[int, _Results]()
+        wanted = 0
+        while True:
+            while idle and len(busy) + len(done) < most and (job := next(numbered, None)):
+                pipe = idle.pop()
+                busy[pipe], group = job
+                _through(pipe.send, group)
+            if wanted in done:
+                yield done.pop(wanted)
+                wanted += 1
+            elif busy:
+                ready: list[Any] = wait([*busy])
+                for pipe in ready:
+                    done[busy.pop(pipe)] = _through(pipe.recv)
+                    idle.append(pipe)
+            else:
+                return
+
+    def close(self) -> None:
+        """End all processes, whatever they are at."""
+        for pipe, process in zip(self._pipes, self._processes, strict=True):
+            pipe.close()
+            process.terminate()
+            process.join()
 
 
-def _start(task: _Task) -> None:
-    global _task  # noqa: PLW0603, RUF100 - one task per worker process, set once when it starts
-    _task = task
+def _through(use_pipe: Callable[..., Any], *words: Any) -> Any:
+    try:
+        answer = use_pipe(*words)
+    except (EOFError, OSError) as problem:
+        raise DatasetError(
+            "a worker process was ended by the system (out of memory?); try a smaller --num-workers",
+            "工作进程被系统终止（内存不足？）；请减小 --num-workers",
+        ) from problem
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
-def _run(group: list[_Source]) -> list[_Converted | RowProblem]:
-    assert _task is not None
-    return _task(group)
+def _serve(task: _Task, pipe: Any) -> None:
+    """What a worker process does, until the parent closes the pipe or is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends this process
+    with suppress(EOFError, OSError):
+        while True:
+            group = pipe.recv()
+            try:
+                answer: _Results | Exception = task(group)
+            except Exception as problem:  # noqa: BLE001 - the parent raises it
+                answer = problem
+            pipe.send(answer)
 
 
 class _Tally:

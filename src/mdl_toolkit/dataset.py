@@ -338,7 +338,7 @@ def check_output(output: Path) -> None:
     Raises:
         InputError: it is no folder, holds something else than a converted dataset, or cannot be replaced.
     """
-    if output.is_mount():
+    if output.resolve().is_mount():
         raise InputError(
             f"--output {output}: a mounted folder cannot be replaced; give a folder inside it",
             f"--output {output}：挂载点无法被替换；请指定其中的子目录",

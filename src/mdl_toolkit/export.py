@@ -158,6 +158,7 @@ def _merge_shard(source: Path, target: Path, changes: Changes) -> set[str]:
     ):
         tensors[_HEAD] = tensors[_EMBEDDING].clone()
     save_file(tensors, target, metadata=metadata)
+    shutil.copymode(source, target)  # safetensors lets nobody but the owner read
     return changed
 
 

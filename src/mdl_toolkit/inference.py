@@ -25,6 +25,7 @@ from mdl_toolkit.loading import (
     ADAPTER_CONFIG,
     best_device,
     choose_dtype,
+    explaining_memory,
     find_model,
     load_model,
     quiet_peft,
@@ -79,9 +80,9 @@ def _answer_all(manifest: Manifest, place: Path, options: InferenceOptions) -> l
     convert_rows(manifest, dataset_folder, encoder, options, with_answer=False)
     dataset = ConvertedDataset(dataset_folder)
     _check_lengths(manifest, dataset, options.max_length)
-    model = load_for_inference(options.model_name, from_modelscope=options.from_modelscope)
     predictions: list[str] = []
-    with progress("answering", "推理中", len(dataset)) as shown:
+    with explaining_memory("--batch-size"), progress("answering", "推理中", len(dataset)) as shown:
+        model = load_for_inference(options.model_name, from_modelscope=options.from_modelscope)
         for answers in _batches(model, encoder, dataset, options):
             predictions += answers
             shown.advance(len(answers))

@@ -205,13 +205,20 @@ def _tokenizer_json(folder: Path) -> str:
     if file.is_file():
         read_json(file)
         return _read_text(file)
+    for older in ("vocab.json", "merges.txt"):
+        if not (folder / older).is_file():  # transformers would make an empty tokenizer
+            raise ModelError(
+                f"{folder}: no tokenizer (neither tokenizer.json nor {older})",
+                f"{folder}：没有分词器（既无 tokenizer.json，也无 {older}）",
+            )
     from transformers import Qwen2Tokenizer
 
     try:
         return str(Qwen2Tokenizer.from_pretrained(folder).backend_tokenizer.to_str())
-    except (OSError, ValueError, TypeError) as problem:
+    except Exception as problem:  # whatever a broken file makes the library raise
+        reason = " ".join(str(problem).split())
         raise ModelError(
-            f"{folder}: no tokenizer ({problem})", f"{folder}：没有分词器（{problem}）"
+            f"{folder}: no tokenizer ({reason})", f"{folder}：没有分词器（{reason}）"
         ) from problem
 
 
@@ -291,6 +298,26 @@ def best_device() -> "torch.device":
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
+
+
+@contextmanager
+def explaining_memory(remedy: str) -> Iterator[None]:
+    """Turn CUDA's out-of-memory error into one for the user.
+
+    Args:
+        remedy: options, in the words that follow "a smaller".
+
+    Raises:
+        ModelError: the GPU has not enough memory.
+    """
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as problem:
+        raise ModelError(
+            f"the GPU ran out of memory; try a smaller {remedy}", f"显存不足；请尝试减小或调整：{remedy}"
+        ) from problem
 
 
 @contextmanager

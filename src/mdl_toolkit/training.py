@@ -21,7 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from mdl_toolkit.batching import Collator
 from mdl_toolkit.checkpoints import FINAL, WORK, delete_oldest, due_steps, put_in_place, set_aside, to_resume
-from mdl_toolkit.console import Progress, progress, say, warn
+from mdl_toolkit.console import Progress, is_first_process, progress, say, warn
 from mdl_toolkit.conversion import convert_rows, read_rows
 from mdl_toolkit.dataset import ConvertedDataset, check_apart
 from mdl_toolkit.errors import DatasetError, InputError, ToolkitError, UsageError
@@ -30,6 +30,7 @@ from mdl_toolkit.loading import (
     TextFiles,
     best_device,
     choose_dtype,
+    explaining_memory,
     find_model,
     load_model,
     need,
@@ -41,6 +42,7 @@ from mdl_toolkit.options import ConversionOptions, TrainOptions, spelling
 from mdl_toolkit.settings import SETTINGS_FILE, to_yaml
 from mdl_toolkit.tokens import IGNORE_INDEX, Encoder
 
+PRIVATE = ".dataset"  # in the output folder, while a run lasts: what its CSVs were converted to
 LOGGING_STEPS = 10
 LOADER_WORKERS = 4  # on a GPU; on a CPU decoding a clip is nothing beside a step
 
@@ -99,15 +101,21 @@ def train(options: TrainOptions) -> TrainResult:
         need("bitsandbytes", "quantization", "--quantization")
     output = Path(options.output)
     _check_places(output, options)
-    private = output / ".dataset"
+    private = output / PRIVATE
     is_new = not output.exists()
     try:
         with _first_process_first():
+            if is_first_process():
+                shutil.rmtree(
+                    private, ignore_errors=True
+                )  # of a run that was killed, perhaps with other data
             files, train_set, eval_set = _open_data(options, private)
             base = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=True)
-        return _run(options, base, Encoder(files), train_set, eval_set)
+        with explaining_memory("--batch-size, more --gradient-accumulation-steps, or --quantization 4bit"):
+            return _run(options, base, Encoder(files), train_set, eval_set)
     finally:
-        shutil.rmtree(private, ignore_errors=True)
+        if is_first_process():
+            shutil.rmtree(private, ignore_errors=True)
         if is_new and output.is_dir() and not any(output.iterdir()):
             output.rmdir()
 
@@ -131,13 +139,25 @@ def _run(
     final = output / FINAL
     trainer.accelerator.wait_for_everyone()
     if trainer.args.should_save:
-        export(base, output / f"checkpoint-{done.global_step}", final, options)
+        export(base, _last_checkpoint(output, done.global_step, resume), final, options)
         shutil.rmtree(output / WORK, ignore_errors=True)
     say(
         f"done: {done.global_step} steps; the result is in {final}",
         f"完成：{done.global_step} 步；结果位于 {final}",
     )
     return TrainResult(final, done.global_step, done.training_loss, trainer.last_eval_loss)
+
+
+def _last_checkpoint(output: Path, step: int, resume: Path | None) -> Path:
+    """The one that the run left; a run that was finished already left none, and its result is made again."""
+    left = output / f"checkpoint-{step}"
+    if left.is_dir() or resume is None:
+        return left
+    warn(
+        f"{resume} is the end of its run: nothing was left to train, its result is written again",
+        f"{resume} 已是训练的终点：没有需要继续训练的步骤，仅重新输出结果",
+    )
+    return resume
 
 
 # --- before any weight is loaded -----------------------------------------------------------------------
@@ -256,7 +276,7 @@ def _first_process_first() -> AbstractContextManager[None]:
 def _prepare_output(output: Path, options: TrainOptions) -> Path | None:
     """Decide what is resumed, set the rest aside, and write the settings down."""
     resume = to_resume(output, options.resume_from_checkpoint)
-    if int(os.environ.get("RANK", "0")):
+    if not is_first_process():
         return resume
     output.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(output / WORK, ignore_errors=True)

@@ -1,0 +1,34 @@
+"""`python -m benchmarks [NAME ...]`: run all benchmarks, or those named, and print one table."""
+
+import importlib
+import os
+import sys
+
+import torch
+
+from benchmarks import Figure
+
+NAMES = ("startup", "conversion", "encoder", "loss")
+
+
+def main(names: list[str]) -> int:
+    """Run benchmarks by name; each is a module with a function `figures`."""
+    unknown = [name for name in names if name not in NAMES]
+    if unknown:
+        sys.stderr.write(f"no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}\n")
+        return 2
+    torch.set_num_threads(1)  # one thread is disturbed least by whatever else runs
+    print(f"{os.cpu_count()} CPUs, one thread, no GPU used; torch {torch.__version__}\n")
+    print("| what | ours | the other way | ratio |\n| --- | --- | --- | --- |")
+    for name in names or NAMES:
+        for figure in importlib.import_module(f"benchmarks.{name}").figures():
+            print(_line(figure), flush=True)
+    return 0
+
+
+def _line(figure: Figure) -> str:
+    return f"| {figure.what} | {figure.ours} | {figure.other} | {figure.ratio:.2f} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
