@@ -199,7 +199,7 @@ SPELLINGS: dict[str, tuple[Accepted, list[str]]] = {
     "--from-modelscope": (YES_NO, NO_BOOLEANS),
     "--tokenizing-batch-size": (COUNTS, NO_COUNTS),
     "--num-workers": (COUNTS_OR_NULL, NO_COUNTS_NOR_NULL),
-    "--system-prompt": (TEXTS, []),
+    "--system-prompt": (TEXTS, ["\udce4"]),
     "--user-prompt": (TEXTS, []),
     "--base-dir": (PATHS_OR_NULL, [""]),
     "--allow-empty-prediction": (YES_NO, NO_BOOLEANS),

@@ -107,6 +107,13 @@ def _text(value: Any) -> str:
     return value
 
 
+def _prompt(value: Any) -> str:
+    text = _text(value)
+    if any("\ud800" <= character <= "\udfff" for character in text):  # bytes that Python could not decode
+        raise refuse("expected a text in UTF-8", "应为 UTF-8 编码的文本")
+    return text
+
+
 def _path(value: Any) -> str:
     text = _text(str(value) if isinstance(value, Path) else value)
     if not text:
@@ -175,7 +182,7 @@ def _targets(value: Any) -> tuple[str, ...]:
 
 
 BOOLEAN = Kind("true|false", _boolean, takes=is_boolean_word)
-TEXT = Kind("TEXT", _text)
+TEXT = Kind("TEXT", _prompt)
 PATH = Kind("PATH", _path)
 NAME = Kind("NAME|PATH", _path)
 CADENCE = Kind("N|FRACTION", _cadence)
