@@ -15,15 +15,16 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from mdl_toolkit import training
+from mdl_toolkit import trainer, training
 from mdl_toolkit.batching import Collator
 from mdl_toolkit.conversion import convert_dataset
 from mdl_toolkit.dataset import ConvertedDataset
 from mdl_toolkit.errors import DatasetError, InputError, ModelError, ToolkitError, UsageError
 from mdl_toolkit.loading import load_model, quiet_peft
-from mdl_toolkit.options import ConvertOptions
+from mdl_toolkit.options import ConvertOptions, TrainOptions
 from mdl_toolkit.settings import read_settings
-from mdl_toolkit.training import Schedule, TrainOptions, train
+from mdl_toolkit.trainer import Schedule
+from mdl_toolkit.training import train
 from runs import ANSWERS, copy_checkpoint, files_below, make_csv, make_rows, train_options, write_csv
 
 ALL = ("encoder", "projector", "decoder", "embed_tokens", "lm_head")
@@ -33,7 +34,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def every_step(monkeypatch):
     """Log every step, so that curves can be compared."""
-    monkeypatch.setattr(training, "LOGGING_STEPS", 1)
+    monkeypatch.setattr(trainer, "LOGGING_STEPS", 1)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Options to Trainer to result; the only room that knows `TrainingArguments`.
+"""Options to Trainer to result: what is checked and prepared before, and what is written after.
 
 The loss of an optimizer step is the mean over all supervised tokens of its effective batch, however that is
 split into batches, accumulation steps and processes.
@@ -6,22 +6,19 @@ split into batches, accumulation steps and processes.
 
 import dataclasses
 import difflib
-import math
 import os
 import shutil
-import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Subset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import set_seed
 
 from mdl_toolkit.batching import Collator
-from mdl_toolkit.checkpoints import FINAL, WORK, delete_oldest, due_steps, put_in_place, set_aside, to_resume
-from mdl_toolkit.console import Progress, is_first_process, progress, say, warn
+from mdl_toolkit.checkpoints import FINAL, WORK, set_aside, to_resume
+from mdl_toolkit.console import is_first_process, progress, say, warn
 from mdl_toolkit.conversion import convert_rows, read_rows
 from mdl_toolkit.dataset import ConvertedDataset, check_apart
 from mdl_toolkit.errors import DatasetError, InputError, ToolkitError, UsageError
@@ -40,11 +37,10 @@ from mdl_toolkit.loading import (
 from mdl_toolkit.lora import TargetCount, add_adapters
 from mdl_toolkit.options import ConversionOptions, TrainOptions, spelling
 from mdl_toolkit.settings import SETTINGS_FILE, to_yaml
-from mdl_toolkit.tokens import IGNORE_INDEX, Encoder
+from mdl_toolkit.tokens import Encoder
+from mdl_toolkit.trainer import Schedule, ScheduleCallback, ToolkitTrainer
 
 PRIVATE = ".dataset"  # in the output folder, while a run lasts: what its CSVs were converted to
-LOGGING_STEPS = 10
-LOADER_WORKERS = 4  # on a GPU; on a CPU decoding a clip is nothing beside a step
 
 
 @dataclass(frozen=True)
@@ -62,32 +58,6 @@ class TrainResult:
     steps: int
     train_loss: float
     eval_loss: float | None
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Optimizer steps of a run.
-
-    Attributes:
-        per_epoch: in a whole epoch; partial batches and windows count.
-        total: of the run; at least 1.
-        saving: after which a checkpoint is due.
-        evaluating: after which an evaluation is due.
-    """
-
-    per_epoch: int
-    total: int
-    saving: frozenset[int]
-    evaluating: frozenset[int]
-
-    @staticmethod
-    def of(rows: int, processes: int, options: TrainOptions) -> "Schedule":
-        """Plan a run over `rows` samples."""
-        batches = math.ceil(rows / (options.batch_size * processes))
-        per_epoch = math.ceil(batches / options.gradient_accumulation_steps)
-        total = max(1, math.ceil(options.num_epochs * per_epoch - 1e-9))
-        evaluating = due_steps(options.eval_steps, per_epoch, total) if options.eval_dataset else frozenset()
-        return Schedule(per_epoch, total, due_steps(options.save_steps, per_epoch, total), evaluating)
 
 
 def train(options: TrainOptions) -> TrainResult:
@@ -317,136 +287,3 @@ def _say_counts(counts: list[TargetCount], *, tied: bool) -> None:
             "this model ties embed_tokens and lm_head: training one trains both",
             "该模型的 embed_tokens 与 lm_head 共享权重：训练其一即同时训练两者",
         )
-
-
-def _arguments(options: TrainOptions, schedule: Schedule) -> TrainingArguments:
-    on_gpu = torch.cuda.is_available()
-    return TrainingArguments(
-        output_dir=str(Path(options.output) / WORK),
-        per_device_train_batch_size=options.batch_size,
-        per_device_eval_batch_size=options.eval_batch_size or options.batch_size,
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
-        num_train_epochs=options.num_epochs,
-        max_steps=schedule.total,
-        learning_rate=options.lr,
-        warmup_steps=options.warmup_steps,
-        seed=options.seed,
-        bf16=choose_dtype(options.bf16) == torch.bfloat16,
-        use_cpu=not on_gpu,
-        activation_checkpointing=options.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False},
-        logging_steps=LOGGING_STEPS,
-        logging_first_step=True,
-        save_strategy="no",  # the schedule's callback says when
-        eval_strategy="no",
-        report_to=list(options.report_to) or "none",
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        dataloader_num_workers=LOADER_WORKERS if on_gpu else 0,
-        dataloader_pin_memory=on_gpu,
-        ddp_find_unused_parameters=False,
-    )
-
-
-class ToolkitTrainer(Trainer):
-    """The HF Trainer with our schedule, our evaluation and whole checkpoints."""
-
-    def __init__(
-        self,
-        options: TrainOptions,
-        schedule: Schedule,
-        callback: "ScheduleCallback",
-        model: Any,
-        collator: Collator,
-        train_set: ConvertedDataset,
-        eval_set: ConvertedDataset | None,
-        resume: Path | None,
-    ) -> None:
-        super().__init__(
-            model=model, args=_arguments(options, schedule), data_collator=collator,
-            train_dataset=train_set, eval_dataset=eval_set, callbacks=[callback],
-        )  # fmt: skip
-        self.remove_callback(PrinterCallback)
-        self._options, self._resumed = options, resume
-        self.control: Any
-        self.last_eval_loss: float | None = None
-
-    def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
-        """The loss over all supervised tokens of the evaluation set; memory does not grow with the set."""
-        started = time.monotonic()
-        loss, tokens = self._summed_eval_loss()
-        metrics = {
-            f"{metric_key_prefix}_loss": loss / max(tokens, 1),
-            f"{metric_key_prefix}_tokens": float(tokens),
-            f"{metric_key_prefix}_runtime": round(time.monotonic() - started, 3),
-        }
-        self.last_eval_loss = metrics[f"{metric_key_prefix}_loss"]
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    @torch.no_grad()
-    def _summed_eval_loss(self) -> tuple[float, int]:
-        """Sum of token losses and number of tokens, over all processes; each takes every n-th row."""
-        rank, processes = self.args.process_index, self.args.world_size
-        assert self.eval_dataset is not None
-        mine = Subset(self.eval_dataset, range(rank, len(self.eval_dataset), processes))
-        loader = DataLoader(mine, self.args.eval_batch_size, collate_fn=self.data_collator)
-        was_training = self.model.training
-        self.model.eval()
-        sums = torch.zeros(2, dtype=torch.float64)
-        pending = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        every = self._options.eval_accumulation_steps
-        for step, batch in enumerate(loader, 1):
-            inputs = self._prepare_inputs(batch)
-            loss = self.model(**inputs, num_items_in_batch=1).loss
-            pending += torch.stack([loss.double(), (inputs["labels"][:, 1:] != IGNORE_INDEX).sum().double()])
-            if every is not None and step % every == 0:
-                sums, pending = sums + pending.cpu(), torch.zeros_like(pending)
-        self.model.train(was_training)
-        total = self.accelerator.reduce(pending + sums.to(pending.device), reduction="sum").cpu()
-        return float(total[0]), int(total[1])
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Save what is trained, and no pickle of the arguments."""
-        # Left to itself, PEFT asks the hub whether the vocabulary was changed.
-        self.model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write beside, then rename; delete the oldest."""
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            output = Path(self._options.output)
-            put_in_place(Path(self.args.output_dir), output)
-            delete_oldest(output, self._options.save_total_limit, self._resumed)
-        self.accelerator.wait_for_everyone()
-
-
-class ScheduleCallback(TrainerCallback):
-    """Says when to save and evaluate, and shows how far the run has come."""
-
-    def __init__(self, schedule: Schedule, shown: Progress) -> None:
-        self._schedule, self._shown = schedule, shown
-        self._note = ""
-
-    def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
-        """A resumed run begins where it stopped."""
-        self._shown.advance(state.global_step)
-
-    def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Ask for what is due after this step."""
-        self._shown.advance(1, self._note)
-        control.should_evaluate = state.global_step in self._schedule.evaluating
-        control.should_save = state.global_step in self._schedule.saving
-
-    def on_log(self, _args: Any, state: Any, _control: Any, logs: Any = None, **_: Any) -> None:
-        """Keep the loss for the bar, and say what an evaluation found."""
-        if logs and "loss" in logs:
-            self._note = f"loss {float(logs['loss']):.4f}"
-        if logs and "eval_loss" in logs:
-            loss, tokens = logs["eval_loss"], int(logs["eval_tokens"])
-            say(
-                f"evaluation at step {state.global_step}: loss {loss:.4f} over {tokens} tokens",
-                f"第 {state.global_step} 步评估：{tokens} 个词元的损失为 {loss:.4f}",
-            )
