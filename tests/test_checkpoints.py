@@ -58,6 +58,7 @@ def test_a_fresh_start_moves_what_is_there_and_deletes_nothing(tmp_path):
     (tmp_path / "final").mkdir()
     (tmp_path / "final" / "config.json").write_text("{}")
     (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "mdl-toolkit.yaml").write_text("lr: 1")
     before = files_below(tmp_path)
     assert set_aside(tmp_path) == tmp_path / "previous-1"
     assert files_below(tmp_path) == {

@@ -76,11 +76,17 @@ def test_the_commands_shown_can_be_typed(tmp_path, monkeypatch, capsys):
     assert again == used
 
 
-def test_another_folder_is_not_cleared_away(tmp_path, capsys):
-    (tmp_path / "mine.txt").write_text("precious")
+@pytest.mark.parametrize("mine", ["mine.txt", "model/config.json"])
+@pytest.mark.parametrize("marked", [False, True])
+def test_another_folder_is_not_cleared_away(tmp_path, capsys, mine, marked):
+    (tmp_path / "model").mkdir()
+    (tmp_path / mine).write_text("precious")
+    if marked and mine == "mine.txt":
+        (tmp_path / demo.MARK).touch()
+    before = files_below(tmp_path)
     assert run(["demo", "--output", str(tmp_path)]) == 1
     assert "something else" in capsys.readouterr().err
-    assert files_below(tmp_path) == {"mine.txt"}
+    assert files_below(tmp_path) == before
 
 
 def test_accuracy_and_confusion():

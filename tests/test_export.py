@@ -117,8 +117,8 @@ def test_remote_code_files_and_auto_map_travel_along(golden, tmp_path):
     assert "auto_map" in json.loads((output / "config.json").read_text())
 
 
-@pytest.mark.parametrize("with_head", [False, True])
-def test_tied_embeddings_stay_tied(golden, tmp_path, with_head):
+@pytest.mark.parametrize(("with_head", "shards"), [(False, 1), (True, 1), (True, 3), (False, 3)])
+def test_tied_embeddings_stay_tied(golden, tmp_path, with_head, shards):
     base = copy_checkpoint(golden, "B-small-tied", tmp_path)
     embedding, head = "decoder.model.embed_tokens.weight", "decoder.lm_head.weight"
     if with_head:
@@ -129,6 +129,8 @@ def test_tied_embeddings_stay_tied(golden, tmp_path, with_head):
             metadata={"format": "pt"},
         )
     adapter = make_adapter(base, tmp_path / "adapter", ("lm_head",))
+    if shards > 1:
+        reshard(base, shards)
     (output := tmp_path / "merged").mkdir()
     merge(base, adapter, output)
     after = tensors_of(output)

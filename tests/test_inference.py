@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from safetensors.torch import load_file, save_file
 
 from mdl_toolkit import inference
 from mdl_toolkit.errors import InputError, ModelError, RowsError
@@ -189,4 +190,23 @@ def test_an_adapter_whose_base_is_gone(model, tmp_path, monkeypatch):
 
 def test_bf16_base_is_answered_in_float32_on_a_cpu(model, tmp_path):
     MiDashengLMModel.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(model)
+    loaded = inference.load_for_inference(str(model), from_modelscope=False)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
     assert len(infer(options(make_csv(tmp_path, 2), model, tmp_path / "out.csv"))) == 2
+
+
+def test_an_adapter_that_cannot_be_used_is_named(model, tmp_path):
+    source = make_csv(tmp_path, 2)
+    final = train(train_options(source, model, tmp_path / "run", merge_lora=False)).final
+    state = load_file(final / "adapter_model.safetensors")
+    save_file(
+        {name: tensor[:1].clone() for name, tensor in state.items()}, final / "adapter_model.safetensors"
+    )
+    with pytest.raises(ModelError, match="does not fit its base") as caught:
+        infer(options(source, final, tmp_path / "out.csv"))
+    assert len(str(caught.value)) < 600
+    (final / "adapter_model.safetensors").unlink()
+    torch.save(state, final / "adapter_model.bin")  # a pickle: never read
+    with pytest.raises(ModelError, match="an adapter without weights"):
+        infer(options(source, final, tmp_path / "a/b/out.csv"))
+    assert not (tmp_path / "a").exists()

@@ -215,6 +215,7 @@ def test_no_weights(model):
 
 def test_an_adapter_is_found_as_it_is(model):
     (model / "adapter_config.json").write_text("{}")
+    (model / "adapter_model.safetensors").write_bytes((model / "model.safetensors").read_bytes())
     (model / "config.json").unlink()
     (model / "model.safetensors").unlink()
     assert find(model) == model

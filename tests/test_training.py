@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mdl_toolkit import trainer, training
@@ -289,7 +289,11 @@ def test_a_fresh_start_sets_an_earlier_run_aside(model, tmp_path, capsys):
     for _ in range(2):
         train(train_options(csv, model, output))
     assert {p.name for p in output.iterdir()} == {"checkpoint-1", "final", "previous-1", "mdl-toolkit.yaml"}
-    assert {p.name for p in (output / "previous-1").iterdir()} == {"checkpoint-1", "final"}
+    assert {p.name for p in (output / "previous-1").iterdir()} == {
+        "checkpoint-1",
+        "final",
+        "mdl-toolkit.yaml",
+    }
     assert "previous-1" in capsys.readouterr().err
 
 
@@ -298,12 +302,15 @@ def test_resume_true_with_nothing_to_resume_warns(model, tmp_path, capsys):
     assert "starting afresh" in capsys.readouterr().err
 
 
-def test_a_finished_run_can_be_given_back(model, tmp_path, capsys):
+@pytest.mark.parametrize("output", ["run", "another"])
+def test_a_finished_run_can_be_given_back(model, tmp_path, capsys, output):
     csv = make_csv(tmp_path, 4)
-    done = train(train_options(csv, model, tmp_path / "run"))
+    done = train(train_options(csv, model, tmp_path / "run", eval_dataset=str(csv)))
     checkpoint = tmp_path / "run/checkpoint-1"
-    again = train(train_options(csv, model, tmp_path / "again", resume_from_checkpoint=str(checkpoint)))
+    options = train_options(csv, model, tmp_path / output, eval_dataset=str(csv))
+    again = train(replace(options, resume_from_checkpoint=str(checkpoint)))
     assert "nothing was left to train" in capsys.readouterr().err
+    assert again.eval_loss == pytest.approx(done.eval_loss, rel=1e-5)
     expected, got = weights(done.final), weights(again.final)
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
@@ -318,12 +325,38 @@ def test_what_a_killed_run_converted_is_not_used(model, tmp_path):
     assert not (output / training.PRIVATE).exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"lora_rank": 8}, "--lora-rank"), ({"train_target": ("decoder", "lm_head")}, "--train-target")],
+)
+def test_resuming_with_an_adapter_of_another_shape_is_refused(model, tmp_path, changes, named):
+    csv = make_csv(tmp_path, 4)
+    train(train_options(csv, model, tmp_path / "run"))
+    before = files_below(tmp_path)
+    with pytest.raises(ModelError, match=f"another {named}; give the same"):
+        train(train_options(csv, model, tmp_path / "run", resume_from_checkpoint=True, **changes))
+    assert files_below(tmp_path) == before
+
+
+def test_a_model_that_does_not_fit_leaves_an_earlier_run_alone(model, tmp_path):
+    csv = make_csv(tmp_path, 4)
+    train(train_options(csv, model, tmp_path / "run"))
+    tensors = load_file(model / "model.safetensors")
+    save_file(
+        {**tensors, "acoustic.weight": torch.ones(2)}, model / "model.safetensors", metadata={"format": "pt"}
+    )
+    before = files_below(tmp_path)
+    with pytest.raises(ModelError, match=r"unknown: acoustic\.weight"):
+        train(train_options(csv, model, tmp_path / "run"))
+    assert files_below(tmp_path) == before
+
+
 def test_out_of_memory_is_explained(model, tmp_path, monkeypatch):
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
     monkeypatch.setattr(training.ToolkitTrainer, "training_step", fail)
-    with pytest.raises(ModelError, match="ran out of memory; try a smaller --batch-size"):
+    with pytest.raises(ModelError, match="ran out of memory; lower --batch-size"):
         train(train_options(make_csv(tmp_path, 4), model, tmp_path / "run"))
 
 
@@ -412,6 +445,20 @@ def no_weights(monkeypatch):
 
 @pytest.mark.usefixtures("no_weights")
 class TestRefusals:
+    def test_a_quantised_base(self, model, tmp_path):
+        config = json.loads((model / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "fp8"}
+        (model / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ModelError, match=r"quantised already \(fp8\)"):
+            train(train_options(make_csv(tmp_path, 2), model, tmp_path / "a/b/run"))
+        assert not (tmp_path / "a").exists()
+
+    def test_an_adapter_as_the_base(self, model, tmp_path):
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (model / name).write_text("{}")
+        with pytest.raises(ModelError, match="an adapter; train the base model"):
+            train(train_options(make_csv(tmp_path, 2), model, tmp_path / "run"))
+
     @pytest.mark.parametrize("names", [("wandbb",), ("none", "tensorboard"), ("all", "wandb")])
     def test_trackers(self, model, tmp_path, names):
         with pytest.raises(UsageError, match="--report-to"):

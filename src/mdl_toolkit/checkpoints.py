@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 
 from mdl_toolkit.errors import ModelError
+from mdl_toolkit.loading import read_json
+from mdl_toolkit.settings import SETTINGS_FILE
 
 FINAL = "final"
 WORK = ".saving"
@@ -47,6 +49,11 @@ def is_complete(path: Path) -> bool:
     return all((path / name).is_file() for name in _NEEDED)
 
 
+def steps_of(checkpoint: Path) -> int:
+    """Optimizer steps that were made when a checkpoint was saved."""
+    return int(read_json(checkpoint / "trainer_state.json")["global_step"])
+
+
 def to_resume(output: Path, resume: bool | str | None) -> Path | None:
     """The checkpoint that `--resume-from-checkpoint` means, or None to start afresh.
 
@@ -69,8 +76,8 @@ def to_resume(output: Path, resume: bool | str | None) -> Path | None:
 
 def set_aside(output: Path) -> Path | None:
     """Move what an earlier run left into `previous-N/`, whole; None when there is nothing (rule 30)."""
-    left = [p for p in output.glob("*") if p.name == FINAL or _NAME.fullmatch(p.name)]
-    if not left:
+    left = [p for p in output.glob("*") if p.name in (FINAL, SETTINGS_FILE) or _NAME.fullmatch(p.name)]
+    if {path.name for path in left} <= {SETTINGS_FILE}:
         return None
     numbers = [
         int(p.name.removeprefix("previous-")) for p in output.glob("previous-*") if p.name[9:].isdigit()

@@ -292,19 +292,28 @@ def replacing(output: Path) -> Iterator[Path]:
     target, mark = output.resolve(), secrets.token_hex(4)
     work = target.with_name(f".{target.name}.partial-{mark}")
     old = target.with_name(f".{target.name}.old-{mark}")
-    new_parents = [parent for parent in target.parents if not parent.exists()]
+    with removing_empty(target.parent):
+        try:
+            with _writing(f"--output {output}", InputError):
+                work.mkdir(parents=True)
+            yield work
+            with _writing(f"--output {output}", InputError):
+                _exchange(work, target, old)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def removing_empty(folder: Path) -> Iterator[None]:
+    """Leave no folder behind that is new and empty: the given one or any of its parents."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        with _writing(f"--output {output}", InputError):
-            work.mkdir(parents=True)
-        yield work
-        with _writing(f"--output {output}", InputError):
-            _exchange(work, target, old)
+        yield
     finally:
-        shutil.rmtree(work, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
         with suppress(OSError):  # they are not empty if all went well
-            for parent in new_parents:
-                parent.rmdir()
+            for path in new:
+                path.rmdir()
 
 
 def _exchange(work: Path, target: Path, old: Path) -> None:

@@ -9,18 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mdl_toolkit.dataset import replacing
 from mdl_toolkit.errors import ModelError
-from mdl_toolkit.loading import ADAPTER_CONFIG, read_json
+from mdl_toolkit.loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 from mdl_toolkit.options import TrainOptions
 from mdl_toolkit.settings import SETTINGS_FILE, to_yaml
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _EMBEDDING, _HEAD = "decoder.model.embed_tokens.weight", "decoder.lm_head.weight"
 # What an adapter folder takes along: the text side and the processor, not the model's own files.
@@ -56,13 +54,16 @@ def merge(base: Path, adapter: Path, output: Path) -> None:
     Raises:
         ModelError: the adapter does not fit the base, or a merged tensor is not finite (named).
     """
-    changes = Changes.read(adapter, read_json(base / "config.json"))
+    config = read_json(base / "config.json")
+    changes = Changes.read(adapter, config)
     unused = set(changes.names)
     for file in sorted(base.iterdir()):
         if file.suffix == ".safetensors":
             unused -= _merge_shard(file, output / file.name, changes)
         elif file.is_file() and file.name != SETTINGS_FILE:
             shutil.copyfile(file, output / file.name)
+    if _is_tied(config):
+        unused.discard(_HEAD)  # most tied models store the one matrix once
     if unused:
         names = ", ".join(sorted(unused)[:20])
         raise ModelError(
@@ -96,9 +97,9 @@ class Changes:
             for m in modules
         }
         full = {name: tensor for name, tensor in state.items() if ".lora_" not in name}
-        if _is_tied(base_config) and (full.keys() & {_EMBEDDING, _HEAD}):
-            full[_EMBEDDING] = full.get(_EMBEDDING, full.get(_HEAD, torch.empty(0)))
-            full.pop(_HEAD, None)
+        trained = [full[name] for name in (_EMBEDDING, _HEAD) if name in full]
+        if _is_tied(base_config) and trained:
+            full[_EMBEDDING] = full[_HEAD] = trained[0]
         return Changes(low_rank, full, config["lora_alpha"] / config["r"])
 
     @property
@@ -113,7 +114,7 @@ class Changes:
             ModelError: shapes differ, or the result is not finite.
         """
         if name in self.full:
-            changed = self.full[name].float()
+            changed = self.full[name].float().clone()  # the two sides of tied embeddings share it
         else:
             a, b = self.low_rank[name]
             if (b.shape[0], a.shape[1]) != tuple(tensor.shape):
@@ -150,13 +151,6 @@ def _merge_shard(source: Path, target: Path, changes: Changes) -> set[str]:
         return set()
     for name in changed:
         tensors[name] = changes.apply(name, tensors[name])
-    if (
-        _EMBEDDING in changed
-        and _EMBEDDING in changes.full
-        and _HEAD in tensors
-        and _HEAD not in changes.full
-    ):
-        tensors[_HEAD] = tensors[_EMBEDDING].clone()
     save_file(tensors, target, metadata=metadata)
     shutil.copymode(source, target)  # safetensors lets nobody but the owner read
     return changed

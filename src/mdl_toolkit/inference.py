@@ -1,7 +1,7 @@
 """CSV to predictions: every row is checked first, then answered greedily, then written in one go.
 
 Answers do not depend on the batch: every clip is computed as if alone, and each row has its own budget of
-new tokens.
+new tokens. That holds in float32; in bfloat16 rounding can turn a word that is a near tie.
 """
 
 import csv
@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 from mdl_toolkit.batching import Collator
 from mdl_toolkit.console import progress, say
 from mdl_toolkit.conversion import convert_rows, read_rows
-from mdl_toolkit.dataset import ConvertedDataset
+from mdl_toolkit.dataset import ConvertedDataset, removing_empty
 from mdl_toolkit.errors import InputError, ModelError, RowProblem, RowsError
 from mdl_toolkit.language import Text
 from mdl_toolkit.loading import (
@@ -37,6 +37,8 @@ from mdl_toolkit.options import InferenceOptions
 from mdl_toolkit.settings import SETTINGS_FILE, to_yaml
 from mdl_toolkit.tokens import Encoder
 
+MEMORY_REMEDY = Text("lower --batch-size", "请减小 --batch-size")
+
 
 def infer(options: InferenceOptions) -> list[str]:
     """Answer every row of a CSV and write the CSV with the answers in the column `prediction`.
@@ -50,6 +52,13 @@ def infer(options: InferenceOptions) -> list[str]:
     output = Path(options.output)
     _check_output(output)
     manifest = read_rows(options.input, options, needs_prediction=False, allow_empty=True)
+    with removing_empty(output.parent):
+        predictions = _answer_and_write(manifest, output, options)
+    say(f"{output}: {len(predictions)} predictions", f"{output}：{len(predictions)} 条预测")
+    return predictions
+
+
+def _answer_and_write(manifest: Manifest, output: Path, options: InferenceOptions) -> list[str]:
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.work-") as place:
         predictions = (
@@ -58,7 +67,6 @@ def infer(options: InferenceOptions) -> list[str]:
     _write(output, manifest, predictions)
     settings = output.with_name(f"{output.name}.{SETTINGS_FILE}")
     settings.write_text(to_yaml(options), encoding="utf-8")
-    say(f"{output}: {len(predictions)} predictions", f"{output}：{len(predictions)} 条预测")
     return predictions
 
 
@@ -74,6 +82,8 @@ def _answer_all(manifest: Manifest, place: Path, options: InferenceOptions) -> l
     # Of a local folder everything is here to be checked at once; of a hub's, weights wait for the rows.
     is_local = Path(options.model_name).is_dir()
     folder = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=is_local)
+    if is_local and (folder / ADAPTER_CONFIG).is_file():
+        _base_of(folder, from_modelscope=options.from_modelscope)
     encoder = Encoder(read_text_files(folder))
     dataset_folder = place / "dataset"
     dataset_folder.mkdir()
@@ -81,7 +91,7 @@ def _answer_all(manifest: Manifest, place: Path, options: InferenceOptions) -> l
     dataset = ConvertedDataset(dataset_folder)
     _check_lengths(manifest, dataset, options.max_length)
     predictions: list[str] = []
-    with explaining_memory("--batch-size"), progress("answering", "推理中", len(dataset)) as shown:
+    with explaining_memory(MEMORY_REMEDY), progress("answering", "推理中", len(dataset)) as shown:
         model = load_for_inference(options.model_name, from_modelscope=options.from_modelscope)
         for answers in _batches(model, encoder, dataset, options):
             predictions += answers
@@ -121,17 +131,34 @@ def load_for_inference(name: str, *, from_modelscope: bool) -> Any:
     dtype, device = choose_dtype(None), best_device()
     if not (folder / ADAPTER_CONFIG).is_file():
         return load_model(folder, dtype=dtype, device=device).eval()
-    base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-    if not isinstance(base, str):
-        raise ModelError(
-            f"{folder}: the adapter does not name its base model", f"{folder}：适配器未记录基础模型"
-        )
-    base_folder = find_model(base, from_modelscope=from_modelscope, weights=True)
     from peft import PeftModel
 
-    model = load_model(base_folder, dtype=dtype, device=device)
-    with quiet_peft():
-        return PeftModel.from_pretrained(model, folder, torch_device=str(device)).eval()
+    model = load_model(_base_of(folder, from_modelscope=from_modelscope), dtype=dtype, device=device)
+    try:
+        with quiet_peft():
+            return PeftModel.from_pretrained(
+                model, folder, torch_device=str(device), use_safetensors=True
+            ).eval()
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as problem:
+        reason = " ".join(str(problem).split())[:300]
+        raise ModelError(
+            f"{folder}: the adapter does not fit its base: {reason}",
+            f"{folder}：适配器与基础模型不符：{reason}",
+        ) from problem
+
+
+def _base_of(adapter: Path, *, from_modelscope: bool) -> Path:
+    """The folder of the base model that an adapter names.
+
+    Raises:
+        ModelError: it names none, or that is not to be had.
+    """
+    base = read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(base, str):
+        raise ModelError(
+            f"{adapter}: the adapter does not name its base model", f"{adapter}：适配器未记录基础模型"
+        )
+    return find_model(base, from_modelscope=from_modelscope, weights=True)
 
 
 def _batches(

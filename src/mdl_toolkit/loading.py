@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mdl_toolkit.errors import ModelError, ToolkitError
+from mdl_toolkit.language import Text
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 MODEL_TYPE = "midashenglm"
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TEXT_FILES = ("*.json", "*.jinja", "*.txt")
 USUAL_TOKENS = {
     "audio_token": "<|AUDIO|>", "audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>",
@@ -60,7 +62,34 @@ def find_model(name: str, *, from_modelscope: bool, weights: bool) -> Path:
         folder = _from_modelscope(name, patterns) if from_modelscope else _from_huggingface(name, patterns)
     if not (folder / ADAPTER_CONFIG).is_file():
         _check_folder(folder, weights=weights)
+    elif weights and not (folder / ADAPTER_WEIGHTS).is_file():
+        raise ModelError(
+            f"{folder}: an adapter without weights ({ADAPTER_WEIGHTS}); copy the whole folder",
+            f"{folder}：适配器缺少权重（{ADAPTER_WEIGHTS}）；请复制整个目录",
+        )
     return folder
+
+
+def check_trainable(folder: Path) -> None:
+    """Refuse what cannot be the base of a training.
+
+    Raises:
+        ModelError: it is an adapter, or its weights are quantised already.
+    """
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise ModelError(
+            f"{folder}: an adapter; train the base model, or train with --merge-lora true first",
+            f"{folder}：这是适配器；请训练基础模型，或先以 --merge-lora true 得到完整模型",
+        )
+    method = read_json(folder / "config.json").get("quantization_config")
+    if method is not None:
+        name = method.get("quant_method") if isinstance(method, dict) else method
+        raise ModelError(
+            f"{folder}: its weights are quantised already ({name}); train the bfloat16 or float32 "
+            "model, with --quantization if memory is short",
+            f"{folder}：其权重已经量化（{name}）；请训练 bfloat16 或 float32 模型，"
+            "显存不足时使用 --quantization",
+        )
 
 
 def _check_folder(folder: Path, *, weights: bool) -> None:
@@ -301,11 +330,11 @@ def best_device() -> "torch.device":
 
 
 @contextmanager
-def explaining_memory(remedy: str) -> Iterator[None]:
+def explaining_memory(remedy: Text) -> Iterator[None]:
     """Turn CUDA's out-of-memory error into one for the user.
 
     Args:
-        remedy: options, in the words that follow "a smaller".
+        remedy: what to do.
 
     Raises:
         ModelError: the GPU has not enough memory.
@@ -315,9 +344,7 @@ def explaining_memory(remedy: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as problem:
-        raise ModelError(
-            f"the GPU ran out of memory; try a smaller {remedy}", f"显存不足；请尝试减小或调整：{remedy}"
-        ) from problem
+        raise ModelError(f"the GPU ran out of memory; {remedy.en}", f"显存不足；{remedy.zh}") from problem
 
 
 @contextmanager

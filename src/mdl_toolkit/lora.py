@@ -5,13 +5,14 @@ encoder, projector and decoder are trained by LoRA; embed_tokens and lm_head as 
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from mdl_toolkit.errors import ModelError
-from mdl_toolkit.loading import quiet_peft
+from mdl_toolkit.loading import ADAPTER_CONFIG, quiet_peft, read_json
 
 LORA_TARGETS = {
     "encoder": r"audio_encoder\.blocks\.\d+\.(?:attn\.(?:qkv|proj)|mlp\.fc[12])",
@@ -70,6 +71,26 @@ def add_adapters(
     peft_model.peft_config["default"].base_model_name_or_path = base_name
     _raise_to_float32(peft_model)
     return peft_model, [_count(peft_model, target, tied) for target in targets]
+
+
+def check_resumable(checkpoint: Path, targets: tuple[str, ...], rank: int) -> None:
+    """Refuse to resume with an adapter of another shape than the checkpoint's.
+
+    Raises:
+        ModelError: --lora-rank or --train-target differs.
+    """
+    config = read_json(checkpoint / ADAPTER_CONFIG)
+    same = {
+        "--lora-rank": config.get("r") == rank,
+        "--train-target": config.get("target_modules") == _pattern(targets)
+        and bool(config.get("modules_to_save")) == any(target in FULL_TARGETS for target in targets),
+    }
+    different = ", ".join(name for name, is_same in same.items() if not is_same)
+    if different:
+        raise ModelError(
+            f"{checkpoint}: it was trained with another {different}; give the same, or start afresh",
+            f"{checkpoint}：该检查点训练时的 {different} 与现在不同；请使用相同的值，或从头开始训练",
+        )
 
 
 def _pattern(targets: tuple[str, ...]) -> str:

@@ -1,7 +1,8 @@
 """Options to Trainer to result: what is checked and prepared before, and what is written after.
 
 The loss of an optimizer step is the mean over all supervised tokens of its effective batch, however that is
-split into batches, accumulation steps and processes.
+split into batches and accumulation steps, and into processes where these divide the rows evenly (otherwise
+accelerate fills the last batch up with rows of the first).
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ import os
 import shutil
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,17 @@ import torch
 from transformers import set_seed
 
 from mdl_toolkit.batching import Collator
-from mdl_toolkit.checkpoints import FINAL, WORK, set_aside, to_resume
+from mdl_toolkit.checkpoints import FINAL, WORK, set_aside, steps_of, to_resume
 from mdl_toolkit.console import is_first_process, progress, say, warn
 from mdl_toolkit.conversion import convert_rows, read_rows
-from mdl_toolkit.dataset import ConvertedDataset, check_apart
+from mdl_toolkit.dataset import ConvertedDataset, check_apart, removing_empty
 from mdl_toolkit.errors import DatasetError, InputError, ToolkitError, UsageError
 from mdl_toolkit.export import export
+from mdl_toolkit.language import Text
 from mdl_toolkit.loading import (
     TextFiles,
     best_device,
+    check_trainable,
     choose_dtype,
     explaining_memory,
     find_model,
@@ -34,12 +38,16 @@ from mdl_toolkit.loading import (
     quiet_libraries,
     read_text_files,
 )
-from mdl_toolkit.lora import TargetCount, add_adapters
+from mdl_toolkit.lora import TargetCount, add_adapters, check_resumable
 from mdl_toolkit.options import ConversionOptions, TrainOptions, spelling
 from mdl_toolkit.settings import SETTINGS_FILE, to_yaml
 from mdl_toolkit.tokens import Encoder
 from mdl_toolkit.trainer import Schedule, ScheduleCallback, ToolkitTrainer
 
+MEMORY_REMEDY = Text(
+    "lower --batch-size and raise --gradient-accumulation-steps, or try --quantization 4bit",
+    "请减小 --batch-size 并增大 --gradient-accumulation-steps，或使用 --quantization 4bit",
+)
 PRIVATE = ".dataset"  # in the output folder, while a run lasts: what its CSVs were converted to
 
 
@@ -71,23 +79,27 @@ def train(options: TrainOptions) -> TrainResult:
         need("bitsandbytes", "quantization", "--quantization")
     output = Path(options.output)
     _check_places(output, options)
+    resume = to_resume(output, options.resume_from_checkpoint)
+    if resume is not None:
+        check_resumable(resume, options.train_target, options.lora_rank)
     private = output / PRIVATE
-    is_new = not output.exists()
+    with removing_empty(output):
+        return _prepare_and_run(options, private, resume)
+
+
+def _prepare_and_run(options: TrainOptions, private: Path, resume: Path | None) -> TrainResult:
     try:
         with _first_process_first():
-            if is_first_process():
-                shutil.rmtree(
-                    private, ignore_errors=True
-                )  # of a run that was killed, perhaps with other data
+            if is_first_process():  # what a killed run converted, perhaps from other data
+                shutil.rmtree(private, ignore_errors=True)
             files, train_set, eval_set = _open_data(options, private)
             base = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=True)
-        with explaining_memory("--batch-size, more --gradient-accumulation-steps, or --quantization 4bit"):
-            return _run(options, base, Encoder(files), train_set, eval_set)
+            check_trainable(base)
+        with explaining_memory(MEMORY_REMEDY):
+            return _run(options, base, Encoder(files), train_set, eval_set, resume)
     finally:
         if is_first_process():
             shutil.rmtree(private, ignore_errors=True)
-        if is_new and output.is_dir() and not any(output.iterdir()):
-            output.rmdir()
 
 
 def _run(
@@ -96,20 +108,26 @@ def _run(
     encoder: Encoder,
     train_set: ConvertedDataset,
     eval_set: ConvertedDataset | None,
+    resume: Path | None,
 ) -> TrainResult:
     output = Path(options.output)
-    resume = _prepare_output(output, options)
     schedule = Schedule.of(len(train_set), _processes(), options)
     model = _trainable_model(options, base)
+    _prepare_output(output, options, resume)
     with progress("training", "训练中", schedule.total) as shown:
         callback = ScheduleCallback(schedule, shown)
         collator = Collator(encoder.pad_id)
         trainer = ToolkitTrainer(options, schedule, callback, model, collator, train_set, eval_set, resume)
         done = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        if resume is not None and steps_of(resume) >= schedule.total:
+            _warn_finished(resume)
+            if eval_set is not None:
+                trainer.evaluate()
     final = output / FINAL
     trainer.accelerator.wait_for_everyone()
     if trainer.args.should_save:
-        export(base, _last_checkpoint(output, done.global_step, resume), final, options)
+        left = output / f"checkpoint-{done.global_step}"
+        export(base, left if resume is None or left.is_dir() else resume, final, options)
         shutil.rmtree(output / WORK, ignore_errors=True)
     say(
         f"done: {done.global_step} steps; the result is in {final}",
@@ -118,16 +136,11 @@ def _run(
     return TrainResult(final, done.global_step, done.training_loss, trainer.last_eval_loss)
 
 
-def _last_checkpoint(output: Path, step: int, resume: Path | None) -> Path:
-    """The one that the run left; a run that was finished already left none, and its result is made again."""
-    left = output / f"checkpoint-{step}"
-    if left.is_dir() or resume is None:
-        return left
+def _warn_finished(resume: Path) -> None:
     warn(
         f"{resume} is the end of its run: nothing was left to train, its result is written again",
         f"{resume} 已是训练的终点：没有需要继续训练的步骤，仅重新输出结果",
     )
-    return resume
 
 
 # --- before any weight is loaded -----------------------------------------------------------------------
@@ -189,6 +202,7 @@ def _open_data(
     # Of a local folder everything is here to be checked at once; of a hub's, weights wait for the data.
     is_local = Path(options.model_name).is_dir()
     folder = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=is_local)
+    check_trainable(folder)
     files = read_text_files(folder)
     _warn_ignored(options)
     train_set = _open_set(options.train_dataset, options, files, private / "train")
@@ -237,17 +251,18 @@ def _first_process_first() -> AbstractContextManager[None]:
         return nullcontext()
     from accelerate import PartialState
 
-    return PartialState(cpu=not torch.cuda.is_available()).main_process_first()
+    # The others wait here while the first one converts; the usual ten minutes would not do.
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=2))
+    return state.main_process_first()
 
 
 # --- the model and the run -----------------------------------------------------------------------------
 
 
-def _prepare_output(output: Path, options: TrainOptions) -> Path | None:
-    """Decide what is resumed, set the rest aside, and write the settings down."""
-    resume = to_resume(output, options.resume_from_checkpoint)
+def _prepare_output(output: Path, options: TrainOptions, resume: Path | None) -> None:
+    """Set aside what is not resumed, and write the settings down."""
     if not is_first_process():
-        return resume
+        return
     output.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(output / WORK, ignore_errors=True)
     if options.resume_from_checkpoint is True and resume is None:
@@ -258,7 +273,6 @@ def _prepare_output(output: Path, options: TrainOptions) -> Path | None:
     if resume is None and (place := set_aside(output)):
         say(f"what an earlier run left is now in {place}", f"先前训练的产物已移至 {place}")
     (output / SETTINGS_FILE).write_text(to_yaml(options), encoding="utf-8")
-    return resume
 
 
 def _trainable_model(options: TrainOptions, base: Path) -> Any:

@@ -124,8 +124,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         """Embed `[patches, bins, frames]` as `[patches, embed_dim]`."""
-        weight = self.proj.weight.flatten(1)
-        return functional.linear(patches.flatten(1).to(weight.dtype), weight, self.proj.bias)
+        return self.proj(patches.unsqueeze(1).to(self.proj.weight.dtype)).flatten(1)
 
 
 def eager_attention(

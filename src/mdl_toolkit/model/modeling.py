@@ -160,7 +160,9 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"input_ids hold {wanted} audio placeholders, but the clips give {len(features)} features"
             )
-        return embeddings.masked_scatter(places.unsqueeze(-1), features.to(embeddings.dtype))
+        return embeddings.masked_scatter(
+            places.unsqueeze(-1), features.to(embeddings.device, embeddings.dtype)
+        )
 
     def forward(
         self,
