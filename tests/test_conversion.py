@@ -20,11 +20,12 @@ import soundfile
 
 from mdl_toolkit import __version__, conversion
 from mdl_toolkit.conversion import available_cpus, convert_dataset, convert_rows, default_workers, read_rows
-from mdl_toolkit.dataset import ConvertedDataset, replacing
+from mdl_toolkit.dataset import ConvertedDataset
 from mdl_toolkit.errors import DatasetError, InputError, ModelError, RowsError
 from mdl_toolkit.loading import read_text_files
 from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.options import ConvertOptions
+from mdl_toolkit.outputs import replacing
 from mdl_toolkit.settings import SETTINGS_FILE, from_mapping, read_settings
 from mdl_toolkit.tokens import IGNORE_INDEX, Encoder
 from recordings import pcm_wav

@@ -26,15 +26,14 @@ from mdl_toolkit.dataset import (
     PackedAudio,
     Record,
     ShardWriter,
-    check_apart,
     check_output,
     is_converted,
     pack_audio,
-    replacing,
     unpack_audio,
 )
 from mdl_toolkit.errors import DatasetError, InputError
 from mdl_toolkit.loading import TextFiles
+from mdl_toolkit.outputs import check_apart, replacing
 from mdl_toolkit.tokens import Tokens
 from runs import files_below
 from waves import wave

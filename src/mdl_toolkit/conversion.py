@@ -23,10 +23,8 @@ from mdl_toolkit.dataset import (
     PackedAudio,
     Record,
     ShardWriter,
-    check_apart,
     check_output,
     pack_audio,
-    replacing,
 )
 from mdl_toolkit.download import Downloads
 from mdl_toolkit.errors import AudioError, DatasetError, RowProblem, RowsError
@@ -35,6 +33,7 @@ from mdl_toolkit.loading import find_model, read_text_files
 from mdl_toolkit.manifest import Manifest, Row, is_url, read_manifest
 from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.options import ConversionOptions, ConvertOptions
+from mdl_toolkit.outputs import check_apart, replacing
 from mdl_toolkit.settings import SETTINGS_FILE, to_yaml
 from mdl_toolkit.tokens import Encoder, Tokens
 

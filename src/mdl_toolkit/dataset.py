@@ -1,4 +1,4 @@
-"""The converted dataset on disk: write it shard by shard, put it in place, open it, read samples.
+"""The converted dataset on disk: write it shard by shard, open it, read samples.
 
 The folder is one that `datasets.load_from_disk` opens (Arrow streams with its metadata), but reading here
 is a memory map and a view: no list of numbers is ever made. Audio is 16 kHz mono, 16 bits, as FLAC.
@@ -8,10 +8,6 @@ import bisect
 import hashlib
 import io
 import json
-import secrets
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,8 +19,9 @@ import soundfile
 from numpy.typing import NDArray
 
 from mdl_toolkit.audio import SAMPLE_RATE
-from mdl_toolkit.errors import DatasetError, InputError, ToolkitError
+from mdl_toolkit.errors import DatasetError, InputError
 from mdl_toolkit.loading import TextFiles
+from mdl_toolkit.outputs import writing
 from mdl_toolkit.tokens import Tokens
 
 RECORD_FILE = "mdl-toolkit.json"
@@ -216,7 +213,7 @@ class ShardWriter:
         )  # fmt: skip
         self._bytes += len(audio.data)
         self._pending += len(audio.data)
-        with _writing(str(self._folder), DatasetError):
+        with writing(str(self._folder), DatasetError):
             if len(self._rows) == ROWS_PER_BATCH or self._pending >= BATCH_BYTES:
                 self._flush()
             if self._bytes >= self._shard_bytes:
@@ -224,7 +221,7 @@ class ShardWriter:
 
     def finish(self, record: Record) -> None:
         """Name the shards and write what `datasets` and this toolkit need to open the folder."""
-        with _writing(str(self._folder), DatasetError):
+        with writing(str(self._folder), DatasetError):
             self._end_shard()
             if not self._files:
                 self._open_shard()
@@ -268,77 +265,6 @@ def _state(names: list[str], record: Record) -> dict[str, Any]:
         "_format_columns": None, "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False,
         "_split": None,
     }  # fmt: skip
-
-
-@contextmanager
-def _writing(place: str, error: type[ToolkitError]) -> Iterator[None]:
-    try:
-        yield
-    except OSError as problem:
-        reason = problem.strerror or problem
-        raise error(f"{place}: cannot be written: {reason}", f"{place}：无法写入：{reason}") from problem
-
-
-@contextmanager
-def replacing(output: Path) -> Iterator[Path]:
-    """Give a new folder to fill; it takes the output's place when all went well, and is removed if not.
-
-    The previous content stays until then. Both names lie in one folder, so that putting in place is two
-    renames. A link is followed, and stays. What a killed process left behind is in nobody's way.
-
-    Raises:
-        InputError: the folder cannot be made or put in place.
-    """
-    target, mark = output.resolve(), secrets.token_hex(4)
-    work = target.with_name(f".{target.name}.partial-{mark}")
-    old = target.with_name(f".{target.name}.old-{mark}")
-    with removing_empty(target.parent):
-        try:
-            with _writing(f"--output {output}", InputError):
-                work.mkdir(parents=True)
-            yield work
-            with _writing(f"--output {output}", InputError):
-                _exchange(work, target, old)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
-
-
-@contextmanager
-def removing_empty(folder: Path) -> Iterator[None]:
-    """Leave no folder behind that is new and empty: the given one or any of its parents."""
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        yield
-    finally:
-        with suppress(OSError):  # they are not empty if all went well
-            for path in new:
-                path.rmdir()
-
-
-def _exchange(work: Path, target: Path, old: Path) -> None:
-    if target.exists():
-        target.rename(old)
-    try:
-        work.rename(target)
-    except OSError:
-        if old.exists():
-            old.rename(target)
-        raise
-
-
-def check_apart(output: Path, path: Path) -> None:
-    """Refuse an output that is, holds or lies inside an input.
-
-    Raises:
-        InputError: naming both.
-    """
-    target, source = output.absolute().resolve(), path.absolute().resolve()
-    if target == source or target in source.parents or source in target.parents:
-        raise InputError(
-            f"--output {output}: it is, holds or lies inside the input {path}; choose another place",
-            f"--output {output}：与输入 {path} 相同或互相包含；请选择其他位置",
-        )
 
 
 def check_output(output: Path) -> None:

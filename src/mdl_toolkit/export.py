@@ -13,10 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mdl_toolkit.dataset import replacing
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 from mdl_toolkit.options import TrainOptions
+from mdl_toolkit.outputs import replacing
 from mdl_toolkit.settings import SETTINGS_FILE, to_yaml
 
 _PREFIX = "base_model.model."

@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 from mdl_toolkit.batching import Collator
 from mdl_toolkit.console import progress, say
 from mdl_toolkit.conversion import convert_rows, read_rows
-from mdl_toolkit.dataset import ConvertedDataset, removing_empty
+from mdl_toolkit.dataset import ConvertedDataset
 from mdl_toolkit.errors import InputError, ModelError, RowProblem, RowsError
 from mdl_toolkit.language import Text
 from mdl_toolkit.loading import (
@@ -34,6 +34,7 @@ from mdl_toolkit.loading import (
 )
 from mdl_toolkit.manifest import Manifest
 from mdl_toolkit.options import InferenceOptions
+from mdl_toolkit.outputs import removing_empty
 from mdl_toolkit.settings import SETTINGS_FILE, to_yaml
 from mdl_toolkit.tokens import Encoder
 

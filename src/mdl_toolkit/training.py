@@ -22,7 +22,7 @@ from mdl_toolkit.batching import Collator
 from mdl_toolkit.checkpoints import FINAL, WORK, set_aside, steps_of, to_resume
 from mdl_toolkit.console import is_first_process, progress, say, warn
 from mdl_toolkit.conversion import convert_rows, read_rows
-from mdl_toolkit.dataset import ConvertedDataset, check_apart, removing_empty
+from mdl_toolkit.dataset import ConvertedDataset
 from mdl_toolkit.errors import DatasetError, InputError, ToolkitError, UsageError
 from mdl_toolkit.export import export
 from mdl_toolkit.language import Text
@@ -40,6 +40,7 @@ from mdl_toolkit.loading import (
 )
 from mdl_toolkit.lora import TargetCount, add_adapters, check_resumable
 from mdl_toolkit.options import ConversionOptions, TrainOptions, spelling
+from mdl_toolkit.outputs import check_apart, removing_empty
 from mdl_toolkit.settings import SETTINGS_FILE, to_yaml
 from mdl_toolkit.tokens import Encoder
 from mdl_toolkit.trainer import Schedule, ScheduleCallback, ToolkitTrainer

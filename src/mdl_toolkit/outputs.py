@@ -1,0 +1,84 @@
+"""Output folders: kept apart from inputs, put in place whole or not at all, no empty ones left behind.
+
+What is written into them is for others to say.
+"""
+
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from mdl_toolkit.errors import InputError, ToolkitError
+
+
+@contextmanager
+def writing(place: str, error: type[ToolkitError]) -> Iterator[None]:
+    """Turn an operating system's refusal, such as a full disk, into an error that names the place."""
+    try:
+        yield
+    except OSError as problem:
+        reason = problem.strerror or problem
+        raise error(f"{place}: cannot be written: {reason}", f"{place}：无法写入：{reason}") from problem
+
+
+@contextmanager
+def replacing(output: Path) -> Iterator[Path]:
+    """Give a new folder to fill; it takes the output's place when all went well, and is removed if not.
+
+    The previous content stays until then. Both names lie in one folder, so that putting in place is two
+    renames. A link is followed, and stays. What a killed process left behind is in nobody's way.
+
+    Raises:
+        InputError: the folder cannot be made or put in place.
+    """
+    target, mark = output.resolve(), secrets.token_hex(4)
+    work = target.with_name(f".{target.name}.partial-{mark}")
+    old = target.with_name(f".{target.name}.old-{mark}")
+    with removing_empty(target.parent):
+        try:
+            with writing(f"--output {output}", InputError):
+                work.mkdir(parents=True)
+            yield work
+            with writing(f"--output {output}", InputError):
+                _exchange(work, target, old)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def removing_empty(folder: Path) -> Iterator[None]:
+    """Leave no folder behind that is new and empty: the given one or any of its parents."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # they are not empty if all went well
+            for path in new:
+                path.rmdir()
+
+
+def _exchange(work: Path, target: Path, old: Path) -> None:
+    if target.exists():
+        target.rename(old)
+    try:
+        work.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+
+
+def check_apart(output: Path, path: Path) -> None:
+    """Refuse an output that is, holds or lies inside an input.
+
+    Raises:
+        InputError: naming both.
+    """
+    target, source = output.absolute().resolve(), path.absolute().resolve()
+    if target == source or target in source.parents or source in target.parents:
+        raise InputError(
+            f"--output {output}: it is, holds or lies inside the input {path}; choose another place",
+            f"--output {output}：与输入 {path} 相同或互相包含；请选择其他位置",
+        )
