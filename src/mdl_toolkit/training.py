@@ -95,7 +95,6 @@ def _prepare_and_run(options: TrainOptions, private: Path, resume: Path | None) 
                 shutil.rmtree(private, ignore_errors=True)
             files, train_set, eval_set = _open_data(options, private)
             base = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=True)
-            check_trainable(base)
         with explaining_memory(MEMORY_REMEDY):
             return _run(options, base, Encoder(files), train_set, eval_set, resume)
     finally:
