@@ -19,8 +19,11 @@ Floats = np.ndarray[Any, np.dtype[np.float32]]
 
 BLOCK = 8_192  # samples per channel that libsndfile decodes at once
 UNKNOWN_LENGTH = 2**63 - 1  # libsndfile's number of frames for FLAC whose header does not say it
-# libsndfile's codes for: format not recognised, encoding not supported, format not implemented.
-NOT_KNOWN = (1, 4, 18)
+# libsndfile's codes for: format not recognised, encoding not supported, format not implemented; bad resource
+# forks of the Mac. It looks for one where it recognises nothing, and takes any `._` or `.AppleDouble` in the
+# current directory for it.
+NOT_KNOWN = (1, 4, 18, *range(148, 155))
+OPUS_LEAST = 16_000  # Hz; libsndfile decodes Opus at no more than the rate in its header
 # What libsndfile decodes: where FFmpeg finds this in a file that libsndfile refused, the file is damaged.
 KNOWN = {("flac", "flac"), ("ogg", "vorbis"), ("ogg", "opus"), ("mp3", "mp3float")}
 KNOWN_CODECS = ("pcm_", "adpcm_ms", "adpcm_ima_wav")
@@ -55,23 +58,33 @@ class Decoded:
 def decode(file: BinaryIO, finding: Finding) -> Decoded:
     """Decode by libsndfile, or by FFmpeg what libsndfile does not know or would read only in part.
 
-    Two kinds of files are known to libsndfile and yet read short by it: MPEG audio without a right table of
-    frames, where it stops at an estimate, and WAV that was written into a pipe with the size left at 0.
-
     Raises:
         AudioError: the file is no recording, or damaged. An error at the very end counts as cut off.
     """
     file.seek(0)
     try:
         with soundfile.SoundFile(file) as sound:
-            is_estimate = sound.subtype.startswith("MPEG") and not finding.is_counted
-            in_full = not is_estimate and not finding.is_streamed
-            decoded = _libsndfile(sound, file) if in_full else _ffmpeg(file, None)
+            decoded = _libsndfile(sound, file) if _in_full(sound, finding) else _ffmpeg(file, None)
     except soundfile.LibsndfileError as refused:
         decoded = _ffmpeg(file, refused)
     if len(decoded.samples) < finding.least_samples and not decoded.missing:
         raise _damaged(decoded.format, "decoder", "stopped early")
     return decoded
+
+
+def _in_full(sound: Any, finding: Finding) -> bool:
+    """Whether libsndfile gives all the sound of a file that it knows.
+
+    It does not of MPEG audio without a right table of frames, where it stops at an estimate; of WAV that was
+    written into a pipe with the size left at 0; of Opus whose header names under 16 kHz, or 0, though that is
+    a mere remark on the source (RFC 7845, section 5.1); and of Opus that starts in the middle of a stream,
+    where it plays what is to be skipped, and ends as much too early.
+    """
+    if sound.subtype == "OPUS":
+        rate: int = sound.samplerate
+        lost: float = finding.opus_seconds - sound.frames / rate
+        return rate >= OPUS_LEAST and lost < 1 / rate
+    return not finding.is_streamed and (finding.is_counted or not sound.subtype.startswith("MPEG"))
 
 
 def _damaged(name: str, decoder: str, problem: object) -> AudioError:

@@ -23,14 +23,17 @@ class Finding:
     Attributes:
         missing: what was promised and is not there, of a file that was cut off.
         least_samples: the fewest samples per channel that a sound decoder returns; 0 if not known.
-        is_counted: MPEG audio with a table that says how many frames there are, rightly.
+        is_counted: MPEG audio with a table that says how many frames there are, rightly, and that libsndfile
+            knows.
         is_streamed: WAV that was written into a pipe, with its size left at 0.
+        opus_seconds: how long Ogg Opus is, if it does not start in the middle of a stream.
     """
 
     missing: Text | None = None
     least_samples: int = 0
     is_counted: bool = False
     is_streamed: bool = False
+    opus_seconds: float = 0.0
 
 
 def examine(file: BinaryIO) -> Finding:
@@ -174,6 +177,7 @@ _FIRST, _LAST = 2, 4  # RFC 3533: flags of a stream's first and last page
 
 class _Page(NamedTuple):
     flags: int
+    end: int  # in samples, of the packets that end here; -1 if none does
     stream: int
     number: int
     is_intact: bool  # its checksum fits
@@ -183,8 +187,10 @@ def _ogg(data: bytes) -> Finding:
     """Follow the pages (RFC 3533) of all streams in the file to their ends."""
     expected: dict[int, int] = {}  # per stream: number of the next page
     open_streams: set[int] = set()
-    position = 0
+    position = end = 0
     for position, page in _pages(data):
+        if page.stream == int.from_bytes(data[14:18], "little"):
+            end = max(end, page.end)
         if page.flags & _FIRST:
             if expected and not open_streams:
                 raise _joined()
@@ -196,9 +202,17 @@ def _ogg(data: bytes) -> Finding:
         expected[page.stream] = page.number + 1
         if page.flags & _LAST:
             open_streams.discard(page.stream)
-    if open_streams or not expected:
-        return Finding(Text("the Ogg stream breaks off before its last page", "Ogg 流在最后一页之前中断"))
-    return Finding()
+    is_cut = open_streams or not expected
+    return Finding(LAST_PAGE_MISSING if is_cut else None, opus_seconds=_opus_seconds(data[28:40], end))
+
+
+LAST_PAGE_MISSING = Text("the Ogg stream breaks off before its last page", "Ogg 流在最后一页之前中断")
+
+
+def _opus_seconds(head: bytes, end: int) -> float:
+    """By the first packet (RFC 7845, section 5.1), which says how many samples are skipped, and the end."""
+    skipped = int.from_bytes(head[10:12], "little")
+    return max(0, end - skipped) / 48_000 if head[:8] == b"OpusHead" else 0.0
 
 
 def _joined() -> AudioError:
@@ -217,12 +231,13 @@ def _pages(data: bytes) -> Iterator[tuple[int, _Page]]:
     """
     position = 0
     while len(data) - position >= 27 and data[position : position + 4] == b"OggS":
-        flags, stream, number, checksum, segments = struct.unpack_from("<5xB8xIIIB", data, position)
+        flags, granule, stream, number, checksum, segments = struct.unpack_from("<5xBqIIIB", data, position)
         body = position + 27 + segments
         end = body + sum(data[position + 27 : body])
         if end > len(data) or body > len(data):
             return
-        yield position, _Page(flags, stream, number, _ogg_checksum(data[position:end]) == checksum)
+        is_intact = _ogg_checksum(data[position:end]) == checksum
+        yield position, _Page(flags, granule, stream, number, is_intact)
         position = end
     if b"OggS" in data[position + 1 :]:
         raise _damaged("Ogg", "bytes that are no page", "有不属于任何页的数据", position)
@@ -288,11 +303,12 @@ def _mpeg(file: BinaryIO) -> Finding:
     if first is None:
         return Finding()
     frames, is_cut = _walk(data, start, first)
-    promised = _table(data[start : start + first.length])
+    head = data[start : start + first.length]
+    promised = _table(head)
     sounding = frames - (promised is not None)
     least = max(0, sounding * first.samples - GAPLESS_MOST)
     # Encoders disagree whether the frame with the table counts, so one frame is neither missing nor too many.
-    is_counted = promised is not None and sounding <= promised + 1
+    is_counted = promised is not None and sounding <= promised + 1 and not _is_fraunhofers(head)
     if promised is not None and sounding < promised - 1:
         return Finding(_frames_missing(promised, sounding), least, is_counted)
     return Finding(LAST_FRAME_CUT if is_cut else None, least, is_counted)
@@ -362,7 +378,11 @@ def _table(frame: bytes) -> int | None:
         place = frame.find(name)
         if 0 < place <= 40 and len(frame) >= place + 12 and frame[place + 7] & 1:
             return int.from_bytes(frame[place + 8 : place + 12], "big")
-    return int.from_bytes(frame[50:54], "big") if frame[36:40] == b"VBRI" else None
+    return int.from_bytes(frame[50:54], "big") if _is_fraunhofers(frame) else None
+
+
+def _is_fraunhofers(frame: bytes) -> bool:
+    return frame[36:40] == b"VBRI"
 
 
 def _damaged(name: str, en: str, zh: str, position: int) -> AudioError:
