@@ -16,7 +16,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from mdl_toolkit.batching import Collator
 from mdl_toolkit.checkpoints import WORK, delete_oldest, due_steps, put_in_place
 from mdl_toolkit.console import Progress, say, warn
-from mdl_toolkit.dataset import ConvertedDataset
+from mdl_toolkit.legacy import AnyDataset
 from mdl_toolkit.loading import choose_dtype
 from mdl_toolkit.options import TrainOptions
 from mdl_toolkit.tokens import IGNORE_INDEX
@@ -99,8 +99,8 @@ class ToolkitTrainer(Trainer):
         callback: "ScheduleCallback",
         model: Any,
         collator: Collator,
-        train_set: ConvertedDataset,
-        eval_set: ConvertedDataset | None,
+        train_set: AnyDataset,
+        eval_set: AnyDataset | None,
         resume: Path | None,
     ) -> None:
         super().__init__(
