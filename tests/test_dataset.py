@@ -23,17 +23,17 @@ from mdl_toolkit import dataset as room
 from mdl_toolkit.dataset import (
     RECORD_FILE,
     ConvertedDataset,
-    PackedAudio,
     Record,
     ShardWriter,
     check_output,
     is_converted,
-    pack_audio,
-    unpack_audio,
+    shard_name,
+    write_metadata,
 )
 from mdl_toolkit.errors import DatasetError, InputError
 from mdl_toolkit.loading import TextFiles
 from mdl_toolkit.outputs import check_apart, replacing
+from mdl_toolkit.packing import PackedAudio, pack_audio, unpack_audio
 from mdl_toolkit.tokens import Tokens
 from runs import files_below
 from waves import wave
@@ -141,12 +141,17 @@ def make_rows(count: int) -> Rows:
     return [(tokens, samples.astype(np.float32)) for tokens, samples in rows]
 
 
-def write(folder: Path, rows: Rows, **more: Any) -> Path:
+def write(folder: Path, rows: Rows, rows_per_shard: int = 10**9) -> Path:
     folder.mkdir()
-    writer = ShardWriter(folder, **more)
-    for tokens, waveform in rows:
-        writer.append(tokens, pack_audio(waveform))
-    writer.finish(replace(RECORD, rows=len(rows)))
+    starts = range(0, len(rows), rows_per_shard)
+    total = 0
+    for number, start in enumerate(starts):
+        writer = ShardWriter(folder / shard_name(number, len(starts)))
+        for tokens, waveform in rows[start : start + rows_per_shard]:
+            writer.append(tokens, pack_audio(waveform))
+        total += writer.close()
+    assert total == sum(file.stat().st_size for file in folder.iterdir())
+    write_metadata(folder, len(starts), replace(RECORD, rows=len(rows)))
     return folder
 
 
@@ -164,14 +169,14 @@ def assert_equal(dataset: ConvertedDataset, rows: Rows) -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "shard_bytes", "shards"),
-    [(0, 1, 1), (1, 10**9, 1), (5, 1, 5), (31, 10**9, 1), (32, 10**9, 1), (33, 10**9, 1), (70, 60_000, None)],
+    ("count", "rows_per_shard", "shards"),
+    [(1, 10**9, 1), (5, 1, 5), (31, 10**9, 1), (32, 10**9, 1), (33, 10**9, 1), (70, 20, 4)],
 )
-def test_rows_come_back_in_order(tmp_path, count, shard_bytes, shards):
+def test_rows_come_back_in_order(tmp_path, count, rows_per_shard, shards):
     rows = make_rows(count)
-    folder = write(tmp_path / "data", rows, shard_bytes=shard_bytes)
+    folder = write(tmp_path / "data", rows, rows_per_shard)
     names = sorted(files_below(folder) - BESIDE)
-    assert len(names) == shards or (shards is None and len(names) > 2)
+    assert len(names) == shards
     assert names == [f"data-{i:05d}-of-{len(names):05d}.arrow" for i in range(len(names))]
     assert_equal(ConvertedDataset(folder), rows)
 
@@ -188,12 +193,12 @@ def test_long_recordings_are_written_in_small_batches(tmp_path, monkeypatch):
     assert_equal(ConvertedDataset(folder), rows)
 
 
-@pytest.mark.parametrize(("count", "shard_bytes"), [(0, 1), (3, 10**9), (70, 60_000)])
-def test_datasets_opens_it(tmp_path, count, shard_bytes):
+@pytest.mark.parametrize(("count", "rows_per_shard"), [(3, 10**9), (70, 20)])
+def test_datasets_opens_it(tmp_path, count, rows_per_shard):
     import datasets
 
     rows = make_rows(count)
-    opened = datasets.load_from_disk(str(write(tmp_path / "data", rows, shard_bytes=shard_bytes)))
+    opened = datasets.load_from_disk(str(write(tmp_path / "data", rows, rows_per_shard)))
     packed = [pack_audio(waveform) for _, waveform in rows]
     assert opened.to_dict() == {
         "input_ids": [tokens.input_ids.tolist() for tokens, _ in rows],
@@ -219,14 +224,14 @@ def test_datasets_tells_two_of_them_apart(tmp_path):
     for number, record in enumerate((RECORD, replace(RECORD, seconds=1.5), replace(RECORD, text_tokens=3))):
         folder = tmp_path / str(number)
         folder.mkdir()
-        ShardWriter(folder).finish(record)
+        write_metadata(folder, 1, record)
         prints.add(json.loads((folder / "state.json").read_text())["_fingerprint"])
     assert len(prints) == 3
 
 
 def test_writing_twice_gives_the_same_bytes(tmp_path):
     rows = make_rows(40)
-    first, second = (write(tmp_path / name, rows, shard_bytes=30_000) for name in "ab")
+    first, second = (write(tmp_path / name, rows, 15) for name in "ab")
     assert files_below(first) == files_below(second)
     for name in files_below(first):
         assert (first / name).read_bytes() == (second / name).read_bytes()
@@ -234,7 +239,7 @@ def test_writing_twice_gives_the_same_bytes(tmp_path):
 
 def test_a_data_loader_worker_reads_the_same(tmp_path):
     rows = make_rows(40)
-    dataset = ConvertedDataset(write(tmp_path / "data", rows, shard_bytes=30_000))
+    dataset = ConvertedDataset(write(tmp_path / "data", rows, 15))
     assert_equal(dataset, rows)
     sent = pickle.dumps(dataset)
     assert len(sent) < 2000

@@ -3,6 +3,9 @@
 import csv
 import io
 import os
+import pickle
+import tracemalloc
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mdl_toolkit.errors import InputError, RowsError
-from mdl_toolkit.manifest import Manifest, is_url, read_manifest, without_credentials
+from mdl_toolkit.manifest import Manifest, Row, is_url, read_manifest, without_credentials
 
 
 @pytest.fixture
@@ -21,10 +24,25 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def read(content: str | bytes, **more) -> Manifest:
+@dataclass
+class Read:
+    """A CSV that was read to its end."""
+
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+
+def opened(content: str | bytes, **more) -> Manifest:
     Path("x.csv").write_bytes(content.encode() if isinstance(content, str) else content)
     options = {"base_dir": None, "system_prompt": None, "user_prompt": None, "needs_prediction": True} | more
-    return read_manifest("x.csv", **options).checked()
+    return read_manifest("x.csv", **options)
+
+
+def read(content: str | bytes, **more) -> Read:
+    manifest = opened(content, **more)
+    rows = tuple(manifest.rows())
+    assert manifest.checked() == len(rows)
+    return Read(manifest.columns, rows)
 
 
 def problems(content: str | bytes, **more) -> list[tuple[int, str, str]]:
@@ -126,7 +144,7 @@ def test_prompts_without_a_column(folder):
 def test_inference_needs_no_prediction(folder):
     assert read("audio\na.wav\n", needs_prediction=False).rows[0].prediction is None
     assert read("audio,prediction\na.wav,\n", needs_prediction=False).rows[0].prediction == ""
-    assert read("audio\n", needs_prediction=False, allow_empty=True).rows == ()
+    assert tuple(opened("audio\n", needs_prediction=False)) == ()
 
 
 # --- where audio is looked for ---------------------------------------------------------------------------
@@ -289,3 +307,64 @@ def test_all_missing_columns_are_named(folder):
     said = complaint("x,y\n1,2\n")
     assert "'audio'" in said
     assert "'prediction'" in said
+
+
+def test_a_pipe_is_refused_as_it_can_be_read_once_only(folder):
+    os.mkfifo("pipe")
+    with pytest.raises(InputError, match="pipe: this is a device or pipe, and it is read more than once"):
+        read_manifest("pipe", base_dir=None, system_prompt=None, user_prompt=None, needs_prediction=True)
+
+
+# --- a stream, gone through as often as needed -----------------------------------------------------------
+
+
+def test_a_file_that_changes_between_two_readings_is_refused(folder):
+    manifest = opened("audio,prediction\na.wav,x\n")
+    assert len([*manifest]) == 1
+    with Path("x.csv").open("a") as file:
+        file.write("a.wav,y\n")
+    with pytest.raises(InputError, match=r"x\.csv: the file was changed while it was being read"):
+        tuple(manifest)
+
+
+def test_each_row_knows_the_size_and_time_of_its_recording(folder):
+    (row,) = opened("audio,prediction\na.wav,x\n").rows()
+    status = Path("a.wav").stat()
+    assert row.stamp == (1, status.st_mtime_ns)
+    (address,) = opened("audio,prediction\nhttp://h/a.wav,x\n").rows()
+    assert address.stamp == (0, 0)
+
+
+def test_rows_can_be_had_when_their_recordings_are_gone(folder):
+    manifest = opened("audio,prediction\na.wav,x\na.wav,y\n")
+    Path("a.wav").unlink()
+    assert [*manifest.rows()] == []
+    assert [(row.line, row.prediction) for row in manifest.rows_unseen()] == [(2, "x"), (3, "y")]
+
+
+def test_problems_and_rows_come_in_the_file_s_order(folder):
+    text = "audio,prediction\na.wav,x\ngone.wav,\na.wav,y,z\na.wav,w\n"
+    items = [(type(item).__name__, item.line) for item in opened(text)]
+    problem = "RowProblem"
+    assert items == [("Row", 2), (problem, 3), (problem, 3), (problem, 4), ("Row", 5)]
+
+
+def test_only_the_first_problems_are_kept_and_all_are_counted(folder):
+    with pytest.raises(RowsError) as caught:
+        read("audio,prediction\n" + "gone.wav,x\n" * 70)
+    assert [problem.line for problem in caught.value.problems] == [*range(2, 52)]
+    assert caught.value.count == 70
+    assert caught.value.text.en.endswith("\n  ... and 20 more")
+    assert pickle.loads(pickle.dumps(caught.value)).text == caught.value.text  # noqa: S301 - our own
+
+
+def test_memory_does_not_grow_with_the_rows(folder):
+    """Peaks of Python's own memory, while 500 and 50,000 rows are read."""
+    peaks = []
+    for count in (500, 50_000):
+        manifest = opened("audio,prediction\n" + f"a.wav,{'x' * 100}\n" * count)
+        tracemalloc.start()
+        assert sum(1 for _ in manifest) == count
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 3 * 2**20 + 1.2 * peaks[0]  # pieces of 1 MiB are read, whatever the file's size

@@ -205,6 +205,7 @@ SPELLINGS: dict[str, tuple[Accepted, list[str]]] = {
     "--allow-empty-prediction": (YES_NO, NO_BOOLEANS),
     "--allow-truncated": (YES_NO, NO_BOOLEANS),
     "--max-download-mb": (POSITIVES, NO_POSITIVES),
+    "--download-cache": (PATHS_OR_NULL, [""]),
     "INPUT": (PATHS, [""]),
     "--output": (PATHS, [""]),
     "--train-dataset": (PATHS, [""]),

@@ -20,6 +20,8 @@ from mdl_toolkit.language import Text
 SAMPLE_RATE = 16_000  # Hz, what the model's mel front end takes
 MIN_SAMPLES = 3_200  # one audio token: 160 (hop) x 4 (patch) x 5 (subsampling); vLLM pads to the same
 SILENCE = 1e-4  # -80 dBFS; the dither of 16-bit files stays below -90 dBFS
+FULL_SCALE = 32767 / 32768  # the largest 16-bit sample
+CLIPPED = 3  # samples in a row at full scale; a healthy peak touches it once or twice
 RATES = range(1_000, 1_000_001)  # Hz; a rate beyond these is a damaged header, not a recording
 
 
@@ -35,6 +37,7 @@ class Clip:
         channels: of the source; all were averaged.
         padded: zeros were added at the end, up to 3,200 samples.
         silent: no sample of the mono mix reaches -80 dBFS.
+        clipped: three samples of the mono mix in a row are at full scale: it was recorded too loud.
         truncated: what the file promised and what came; None if all of it came.
     """
 
@@ -44,6 +47,7 @@ class Clip:
     channels: int
     padded: bool
     silent: bool
+    clipped: bool
     truncated: Text | None
 
 
@@ -134,12 +138,20 @@ def _clip(decoded: Decoded, missing: Text | None) -> Clip:
     # soxr's HQ: aliases below -100 dB. FFmpeg's own resampler leaves -62 dB at 9 kHz.
     samples = mono if rate == SAMPLE_RATE else soxr.resample(mono, rate, SAMPLE_RATE, "HQ")
     padding = max(0, MIN_SAMPLES - len(samples))
+    level = np.abs(mono)
     return Clip(
         samples=np.pad(samples, (0, padding)) if padding else samples,
         source_seconds=len(mono) / rate,
         source_rate=rate,
         channels=decoded.channels,
         padded=padding > 0,
-        silent=bool(np.max(np.abs(mono)) < SILENCE),
+        silent=bool(np.max(level) < SILENCE),
+        clipped=_is_clipped(level),
         truncated=missing,
     )
+
+
+def _is_clipped(level: Floats) -> bool:
+    loud = level >= FULL_SCALE
+    runs = len(loud) - CLIPPED + 1
+    return runs > 0 and bool(np.logical_and.reduce([loud[i : i + runs] for i in range(CLIPPED)]).any())

@@ -1,71 +1,90 @@
 """Rows to a converted dataset: decode, resample, tokenise and store, in parallel.
 
 What comes out depends on the rows, the audio, the prompts and the tokenizer, never on the number of
-processes. All bad rows are reported together, and then nothing is left behind.
+processes. Whole shards are the unit of work: a killed run goes on from those that it had finished, and ranks
+that share a file system divide them. All bad rows are reported together, and then nothing is left behind.
 """
 
-import multiprocessing
+import json
 import os
-import signal
-import tempfile
-from collections.abc import Callable, Generator, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
-from multiprocessing.connection import wait
+from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+
+import soundfile
 
 from mdl_toolkit import __version__
-from mdl_toolkit.audio import SAMPLE_RATE, load
-from mdl_toolkit.console import progress, say, warn
-from mdl_toolkit.dataset import (
-    ConvertedDataset,
-    PackedAudio,
-    Record,
-    ShardWriter,
-    check_output,
-    pack_audio,
-)
+from mdl_toolkit.audio import SAMPLE_RATE
+from mdl_toolkit.console import Progress, progress, say, warn
+from mdl_toolkit.dataset import FORMAT, ConvertedDataset, Record, check_output, write_metadata
 from mdl_toolkit.download import Downloads
-from mdl_toolkit.errors import AudioError, DatasetError, RowProblem, RowsError
-from mdl_toolkit.language import Text
+from mdl_toolkit.errors import DatasetError, Problems, RowsError, UsageError
+from mdl_toolkit.journal import WorkFolder
 from mdl_toolkit.loading import find_model, read_text_files
 from mdl_toolkit.manifest import Manifest, Row, is_url, read_manifest
-from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.options import ConversionOptions, ConvertOptions
-from mdl_toolkit.outputs import check_apart, replacing
+from mdl_toolkit.outputs import check_apart, removing_empty, writing
+from mdl_toolkit.plan import Plan, Shard, rows_of, survey
 from mdl_toolkit.settings import SETTINGS_FILE, to_yaml
-from mdl_toolkit.tokens import Encoder, Tokens
+from mdl_toolkit.shards import Job, ShardTask, Step
+from mdl_toolkit.summary import Tally, say_summary, warn_of
+from mdl_toolkit.tokens import Encoder
+from mdl_toolkit.workers import default_workers, work_through
 
 FEW_ROWS = 64  # below this, starting processes costs more than they save
-MOST_WORKERS = 32
-GROUPS_AHEAD = 4  # per worker, under way or waiting for an earlier one
-CGROUP = Path("/sys/fs/cgroup")
-# Microseconds of CPU time per period of so many: version 2 and version 1 of cgroups.
-CPU_QUOTAS = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))
+LIBRARIES = ("av", "numpy", "pyarrow", "soundfile", "soxr", "tokenizers")  # another version, other bytes
+PLAN_FILE = "plan.txt"  # in a dataset that may be used again: the fingerprint of its plan
+PATIENCE = 300.0  # seconds that a rank waits for the first one to begin
+POLL = 0.3  # seconds between two looks at what other ranks do
+FAREWELL = 60.0  # seconds that the first rank waits for the others to be gone
 
 
-def convert_dataset(options: ConvertOptions) -> ConvertedDataset:
+@dataclass(frozen=True)
+class Ranks:
+    """One process among those that work together."""
+
+    rank: int = 0
+    count: int = 1
+
+    @classmethod
+    def from_environment(cls) -> "Ranks":
+        """What a launcher such as torchrun says.
+
+        Raises:
+            UsageError: RANK or WORLD_SIZE is nonsense.
+        """
+        words = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        if all(word.isdecimal() for word in words) and int(words[0]) < int(words[1]):
+            return cls(*map(int, words))
+        raise UsageError(
+            f"RANK={words[0]} and WORLD_SIZE={words[1]} in the environment do not fit; unset or correct them",
+            f"环境变量 RANK={words[0]} 与 WORLD_SIZE={words[1]} 不一致；请取消或更正",
+        )
+
+
+def convert_dataset(options: ConvertOptions) -> ConvertedDataset | None:
     """Convert a CSV into a dataset for training, replacing what is at the output.
+
+    Returns:
+        The dataset; None in any but the first of several ranks.
 
     Raises:
         ToolkitError: bad rows (all of them in one message), a bad output folder, no model.
     """
-    output = Path(options.output)
+    output, ranks = Path(options.output), Ranks.from_environment()
     place = output.absolute()  # found again even if it was the current directory
     _check_places(output, options)
     manifest = read_rows(options.input, options, needs_prediction=True)
-    _check_recordings(output, manifest)
     folder = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=False)
-    with replacing(output) as work:
-        record = convert_rows(manifest, work, Encoder(read_text_files(folder)), options)
-        (work / SETTINGS_FILE).write_text(to_yaml(options), encoding="utf-8")
-    say(
-        f"{output}: {record.rows} rows, {record.seconds / 3600:.2f} hours, "
-        f"{record.audio_tokens + record.text_tokens} tokens",
-        f"{output}：{record.rows} 行，{record.seconds / 3600:.2f} 小时，"
-        f"{record.audio_tokens + record.text_tokens} 个词元",
-    )
+    encoder = Encoder(read_text_files(folder))
+    record = convert_rows(manifest, output, encoder, options, settings=to_yaml(options), ranks=ranks)
+    if record is None:
+        return None
+    say_summary(output, record)
     return ConvertedDataset(place)
 
 
@@ -74,318 +93,272 @@ def _check_places(output: Path, options: ConvertOptions) -> None:
     check_apart(output, Path(options.input))
     if Path(options.model_name).is_dir():
         check_apart(output, Path(options.model_name))
+    if options.download_cache is not None:
+        check_apart(output, Path(options.download_cache))
 
 
-def _check_recordings(output: Path, manifest: Manifest) -> None:
+def _check_recording(output: Path) -> Callable[[Row], None]:
     """Refuse an output with recordings in it: they would go with the dataset that it replaces."""
-    folders = {Path(row.audio).parent.resolve() for row in manifest.rows if not is_url(row.audio)}
-    for folder in sorted(folders):
-        if output.resolve() in (folder, *folder.parents):
+    target = output.resolve()
+
+    @lru_cache(maxsize=1024)
+    def check(folder: Path) -> None:
+        if target in (found := folder.resolve(), *found.parents):
             check_apart(output, folder)
 
+    return lambda row: None if is_url(row.audio) else check(Path(row.audio).parent)
 
-def read_rows(
-    path: str, options: ConversionOptions, *, needs_prediction: bool, allow_empty: bool = False
-) -> Manifest:
+
+def read_rows(path: str, options: ConversionOptions, *, needs_prediction: bool) -> Manifest:
     """The rows of a CSV under the options' prompts and base folder."""
     return read_manifest(
         path, base_dir=options.base_dir, system_prompt=options.system_prompt, user_prompt=options.user_prompt,
         needs_prediction=needs_prediction, allow_empty_prediction=options.allow_empty_prediction,
-        allow_empty=allow_empty,
     )  # fmt: skip
 
 
 def convert_rows(
     manifest: Manifest,
-    folder: Path,
+    output: Path,
     encoder: Encoder,
     options: ConversionOptions,
     *,
     with_answer: bool = True,
-) -> Record:
-    """Write the samples of all rows into an empty folder.
+    settings: str | None = None,
+    reuse: bool = False,
+    ranks: Ranks = Ranks(),
+) -> Record | None:
+    """Convert all rows into a dataset that takes the place of what is at the output.
 
     Args:
         manifest: the rows.
-        folder: where the dataset goes.
+        output: where the dataset goes.
         encoder: the model's tokenizer and template.
         options: workers, downloads, tolerance for truncated files.
         with_answer: for training; otherwise prompts alone, and no labels.
+        settings: what goes into the dataset's settings file, if there is to be one.
+        reuse: if the output is what would come out, leave it; such a dataset names its plan.
+        ranks: this process among those that divide the work.
+
+    Returns:
+        The dataset's record; None in any but the first rank, whose part ends when no shard is left to take.
 
     Raises:
-        RowsError: recordings that cannot be used, all of them.
-        DatasetError: a worker process died.
+        RowsError: rows that cannot be used, all of them.
+        InputError: there is no row, or another conversion is at work on the output.
+        WorkerDiedError: a worker process was killed.
     """
-    task = _Task(encoder, options.allow_truncated, with_answer)
-    writer, tally = ShardWriter(folder), _Tally(encoder, options)
-    problems = [*manifest.problems]
-    _warn_early(manifest)
-    with (
-        _downloads(folder, options) as downloads,
-        progress("converting", "转换中", len(manifest.rows)) as shown,
-    ):
-        groups = _groups(manifest.rows, downloads, options.tokenizing_batch_size, problems)
-        with closing(_map(task, groups, _workers(options, len(manifest.rows)))) as mapped:
-            for results in mapped:
-                for result in results:
-                    if isinstance(result, RowProblem):
-                        problems.append(result)
-                    elif not problems:
-                        writer.append(result.tokens, result.audio)
-                        tally.add(result)
-                shown.advance(len(results))
-    if problems:
-        raise RowsError(str(manifest.path), problems)
-    record = tally.record()
-    writer.finish(record)
-    tally.warn()
-    return record
+    with removing_empty(output.resolve().parent), WorkFolder(output, ranks.rank) as work:
+        plan: Plan | None = None
+        try:
+            plan = survey(manifest, _identity(encoder, options, with_answer), _check_recording(output))
+            if reuse and (record := _already(output, plan)):
+                work.remove()
+                return record
+            run = _Run(manifest, plan, work, encoder, options, with_answer, ranks)
+            if ranks.rank == 0:
+                beside = {PLAN_FILE: plan.fingerprint} if reuse else {}
+                return run.complete(beside if settings is None else {**beside, SETTINGS_FILE: settings})
+            run.help()
+            return None
+        except BaseException as problem:
+            if not ranks.rank:
+                _clear_up(work, plan, problem)
+            raise
 
 
-def _warn_early(manifest: Manifest) -> None:
-    """Decoding takes long: who has bad rows already may not want to wait until the others are checked."""
-    if manifest.problems and len(manifest.rows) >= FEW_ROWS:
-        count = len(manifest.problems)
-        warn(
-            f"{count} rows cannot be used; checking the recordings of the others before all are reported",
-            f"{count} 行无法使用；将检查其余行的音频，然后一并报告",
+def _identity(encoder: Encoder, options: ConversionOptions, with_answer: bool) -> str:
+    """What a sample's bytes come from besides its row."""
+    files = encoder.files
+    return json.dumps(
+        [
+            FORMAT, __version__, *map(version, LIBRARIES), soundfile.__libsndfile_version__,
+            files.tokenizer_fingerprint, files.template_fingerprint, files.specials,
+            options.allow_truncated, with_answer,
+        ]
+    )  # fmt: skip
+
+
+def _already(output: Path, plan: Plan) -> Record | None:
+    """The record of what is at the output, if it was made by the same plan and is whole."""
+    with suppress(OSError, DatasetError):
+        if (output / PLAN_FILE).read_text(encoding="utf-8") == plan.fingerprint:
+            return ConvertedDataset(output).record
+    return None
+
+
+def _clear_up(work: WorkFolder, plan: Plan | None, problem: BaseException) -> None:
+    """Keep finished shards for the next run, unless rows must be put right first (rule 12)."""
+    finished = work.finished(plan) if plan is not None and not isinstance(problem, RowsError) else 0
+    if plan is None or not finished:
+        work.remove()
+        return
+    say(
+        f"{finished} of {plan.rows} rows are finished (in {work.path}): the same command goes on from there",
+        f"已完成 {plan.rows} 行中的 {finished} 行，保存在 {work.path}：再次运行同一命令即可继续",
+    )
+
+
+# --- all shards ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Run:
+    """One process's part in a conversion: take shards, convert them, write them down."""
+
+    manifest: Manifest
+    plan: Plan
+    work: WorkFolder
+    encoder: Encoder
+    options: ConversionOptions
+    with_answer: bool
+    ranks: Ranks
+
+    def __post_init__(self) -> None:
+        self.is_spoilt = self.plan.problems.count > 0  # nothing will come of it: only look at recordings
+        self.is_waiting = False
+
+    def complete(self, beside: dict[str, str]) -> Record:
+        """The first rank's part: begin, convert, wait for the others, and put the dataset in place.
+
+        Args:
+            beside: more files of the dataset, by name.
+        """
+        self._begin()
+        self._convert(lambda shard: shard.number % self.ranks.count == 0)
+        while left := self._left():
+            if not self._convert(lambda _: True):
+                self._wait(len(left))
+        tally = self._tally()
+        record = tally.record(self.encoder.files, self.options)
+        write_metadata(self.work.dataset, len(self.plan.shards), record)
+        with writing(str(self.work.dataset), DatasetError):
+            for name, text in beside.items():
+                (self.work.dataset / name).write_text(text, encoding="utf-8")
+        self._see_others_off()
+        self.work.finish()
+        warn_of(tally)
+        return record
+
+    def help(self) -> None:
+        """Any other rank's part: convert until there is nothing left to take."""
+        ends = time.monotonic() + PATIENCE
+        while not self.work.join(self.plan):
+            if self.work.was_completed():
+                self.work.leave()
+                return
+            if self.work.is_held(0):  # it reads the CSV
+                ends = time.monotonic() + PATIENCE
+            if time.monotonic() > ends:
+                self.work.leave()
+                raise DatasetError(
+                    f"rank {self.ranks.rank}: rank 0 has not begun after {PATIENCE:.0f} s; start both",
+                    f"进程 {self.ranks.rank}：进程 0 在 {PATIENCE:.0f} 秒内未开始；请同时启动所有进程",
+                )
+            time.sleep(POLL)
+        self._convert(lambda shard: shard.number % self.ranks.count == self.ranks.rank)
+        while self._convert(lambda _: True):
+            pass
+
+    def _begin(self) -> None:
+        done, problems = self.work.begin(self.plan), self.plan.problems.count
+        if done:
+            say(
+                f"going on from an earlier run: {done} of {self.plan.rows} rows are converted already",
+                f"从先前的运行继续：{self.plan.rows} 行中已有 {done} 行转换完毕",
+            )
+        if problems and self.plan.rows >= FEW_ROWS:  # who has bad rows already may not want to wait
+            warn(
+                f"{problems} rows cannot be used; looking at all recordings, to report everything at once",
+                f"{problems} 行无法使用；将检查全部音频，然后一并报告",
+            )
+
+    def _left(self) -> list[Shard]:
+        return [shard for shard in self.plan.shards if self.work.entry(shard) is None]
+
+    def _convert(self, is_mine: Callable[[Shard], bool]) -> int:
+        """Convert those of my shards that nobody else is at; how many there were."""
+        mine = [shard for shard in self._left() if is_mine(shard)]
+        if not mine:
+            return 0
+        jobs, done = self._jobs({shard.number for shard in mine}), 0
+        with (
+            _progress(mine) as shown,
+            closing(work_through(jobs, self._task(), self._workers(mine))) as messages,
+        ):
+            for message in messages:
+                if isinstance(message, Step):
+                    shown.add(message)
+                    continue
+                self.is_spoilt = self.is_spoilt or message.tally.problems.count > 0
+                self.work.commit(message.shard, message.file, message.tally)
+                done += 1
+        return done
+
+    def _jobs(self, numbers: set[int]) -> Iterator[Job]:
+        def is_wanted(shard: Shard) -> bool:
+            return shard.number in numbers and self.work.claim(shard)
+
+        for shard, rows in rows_of(self.manifest, self.plan, is_wanted):
+            sent = [replace(row, cells=()) for row in rows]
+            yield Job(shard, sent, self.work.file_to_write(), self.is_spoilt)
+
+    def _task(self) -> ShardTask:
+        options, cache = self.options, self.options.download_cache
+        folder = self.work.downloads if cache is None else Path(cache).expanduser()
+        downloads = Downloads(folder, options.max_download_mb, self.work.run)
+        return ShardTask(
+            self.encoder, downloads, options.allow_truncated, self.with_answer, options.tokenizing_batch_size
         )
 
+    def _workers(self, shards: list[Shard]) -> int:
+        if sum(shard.rows for shard in shards) < FEW_ROWS:
+            return 1
+        return min(self.options.num_workers or default_workers(), len(shards))
 
-# --- one row -----------------------------------------------------------------------------------------
+    def _wait(self, shards: int) -> None:
+        """Others are at the last shards; look again soon."""
+        if not self.is_waiting:
+            say(f"waiting for other ranks ({shards} parts)", f"等待其他进程完成（{shards} 个分片）")
+        self.is_waiting = True
+        time.sleep(POLL)
 
+    def _tally(self) -> Tally:
+        """All counts together.
 
-@dataclass(frozen=True)
-class _Source:
-    """A row and the local file that holds its recording."""
+        Raises:
+            RowsError: all rows that cannot be used.
+        """
+        total, problems = Tally(), Problems()
+        for shard in self.plan.shards:
+            if entry := self.work.entry(shard):
+                total.merge(entry.tally)
+        problems.merge(self.plan.problems)
+        problems.merge(total.problems)
+        problems.check(str(self.manifest.path))
+        return total
 
-    row: Row
-    file: str
-
-
-@dataclass(frozen=True)
-class _Converted:
-    """A row as it is stored, and what the summary counts."""
-
-    row: Row
-    tokens: Tokens
-    audio: PackedAudio
-    audio_tokens: int
-    padded: bool
-    silent: bool
-    truncated: Text | None
-
-
-_Results = list[_Converted | RowProblem]
-
-
-@dataclass(frozen=True)
-class _Task:
-    """What a worker process does to each group of rows."""
-
-    encoder: Encoder
-    allow_truncated: bool
-    with_answer: bool
-
-    def __call__(self, group: list[_Source]) -> _Results:
-        return [self._convert(source) for source in group]
-
-    def _convert(self, source: _Source) -> _Converted | RowProblem:
-        row = source.row
-        try:
-            clip = load(source.file, allow_truncated=self.allow_truncated)
-        except AudioError as problem:
-            return RowProblem(row.line, "audio", row.shown, problem.text)
-        audio = pack_audio(clip.samples)
-        count = audio_token_count(audio.length)
-        tokens = self.encoder.encode_row(row, count, with_answer=self.with_answer)
-        return _Converted(row, tokens, audio, count, clip.padded, clip.silent, clip.truncated)
+    def _see_others_off(self) -> None:
+        """Let the other ranks see that all is done, before what they look at is removed."""
+        ends = time.monotonic() + FAREWELL
+        while time.monotonic() < ends and any(map(self.work.is_held, range(1, self.ranks.count))):
+            time.sleep(POLL)
 
 
-# --- all rows ----------------------------------------------------------------------------------------
+class _Shown:
+    """Progress in rows, with the hours of audio that were converted and how fast."""
+
+    def __init__(self, shown: Progress) -> None:
+        self._shown, self._seconds, self._began = shown, 0.0, time.monotonic()
+
+    def add(self, step: Step) -> None:
+        """Show one step more."""
+        self._seconds += step.samples / SAMPLE_RATE
+        speed = self._seconds / max(time.monotonic() - self._began, 1e-3)
+        self._shown.advance(step.rows, f"{self._seconds / 3600:.2f} h, {speed:.0f}x")
 
 
 @contextmanager
-def _downloads(folder: Path, options: ConversionOptions) -> Iterator[Downloads]:
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.downloads-") as place:
-        yield Downloads(Path(place), max_mb=options.max_download_mb)
-
-
-def _groups(
-    rows: Iterable[Row], downloads: Downloads, size: int, problems: list[RowProblem]
-) -> Iterator[list[_Source]]:
-    """Rows in groups that are sent to a worker together; what cannot be fetched goes to `problems`."""
-    group: list[_Source] = []
-    for row in rows:
-        try:
-            file = str(downloads.path_of(row.audio)) if is_url(row.audio) else row.audio
-        except AudioError as problem:
-            problems.append(RowProblem(row.line, "audio", row.shown, problem.text))
-            continue
-        group.append(_Source(row, file))
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
-
-
-def _workers(options: ConversionOptions, rows: int) -> int:
-    return 1 if rows < FEW_ROWS else options.num_workers or default_workers()
-
-
-def default_workers() -> int:
-    """Half the CPUs that this process may use, at least 1, at most 32 (rule 20)."""
-    return max(1, min(MOST_WORKERS, available_cpus() // 2))
-
-
-def available_cpus() -> int:
-    """CPUs that this process may use: by affinity and by cgroup quota."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min([count, *_granted()]))
-
-
-def _granted() -> Iterator[int]:
-    """CPUs that this container's cgroup grants, if there is a limit."""
-    for files in CPU_QUOTAS:
-        with suppress(OSError, ValueError):  # no such file, or the word `max`
-            text = " ".join((CGROUP / file).read_text(encoding="ascii") for file in files)
-            quota, period = map(int, text.split())
-            if quota > 0:
-                yield quota // period
-
-
-def _map(task: _Task, groups: Iterator[list[_Source]], workers: int) -> Generator[_Results, None, None]:
-    """Results in the order of the groups."""
-    if workers == 1:
-        yield from map(task, groups)
-        return
-    pool = _Pool(task, workers)
-    try:
-        yield from pool.map(groups)
-    finally:
-        pool.close()
-
-
-class _Pool:
-    """Worker processes, each at a pipe of its own.
-
-    When a process is killed its pipe ends, even in the middle of an answer. (With the shared queue of
-    `ProcessPoolExecutor` the parent would then wait for the other half for ever.)
-    """
-
-    def __init__(self, task: _Task, count: int) -> None:
-        context = multiprocessing.get_context("spawn")  # forked children of a process with threads may hang
-        self._pipes: list[Any] = []
-        self._processes: list[Any] = []
-        for _ in range(count):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(task, theirs), daemon=True)
-            process.start()
-            theirs.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
-
-    def map(self, groups: Iterator[list[_Source]]) -> Iterator[_Results]:
-        """Results in the order of the groups; only a few groups per worker are under way at once.
-
-        Raises:
-            DatasetError: a worker process died.
-        """
-        numbered, most = enumerate(groups), GROUPS_AHEAD * len(self._pipes)
-        idle, busy, done = [*self._pipes], dict[Any, int](), dict[int, _Results]()
-        wanted = 0
-        while True:
-            while idle and len(busy) + len(done) < most and (job := next(numbered, None)):
-                pipe = idle.pop()
-                busy[pipe], group = job
-                _through(pipe.send, group)
-            if wanted in done:
-                yield done.pop(wanted)
-                wanted += 1
-            elif busy:
-                ready: list[Any] = wait([*busy])
-                for pipe in ready:
-                    done[busy.pop(pipe)] = _through(pipe.recv)
-                    idle.append(pipe)
-            else:
-                return
-
-    def close(self) -> None:
-        """End all processes, whatever they are at."""
-        for pipe, process in zip(self._pipes, self._processes, strict=True):
-            pipe.close()
-            process.terminate()
-            process.join()
-
-
-def _through(use_pipe: Callable[..., Any], *words: Any) -> Any:
-    try:
-        answer = use_pipe(*words)
-    except (EOFError, OSError) as problem:
-        raise DatasetError(
-            "a worker process was ended by the system (out of memory?); try a smaller --num-workers",
-            "工作进程被系统终止（内存不足？）；请减小 --num-workers",
-        ) from problem
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
-
-
-def _serve(task: _Task, pipe: Any) -> None:
-    """What a worker process does, until the parent closes the pipe or is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends this process
-    with suppress(EOFError, OSError):
-        while True:
-            group = pipe.recv()
-            try:
-                answer: _Results | Exception = task(group)
-            except Exception as problem:  # noqa: BLE001 - the parent raises it
-                answer = problem
-            pipe.send(answer)
-
-
-class _Tally:
-    """What the record and the summary say of all rows together."""
-
-    def __init__(self, encoder: Encoder, options: ConversionOptions) -> None:
-        self._record = Record(
-            encoder.files.tokenizer_fingerprint, encoder.files.template_fingerprint,
-            options.system_prompt, options.user_prompt, toolkit=__version__,
-        )  # fmt: skip
-        self._samples = 0
-        self._truncated: list[tuple[Row, Text]] = []
-
-    def add(self, result: _Converted) -> None:
-        """Count one row."""
-        old = self._record
-        self._samples += result.audio.length
-        self._record = replace(
-            old,
-            rows=old.rows + 1,
-            text_tokens=old.text_tokens + len(result.tokens.input_ids) - result.audio_tokens,
-            audio_tokens=old.audio_tokens + result.audio_tokens,
-            padded=old.padded + result.padded,
-            silent=old.silent + result.silent,
-        )
-        if result.truncated is not None:
-            self._truncated.append((result.row, result.truncated))
-
-    def record(self) -> Record:
-        """The dataset's record."""
-        return replace(self._record, seconds=self._samples / SAMPLE_RATE)
-
-    def warn(self) -> None:
-        """Say what a user should know of the recordings."""
-        for row, text in self._truncated:
-            warn(
-                f"line {row.line}: {row.shown}: {text.en}",
-                f"第 {row.line} 行：{row.shown}：{text.zh}",
-            )
-        if self._record.padded:
-            warn(
-                f"{self._record.padded} clips are shorter than 0.2 s and were padded to one audio token",
-                f"{self._record.padded} 个音频短于 0.2 秒，已补零至一个音频词元",
-            )
-        if self._record.silent:
-            warn(f"{self._record.silent} clips are silent", f"{self._record.silent} 个音频是静音")
+def _progress(shards: list[Shard]) -> Iterator[_Shown]:
+    with progress("converting", "转换中", sum(shard.rows for shard in shards)) as shown:
+        yield _Shown(shown)

@@ -6,8 +6,8 @@ is a memory map and a view: no list of numbers is ever made. Audio is 16 kHz mon
 
 import bisect
 import hashlib
-import io
 import json
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,21 +15,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import soundfile
 from numpy.typing import NDArray
 
-from mdl_toolkit.audio import SAMPLE_RATE
 from mdl_toolkit.errors import DatasetError, InputError
 from mdl_toolkit.loading import TextFiles
-from mdl_toolkit.outputs import writing
+from mdl_toolkit.outputs import to_disk, writing
+from mdl_toolkit.packing import PackedAudio, unpack_audio
 from mdl_toolkit.tokens import Tokens
 
 RECORD_FILE = "mdl-toolkit.json"
 FORMAT = 1
 ROWS_PER_BATCH = 32
 BATCH_BYTES = 64 * 2**20  # of audio: an Arrow batch holds at most 2 GiB of it
-SHARD_BYTES = 256 * 2**20
-QUIETEST = -100  # smallest exponent of a scale: 32768 / scale must be a float32
 
 _FEATURES = {
     "input_ids": {"feature": {"dtype": "int32", "_type": "Value"}, "_type": "List"},
@@ -70,69 +67,6 @@ class Sample:
     waveform: NDArray[np.float32]
 
 
-@dataclass(frozen=True)
-class PackedAudio:
-    """A waveform as it is stored: 16-bit FLAC, or 16-bit samples where FLAC would not be smaller.
-
-    Attributes:
-        data: the bytes.
-        format: `flac` or `pcm16`.
-        scale: power of two that the samples are multiplied with when read.
-        length: samples.
-    """
-
-    data: bytes
-    format: str
-    scale: float
-    length: int
-
-
-def pack_audio(waveform: NDArray[np.float32]) -> PackedAudio:
-    """Store a waveform in 16 bits.
-
-    The scale keeps loud clips (above full scale) from clipping and gives quiet ones at least 12 bits, so
-    that rounding noise stays 77 dB below a clip's peak; 16-bit recordings at 16 kHz are kept exactly.
-    """
-    scale = _scale(waveform)
-    samples = np.rint(waveform * np.float32(32768.0 / scale)).astype("<i2")
-    raw = samples.tobytes()
-    buffer = io.BytesIO()
-    soundfile.write(buffer, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
-    flac = buffer.getvalue()
-    smaller = len(flac) < len(raw)
-    return PackedAudio(flac if smaller else raw, "flac" if smaller else "pcm16", scale, len(samples))
-
-
-def _scale(waveform: NDArray[np.float32]) -> float:
-    """The power of two that stands for full scale."""
-    lowest, highest = float(waveform.min(initial=0.0)), float(waveform.max(initial=0.0))
-    exponent = int(np.frexp(max(-lowest, highest))[1])  # 2**(exponent - 1) <= peak < 2**exponent
-    scale = 2.0 ** max(min(exponent + 3, 0), QUIETEST)
-    while np.rint(highest * 32768.0 / scale) > 32767 or np.rint(lowest * 32768.0 / scale) < -32768:
-        scale *= 2.0
-    return scale
-
-
-def unpack_audio(packed: PackedAudio) -> NDArray[np.float32]:
-    """The waveform of `pack_audio`, `[samples]` float32.
-
-    Raises:
-        ValueError: the bytes are damaged.
-    """
-    if packed.format == "flac":
-        try:
-            samples, _ = soundfile.read(io.BytesIO(packed.data), dtype="int16")
-        except soundfile.SoundFileError as problem:
-            raise ValueError(str(problem)) from problem
-    else:
-        samples = np.frombuffer(packed.data, dtype="<i2")
-    if len(samples) != packed.length:
-        raise ValueError(f"{len(samples)} of {packed.length} samples")
-    waveform: NDArray[np.float32] = samples.astype(np.float32)
-    waveform *= np.float32(packed.scale / 32768.0)
-    return waveform
-
-
 # --- the record --------------------------------------------------------------------------------------
 
 
@@ -147,10 +81,18 @@ class Record:
         user_prompt: the default user prompt of the conversion.
         rows: samples in the dataset.
         seconds: of audio.
+        shortest_seconds: of the shortest clip.
+        longest_seconds: of the longest clip.
         text_tokens: all positions that are not audio.
         audio_tokens: all audio positions.
+        median_tokens: positions of a row that half of the rows do not exceed.
+        p95_tokens: positions of a row that 95 % of the rows do not exceed.
+        most_tokens: positions of the longest row.
         padded: clips padded to one audio token.
         silent: clips with nothing to hear.
+        clipped: clips that were recorded too loud.
+        truncated: clips that are shorter than their files promise.
+        bytes: of all shards.
         toolkit: version that wrote it.
         format: version of the layout.
     """
@@ -161,10 +103,18 @@ class Record:
     user_prompt: str | None
     rows: int = 0
     seconds: float = 0.0
+    shortest_seconds: float = 0.0
+    longest_seconds: float = 0.0
     text_tokens: int = 0
     audio_tokens: int = 0
+    median_tokens: int = 0
+    p95_tokens: int = 0
+    most_tokens: int = 0
     padded: int = 0
     silent: int = 0
+    clipped: int = 0
+    truncated: int = 0
+    bytes: int = 0
     toolkit: str = ""
     format: int = FORMAT
 
@@ -190,18 +140,19 @@ class Record:
 
 
 class ShardWriter:
-    """Append samples; a new file is begun whenever one is full. Rows come out in the order they go in.
+    """Append samples to one new file. Rows come out in the order they go in.
 
     Raises:
         DatasetError: the disk does not take it.
     """
 
-    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-        self._folder, self._shard_bytes = folder, shard_bytes
-        self._files: list[Path] = []
+    def __init__(self, file: Path) -> None:
+        self._file = file
         self._rows: list[dict[str, Any]] = []
-        self._bytes = self._pending = 0  # of audio: in this shard, and in rows that are not written yet
-        self._sink: pa.RecordBatchStreamWriter | None = None
+        self._pending = 0  # bytes of audio in rows that are not written yet
+        with self._writing():
+            self._sink = pa.OSFile(str(file), "wb")
+            self._stream = pa.ipc.new_stream(self._sink, _SCHEMA)
 
     def append(self, tokens: Tokens, audio: PackedAudio) -> None:
         """Add one sample."""
@@ -211,45 +162,51 @@ class ShardWriter:
                 "audio_format": audio.format, "audio_scale": audio.scale, "audio_length": audio.length,
             }
         )  # fmt: skip
-        self._bytes += len(audio.data)
         self._pending += len(audio.data)
-        with writing(str(self._folder), DatasetError):
-            if len(self._rows) == ROWS_PER_BATCH or self._pending >= BATCH_BYTES:
-                self._flush()
-            if self._bytes >= self._shard_bytes:
-                self._end_shard()
+        if len(self._rows) == ROWS_PER_BATCH or self._pending >= BATCH_BYTES:
+            self._flush()
 
-    def finish(self, record: Record) -> None:
-        """Name the shards and write what `datasets` and this toolkit need to open the folder."""
-        with writing(str(self._folder), DatasetError):
-            self._end_shard()
-            if not self._files:
-                self._open_shard()
-                self._end_shard()
-            names = [f"data-{i:05d}-of-{len(self._files):05d}.arrow" for i in range(len(self._files))]
-            for file, name in zip(self._files, names, strict=True):
-                file.rename(self._folder / name)
-            about = {"citation": "", "description": "", "features": _FEATURES}
-            _write_json(self._folder / "dataset_info.json", about)
-            _write_json(self._folder / RECORD_FILE, asdict(record))
-            _write_json(self._folder / "state.json", _state(names, record))
+    def close(self) -> int:
+        """Write the rest, wait until all is on the disk, and return the file's bytes."""
+        self._flush()
+        with self._writing():
+            self._stream.close()
+            self._sink.close()
+            to_disk(self._file)
+            return self._file.stat().st_size
 
-    def _open_shard(self) -> pa.RecordBatchStreamWriter:
-        self._files.append(self._folder / f"data-{len(self._files):05d}.arrow")
-        self._sink = pa.ipc.new_stream(pa.OSFile(str(self._files[-1]), "wb"), _SCHEMA)
-        return self._sink
+    def discard(self) -> None:
+        """Give the file up."""
+        self._stream.close()
+        self._sink.close()
+        self._file.unlink(missing_ok=True)
 
     def _flush(self) -> None:
         if self._rows:
-            sink = self._sink or self._open_shard()
-            sink.write_batch(pa.RecordBatch.from_pylist(self._rows, schema=_SCHEMA))
+            with self._writing():
+                self._stream.write_batch(pa.RecordBatch.from_pylist(self._rows, schema=_SCHEMA))
             self._rows, self._pending = [], 0
 
-    def _end_shard(self) -> None:
-        self._flush()
-        if self._sink is not None:
-            self._sink.close()
-            self._sink, self._bytes = None, 0
+    def _writing(self) -> AbstractContextManager[None]:
+        return writing(str(self._file.parent), DatasetError)
+
+
+def shard_name(number: int, count: int) -> str:
+    """The file name of a shard, as `datasets` names them."""
+    return f"data-{number:05d}-of-{count:05d}.arrow"
+
+
+def write_metadata(folder: Path, shards: int, record: Record) -> None:
+    """Complete a folder of shards with what `datasets` and this toolkit need to open it.
+
+    Raises:
+        DatasetError: the disk does not take it.
+    """
+    about = {"citation": "", "description": "", "features": _FEATURES}
+    with writing(str(folder), DatasetError):
+        _write_json(folder / "dataset_info.json", about)
+        _write_json(folder / RECORD_FILE, asdict(record))
+        _write_json(folder / "state.json", _state([shard_name(i, shards) for i in range(shards)], record))
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -362,10 +319,12 @@ class ConvertedDataset:
         state = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
         batches: list[pa.RecordBatch] = []
         for file in state["_data_files"]:
-            stream = pa.ipc.open_stream(pa.memory_map(str(self.folder / Path(file["filename"]).name)))
-            if not stream.schema.equals(_SCHEMA):
-                raise ValueError(f"{file['filename']}: columns {stream.schema.names}")
-            batches += stream
+            # A closed map stays mapped as long as a batch needs it, but takes no file descriptor.
+            with pa.memory_map(str(self.folder / Path(file["filename"]).name)) as mapped:
+                stream = pa.ipc.open_stream(mapped)
+                if not stream.schema.equals(_SCHEMA):
+                    raise ValueError(f"{file['filename']}: columns {stream.schema.names}")
+                batches += stream
         return batches
 
     @cached_property

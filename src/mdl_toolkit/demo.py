@@ -153,7 +153,7 @@ def _lay_out(phrases: Path, place: Path) -> None:
 def _check_inputs(place: Path) -> None:
     options = _convert_options(place)
     counts = [
-        len(read_rows(str(place / f"{name}.csv"), options, needs_prediction=True).checked().rows)
+        read_rows(str(place / f"{name}.csv"), options, needs_prediction=True).checked()
         for name in ("train", "eval", "test")
     ]
     say(

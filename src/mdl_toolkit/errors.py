@@ -12,7 +12,7 @@ Anything else that reaches the user is a bug in this toolkit.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mdl_toolkit.language import Text
 
@@ -72,18 +72,19 @@ class RowProblem:
 
 
 class RowsError(InputError):
-    """All the bad rows of a CSV (rule 12)."""
+    """All the bad rows of a CSV (rule 12): the first ones of them, and how many there are."""
 
-    def __init__(self, source: str, problems: Sequence[RowProblem]) -> None:
+    def __init__(self, source: str, problems: Sequence[RowProblem], count: int | None = None) -> None:
         self.source = source
-        self.problems = tuple(sorted(problems, key=lambda problem: problem.line))
+        self.problems = tuple(sorted(problems, key=_line_of))
+        self.count = len(problems) if count is None else count
         super().__init__(self._render(chinese=False), self._render(chinese=True))
 
-    def __reduce__(self) -> tuple[type["RowsError"], tuple[str, tuple[RowProblem, ...]]]:
-        return type(self), (self.source, self.problems)
+    def __reduce__(self) -> tuple[type["RowsError"], tuple[str, tuple[RowProblem, ...], int]]:
+        return type(self), (self.source, self.problems, self.count)
 
     def _render(self, *, chinese: bool) -> str:
-        count = len(self.problems)
+        count = self.count
         head = f"{self.source}：{count} 行有问题：" if chinese else f"{self.source}: {count} bad row(s):"
         lines = [head]
         for problem in self.problems[:MOST_ROWS_SHOWN]:
@@ -94,6 +95,37 @@ class RowsError(InputError):
             more = count - MOST_ROWS_SHOWN
             lines.append(f"  ……另有 {more} 行" if chinese else f"  ... and {more} more")
         return "\n".join(lines)
+
+
+@dataclass
+class Problems:
+    """Problems of rows, of which only the first are kept, however many there are.
+
+    Attributes:
+        first: those of the lowest lines, in order.
+        count: how many were added.
+    """
+
+    first: list[RowProblem] = field(default_factory=list)
+    count: int = 0
+
+    def add(self, problem: RowProblem) -> None:
+        """Count a problem, and keep it if it is one of the first."""
+        self.merge(Problems([problem], 1))
+
+    def merge(self, other: "Problems") -> None:
+        """Add all problems of another one."""
+        self.first = sorted([*self.first, *other.first], key=_line_of)[:MOST_ROWS_SHOWN]
+        self.count += other.count
+
+    def check(self, source: str) -> None:
+        """Raise RowsError if there is any problem."""
+        if self.count:
+            raise RowsError(source, self.first, self.count)
+
+
+def _line_of(problem: RowProblem) -> int:
+    return problem.line
 
 
 def _where(problem: RowProblem, chinese: bool) -> str:

@@ -52,7 +52,7 @@ def infer(options: InferenceOptions) -> list[str]:
     """
     output = Path(options.output)
     _check_output(output)
-    manifest = read_rows(options.input, options, needs_prediction=False, allow_empty=True)
+    manifest = read_rows(options.input, options, needs_prediction=False)
     with removing_empty(output.parent):
         predictions = _answer_and_write(manifest, output, options)
     say(f"{output}: {len(predictions)} predictions", f"{output}：{len(predictions)} 条预测")
@@ -62,9 +62,7 @@ def infer(options: InferenceOptions) -> list[str]:
 def _answer_and_write(manifest: Manifest, output: Path, options: InferenceOptions) -> list[str]:
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.work-") as place:
-        predictions = (
-            _answer_all(manifest, Path(place), options) if manifest.rows or manifest.problems else []
-        )
+        predictions = _answer_all(manifest, Path(place), options) if any(True for _ in manifest) else []
     _write(output, manifest, predictions)
     settings = output.with_name(f"{output.name}.{SETTINGS_FILE}")
     settings.write_text(to_yaml(options), encoding="utf-8")
@@ -86,10 +84,8 @@ def _answer_all(manifest: Manifest, place: Path, options: InferenceOptions) -> l
     if is_local and (folder / ADAPTER_CONFIG).is_file():
         _base_of(folder, from_modelscope=options.from_modelscope)
     encoder = Encoder(read_text_files(folder))
-    dataset_folder = place / "dataset"
-    dataset_folder.mkdir()
-    convert_rows(manifest, dataset_folder, encoder, options, with_answer=False)
-    dataset = ConvertedDataset(dataset_folder)
+    convert_rows(manifest, place / "dataset", encoder, options, with_answer=False)
+    dataset = ConvertedDataset(place / "dataset")
     _check_lengths(manifest, dataset, options.max_length)
     predictions: list[str] = []
     with explaining_memory(MEMORY_REMEDY), progress("answering", "推理中", len(dataset)) as shown:
@@ -108,7 +104,7 @@ def _check_lengths(manifest: Manifest, dataset: ConvertedDataset, max_length: in
     """
     problems = [
         RowProblem(row.line, "audio", row.shown, _too_long(int(length), max_length))
-        for row, length in zip(manifest.rows, dataset.positions, strict=True)
+        for row, length in zip(manifest.rows_unseen(), dataset.positions, strict=True)
         if length >= max_length
     ]
     if problems:
@@ -215,7 +211,7 @@ def _write(output: Path, manifest: Manifest, predictions: list[str]) -> None:
         with work.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(columns)
-            for row, prediction in zip(manifest.rows, predictions, strict=True):
+            for row, prediction in zip(manifest.rows_unseen(), predictions, strict=True):
                 writer.writerow([*row.cells[:place], prediction, *row.cells[place + 1 :]])
         if output.exists():
             shutil.copymode(output, work)

@@ -1,29 +1,25 @@
 """CSV to rows with their line numbers; base-dir, default prompts; every problem at once.
 
-Everything is text and stays as it was written. Files are looked for, never opened; nothing is fetched.
+Everything is text and stays as it was written. The file is read as a stream, so that memory does not grow
+with it. Recordings are looked for, never opened; nothing is fetched.
 """
 
-import csv
 import difflib
-import io
 import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from mdl_toolkit.errors import InputError, RowProblem, RowsError
+from mdl_toolkit.csvfile import NUL_MARK, Line, bad, lines_of, opened, stamp_of
+from mdl_toolkit.errors import InputError, Problems, RowProblem
 from mdl_toolkit.language import Text
 
 AUDIO, SYSTEM, USER, PREDICTION = "audio", "system_prompt", "user_prompt", "prediction"
-NUL_MARK = "\udc00"  # stands for NUL while the CSV is read, as Python 3.10's csv refuses NUL itself
-BAD_BYTE = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of bytes that are not UTF-8
-LONGEST_CELL = 2**31 - 1  # the most csv.field_size_limit takes where a C long has 32 bits; default 131,072
-OTHER_ENCODINGS = ("gb18030", "cp1252")  # what spreadsheets write when they do not write UTF-8
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 EMPTY_PREDICTION = Text(
@@ -45,6 +41,7 @@ class Row:
         user_prompt: likewise.
         prediction: the cell as written; None if the CSV has no such column.
         cells: the text of every cell, as many as there are columns.
+        stamp: size (bytes) and time of change (ns) of the recording when the row was read; zeros for a URL.
     """
 
     line: int
@@ -54,39 +51,12 @@ class Row:
     user_prompt: str | None
     prediction: str | None
     cells: tuple[str, ...]
+    stamp: tuple[int, int] = (0, 0)
 
     @property
     def shown(self) -> str:
         """The cell `audio` as messages may show it: an address without its password."""
         return without_credentials(self.audio_text)
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """A CSV that has been read.
-
-    Attributes:
-        path: the file.
-        columns: its columns, in order.
-        rows: its usable rows, in order.
-        problems: what is wrong with the others. Who looks into the recordings adds to these, so that all
-            bad rows are reported together.
-    """
-
-    path: Path
-    columns: tuple[str, ...]
-    rows: tuple[Row, ...]
-    problems: tuple[RowProblem, ...] = ()
-
-    def checked(self) -> "Manifest":
-        """The manifest itself, if nothing is wrong with any row.
-
-        Raises:
-            RowsError: all rows that cannot be used.
-        """
-        if self.problems:
-            raise RowsError(str(self.path), self.problems)
-        return self
 
 
 @dataclass(frozen=True)
@@ -98,9 +68,75 @@ class Defaults:
     user_prompt: str | None
 
 
-class _Line(NamedTuple):
-    number: int
-    cells: list[str]
+@dataclass(frozen=True)
+class Manifest:
+    """A CSV whose columns have been checked; going through it reads it as a stream, every time anew.
+
+    Attributes:
+        path: the file.
+        columns: its columns, in order.
+        defaults: what the options say.
+        fill_in: an empty prediction is a problem.
+        stamp: size (bytes) and time of change (ns) when it was opened first.
+    """
+
+    path: Path
+    columns: tuple[str, ...]
+    defaults: Defaults
+    fill_in: bool
+    stamp: tuple[int, int]
+
+    def __iter__(self) -> Iterator[Row | RowProblem]:
+        """Each usable row, and each problem of the others, in the file's order.
+
+        Problems are: too many cells, a NUL byte, an empty cell, an audio path that is not a file with
+        something in it, an address that is not http or https.
+
+        Raises:
+            InputError: from some line on it is no CSV or not UTF-8, or it was changed in the meantime.
+        """
+        return self._read(_look_for)
+
+    def rows(self) -> Iterator[Row]:
+        """The usable rows, for those who know of the problems already."""
+        return (item for item in self if isinstance(item, Row))
+
+    def rows_unseen(self) -> Iterator[Row]:
+        """The rows without a look at their recordings, which may be gone by now; they have no stamps."""
+        return (item for item in self._read(lambda _: (0, 0)) if isinstance(item, Row))
+
+    def _read(self, look: Callable[[Row], tuple[int, int] | Text]) -> Iterator[Row | RowProblem]:
+        reader = _Reader(self, look)
+        with opened(self.path) as file, closing(lines_of(self.path, file)) as lines:
+            if stamp_of(os.fstat(file.fileno())) != self.stamp:
+                en = "the file was changed while it was being read; start again when it is complete"
+                raise bad(self.path, en, "文件在读取过程中被修改；请在其写完后重新运行")
+            next(lines)  # the header
+            for line in lines:
+                yield from reader.read(line)
+
+    def checked(self) -> int:
+        """Go through it once and return the number of rows.
+
+        Raises:
+            RowsError: all rows that cannot be used.
+            InputError: there is no row.
+        """
+        problems, rows = Problems(), 0
+        for item in self:
+            if isinstance(item, RowProblem):
+                problems.add(item)
+            else:
+                rows += 1
+        problems.check(str(self.path))
+        if not rows:
+            raise self.no_rows()
+        return rows
+
+    def no_rows(self) -> InputError:
+        """The error for a CSV of column names alone."""
+        en = "there is no row below the column names; add one"
+        return bad(self.path, en, "列名之下没有任何数据行；请添加数据")
 
 
 def read_manifest(
@@ -111,9 +147,8 @@ def read_manifest(
     user_prompt: str | None,
     needs_prediction: bool,
     allow_empty_prediction: bool = False,
-    allow_empty: bool = False,
 ) -> Manifest:
-    """Read and check a CSV (rules 8 to 13).
+    """Open a CSV and check its columns (rules 8 to 13).
 
     A row with fewer cells than the header is filled up with empty ones; blank lines are skipped.
 
@@ -124,35 +159,28 @@ def read_manifest(
         user_prompt: likewise.
         needs_prediction: the column `prediction` must be there and filled in (training).
         allow_empty_prediction: an empty prediction is a prediction.
-        allow_empty: no rows at all are accepted (inference).
 
     Returns:
-        The usable rows, and the problems of the others: too many cells, a NUL byte, an empty cell, an audio
-        path that is not a file with something in it, an address that is not http or https.
+        The manifest, from which rows and problems can be read.
 
     Raises:
-        InputError: the file cannot be read, is not UTF-8 or no CSV; a column is missing or there twice;
-            there is no row.
+        InputError: the file cannot be read, its first line is no CSV or not UTF-8; a column is missing or
+            there twice.
     """
     path = Path(path)
-    lines = _lines(path, _text(path))
-    header = next(lines, None)
+    with opened(path) as file, closing(lines_of(path, file)) as lines:
+        stamp = stamp_of(os.fstat(file.fileno()))
+        header = next(lines, None)
     if header is None:
-        raise _bad(
+        raise bad(
             path,
             "the file is empty; a CSV starts with a line of column names",
             "文件为空；CSV 的首行应为列名",
         )
     columns = tuple(header.cells)
     _check_columns(path, columns, (AUDIO, PREDICTION) if needs_prediction else (AUDIO,))
-    fill_in = needs_prediction and not allow_empty_prediction
-    reader = _Reader(columns, Defaults(base_dir, system_prompt, user_prompt), fill_in)
-    rows = tuple(row for line in lines if (row := reader.read(line)))
-    if not rows and not reader.problems and not allow_empty:
-        raise _bad(
-            path, "there is no row below the column names; add one", "列名之下没有任何数据行；请添加数据"
-        )
-    return Manifest(path, columns, rows, tuple(reader.problems))
+    defaults = Defaults(base_dir, system_prompt, user_prompt)
+    return Manifest(path, columns, defaults, needs_prediction and not allow_empty_prediction, stamp)
 
 
 def is_url(audio: str) -> bool:
@@ -163,81 +191,6 @@ def is_url(audio: str) -> bool:
 def without_credentials(text: str) -> str:
     """The address or path as messages may show it: without the `user:password@` of an address."""
     return re.sub(r"(?i)^(https?://)[^/?#]*@", r"\1", text)
-
-
-def _bad(path: Path, en: str, zh: str) -> InputError:
-    return InputError(f"{path}: {en}.", f"{path}：{zh}。")
-
-
-def _text(path: Path) -> str:
-    """The file's text, with bytes that are not UTF-8 as lone surrogates and NUL as `NUL_MARK`."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise _bad(path, "there is no such file; correct the path", "文件不存在；请更正路径") from None
-    except IsADirectoryError:
-        raise _bad(path, "this is a folder; give a CSV file", "这是目录；请指定 CSV 文件") from None
-    except (OSError, ValueError) as problem:
-        reason = getattr(problem, "strerror", None) or problem
-        raise _bad(path, f"cannot be read ({reason})", f"无法读取（{reason}）") from problem
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise _bad(path, "this is UTF-16; save it as UTF-8", "文件编码为 UTF-16；请另存为 UTF-8")
-    text = content.decode("utf-8-sig", "surrogateescape").replace("\0", NUL_MARK)
-    return text if text.isascii() or not BAD_BYTE.search(text) else _refuse_bytes(path, content, text)
-
-
-def _refuse_bytes(path: Path, content: bytes, text: str) -> str:
-    """Raise the error for text that is not UTF-8, naming the first place and the likely encoding."""
-    line, column = _place_of_bad_byte(path, text)
-    guess = next((name for name in OTHER_ENCODINGS if _decodes(content, name)), None)
-    en = f"line {line}{f', column {column}' if column else ''}: not UTF-8 text"
-    zh = f"第 {line} 行{f' {column} 列' if column else ''}：不是 UTF-8 文本"
-    raise _bad(
-        path,
-        f"{en}{f' (it may be {guess})' if guess else ''}; save the file as UTF-8",
-        f"{zh}{f'（可能是 {guess}）' if guess else ''}；请将文件另存为 UTF-8",
-    )
-
-
-def _place_of_bad_byte(path: Path, text: str) -> tuple[int, str]:
-    """Line where the first bad row starts, and its column's name as far as it is known."""
-    columns: list[str] = []
-    for number, cells in _lines(path, text):
-        columns = columns or cells
-        for index, cell in enumerate(cells):
-            if BAD_BYTE.search(cell):
-                known = index < len(columns) and number > 1 and not BAD_BYTE.search(columns[index])
-                return number, columns[index] if known else ""
-    raise AssertionError("the caller has found a bad byte")
-
-
-def _decodes(content: bytes, encoding: str) -> bool:
-    try:
-        content.decode(encoding)
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _lines(path: Path, text: str) -> Iterator[_Line]:
-    r"""The rows that are not blank, each with the line it starts on.
-
-    Lines end with \n or \r\n, or all with \r as old spreadsheets wrote them; a \r elsewhere must be quoted.
-    """
-    csv.field_size_limit(LONGEST_CELL)
-    reader = csv.reader(io.StringIO(text, newline="\n" if "\n" in text else "\r"), strict=True)
-    while True:
-        number = reader.line_num + 1
-        try:
-            cells = next(reader, None)
-        except csv.Error as problem:
-            en = f"the row that starts on line {number} is no valid CSV ({problem}); check its quotes"
-            zh = f"从第 {number} 行开始的一行不是有效的 CSV（{problem}）；请检查引号是否成对"
-            raise _bad(path, en, zh) from problem
-        if cells is None:
-            return
-        if cells:
-            yield _Line(number, cells)
 
 
 def _check_columns(path: Path, columns: Sequence[str], needed: Sequence[str]) -> None:
@@ -254,7 +207,7 @@ def _check_columns(path: Path, columns: Sequence[str], needed: Sequence[str]) ->
     if any(NUL_MARK in name for name in columns):
         complaints.append(Text("line 1 holds a NUL byte; remove it", "第 1 行含有 NUL 字节；请删除"))
     if complaints:
-        raise _bad(path, "; ".join(text.en for text in complaints), "；".join(text.zh for text in complaints))
+        raise bad(path, "; ".join(text.en for text in complaints), "；".join(text.zh for text in complaints))
 
 
 def _missing(name: str, columns: Sequence[str]) -> Text:
@@ -274,25 +227,25 @@ def _missing(name: str, columns: Sequence[str]) -> Text:
 
 
 class _Reader:
-    """Lines to rows; what is wrong with them gathers in `problems`."""
+    """Lines to rows, or to what is wrong with them."""
 
-    def __init__(self, columns: tuple[str, ...], defaults: Defaults, fill_in_prediction: bool) -> None:
-        self.columns = columns
-        self.defaults = defaults
-        self.fill_in_prediction = fill_in_prediction
-        self.problems: list[RowProblem] = []
+    def __init__(self, manifest: Manifest, look: Callable[[Row], tuple[int, int] | Text]) -> None:
+        self.look = look
+        self.columns = manifest.columns
+        self.defaults = manifest.defaults
+        self.fill_in = manifest.fill_in
 
-    def read(self, line: _Line) -> Row | None:
-        """The row, or None if it has a problem."""
-        before = len(self.problems)
+    def read(self, line: Line) -> list[Row | RowProblem]:
+        """The row, or its problems."""
         cells = line.cells + [""] * (len(self.columns) - len(line.cells))
         row = self._row(line.number, dict(zip(self.columns, cells, strict=False)), cells)
-        self._check_shape(line)
-        if reason := _audio_problem(row):
-            self._add(line, AUDIO, row.shown, reason)
-        if self.fill_in_prediction and not row.prediction:
-            self._add(line, PREDICTION, "", EMPTY_PREDICTION)
-        return row if len(self.problems) == before else None
+        problems = [*self._shape_problems(line)]
+        found = self.look(row)
+        if isinstance(found, Text):
+            problems.append(RowProblem(line.number, AUDIO, row.shown, found))
+        if self.fill_in and not row.prediction:
+            problems.append(RowProblem(line.number, PREDICTION, "", EMPTY_PREDICTION))
+        return [*problems] if problems or isinstance(found, Text) else [replace(row, stamp=found)]
 
     def _row(self, number: int, named: dict[str, str], cells: list[str]) -> Row:
         defaults = self.defaults
@@ -306,16 +259,14 @@ class _Reader:
             cells=tuple(cells),
         )
 
-    def _check_shape(self, line: _Line) -> None:
+    def _shape_problems(self, line: Line) -> Iterator[RowProblem]:
         width = len(self.columns)
         if len(line.cells) > width:
-            self._add(line, str(width + 1), line.cells[width], _too_many(len(line.cells), width))
+            value, reason = line.cells[width], _too_many(len(line.cells), width)
+            yield RowProblem(line.number, str(width + 1), value, reason)
         for name, cell in zip(self.columns, line.cells, strict=False):
             if NUL_MARK in cell:
-                self._add(line, name, cell.replace(NUL_MARK, "\0"), NUL_BYTE)
-
-    def _add(self, line: _Line, column: str, value: str, reason: Text) -> None:
-        self.problems.append(RowProblem(line.number, column, value, reason))
+                yield RowProblem(line.number, name, cell.replace(NUL_MARK, "\0"), NUL_BYTE)
 
 
 def _too_many(cells: int, columns: int) -> Text:
@@ -337,16 +288,16 @@ def _resolve(audio: str, base_dir: str | Path | None) -> str:
     return os.path.join(os.path.expanduser(base_dir or ""), os.path.expanduser(audio))  # noqa: PTH111, PTH118
 
 
-def _audio_problem(row: Row) -> Text | None:
-    """What is wrong with the cell `audio`, as far as can be told without opening or fetching it."""
+def _look_for(row: Row) -> tuple[int, int] | Text:
+    """The recording's stamp, or what is wrong with the cell without opening or fetching anything."""
     if not row.audio_text:
         return Text("empty; give a path or an http(s) address", "为空；请填写路径或 http(s) 地址")
     if _SCHEME.match(row.audio):
-        return _address_problem(row.audio)
+        return _address_problem(row.audio) or (0, 0)
     try:
         status = os.stat(row.audio)  # noqa: PTH116
     except ValueError:
-        return None  # a NUL byte, which has its own message
+        return 0, 0  # a NUL byte, which has its own message
     except (FileNotFoundError, NotADirectoryError):
         return Text(
             f"not found (looked for {row.audio}); correct the path or --base-dir",
@@ -356,7 +307,7 @@ def _audio_problem(row: Row) -> Text | None:
         return Text(
             f"cannot be used ({problem.strerror}); correct it", f"无法使用（{problem.strerror}）；请更正"
         )
-    return _file_problem(status)
+    return _file_problem(status) or stamp_of(status)
 
 
 def _file_problem(status: os.stat_result) -> Text | None:

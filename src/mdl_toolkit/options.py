@@ -208,6 +208,13 @@ class ConversionOptions(Options):
         "Largest recording, in megabytes, that is fetched from a URL.",
         "从 URL 下载的单个音频的大小上限（MB）。",
     )  # fmt: skip
+    download_cache: str | None = option(
+        PATH, None, DATASET,
+        "Folder that keeps recordings fetched from URLs for other runs, which ask only whether they changed. "
+        "Without it they are kept until the conversion is complete.",
+        "保存从 URL 下载的音频的目录，供以后的运行使用（届时只询问是否有更新）；未指定时保留至转换完成。",
+        nullable=True,
+    )  # fmt: skip
 
 
 _MODEL_HELP = (

@@ -3,6 +3,7 @@
 What is written into them is for others to say.
 """
 
+import os
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -20,6 +21,15 @@ def writing(place: str, error: type[ToolkitError]) -> Iterator[None]:
     except OSError as problem:
         reason = problem.strerror or problem
         raise error(f"{place}: cannot be written: {reason}", f"{place}：无法写入：{reason}") from problem
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a written file is on the disk, so that a power cut does not undo it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -41,7 +51,7 @@ def replacing(output: Path) -> Iterator[Path]:
                 work.mkdir(parents=True)
             yield work
             with writing(f"--output {output}", InputError):
-                _exchange(work, target, old)
+                put_in_place(work, target, old)
         finally:
             shutil.rmtree(work, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
@@ -59,7 +69,8 @@ def removing_empty(folder: Path) -> Iterator[None]:
                 path.rmdir()
 
 
-def _exchange(work: Path, target: Path, old: Path) -> None:
+def put_in_place(work: Path, target: Path, old: Path) -> None:
+    """Give a folder the name `target`; what is there now becomes `old`."""
     if target.exists():
         target.rename(old)
     try:

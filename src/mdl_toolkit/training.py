@@ -26,6 +26,7 @@ from mdl_toolkit.dataset import ConvertedDataset
 from mdl_toolkit.errors import DatasetError, InputError, ToolkitError, UsageError
 from mdl_toolkit.export import export
 from mdl_toolkit.language import Text
+from mdl_toolkit.legacy import AnyDataset, LegacyDataset, is_legacy
 from mdl_toolkit.loading import (
     TextFiles,
     best_device,
@@ -91,8 +92,6 @@ def train(options: TrainOptions) -> TrainResult:
 def _prepare_and_run(options: TrainOptions, private: Path, resume: Path | None) -> TrainResult:
     try:
         with _first_process_first():
-            if is_first_process():  # what a killed run converted, perhaps from other data
-                shutil.rmtree(private, ignore_errors=True)
             files, train_set, eval_set = _open_data(options, private)
             base = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=True)
         with explaining_memory(MEMORY_REMEDY):
@@ -106,8 +105,8 @@ def _run(
     options: TrainOptions,
     base: Path,
     encoder: Encoder,
-    train_set: ConvertedDataset,
-    eval_set: ConvertedDataset | None,
+    train_set: AnyDataset,
+    eval_set: AnyDataset | None,
     resume: Path | None,
 ) -> TrainResult:
     output = Path(options.output)
@@ -195,9 +194,7 @@ def _check_places(output: Path, options: TrainOptions) -> None:
             check_apart(output, Path(value))
 
 
-def _open_data(
-    options: TrainOptions, private: Path
-) -> tuple[TextFiles, ConvertedDataset, ConvertedDataset | None]:
+def _open_data(options: TrainOptions, private: Path) -> tuple[TextFiles, AnyDataset, AnyDataset | None]:
     """The model's text side and both datasets; a CSV is converted into the run's private folder."""
     # Of a local folder everything is here to be checked at once; of a hub's, weights wait for the data.
     is_local = Path(options.model_name).is_dir()
@@ -213,15 +210,16 @@ def _open_data(
     return files, train_set, _open_set(options.eval_dataset, options, files, private / "eval")
 
 
-def _open_set(path: str, options: TrainOptions, files: TextFiles, private: Path) -> ConvertedDataset:
+def _open_set(path: str, options: TrainOptions, files: TextFiles, private: Path) -> AnyDataset:
     if Path(path).is_dir():
+        if is_legacy(Path(path)):
+            return LegacyDataset(Path(path), Encoder(files))
         dataset = ConvertedDataset(Path(path))
         dataset.record.check_model(files, path)
         return dataset
-    if not private.exists():
+    if is_first_process():
         manifest = read_rows(path, options, needs_prediction=True)
-        private.mkdir(parents=True)
-        convert_rows(manifest, private, Encoder(files), options)
+        convert_rows(manifest, private, Encoder(files), options, reuse=True)
     return ConvertedDataset(private)
 
 

@@ -1,0 +1,178 @@
+"""A CSV file to lines of cells, as a stream: encoding, line ends, quotes, and where they are wrong.
+
+What the columns mean is said in `manifest`.
+"""
+
+import codecs
+import csv
+import io
+import os
+import re
+import stat
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from mdl_toolkit.errors import InputError
+
+NUL_MARK = "\udc00"  # stands for NUL while the CSV is read, as Python 3.10's csv refuses NUL itself
+BAD_BYTE = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of bytes that are not UTF-8
+LONGEST_CELL = 2**31 - 1  # the most csv.field_size_limit takes where a C long has 32 bits; default 131,072
+OTHER_ENCODINGS = ("gb18030", "cp1252")  # what spreadsheets write when they do not write UTF-8
+PIECE = 1 << 20  # bytes read at once
+
+
+class Line(NamedTuple):
+    """One row of cells, and the line of the file where it starts, counted from 1."""
+
+    number: int
+    cells: list[str]
+
+
+def bad(path: Path, en: str, zh: str) -> InputError:
+    """An error that names the file."""
+    return InputError(f"{path}: {en}.", f"{path}：{zh}。")
+
+
+# --- lines to rows -----------------------------------------------------------------------------------
+
+
+def stamp_of(status: os.stat_result) -> tuple[int, int]:
+    """Size (bytes) and time of change (ns), by which a file that was changed is recognised."""
+    return status.st_size, status.st_mtime_ns
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """The file, open and at its start.
+
+    Raises:
+        InputError: it cannot be read, is no regular file, or UTF-16.
+    """
+    try:
+        with _open(path) as file:
+            yield file
+    except FileNotFoundError:
+        raise bad(path, "there is no such file; correct the path", "文件不存在；请更正路径") from None
+    except IsADirectoryError:
+        raise bad(path, "this is a folder; give a CSV file", "这是目录；请指定 CSV 文件") from None
+    except OSError as problem:
+        reason = problem.strerror or problem
+        raise bad(path, f"cannot be read ({reason})", f"无法读取（{reason}）") from problem
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        status = path.stat()
+    except ValueError as problem:
+        raise bad(path, f"cannot be read ({problem})", f"无法读取（{problem}）") from problem
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        en = "this is a device or pipe, and it is read more than once; give a file"
+        raise bad(path, en, "这是设备或管道，而内容需要多次读取；请指定文件")
+    file = path.open("rb")
+    if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+        file.close()
+        raise bad(path, "this is UTF-16; save it as UTF-8", "文件编码为 UTF-16；请另存为 UTF-8")
+    file.seek(0)
+    return file
+
+
+class _Text:
+    """Lines of text, with bytes that are not UTF-8 as lone surrogates and NUL as `NUL_MARK`.
+
+    Attributes:
+        is_bad: a byte that is not UTF-8 has come by.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        ending = _ending(file)
+        self._lines = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline=ending)
+        self.is_bad = False
+
+    def __iter__(self) -> "_Text":
+        return self
+
+    def __next__(self) -> str:
+        line = next(self._lines)
+        if not line.isascii():
+            self.is_bad = self.is_bad or BAD_BYTE.search(line) is not None
+        return line.replace("\0", NUL_MARK)
+
+    def detach(self) -> None:
+        """Leave the file open for its owner."""
+        self._lines.detach()
+
+
+def _ending(file: BinaryIO) -> str:
+    r"""How lines end: with \n or \r\n, or all with \r as old spreadsheets wrote them."""
+    found = any(b"\n" in piece for piece in iter(lambda: file.read(PIECE), b""))
+    file.seek(0)
+    return "\n" if found else "\r"
+
+
+def lines_of(path: Path, file: BinaryIO) -> Generator[Line, None, None]:
+    r"""The rows that are not blank, the column names first; a \r inside a row must be quoted.
+
+    Raises:
+        InputError: no valid CSV, or not UTF-8, with the first place.
+    """
+    csv.field_size_limit(LONGEST_CELL)
+    text = _Text(file)
+    reader = csv.reader(text, strict=True)
+    columns: list[str] = []
+    try:
+        while True:
+            number = reader.line_num + 1
+            cells = _cells(path, reader, text, number)
+            if cells is None:
+                return
+            columns = columns or cells
+            if text.is_bad:
+                raise _not_utf8(path, number, _bad_column(cells, columns, number))
+            if cells:
+                yield Line(number, cells)
+    finally:
+        text.detach()
+
+
+def _cells(path: Path, reader: Iterator[list[str]], text: _Text, number: int) -> list[str] | None:
+    try:
+        return next(reader, None)
+    except csv.Error as problem:
+        if text.is_bad:
+            raise _not_utf8(path, number, "") from problem
+        en = f"the row that starts on line {number} is no valid CSV ({problem}); check its quotes"
+        zh = f"从第 {number} 行开始的一行不是有效的 CSV（{problem}）；请检查引号是否成对"
+        raise bad(path, en, zh) from problem
+
+
+def _bad_column(cells: list[str], columns: list[str], number: int) -> str:
+    """The name of the first column with a bad byte, as far as it is known."""
+    index = next((i for i, cell in enumerate(cells) if BAD_BYTE.search(cell)), len(columns))
+    known = index < len(columns) and number > 1 and not BAD_BYTE.search(columns[index])
+    return columns[index] if known else ""
+
+
+def _not_utf8(path: Path, line: int, column: str) -> InputError:
+    """The error for text that is not UTF-8, naming the first place and the likely encoding."""
+    guess = next((name for name in OTHER_ENCODINGS if _decodes(path, name)), None)
+    en = f"line {line}{f', column {column}' if column else ''}: not UTF-8 text"
+    zh = f"第 {line} 行{f' {column} 列' if column else ''}：不是 UTF-8 文本"
+    return bad(
+        path,
+        f"{en}{f' (it may be {guess})' if guess else ''}; save the file as UTF-8",
+        f"{zh}{f'（可能是 {guess}）' if guess else ''}；请将文件另存为 UTF-8",
+    )
+
+
+def _decodes(path: Path, encoding: str) -> bool:
+    decoder = codecs.getincrementaldecoder(encoding)()
+    try:
+        with path.open("rb") as file:
+            for piece in iter(lambda: file.read(PIECE), b""):
+                decoder.decode(piece)
+        decoder.decode(b"", final=True)
+    except (UnicodeDecodeError, OSError):
+        return False
+    return True

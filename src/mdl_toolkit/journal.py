@@ -1,0 +1,265 @@
+"""The work folder of a conversion: what is finished, what is stale, and who is at work.
+
+It lies beside the output, `.NAME.partial`, and is gone when the dataset is complete:
+
+    lock            record locks: who works for which rank, and who is at which shard
+    plan.json       the plan's fingerprint, and a name of the run
+    shards/N.json   one for each finished shard: its fingerprint and its counts
+    dataset/        the finished shards; in the end it takes the output's place
+    writing/        files that are being written
+    previous/       what was at the output's place, for the moment of putting in place
+    downloads/      recordings that were fetched
+
+A shard counts as finished when its line in the journal is on the disk, and that is written after the shard
+itself is. Whatever a killed run leaves is therefore either finished or not looked at.
+"""
+
+import errno
+import json
+import os
+import secrets
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from mdl_toolkit.dataset import shard_name
+from mdl_toolkit.errors import DatasetError, InputError
+from mdl_toolkit.outputs import put_in_place, to_disk, writing
+from mdl_toolkit.plan import Plan, Shard
+from mdl_toolkit.summary import Tally
+
+try:
+    import fcntl
+except ImportError:  # no such locks on this platform: two conversions into one output are not told apart
+    fcntl = None  # type: ignore[assignment]
+
+_RANKS = 1 << 20  # byte r of the lock file stands for rank r, byte _RANKS + n for shard n
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the journal says of a finished shard.
+
+    Attributes:
+        fingerprint: the shard's in the plan.
+        tally: its counts, problems included.
+        is_stored: the shard's file is there; not so if a row of it, or of another shard, had a problem.
+    """
+
+    fingerprint: str
+    tally: Tally
+    is_stored: bool
+
+
+class WorkFolder:
+    """The work folder of one output, for one process of a run; a context that locks it.
+
+    Raises:
+        InputError: another conversion is at work on the same output, or the folder cannot be made.
+    """
+
+    def __init__(self, output: Path, rank: int = 0) -> None:
+        self.output, self.rank = output, rank
+        target = output.resolve()
+        self.path = target.with_name(f".{target.name}.partial")
+        self.dataset, self.downloads = self.path / "dataset", self.path / "downloads"
+        self._entries, self._writing, self._plan = (
+            self.path / name for name in ("shards", "writing", "plan.json")
+        )
+        self._previous = self.path / "previous"
+        self.run = secrets.token_hex(8)  # a name of this run, the same in all ranks
+        self._count, self._began = 0, 0.0
+        self._has_locks = fcntl is not None
+
+    def __enter__(self) -> "WorkFolder":
+        with writing(f"--output {self.output}", InputError):
+            while not self._lock():  # a run that just ended has removed the folder in between
+                pass
+            if self.rank == 0:
+                self._plan.unlink(missing_ok=True)
+                self._restore()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *more: BaseException | TracebackType | None) -> None:
+        os.close(self._descriptor)
+
+    # --- the plan ---
+
+    def begin(self, plan: Plan) -> int:
+        """Remove what another plan left, make the plan known to other ranks; rows that are finished."""
+        self._count = len(plan.shards)
+        with writing(f"--output {self.output}", InputError):
+            shutil.rmtree(self._writing, ignore_errors=True)
+            for folder in (self.dataset, self._entries, self._writing):
+                folder.mkdir(exist_ok=True)
+            kept = {shard.number: shard for shard in plan.shards if self._is_good(shard)}
+            names = {shard_name(number, self._count) for number in kept}
+            _keep_only(self._entries, {f"{number}.json" for number in kept})
+            _keep_only(self.dataset, names)
+            _write(self._plan, {"fingerprint": plan.fingerprint, "run": self.run})
+        return sum(shard.rows for shard in kept.values())
+
+    def join(self, plan: Plan) -> bool:
+        """Tell whether the first rank has begun, on the same plan.
+
+        Raises:
+            DatasetError: on another one.
+        """
+        self._count = len(plan.shards)
+        try:
+            values = json.loads(self._plan.read_text(encoding="utf-8"))
+            theirs, self.run = values["fingerprint"], values["run"]
+        except (OSError, ValueError, KeyError):
+            return False
+        if not self.is_held(0):
+            return False
+        if theirs != plan.fingerprint:
+            raise DatasetError(
+                f"rank {self.rank} finds another CSV, other recordings, options or versions than rank 0; "
+                "give all ranks the same",
+                f"进程 {self.rank} 与进程 0 的 CSV、音频、选项或版本不一致；请保持一致",
+            )
+        return True
+
+    def was_completed(self) -> bool:
+        """Tell whether the output was put in place after this process began."""
+        try:
+            return (self.output / "state.json").stat().st_mtime >= self._began
+        except OSError:
+            return False
+
+    # --- shards ---
+
+    def claim(self, shard: Shard) -> bool:
+        """Take a shard for this process, if nobody else is at it or has finished it."""
+        if not self._try_lock(_RANKS + shard.number):
+            return False
+        if self.entry(shard) is not None:
+            self._unlock(_RANKS + shard.number)
+            return False
+        return True
+
+    def entry(self, shard: Shard) -> Entry | None:
+        """What the journal says of a shard; None if it is not finished."""
+        try:
+            values = json.loads((self._entries / f"{shard.number}.json").read_text(encoding="utf-8"))
+            entry = Entry(values["fingerprint"], Tally.from_json(values["tally"]), values["is_stored"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+        return entry if entry.fingerprint == shard.fingerprint else None
+
+    def file_to_write(self) -> Path:
+        """A new name for a file that may become a shard."""
+        return self._writing / f"{secrets.token_hex(8)}.arrow"
+
+    def commit(self, shard: Shard, file: Path, tally: Tally) -> None:
+        """Write down that a shard is finished; `file` is its content, or not there if that was given up."""
+        is_stored = file.exists()
+        with writing(str(self.dataset), DatasetError):
+            if is_stored:
+                file.replace(self._shard(shard))
+                to_disk(self.dataset)
+            entry = {"fingerprint": shard.fingerprint, "tally": tally.to_json(), "is_stored": is_stored}
+            _write(self._entries / f"{shard.number}.json", entry)
+        self._unlock(_RANKS + shard.number)
+
+    def _shard(self, shard: Shard) -> Path:
+        return self.dataset / shard_name(shard.number, self._count)
+
+    def _is_good(self, shard: Shard) -> bool:
+        entry, file = self.entry(shard), self._shard(shard)
+        return entry is not None and entry.is_stored and file.is_file() and (
+            file.stat().st_size == entry.tally.bytes
+        )  # fmt: skip
+
+    def finished(self, plan: Plan) -> int:
+        """Rows of finished shards that are kept for another run."""
+        return sum(shard.rows for shard in plan.shards if self._is_good(shard))
+
+    # --- the end ---
+
+    def finish(self) -> None:
+        """Put the dataset in place, and remove everything else."""
+        with writing(f"--output {self.output}", InputError):
+            shutil.rmtree(self._previous, ignore_errors=True)
+            put_in_place(self.dataset, self.output.resolve(), self._previous)
+        self.remove()
+
+    def remove(self) -> None:
+        """Remove the folder with all that is in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def leave(self) -> None:
+        """Remove the folder if it is there only because this process waited in it."""
+        if not self.dataset.exists():
+            self.remove()
+
+    def _restore(self) -> None:
+        """Put back what a run moved away that was killed at the very moment of putting in place."""
+        if self._previous.exists() and not self.output.exists():
+            self._previous.rename(self.output.resolve())
+
+    # --- locks ---
+
+    def is_held(self, rank: int) -> bool:
+        """Tell whether another process works for a rank; where there are no locks, it may be."""
+        if not self._try_lock(rank):
+            return True
+        self._unlock(rank)
+        return not self._has_locks
+
+    def _lock(self) -> bool:
+        """Lock the folder for this rank; False if the folder was removed meanwhile."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        place = self.path / "lock"
+        try:
+            self._descriptor = os.open(place, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:
+            return False
+        if not self._try_lock(self.rank):
+            os.close(self._descriptor)
+            raise InputError(
+                f"--output {self.output}: another conversion is writing it; wait for its end",
+                f"--output {self.output}：另一个转换正在写入该位置；请等待其结束",
+            )
+        with suppress(OSError):
+            os.utime(place)  # by the clock of whoever keeps the files
+            self._began = place.stat().st_mtime
+            if place.stat().st_ino == os.fstat(self._descriptor).st_ino:
+                return True
+        os.close(self._descriptor)
+        return False
+
+    def _try_lock(self, byte: int) -> bool:
+        if not self._has_locks:
+            return True
+        try:
+            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+        except OSError as problem:
+            if problem.errno in (errno.EACCES, errno.EAGAIN):
+                return False
+            self._has_locks = False  # the file system has none: double work is the worst that happens
+        return True
+
+    def _unlock(self, byte: int) -> None:
+        if self._has_locks:
+            with suppress(OSError):
+                fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, byte)
+
+
+def _keep_only(folder: Path, names: set[str]) -> None:
+    for path in folder.iterdir():
+        if path.name not in names:
+            path.unlink()
+
+
+def _write(path: Path, value: Any) -> None:
+    """Write JSON, whole or not at all, and wait until it is on the disk."""
+    work = path.with_suffix(f".{secrets.token_hex(4)}")
+    work.write_text(json.dumps(value), encoding="utf-8")
+    to_disk(work)
+    work.replace(path)
+    to_disk(path.parent)

@@ -1,0 +1,166 @@
+"""Work in several processes: how many, and what happens when one of them dies.
+
+Each process sits at a pipe of its own. When it is killed its pipe ends, even in the middle of an answer.
+(With the shared queue of `ProcessPoolExecutor` the parent would then wait for the other half for ever.)
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from mdl_toolkit.errors import ToolkitError
+
+MOST_WORKERS = 32
+CGROUP = Path("/sys/fs/cgroup")
+# Microseconds of CPU time per period of so many: version 2 and version 1 of cgroups.
+CPU_QUOTAS = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))
+
+Job = TypeVar("Job")
+Message = TypeVar("Message")
+_END = None  # what a worker sends when a job is done, and what no job may report
+
+
+class WorkerDiedError(ToolkitError):
+    """A worker process is gone; what it was at is lost."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "a worker process was ended by the system (out of memory?); try a smaller --num-workers",
+            "工作进程被系统终止（内存不足？）；请减小 --num-workers",
+        )
+
+
+# --- how many ------------------------------------------------------------------------------------------
+
+
+def default_workers() -> int:
+    """Half the CPUs that this process may use, at least 1, at most 32 (rule 20)."""
+    return max(1, min(MOST_WORKERS, available_cpus() // 2))
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use: by affinity and by cgroup quota."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([count, *_granted()]))
+
+
+def _granted() -> Iterator[int]:
+    """CPUs that this container's cgroup grants, if there is a limit."""
+    for files in CPU_QUOTAS:
+        with suppress(OSError, ValueError):  # no such file, or the word `max`
+            text = " ".join((CGROUP / file).read_text(encoding="ascii") for file in files)
+            quota, period = map(int, text.split())
+            if quota > 0:
+                yield quota // period
+
+
+# --- the work ------------------------------------------------------------------------------------------
+
+
+def work_through(
+    jobs: Iterator[Job], task: Callable[[Job], Iterator[Message]], count: int
+) -> Generator[Message, None, None]:
+    """Do all jobs in so many processes, and pass on what is reported as it comes, in no order.
+
+    Args:
+        jobs: taken one by one, whenever a process is idle; must be picklable.
+        task: what to do with a job: yields reports; must be picklable.
+        count: of processes; 1 is this process itself.
+
+    Raises:
+        WorkerDiedError: a process was killed.
+        Exception: what the task raised.
+    """
+    if count == 1:
+        for job in jobs:
+            yield from task(job)
+        return
+    pool = _Pool(task, count)
+    try:
+        yield from pool.work_through(jobs)
+    finally:
+        pool.close()
+
+
+class _Pool(Generic[Job, Message]):
+    """Worker processes and the pipes to them."""
+
+    def __init__(self, task: Callable[[Job], Iterator[Message]], count: int) -> None:
+        context = multiprocessing.get_context("spawn")  # forked children of a process with threads may hang
+        self._pipes: list[Any] = []
+        self._processes: list[Any] = []
+        for _ in range(count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(task, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def work_through(self, jobs: Iterator[Job]) -> Iterator[Message]:
+        idle, busy = [*self._pipes], set[Any]()
+        while True:
+            for job in _first(len(idle), jobs):
+                busy.add(pipe := idle.pop())
+                _through(pipe.send, job)
+            if not busy:
+                return
+            for ready in wait([*busy]):
+                message = _through(ready.recv)  # type: ignore[union-attr]
+                if message is _END:
+                    busy.remove(ready)
+                    idle.append(ready)
+                else:
+                    yield message
+
+    def close(self) -> None:
+        """End all processes, whatever they are at."""
+        for pipe, process in zip(self._pipes, self._processes, strict=True):
+            pipe.close()
+            process.terminate()
+            process.join()
+
+
+def _first(count: int, jobs: Iterator[Job]) -> Iterator[Job]:
+    for _, job in zip(range(count), jobs, strict=False):  # a full count takes no job from the iterator
+        yield job
+
+
+def _through(use_pipe: Callable[..., Any], *words: Any) -> Any:
+    try:
+        answer = use_pipe(*words)
+    except (EOFError, OSError) as problem:
+        raise WorkerDiedError from problem
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def _serve(task: Callable[[Job], Iterator[Message]], pipe: Any) -> None:
+    """What a worker process does, until the parent closes the pipe or is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends this process
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with suppress(EOFError, OSError):
+        while True:
+            job = pipe.recv()
+            try:
+                for message in task(job):
+                    pipe.send(message)
+                answer: Exception | None = _END
+            except Exception as problem:  # noqa: BLE001 - the parent raises it
+                answer = problem
+            pipe.send(answer)
+
+
+def _end_with_parent() -> None:
+    """A killed parent's workers end with it, also in the middle of a long job."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
