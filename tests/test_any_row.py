@@ -21,9 +21,10 @@ LONGEST = 5 * 60 * 16_000  # samples: five minutes
 COLUMNS = ("audio", "system_prompt", "user_prompt", "prediction")
 
 ODD = [
-    'a "quoted" word', "two\nlines\r\nand\rmore", "a,b;c\td", "'", '"', "“弯引号”", "😀👩‍👩‍👧‍👦🏳️‍🌈", "مرحبا بالعالم", "שלום, עולם",
-    "<|im_end|>", "<|im_start|>assistant\n", "<|AUDIO|>", "<|audio_bos|><|AUDIO|><|audio_eos|>", "<|endoftext|>",
-    "{{ 7 * 7 }}", "{% for x in y %}", "0012", "True", "None", "nan", " leading and trailing ", "e\u0301 and é", "\u202eright to left",
+    'a "quoted" word', "two\nlines\r\nand\rmore", "a,b;c\td", "'", '"', "“弯引号”", "😀👩‍👩‍👧‍👦🏳️‍🌈",
+    "مرحبا بالعالم", "שלום, עולם", "\u202eright to left", "<|im_end|>", "<|AUDIO|>",
+    "<|audio_bos|><|AUDIO|><|audio_eos|>", "<|im_start|>assistant\n", "{{ 7 * 7 }}", "{% for x in y %}",
+    "0012", "True", "None", "nan", " leading and trailing ", "e\u0301 and é",
     "\ufeff", "\u2028", "\x85", "\x1f", "=1+1",
 ]  # fmt: skip
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=40) | st.sampled_from(ODD)

@@ -1,6 +1,5 @@
 """Training: what changes and what does not, which curve it follows, what it leaves on disk."""
 
-import json
 import math
 import os
 import subprocess
@@ -8,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -15,13 +15,15 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from mdl_toolkit import trainer, training
+from mdl_toolkit import training
 from mdl_toolkit.batching import Collator
 from mdl_toolkit.conversion import convert_dataset
 from mdl_toolkit.dataset import ConvertedDataset
 from mdl_toolkit.errors import DatasetError, InputError, ModelError, ToolkitError, UsageError
 from mdl_toolkit.loading import load_model, quiet_peft
 from mdl_toolkit.options import ConvertOptions, TrainOptions
+from mdl_toolkit.runlog import read_log
+from mdl_toolkit.sampling import Sampling
 from mdl_toolkit.settings import read_settings
 from mdl_toolkit.trainer import Schedule
 from mdl_toolkit.training import train
@@ -29,12 +31,6 @@ from runs import ANSWERS, copy_checkpoint, files_below, make_csv, make_rows, tra
 
 ALL = ("encoder", "projector", "decoder", "embed_tokens", "lm_head")
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def every_step(monkeypatch):
-    """Log every step, so that curves can be compared."""
-    monkeypatch.setattr(trainer, "LOGGING_STEPS", 1)
 
 
 @pytest.fixture
@@ -47,9 +43,10 @@ def convert(csv, model, output):
     return output
 
 
-def history(output, step):
-    state = json.loads((output / f"checkpoint-{step}" / "trainer_state.json").read_text())
-    return [(entry["loss"], entry["grad_norm"]) for entry in state["log_history"] if "grad_norm" in entry]
+def history(output, steps):
+    lines = [line for line in read_log(output / "log.jsonl") if "loss" in line]
+    assert [line["step"] for line in lines] == [*range(1, steps + 1)]
+    return [(line["loss"], line["grad_norm"]) for line in lines]
 
 
 def weights(folder):
@@ -83,13 +80,13 @@ def close(left, right, tolerance):
 def test_every_trainable_parameter_changes_and_nothing_else(golden, tmp_path, monkeypatch, name, targets):
     seen = {}
 
-    class Watching(training.ToolkitTrainer):
-        def train(self, **kwargs):
+    class Watching(training.Trainer):
+        def run(self):
             seen["model"] = self.model
             seen["before"] = {n: t.clone() for n, t in self.model.state_dict().items()}
-            return super().train(**kwargs)
+            return super().run()
 
-    monkeypatch.setattr(training, "ToolkitTrainer", Watching)
+    monkeypatch.setattr(training, "Trainer", Watching)
     model = copy_checkpoint(golden, name, tmp_path)
     train(train_options(make_csv(tmp_path, 8), model, tmp_path / "run", train_target=targets, num_epochs=3))
     trainable = {n for n, p in seen["model"].named_parameters() if p.requires_grad}
@@ -111,7 +108,6 @@ def test_batch_norm_statistics_do_not_move(model, tmp_path):
 # --- the curve ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("every_step")
 def test_one_by_eight_follows_eight_by_one(model, tmp_path):
     csv = make_csv(tmp_path, 20)  # a partial last batch and a partial last window
     curves, results = [], []
@@ -177,7 +173,6 @@ def test_it_learns(model, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("every_step")
 def test_two_processes_follow_one(model, tmp_path):
     csv = make_csv(tmp_path, 24)
     settings = {"lr": 1e-3, "num_epochs": 2, "eval_dataset": str(csv)}
@@ -196,8 +191,7 @@ def test_two_processes_follow_one(model, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("done: 6 steps") == 1
     assert close(weights(tmp_path / "two/final"), weights(alone.final), 1e-4)
-    state = json.loads((tmp_path / "two/checkpoint-6/trainer_state.json").read_text())
-    losses = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
+    losses = [line["eval_loss"] for line in read_log(tmp_path / "two/log.jsonl") if "eval_loss" in line]
     assert losses[-1] == pytest.approx(alone.eval_loss, rel=1e-4)
 
 
@@ -238,14 +232,17 @@ def test_evaluations_come_when_they_are_due(model, tmp_path, capsys):
     ],
 )
 def test_steps_of_a_run(rows, processes, changes, per_epoch, total):
-    schedule = Schedule.of(rows, processes, TrainOptions(train_dataset="d", output="o", **changes))
+    options = TrainOptions(train_dataset="d", output="o", **changes)
+    nothing = np.zeros(rows, np.int64)
+    split = options.batch_size, options.gradient_accumulation_steps, processes
+    schedule = Schedule.of(Sampling(nothing, nothing, *split, 0).steps_per_epoch, options)
     assert (schedule.per_epoch, schedule.total) == (per_epoch, total)
     assert math.ceil(rows / (changes["batch_size"] * processes)) >= per_epoch
 
 
 CHECKPOINT_FILES = {
-    "README.md", "adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "rng_state.pth",
-    "scheduler.pt", "trainer_state.json",
+    "adapter_config.json", "adapter_model.safetensors", "checksums.json", "mdl-toolkit.yaml",
+    "optimizer.safetensors", "state.json",
 }  # fmt: skip
 
 
@@ -253,7 +250,7 @@ def test_the_exact_set_of_files_after_a_run(model, tmp_path):
     output = tmp_path / "run"
     options = train_options(make_csv(tmp_path, 8), model, output, save_steps=0.5, num_epochs=2, lora_rank=2)
     train(replace(options, save_total_limit=2))
-    expected = {"mdl-toolkit.yaml"}
+    expected = {"mdl-toolkit.yaml", "log.jsonl"}
     expected |= {f"checkpoint-{step}/{name}" for step in (3, 4) for name in CHECKPOINT_FILES}
     expected |= {f"final/{name}" for name in files_below(model) | {"mdl-toolkit.yaml"}}
     assert files_below(output) == expected
@@ -288,10 +285,17 @@ def test_a_fresh_start_sets_an_earlier_run_aside(model, tmp_path, capsys):
     csv, output = make_csv(tmp_path, 4), tmp_path / "run"
     for _ in range(2):
         train(train_options(csv, model, output))
-    assert {p.name for p in output.iterdir()} == {"checkpoint-1", "final", "previous-1", "mdl-toolkit.yaml"}
+    assert {p.name for p in output.iterdir()} == {
+        "checkpoint-1",
+        "final",
+        "log.jsonl",
+        "previous-1",
+        "mdl-toolkit.yaml",
+    }
     assert {p.name for p in (output / "previous-1").iterdir()} == {
         "checkpoint-1",
         "final",
+        "log.jsonl",
         "mdl-toolkit.yaml",
     }
     assert "previous-1" in capsys.readouterr().err
@@ -355,7 +359,7 @@ def test_out_of_memory_is_explained(model, tmp_path, monkeypatch):
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
-    monkeypatch.setattr(training.ToolkitTrainer, "training_step", fail)
+    monkeypatch.setattr(training.Trainer, "_loss", fail)
     with pytest.raises(ModelError, match="ran out of memory; lower --batch-size"):
         train(train_options(make_csv(tmp_path, 4), model, tmp_path / "run"))
 
@@ -371,21 +375,6 @@ def test_bf16_on_a_cpu_keeps_the_bases_format(model, tmp_path):
     assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
     assert {n: t.dtype for n, t in weights(done.final).items()} == {
         n: t.dtype for n, t in weights(model).items()
-    }
-
-
-@pytest.mark.parametrize("bits", ["4bit", "8bit"])
-def test_quantised_training_merges_into_the_unquantised_weights(model, tmp_path, bits):
-    csv = make_csv(tmp_path, 8)
-    done = train(train_options(csv, model, tmp_path / "run", quantization=bits, num_epochs=10))
-    base, final = weights(model), weights(done.final)
-    adapter = weights(tmp_path / f"run/checkpoint-{done.steps}")
-    name = "decoder.model.layers.0.self_attn.q_proj"
-    a, b = (adapter[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
-    assert b.abs().max() > 0
-    assert torch.allclose(final[f"{name}.weight"], base[f"{name}.weight"] + 2.0 * b @ a, atol=1e-6)
-    assert {n: (t.dtype, t.shape) for n, t in final.items()} == {
-        n: (t.dtype, t.shape) for n, t in base.items()
     }
 
 
@@ -445,14 +434,6 @@ def no_weights(monkeypatch):
 
 @pytest.mark.usefixtures("no_weights")
 class TestRefusals:
-    def test_a_quantised_base(self, model, tmp_path):
-        config = json.loads((model / "config.json").read_text())
-        config["quantization_config"] = {"quant_method": "fp8"}
-        (model / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ModelError, match=r"quantised already \(fp8\)"):
-            train(train_options(make_csv(tmp_path, 2), model, tmp_path / "a/b/run"))
-        assert not (tmp_path / "a").exists()
-
     def test_an_adapter_as_the_base(self, model, tmp_path):
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             (model / name).write_text("{}")

@@ -1,26 +1,36 @@
-"""When to save, what makes a checkpoint complete, which one to resume, which to delete.
+"""What training needs to go on: when to save it, how to know that it is whole, which to resume or delete.
 
-A checkpoint is written under another name and renamed, so that a folder named `checkpoint-N` is whole.
+A checkpoint is written under another name and renamed, with the size and checksum of each of its files. It
+holds what is trained and the optimizer's state; order of the data, learning rate and dropout follow from the
+number of the step. Nothing in it is a pickle.
 """
 
+import hashlib
+import json
 import re
 import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mdl_toolkit.console import warn
 from mdl_toolkit.errors import ModelError
-from mdl_toolkit.loading import read_json
+from mdl_toolkit.loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
+from mdl_toolkit.outputs import to_disk
 from mdl_toolkit.settings import SETTINGS_FILE
 
 FINAL = "final"
+LOG = "log.jsonl"
 WORK = ".saving"
+STATE, OPTIMIZER, CHECKSUMS = "state.json", "optimizer.safetensors", "checksums.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
-_NEEDED = (
-    "trainer_state.json",
-    "optimizer.pt",
-    "scheduler.pt",
-    "adapter_config.json",
-    "adapter_model.safetensors",
-)
+_NEEDED = (STATE, OPTIMIZER, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+_PIECE = 1 << 20  # bytes read at once
 
 
 def due_steps(cadence: int | float, steps_per_epoch: int, total: int) -> frozenset[int]:
@@ -38,23 +48,131 @@ def due_steps(cadence: int | float, steps_per_epoch: int, total: int) -> frozens
     return frozenset({max(1, round(k * every)) for k in range(1, count + 1)} | {total})
 
 
+# --- writing -----------------------------------------------------------------------------------------------
+
+
+def save(
+    output: Path,
+    step: int,
+    *,
+    adapter: Callable[[Path], None],
+    optimizer: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    settings: str,
+) -> Path:
+    """Write `checkpoint-STEP` into a run's folder, whole or not at all.
+
+    Args:
+        output: the run's folder.
+        step: optimizer steps made.
+        adapter: writes the adapter into a folder.
+        optimizer: the optimizer's tensors, by name.
+        state: anything else, as JSON; `step` is added.
+        settings: the run's settings file.
+
+    Raises:
+        OSError: the disk does not take it; what was there before is untouched.
+    """
+    work = output / WORK / f"checkpoint-{step}"
+    try:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        adapter(work)
+        save_file(dict(optimizer), work / OPTIMIZER)
+        (work / STATE).write_text(json.dumps({**state, "step": step}, indent=1), encoding="utf-8")
+        (work / SETTINGS_FILE).write_text(settings, encoding="utf-8")
+        _seal(work)
+        return _put_in_place(work, output)
+    except SafetensorError as problem:  # how safetensors tells of a full disk
+        raise OSError(str(problem)) from problem
+    finally:
+        shutil.rmtree(output / WORK, ignore_errors=True)
+
+
+def _seal(folder: Path) -> None:
+    """Write down sizes and checksums, and wait until all is on the disk."""
+    sums = {}
+    for file in sorted(folder.iterdir()):
+        file.chmod(0o644)  # safetensors lets nobody but the owner read
+        to_disk(file)
+        sums[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
+    to_disk(folder / CHECKSUMS)
+
+
+def _put_in_place(work: Path, output: Path) -> Path:
+    target = output / work.name
+    shutil.rmtree(target, ignore_errors=True)
+    work.rename(target)
+    to_disk(output)
+    return target
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while piece := content.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+# --- reading -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was found whole.
+
+    Attributes:
+        folder: where it is.
+        state: what was saved beside the tensors.
+    """
+
+    folder: Path
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that were made."""
+        return int(self.state["step"])
+
+    def adapter(self) -> dict[str, Tensor]:
+        """The adapter's tensors, as PEFT names them in files."""
+        return load_file(self.folder / ADAPTER_WEIGHTS)
+
+    def optimizer(self) -> dict[str, Tensor]:
+        """The optimizer's tensors."""
+        return load_file(self.folder / OPTIMIZER)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None: missing files, sizes, checksums."""
+    try:
+        sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        for name in _NEEDED:
+            if name not in sums:
+                return f"{name} is missing"
+        for name, expected in sums.items():
+            file = folder / Path(name).name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
+                return f"{name} is damaged"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        return f"{CHECKSUMS}: {problem}"
+    return None
+
+
 def checkpoints(output: Path) -> list[Path]:
-    """Complete checkpoints of a run, the oldest first."""
-    found = [(int(m[1]), path) for path in output.glob("checkpoint-*") if (m := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found) if is_complete(path)]
+    """Folders named as checkpoints of a run, the oldest first."""
+    return sorted((path for path in output.glob("checkpoint-*") if _NAME.fullmatch(path.name)), key=_step_of)
 
 
-def is_complete(path: Path) -> bool:
-    """Tell whether training can go on from a folder."""
-    return all((path / name).is_file() for name in _NEEDED)
+def _step_of(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
 
 
-def steps_of(checkpoint: Path) -> int:
-    """Optimizer steps that were made when a checkpoint was saved."""
-    return int(read_json(checkpoint / "trainer_state.json")["global_step"])
-
-
-def to_resume(output: Path, resume: bool | str | None) -> Path | None:
+def to_resume(output: Path, resume: bool | str | None) -> Checkpoint | None:
     """The checkpoint that `--resume-from-checkpoint` means, or None to start afresh.
 
     Raises:
@@ -62,21 +180,35 @@ def to_resume(output: Path, resume: bool | str | None) -> Path | None:
     """
     if not resume:
         return None
-    if resume is True:
-        found = checkpoints(output)
-        return found[-1] if found else None
-    path = Path(resume)
-    if not is_complete(path):
-        raise ModelError(
-            f"--resume-from-checkpoint {path}: not a complete checkpoint",
-            f"--resume-from-checkpoint {path}：不是完整的检查点",
-        )
-    return path
+    if resume is not True:
+        path = Path(resume)
+        if reason := damage(path):
+            raise ModelError(
+                f"--resume-from-checkpoint {path}: not a complete checkpoint ({reason})",
+                f"--resume-from-checkpoint {path}：不是完整的检查点（{reason}）",
+            )
+        return _open(path)
+    for path in reversed(checkpoints(output)):
+        if reason := damage(path):
+            warn(f"{path} is skipped: {reason}", f"跳过 {path}：{reason}")
+        else:
+            return _open(path)
+    return None
 
 
-def set_aside(output: Path) -> Path | None:
-    """Move what an earlier run left into `previous-N/`, whole; None when there is nothing (rule 30)."""
-    left = [p for p in output.glob("*") if p.name in (FINAL, SETTINGS_FILE) or _NAME.fullmatch(p.name)]
+def _open(path: Path) -> Checkpoint:
+    return Checkpoint(path, read_json(path / STATE))
+
+
+# --- what an earlier run left ------------------------------------------------------------------------------
+
+
+def set_aside(output: Path, resumed: Checkpoint | None = None) -> Path | None:
+    """Move what an earlier run left into `previous-N/`, whole; None when there is nothing (rule 30).
+
+    Of the run that is gone on with, only what came after the checkpoint resumed from is moved.
+    """
+    left = _left(output, resumed)
     if {path.name for path in left} <= {SETTINGS_FILE}:
         return None
     numbers = [
@@ -89,19 +221,18 @@ def set_aside(output: Path) -> Path | None:
     return place
 
 
-def put_in_place(work: Path, output: Path) -> None:
-    """Move a finished checkpoint from the folder it was written in to the run's."""
-    for path in work.glob("checkpoint-*"):
-        target = output / path.name
-        shutil.rmtree(target, ignore_errors=True)
-        path.rename(target)
-    shutil.rmtree(work, ignore_errors=True)
+def _left(output: Path, resumed: Checkpoint | None) -> list[Path]:
+    if resumed is not None and resumed.folder.resolve().parent == output.resolve():
+        return [path for path in checkpoints(output) if _step_of(path) > resumed.step]
+    names = (FINAL, SETTINGS_FILE, LOG)
+    return [path for path in output.glob("*") if path.name in names or _NAME.fullmatch(path.name)]
 
 
-def delete_oldest(output: Path, limit: int | None, keep: Path | None) -> None:
-    """Keep the newest `limit` checkpoints, and the one resumed from (rule 31)."""
+def delete_oldest(output: Path, limit: int | None, keep: frozenset[Path]) -> None:
+    """Keep the newest `limit` checkpoints, and those that must stay (rule 31)."""
     if limit is None:
         return
+    kept = {path.resolve() for path in keep}
     for path in checkpoints(output)[:-limit]:
-        if keep is None or path.resolve() != keep.resolve():
+        if path.resolve() not in kept:
             shutil.rmtree(path)

@@ -181,7 +181,9 @@ def _identity(encoder: Encoder, options: ConversionOptions, with_answer: bool) -
 
 def _already(output: Path, plan: Plan) -> Record | None:
     """The record of what is at the output, if it was made by the same plan and is whole."""
-    with suppress(OSError, DatasetError):
+    if plan.problems.count:  # rows that are in no shard: the plan's fingerprint does not know of them
+        return None
+    with suppress(OSError, ValueError, DatasetError):
         if (output / PLAN_FILE).read_text(encoding="utf-8") == plan.fingerprint:
             return ConvertedDataset(output).record
     return None
@@ -189,8 +191,11 @@ def _already(output: Path, plan: Plan) -> Record | None:
 
 def _clear_up(work: WorkFolder, plan: Plan | None, problem: BaseException) -> None:
     """Keep finished shards for the next run, unless rows must be put right first (rule 12)."""
-    finished = work.finished(plan) if plan is not None and not isinstance(problem, RowsError) else 0
-    if plan is None or not finished:
+    if plan is None:  # what an earlier run finished was not looked at yet
+        work.leave()
+        return
+    finished = 0 if isinstance(problem, RowsError) else work.finished(plan)
+    if not finished:
         work.remove()
         return
     say(
@@ -229,13 +234,13 @@ class _Run:
         while left := self._left():
             if not self._convert(lambda _: True):
                 self._wait(len(left))
+        self._see_others_off()
         tally = self._tally()
         record = tally.record(self.encoder.files, self.options)
         write_metadata(self.work.dataset, len(self.plan.shards), record)
         with writing(str(self.work.dataset), DatasetError):
             for name, text in beside.items():
                 (self.work.dataset / name).write_text(text, encoding="utf-8")
-        self._see_others_off()
         self.work.finish()
         warn_of(tally)
         return record
@@ -278,7 +283,7 @@ class _Run:
 
     def _convert(self, is_mine: Callable[[Shard], bool]) -> int:
         """Convert those of my shards that nobody else is at; how many there were."""
-        mine = [shard for shard in self._left() if is_mine(shard)]
+        mine = [shard for shard in self._left() if is_mine(shard) and self.work.is_free(shard)]
         if not mine:
             return 0
         jobs, done = self._jobs({shard.number for shard in mine}), 0
@@ -328,6 +333,7 @@ class _Run:
 
         Raises:
             RowsError: all rows that cannot be used.
+            DatasetError: finished shards are not there any more.
         """
         total, problems = Tally(), Problems()
         for shard in self.plan.shards:
@@ -336,6 +342,11 @@ class _Run:
         problems.merge(self.plan.problems)
         problems.merge(total.problems)
         problems.check(str(self.manifest.path))
+        if self.work.finished(self.plan) != self.plan.rows:
+            raise DatasetError(
+                f"{self.work.path}: something else has changed what is in it; start again",
+                f"{self.work.path}：其中的内容被其他程序改动；请重新运行",
+            )
         return total
 
     def _see_others_off(self) -> None:

@@ -21,12 +21,14 @@ from mdl_toolkit.errors import DatasetError, InputError
 from mdl_toolkit.loading import TextFiles
 from mdl_toolkit.outputs import to_disk, writing
 from mdl_toolkit.packing import PackedAudio, unpack_audio
-from mdl_toolkit.tokens import Tokens
+from mdl_toolkit.tokens import IGNORE_INDEX, Tokens
 
 RECORD_FILE = "mdl-toolkit.json"
 FORMAT = 1
-ROWS_PER_BATCH = 32
-BATCH_BYTES = 64 * 2**20  # of audio: an Arrow batch holds at most 2 GiB of it
+# An Arrow batch ends with whichever comes first. Small ones cost memory when the dataset is opened, as a look
+# at a batch's head maps 64 KiB; large ones when it is written, as a batch is kept until it is complete.
+ROWS_PER_BATCH = 1024
+BATCH_BYTES = 4 * 2**20  # of audio
 
 _FEATURES = {
     "input_ids": {"feature": {"dtype": "int32", "_type": "Value"}, "_type": "List"},
@@ -243,6 +245,13 @@ def check_output(output: Path) -> None:
         )
 
 
+def _supervised(labels: pa.ListArray) -> NDArray[np.int64]:
+    seen = np.concatenate([[0], np.cumsum(labels.values.to_numpy() != IGNORE_INDEX)])
+    offsets = labels.offsets.to_numpy()
+    counts: NDArray[np.int64] = seen[offsets[1:]] - seen[offsets[:-1]]
+    return counts
+
+
 # --- reading -----------------------------------------------------------------------------------------
 
 
@@ -306,6 +315,12 @@ class ConvertedDataset:
     def positions(self) -> NDArray[np.int64]:
         """Positions of every row in the decoder, `[rows]`."""
         counts = [batch.column(0).value_lengths().to_numpy() for batch in self._batches]
+        return np.concatenate([np.zeros(0, np.int64), *counts]).astype(np.int64)
+
+    @cached_property
+    def supervised(self) -> NDArray[np.int64]:
+        """Supervised positions of every row, `[rows]`."""
+        counts = [_supervised(batch.column(1)) for batch in self._batches]
         return np.concatenate([np.zeros(0, np.int64), *counts]).astype(np.int64)
 
     @cached_property

@@ -19,6 +19,7 @@ import json
 import os
 import secrets
 import shutil
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,9 @@ except ImportError:  # no such locks on this platform: two conversions into one 
     fcntl = None  # type: ignore[assignment]
 
 _RANKS = 1 << 20  # byte r of the lock file stands for rank r, byte _RANKS + n for shard n
+_BEGUN = _RANKS - 1  # the first rank has made its plan known
+_LOOKS = 10  # how often a lock is tried that others may have for a moment
+_PAUSE = 0.02  # seconds between
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,7 @@ class WorkFolder:
             _keep_only(self._entries, {f"{number}.json" for number in kept})
             _keep_only(self.dataset, names)
             _write(self._plan, {"fingerprint": plan.fingerprint, "run": self.run})
+        self._lock_soon(_BEGUN)
         return sum(shard.rows for shard in kept.values())
 
     def join(self, plan: Plan) -> bool:
@@ -109,12 +114,12 @@ class WorkFolder:
             DatasetError: on another one.
         """
         self._count = len(plan.shards)
+        if not self.is_held(_BEGUN):  # a plan that lies there is an earlier run's
+            return False
         try:
             values = json.loads(self._plan.read_text(encoding="utf-8"))
             theirs, self.run = values["fingerprint"], values["run"]
         except (OSError, ValueError, KeyError):
-            return False
-        if not self.is_held(0):
             return False
         if theirs != plan.fingerprint:
             raise DatasetError(
@@ -132,6 +137,13 @@ class WorkFolder:
             return False
 
     # --- shards ---
+
+    def is_free(self, shard: Shard) -> bool:
+        """Tell whether nobody is at a shard."""
+        if not self._try_lock(_RANKS + shard.number):
+            return False
+        self._unlock(_RANKS + shard.number)
+        return True
 
     def claim(self, shard: Shard) -> bool:
         """Take a shard for this process, if nobody else is at it or has finished it."""
@@ -176,7 +188,8 @@ class WorkFolder:
         )  # fmt: skip
 
     def finished(self, plan: Plan) -> int:
-        """Rows of finished shards that are kept for another run."""
+        """Rows of finished shards whose files are there."""
+        self._count = len(plan.shards)
         return sum(shard.rows for shard in plan.shards if self._is_good(shard))
 
     # --- the end ---
@@ -189,12 +202,16 @@ class WorkFolder:
         self.remove()
 
     def remove(self) -> None:
-        """Remove the folder with all that is in it."""
+        """Remove the folder with all that is in it; the lock last, which keeps others out meanwhile."""
+        with suppress(OSError):
+            for path in self.path.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
         shutil.rmtree(self.path, ignore_errors=True)
 
     def leave(self) -> None:
-        """Remove the folder if it is there only because this process waited in it."""
-        if not self.dataset.exists():
+        """Remove the folder if nothing in it is finished and no other process works for the first rank."""
+        if self._lock_soon(0) and not any(self._entries.glob("*.json")):
             self.remove()
 
     def _restore(self) -> None:
@@ -219,7 +236,7 @@ class WorkFolder:
             self._descriptor = os.open(place, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:
             return False
-        if not self._try_lock(self.rank):
+        if not self._lock_soon(self.rank):
             os.close(self._descriptor)
             raise InputError(
                 f"--output {self.output}: another conversion is writing it; wait for its end",
@@ -227,10 +244,18 @@ class WorkFolder:
             )
         with suppress(OSError):
             os.utime(place)  # by the clock of whoever keeps the files
-            self._began = place.stat().st_mtime
+            self._began = place.stat().st_mtime - _age()
             if place.stat().st_ino == os.fstat(self._descriptor).st_ino:
                 return True
         os.close(self._descriptor)
+        return False
+
+    def _lock_soon(self, byte: int) -> bool:
+        """Lock a byte; others may have it for the moment in which they look whether it is locked."""
+        for _ in range(_LOOKS):
+            if self._try_lock(byte):
+                return True
+            time.sleep(_PAUSE)
         return False
 
     def _try_lock(self, byte: int) -> bool:
@@ -248,6 +273,14 @@ class WorkFolder:
         if self._has_locks:
             with suppress(OSError):
                 fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, byte)
+
+
+def _age() -> float:
+    """Seconds since this process was started, as far as that can be known."""
+    with suppress(OSError, ValueError, IndexError, AttributeError):
+        ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+    return 0.0
 
 
 def _keep_only(folder: Path, names: set[str]) -> None:

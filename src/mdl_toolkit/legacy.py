@@ -102,6 +102,11 @@ class LegacyDataset:
         return self._places.positions
 
     @property
+    def supervised(self) -> _Integers:
+        """Supervised positions of every row, `[rows]`."""
+        return self._places.end - self._places.answer
+
+    @property
     def samples(self) -> _Integers:
         """Audio samples of every row, `[rows]`."""
         return np.maximum(self._places.length, MIN_SAMPLES)

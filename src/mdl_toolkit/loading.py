@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 MODEL_TYPE = "midashenglm"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+BITSANDBYTES = "bitsandbytes"  # the way of quantising that can be trained on
 TEXT_FILES = ("*.json", "*.jinja", "*.txt")
 USUAL_TOKENS = {
     "audio_token": "<|AUDIO|>", "audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>",
@@ -70,26 +72,47 @@ def find_model(name: str, *, from_modelscope: bool, weights: bool) -> Path:
     return folder
 
 
-def check_trainable(folder: Path) -> None:
+def check_trainable(folder: Path, *, quantization: str | None, merge: bool) -> None:
     """Refuse what cannot be the base of a training.
 
+    Args:
+        folder: the base.
+        quantization: what `--quantization` asks for.
+        merge: whether the result is to be merged.
+
     Raises:
-        ModelError: it is an adapter, or its weights are quantised already.
+        ModelError: it is an adapter, or its weights are quantised already, and not in a way that can be
+            trained on under these options.
     """
     if (folder / ADAPTER_CONFIG).is_file():
         raise ModelError(
             f"{folder}: an adapter; train the base model, or train with --merge-lora true first",
             f"{folder}：这是适配器；请训练基础模型，或先以 --merge-lora true 得到完整模型",
         )
-    method = read_json(folder / "config.json").get("quantization_config")
-    if method is not None:
-        name = method.get("quant_method") if isinstance(method, dict) else method
+    method = _quantized_by(folder)
+    if method is None:
+        return
+    if method != BITSANDBYTES:
         raise ModelError(
-            f"{folder}: its weights are quantised already ({name}); train the bfloat16 or float32 "
-            "model, with --quantization if memory is short",
-            f"{folder}：其权重已经量化（{name}）；请训练 bfloat16 或 float32 模型，"
+            f"{folder}: its weights are quantised already ({method}), and no gradients go through that; "
+            "train the bfloat16 or float32 model, with --quantization if memory is short",
+            f"{folder}：其权重已经量化（{method}），梯度无法通过；请训练 bfloat16 或 float32 模型，"
             "显存不足时使用 --quantization",
         )
+    need(BITSANDBYTES, "quantization", f"{folder} ({BITSANDBYTES})")
+    if quantization is not None or merge:
+        raise ModelError(
+            f"{folder}: its weights are quantised already ({method}); leave out --quantization, and give "
+            "--merge-lora false, as there are no unquantised weights to merge into",
+            f"{folder}：其权重已经量化（{method}）；请去掉 --quantization 并指定 --merge-lora false，"
+            "因为没有未量化的权重可供合并",
+        )
+
+
+def _quantized_by(folder: Path) -> str | None:
+    """The method by which a folder's weights are quantised, or None."""
+    config = read_json(folder / "config.json").get("quantization_config")
+    return None if config is None else str(config.get("quant_method") if isinstance(config, dict) else config)
 
 
 def _check_folder(folder: Path, *, weights: bool) -> None:
@@ -294,8 +317,11 @@ def load_model(
 
     quiet_libraries()
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "use_safetensors": True}
+    is_placed = quantization is not None or _quantized_by(folder) is not None
+    if is_placed:  # quantised weights are put where they belong as they are loaded
+        options["device_map"] = {"": device}
     if quantization is not None:
-        options |= {"quantization_config": _bitsandbytes(quantization, dtype), "device_map": {"": device}}
+        options["quantization_config"] = _bitsandbytes(quantization, dtype)
     try:
         model = MiDashengLMModel.from_pretrained(folder, **options)
     except ToolkitError:
@@ -305,7 +331,21 @@ def load_model(
         raise ModelError(
             f"{folder}: cannot be loaded: {reason}", f"{folder}：无法加载：{reason}"
         ) from problem
-    return model if quantization is not None else model.to(device)  # type: ignore[no-any-return]
+    if not is_placed:
+        return model.to(device)  # type: ignore[no-any-return]
+    _keep_format(model)
+    return model  # type: ignore[no-any-return]
+
+
+def _keep_format(model: Any) -> None:
+    """Keep bitsandbytes 0.50 from repacking 4-bit weights, in bfloat16 and for good, at the first evaluation.
+
+    On CPUs with AVX512-BF16 it does so in `Linear4bit.forward`, whether or not training goes on, and fails
+    where a matrix's width is no multiple of 64.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _bitsandbytes(quantization: str, dtype: "torch.dtype") -> Any:
@@ -362,5 +402,6 @@ def quiet_libraries() -> None:
     """Keep the libraries below from drawing their own bars and from advice that is not for our users."""
     from transformers.utils import logging
 
+    getLogger("bitsandbytes").setLevel("ERROR")  # it tells of every cast
     logging.disable_progress_bar()
     logging.set_verbosity_error()

@@ -99,7 +99,7 @@ class ShardTask:
         try:
             place = file.result() if isinstance(file, _Fetch) else file
             clip = load(place, allow_truncated=self.allow_truncated)
-            if not is_url(row.audio) and stamp_of(place.stat()) != row.stamp:
+            if not is_url(row.audio) and _stamp(place) != row.stamp:
                 raise AudioError(
                     "the file was changed while it was being read; start again when it is complete",
                     "文件在读取过程中被修改；请在其写完后重新运行",
@@ -123,6 +123,13 @@ class ShardTask:
             if len(ahead) == FETCHED_AHEAD:
                 yield ahead.popleft()
         yield from ahead
+
+
+def _stamp(file: Path) -> tuple[int, int] | None:
+    try:
+        return stamp_of(file.stat())
+    except OSError:
+        return None
 
 
 class _Fetch(threading.Thread):

@@ -1,33 +1,29 @@
-"""Options to Trainer to result: what is checked and prepared before, and what is written after.
+"""Options to training to result: what is checked and prepared before, and what is written after.
 
-The loss of an optimizer step is the mean over all supervised tokens of its effective batch, however that is
-split into batches and accumulation steps, and into processes where these divide the rows evenly (otherwise
-accelerate fills the last batch up with rows of the first).
+How training itself goes is said in `trainer`.
 """
 
 import dataclasses
-import difflib
-import os
 import shutil
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
 
+from mdl_toolkit.audio import SAMPLE_RATE
 from mdl_toolkit.batching import Collator
-from mdl_toolkit.checkpoints import FINAL, WORK, set_aside, steps_of, to_resume
+from mdl_toolkit.checkpoints import FINAL, WORK, Checkpoint, set_aside, to_resume
 from mdl_toolkit.console import is_first_process, progress, say, warn
 from mdl_toolkit.conversion import convert_rows, read_rows
 from mdl_toolkit.dataset import ConvertedDataset
-from mdl_toolkit.errors import DatasetError, InputError, ToolkitError, UsageError
+from mdl_toolkit.distributed import World, joined
+from mdl_toolkit.errors import DatasetError, InputError
 from mdl_toolkit.export import export
 from mdl_toolkit.language import Text
 from mdl_toolkit.legacy import AnyDataset, LegacyDataset, is_legacy
 from mdl_toolkit.loading import (
+    BITSANDBYTES,
     TextFiles,
     best_device,
     check_trainable,
@@ -41,10 +37,13 @@ from mdl_toolkit.loading import (
 )
 from mdl_toolkit.lora import TargetCount, add_adapters, check_resumable
 from mdl_toolkit.options import ConversionOptions, TrainOptions, spelling
-from mdl_toolkit.outputs import check_apart, removing_empty
+from mdl_toolkit.outputs import check_apart, removing_empty, writing
+from mdl_toolkit.runlog import RunLog
+from mdl_toolkit.sampling import Sampling
 from mdl_toolkit.settings import SETTINGS_FILE, to_yaml
 from mdl_toolkit.tokens import Encoder
-from mdl_toolkit.trainer import Schedule, ScheduleCallback, ToolkitTrainer
+from mdl_toolkit.trackers import Trackers, check_trackers
+from mdl_toolkit.trainer import Outcome, Schedule, Trainer
 
 MEMORY_REMEDY = Text(
     "lower --batch-size and raise --gradient-accumulation-steps, or try --quantization 4bit",
@@ -78,27 +77,31 @@ def train(options: TrainOptions) -> TrainResult:
     """
     check_trackers(options.report_to)
     if options.quantization is not None:
-        need("bitsandbytes", "quantization", "--quantization")
+        need(BITSANDBYTES, "quantization", "--quantization")
     output = Path(options.output)
     _check_places(output, options)
     resume = to_resume(output, options.resume_from_checkpoint)
     if resume is not None:
-        check_resumable(resume, options.train_target, options.lora_rank)
+        check_resumable(resume.folder, options.train_target, options.lora_rank)
     private = output / PRIVATE
     with removing_empty(output):
         return _prepare_and_run(options, private, resume)
 
 
-def _prepare_and_run(options: TrainOptions, private: Path, resume: Path | None) -> TrainResult:
-    try:
-        with _first_process_first():
+def _prepare_and_run(options: TrainOptions, private: Path, resume: Checkpoint | None) -> TrainResult:
+    with joined() as world:
+        try:
+            if not world.is_first:
+                world.wait()  # for the first one, which converts
             files, train_set, eval_set = _open_data(options, private)
             base = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=True)
-        with explaining_memory(MEMORY_REMEDY):
-            return _run(options, base, Encoder(files), train_set, eval_set, resume)
-    finally:
-        if is_first_process():
-            shutil.rmtree(private, ignore_errors=True)
+            if world.is_first:
+                world.wait()
+            with explaining_memory(MEMORY_REMEDY):
+                return _run(options, base, Encoder(files), train_set, eval_set, resume, world)
+        finally:
+            if world.is_first:
+                shutil.rmtree(private, ignore_errors=True)
 
 
 def _run(
@@ -107,32 +110,57 @@ def _run(
     encoder: Encoder,
     train_set: AnyDataset,
     eval_set: AnyDataset | None,
-    resume: Path | None,
+    resume: Checkpoint | None,
+    world: World,
 ) -> TrainResult:
     output = Path(options.output)
-    schedule = Schedule.of(len(train_set), _processes(), options)
+    sampling = Sampling(
+        train_set.positions, train_set.supervised, options.batch_size, options.gradient_accumulation_steps,
+        world.size, options.seed,
+    )  # fmt: skip
+    schedule = Schedule.of(sampling.steps_per_epoch, options)
+    _warn_idle_gpus(world)
     model = _trainable_model(options, base)
-    _prepare_output(output, options, resume)
+    _prepare_output(output, options, resume, world)
     with progress("training", "训练中", schedule.total) as shown:
-        callback = ScheduleCallback(schedule, shown)
-        collator = Collator(encoder.pad_id)
-        trainer = ToolkitTrainer(options, schedule, callback, model, collator, train_set, eval_set, resume)
-        done = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        if resume is not None and steps_of(resume) >= schedule.total:
-            _warn_finished(resume)
-            if eval_set is not None:
-                trainer.evaluate()
+        trackers = Trackers(options, schedule.total)
+        log = RunLog(output, shown, trackers, train_set.samples / SAMPLE_RATE, schedule.per_epoch)
+        trainer = Trainer(
+            model, options, schedule, sampling, train_set, eval_set, Collator(encoder.pad_id), world, log,
+            best_device(), choose_dtype(options.bf16),
+        )  # fmt: skip
+        if resume is not None:
+            trainer.resume(resume)
+        log.begin(trainer.step)
+        done = _train(trainer, resume)
+        log.close()
     final = output / FINAL
-    trainer.accelerator.wait_for_everyone()
-    if trainer.args.should_save:
-        left = output / f"checkpoint-{done.global_step}"
-        export(base, left if resume is None or left.is_dir() else resume, final, options)
-        shutil.rmtree(output / WORK, ignore_errors=True)
+    if world.is_first:
+        left = output / f"checkpoint-{done.steps}"
+        export(base, left if resume is None or left.is_dir() else resume.folder, final, options)
+    world.wait()
     say(
-        f"done: {done.global_step} steps; the result is in {final}",
-        f"完成：{done.global_step} 步；结果位于 {final}",
+        f"done: {done.steps} steps; the result is in {final}",
+        f"完成：{done.steps} 步；结果位于 {final}",
     )
-    return TrainResult(final, done.global_step, done.training_loss, trainer.last_eval_loss)
+    return TrainResult(final, done.steps, done.loss, done.eval_loss)
+
+
+def _warn_idle_gpus(world: World) -> None:
+    count = torch.cuda.device_count()
+    if world.size == 1 and count > 1:
+        warn(
+            f"{count} GPUs are here and one is used; to use all: "
+            f"torchrun --nproc-per-node {count} --no-python mdl-toolkit train ...",
+            f"检测到 {count} 个 GPU，仅使用其中一个；要全部使用请运行："
+            f"torchrun --nproc-per-node {count} --no-python mdl-toolkit train ...",
+        )
+
+
+def _train(trainer: Trainer, resume: Checkpoint | None) -> Outcome:
+    if resume is not None and resume.step >= trainer.schedule.total:
+        _warn_finished(resume.folder)
+    return trainer.run()
 
 
 def _warn_finished(resume: Path) -> None:
@@ -143,38 +171,6 @@ def _warn_finished(resume: Path) -> None:
 
 
 # --- before any weight is loaded -----------------------------------------------------------------------
-
-
-def check_trackers(names: tuple[str, ...]) -> None:
-    """Refuse trackers that transformers does not know or that are not installed (rule 34).
-
-    Raises:
-        UsageError: a name is unknown, or `all` or `none` do not stand alone.
-        ToolkitError: a tracker's package is missing.
-    """
-    if not names:
-        return
-    from transformers.integrations import integration_utils
-
-    known = {*integration_utils.INTEGRATION_TO_CALLBACK, "all", "none"}
-    for name in names:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            en, zh = (f"; did you mean {close[0]}?", f"；是否想写 {close[0]}？") if close else ("", "")
-            listed = ", ".join(sorted(known))
-            raise UsageError(
-                f"--report-to {name}: unknown tracker{en} (known: {listed})",
-                f"--report-to {name}：未知的平台{zh}（可用：{listed}）",
-            )
-    if len(names) > 1 and {"all", "none"} & set(names):
-        raise UsageError("--report-to: all and none stand alone", "--report-to：all 和 none 只能单独使用")
-    missing = set(names) - {"all", "none"} - set(integration_utils.get_available_reporting_integrations())
-    if missing:
-        listed = ", ".join(sorted(missing))
-        raise ToolkitError(
-            f"--report-to {listed}: not installed; pip install it, or leave it out",
-            f"--report-to {listed}：尚未安装；请先 pip install，或去掉该选项",
-        )
 
 
 def _check_places(output: Path, options: TrainOptions) -> None:
@@ -199,7 +195,7 @@ def _open_data(options: TrainOptions, private: Path) -> tuple[TextFiles, AnyData
     # Of a local folder everything is here to be checked at once; of a hub's, weights wait for the data.
     is_local = Path(options.model_name).is_dir()
     folder = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=is_local)
-    check_trainable(folder)
+    check_trainable(folder, quantization=options.quantization, merge=options.merge_lora)
     files = read_text_files(folder)
     _warn_ignored(options)
     train_set = _open_set(options.train_dataset, options, files, private / "train")
@@ -239,27 +235,12 @@ def _warn_ignored(options: TrainOptions) -> None:
         warn(f"the data are converted already: {names} ignored", f"数据已经转换：忽略 {names}")
 
 
-def _processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _first_process_first() -> AbstractContextManager[None]:
-    """With several processes, let the first do the work alone; the others find it done."""
-    if _processes() == 1:
-        return nullcontext()
-    from accelerate import PartialState
-
-    # The others wait here while the first one converts; the usual ten minutes would not do.
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=2))
-    return state.main_process_first()
-
-
 # --- the model and the run -----------------------------------------------------------------------------
 
 
-def _prepare_output(output: Path, options: TrainOptions, resume: Path | None) -> None:
+def _prepare_output(output: Path, options: TrainOptions, resume: Checkpoint | None, world: World) -> None:
     """Set aside what is not resumed, and write the settings down."""
-    if not is_first_process():
+    if not world.is_first:
         return
     output.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(output / WORK, ignore_errors=True)
@@ -268,14 +249,15 @@ def _prepare_output(output: Path, options: TrainOptions, resume: Path | None) ->
             f"no complete checkpoint in {output}: starting afresh",
             f"{output} 中没有完整的检查点：从头开始训练",
         )
-    if resume is None and (place := set_aside(output)):
+    if place := set_aside(output, resume):
         say(f"what an earlier run left is now in {place}", f"先前训练的产物已移至 {place}")
-    (output / SETTINGS_FILE).write_text(to_yaml(options), encoding="utf-8")
+    with writing(str(output), InputError):
+        (output / SETTINGS_FILE).write_text(to_yaml(options), encoding="utf-8")
 
 
 def _trainable_model(options: TrainOptions, base: Path) -> Any:
     quiet_libraries()
-    set_seed(options.seed)
+    torch.manual_seed(options.seed)
     model = load_model(
         base, dtype=choose_dtype(options.bf16), device=best_device(), quantization=options.quantization
     )

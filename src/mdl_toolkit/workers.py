@@ -6,11 +6,14 @@ Each process sits at a pipe of its own. When it is killed its pipe ends, even in
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
+from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -98,7 +101,8 @@ class _Pool(Generic[Job, Message]):
         for _ in range(count):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(task, theirs), daemon=True)
-            process.start()
+            with _interrupted_later():
+                process.start()
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
@@ -127,6 +131,20 @@ class _Pool(Generic[Job, Message]):
             process.join()
 
 
+@contextmanager
+def _interrupted_later() -> Iterator[None]:
+    """Put off SIGINT; a process that is started meanwhile never gets it, and so says nothing of it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # would be started with the first process, and undo the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _first(count: int, jobs: Iterator[Job]) -> Iterator[Job]:
     for _, job in zip(range(count), jobs, strict=False):  # a full count takes no job from the iterator
         yield job
@@ -152,10 +170,20 @@ def _serve(task: Callable[[Job], Iterator[Message]], pipe: Any) -> None:
             try:
                 for message in task(job):
                     pipe.send(message)
-                answer: Exception | None = _END
+                answer = _END
             except Exception as problem:  # noqa: BLE001 - the parent raises it
-                answer = problem
+                answer = _sendable(problem)
             pipe.send(answer)
+
+
+def _sendable(problem: Exception) -> Any:
+    """What arrives as this exception, with the place where it was raised as its cause."""
+    trace = problem.__traceback__
+    try:
+        pickle.loads(pickle.dumps(problem))
+    except Exception:  # noqa: BLE001 - whatever its own methods raise
+        problem = RuntimeError(f"{type(problem).__name__}: {problem}")
+    return ExceptionWithTraceback(problem, trace)
 
 
 def _end_with_parent() -> None:

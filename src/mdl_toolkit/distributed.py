@@ -1,0 +1,117 @@
+"""Several processes that train together: who this one is, and how sums travel between them.
+
+Launchers (torchrun, accelerate launch, or any other that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT)
+start the processes. Every process holds the whole model; gradients are summed once per step.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch import Tensor, distributed
+
+from mdl_toolkit.errors import ToolkitError
+
+BUCKET = 2**24  # numbers that travel together: 64 MiB of float32
+PATIENCE = timedelta(
+    days=2
+)  # the others wait while the first one converts; the usual ten minutes would not do
+
+
+class PeerLostError(ToolkitError):
+    """Another process has ended; why is for that one to say."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "another process of this training has ended; its own message says why",
+            "本次训练的另一个进程已结束；原因见该进程自己的消息",
+        )
+
+
+@dataclass(frozen=True)
+class World:
+    """One process among all.
+
+    Attributes:
+        rank: of this process; 0 speaks and writes.
+        size: number of processes.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Tell whether this process speaks and writes."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over all processes, in place.
+
+        Raises:
+            PeerLostError: another process has ended.
+        """
+        if self.size > 1:
+            with _noticing_loss():
+                distributed.all_reduce(tensor)
+        return tensor
+
+    def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Sum gradients over all processes; where a process has none, they count as zero."""
+        if self.size == 1:
+            return
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        for bucket in _buckets(parameters):
+            gradients = [parameter.grad for parameter in bucket if parameter.grad is not None]
+            flat = self.sum(torch.cat([gradient.reshape(-1) for gradient in gradients]))
+            parts = torch.split(flat, [gradient.numel() for gradient in gradients])
+            for gradient, part in zip(gradients, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    def wait(self) -> None:
+        """Wait until all processes are here.
+
+        Raises:
+            PeerLostError: another process has ended.
+        """
+        self.sum(torch.zeros(1))
+
+
+@contextmanager
+def joined() -> Iterator[World]:
+    """Join the others that a launcher started, for as long as the context lasts."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World()
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    with _noticing_loss():
+        distributed.init_process_group(backend, timeout=PATIENCE)
+    try:
+        yield World(distributed.get_rank(), distributed.get_world_size())
+    finally:
+        distributed.destroy_process_group()
+
+
+def _buckets(parameters: Sequence[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
+    bucket: list[torch.nn.Parameter] = []
+    for parameter in parameters:
+        if bucket and sum(p.numel() for p in bucket) + parameter.numel() > BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(parameter)
+    if bucket:
+        yield bucket
+
+
+@contextmanager
+def _noticing_loss() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as problem:  # what gloo and NCCL raise when a connection ends
+        raise PeerLostError from problem

@@ -1,0 +1,48 @@
+"""Batches ahead of time: threads read, decode and collate what comes next.
+
+Threads, not processes: FLAC decoding and numpy's copies let other threads run meanwhile, nothing has to be
+sent between processes, and a forked child of a process that has used torch's own threads may hang.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+
+from mdl_toolkit.batching import Batch
+from mdl_toolkit.sampling import Rows
+
+
+@dataclass
+class Loader:
+    """Make batches of rows, some ahead of their use.
+
+    Attributes:
+        make: rows to a batch; called in threads.
+        threads: how many; one batch more than there are threads is kept ready.
+        waited: seconds that the user of the batches has waited for them, the first one not counted.
+    """
+
+    make: Callable[[Rows], Batch]
+    threads: int
+    waited: float = 0.0
+
+    def batches(self, wanted: Iterable[Rows]) -> Iterator[Batch]:
+        """The batches, in order."""
+        pool = ThreadPoolExecutor(self.threads, "batches")
+        source, ahead = iter(wanted), deque[Future[Batch]]()
+        try:
+            for rows in islice(source, self.threads + 1):
+                ahead.append(pool.submit(self.make, rows))
+            is_first = True
+            while ahead:
+                started = time.perf_counter()
+                batch = ahead.popleft().result()
+                self.waited += 0.0 if is_first else time.perf_counter() - started
+                is_first = False
+                ahead.extend(pool.submit(self.make, rows) for rows in islice(source, 1))
+                yield batch
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,51 @@
+"""Signals that ask a run to stop: the first one politely, the second one at once (rule 31)."""
+
+import os
+import signal
+import time
+from contextlib import suppress
+from types import FrameType, TracebackType
+from typing import Any
+
+from mdl_toolkit.console import warn
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SAME = 1.0  # seconds in which signals are one request: a launcher passes on what everybody has got already
+
+
+class StopRequest:
+    """While this context lasts, the first SIGINT or SIGTERM is a request, and the next has its usual effect.
+
+    Attributes:
+        is_made: somebody has asked.
+    """
+
+    def __init__(self) -> None:
+        self.is_made, self._asked = False, 0.0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        with suppress(ValueError):  # not in the main thread: signals are somebody else's
+            for number in SIGNALS:
+                self._before[number] = signal.signal(number, self._take)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
+        self._restore()
+
+    def _take(self, number: int, _frame: FrameType | None) -> None:
+        if self.is_made:
+            if time.monotonic() - self._asked > SAME:
+                self._restore()
+                os.kill(os.getpid(), number)
+            return
+        self.is_made, self._asked = True, time.monotonic()
+        warn(
+            "stopping after this step, with a checkpoint; once more stops at once",
+            "本步完成后保存检查点并停止；再次发送信号则立即停止",
+        )
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()

@@ -1,0 +1,83 @@
+"""The trackers of `--report-to`, each through the integration that transformers has for it."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from mdl_toolkit.console import is_first_process
+from mdl_toolkit.errors import ToolkitError, UsageError
+from mdl_toolkit.options import TrainOptions
+
+
+class Trackers:
+    """What was asked for with `--report-to`; in any but the first process, and without names, nothing."""
+
+    def __init__(self, options: TrainOptions, total: int) -> None:
+        self._handler: Any = None
+        if not options.report_to or options.report_to == ("none",) or not is_first_process():
+            return
+        from transformers import TrainerControl, TrainerState
+        from transformers.integrations import get_reporting_integration_callbacks
+        from transformers.trainer_callback import CallbackHandler
+
+        names = "all" if options.report_to == ("all",) else list(options.report_to)
+        callbacks = [make() for make in get_reporting_integration_callbacks(names)]
+        self._arguments, self._control = _arguments(options, total), TrainerControl()
+        self._state = TrainerState(max_steps=total)
+        self._handler = CallbackHandler(callbacks, None, None, None, None)
+        self._handler.on_train_begin(self._arguments, self._state, self._control)
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Pass figures on."""
+        if self._handler is not None:
+            self._state.global_step, self._state.epoch = step, values.get("epoch")
+            self._handler.on_log(self._arguments, self._state, self._control, dict(values))
+
+    def close(self) -> None:
+        """The run is over."""
+        if self._handler is not None:
+            self._handler.on_train_end(self._arguments, self._state, self._control)
+
+
+def _arguments(options: TrainOptions, total: int) -> Any:
+    """The settings in the form that the integrations record."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=str(Path(options.output)), learning_rate=options.lr, max_steps=total,
+        num_train_epochs=options.num_epochs, warmup_steps=options.warmup_steps, seed=options.seed,
+        per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation_steps, report_to="none", use_cpu=True,
+    )  # fmt: skip
+
+
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Refuse trackers that transformers does not know or that are not installed (rule 34).
+
+    Raises:
+        UsageError: a name is unknown, or `all` or `none` do not stand alone.
+        ToolkitError: a tracker's package is missing.
+    """
+    if not names:
+        return
+    from transformers.integrations import integration_utils
+
+    known = {*integration_utils.INTEGRATION_TO_CALLBACK, "all", "none"}
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            en, zh = (f"; did you mean {close[0]}?", f"；是否想写 {close[0]}？") if close else ("", "")
+            listed = ", ".join(sorted(known))
+            raise UsageError(
+                f"--report-to {name}: unknown tracker{en} (known: {listed})",
+                f"--report-to {name}：未知的平台{zh}（可用：{listed}）",
+            )
+    if len(names) > 1 and {"all", "none"} & set(names):
+        raise UsageError("--report-to: all and none stand alone", "--report-to：all 和 none 只能单独使用")
+    missing = set(names) - {"all", "none"} - set(integration_utils.get_available_reporting_integrations())
+    if missing:
+        listed = ", ".join(sorted(missing))
+        raise ToolkitError(
+            f"--report-to {listed}: not installed; pip install it, or leave it out",
+            f"--report-to {listed}：尚未安装；请先 pip install，或去掉该选项",
+        )
