@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 DOCS_STAMP := $(VENV)/.set-up-docs
 
-.PHONY: setup check test demo bench docs clean
+.PHONY: setup check test torture demo bench bench-convert docs clean
 
 setup: $(STAMP)
 
@@ -35,11 +35,18 @@ check: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
+torture: $(STAMP)
+	$(BIN)/python -m tests.torture.convert --moments 200
+	$(BIN)/python -m tests.torture.train --tries 60
+
 demo: $(STAMP)
 	$(BIN)/mdl-toolkit demo --output demo-output
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
+
+bench-convert: $(STAMP)
+	$(BIN)/python -m benchmarks conversion conversion_memory
 
 docs: $(DOCS_STAMP)
 	$(BIN)/mkdocs build --strict

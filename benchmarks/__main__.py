@@ -4,11 +4,10 @@ import importlib
 import os
 import sys
 
-import torch
-
 from benchmarks import Figure
+from benchmarks.processes import Others
 
-NAMES = ("startup", "conversion", "encoder", "loss")
+NAMES = ("startup", "conversion", "conversion_memory", "encoder", "loss", "training")
 
 
 def main(names: list[str]) -> int:
@@ -17,12 +16,16 @@ def main(names: list[str]) -> int:
     if unknown:
         sys.stderr.write(f"no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}\n")
         return 2
+    import torch  # not above: worker processes load this module too
+
     torch.set_num_threads(1)  # one thread is disturbed least by whatever else runs
     print(f"{os.cpu_count()} CPUs, one thread, no GPU used; torch {torch.__version__}\n")
+    others = Others()
     print("| what | ours | the other way | ratio |\n| --- | --- | --- | --- |")
     for name in names or NAMES:
         for figure in importlib.import_module(f"benchmarks.{name}").figures():
             print(_line(figure), flush=True)
+    print(f"\nOther processes took {others.share():.0%} of all CPU time meanwhile.")
     return 0
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from mdl_toolkit.cli import toolkit
 from mdl_toolkit.cli_options import OTHERS, OptionsCommand
-from mdl_toolkit.options import ConvertOptions, fields_in_order, setting_of, shown_name
+from mdl_toolkit.option import fields_in_order, setting_of, shown_name
+from mdl_toolkit.options import ConvertOptions
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = {language: DOCS / f"cli.{language}.md" for language in ("zh", "en")}

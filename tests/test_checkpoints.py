@@ -1,4 +1,4 @@
-"""When a checkpoint is due, what is in it, which one is whole, what is deleted or set aside (rules 27 to 31)."""
+"""When a checkpoint is due, what is in it, whether it is whole, what is deleted, set aside (rules 27-31)."""
 
 import errno
 import json
@@ -24,7 +24,8 @@ from runs import files_below, make_csv, train_options
 
 MODEL = Path(__file__).parent / "golden/checkpoints/A-small"
 WRITTEN = {
-    "adapter_config.json", "adapter_model.safetensors", "mdl-toolkit.yaml", "optimizer.safetensors", "state.json",
+    "adapter_config.json", "adapter_model.safetensors", "mdl-toolkit.yaml", "optimizer.safetensors",
+    "state.json",
 }  # fmt: skip
 FILES = {*WRITTEN, "checksums.json"}
 
@@ -298,7 +299,7 @@ def test_only_the_oldest_are_deleted_and_never_what_must_stay(tmp_path):
 
 
 def test_a_limit_spares_the_one_resumed_from_and_counts_nothing_newer(tmp_path):
-    """Checkpoints after the one resumed from are another course of events: set aside, not counted, not lost."""
+    """Checkpoints after it are another course of events: set aside, not counted, not lost."""
     csv, output = make_csv(tmp_path, 20), tmp_path / "run"
     train(train_options(csv, MODEL, output, save_steps=1))
     changes = {"save_steps": 1, "save_total_limit": 1, "lr": 1e-3}
@@ -309,6 +310,25 @@ def test_a_limit_spares_the_one_resumed_from_and_counts_nothing_newer(tmp_path):
     assert names(output / "previous-1") == ["checkpoint-3", "checkpoint-4", "checkpoint-5"]
     lines = [line["step"] for line in read_log(output / "log.jsonl")]
     assert lines == [1, 2, 3, 4, 5]
+
+
+def test_a_limit_holds_for_a_finished_run_that_is_given_back(tmp_path):
+    csv, output = make_csv(tmp_path, 16), tmp_path / "run"
+    train(train_options(csv, MODEL, output, save_steps=1))
+    train(train_options(csv, MODEL, output, save_total_limit=2, resume_from_checkpoint=True))
+    assert [path.name for path in checkpoints.checkpoints(output)] == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_a_kill_while_deleting_leaves_no_half_checkpoint(tmp_path):
+    csv, output = make_csv(tmp_path, 12), tmp_path / "run"
+    options = train_options(csv, MODEL, output, save_steps=1, save_total_limit=1)
+    command = as_command(options).split()[1:]
+    with fleet(tmp_path) as start:
+        assert start(command, partial(die_before, "os.remove", "optimizer.safetensors")).end() == -9
+        assert [path.name for path in checkpoints.checkpoints(output)] == ["checkpoint-2"]
+        assert damage(output / "checkpoint-2") is None
+        assert start([*command, "--resume-from-checkpoint", "true"]).end() == 0
+    assert names(output) == ["checkpoint-2", "checkpoint-3", "final", "log.jsonl", "mdl-toolkit.yaml"]
 
 
 def test_a_damaged_newest_one_is_not_counted_for_good_ones(tmp_path):

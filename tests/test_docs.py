@@ -10,7 +10,8 @@ import pytest
 from cli_reference import PAGES, REGION, refreshed
 from mdl_toolkit.cli import PROGRAM, toolkit
 from mdl_toolkit.cli_options import Session
-from mdl_toolkit.options import Options, TrainOptions
+from mdl_toolkit.option import Options
+from mdl_toolkit.options import TrainOptions
 from mdl_toolkit.settings import to_yaml
 
 ROOT = Path(__file__).parent.parent

@@ -8,7 +8,7 @@ import soundfile
 import torch
 from safetensors.torch import load_file, save_file
 
-from mdl_toolkit import inference
+from mdl_toolkit import answering, inference
 from mdl_toolkit.errors import InputError, ModelError, RowsError
 from mdl_toolkit.inference import infer
 from mdl_toolkit.model import MiDashengLMModel
@@ -63,10 +63,10 @@ def test_predictions_do_not_depend_on_the_batch(model, tmp_path):
 
 def test_each_row_has_its_own_budget(model, tmp_path, monkeypatch):
     """Rows of very different prompts in one batch: each gets max_length minus its own prompt."""
-    monkeypatch.setattr(inference, "_end_ids", lambda *_: {511})
+    monkeypatch.setattr(answering, "_end_ids", lambda *_: {511})
     kept = []
-    cut = inference._cut
-    monkeypatch.setattr(inference, "_cut", lambda *args: kept.append(cut(*args)) or kept[-1])
+    cut = answering._cut
+    monkeypatch.setattr(answering, "_cut", lambda *args: kept.append(cut(*args)) or kept[-1])
     rows = make_rows(tmp_path / "audio", 3)
     rows[1]["user_prompt"] = "What is it? " * 5
     source = write_csv(tmp_path / "in.csv", rows)

@@ -17,7 +17,6 @@ import pytest
 import torch
 from datasets import LargeList, List, Value
 
-from mdl_toolkit import trainer
 from mdl_toolkit.batching import Collator
 from mdl_toolkit.conversion import convert_dataset
 from mdl_toolkit.dataset import ConvertedDataset, Sample
@@ -25,6 +24,7 @@ from mdl_toolkit.errors import DatasetError, ToolkitError
 from mdl_toolkit.legacy import LegacyDataset, is_legacy
 from mdl_toolkit.loading import read_text_files
 from mdl_toolkit.options import ConvertOptions
+from mdl_toolkit.runlog import read_log
 from mdl_toolkit.tokens import Encoder
 from mdl_toolkit.training import train
 from old_version import (
@@ -449,13 +449,11 @@ def test_what_is_no_legacy_dataset(tmp_path, rows, ours):
 # --- training --------------------------------------------------------------------------------------------
 
 
-def losses(output: Path, step: int) -> list[tuple[float, float]]:
-    state = json.loads((output / f"checkpoint-{step}/trainer_state.json").read_text(encoding="utf-8"))
-    return [(entry["loss"], entry["grad_norm"]) for entry in state["log_history"] if "grad_norm" in entry]
+def losses(output: Path) -> list[tuple[float, float]]:
+    return [(line["loss"], line["grad_norm"]) for line in read_log(output / "log.jsonl") if "loss" in line]
 
 
-def test_training_from_it_is_training_from_our_conversion(tmp_path, rows, ours, monkeypatch, capsys):
-    monkeypatch.setattr(trainer, "LOGGING_STEPS", 1)
+def test_training_from_it_is_training_from_our_conversion(tmp_path, rows, ours, capsys):
     model = copy_checkpoint(MODEL.parent.parent, "A-small", tmp_path)
     folder = save(tmp_path / "old", rows, shards=2)
     before = files_below(folder)
@@ -466,7 +464,7 @@ def test_training_from_it_is_training_from_our_conversion(tmp_path, rows, ours, 
         done[name] = train(options)
     said = capsys.readouterr().err
     assert said.count(f"{folder}: 10 rows, converted by mdl-toolkit 0.1.0") == 2  # to train, and to evaluate
-    curves = {name: losses(tmp_path / name, done[name].steps) for name in done}
+    curves = {name: losses(tmp_path / name) for name in done}
     assert len(curves["ours"]) == done["ours"].steps == 6
     assert curves["legacy"] == curves["ours"]
     assert done["legacy"].eval_loss == done["ours"].eval_loss

@@ -16,16 +16,8 @@ from mdl_toolkit import kinds
 from mdl_toolkit.cli import toolkit
 from mdl_toolkit.cli_options import OptionsCommand, wrap
 from mdl_toolkit.errors import InputError, UsageError
-from mdl_toolkit.options import (
-    CompletionOptions,
-    ConvertOptions,
-    DemoOptions,
-    InferenceOptions,
-    Options,
-    TrainOptions,
-    setting_of,
-    shown_name,
-)
+from mdl_toolkit.option import Options, setting_of, shown_name
+from mdl_toolkit.options import CompletionOptions, ConvertOptions, DemoOptions, InferenceOptions, TrainOptions
 from mdl_toolkit.settings import as_command, from_mapping, read_settings, to_yaml
 
 COMMANDS: dict[str, type[Options]] = {
@@ -235,6 +227,10 @@ SPELLINGS: dict[str, tuple[Accepted, list[str]]] = {
     "--eval-steps": (CADENCES, NO_CADENCES),
     "--eval-batch-size": (COUNTS_OR_NULL, NO_COUNTS_NOR_NULL),
     "--eval-accumulation-steps": (COUNTS_OR_NULL, NO_COUNTS_NOR_NULL),
+    "--eval-metric": ({"wer": "wer", "accuracy": "accuracy", "null": None}, ["", "WER", "bleu"]),
+    "--eval-samples": (COUNTS, NO_COUNTS),
+    "--keep-best": (YES_NO, NO_BOOLEANS),
+    "--early-stopping-patience": (COUNTS_OR_NULL, NO_COUNTS_NOR_NULL),
     "--report-to": (
         {
             "wandb": ("wandb",),

@@ -1,9 +1,9 @@
 """Samples to one batch of tensors: text padded on the left, audio on the right.
 
-Which samples go together is the training room's business for now: any order, any mixture of lengths.
+Which samples go together is for others to say.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -63,3 +63,28 @@ def _right(rows: Sequence[np.ndarray]) -> Tensor:
     for target, row in zip(padded, rows, strict=True):
         target[: len(row)] = row
     return torch.from_numpy(padded)
+
+
+def items_of(batch: Batch) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of a batch."""
+    yield from batch.items()  # type: ignore[misc]
+
+
+def pinned(batch: Batch) -> Batch:
+    """The batch in memory from which a GPU copies while it computes."""
+    return Batch(**{name: tensor.pin_memory() for name, tensor in items_of(batch)})  # type: ignore[typeddict-item]
+
+
+def split(batch: Batch, most: int) -> Iterator[Batch]:
+    """A batch in parts of at most so many rows, without the padding that a part does not need."""
+    rows = len(batch["input_ids"])
+    if rows <= most:
+        yield batch
+        return
+    for start in range(0, rows, most):
+        part = {name: tensor[start : start + most] for name, tensor in items_of(batch)}
+        width, longest = int(part["attention_mask"].sum(1).max()), int(part["audio_length"].max())
+        for name in ("input_ids", "attention_mask", "labels"):
+            part[name] = part[name][:, -width:]
+        part["input_values"] = part["input_values"][:, :longest]
+        yield Batch(**part)  # type: ignore[typeddict-item]

@@ -102,7 +102,8 @@ def _seal(folder: Path) -> None:
 
 def _put_in_place(work: Path, output: Path) -> Path:
     target = output / work.name
-    shutil.rmtree(target, ignore_errors=True)
+    if target.exists():
+        target.rename(work.with_suffix(".old"))
     work.rename(target)
     to_disk(output)
     return target
@@ -235,4 +236,12 @@ def delete_oldest(output: Path, limit: int | None, keep: frozenset[Path]) -> Non
     kept = {path.resolve() for path in keep}
     for path in checkpoints(output)[:-limit]:
         if path.resolve() not in kept:
-            shutil.rmtree(path)
+            _delete(path)
+
+
+def _delete(checkpoint: Path) -> None:
+    """Whole or not at all: under its name there is never a part of it."""
+    work = checkpoint.parent / WORK / checkpoint.name
+    work.parent.mkdir(exist_ok=True)
+    checkpoint.rename(work)
+    shutil.rmtree(work.parent)

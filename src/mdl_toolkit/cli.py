@@ -27,12 +27,12 @@ from mdl_toolkit.cli_options import (
 from mdl_toolkit.errors import ToolkitError
 from mdl_toolkit.kinds import TRUE_WORDS
 from mdl_toolkit.language import Text
+from mdl_toolkit.option import Options
 from mdl_toolkit.options import (
     CompletionOptions,
     ConvertOptions,
     DemoOptions,
     InferenceOptions,
-    Options,
     TrainOptions,
 )  # fmt: skip
 

@@ -19,7 +19,7 @@ from click.shell_completion import CompletionItem
 from mdl_toolkit.errors import UsageError
 from mdl_toolkit.kinds import BOOLEAN, PATH
 from mdl_toolkit.language import Text
-from mdl_toolkit.options import (
+from mdl_toolkit.option import (
     Options,
     Setting,
     checked,

@@ -21,7 +21,8 @@ from mdl_toolkit.errors import InputError
 from mdl_toolkit.evaluation import accuracy, confusion_table
 from mdl_toolkit.inference import infer
 from mdl_toolkit.loading import quiet_libraries
-from mdl_toolkit.options import ConvertOptions, DemoOptions, InferenceOptions, Options, TrainOptions
+from mdl_toolkit.option import Options
+from mdl_toolkit.options import ConvertOptions, DemoOptions, InferenceOptions, TrainOptions
 from mdl_toolkit.settings import SETTINGS_FILE, as_command
 from mdl_toolkit.training import train
 

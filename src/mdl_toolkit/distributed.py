@@ -13,7 +13,8 @@ from datetime import timedelta
 import torch
 from torch import Tensor, distributed
 
-from mdl_toolkit.errors import ToolkitError
+from mdl_toolkit.conversion import Ranks
+from mdl_toolkit.errors import ToolkitError, UsageError
 
 BUCKET = 2**24  # numbers that travel together: 64 MiB of float32
 PATIENCE = timedelta(
@@ -84,11 +85,15 @@ class World:
 
 @contextmanager
 def joined() -> Iterator[World]:
-    """Join the others that a launcher started, for as long as the context lasts."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    """Join the others that a launcher started, for as long as the context lasts.
+
+    Raises:
+        UsageError: what the launcher says makes no sense.
+    """
+    if Ranks.from_environment().count == 1:
         yield World()
         return
+    _check_environment()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with _noticing_loss():
         distributed.init_process_group(backend, timeout=PATIENCE)
@@ -96,6 +101,15 @@ def joined() -> Iterator[World]:
         yield World(distributed.get_rank(), distributed.get_world_size())
     finally:
         distributed.destroy_process_group()
+
+
+def _check_environment() -> None:
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+        names, size = ", ".join(missing), os.environ["WORLD_SIZE"]
+        raise UsageError(
+            f"WORLD_SIZE={size} in the environment, but no {names}; start with torchrun, or unset WORLD_SIZE",
+            f"环境变量 WORLD_SIZE={size}，但没有 {names}；请使用 torchrun 启动，或取消 WORLD_SIZE",
+        )
 
 
 def _buckets(parameters: Sequence[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
+from mdl_toolkit.answering import answer
 from mdl_toolkit.batching import Collator
 from mdl_toolkit.console import progress, say
 from mdl_toolkit.conversion import convert_rows, read_rows
@@ -167,38 +167,9 @@ def _batches(
         budgets = [options.max_length - int(dataset.positions[index]) for index in indices]
         batch: dict[str, Any] = {**collate([dataset[index] for index in indices])}
         del batch["labels"]
-        yield answer(model, encoder, batch, budgets)
-
-
-@torch.inference_mode()
-def answer(model: Any, encoder: Encoder, batch: dict[str, Any], budgets: list[int]) -> list[str]:
-    """Answer one batch greedily.
-
-    Args:
-        model: as `load_for_inference` gives it.
-        encoder: the model's tokenizer.
-        batch: `input_ids`, `attention_mask`, `input_values`, `audio_length`, as the collator gives them.
-        budgets: most new tokens of each row.
-    """
-    ends = _end_ids(model, encoder)
-    settings = GenerationConfig(
-        do_sample=False, max_new_tokens=max(budgets), eos_token_id=sorted(ends), pad_token_id=encoder.pad_id
-    )
-    on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    rows = model.generate(**on_device, generation_config=settings).tolist()
-    return [encoder.decode(_cut(ids, ends, most)) for ids, most in zip(rows, budgets, strict=True)]
-
-
-def _end_ids(model: Any, encoder: Encoder) -> set[int]:
-    ends = model.generation_config.eos_token_id
-    listed = ends if isinstance(ends, list) else [ends] if ends is not None else []
-    return {*listed, encoder.end_id}
-
-
-def _cut(ids: list[int], ends: set[int], most: int) -> list[int]:
-    """The answer itself: up to its end token, and no longer than its budget."""
-    kept = ids[:most]
-    return kept[: next((place for place, token in enumerate(kept) if token in ends), len(kept))]
+        with torch.inference_mode():
+            answers = answer(model, encoder, batch, budgets)
+        yield answers
 
 
 def _write(output: Path, manifest: Manifest, predictions: list[str]) -> None:

@@ -83,7 +83,8 @@ def check_resumable(checkpoint: Path, targets: tuple[str, ...], rank: int) -> No
     same = {
         "--lora-rank": config.get("r") == rank,
         "--train-target": config.get("target_modules") == _pattern(targets)
-        and bool(config.get("modules_to_save")) == any(target in FULL_TARGETS for target in targets),
+        and sorted(config.get("modules_to_save") or [])
+        == sorted(_full_modules(targets, bool(config.get("ensure_weight_tying")))),
     }
     different = ", ".join(name for name, is_same in same.items() if not is_same)
     if different:

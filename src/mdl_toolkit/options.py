@@ -1,15 +1,11 @@
-"""Every setting once, as frozen dataclasses: name, kind, default, help, group.
+"""Every setting of every command once, as frozen dataclasses: name, kind, default, help, group.
 
 The command line, `--config` files, `--help`, the reference pages and Python callers are all read from
-these tables. Values are checked here, one by one; what depends on files, models or the machine is not.
+these tables.
 """
 
-import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
-from mdl_toolkit.errors import UsageError
 from mdl_toolkit.kinds import (
     BOOLEAN,
     CADENCE,
@@ -24,53 +20,10 @@ from mdl_toolkit.kinds import (
     TEXT,
     WHOLE,
     WORDS,
-    Kind,
     choice,
 )  # fmt: skip
 from mdl_toolkit.language import Text
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What the table says of one option beside its default; kept in the field's metadata.
-
-    Attributes:
-        kind: how its value is read.
-        group: the heading under which `--help` shows it.
-        help: one text for `--help`, settings files and the reference.
-        nullable: the word `null` is accepted and means None.
-        dynamic: words shown for a default that depends on the machine.
-        positional: the value stands on the command line without the option's name.
-    """
-
-    kind: Kind
-    group: Text
-    help: Text
-    nullable: bool = False
-    dynamic: Text | None = None
-    positional: bool = False
-
-
-REQUIRED: Any = dataclasses.MISSING
-
-
-def option(kind: Kind, default: Any, group: Text, en: str, zh: str, **more: Any) -> Any:
-    """Declare one option; `more` goes to `Setting`."""
-    setting = Setting(kind, group, Text(en, zh), **more)
-    return dataclasses.field(default=default, metadata={"setting": setting})
-
-
-def setting_of(field: "dataclasses.Field[Any]") -> Setting:
-    """What the table says of a field."""
-    setting = field.metadata["setting"]
-    assert isinstance(setting, Setting)
-    return setting
-
-
-def spelling(name: str) -> str:
-    """The option's spelling on the command line."""
-    return "--" + name.replace("_", "-")
-
+from mdl_toolkit.option import REQUIRED, Options, option
 
 COMMON = Text("Common options", "通用选项")
 DATASET = Text("Dataset options", "数据集选项")
@@ -86,72 +39,6 @@ COMPLETION = Text("Arguments", "参数")
 DYNAMIC_WORKERS = Text("half the available CPUs, at most 32", "可用 CPU 核心数的一半，最大 32")
 DYNAMIC_BF16 = Text("true where CUDA supports bfloat16", "CUDA 支持 bfloat16 时为 true")
 DEFAULT_MODEL = "mispeech/midashenglm-7b"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What every command's options share: checking, and the way to and from YAML and words."""
-
-    COMMAND: ClassVar[str] = ""
-    SUMMARY: ClassVar[Text] = Text("", "")
-    GROUPS: ClassVar[tuple[Text, ...]] = ()
-
-    def __post_init__(self) -> None:
-        """Bring every value to its type.
-
-        Raises:
-            UsageError: naming every value that is not accepted, in one message.
-        """
-        for name, value in checked(type(self), vars(self)).items():
-            object.__setattr__(self, name, value)
-
-
-def shown_name(field: "dataclasses.Field[Any]") -> str:
-    """The option as messages name it: its spelling, or INPUT."""
-    return field.name.upper() if setting_of(field).positional else spelling(field.name)
-
-
-def checked(options: type[Options], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by field name, each brought to its option's type; options without a value are left out.
-
-    Raises:
-        UsageError: naming every value that is not accepted, in one message.
-    """
-    fields = [field for field in dataclasses.fields(options) if field.name in values]
-    read = {field.name: _read(field, values[field.name]) for field in fields}
-    refused = [field for field in fields if isinstance(read[field.name], Text)]
-    if refused:
-        lines = [(shown_name(field), read[field.name], _quoted(values[field.name])) for field in refused]
-        raise UsageError(
-            "\n".join(f"{name}: {reason.en}, not {value}" for name, reason, value in lines),
-            "\n".join(f"{name}：{reason.zh}，而不是 {value}" for name, reason, value in lines),
-        )
-    return read
-
-
-def _quoted(value: Any) -> str:
-    """A value as messages show it; that of a repeated option as the words that were typed."""
-    return ", ".join(map(repr, value)) if isinstance(value, tuple) else repr(value)
-
-
-def _read(field: "dataclasses.Field[Any]", value: Any) -> Any:
-    """The value, or the `Text` that says what is accepted."""
-    setting = setting_of(field)
-    if setting.nullable and (value is None or value == "null"):
-        return None
-    if value is None:
-        return Text("expected a value", "应有值")
-    try:
-        return setting.kind.parse(value)
-    except ValueError as refused:
-        accepted: Text = refused.args[0]
-    return Text(f"{accepted.en} (or null)", f"{accepted.zh}（或 null）") if setting.nullable else accepted
-
-
-def fields_in_order(options: type[Options]) -> list["dataclasses.Field[Any]"]:
-    """The fields of a command, group by group in the order of the reference: its own before the shared."""
-    fields = sorted(dataclasses.fields(options), key=lambda field: field.name not in options.__annotations__)
-    return [f for group in options.GROUPS for f in fields if setting_of(f).group == group]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,6 +233,29 @@ class TrainOptions(ConversionOptions):
         COUNT, None, EVALUATION,
         "Move evaluation results to the CPU every so many steps.",
         "评估时每隔多少步将结果移至 CPU；未指定时不累积。",
+        nullable=True,
+    )  # fmt: skip
+    eval_metric: str | None = option(
+        choice("accuracy", "wer", "cer"), None, EVALUATION,
+        "Also let the model answer evaluation rows, and compare: share of equal answers, or error rate of "
+        "words or characters.",
+        "评估时同时让模型生成回答并与参考比较：完全一致的比例、词错误率或字错误率。",
+        nullable=True,
+    )  # fmt: skip
+    eval_samples: int = option(
+        COUNT, 200, EVALUATION,
+        "Most rows that are answered for --eval-metric; always the same ones.",
+        "计算 --eval-metric 时最多回答多少行；每次都是相同的行。",
+    )  # fmt: skip
+    keep_best: bool = option(
+        BOOLEAN, False, EVALUATION,
+        "Take the checkpoint with the best --eval-metric, or evaluation loss, as the result, not the last.",
+        "以 --eval-metric（未指定时为评估损失）最好的检查点作为结果，而不是最后一个。",
+    )  # fmt: skip
+    early_stopping_patience: int | None = option(
+        COUNT, None, EVALUATION,
+        "Stop after so many evaluations in a row without a better one.",
+        "连续多少次评估没有改进时提前停止训练。",
         nullable=True,
     )  # fmt: skip
     report_to: tuple[str, ...] = option(

@@ -69,14 +69,15 @@ class RunLog:
             f"{self._audio / elapsed:.3g}x",
         )
 
-    def evaluation(self, step: int, loss: float, tokens: int) -> None:
-        """Log an evaluation."""
-        values = {"eval_loss": loss, "eval_tokens": tokens, "epoch": step / self._epoch}
+    def evaluation(self, step: int, loss: float, tokens: int, scores: dict[str, float]) -> None:
+        """Log an evaluation; `scores` are other metrics by name."""
+        values = {"eval_loss": loss, "eval_tokens": tokens, **scores, "epoch": step / self._epoch}
         self._write(step, values)
         self._trackers.log(step, values)
+        more = "".join(f", {name.removeprefix('eval_')} {value:.4f}" for name, value in scores.items())
         say(
-            f"evaluation at step {step}: loss {loss:.4f} over {tokens} tokens",
-            f"第 {step} 步评估：{tokens} 个词元的损失为 {loss:.4f}",
+            f"evaluation at step {step}: loss {loss:.4f} over {tokens} tokens{more}",
+            f"第 {step} 步评估：{tokens} 个词元的损失为 {loss:.4f}{more}",
         )
 
     def share(self, seconds: float) -> float:

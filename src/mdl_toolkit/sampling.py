@@ -70,7 +70,7 @@ class Sampling:
         random = np.random.default_rng([self.seed, epoch])
         drawn = random.permutation(len(self.lengths))
         if epoch == 0:  # the longest row is never left over for a partial step; see below
-            longest = self.lengths[drawn].argmax()
+            longest = int(self.lengths[drawn].argmax())
             drawn[[0, longest]] = drawn[[longest, 0]]
         whole = len(drawn) - len(drawn) % self.effective
         blurred = self.lengths * random.uniform(1 - JITTER, 1 + JITTER, len(drawn))

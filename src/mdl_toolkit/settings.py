@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import yaml
 
 from mdl_toolkit.errors import InputError, UsageError
-from mdl_toolkit.options import Options, checked, fields_in_order, setting_of, shown_name, spelling
+from mdl_toolkit.option import Options, checked, fields_in_order, setting_of, shown_name, spelling
 
 SETTINGS_FILE = "mdl-toolkit.yaml"
 

@@ -9,26 +9,29 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mdl_toolkit.batching import Batch, Collator
+from mdl_toolkit.answering import Questions
+from mdl_toolkit.batching import Batch, Collator, items_of, pinned, split
 from mdl_toolkit.checkpoints import Checkpoint, delete_oldest, due_steps, save
 from mdl_toolkit.console import warn
 from mdl_toolkit.distributed import World
-from mdl_toolkit.errors import ToolkitError
+from mdl_toolkit.errors import ModelError, ToolkitError
 from mdl_toolkit.legacy import AnyDataset
 from mdl_toolkit.loader import Loader
+from mdl_toolkit.metrics import LOSS
 from mdl_toolkit.options import TrainOptions
 from mdl_toolkit.runlog import RunLog
 from mdl_toolkit.sampling import Rows, Sampling
 from mdl_toolkit.settings import to_yaml
 from mdl_toolkit.stopping import StopRequest
 from mdl_toolkit.tokens import IGNORE_INDEX
+from mdl_toolkit.trained import Trained
 
 MAX_NORM = 1.0  # of the gradient, as in the HF Trainer
 MOST_ROWS_NAMED = 20
@@ -69,6 +72,21 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class Best:
+    """The best evaluation so far.
+
+    Attributes:
+        value: of the metric, or the loss; None before the first evaluation.
+        step: after which it was.
+        worse: evaluations since then.
+    """
+
+    value: float | None = None
+    step: int | None = None
+    worse: int = 0
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What a run came to.
 
@@ -76,12 +94,14 @@ class Outcome:
         steps: optimizer steps made, those before a resumption included.
         loss: mean over the steps of this process's life.
         eval_loss: the last evaluation's; None if there was none.
+        best: the best evaluation.
         waited: share of the time that was spent waiting for data.
     """
 
     steps: int
     loss: float
     eval_loss: float | None
+    best: Best
     waited: float
 
 
@@ -96,6 +116,7 @@ class Trainer:
         sampling: which rows when.
         train_set: the rows to learn.
         eval_set: the rows to evaluate on, if any.
+        questions: of these, what is answered and compared, if anything is.
         collator: rows to batches.
         world: the processes.
         log: what is said and written while it runs.
@@ -109,6 +130,7 @@ class Trainer:
     sampling: Sampling
     train_set: AnyDataset
     eval_set: AnyDataset | None
+    questions: Questions | None
     collator: Collator
     world: World
     log: RunLog
@@ -117,10 +139,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.output = Path(self.options.output)
-        self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            self.trained.values(), lr=self.options.lr, weight_decay=0.0, fused=self.device.type == "cuda"
-        )
+        self.trained = Trained(self.model, self.device)
         if self.options.gradient_checkpointing:
             self.model.activation_checkpointing_enable({"use_reentrant": False})
         self.step, self.first_step = 0, 0
@@ -129,7 +148,7 @@ class Trainer:
         self.eval_loss: float | None = None
         self.evaluated: int | None = None  # the step of the last evaluation
         self.resumed: Path | None = None
-        self.best: Path | None = None
+        self.best = Best()
         threads = GPU_THREADS if self.device.type == "cuda" else 1
         self.loader = Loader(lambda rows: self._make(self.train_set, rows), threads)
 
@@ -150,23 +169,33 @@ class Trainer:
         )
         batches = self.loader.batches(wanted)
         self.model.train()
+        if self.resumed is not None and self.world.is_first:
+            self._delete_oldest()
         with self.request:
             if self._owes_evaluation():
                 self.evaluate()
-            while self.step < self.schedule.total and not self.must_stop:
+            while self.step < self.schedule.total and not self.must_stop and not self._is_enough():
                 losses += self._make_step(batches)
                 self._do_what_is_due()
             if self.must_stop:
-                self.world.wait()  # all end together, when all is saved: a launcher ends whom one leaves behind
+                self.world.wait()  # all end together, when all is saved: a launcher ends those left behind
                 raise KeyboardInterrupt
         steps = self.step - self.first_step
-        return Outcome(self.step, losses / max(steps, 1), self.eval_loss, self.log.share(self.loader.waited))
+        waited = self.log.share(self.loader.waited)
+        return Outcome(self.step, losses / max(steps, 1), self.eval_loss, self.best, waited)
 
     def _do_what_is_due(self) -> None:
         if self.step in self.schedule.evaluating and not self.must_stop:
             self.evaluate()
-        if self.step in self.schedule.saving or self.must_stop:
-            self.save(is_needed=self.must_stop or self.step == self.schedule.total)
+        is_last = self.step == self.schedule.total or self.must_stop or self._is_enough()
+        is_kept = self.options.keep_best and self.best.step == self.step
+        if self.step in self.schedule.saving or is_last or is_kept:
+            self.save(is_needed=is_last or is_kept)
+
+    def _is_enough(self) -> bool:
+        """Tell whether there were too many evaluations in a row without a better one."""
+        patience = self.options.early_stopping_patience
+        return patience is not None and self.best.worse >= patience
 
     def _owes_evaluation(self) -> bool:
         """Tell whether the run was stopped before an evaluation that was due."""
@@ -179,18 +208,15 @@ class Trainer:
         """One optimizer step; its loss. Whether any process was asked to stop is known afterwards."""
         rows = self.sampling.rows(self.step)
         loss = self._accumulate(batches)
-        self.world.sum_gradients([*self.trained.values()])
+        self.world.sum_gradients(self.trained.parameters)
         totals = self.world.sum(torch.tensor([float(loss), self.request.is_made], dtype=torch.float64))
-        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), MAX_NORM)
-        self._check_finite(float(totals[0]), float(norm))
+        norm = self.trained.clip(MAX_NORM)
+        self._check_finite(float(totals[0]), norm)
         rate = self.options.lr * self.schedule.rate(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.trained.update(rate)
         self.step += 1
         self.log.step(
-            self.step, loss=float(totals[0]), norm=float(norm), rate=rate, rows=rows,
+            self.step, loss=float(totals[0]), norm=norm, rate=rate, rows=rows,
             waited=self.loader.waited,
         )  # fmt: skip
         self.must_stop = bool(totals[1])
@@ -216,7 +242,7 @@ class Trainer:
         tokens, total = max(1, self.sampling.tokens(self.step)), torch.zeros((), device=self.device)
         for number, batch in enumerate(made):
             torch.manual_seed(self._seed(number))
-            for part in _parts(batch, self.most_rows):
+            for part in split(batch, self.most_rows):
                 loss = self._loss(self._on_device(part), tokens)
                 loss.backward()
                 total += loss.detach()
@@ -233,7 +259,7 @@ class Trainer:
         return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
 
     def _halve(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        self.trained.forget()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.most_rows = math.ceil(self.most_rows / 2)
@@ -274,13 +300,33 @@ class Trainer:
             pending += torch.stack([self._loss(inputs, 1).double(), count.double()])
             if every is not None and number % every == 0:
                 sums, pending = sums + pending.cpu(), torch.zeros_like(pending)
+        answered = self._answer()
         self.model.train()
-        asked = torch.tensor([self.request.is_made], dtype=torch.float64)
-        loss, tokens, stops = self.world.sum(torch.cat([sums + pending.cpu(), asked])).tolist()
+        more = torch.tensor([*answered, self.request.is_made], dtype=torch.float64)
+        loss, tokens, *scores, stops = self.world.sum(torch.cat([sums + pending.cpu(), more])).tolist()
         self.must_stop = bool(stops)
         if not self.must_stop:
             self.eval_loss, self.evaluated = loss / max(tokens, 1), self.step
-            self.log.evaluation(self.step, self.eval_loss, int(tokens))
+            self._judge(scores[0] / max(scores[1], 1), int(tokens))
+
+    def _answer(self) -> tuple[float, float]:
+        """The process's part of the metric's numerator and denominator."""
+        if self.questions is None or self.request.is_made:
+            return 0.0, 0.0
+        with self._precision():
+            return self.questions.count(self.model, lambda: self.request.is_made)
+
+    def _judge(self, score: float, tokens: int) -> None:
+        """Say what was found, and whether it is the best so far."""
+        assert self.eval_loss is not None
+        metric = LOSS if self.questions is None else self.questions.metric
+        value = self.eval_loss if self.questions is None else score
+        if metric.is_better(value, self.best.value):
+            self.best = Best(value, self.step)
+        else:
+            self.best = replace(self.best, worse=self.best.worse + 1)
+        scores = {} if self.questions is None else {f"eval_{metric.name}": score}
+        self.log.evaluation(self.step, self.eval_loss, tokens, scores)
 
     def _eval_rows(self) -> Iterator[Rows]:
         """The process's share of the evaluation rows, in batches of similar length."""
@@ -300,11 +346,12 @@ class Trainer:
         if not self.world.is_first:
             return
         state = {
-            "sampling": self._identity(), "eval_loss": self.eval_loss, "evaluated": self.evaluated
+            "sampling": self._identity(), "eval_loss": self.eval_loss, "evaluated": self.evaluated,
+            "best": asdict(self.best),
         }  # fmt: skip
         try:
             save(
-                self.output, self.step, adapter=self._save_adapter, optimizer=self._optimizer_state(),
+                self.output, self.step, adapter=self.trained.save, optimizer=self.trained.optimizer_state(),
                 state=state, settings=to_yaml(self.options),
             )  # fmt: skip
         except OSError as problem:
@@ -317,34 +364,36 @@ class Trainer:
                 raise ToolkitError(en, zh) from problem
             warn(f"{en}; training goes on", f"{zh}；训练继续")
             return
-        keep = frozenset(path for path in (self.resumed, self.best) if path is not None)
-        delete_oldest(self.output, self.options.save_total_limit, keep)
+        self._delete_oldest()
+
+    def _delete_oldest(self) -> None:
+        kept = [self.resumed] if self.resumed else []
+        if self.options.keep_best and self.best.step is not None:
+            kept.append(self.output / f"checkpoint-{self.best.step}")
+        delete_oldest(self.output, self.options.save_total_limit, frozenset(kept))
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint of the same effective batch.
+        """Go on from a checkpoint.
 
         Raises:
-            ToolkitError: its steps had another number of rows.
+            ModelError: it is of another model.
         """
-        theirs = checkpoint.state.get("sampling", {})
-        ours = self._identity()
-        if theirs.get("effective") != ours["effective"]:
-            raise ToolkitError(
-                f"{checkpoint.folder}: its steps had {theirs.get('effective')} rows, now it would be "
-                f"{ours['effective']}; --batch-size x --gradient-accumulation-steps x processes "
-                f"({self.world.size}) must be what it was",
-                f"{checkpoint.folder}：原来每步 {theirs.get('effective')} 行，现在为 {ours['effective']} 行；"
-                f"--batch-size、--gradient-accumulation-steps 与进程数（{self.world.size}）之积须保持不变",
-            )
+        theirs, ours = checkpoint.state.get("sampling", {}), self._identity()
         if theirs != ours:
             warn(
                 "the training data or the seed are not the interrupted run's: the rows come in another order",
                 "训练数据或随机种子与被中断的训练不同：数据顺序将有所不同",
             )
-        self._load_adapter(checkpoint.adapter())
-        self._load_optimizer(checkpoint.optimizer())
+        try:
+            self.trained.load(checkpoint)
+        except KeyError as problem:
+            raise ModelError(
+                f"{checkpoint.folder}: it does not fit {self.options.model_name}; resume with the same model",
+                f"{checkpoint.folder}：与 {self.options.model_name} 不匹配；请使用原来的模型恢复训练",
+            ) from problem
         self.step, self.resumed = checkpoint.step, checkpoint.folder
         self.eval_loss, self.evaluated = (checkpoint.state.get(name) for name in ("eval_loss", "evaluated"))
+        self.best = Best(**checkpoint.state.get("best", {}))
 
     def _identity(self) -> dict[str, Any]:
         """What the order of the rows comes from."""
@@ -354,62 +403,32 @@ class Trainer:
             "effective": self.sampling.effective, "seed": self.options.seed,
         }  # fmt: skip
 
-    def _save_adapter(self, folder: Path) -> None:
-        # Left to itself, PEFT asks the hub whether the vocabulary was changed.
-        self.model.save_pretrained(str(folder), save_embedding_layers=False)
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's form of a model card, not filled in
-
-    def _load_adapter(self, tensors: dict[str, Tensor]) -> None:
-        from peft import set_peft_model_state_dict
-
-        found = set_peft_model_state_dict(self.model, tensors)
-        assert not found.unexpected_keys, found.unexpected_keys
-
-    def _optimizer_state(self) -> dict[str, Tensor]:
-        names = {id(parameter): name for name, parameter in self.trained.items()}
-        return {
-            f"{names[id(parameter)]}/{key}": value.detach().cpu().contiguous()
-            for parameter, values in self.optimizer.state.items()
-            for key, value in values.items()
-        }
-
-    def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
-        for full, tensor in tensors.items():
-            name, _, key = full.rpartition("/")
-            self.optimizer.state[self.trained[name]][key] = tensor.to(self.device)
-
     # --- batches ---
 
     def _make(self, dataset: AnyDataset | None, rows: Rows) -> Batch:
         assert dataset is not None
         batch = self.collator([dataset[int(row)] for row in rows])
-        return _pinned(batch) if self.device.type == "cuda" else batch
+        return pinned(batch) if self.device.type == "cuda" else batch
 
     def _on_device(self, batch: Batch) -> dict[str, Tensor]:
-        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in _items(batch)}
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in items_of(batch)}
 
     def _precision(self) -> AbstractContextManager[None]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
 
-def _items(batch: Batch) -> Iterator[tuple[str, Tensor]]:
-    yield from batch.items()  # type: ignore[misc]
+def check_steps(checkpoint: Checkpoint, options: TrainOptions, world: World) -> None:
+    """Refuse to go on with steps of another size.
 
-
-def _pinned(batch: Batch) -> Batch:
-    return Batch(**{name: tensor.pin_memory() for name, tensor in _items(batch)})  # type: ignore[typeddict-item]
-
-
-def _parts(batch: Batch, most: int) -> Iterator[Batch]:
-    """A batch in parts of at most so many rows, without the padding that a part does not need."""
-    rows = len(batch["input_ids"])
-    if rows <= most:
-        yield batch
-        return
-    for start in range(0, rows, most):
-        part = {name: tensor[start : start + most] for name, tensor in _items(batch)}
-        width, longest = int(part["attention_mask"].sum(1).max()), int(part["audio_length"].max())
-        for name in ("input_ids", "attention_mask", "labels"):
-            part[name] = part[name][:, -width:]
-        part["input_values"] = part["input_values"][:, :longest]
-        yield Batch(**part)  # type: ignore[typeddict-item]
+    Raises:
+        ToolkitError: the checkpoint's steps had another number of rows.
+    """
+    before = checkpoint.state.get("sampling", {}).get("effective")
+    now = options.batch_size * options.gradient_accumulation_steps * world.size
+    if before != now:
+        raise ToolkitError(
+            f"{checkpoint.folder}: its steps had {before} rows, now it would be {now}; --batch-size x "
+            f"--gradient-accumulation-steps x processes ({world.size}) must be what it was",
+            f"{checkpoint.folder}：原来每步 {before} 行，现在为 {now} 行；"
+            f"--batch-size、--gradient-accumulation-steps 与进程数（{world.size}）之积须保持不变",
+        )

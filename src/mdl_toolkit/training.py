@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from mdl_toolkit.answering import Questions
 from mdl_toolkit.audio import SAMPLE_RATE
 from mdl_toolkit.batching import Collator
 from mdl_toolkit.checkpoints import FINAL, WORK, Checkpoint, set_aside, to_resume
@@ -36,19 +37,28 @@ from mdl_toolkit.loading import (
     read_text_files,
 )
 from mdl_toolkit.lora import TargetCount, add_adapters, check_resumable
-from mdl_toolkit.options import ConversionOptions, TrainOptions, spelling
+from mdl_toolkit.metrics import METRICS
+from mdl_toolkit.option import spelling
+from mdl_toolkit.options import ConversionOptions, TrainOptions
 from mdl_toolkit.outputs import check_apart, removing_empty, writing
 from mdl_toolkit.runlog import RunLog
 from mdl_toolkit.sampling import Sampling
-from mdl_toolkit.settings import SETTINGS_FILE, to_yaml
+from mdl_toolkit.settings import SETTINGS_FILE, read_settings, to_yaml
 from mdl_toolkit.tokens import Encoder
 from mdl_toolkit.trackers import Trackers, check_trackers
-from mdl_toolkit.trainer import Outcome, Schedule, Trainer
+from mdl_toolkit.trainer import Outcome, Schedule, Trainer, check_steps
 
 MEMORY_REMEDY = Text(
     "lower --batch-size and raise --gradient-accumulation-steps, or try --quantization 4bit",
     "请减小 --batch-size 并增大 --gradient-accumulation-steps，或使用 --quantization 4bit",
 )
+# Options that do not change what is learnt, only where things are and how fast they come.
+ANY_TIME = frozenset(
+    {
+        "output", "resume_from_checkpoint", "num_workers", "tokenizing_batch_size", "download_cache",
+        "max_download_mb", "from_modelscope", "report_to",
+    }
+)  # fmt: skip
 PRIVATE = ".dataset"  # in the output folder, while a run lasts: what its CSVs were converted to
 
 
@@ -83,6 +93,7 @@ def train(options: TrainOptions) -> TrainResult:
     resume = to_resume(output, options.resume_from_checkpoint)
     if resume is not None:
         check_resumable(resume.folder, options.train_target, options.lora_rank)
+        _warn_changed(resume, options)
     private = output / PRIVATE
     with removing_empty(output):
         return _prepare_and_run(options, private, resume)
@@ -90,6 +101,8 @@ def train(options: TrainOptions) -> TrainResult:
 
 def _prepare_and_run(options: TrainOptions, private: Path, resume: Checkpoint | None) -> TrainResult:
     with joined() as world:
+        if resume is not None:
+            check_steps(resume, options, world)
         try:
             if not world.is_first:
                 world.wait()  # for the first one, which converts
@@ -121,29 +134,52 @@ def _run(
     schedule = Schedule.of(sampling.steps_per_epoch, options)
     _warn_idle_gpus(world)
     model = _trainable_model(options, base)
-    _prepare_output(output, options, resume, world)
     with progress("training", "训练中", schedule.total) as shown:
         trackers = Trackers(options, schedule.total)
         log = RunLog(output, shown, trackers, train_set.samples / SAMPLE_RATE, schedule.per_epoch)
+        questions = _questions(options, eval_set, encoder, world)
         trainer = Trainer(
-            model, options, schedule, sampling, train_set, eval_set, Collator(encoder.pad_id), world, log,
-            best_device(), choose_dtype(options.bf16),
+            model, options, schedule, sampling, train_set, eval_set, questions, Collator(encoder.pad_id),
+            world, log, best_device(), choose_dtype(options.bf16),
         )  # fmt: skip
         if resume is not None:
             trainer.resume(resume)
+        _prepare_output(output, options, resume, world)
         log.begin(trainer.step)
         done = _train(trainer, resume)
         log.close()
     final = output / FINAL
     if world.is_first:
-        left = output / f"checkpoint-{done.steps}"
-        export(base, left if resume is None or left.is_dir() else resume.folder, final, options)
+        export(base, _result(output, options, done, resume), final, options)
     world.wait()
     say(
         f"done: {done.steps} steps; the result is in {final}",
         f"完成：{done.steps} 步；结果位于 {final}",
     )
     return TrainResult(final, done.steps, done.loss, done.eval_loss)
+
+
+def _questions(
+    options: TrainOptions, eval_set: AnyDataset | None, encoder: Encoder, world: World
+) -> Questions | None:
+    """What `--eval-metric` asks for; each process answers a part of it."""
+    if options.eval_metric is None or eval_set is None:
+        return None
+    rows = Questions.drawn(eval_set, options.eval_samples, options.seed)[world.rank :: world.size]
+    size = options.eval_batch_size or options.batch_size
+    return Questions(eval_set, rows, size, encoder, METRICS[options.eval_metric])
+
+
+def _result(output: Path, options: TrainOptions, done: Outcome, resume: Checkpoint | None) -> Path:
+    """The checkpoint that becomes the result: the last one, or with `--keep-best` the best."""
+    step = done.best.step if options.keep_best and done.best.step is not None else done.steps
+    if step != done.steps:
+        say(
+            f"the best evaluation was after step {step}: that is the result",
+            f"评估结果最好的是第 {step} 步：以该检查点作为结果",
+        )
+    found = output / f"checkpoint-{step}"
+    return found if resume is None or found.is_dir() else resume.folder
 
 
 def _warn_idle_gpus(world: World) -> None:
@@ -168,6 +204,37 @@ def _warn_finished(resume: Path) -> None:
         f"{resume} is the end of its run: nothing was left to train, its result is written again",
         f"{resume} 已是训练的终点：没有需要继续训练的步骤，仅重新输出结果",
     )
+
+
+# --- what a resumed run is compared with ---------------------------------------------------------------
+
+
+def _warn_changed(resume: Checkpoint, options: TrainOptions) -> None:
+    """Name the options that differ from the interrupted run's (rule 30)."""
+    try:
+        before = read_settings(resume.folder / SETTINGS_FILE, TrainOptions)
+    except InputError:  # of a version with other options
+        return
+    changed = [
+        (spelling(name), _shown(getattr(options, name)), _shown(value))
+        for name, value in before.items()
+        if name not in ANY_TIME and getattr(options, name) != value
+    ]
+    if changed:
+        en = ", ".join(f"{name} {now} (was {then})" for name, now, then in changed)
+        zh = "，".join(f"{name} {now}（原为 {then}）" for name, now, then in changed)
+        warn(
+            f"options differ from the interrupted run's, and the new ones hold: {en}",
+            f"以下选项与被中断的训练不同，以新值为准：{zh}",
+        )
+
+
+def _shown(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, tuple):
+        return ", ".join(value) or "null"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 # --- before any weight is loaded -----------------------------------------------------------------------
@@ -243,7 +310,8 @@ def _prepare_output(output: Path, options: TrainOptions, resume: Checkpoint | No
     if not world.is_first:
         return
     output.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(output / WORK, ignore_errors=True)
+    for half_written in (output / WORK, *output.glob(f".{FINAL}.partial-*")):
+        shutil.rmtree(half_written, ignore_errors=True)
     if options.resume_from_checkpoint is True and resume is None:
         warn(
             f"no complete checkpoint in {output}: starting afresh",

@@ -1,0 +1,195 @@
+"""Training: samples per second of the whole command, against what this machine's matrix products allow.
+
+A mid-size random model (encoder 256 x 6, decoder 512 x 8, vocabulary 32,768), 64 clips of 1 to 12 s with
+short answers, batch 8, float32, LoRA of rank 32 in encoder, projector and decoder. Speed is given per
+GFLOP/s of the same run's GEMM peak, so that it says something on another machine.
+"""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import Figure
+from benchmarks.loss import peak_bytes
+from mdl_toolkit.batching import Collator
+from mdl_toolkit.conversion import convert_dataset
+from mdl_toolkit.dataset import ConvertedDataset
+from mdl_toolkit.demo import make_tiny_model
+from mdl_toolkit.loading import load_model
+from mdl_toolkit.lora import add_adapters
+from mdl_toolkit.model import MiDashengLMConfig, MiDashengLMModel
+from mdl_toolkit.options import ConvertOptions, TrainOptions
+from mdl_toolkit.runlog import read_log
+from mdl_toolkit.sampling import Sampling
+from mdl_toolkit.training import train
+
+CLIPS, SHORTEST, LONGEST = 64, 1.0, 12.0  # seconds
+BATCH, EPOCHS, RANK = 8, 3, 32
+VOCABULARY = 32_768
+GEMM = 2048  # rows and columns of the square matrices whose product is timed
+TARGETS = ("encoder", "projector", "decoder")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One training.
+
+    Attributes:
+        samples: per second, all steps but those of the first epoch.
+        waited: share of the time that was spent waiting for data.
+    """
+
+    samples: float
+    waited: float
+
+
+def figures() -> list[Figure]:
+    """Speed with and without gradient checkpointing, padding, arithmetic and memory."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    with tempfile.TemporaryDirectory() as name, contextlib.redirect_stderr(io.StringIO()):
+        place = Path(name)
+        model, data = _make_model(place), _make_data(place)
+        found = []
+        for checkpointing in (True, False):
+            peak = gemm_peak()
+            speed = _train(place, model, data, checkpointing)
+            found.append(_speed(speed, (peak + gemm_peak()) / 2, checkpointing))
+            found += _of_one_step(model, data, speed, peak, checkpointing)
+        found.append(_padding(data))
+    return found
+
+
+def gemm_peak() -> float:
+    """GFLOP/s of a float32 matrix product on all threads: the median of 7."""
+    left, right = torch.randn(GEMM, GEMM), torch.randn(GEMM, GEMM)
+    times = []
+    for _ in range(8):
+        started = time.perf_counter()
+        torch.mm(left, right)
+        times.append(time.perf_counter() - started)
+    return 2 * GEMM**3 / statistics.median(times[1:]) / 1e9
+
+
+def _make_model(place: Path) -> Path:
+    """The text side of the demonstration's model with a larger random one; 62 million parameters."""
+    phrases = Path(__file__).parent.parent / "src/mdl_toolkit/phrases"
+    make_tiny_model(place / "tiny", phrases, seed=0)
+    config = json.loads((place / "tiny/config.json").read_text(encoding="utf-8"))
+    config["audio_encoder_config"] |= {"embed_dim": 256, "depth": 6, "num_heads": 4}
+    config["text_config"] |= {
+        "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8,
+        "num_key_value_heads": 2, "vocab_size": VOCABULARY, "layer_types": ["full_attention"] * 8,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    MiDashengLMModel(MiDashengLMConfig(**config)).save_pretrained(place / "model")
+    for file in (place / "tiny").iterdir():
+        if not (place / "model" / file.name).exists():
+            shutil.copy(file, place / "model")
+    return place / "model"
+
+
+def _make_data(place: Path) -> ConvertedDataset:
+    """Noise of lengths that are evenly spread, in random order, with captions of 3 to 12 words."""
+    random = np.random.default_rng(0)
+    lines = ["audio,user_prompt,prediction"]
+    for number, seconds in enumerate(random.permutation(np.linspace(SHORTEST, LONGEST, CLIPS))):
+        noise = random.normal(0, 0.1, int(seconds * 16_000))
+        soundfile.write(place / f"{number}.wav", noise, 16_000)
+        words = " ".join(random.choice(["rain", "dog", "car", "music", "wind"], random.integers(3, 13)))
+        lines.append(f"{place / f'{number}.wav'},What do you hear?,{words}")
+    (place / "rows.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    options = ConvertOptions(
+        input=str(place / "rows.csv"), output=str(place / "data"), model_name=str(place / "model")
+    )
+    dataset = convert_dataset(options)
+    assert dataset is not None
+    return dataset
+
+
+def _train(place: Path, model: Path, data: ConvertedDataset, checkpointing: bool) -> Speed:
+    output = place / f"run-{checkpointing}"
+    options = TrainOptions(
+        train_dataset=str(data.folder), output=str(output), model_name=str(model), num_epochs=EPOCHS,
+        batch_size=BATCH, gradient_checkpointing=checkpointing, merge_lora=False, lora_rank=RANK,
+        train_target=TARGETS,
+    )  # fmt: skip
+    train(options)
+    steps = [line for line in read_log(output / "log.jsonl") if "loss" in line]
+    first = CLIPS // BATCH
+    seconds = steps[-1]["elapsed"] - steps[first - 1]["elapsed"]
+    return Speed(sum(line["rows"] for line in steps[first:]) / seconds, steps[-1]["waited"])
+
+
+def _speed(speed: Speed, peak: float, checkpointing: bool) -> Figure:
+    goal = 0.019 if checkpointing else 0.023
+    share = speed.samples / peak
+    what = f"training, {_named(checkpointing)}; other: the published tool's figure, both per GFLOP/s of peak"
+    return Figure(
+        f"{what} ({peak:.0f} here, {100 * speed.waited:.1f} % of the time waiting for data)",
+        f"{speed.samples:.2f} samples/s, {share:.4f}", f"{goal:.3f}", share / goal,
+    )  # fmt: skip
+
+
+def _of_one_step(
+    folder: Path, data: ConvertedDataset, speed: Speed, peak: float, checkpointing: bool
+) -> list[Figure]:
+    """Arithmetic of an epoch's steps against the peak, and the most memory of the longest step."""
+    model = load_model(folder, dtype=torch.float32, device=torch.device("cpu"))
+    loaded = sum(tensor.nbytes for tensor in model.state_dict().values())
+    wrapped, _ = add_adapters(model, TARGETS, rank=RANK, alpha=RANK, dropout=0.0, base_name=str(folder))
+    if checkpointing:
+        wrapped.activation_checkpointing_enable({"use_reentrant": False})
+    wrapped.train()
+    sampling, collate = _sampling(data), Collator(0)
+    batches = [collate([data[int(row)] for row in sampling.rows(step)]) for step in range(CLIPS // BATCH)]
+    with FlopCounterMode(display=False) as counter:
+        for batch in batches:
+            wrapped(**batch).loss.backward()
+    done = counter.get_total_flops() / CLIPS * speed.samples / 1e9
+    wrapped.zero_grad(set_to_none=True)
+    most = peak_bytes(lambda: wrapped(**batches[0]).loss.backward())
+    name = _named(checkpointing)
+    return [
+        Figure(f"arithmetic, {name}; other: GEMM peak", f"{done:.0f} GFLOP/s", f"{peak:.0f}", peak / done),
+        Figure(
+            f"peak memory of the longest step, {name}; other: the loaded model",
+            f"{most / 2**20:.0f} MiB", f"{loaded / 2**20:.0f} MiB", loaded / most,
+        ),
+    ]  # fmt: skip
+
+
+def _padding(data: ConvertedDataset) -> Figure:
+    """Decoder positions that are padding, in batches by length and in batches at random."""
+    sampling = _sampling(data)
+    ours = _share(data.positions, [sampling.rows(step) for step in range(CLIPS // BATCH)])
+    random = np.random.default_rng(0)
+    shares = [_share(data.positions, list(random.permutation(CLIPS).reshape(-1, BATCH))) for _ in range(100)]
+    other = statistics.mean(shares)
+    return Figure(
+        "padding in decoder positions; other: random batches", f"{ours:.1%}", f"{other:.1%}", other / ours
+    )
+
+
+def _share(positions: np.ndarray, batches: list[np.ndarray]) -> float:
+    computed = sum(int(positions[rows].max()) * len(rows) for rows in batches)
+    return 1 - float(positions.sum()) / computed
+
+
+def _sampling(data: ConvertedDataset) -> Sampling:
+    return Sampling(data.positions, data.supervised, BATCH, 1, 1, 42)
+
+
+def _named(checkpointing: bool) -> str:
+    return f"checkpointing {'on' if checkpointing else 'off'}"

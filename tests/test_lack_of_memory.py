@@ -1,0 +1,155 @@
+"""Steps that cannot be computed as asked: too little memory, and numbers that are not finite any more."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from mdl_toolkit import trainer
+from mdl_toolkit.checkpoints import checkpoints
+from mdl_toolkit.conversion import convert_dataset
+from mdl_toolkit.dataset import ConvertedDataset
+from mdl_toolkit.errors import ModelError, ToolkitError
+from mdl_toolkit.options import ConvertOptions
+from mdl_toolkit.runlog import read_log
+from mdl_toolkit.sampling import Sampling
+from mdl_toolkit.training import train
+from runs import make_csv, train_options
+
+MODEL = Path(__file__).parent / "golden/checkpoints/A-small"
+
+
+@pytest.fixture
+def compute(monkeypatch):
+    """Lets a test change how the loss of a batch is computed: `compute(function of trainer, rows, loss)`."""
+    real = trainer.Trainer._loss
+
+    def change(act):
+        def loss(self, batch, tokens):
+            return act(self, len(batch["input_ids"]), lambda: real(self, batch, tokens))
+
+        monkeypatch.setattr(trainer.Trainer, "_loss", loss)
+
+    return change
+
+
+def figures(output):
+    return [
+        (line["step"], line["loss"], line["grad_norm"], line["rows"])
+        for line in read_log(output / "log.jsonl")
+    ]
+
+
+def adapter(output):
+    return trainer.Checkpoint(checkpoints(output)[-1], {}).adapter()
+
+
+def check_same(output, expected):
+    for found, wanted in zip(figures(output), figures(expected), strict=True):
+        assert found == pytest.approx(wanted, rel=1e-5)
+    tensors = adapter(output), adapter(expected)
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.allclose(t, tensors[1][n], atol=1e-5, rtol=1e-5) for n, t in tensors[0].items())
+
+
+@pytest.mark.parametrize(
+    ("split", "most", "said"),
+    [
+        ((8, 1), 2, [4, 2]),
+        ((8, 1), 1, [4, 2, 1]),
+        ((5, 2), 2, [3, 2]),  # 5, then 3, then 2 at once
+        ((2, 4), 1, [1]),
+        ((8, 1), 8, []),
+    ],
+)
+def test_batches_are_halved_until_they_fit_and_the_steps_stay_what_they_were(
+    tmp_path, compute, capsys, split, most, said
+):
+    """Also if the error comes in the middle of an accumulation, when gradients are half added up."""
+    csv = make_csv(tmp_path, 21)
+    settings = {
+        "batch_size": split[0], "gradient_accumulation_steps": split[1], "num_epochs": 2, "lr": 1e-3,
+        "merge_lora": False,
+    }  # fmt: skip
+    train(train_options(csv, MODEL, tmp_path / "undisturbed", **settings))
+    capsys.readouterr()
+    calls = []
+
+    def scarce(_, rows, loss):
+        calls.append(rows)
+        if rows > most and len(calls) > 1:  # the first batch of the run still goes well
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return loss()
+
+    compute(scarce)
+    train(train_options(csv, MODEL, tmp_path / "run", **settings))
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert warnings == [
+        f"warning: the GPU ran out of memory: {rows} rows at once from now on, the same effective batch"
+        for rows in said
+    ]
+    assert max(calls[-10:]) == min(most, split[0])  # nor are smaller batches made than need be
+    check_same(tmp_path / "run", tmp_path / "undisturbed")
+
+
+def test_one_row_that_does_not_fit_is_the_end(tmp_path, compute, capsys):
+    def scarce(trained, rows, loss):
+        if trained.step == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return loss()
+
+    compute(scarce)
+    options = train_options(make_csv(tmp_path, 16), MODEL, tmp_path / "run", save_steps=1)
+    with pytest.raises(ModelError, match="ran out of memory; lower --batch-size"):
+        train(options)
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-1", "checkpoint-2"]
+    assert capsys.readouterr().err.count("rows at once from now on") == 2
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_numbers_that_are_not_finite_stop_a_run(tmp_path, compute, value, where):
+    """Before they reach the weights; the message names the step, and the rows as they stand in the CSV."""
+    csv, output = make_csv(tmp_path, 11), tmp_path / "run"
+    calls = []
+
+    def break_down(trained, _, loss):
+        calls.append(trained.step)
+        if calls != [0, 0, 1, 1, 2, 2, 3]:
+            return loss()
+        return loss() * value if where == "loss" else _Spoiling.apply(loss(), value)
+
+    compute(break_down)
+    changes = {"batch_size": 2, "gradient_accumulation_steps": 2, "num_epochs": 2, "save_steps": 1}
+    with pytest.raises(ToolkitError) as caught:
+        train(train_options(csv, MODEL, output, **changes))
+    assert calls[-1] == 3
+    rows = ", ".join(str(row + 1) for row in sorted(rows_of_step(tmp_path, csv, 3)))
+    assert caught.value.text.en == (
+        "step 4: the loss or its gradient is not finite; try a smaller --lr, or look at "
+        f"rows {rows} of the training data"
+    )
+    assert caught.value.exit_status == 1
+    assert [line["step"] for line in read_log(output / "log.jsonl")] == [1, 2, 3]
+    assert checkpoints(output)[-1].name == "checkpoint-3"
+    assert all(bool(tensor.isfinite().all()) for tensor in adapter(output).values())
+
+
+class _Spoiling(torch.autograd.Function):
+    """The same value, with another gradient."""
+
+    @staticmethod
+    def forward(context, loss, value):
+        context.value = value
+        return loss.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient * context.value, None
+
+
+def rows_of_step(folder, csv, step):
+    convert_dataset(ConvertOptions(input=str(csv), output=str(folder / "data"), model_name=str(MODEL)))
+    data = ConvertedDataset(folder / "data")
+    return Sampling(data.positions, data.supervised, 2, 2, 1, 42).rows(step)

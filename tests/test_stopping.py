@@ -1,0 +1,236 @@
+"""SIGTERM and SIGINT: a checkpoint after the step under way, then the end; once more, the end at once."""
+
+import os
+import signal
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from fleet import fleet, slow_steps, start_ranks, wait_for
+from mdl_toolkit import stopping, trainer
+from mdl_toolkit.checkpoints import checkpoints, damage, to_resume
+from mdl_toolkit.runlog import read_log
+from mdl_toolkit.settings import as_command
+from mdl_toolkit.stopping import StopRequest
+from mdl_toolkit.training import train
+from runs import make_csv, train_options
+from test_checkpoints import same_weights
+
+MODEL = Path(__file__).parent / "golden/checkpoints/A-small"
+BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+ASKED = "warning: stopping after this step, with a checkpoint; once more stops at once"
+
+
+def options_of(place, output, **changes):
+    settings = {"save_steps": 0, "batch_size": 2, "lora_dropout": 0.1, **changes}
+    return train_options(place / "train.csv", MODEL, place / output, **settings)
+
+
+def command(place, output, *words, **changes):
+    return [*as_command(options_of(place, output, **changes)).split()[1:], *words]
+
+
+def steps_in(place, output):
+    log = place / output / "log.jsonl"
+    return [line["step"] for line in read_log(log)] if log.exists() else []
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Rows, and in `whole` what an unbroken run of 8 steps makes of them."""
+    folder = tmp_path_factory.mktemp("stopping")
+    make_csv(folder, 16)
+    train(options_of(folder, "whole"))
+    return folder
+
+
+@pytest.fixture
+def start(tmp_path):
+    with fleet(tmp_path) as start:
+        yield start
+
+
+# --- the request --------------------------------------------------------------------------------------------
+
+
+@BOTH
+def test_the_first_signal_is_a_request_and_a_later_one_has_its_usual_effect(number, capsys, monkeypatch):
+    monkeypatch.setattr(stopping, "SAME", 0.0)
+    came = []
+    before = signal.signal(number, lambda *_: came.append(number))
+    try:
+        with StopRequest() as request:
+            assert not request.is_made
+            os.kill(os.getpid(), number)
+            wait_for(lambda: request.is_made)
+            assert not came
+            os.kill(os.getpid(), number)
+            wait_for(lambda: came)
+        os.kill(os.getpid(), number)
+        wait_for(lambda: len(came) == 2)
+    finally:
+        signal.signal(number, before)
+    assert capsys.readouterr().err.splitlines() == [ASKED]
+
+
+def test_what_a_launcher_passes_on_is_the_same_request(capsys):
+    """A scheduler or terminal signals all processes, and a launcher among them hands it to the others."""
+    with StopRequest() as request:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+            wait_for(lambda: request.is_made)
+    assert capsys.readouterr().err.splitlines() == [ASKED]
+
+
+def test_all_is_as_before_afterwards():
+    before = [signal.getsignal(number) for number in stopping.SIGNALS]
+    with StopRequest():
+        assert [signal.getsignal(number) for number in stopping.SIGNALS] != before
+    assert [signal.getsignal(number) for number in stopping.SIGNALS] == before
+
+
+def test_in_another_thread_signals_are_left_alone():
+    before = [signal.getsignal(number) for number in stopping.SIGNALS]
+    seen = []
+
+    def enter():
+        with StopRequest() as request:
+            seen.append(request.is_made)
+            seen.append([signal.getsignal(number) for number in stopping.SIGNALS] == before)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert seen == [False, True]
+
+
+# --- when a run stops ---------------------------------------------------------------------------------------
+
+
+@BOTH
+def test_the_step_under_way_is_the_last(place, tmp_path, monkeypatch, number):
+    compute, calls = trainer.Trainer._loss, []
+
+    def compute_and_signal(self, *words):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), number)
+        return compute(self, *words)
+
+    monkeypatch.setattr(trainer.Trainer, "_loss", compute_and_signal)
+    options = train_options(place / "train.csv", MODEL, tmp_path / "run", batch_size=2, save_steps=0)
+    with pytest.raises(KeyboardInterrupt):
+        train(options)
+    assert steps_in(tmp_path, "run") == [1, 2, 3]
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-3"]
+
+
+def test_an_evaluation_is_given_up_and_made_later(place, tmp_path, monkeypatch):
+    """Evaluating may take long, and whoever sends signals does not wait: it comes first after resuming."""
+    settings = {"batch_size": 2, "eval_dataset": str(place / "train.csv"), "eval_steps": 3, "save_steps": 0}
+    options = partial(train_options, place / "train.csv", MODEL, **settings)
+    train(options(tmp_path / "whole"))
+    compute, seen = trainer.Trainer._loss, []
+
+    def compute_and_signal(self, batch, tokens):
+        if not self.model.training:
+            seen.append(self.step)
+            if len(seen) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return compute(self, batch, tokens)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "_loss", compute_and_signal)
+        with pytest.raises(KeyboardInterrupt):
+            train(options(tmp_path / "run"))
+    assert seen == [3, 3]
+    assert steps_in(tmp_path, "run") == [1, 2, 3]
+    train(options(tmp_path / "run", resume_from_checkpoint=True))
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def losses(output):
+    return [
+        (line["step"], line.get("loss"), line.get("eval_loss")) for line in read_log(output / "log.jsonl")
+    ]
+
+
+def test_a_run_that_was_evaluated_at_its_end_is_not_evaluated_again(place, tmp_path):
+    settings = {"eval_dataset": str(place / "train.csv"), "eval_steps": 500}
+    done = train(train_options(place / "train.csv", MODEL, tmp_path / "run", **settings))
+    before = losses(tmp_path / "run")
+    again = train(
+        train_options(place / "train.csv", MODEL, tmp_path / "run", resume_from_checkpoint=True, **settings)
+    )
+    assert (again.steps, again.eval_loss) == (done.steps, done.eval_loss)
+    assert losses(tmp_path / "run") == before
+
+
+# --- the command --------------------------------------------------------------------------------------------
+
+
+@BOTH
+def test_a_stopped_run_goes_on_bit_for_bit(place, tmp_path, start, number):
+    job = start(command(place, str(tmp_path / "run")), partial(slow_steps, 0.2))
+    assert job.until(lambda: len(steps_in(tmp_path, "run")) >= 2)
+    job.signal(number)
+    assert job.end() == 130
+    assert job.said().splitlines()[-2:] == [ASKED, "interrupted"]
+    assert job.said().count("\n") == 5  # three that say what trains, and these two
+    step = steps_in(tmp_path, "run")[-1]
+    assert 2 <= step < 8
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        f"checkpoint-{step}", "log.jsonl", "mdl-toolkit.yaml"
+    ]  # fmt: skip
+    assert damage(tmp_path / f"run/checkpoint-{step}") is None
+    again = start(command(place, str(tmp_path / "run"), "--resume-from-checkpoint", "true"))
+    assert again.end() == 0, again.said()
+    assert steps_in(tmp_path, "run") == [*range(1, 9)]
+    assert same_weights(tmp_path / "run/final", place / "whole/final")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])
+def test_a_second_signal_stops_at_once(place, tmp_path, start, number, status):
+    job = start(command(place, str(tmp_path / "run"), save_steps=1), partial(slow_steps, 0.05))
+    assert job.until(lambda: len(steps_in(tmp_path, "run")) >= 1)
+    job.kill()
+    before = checkpoints(tmp_path / "run")
+    resume = ("--resume-from-checkpoint", "true")
+    job = start(command(place, str(tmp_path / "run"), *resume, save_steps=1), partial(slow_steps, 600.0))
+    assert job.until(lambda: "training decoder" in job.said())
+    time.sleep(0.5)
+    job.signal(number)
+    assert job.until(lambda: ASKED in job.said())
+    time.sleep(stopping.SAME + 0.2)
+    job.signal(number)
+    assert job.end() == status
+    assert checkpoints(tmp_path / "run") == before
+    assert all(damage(path) is None for path in before)
+
+
+# --- two processes ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_signal_to_one_of_two_processes_stops_both_with_one_checkpoint(place, tmp_path, start, asked):
+    """The second one does not end before all is saved: a launcher would end the first one, too."""
+    words = command(place, str(tmp_path / "run"), batch_size=1)
+    jobs = start_ranks(start, words, before=partial(slow_steps, 0.05, saving=1.0))
+    assert jobs[0].until(lambda: len(steps_in(tmp_path, "run")) >= 2)
+    jobs[asked].signal(signal.SIGTERM)
+    wait_for(lambda: not jobs[1].is_running)
+    saved = checkpoints(tmp_path / "run")
+    assert [damage(path) for path in saved] == [None]
+    assert [job.end() for job in jobs] == [130, 130]
+    assert jobs[0].said().splitlines()[-1] == "interrupted"
+    assert jobs[1].said().splitlines() == ["interrupted"]
+    step = steps_in(tmp_path, "run")[-1]
+    assert 2 <= step < 8
+    assert to_resume(tmp_path / "run", True).step == step
+    resume = ("--resume-from-checkpoint", "true")
+    again = start(command(place, str(tmp_path / "run"), *resume))  # one process: 1 x 2 instead of 2 x 1
+    assert again.end() == 0
+    assert steps_in(tmp_path, "run") == [*range(1, 9)]

@@ -1,0 +1,116 @@
+"""What `--report-to` leaves behind: for tensorboard, event files with the very figures of log.jsonl."""
+
+import json
+import signal
+from functools import partial
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fleet import fleet, slow_steps, start_ranks
+from mdl_toolkit.options import TrainOptions
+from mdl_toolkit.runlog import read_log
+from mdl_toolkit.settings import as_command
+from mdl_toolkit.trackers import Trackers
+from mdl_toolkit.training import train
+from runs import files_below, make_csv, train_options
+
+MODEL = Path(__file__).parent / "golden/checkpoints/A-small"
+# What a tensorboard series holds, by its name there.
+SERIES = {
+    "train/loss": "loss", "train/grad_norm": "grad_norm", "train/learning_rate": "learning_rate",
+    "eval/loss": "eval_loss", "eval/tokens": "eval_tokens",
+}  # fmt: skip
+
+
+@pytest.fixture
+def options(tmp_path):
+    csv = make_csv(tmp_path, 14)
+    return train_options(
+        csv, MODEL, tmp_path / "run", report_to=("tensorboard",), batch_size=2, save_steps=0,
+        eval_dataset=str(csv), eval_steps=3,
+    )  # fmt: skip
+
+
+def events_of(output):
+    """The only folder of event files in a run's folder."""
+    files = [name for name in files_below(output) if "tfevents" in name]
+    (folder,) = {Path(name).parent for name in files}
+    events = EventAccumulator(str(output / folder))
+    events.Reload()
+    return events
+
+
+def check_figures(output):
+    events, lines = events_of(output), read_log(output / "log.jsonl")
+    for series, name in SERIES.items():
+        logged = [(line["step"], line[name]) for line in lines if name in line]
+        shown = [(event.step, event.value) for event in events.Scalars(series)]
+        assert [step for step, _ in shown] == [step for step, _ in logged]
+        assert [value for _, value in shown] == pytest.approx([value for _, value in logged], rel=1e-6)
+
+
+def test_tensorboard_has_the_figures_of_the_log(options):
+    train(options)
+    output = Path(options.output)
+    assert len(read_log(output / "log.jsonl")) == 7 + 3
+    check_figures(output)
+    text = events_of(output).Tensors("args/text_summary")[0].tensor_proto.string_val[0]
+    settings = json.loads(text)
+    assert settings["learning_rate"] == options.lr
+    assert settings["per_device_train_batch_size"] == 2
+    assert settings["max_steps"] == 7
+
+
+def test_a_stopped_run_has_told_all_that_it_has_logged(options, tmp_path):
+    """Writers keep figures back for a while; whoever stops a run wants to see all of them."""
+    with fleet(tmp_path) as start:
+        job = start(as_command(options).split()[1:], partial(slow_steps, 0.2))
+        log = Path(options.output, "log.jsonl")
+        assert job.until(lambda: log.exists() and len(read_log(log)) >= 4)
+        job.signal(signal.SIGTERM)
+        assert job.end() == 130
+    check_figures_so_far(Path(options.output))
+
+
+def check_figures_so_far(output):
+    logged = [line["step"] for line in read_log(output / "log.jsonl") if "loss" in line]
+    assert [event.step for event in events_of(output).Scalars("train/loss")] == logged
+
+
+def test_of_two_processes_only_the_first_reports(options, tmp_path):
+    with fleet(tmp_path) as start:
+        jobs = start_ranks(start, [*as_command(options).split()[1:], "--batch-size", "1"])
+        assert [job.end() for job in jobs] == [0, 0], [job.said() for job in jobs]
+    check_figures(Path(options.output))
+
+
+@pytest.mark.parametrize("names", [(), ("none",)])
+def test_by_default_nothing_is_reported(tmp_path, names):
+    options = train_options(make_csv(tmp_path, 4), MODEL, tmp_path / "run", report_to=names)
+    train(options)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "checkpoint-1", "final", "log.jsonl", "mdl-toolkit.yaml"
+    ]  # fmt: skip
+
+
+def test_all_are_those_that_are_installed(tmp_path, monkeypatch):
+    """The names are those of transformers, so that a new one there is one here."""
+    from transformers.integrations import integration_utils
+
+    made = []
+
+    class Spy:
+        def __getattr__(self, name):
+            return lambda *_, **__: made.append(name)
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "spy", Spy)
+    monkeypatch.setattr(integration_utils, "get_available_reporting_integrations", lambda: ["spy"])
+    trackers = Trackers(TrainOptions(train_dataset="d", output=str(tmp_path), report_to=("all",)), 5)
+    trackers.log(1, {"loss": 2.0})
+    trackers.close()
+    assert [name for name in made if name in ("on_train_begin", "on_log", "on_train_end")] == [
+        "on_train_begin", "on_log", "on_train_end"
+    ]  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
