@@ -344,6 +344,8 @@ def test_a_thing_of_the_past_is_gone(place, tmp_path, start):
     copy(place / "whole/log.jsonl", output / "log.jsonl")
     (output / ".saving/checkpoint-9").mkdir(parents=True)
     (output / ".saving/checkpoint-9/state.json").write_text("{")
+    for name in (".final.partial-1a2b3c4d", ".final.old-1a2b3c4d", "final"):
+        copy(place / "whole/final", output / name)
     (output / "notes.txt").write_text("mine")
     job = start(command(place, output, *RESUME))
     assert job.end() == 0, job.said()
@@ -351,3 +353,11 @@ def test_a_thing_of_the_past_is_gone(place, tmp_path, start):
         "checkpoint-8", "checkpoint-9", "final", "log.jsonl", "mdl-toolkit.yaml", "notes.txt",
     ]  # fmt: skip
     check_same_end(output, place)
+
+
+def test_a_result_that_was_away_when_a_run_was_killed_is_not_lost(place, tmp_path):
+    """It is put back, and then set aside as any result is when a run starts afresh."""
+    copy(place / "whole/final", tmp_path / "run/.final.old-1a2b3c4d")
+    train(options_of(place, tmp_path / "run", num_epochs=0.3))
+    assert bytes_below(tmp_path / "run/previous-1/final") == bytes_below(place / "whole/final")
+    assert not list((tmp_path / "run").glob(".final*"))

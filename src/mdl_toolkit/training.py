@@ -310,8 +310,7 @@ def _prepare_output(output: Path, options: TrainOptions, resume: Checkpoint | No
     if not world.is_first:
         return
     output.mkdir(parents=True, exist_ok=True)
-    for half_written in (output / WORK, *output.glob(f".{FINAL}.partial-*")):
-        shutil.rmtree(half_written, ignore_errors=True)
+    _clear(output)
     if options.resume_from_checkpoint is True and resume is None:
         warn(
             f"no complete checkpoint in {output}: starting afresh",
@@ -321,6 +320,15 @@ def _prepare_output(output: Path, options: TrainOptions, resume: Checkpoint | No
         say(f"what an earlier run left is now in {place}", f"先前训练的产物已移至 {place}")
     with writing(str(output), InputError):
         (output / SETTINGS_FILE).write_text(to_yaml(options), encoding="utf-8")
+
+
+def _clear(output: Path) -> None:
+    """Remove what a killed run left half-written; a result that was away for a new one is put back."""
+    for away in output.glob(f".{FINAL}.old-*"):
+        if not (output / FINAL).exists():
+            away.rename(output / FINAL)
+    for left in (output / WORK, *output.glob(f".{FINAL}.*-*")):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _trainable_model(options: TrainOptions, base: Path) -> Any:
