@@ -7,6 +7,7 @@ is a memory map and a view: no list of numbers is ever made. Audio is 16 kHz mon
 import bisect
 import hashlib
 import json
+from collections.abc import Sequence, Sized
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -150,7 +151,7 @@ class ShardWriter:
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._rows: list[dict[str, Any]] = []
+        self._rows: list[tuple[Tokens, PackedAudio]] = []
         self._pending = 0  # bytes of audio in rows that are not written yet
         with self._writing():
             self._sink = pa.OSFile(str(file), "wb")
@@ -158,12 +159,7 @@ class ShardWriter:
 
     def append(self, tokens: Tokens, audio: PackedAudio) -> None:
         """Add one sample."""
-        self._rows.append(
-            {
-                "input_ids": tokens.input_ids, "labels": tokens.labels, "audio": audio.data,
-                "audio_format": audio.format, "audio_scale": audio.scale, "audio_length": audio.length,
-            }
-        )  # fmt: skip
+        self._rows.append((tokens, audio))
         self._pending += len(audio.data)
         if len(self._rows) == ROWS_PER_BATCH or self._pending >= BATCH_BYTES:
             self._flush()
@@ -186,11 +182,43 @@ class ShardWriter:
     def _flush(self) -> None:
         if self._rows:
             with self._writing():
-                self._stream.write_batch(pa.RecordBatch.from_pylist(self._rows, schema=_SCHEMA))
+                self._stream.write_batch(_batch(*zip(*self._rows, strict=True)))
             self._rows, self._pending = [], 0
 
     def _writing(self) -> AbstractContextManager[None]:
         return writing(str(self._file.parent), DatasetError)
+
+
+def _batch(tokens: Sequence[Tokens], audio: Sequence[PackedAudio]) -> pa.RecordBatch:
+    """From buffers: `pa.array` would import pandas where there is one, 0.2 s and 40 MB in each process."""
+    columns = [
+        _lists([each.input_ids for each in tokens]),
+        _lists([each.labels for each in tokens]),
+        _words(pa.binary(), [each.data for each in audio]),
+        _words(pa.string(), [each.format.encode() for each in audio]),
+        _numbers(pa.float32(), np.array([each.scale for each in audio], dtype=np.float32)),
+        _numbers(pa.int64(), np.array([each.length for each in audio], dtype=np.int64)),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)
+
+
+def _lists(rows: Sequence[NDArray[np.int32]]) -> pa.Array:
+    values = _numbers(pa.int32(), np.concatenate(rows, dtype=np.int32))
+    return pa.ListArray.from_arrays(_numbers(pa.int32(), _offsets(rows)), values)
+
+
+def _words(kind: pa.DataType, rows: Sequence[bytes]) -> pa.Array:
+    buffers = [None, pa.py_buffer(_offsets(rows)), pa.py_buffer(b"".join(rows))]
+    return pa.Array.from_buffers(kind, len(rows), buffers)
+
+
+def _numbers(kind: pa.DataType, values: NDArray[Any]) -> pa.Array:
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)])
+
+
+def _offsets(rows: Sequence[Sized]) -> NDArray[np.int32]:
+    """Where each row begins, and the last one ends."""
+    return np.cumsum([0, *map(len, rows)], dtype=np.int32)
 
 
 def shard_name(number: int, count: int) -> str:

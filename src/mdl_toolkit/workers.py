@@ -4,6 +4,7 @@ Each process sits at a pipe of its own. When it is killed its pipe ends, even in
 (With the shared queue of `ProcessPoolExecutor` the parent would then wait for the other half for ever.)
 """
 
+import copy
 import multiprocessing
 import os
 import pickle
@@ -84,9 +85,9 @@ def work_through(
         for job in jobs:
             yield from task(job)
         return
-    pool = _Pool(task, count)
+    pool = _Pool[Job, Message](count)
     try:
-        yield from pool.work_through(jobs)
+        yield from pool.work_through(jobs, task)
     finally:
         pool.close()
 
@@ -94,20 +95,25 @@ def work_through(
 class _Pool(Generic[Job, Message]):
     """Worker processes and the pipes to them."""
 
-    def __init__(self, task: Callable[[Job], Iterator[Message]], count: int) -> None:
+    def __init__(self, count: int) -> None:
         context = multiprocessing.get_context("spawn")  # forked children of a process with threads may hang
         self._pipes: list[Any] = []
         self._processes: list[Any] = []
         for _ in range(count):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(task, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
             with _interrupted_later():
                 process.start()
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def work_through(self, jobs: Iterator[Job]) -> Iterator[Message]:
+    def work_through(
+        self, jobs: Iterator[Job], task: Callable[[Job], Iterator[Message]]
+    ) -> Iterator[Message]:
+        words = pickle.dumps(task)  # an argument of `_serve` would keep each from starting before the last
+        for pipe in self._pipes:
+            _through(pipe.send_bytes, words)
         idle, busy = [*self._pipes], set[Any]()
         while True:
             for job in _first(len(idle), jobs):
@@ -160,11 +166,12 @@ def _through(use_pipe: Callable[..., Any], *words: Any) -> Any:
     return answer
 
 
-def _serve(task: Callable[[Job], Iterator[Message]], pipe: Any) -> None:
-    """What a worker process does, until the parent closes the pipe or is gone."""
+def _serve(pipe: Any) -> None:
+    """What a worker process does, until the parent closes the pipe or is gone: a task, then its jobs."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends this process
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with suppress(EOFError, OSError):
+        task = pipe.recv()
         while True:
             job = pipe.recv()
             try:
@@ -180,7 +187,7 @@ def _sendable(problem: Exception) -> Any:
     """What arrives as this exception, with the place where it was raised as its cause."""
     trace = problem.__traceback__
     try:
-        pickle.loads(pickle.dumps(problem))
+        pickle.dumps(copy.copy(problem))  # made anew as the parent would
     except Exception:  # noqa: BLE001 - whatever its own methods raise
         problem = RuntimeError(f"{type(problem).__name__}: {problem}")
     return ExceptionWithTraceback(problem, trace)
