@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mdl_toolkit.conversion import convert_dataset
+from mdl_toolkit.dataset import ConvertedDataset
 from mdl_toolkit.loading import read_text_files
 from mdl_toolkit.options import ConvertOptions
 from mdl_toolkit.tokens import IGNORE_INDEX, Encoder
@@ -48,10 +49,10 @@ def test_any_row_comes_back(rows):
         place = Path(name)
         waves = [write_recording(place / f"{i}.wav", length, i) for i, (length, *_) in enumerate(rows)]
         write_rows(place / "rows.csv", [(str(place / f"{i}.wav"), *row[1:]) for i, row in enumerate(rows)])
-        dataset = convert_dataset(
+        convert_dataset(
             ConvertOptions(model_name=str(MODEL), input=str(place / "rows.csv"), output=str(place / "out"))
         )
-        assert dataset is not None
+        dataset = ConvertedDataset(place / "out")
         for (_, system, user, prediction), wave, sample in zip(rows, waves, dataset, strict=True):
             assert_same_wave(sample.waveform, wave)
             assert_same_text(sample, system, user, prediction)

@@ -54,7 +54,9 @@ def options(**changes: Any) -> ConvertOptions:
 
 def convert(rows: list[dict[str, str]], **changes: Any) -> ConvertedDataset:
     write_csv(Path("rows.csv"), rows)
-    return convert_dataset(options(**changes))
+    given = options(**changes)
+    convert_dataset(given)
+    return ConvertedDataset(Path(given.output))
 
 
 def listing(folder: Path) -> dict[str, bytes]:
@@ -274,7 +276,7 @@ def test_the_current_directory_may_be_the_old_dataset(place, monkeypatch):
     convert(rows[:1])
     write_csv(place / "rows.csv", rows)
     monkeypatch.chdir("out")
-    assert len(convert_dataset(options(input=str(place / "rows.csv"), output="."))) == 2
+    assert convert_dataset(options(input=str(place / "rows.csv"), output=".")).rows == 2
     assert len(ConvertedDataset(place / "out")) == 2
 
 

@@ -67,7 +67,8 @@ def ours(place, csv_rows) -> ConvertedDataset:
     """Our own conversion of the same rows."""
     csv = write_csv(place / "rows.csv", csv_rows)
     output = str(place / "ours")
-    return convert_dataset(ConvertOptions(input=str(csv), output=output, model_name=str(MODEL)))
+    convert_dataset(ConvertOptions(input=str(csv), output=output, model_name=str(MODEL)))
+    return ConvertedDataset(place / "ours")
 
 
 @pytest.fixture(scope="module")

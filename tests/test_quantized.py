@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from mdl_toolkit import training
 from mdl_toolkit.batching import Collator
 from mdl_toolkit.conversion import convert_dataset
+from mdl_toolkit.dataset import ConvertedDataset
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.inference import infer
 from mdl_toolkit.loading import load_model, quiet_peft
@@ -95,10 +96,8 @@ def test_evaluating_leaves_four_bit_weights_as_they_are(model, tmp_path):
 def test_plain_peft_loads_the_adapter_of_a_quantised_base(model, tmp_path):
     base, csv = quantised_base(model, "8bit"), make_csv(tmp_path, 6)
     done = train(train_options(csv, base, tmp_path / "run", num_epochs=5, merge_lora=False))
-    dataset = convert_dataset(
-        ConvertOptions(input=str(csv), output=str(tmp_path / "data"), model_name=str(base))
-    )
-    assert dataset is not None
+    convert_dataset(ConvertOptions(input=str(csv), output=str(tmp_path / "data"), model_name=str(base)))
+    dataset = ConvertedDataset(tmp_path / "data")
     batch = dict(Collator(0)([dataset[0]]))
     loaded = load_model(base, dtype=torch.float32, device=CPU)
     with torch.no_grad():

@@ -66,26 +66,25 @@ class Ranks:
         )
 
 
-def convert_dataset(options: ConvertOptions) -> ConvertedDataset | None:
+def convert_dataset(options: ConvertOptions) -> Record | None:
     """Convert a CSV into a dataset for training, replacing what is at the output.
 
     Returns:
-        The dataset; None in any but the first of several ranks.
+        The dataset's record; None in any but the first of several ranks. The dataset itself is not opened:
+        that would map a page of each of its batches.
 
     Raises:
         ToolkitError: bad rows (all of them in one message), a bad output folder, no model.
     """
     output, ranks = Path(options.output), Ranks.from_environment()
-    place = output.absolute()  # found again even if it was the current directory
     _check_places(output, options)
     manifest = read_rows(options.input, options, needs_prediction=True)
     folder = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=False)
     encoder = Encoder(read_text_files(folder))
     record = convert_rows(manifest, output, encoder, options, settings=to_yaml(options), ranks=ranks)
-    if record is None:
-        return None
-    say_summary(output, record)
-    return ConvertedDataset(place)
+    if record is not None:
+        say_summary(output, record)
+    return record
 
 
 def _check_places(output: Path, options: ConvertOptions) -> None:
