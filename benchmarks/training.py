@@ -29,6 +29,7 @@ from mdl_toolkit.dataset import ConvertedDataset
 from mdl_toolkit.demo import make_tiny_model
 from mdl_toolkit.loading import load_model
 from mdl_toolkit.lora import add_adapters
+from mdl_toolkit.low_rank import CHECKPOINTING
 from mdl_toolkit.model import MiDashengLMConfig, MiDashengLMModel
 from mdl_toolkit.options import ConvertOptions, TrainOptions
 from mdl_toolkit.runlog import read_log
@@ -149,7 +150,7 @@ def _of_one_step(
     loaded = sum(tensor.nbytes for tensor in model.state_dict().values())
     wrapped, _ = add_adapters(model, TARGETS, rank=RANK, alpha=RANK, dropout=0.0, base_name=str(folder))
     if checkpointing:
-        wrapped.activation_checkpointing_enable({"use_reentrant": False})
+        wrapped.activation_checkpointing_enable(CHECKPOINTING)
     wrapped.train()
     sampling, collate = _sampling(data), Collator(0)
     batches = [collate([data[int(row)] for row in sampling.rows(step)]) for step in range(CLIPS // BATCH)]

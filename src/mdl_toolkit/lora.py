@@ -58,6 +58,8 @@ def add_adapters(
     """
     from peft import LoraConfig, get_peft_model
 
+    from mdl_toolkit.low_rank import quicken
+
     _check_targets(model, targets)
     tied = bool(model.config.tie_word_embeddings)  # type: ignore[union-attr]
     full = _full_modules(targets, tied)
@@ -70,6 +72,7 @@ def add_adapters(
         peft_model = get_peft_model(model, config, autocast_adapter_dtype=True)
     peft_model.peft_config["default"].base_model_name_or_path = base_name
     _raise_to_float32(peft_model)
+    quicken(peft_model)
     return peft_model, [_count(peft_model, target, tied) for target in targets]
 
 

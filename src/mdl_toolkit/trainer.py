@@ -24,6 +24,7 @@ from mdl_toolkit.distributed import World
 from mdl_toolkit.errors import ModelError, ToolkitError
 from mdl_toolkit.legacy import AnyDataset
 from mdl_toolkit.loader import Loader
+from mdl_toolkit.low_rank import CHECKPOINTING
 from mdl_toolkit.metrics import LOSS
 from mdl_toolkit.options import TrainOptions
 from mdl_toolkit.runlog import RunLog
@@ -141,7 +142,7 @@ class Trainer:
         self.output = Path(self.options.output)
         self.trained = Trained(self.model, self.device)
         if self.options.gradient_checkpointing:
-            self.model.activation_checkpointing_enable({"use_reentrant": False})
+            self.model.activation_checkpointing_enable(CHECKPOINTING)
         self.step, self.first_step = 0, 0
         self.most_rows = self.options.batch_size  # computed at once; less after a lack of memory
         self.request, self.must_stop = StopRequest(), False

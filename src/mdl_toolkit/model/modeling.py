@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     GenerationConfig,
@@ -23,6 +22,7 @@ from transformers import (
 from transformers.modeling_outputs import ModelOutput
 
 from mdl_toolkit.model.configuration import MiDashengLMConfig
+from mdl_toolkit.model.cross_entropy import summed_cross_entropy
 from mdl_toolkit.model.encoder import AudioProjector, LayerScale, MiDashengEncoder
 
 IGNORE_INDEX = -100
@@ -232,8 +232,7 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
         return total / (max(len(targets), 1) if divisor is None else divisor)
 
     def _summed_loss(self, states: Tensor, targets: Tensor) -> Tensor:
-        logits = self.decoder.lm_head(states).float()
-        return functional.cross_entropy(logits, targets, reduction="sum")
+        return summed_cross_entropy(self.decoder.lm_head(states), targets)
 
     @torch.no_grad()
     def generate(
