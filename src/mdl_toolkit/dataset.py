@@ -8,7 +8,7 @@ import bisect
 import hashlib
 import json
 from collections.abc import Sequence, Sized
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -174,9 +174,10 @@ class ShardWriter:
             return self._file.stat().st_size
 
     def discard(self) -> None:
-        """Give the file up."""
-        self._stream.close()
-        self._sink.close()
+        """Give the file up, also if the disk does not take its end."""
+        with suppress(OSError):
+            self._stream.close()
+            self._sink.close()
         self._file.unlink(missing_ok=True)
 
     def _flush(self) -> None:
