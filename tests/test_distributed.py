@@ -120,9 +120,9 @@ def torchrun(*words):
     return launch("torchrun", "--standalone", "--nproc-per-node", 2, "--no-python", "mdl-toolkit", *words)
 
 
-def accelerate(*words):
+def accelerate(*words, mode=("--multi_gpu",)):
     return launch(
-        "accelerate", "launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1,
+        "accelerate", "launch", *mode, "--num_processes", 2, "--num_machines", 1,
         "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", free_port(),
         "--no_python", "mdl-toolkit", *words,
     )  # fmt: skip
@@ -135,6 +135,15 @@ def test_a_launcher_starts_two_that_follow_one(place, tmp_path, launcher):
     _, said = process.communicate(timeout=200)
     assert process.returncode == 0, said
     assert said.count("done: 4 steps") == 1
+    check_follows(tmp_path / "run", place / "one")
+
+
+@pytest.mark.slow
+def test_an_fsdp_configuration_is_said_not_to_be_used(place, tmp_path):
+    process = accelerate(*command(place, tmp_path / "run"), mode=("--use_fsdp", "--fsdp_version", 2))
+    _, said = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    assert said.count("the launcher asks for FSDP, which is not used") == 1
     check_follows(tmp_path / "run", place / "one")
 
 

@@ -13,6 +13,7 @@ from datetime import timedelta
 import torch
 from torch import Tensor, distributed
 
+from mdl_toolkit.console import warn
 from mdl_toolkit.conversion import Ranks
 from mdl_toolkit.errors import ToolkitError, UsageError
 
@@ -20,6 +21,9 @@ BUCKET = 2**24  # numbers that travel together: 64 MiB of float32
 PATIENCE = timedelta(
     days=2
 )  # the others wait while the first one converts; the usual ten minutes would not do
+
+# Of an accelerate configuration: set where the model is to be divided among the processes.
+DIVIDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
 
 
 class PeerLostError(ToolkitError):
@@ -94,6 +98,7 @@ def joined() -> Iterator[World]:
         yield World()
         return
     _check_environment()
+    _warn_dividing()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with _noticing_loss():
         distributed.init_process_group(backend, timeout=PATIENCE)
@@ -109,6 +114,16 @@ def _check_environment() -> None:
         raise UsageError(
             f"WORLD_SIZE={size} in the environment, but no {names}; start with torchrun, or unset WORLD_SIZE",
             f"环境变量 WORLD_SIZE={size}，但没有 {names}；请使用 torchrun 启动，或取消 WORLD_SIZE",
+        )
+
+
+def _warn_dividing() -> None:
+    for name in [name for variable, name in DIVIDING.items() if os.environ.get(variable) == "true"]:
+        warn(
+            f"the launcher asks for {name}, which is not used: every process holds the whole model; where "
+            "memory is short, use --quantization 4bit",
+            f"启动器要求使用 {name}，但本工具不使用：每个进程都保存完整的模型；"
+            "显存不足时请使用 --quantization 4bit",
         )
 
 
