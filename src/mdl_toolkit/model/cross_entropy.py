@@ -28,11 +28,11 @@ class _SummedCrossEntropy(torch.autograd.Function):
         # The largest probability is at least 1 / vocabulary: its logarithm is exact, others' may not be.
         highest, place = logits.max(-1, keepdim=True)
         total = highest - probabilities.gather(-1, place).log()
-        ctx.probabilities, ctx.targets = probabilities, targets.unsqueeze(-1)
-        return (total - logits.gather(-1, ctx.targets)).sum()
+        ctx.save_for_backward(probabilities, targets.unsqueeze(-1))
+        return (total - logits.gather(-1, targets.unsqueeze(-1))).sum()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        found, ctx.probabilities = ctx.probabilities, None  # becomes the gradient: good for one pass
-        found.scatter_add_(-1, ctx.targets, found.new_full((), -1.0).expand(ctx.targets.shape))
+        found, targets = ctx.saved_tensors  # become the gradient: good for one pass
+        found.scatter_add_(-1, targets, found.new_full((), -1.0).expand(targets.shape))
         return found.mul_(gradient), None
