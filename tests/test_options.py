@@ -221,6 +221,7 @@ SPELLINGS: dict[str, tuple[Accepted, list[str]]] = {
     "--batch-size": (COUNTS, NO_COUNTS),
     "--gradient-accumulation-steps": (COUNTS, NO_COUNTS),
     "--gradient-checkpointing": (YES_NO, NO_BOOLEANS),
+    "--cache-audio-features": (YES_NO, NO_BOOLEANS),
     "--bf16": ({**YES_NO, "null": None}, ["2", "maybe", ""]),
     "--quantization": ({"8bit": "8bit", "4bit": "4bit", "null": None}, ["8", "3bit", "4BIT", "", "false"]),
     "--eval-dataset": (PATHS_OR_NULL, [""]),

@@ -5,18 +5,55 @@ Which samples go together is for others to say.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Protocol, TypedDict
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mdl_toolkit.dataset import Sample
+from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.tokens import IGNORE_INDEX
 
 
-class Batch(TypedDict):
-    """What the model's forward takes.
+@dataclass(frozen=True)
+class Featured:
+    """A row whose audio the encoder and the projector have been through already.
+
+    Attributes:
+        input_ids: `[positions]` int32.
+        labels: `[positions]` int32, -100 where nothing is to be learnt.
+        features: `[audio tokens, hidden_size]`.
+        samples: of its waveform.
+    """
+
+    input_ids: NDArray[np.int32]
+    labels: NDArray[np.int32]
+    features: Tensor
+    samples: int
+
+
+class Readable(Protocol):
+    """Rows that a collator takes."""
+
+    @property
+    def positions(self) -> NDArray[np.int64]:
+        """Positions of every row in the decoder, `[rows]`."""
+
+    def __getitem__(self, index: int, /) -> Sample | Featured:
+        """One row."""
+
+
+class _Text(TypedDict):
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    audio_length: Tensor
+
+
+class Batch(_Text, total=False):
+    """What the model's forward takes; of waveforms and features, one.
 
     Attributes:
         input_ids: `[batch, positions]` int64, padded on the left.
@@ -24,13 +61,11 @@ class Batch(TypedDict):
         labels: `[batch, positions]` int64, -100 at padding and prompt.
         input_values: `[batch, longest]` float32, zero-padded on the right.
         audio_length: `[batch]` int64, in samples.
+        audio_features: `[audio tokens of the batch, hidden_size]`, row behind row.
     """
 
-    input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
     input_values: Tensor
-    audio_length: Tensor
+    audio_features: Tensor
 
 
 @dataclass(frozen=True)
@@ -39,16 +74,23 @@ class Collator:
 
     pad_id: int
 
-    def __call__(self, samples: Sequence[Sample]) -> Batch:
-        """Pad samples to one length and stack them."""
+    def __call__(self, samples: Sequence[Sample | Featured]) -> Batch:
+        """Pad samples, all of one kind, to one length and stack them."""
         ids = [sample.input_ids for sample in samples]
         return Batch(
             input_ids=_left(ids, self.pad_id),
             attention_mask=_left([np.ones_like(row) for row in ids], 0),
             labels=_left([sample.labels for sample in samples], IGNORE_INDEX),
-            input_values=_right([sample.waveform for sample in samples]),
-            audio_length=torch.tensor([len(sample.waveform) for sample in samples]),
+            **_audio(samples),  # type: ignore[typeddict-item]
         )
+
+
+def _audio(samples: Sequence[Sample | Featured]) -> dict[str, Tensor]:
+    if featured := [sample for sample in samples if isinstance(sample, Featured)]:
+        lengths = torch.tensor([sample.samples for sample in featured])
+        return {"audio_features": torch.cat([each.features for each in featured]), "audio_length": lengths}
+    waveforms = [sample.waveform for sample in samples if isinstance(sample, Sample)]
+    return {"input_values": _right(waveforms), "audio_length": torch.tensor([len(w) for w in waveforms])}
 
 
 def _left(rows: Sequence[np.ndarray], filler: int) -> Tensor:
@@ -81,10 +123,15 @@ def split(batch: Batch, most: int) -> Iterator[Batch]:
     if rows <= most:
         yield batch
         return
+    first = 0  # of the audio tokens
     for start in range(0, rows, most):
         part = {name: tensor[start : start + most] for name, tensor in items_of(batch)}
         width, longest = int(part["attention_mask"].sum(1).max()), int(part["audio_length"].max())
         for name in ("input_ids", "attention_mask", "labels"):
             part[name] = part[name][:, -width:]
-        part["input_values"] = part["input_values"][:, :longest]
+        if "audio_features" in batch:
+            stop = first + sum(map(audio_token_count, part["audio_length"].tolist()))
+            part["audio_features"], first = batch["audio_features"][first:stop], stop
+        else:
+            part["input_values"] = part["input_values"][:, :longest]
         yield Batch(**part)  # type: ignore[typeddict-item]

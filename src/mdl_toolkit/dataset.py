@@ -331,11 +331,16 @@ class ConvertedDataset:
             column["audio"].as_buffer(), column["audio_format"].as_py(), column["audio_scale"].as_py(),
             column["audio_length"].as_py(),
         )  # fmt: skip
-        ids, labels = (column[name].values.to_numpy() for name in ("input_ids", "labels"))
+        tokens = self.tokens(index)
         try:
-            return Sample(ids, labels, unpack_audio(packed))
+            return Sample(tokens.input_ids, tokens.labels, unpack_audio(packed))
         except ValueError as problem:
             raise self._damaged(f"row {index}: {problem}") from problem
+
+    def tokens(self, index: int) -> Tokens:
+        """A row's ids and labels; no audio is decoded."""
+        batch, row = self._locate(index)
+        return Tokens(*(batch.column(name)[row].values.to_numpy() for name in ("input_ids", "labels")))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "record": self.record}

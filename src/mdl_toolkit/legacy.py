@@ -24,7 +24,7 @@ from mdl_toolkit.dataset import RECORD_FILE, ConvertedDataset, Sample
 from mdl_toolkit.errors import DatasetError
 from mdl_toolkit.language import Text
 from mdl_toolkit.model.lengths import audio_token_count
-from mdl_toolkit.tokens import IGNORE_INDEX, Encoder
+from mdl_toolkit.tokens import IGNORE_INDEX, Encoder, Tokens
 
 COLUMNS = ("input_ids", "attention_mask", "input_values", "audio_length", "labels")
 TURN = "<|im_start|>"  # begins a header
@@ -77,21 +77,30 @@ class LegacyDataset:
         return len(self._places.length)
 
     def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
+        tokens, (part, row) = self.tokens(index), self._locate(index)
+        waveform = part.audio.row(row)[: int(self._places.length[index])].astype(np.float32)
+        if not np.isfinite(waveform).all():
+            raise self._refused(Text("NaN or infinite samples", "含有 NaN 或无穷大的采样"), index)
+        padded = np.pad(waveform, (0, max(0, MIN_SAMPLES - len(waveform))))
+        return Sample(tokens.input_ids, tokens.labels, padded)
+
+    def tokens(self, index: int) -> Tokens:
+        """A row's ids and labels; no audio is read."""
+        part, row = self._locate(index)
         place = _Places(*(column[index] for column in self._places))
-        number = bisect.bisect_right(self._starts, index) - 1
-        part, row = self._parts[number], index - self._starts[number]
         ids = part.ids.row(row)[int(place.skip) :].astype(np.int32)
         labels = np.full_like(ids, IGNORE_INDEX)
         labels[place.answer : place.end] = ids[place.answer : place.end]
         if place.gap >= 0:
             ids = np.insert(ids, place.gap, self._audio_id)
             labels = np.insert(labels, place.gap, IGNORE_INDEX)
-        waveform = part.audio.row(row)[: int(place.length)].astype(np.float32)
-        if not np.isfinite(waveform).all():
-            raise self._refused(Text("NaN or infinite samples", "含有 NaN 或无穷大的采样"), index)
-        return Sample(ids, labels, np.pad(waveform, (0, max(0, MIN_SAMPLES - len(waveform)))))
+        return Tokens(ids, labels)
+
+    def _locate(self, index: int) -> "tuple[_Part, int]":
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = bisect.bisect_right(self._starts, index) - 1
+        return self._parts[number], index - self._starts[number]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "_audio_id": self._audio_id, "_places": self._places}

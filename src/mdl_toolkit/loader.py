@@ -14,6 +14,8 @@ from itertools import islice
 from mdl_toolkit.batching import Batch
 from mdl_toolkit.sampling import Rows
 
+GPU_THREADS = 4  # that decode ahead; on a CPU one will do, as decoding is nothing beside a step
+
 
 @dataclass
 class Loader:

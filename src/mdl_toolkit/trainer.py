@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 
 from mdl_toolkit.answering import Questions
-from mdl_toolkit.batching import Batch, Collator, items_of, pinned, split
+from mdl_toolkit.batching import Batch, Collator, Readable, items_of, pinned, split
 from mdl_toolkit.checkpoints import Checkpoint, delete_oldest, due_steps, save
 from mdl_toolkit.console import warn
 from mdl_toolkit.distributed import World
 from mdl_toolkit.errors import ModelError, ToolkitError
-from mdl_toolkit.legacy import AnyDataset
-from mdl_toolkit.loader import Loader
+from mdl_toolkit.loader import GPU_THREADS, Loader
 from mdl_toolkit.low_rank import CHECKPOINTING
 from mdl_toolkit.metrics import LOSS
 from mdl_toolkit.options import TrainOptions
@@ -36,7 +35,6 @@ from mdl_toolkit.trained import Trained
 
 MAX_NORM = 1.0  # of the gradient, as in the HF Trainer
 MOST_ROWS_NAMED = 20
-GPU_THREADS = 4  # that decode ahead; on a CPU one will do, as decoding is nothing beside a step
 
 
 @dataclass(frozen=True)
@@ -129,8 +127,8 @@ class Trainer:
     options: TrainOptions
     schedule: Schedule
     sampling: Sampling
-    train_set: AnyDataset
-    eval_set: AnyDataset | None
+    train_set: Readable
+    eval_set: Readable | None
     questions: Questions | None
     collator: Collator
     world: World
@@ -406,7 +404,7 @@ class Trainer:
 
     # --- batches ---
 
-    def _make(self, dataset: AnyDataset | None, rows: Rows) -> Batch:
+    def _make(self, dataset: Readable | None, rows: Rows) -> Batch:
         assert dataset is not None
         batch = self.collator([dataset[int(row)] for row in rows])
         return pinned(batch) if self.device.type == "cuda" else batch

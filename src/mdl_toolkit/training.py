@@ -21,6 +21,7 @@ from mdl_toolkit.dataset import ConvertedDataset
 from mdl_toolkit.distributed import World, joined
 from mdl_toolkit.errors import DatasetError, InputError
 from mdl_toolkit.export import export
+from mdl_toolkit.features import FeatureCache, check_frozen
 from mdl_toolkit.language import Text
 from mdl_toolkit.legacy import AnyDataset, LegacyDataset, is_legacy
 from mdl_toolkit.loading import (
@@ -56,7 +57,7 @@ MEMORY_REMEDY = Text(
 ANY_TIME = frozenset(
     {
         "output", "resume_from_checkpoint", "num_workers", "tokenizing_batch_size", "download_cache",
-        "max_download_mb", "from_modelscope", "report_to",
+        "max_download_mb", "from_modelscope", "report_to", "cache_audio_features",
     }
 )  # fmt: skip
 PRIVATE = ".dataset"  # in the output folder, while a run lasts: what its CSVs were converted to
@@ -86,6 +87,7 @@ def train(options: TrainOptions) -> TrainResult:
         ToolkitError: anything the user can put right, before weights are loaded wherever that is possible.
     """
     check_trackers(options.report_to)
+    check_frozen(options)
     if options.quantization is not None:
         need(BITSANDBYTES, "quantization", "--quantization")
     output = Path(options.output)
@@ -133,13 +135,17 @@ def _run(
     )  # fmt: skip
     schedule = Schedule.of(sampling.steps_per_epoch, options)
     _warn_idle_gpus(world)
+    repeated = _repeated(options, schedule, train_set, eval_set)
+    cache = FeatureCache(output / PRIVATE / "features", options, base, world, repeated)
     model = _trainable_model(options, base)
+    rows = cache.featured(train_set, model)
+    eval_rows = None if eval_set is None else cache.featured(eval_set, model)
     with progress("training", "训练中", schedule.total) as shown:
         trackers = Trackers(options, schedule.total)
         log = RunLog(output, shown, trackers, train_set.samples / SAMPLE_RATE, schedule.per_epoch)
         questions = _questions(options, eval_set, encoder, world)
         trainer = Trainer(
-            model, options, schedule, sampling, train_set, eval_set, questions, Collator(encoder.pad_id),
+            model, options, schedule, sampling, rows, eval_rows, questions, Collator(encoder.pad_id),
             world, log, best_device(), choose_dtype(options.bf16),
         )  # fmt: skip
         if resume is not None:
@@ -157,6 +163,23 @@ def _run(
         f"完成：{done.steps} 步；结果位于 {final}",
     )
     return TrainResult(final, done.steps, done.loss, done.eval_loss)
+
+
+def _repeated(
+    options: TrainOptions, schedule: Schedule, train_set: AnyDataset, eval_set: AnyDataset | None
+) -> list[AnyDataset]:
+    """Of what `--cache-audio-features` keeps features: whatever is read more than once."""
+    if not options.cache_audio_features:
+        return []
+    found = [train_set] if schedule.total > schedule.per_epoch else []
+    if eval_set is not None and len(schedule.evaluating) > 1:
+        found.append(eval_set)
+    if not found:
+        warn(
+            "every row is computed only once: --cache-audio-features ignored",
+            "每行只计算一次：忽略 --cache-audio-features",
+        )
+    return found
 
 
 def _questions(

@@ -140,9 +140,15 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
         return self.audio_projector(encoded, packing)
 
     def fuse(
-        self, input_ids: Tensor | None, input_values: Tensor | None, audio_length: Tensor | None
+        self,
+        input_ids: Tensor | None,
+        input_values: Tensor | None,
+        audio_length: Tensor | None,
+        audio_features: Tensor | None = None,
     ) -> Tensor:
         """Word embeddings with audio features in the placeholders' places, `[batch, positions, hidden_size]`.
+
+        Features that are given are taken as they are, in place of the clips'.
 
         Raises:
             ValueError: there are no ids, or not as many placeholders as audio features.
@@ -151,7 +157,9 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
             raise ValueError("neither input_ids nor inputs_embeds are given")
         embeddings = self.get_input_embeddings()(input_ids)
         places = input_ids == self.config.audio_token_id
-        if input_values is None:
+        if audio_features is not None:
+            features = audio_features
+        elif input_values is None:
             features = embeddings.new_zeros(0, embeddings.shape[-1])
         else:
             features = self.audio_features(input_values, audio_length)
@@ -178,6 +186,7 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
         return_logits: bool = False,
+        audio_features: Tensor | None = None,
         **kwargs: Any,
     ) -> MiDashengLMOutput:
         """Compute the loss, the logits, or both.
@@ -195,10 +204,11 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
             logits_to_keep: only the last so many positions' logits (0: all).
             num_items_in_batch: what the summed loss is divided by, if not by its own supervised tokens.
             return_logits: give the whole logits although labels are given.
+            audio_features: what `audio_features` gave for the clips before, in place of them.
             kwargs: passed on to the decoder.
         """
         if inputs_embeds is None:
-            inputs_embeds = self.fuse(input_ids, input_values, audio_length)
+            inputs_embeds = self.fuse(input_ids, input_values, audio_length, audio_features)
         outputs = self.decoder.model(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids,
             past_key_values=past_key_values, use_cache=False if labels is not None else use_cache,
