@@ -280,6 +280,12 @@ def _supervised(labels: pa.ListArray) -> NDArray[np.int64]:
     return counts
 
 
+def _ends(column: pa.BinaryArray) -> NDArray[np.int32]:
+    """Where each row begins, and the last one ends; without `pyarrow.compute`, a module more to import."""
+    offsets: NDArray[np.int32] = np.frombuffer(column.buffers()[1], np.int32)
+    return offsets[column.offset : column.offset + len(column) + 1]
+
+
 # --- reading -----------------------------------------------------------------------------------------
 
 
@@ -338,6 +344,31 @@ class ConvertedDataset:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "record": self.record}
+
+    def ids(self, index: int) -> NDArray[np.int32]:
+        """The ids of a row, `[positions]`; its audio is not read."""
+        batch, row = self._locate(index)
+        ids: NDArray[np.int32] = batch.column(0)[row].values.to_numpy()
+        return ids
+
+    def answer(self, index: int) -> NDArray[np.int32]:
+        """What is to be learnt of a row, `[supervised]`; its audio is not read."""
+        batch, row = self._locate(index)
+        labels: NDArray[np.int32] = batch.column(1)[row].values.to_numpy()
+        answer: NDArray[np.int32] = labels[labels != IGNORE_INDEX]
+        return answer
+
+    def stored(self, index: int) -> memoryview:
+        """The bytes that a row's audio is stored in; they are not decoded."""
+        batch, row = self._locate(index)
+        return memoryview(batch.column(_SCHEMA.names.index("audio"))[row].as_buffer())
+
+    @cached_property
+    def stored_bytes(self) -> NDArray[np.int64]:
+        """How many bytes each row's audio is stored in, `[rows]`; none of them is read."""
+        index = _SCHEMA.names.index("audio")
+        counts = [np.diff(_ends(batch.column(index))) for batch in self._batches]
+        return np.concatenate([np.zeros(0, np.int64), *counts]).astype(np.int64)
 
     @cached_property
     def positions(self) -> NDArray[np.int64]:

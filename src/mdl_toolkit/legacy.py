@@ -79,9 +79,7 @@ class LegacyDataset:
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        place = _Places(*(column[index] for column in self._places))
-        number = bisect.bisect_right(self._starts, index) - 1
-        part, row = self._parts[number], index - self._starts[number]
+        part, row, place = self._locate(index)
         ids = part.ids.row(row)[int(place.skip) :].astype(np.int32)
         labels = np.full_like(ids, IGNORE_INDEX)
         labels[place.answer : place.end] = ids[place.answer : place.end]
@@ -95,6 +93,11 @@ class LegacyDataset:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "_audio_id": self._audio_id, "_places": self._places}
+
+    def answer(self, index: int) -> NDArray[np.int32]:
+        """What is to be learnt of a row, `[supervised]`; its audio is not read."""
+        part, row, place = self._locate(index)
+        return part.ids.row(row)[int(place.skip) :][place.answer : place.end].astype(np.int32)
 
     @property
     def positions(self) -> _Integers:
@@ -122,6 +125,11 @@ class LegacyDataset:
     @cached_property
     def _starts(self) -> list[int]:
         return [0, *np.cumsum([len(part.lengths) for part in self._parts], dtype=np.int64).tolist()]
+
+    def _locate(self, index: int) -> "tuple[_Part, int, _Places]":
+        place = _Places(*(column[index] for column in self._places))
+        number = bisect.bisect_right(self._starts, index) - 1
+        return self._parts[number], index - self._starts[number], place
 
     def _checked(self, marks: "_Marks") -> "_Places":
         nothing = _Places(*(np.zeros(0, np.int64) for _ in _Places._fields))
