@@ -6,7 +6,6 @@ None of them ends a run. Audio is not decoded for any of them, and lengths decid
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +15,7 @@ from mdl_toolkit.console import warn
 from mdl_toolkit.dataset import ConvertedDataset
 from mdl_toolkit.legacy import AnyDataset
 from mdl_toolkit.model.lengths import audio_token_count
+from mdl_toolkit.tokens import IGNORE_INDEX
 
 MOST_NAMED = 10  # rows
 EDGE = 1 << 16  # bytes of a recording's beginning, and of its end, that tell it from others of its size
@@ -59,8 +59,8 @@ def warn_of_identical_answers(dataset: AnyDataset) -> bool:
     """Warn if all rows have one answer; tell whether they have. Reading ends with the first other one."""
     if len(dataset) < 2 or np.ptp(dataset.supervised):
         return False
-    first = dataset.answer(0)
-    if not all(np.array_equal(first, dataset.answer(row)) for row in range(1, len(dataset))):
+    first = _answer(dataset, 0)
+    if not all(np.array_equal(first, _answer(dataset, row)) for row in range(1, len(dataset))):
         return False
     warn(
         f"all {len(dataset)} rows have the same answer: there is nothing to learn but that one; check the "
@@ -68,6 +68,12 @@ def warn_of_identical_answers(dataset: AnyDataset) -> bool:
         f"全部 {len(dataset)} 行的回答都相同：除此之外学不到任何内容；请检查 prediction 列",
     )
     return True
+
+
+def _answer(dataset: AnyDataset, row: int) -> NDArray[np.int32]:
+    _, labels = dataset.text(row)
+    answer: NDArray[np.int32] = labels[labels != IGNORE_INDEX]
+    return answer
 
 
 # --- rows to evaluate on that are also learnt ----------------------------------------------------------
@@ -99,41 +105,43 @@ def find_leaks(train_set: ConvertedDataset, eval_set: ConvertedDataset) -> Leaks
     Only recordings with as many samples and stored bytes as one of the other set are read, and of each of
     these not more than 128 KiB.
     """
-    learnt, asked = _sizes(train_set), _sizes(eval_set)
-    common = set(learnt) & set(asked)
     known: dict[bytes, list[int]] = defaultdict(list)
-    for row in _of_sizes(learnt, common):
+    for row in _of_common_size(train_set, eval_set):
         known[_digest(train_set, row)].append(row)
     leaks = Leaks()
-    for row in _of_sizes(asked, common):
+    for row in _of_common_size(eval_set, train_set):
         if rows := known.get(_digest(eval_set, row)):
             _sort_in(leaks, row, rows, train_set, eval_set)
     return leaks
 
 
-def _sizes(dataset: ConvertedDataset) -> list[tuple[int, int]]:
-    return list(zip(dataset.samples.tolist(), dataset.stored_bytes.tolist(), strict=True))
+def _of_common_size(dataset: ConvertedDataset, other: ConvertedDataset) -> list[int]:
+    """Rows with a recording as large as one of the other dataset; no recording is read."""
+    lengths = np.intersect1d(dataset.samples, other.samples)
+    ours, theirs = (np.flatnonzero(np.isin(each.samples, lengths)).tolist() for each in (dataset, other))
+    sizes = {_size(other, row) for row in theirs}
+    return [row for row in ours if _size(dataset, row) in sizes]
 
 
-def _of_sizes(sizes: list[tuple[int, int]], wanted: set[tuple[int, int]]) -> Iterable[int]:
-    return (row for row, size in enumerate(sizes) if size in wanted)
+def _size(dataset: ConvertedDataset, row: int) -> tuple[int, int]:
+    return int(dataset.samples[row]), len(dataset.stored(row))
 
 
 def _digest(dataset: ConvertedDataset, row: int) -> bytes:
     stored = dataset.stored(row)
     digest = hashlib.sha256(stored[:EDGE])
     digest.update(stored[max(EDGE, len(stored) - EDGE) :])
-    digest.update(f"{len(stored)} {dataset.samples[row]}".encode())
+    digest.update(repr(_size(dataset, row)).encode())
     return digest.digest()
 
 
 def _sort_in(
     leaks: Leaks, row: int, rows: list[int], train_set: ConvertedDataset, eval_set: ConvertedDataset
 ) -> None:
-    ids, answer = eval_set.ids(row), eval_set.answer(row)
-    if any(np.array_equal(ids, train_set.ids(other)) for other in rows):
+    ids, answer = eval_set.text(row)[0], _answer(eval_set, row)
+    if any(np.array_equal(ids, train_set.text(other)[0]) for other in rows):
         leaks.same.append(row)
-    elif any(np.array_equal(answer, train_set.answer(other)) for other in rows):
+    elif any(np.array_equal(answer, _answer(train_set, other)) for other in rows):
         leaks.prompts.append(row)
     else:
         leaks.answers.append(row)
@@ -205,7 +213,7 @@ class LossWatch:
         # Losses are missing if the log of a run that is gone on with is not there.
         if step != self.due or len(self.losses) != step:
             return False
-        count = max(WINDOW, min(step // 4, step - self.warmup))
+        count = max(WINDOW, min(step // 2, step - self.warmup))
         first, last = float(np.mean(self.losses[:WINDOW])), float(np.median(self.losses[-count:]))
         if last <= (1 - FALL) * first:
             return False

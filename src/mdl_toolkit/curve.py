@@ -15,7 +15,7 @@ LIGHT, DARK, EVALUATION, RATE = "#b5cde3", "#1f4e79", "#d95f02", "#999999"
 def plot(output: Path) -> None:
     """Draw `loss.png` into a run's folder, whole or not at all; why it cannot be drawn is only warned of."""
     try:
-        lines = read_log(output / LOG)
+        lines = read_log(output / LOG) if (output / LOG).exists() else []
         if any("loss" in line for line in lines):
             _put_in_place(_figure(lines), output)
     except Exception as problem:  # noqa: BLE001 - a library for pictures ends no run, whatever it raises
@@ -57,14 +57,8 @@ def _draw(axes: Any, rates: Any, lines: list[dict[str, Any]]) -> None:
     mark = "." if len(steps) == 1 else None  # one point makes no line
     axes.plot(steps, losses, color=LIGHT, linewidth=1, marker=mark, label="training loss, each step")
     smooth = Smooth()
-    axes.plot(
-        steps,
-        [*map(smooth.add, losses)],
-        color=DARK,
-        linewidth=2,
-        marker=mark,
-        label="training loss, smoothed",
-    )
+    means = [smooth.add(loss) for loss in losses]
+    axes.plot(steps, means, color=DARK, linewidth=2, marker=mark, label="training loss, smoothed")
     at, evaluations = _series(lines, "eval_loss")
     if at:
         axes.plot(at, evaluations, "o", color=EVALUATION, label="evaluation loss")

@@ -280,12 +280,6 @@ def _supervised(labels: pa.ListArray) -> NDArray[np.int64]:
     return counts
 
 
-def _ends(column: pa.BinaryArray) -> NDArray[np.int32]:
-    """Where each row begins, and the last one ends; without `pyarrow.compute`, a module more to import."""
-    offsets: NDArray[np.int32] = np.frombuffer(column.buffers()[1], np.int32)
-    return offsets[column.offset : column.offset + len(column) + 1]
-
-
 # --- reading -----------------------------------------------------------------------------------------
 
 
@@ -336,39 +330,24 @@ class ConvertedDataset:
             column["audio"].as_buffer(), column["audio_format"].as_py(), column["audio_scale"].as_py(),
             column["audio_length"].as_py(),
         )  # fmt: skip
-        ids, labels = (column[name].values.to_numpy() for name in ("input_ids", "labels"))
         try:
-            return Sample(ids, labels, unpack_audio(packed))
+            return Sample(*self.text(index), unpack_audio(packed))
         except ValueError as problem:
             raise self._damaged(f"row {index}: {problem}") from problem
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "record": self.record}
 
-    def ids(self, index: int) -> NDArray[np.int32]:
-        """The ids of a row, `[positions]`; its audio is not read."""
+    def text(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """`input_ids` and `labels` of a row, `[positions]` each; its audio is not read."""
         batch, row = self._locate(index)
-        ids: NDArray[np.int32] = batch.column(0)[row].values.to_numpy()
-        return ids
-
-    def answer(self, index: int) -> NDArray[np.int32]:
-        """What is to be learnt of a row, `[supervised]`; its audio is not read."""
-        batch, row = self._locate(index)
-        labels: NDArray[np.int32] = batch.column(1)[row].values.to_numpy()
-        answer: NDArray[np.int32] = labels[labels != IGNORE_INDEX]
-        return answer
+        ids, labels = (batch.column(number)[row].values.to_numpy() for number in (0, 1))
+        return ids, labels
 
     def stored(self, index: int) -> memoryview:
-        """The bytes that a row's audio is stored in; they are not decoded."""
+        """The bytes that hold a row's audio; they are not decoded."""
         batch, row = self._locate(index)
         return memoryview(batch.column(_SCHEMA.names.index("audio"))[row].as_buffer())
-
-    @cached_property
-    def stored_bytes(self) -> NDArray[np.int64]:
-        """How many bytes each row's audio is stored in, `[rows]`; none of them is read."""
-        index = _SCHEMA.names.index("audio")
-        counts = [np.diff(_ends(batch.column(index))) for batch in self._batches]
-        return np.concatenate([np.zeros(0, np.int64), *counts]).astype(np.int64)
 
     @cached_property
     def positions(self) -> NDArray[np.int64]:

@@ -80,24 +80,24 @@ class LegacyDataset:
         if not 0 <= index < len(self):
             raise IndexError(index)
         part, row, place = self._locate(index)
+        waveform = part.audio.row(row)[: int(place.length)].astype(np.float32)
+        if not np.isfinite(waveform).all():
+            raise self._refused(Text("NaN or infinite samples", "含有 NaN 或无穷大的采样"), index)
+        return Sample(*self.text(index), np.pad(waveform, (0, max(0, MIN_SAMPLES - len(waveform)))))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "_audio_id": self._audio_id, "_places": self._places}
+
+    def text(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """`input_ids` and `labels` of a row, `[positions]` each; its audio is not read."""
+        part, row, place = self._locate(index)
         ids = part.ids.row(row)[int(place.skip) :].astype(np.int32)
         labels = np.full_like(ids, IGNORE_INDEX)
         labels[place.answer : place.end] = ids[place.answer : place.end]
         if place.gap >= 0:
             ids = np.insert(ids, place.gap, self._audio_id)
             labels = np.insert(labels, place.gap, IGNORE_INDEX)
-        waveform = part.audio.row(row)[: int(place.length)].astype(np.float32)
-        if not np.isfinite(waveform).all():
-            raise self._refused(Text("NaN or infinite samples", "含有 NaN 或无穷大的采样"), index)
-        return Sample(ids, labels, np.pad(waveform, (0, max(0, MIN_SAMPLES - len(waveform)))))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "_audio_id": self._audio_id, "_places": self._places}
-
-    def answer(self, index: int) -> NDArray[np.int32]:
-        """What is to be learnt of a row, `[supervised]`; its audio is not read."""
-        part, row, place = self._locate(index)
-        return part.ids.row(row)[int(place.skip) :][place.answer : place.end].astype(np.int32)
+        return ids, labels
 
     @property
     def positions(self) -> _Integers:
