@@ -28,6 +28,7 @@ WRITTEN = {
     "state.json",
 }  # fmt: skip
 FILES = {*WRITTEN, "checksums.json"}
+AT_THE_END = ("final", "log.jsonl", "loss.png", "mdl-toolkit.yaml")  # beside checkpoints
 
 
 @pytest.mark.parametrize(
@@ -249,7 +250,7 @@ def test_a_full_disk_does_not_end_a_training(tmp_path, monkeypatch, capsys, prob
         assert line.startswith(f"warning: checkpoint-{step} cannot be saved: ")
         assert "No space left on device" in line
         assert line.endswith("; training goes on")
-    assert names(output) == ["checkpoint-1", "checkpoint-4", "final", "log.jsonl", "mdl-toolkit.yaml"]
+    assert names(output) == ["checkpoint-1", "checkpoint-4", *AT_THE_END]
     assert [damage(output / f"checkpoint-{step}") for step in (1, 4)] == [None, None]
     assert same_weights(done.final, whole.final)
 
@@ -305,7 +306,7 @@ def test_a_limit_spares_the_one_resumed_from_and_counts_nothing_newer(tmp_path):
     changes = {"save_steps": 1, "save_total_limit": 1, "lr": 1e-3}
     train(train_options(csv, MODEL, output, resume_from_checkpoint=str(output / "checkpoint-2"), **changes))
     assert names(output) == [
-        "checkpoint-2", "checkpoint-5", "final", "log.jsonl", "mdl-toolkit.yaml", "previous-1",
+        "checkpoint-2", "checkpoint-5", *AT_THE_END, "previous-1",
     ]  # fmt: skip
     assert names(output / "previous-1") == ["checkpoint-3", "checkpoint-4", "checkpoint-5"]
     lines = [line["step"] for line in read_log(output / "log.jsonl")]
@@ -328,7 +329,7 @@ def test_a_kill_while_deleting_leaves_no_half_checkpoint(tmp_path):
         assert [path.name for path in checkpoints.checkpoints(output)] == ["checkpoint-2"]
         assert damage(output / "checkpoint-2") is None
         assert start([*command, "--resume-from-checkpoint", "true"]).end() == 0
-    assert names(output) == ["checkpoint-2", "checkpoint-3", "final", "log.jsonl", "mdl-toolkit.yaml"]
+    assert names(output) == ["checkpoint-2", "checkpoint-3", *AT_THE_END]
 
 
 def test_a_damaged_newest_one_is_not_counted_for_good_ones(tmp_path):
@@ -351,10 +352,10 @@ def test_resuming_from_elsewhere_sets_what_is_there_aside(tmp_path):
             csv, MODEL, output, save_steps=0, resume_from_checkpoint=str(tmp_path / "other/checkpoint-1")
         )
     )
-    assert names(output) == ["checkpoint-2", "final", "log.jsonl", "mdl-toolkit.yaml", "previous-1"]
+    assert names(output) == ["checkpoint-2", *AT_THE_END, "previous-1"]
     assert same_weights(output / "checkpoint-2", tmp_path / "other/checkpoint-2")
     assert names(output / "previous-1") == [
-        "checkpoint-1", "checkpoint-2", "final", "log.jsonl", "mdl-toolkit.yaml",
+        "checkpoint-1", "checkpoint-2", *AT_THE_END,
     ]  # fmt: skip
 
 

@@ -250,7 +250,7 @@ def test_the_exact_set_of_files_after_a_run(model, tmp_path):
     output = tmp_path / "run"
     options = train_options(make_csv(tmp_path, 8), model, output, save_steps=0.5, num_epochs=2, lora_rank=2)
     train(replace(options, save_total_limit=2))
-    expected = {"mdl-toolkit.yaml", "log.jsonl"}
+    expected = {"mdl-toolkit.yaml", "log.jsonl", "loss.png"}
     expected |= {f"checkpoint-{step}/{name}" for step in (3, 4) for name in CHECKPOINT_FILES}
     expected |= {f"final/{name}" for name in files_below(model) | {"mdl-toolkit.yaml"}}
     assert files_below(output) == expected
@@ -289,6 +289,7 @@ def test_a_fresh_start_sets_an_earlier_run_aside(model, tmp_path, capsys):
         "checkpoint-1",
         "final",
         "log.jsonl",
+        "loss.png",
         "previous-1",
         "mdl-toolkit.yaml",
     }
@@ -296,6 +297,7 @@ def test_a_fresh_start_sets_an_earlier_run_aside(model, tmp_path, capsys):
         "checkpoint-1",
         "final",
         "log.jsonl",
+        "loss.png",
         "mdl-toolkit.yaml",
     }
     assert "previous-1" in capsys.readouterr().err

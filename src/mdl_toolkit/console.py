@@ -57,7 +57,7 @@ class _Lines:
             self._write(now - self._started)
 
     def _write(self, elapsed: float) -> None:
-        left = _clock(elapsed / max(self._done, 1) * (self._total - self._done))
+        left = clock(elapsed / max(self._done, 1) * (self._total - self._done))
         more = f", {self._note}" if self._note else ""
         say(
             f"{self._title.en}: {self._done}/{self._total}{more}, {left} left",
@@ -106,7 +106,8 @@ class _Bar:
             self._shown.update(self._task, note=note)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Seconds as hours, minutes and seconds."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -345,6 +345,11 @@ class ConvertedDataset:
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "record": self.record}
 
+    def stored(self, index: int) -> memoryview:
+        """The bytes that hold a row's audio; they are not decoded."""
+        batch, row = self._locate(index)
+        return memoryview(batch.column(_SCHEMA.names.index("audio"))[row].as_buffer())
+
     @cached_property
     def positions(self) -> NDArray[np.int64]:
         """Positions of every row in the decoder, `[rows]`."""

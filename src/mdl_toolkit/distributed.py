@@ -12,15 +12,15 @@ from datetime import timedelta
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.rendezvous import rendezvous
 
 from mdl_toolkit.console import warn
 from mdl_toolkit.conversion import Ranks
 from mdl_toolkit.errors import ToolkitError, UsageError
 
 BUCKET = 2**24  # numbers that travel together: 64 MiB of float32
-PATIENCE = timedelta(
-    days=2
-)  # the others wait while the first one converts; the usual ten minutes would not do
+MEETING = timedelta(minutes=15)  # for all processes to be there: some machines begin later than others
+PATIENCE = timedelta(days=2)  # while the first one converts; the usual ten minutes would not do
 
 # Of an accelerate configuration: set where the model is to be divided among the processes.
 DIVIDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
@@ -101,7 +101,9 @@ def joined() -> Iterator[World]:
     _warn_dividing()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with _noticing_loss():
-        distributed.init_process_group(backend, timeout=PATIENCE)
+        store, rank, size = next(rendezvous("env://", timeout=MEETING))
+        store.set_timeout(PATIENCE)
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     try:
         yield World(distributed.get_rank(), distributed.get_world_size())
     finally:

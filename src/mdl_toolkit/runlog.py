@@ -5,20 +5,81 @@ Only the first process speaks and writes.
 
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mdl_toolkit.advice import LossWatch
 from mdl_toolkit.checkpoints import LOG
-from mdl_toolkit.console import Progress, is_first_process, say, warn
+from mdl_toolkit.console import PLAIN_INTERVAL, Progress, clock, is_first_process, say, warn
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.outputs import writing
-from mdl_toolkit.sampling import Rows
+from mdl_toolkit.sampling import Rows, Sampling
 from mdl_toolkit.trackers import Trackers
 
 SMOOTHING = 0.9  # weight of the past in the loss that is shown
+FORECAST_STEPS, FORECAST_SECONDS = 3, 20.0  # whichever comes first, then it is said how long all will take
+
+
+class Smooth:
+    """The mean of all losses so far, each with less weight the longer ago it was."""
+
+    def __init__(self) -> None:
+        self._sum, self._weight = 0.0, 0.0
+
+    def add(self, loss: float) -> float:
+        """Take one in; the mean with it."""
+        self._sum = SMOOTHING * self._sum + loss
+        self._weight = SMOOTHING * self._weight + 1
+        return self._sum / self._weight
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast a run was, from its beginning or its resumption on.
+
+    Attributes:
+        rows: learnt from, each as often as it came.
+        audio: seconds of audio in these.
+        seconds: that it took, evaluations and checkpoints included.
+        waited: of these, seconds spent waiting for data.
+    """
+
+    rows: int
+    audio: float
+    seconds: float
+    waited: float
+
+
+class Forecast:
+    """How long a run will take, by the time that a decoder position has taken so far.
+
+    The first step, which warms everything up, counts only when it is all there is.
+
+    Args:
+        sampling: the order of the rows.
+        total: steps of the run.
+    """
+
+    def __init__(self, sampling: Sampling, total: int) -> None:
+        self._lengths, self._total = sampling.lengths, total
+        self._mean = float(sampling.lengths.sum()) / sampling.steps_per_epoch  # positions of a step
+        self._steps: list[tuple[float, int]] = []  # seconds and positions
+        self._is_told = False
+
+    def step(self, step: int, rows: Rows, seconds: float, elapsed: float) -> float | None:
+        """Take a step in; once, when it can be told, the seconds that the steps left will take."""
+        if self._is_told:
+            return None
+        self._steps.append((seconds, int(self._lengths[rows].sum())))
+        if len(self._steps) < FORECAST_STEPS and elapsed < FORECAST_SECONDS:
+            return None
+        self._is_told = True
+        taken, positions = np.sum(self._steps[1:] or self._steps, axis=0).tolist()
+        return float(taken / max(positions, 1) * self._mean * (self._total - step))
 
 
 class RunLog:
@@ -28,18 +89,21 @@ class RunLog:
         output: the run's folder, in which `log.jsonl` is written.
         shown: the bar.
         trackers: where else the figures go.
+        sampling: the order of the rows.
         seconds: of audio in every row, `[rows]`.
-        epoch: steps in an epoch.
+        watch: looks at the losses.
     """
 
     def __init__(
-        self, output: Path, shown: Progress, trackers: Trackers, seconds: NDArray[np.float64], epoch: int
-    ) -> None:
+        self, output: Path, shown: Progress, trackers: Trackers, sampling: Sampling,
+        seconds: NDArray[np.float64], watch: LossWatch,
+    ) -> None:  # fmt: skip
         self._file, self._shown, self._trackers = output / LOG, shown, trackers
-        self._seconds, self._epoch = seconds, epoch
-        self._smooth: float | None = None
-        self._rows, self._audio, self._has_warned = 0, 0.0, False
-        self._began = time.monotonic()
+        self._seconds, self._epoch = seconds, sampling.steps_per_epoch
+        self._watch, self._forecast = watch, Forecast(sampling, watch.total)
+        self._smooth = Smooth()
+        self._rows, self._audio, self._waited, self._has_warned = 0, 0.0, 0.0, False
+        self._began = self._mark = time.monotonic()
 
     def begin(self, step: int) -> None:
         """Go on after a step; what was logged of later ones, and lost with them, is dropped."""
@@ -50,13 +114,15 @@ class RunLog:
             with writing(str(self._file), InputError):
                 work.write_text("".join(map(_line, kept)), encoding="utf-8")
                 work.replace(self._file)
-        self._began = time.monotonic()
+            self._watch.losses[:] = [line["loss"] for line in kept if "loss" in line]
+        self._began = self._mark = time.monotonic()
 
     def step(self, step: int, *, loss: float, norm: float, rate: float, rows: Rows, waited: float) -> None:
         """Log an optimizer step; `waited` are all seconds so far that were spent waiting for data."""
-        self._smooth = loss if self._smooth is None else SMOOTHING * self._smooth + (1 - SMOOTHING) * loss
+        smooth = self._smooth.add(loss)
         self._rows, self._audio = self._rows + len(rows), self._audio + float(self._seconds[rows].sum())
-        elapsed = max(time.monotonic() - self._began, 1e-9)
+        self._waited, now = waited, time.monotonic()
+        elapsed = max(now - self._began, 1e-9)
         values = {"loss": loss, "grad_norm": norm, "learning_rate": rate, "epoch": step / self._epoch}
         self._write(
             step,
@@ -65,9 +131,20 @@ class RunLog:
         self._trackers.log(step, values)
         self._shown.advance(
             1,
-            f"loss {self._smooth:.4f}, lr {rate:.2g}, {self._rows / elapsed:.2g} samples/s, "
+            f"loss {smooth:.4f}, lr {rate:.2g}, {self._rows / elapsed:.2g} samples/s, "
             f"{self._audio / elapsed:.3g}x",
         )
+        self._watch.see(step, loss)
+        self._say_forecast(elapsed, self._forecast.step(step, rows, now - self._mark, elapsed))
+        self._mark = time.monotonic()
+
+    def _say_forecast(self, elapsed: float, left: float | None) -> None:
+        if left is not None and left >= PLAIN_INTERVAL:
+            total, left_clock = clock(elapsed + left), clock(left)
+            say(
+                f"time: about {total}, of which {left_clock} are left; evaluations still to come not counted",
+                f"时间：共约 {total}，剩余 {left_clock}；不含之后的评估",
+            )
 
     def evaluation(self, step: int, loss: float, tokens: int, scores: dict[str, float]) -> None:
         """Log an evaluation; `scores` are other metrics by name."""
@@ -79,10 +156,16 @@ class RunLog:
             f"evaluation at step {step}: loss {loss:.4f} over {tokens} tokens{more}",
             f"第 {step} 步评估：{tokens} 个词元的损失为 {loss:.4f}{more}",
         )
+        self._mark = time.monotonic()
 
     def share(self, seconds: float) -> float:
         """How much of the run's time some seconds are."""
         return seconds / max(time.monotonic() - self._began, 1e-9)
+
+    @property
+    def pace(self) -> Pace:
+        """How fast it was until now."""
+        return Pace(self._rows, self._audio, time.monotonic() - self._began, self._waited)
 
     def close(self) -> None:
         """The run is over."""

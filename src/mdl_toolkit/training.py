@@ -11,12 +11,23 @@ from typing import Any
 
 import torch
 
+from mdl_toolkit.advice import LossWatch, advise
 from mdl_toolkit.answering import Questions
 from mdl_toolkit.audio import SAMPLE_RATE
 from mdl_toolkit.batching import Collator
+from mdl_toolkit.briefing import (
+    say_data,
+    say_machine,
+    say_memory,
+    say_results,
+    say_steps,
+    say_targets,
+    warn_of_idle_gpus,
+)
 from mdl_toolkit.checkpoints import FINAL, WORK, Checkpoint, set_aside, to_resume
 from mdl_toolkit.console import is_first_process, progress, say, warn
 from mdl_toolkit.conversion import convert_rows, read_rows
+from mdl_toolkit.curve import plot
 from mdl_toolkit.dataset import ConvertedDataset
 from mdl_toolkit.distributed import World, joined
 from mdl_toolkit.errors import DatasetError, InputError
@@ -38,6 +49,7 @@ from mdl_toolkit.loading import (
     read_text_files,
 )
 from mdl_toolkit.lora import TargetCount, add_adapters, check_resumable
+from mdl_toolkit.memory import plan_memory
 from mdl_toolkit.metrics import METRICS
 from mdl_toolkit.option import spelling
 from mdl_toolkit.options import ConversionOptions, TrainOptions
@@ -109,6 +121,8 @@ def _prepare_and_run(options: TrainOptions, private: Path, resume: Checkpoint | 
             if not world.is_first:
                 world.wait()  # for the first one, which converts
             files, train_set, eval_set = _open_data(options, private)
+            if world.is_first:
+                advise(train_set, eval_set)
             base = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=True)
             if world.is_first:
                 world.wait()
@@ -134,29 +148,39 @@ def _run(
         world.size, options.seed,
     )  # fmt: skip
     schedule = Schedule.of(sampling.steps_per_epoch, options)
-    _warn_idle_gpus(world)
+    warn_of_idle_gpus(world.size)
+    device, dtype = best_device(), choose_dtype(options.bf16)
     repeated = _repeated(options, schedule, train_set, eval_set)
+    say_memory(plan_memory(base, options, sampling, train_set.samples, device, dtype))
     cache = FeatureCache(output / PRIVATE / "features", options, base, world, repeated)
-    model = _trainable_model(options, base)
+    model, counts = _trainable_model(options, base, device, dtype)
+    say_machine(device, dtype, options.quantization, world.size)
+    say_data(train_set, eval_set)
+    say_steps(options, sampling, schedule.total)
+    say_targets(counts, model)
     rows = cache.featured(train_set, model)
     eval_rows = None if eval_set is None else cache.featured(eval_set, model)
     with progress("training", "训练中", schedule.total) as shown:
         trackers = Trackers(options, schedule.total)
-        log = RunLog(output, shown, trackers, train_set.samples / SAMPLE_RATE, schedule.per_epoch)
+        watch = LossWatch(schedule.total, schedule.warmup, options.lr)
+        log = RunLog(output, shown, trackers, sampling, train_set.samples / SAMPLE_RATE, watch)
         questions = _questions(options, eval_set, encoder, world)
         trainer = Trainer(
             model, options, schedule, sampling, rows, eval_rows, questions, Collator(encoder.pad_id),
-            world, log, best_device(), choose_dtype(options.bf16),
+            world, log, device, dtype,
         )  # fmt: skip
         if resume is not None:
             trainer.resume(resume)
         _prepare_output(output, options, resume, world)
         log.begin(trainer.step)
         done = _train(trainer, resume)
+        pace = log.pace
         log.close()
     final = output / FINAL
     if world.is_first:
         export(base, _result(output, options, done, resume), final, options)
+        say_results(output, done.best.step, pace)
+        plot(output)
     world.wait()
     say(
         f"done: {done.steps} steps; the result is in {final}",
@@ -203,17 +227,6 @@ def _result(output: Path, options: TrainOptions, done: Outcome, resume: Checkpoi
         )
     found = output / f"checkpoint-{step}"
     return found if resume is None or found.is_dir() else resume.folder
-
-
-def _warn_idle_gpus(world: World) -> None:
-    count = torch.cuda.device_count()
-    if world.size == 1 and count > 1:
-        warn(
-            f"{count} GPUs are here and one is used; to use all: "
-            f"torchrun --nproc-per-node {count} --no-python mdl-toolkit train ...",
-            f"检测到 {count} 个 GPU，仅使用其中一个；要全部使用请运行："
-            f"torchrun --nproc-per-node {count} --no-python mdl-toolkit train ...",
-        )
 
 
 def _train(trainer: Trainer, resume: Checkpoint | None) -> Outcome:
@@ -354,29 +367,14 @@ def _clear(output: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def _trainable_model(options: TrainOptions, base: Path) -> Any:
+def _trainable_model(
+    options: TrainOptions, base: Path, device: torch.device, dtype: torch.dtype
+) -> tuple[Any, list[TargetCount]]:
     quiet_libraries()
     torch.manual_seed(options.seed)
-    model = load_model(
-        base, dtype=choose_dtype(options.bf16), device=best_device(), quantization=options.quantization
-    )
+    model = load_model(base, dtype=dtype, device=device, quantization=options.quantization)
     name = str(base.resolve()) if Path(options.model_name).is_dir() else options.model_name
-    peft_model, counts = add_adapters(
+    return add_adapters(
         model, options.train_target, rank=options.lora_rank, alpha=options.lora_alpha,
         dropout=options.lora_dropout, base_name=name,
     )  # fmt: skip
-    _say_counts(counts, tied=bool(model.config.tie_word_embeddings))
-    return peft_model
-
-
-def _say_counts(counts: list[TargetCount], *, tied: bool) -> None:
-    for count in counts:
-        say(
-            f"training {count.target}: {count.layers} layers, {count.parameters:,} parameters",
-            f"训练 {count.target}：{count.layers} 层，{count.parameters:,} 个参数",
-        )
-    if tied and {"embed_tokens", "lm_head"} & {count.target for count in counts}:
-        say(
-            "this model ties embed_tokens and lm_head: training one trains both",
-            "该模型的 embed_tokens 与 lm_head 共享权重：训练其一即同时训练两者",
-        )
