@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from torch.autograd.profiler import profile
 
 from mdl_toolkit import free_memory as free_memory_room
 from mdl_toolkit.batching import Collator
+from mdl_toolkit.dataset import Sample
 from mdl_toolkit.free_memory import free_memory
 from mdl_toolkit.loading import load_model
 from mdl_toolkit.lora import add_adapters
@@ -53,7 +53,7 @@ def rows(base):
         ids = np.array([1] * 80 + [audio] * audio_token_count(16_000 * seconds) + answer)
         labels = np.where(np.arange(len(ids)) < len(ids) - len(answer), -100, ids)
         noise = np.random.default_rng(seconds).normal(0, 0.1, 16_000 * seconds).astype(np.float32)
-        found.append(SimpleNamespace(input_ids=ids, labels=labels, waveform=noise))
+        found.append(Sample(ids, labels, noise))
     return found
 
 
