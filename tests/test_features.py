@@ -118,6 +118,15 @@ def test_losses_are_the_same_with_other_settings(place, tmp_path, changes, toler
     check_follows(tmp_path / "run", tmp_path / "plain", tolerance)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_where_no_rows_share_a_batch_not_even_rounding_differs(place, tmp_path, bf16):
+    changes = {"batch_size": 1, "gradient_accumulation_steps": 4, "bf16": bf16}
+    train(options_of(place, tmp_path / "plain", cache_audio_features=False, **changes))
+    train(options_of(place, tmp_path / "run", **changes))
+    assert history(tmp_path / "run") == history(tmp_path / "plain")
+    assert same_weights(tmp_path / "run/final", tmp_path / "plain/final")
+
+
 @pytest.mark.parametrize(
     ("changes", "clips"),
     [
