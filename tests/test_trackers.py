@@ -2,6 +2,9 @@
 
 import json
 import signal
+import sqlite3
+from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -84,6 +87,23 @@ def test_of_two_processes_only_the_first_reports(options, tmp_path):
         jobs = start_ranks(start, [*as_command(options).split()[1:], "--batch-size", "1"])
         assert [job.end() for job in jobs] == [0, 0], [job.said() for job in jobs]
     check_figures(Path(options.output))
+
+
+def test_trackio_has_the_figures_of_the_log(options, tmp_path):
+    """Only where it is installed; it keeps a database of its own, and asks nobody for anything."""
+    pytest.importorskip("trackio")
+    with fleet(tmp_path) as start:
+        words = as_command(replace(options, report_to=("trackio",))).split()[1:]
+        job = start(words, TRACKIO_DIR=str(tmp_path / "trackio"), HF_HUB_OFFLINE="1")
+        assert job.end() == 0, job.said()
+    (database,) = (tmp_path / "trackio").glob("*.db")
+    with closing(sqlite3.connect(database)) as connection:
+        told = [json.loads(row) for (row,) in connection.execute("SELECT metrics FROM metrics ORDER BY id")]
+    lines = read_log(Path(options.output, "log.jsonl"))
+    assert [row["train/global_step"] for row in told] == [line["step"] for line in lines]
+    for row, line in zip(told, lines, strict=True):
+        figures = {series: line[name] for series, name in SERIES.items() if name in line}
+        assert {series: row[series] for series in figures} == pytest.approx(figures)
 
 
 @pytest.mark.parametrize("names", [(), ("none",)])
