@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -194,6 +195,22 @@ def test_a_killed_process_ends_the_other_one_with_one_line(place, tmp_path, star
     usual = ("device", "memory", "training", "steps", "time", "evaluation")
     assert [line for line in lines if not line.startswith(usual)] == [LOST]
     assert all(damage(path) is None for path in checkpoints(tmp_path / "run"))
+
+
+def little_patience_for_a_meeting():
+    distributed.MEETING = timedelta(seconds=2)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_process_that_nobody_joins_says_so(place, tmp_path, start, rank):
+    """Such as one whose peers were killed before they came."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    words = command(place, tmp_path / "run")
+    job = start(words, little_patience_for_a_meeting, RANK=rank, WORLD_SIZE="2", **address)
+    assert job.end() == 1
+    assert f"met at 127.0.0.1:{address['MASTER_PORT']} within" in job.said()
+    assert job.said().count("error: ") == 1
+    assert job.said().splitlines()[-1].endswith("start them together")
 
 
 @pytest.mark.parametrize("moment", ["_open_data", "_trainable_model"])

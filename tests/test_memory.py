@@ -238,14 +238,14 @@ PLAN = MemoryPlan(
 def test_the_lines_in_both_languages():
     first, second = replace(PLAN, free=20 * GB).lines()
     assert first.en == (
-        "predicted memory: 14.4 GB (weights 5.0 GB, adapters and optimizer 400 MB, activations 9.0 GB); "
+        "memory predicted: 14.4 GB (weights 5.0 GB, adapters and optimizer 400 MB, activations 9.0 GB); "
         "free: 20.0 GB"
     )
     assert (
         first.zh == "预计内存占用：14.4 GB（权重 5.0 GB，适配器与优化器 400 MB，激活值 9.0 GB）；可用 20.0 GB"
     )
-    assert second.en == "  weights: encoder 1.0 GB bfloat16, decoder 4.0 GB 4bit"
-    assert second.zh == "  权重：编码器 1.0 GB bfloat16，解码器 4.0 GB 4bit"
+    assert second.en == "memory of weights: encoder 1.0 GB bfloat16, decoder 4.0 GB 4bit"
+    assert second.zh == "权重占用：编码器 1.0 GB bfloat16，解码器 4.0 GB 4bit"
     assert "free" not in PLAN.lines()[0].en
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -100,9 +101,8 @@ def joined() -> Iterator[World]:
     _check_environment()
     _warn_dividing()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    store, rank, size = _meet()
     with _noticing_loss():
-        store, rank, size = next(rendezvous("env://", timeout=MEETING))
-        store.set_timeout(PATIENCE)
         distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     try:
         yield World(distributed.get_rank(), distributed.get_world_size())
@@ -117,6 +117,21 @@ def _check_environment() -> None:
             f"WORLD_SIZE={size} in the environment, but no {names}; start with torchrun, or unset WORLD_SIZE",
             f"环境变量 WORLD_SIZE={size}，但没有 {names}；请使用 torchrun 启动，或取消 WORLD_SIZE",
         )
+
+
+def _meet() -> tuple[Any, int, int]:
+    """Where the processes leave word for each other, this one's rank, and how many they are."""
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=MEETING))
+    except RuntimeError as problem:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        minutes = f"{MEETING.total_seconds() / 60:g}"
+        raise ToolkitError(
+            f"not all processes of this training met at {place} within {minutes} min; start them together",
+            f"本次训练的进程在 {minutes} 分钟内未能全部在 {place} 汇合；请同时启动所有进程",
+        ) from problem
+    store.set_timeout(PATIENCE)
+    return store, rank, size
 
 
 def _warn_dividing() -> None:

@@ -91,13 +91,13 @@ class MemoryPlan:
         free = ("", "") if self.free is None else (f"; free: {size(self.free)}", f"；可用 {size(self.free)}")
         parts = [(PARTS[part], f"{size(count)} {form}") for (part, form), count in self.parts.items()
                  if count > 0.001 * self.weights]  # fmt: skip
-        en = "predicted memory: {} (weights {}, adapters and optimizer {}, activations {})".format(*sizes)
+        en = "memory predicted: {} (weights {}, adapters and optimizer {}, activations {})".format(*sizes)
         zh = "预计内存占用：{}（权重 {}，适配器与优化器 {}，激活值 {}）".format(*sizes)
         return [
             Text(en + free[0], zh + free[1]),
             Text(
-                "  weights: " + ", ".join(f"{name.en} {words}" for name, words in parts),
-                "  权重：" + "，".join(f"{name.zh} {words}" for name, words in parts),
+                "memory of weights: " + ", ".join(f"{name.en} {words}" for name, words in parts),
+                "权重占用：" + "，".join(f"{name.zh} {words}" for name, words in parts),
             ),
         ]
 
