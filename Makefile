@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 DOCS_STAMP := $(VENV)/.set-up-docs
 
-.PHONY: setup check test torture demo bench bench-convert docs clean
+.PHONY: setup check test torture demo bench bench-convert bench-train docs clean
 
 setup: $(STAMP)
 
@@ -47,6 +47,9 @@ bench: $(STAMP)
 
 bench-convert: $(STAMP)
 	$(BIN)/python -m benchmarks conversion conversion_memory
+
+bench-train: $(STAMP)
+	$(BIN)/python -m benchmarks training
 
 docs: $(DOCS_STAMP)
 	$(BIN)/mkdocs build --strict
