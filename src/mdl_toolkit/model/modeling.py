@@ -5,6 +5,7 @@ The decoder and its generation loop are transformers' own. Nothing here reads fi
 """
 
 import copy
+import inspect
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3ForCausalLM,
 )
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mdl_toolkit.model.configuration import MiDashengLMConfig
 from mdl_toolkit.model.cross_entropy import summed_cross_entropy
@@ -35,20 +36,14 @@ class CheckpointError(ValueError):
 
 
 @dataclass
-class MiDashengLMOutput(ModelOutput):
+class MiDashengLMOutput(CausalLMOutputWithPast):
     """What a forward pass gives.
 
     Attributes:
         loss: cross entropy over the supervised positions; with `labels` only.
         logits: `[batch, positions, vocabulary]`; without `labels`, or when asked for.
-        past_key_values: the decoder's cache, when it is used.
+        past_key_values: the decoder's cache, when it is used; `cache` from transformers 5.24 on.
     """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: Any = None
-    attentions: Any = None
 
 
 class MiDashengLMPreTrainedModel(PreTrainedModel):
@@ -211,16 +206,25 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
             inputs_embeds = self.fuse(input_ids, input_values, audio_length, audio_features)
         outputs = self.decoder.model(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids,
-            past_key_values=past_key_values, use_cache=False if labels is not None else use_cache,
-            **{**kwargs, "return_dict": True},
+            use_cache=False if labels is not None else use_cache,
+            **{**kwargs, **self._cached(past_key_values), "return_dict": True},
         )  # fmt: skip
         hidden = outputs.last_hidden_state
         loss = None if labels is None else self._loss(hidden, labels, num_items_in_batch)
         logits = self._logits(hidden, logits_to_keep) if labels is None or return_logits else None
         return MiDashengLMOutput(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states, attentions=outputs.attentions,
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions,
+            **{self._cache_name: getattr(outputs, self._cache_name)},
         )  # fmt: skip
+
+    @property
+    def _cache_name(self) -> str:
+        """What the decoder calls its cache: transformers 5.24 gave it a new name."""
+        parameters = inspect.signature(type(self.decoder.model).forward).parameters
+        return "cache" if "cache" in parameters else "past_key_values"
+
+    def _cached(self, cache: Any) -> dict[str, Any]:
+        return {} if cache is None else {self._cache_name: cache}
 
     def _logits(self, hidden: Tensor, keep: int | Tensor) -> Tensor:
         kept = slice(-keep, None) if isinstance(keep, int) else keep
