@@ -102,3 +102,12 @@ def test_a_target_that_matches_nothing_is_an_error(golden, tmp_path, monkeypatch
 def test_the_adapter_names_its_base(golden):
     model, _ = adapt(load(golden, "A-small"), ("projector",))
     assert model.peft_config["default"].base_model_name_or_path == "some/base"
+
+
+@pytest.mark.parametrize(
+    ("targets", "is_needed"), [(("decoder",), False), (("decoder", "lm_head"), False), (("projector",), True)]
+)
+def test_the_decoder_alone_computes_nothing_backwards_through_the_encoder(golden, targets, is_needed):
+    model, _ = adapt(load(golden, "A-small"), targets)
+    features = model.train().base_model.model.audio_features(torch.randn(2, 16_000))
+    assert features.requires_grad == is_needed
