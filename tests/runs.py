@@ -8,9 +8,11 @@ from typing import Any
 import soundfile
 
 from mdl_toolkit.options import TrainOptions
+from mdl_toolkit.runlog import read_log
 from waves import wave
 
 ANSWERS = ("rain", "A dog barking.", "music and engine noise", "狗在叫", "click", "the quick brown fox jumps")
+TIMES = {"elapsed", "waited"}  # in the log: never the same
 LENGTHS = (16_000, 9_000, 32_333, 3_300, 20_111, 5_000)
 
 
@@ -54,3 +56,11 @@ def train_options(data: Path, model: Path, output: Path, **changes: Any) -> Trai
 
 def files_below(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def history(output):
+    """What was logged, without times."""
+    return [
+        {name: value for name, value in line.items() if name not in TIMES}
+        for line in read_log(output / "log.jsonl")
+    ]

@@ -19,16 +19,14 @@ from mdl_toolkit.features import FeatureCache
 from mdl_toolkit.model.encoder import MiDashengEncoder
 from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.options import ConvertOptions
-from mdl_toolkit.runlog import read_log
 from mdl_toolkit.settings import as_command
 from mdl_toolkit.training import train
 from old_version import old_rows, recordings, save
-from runs import LENGTHS, files_below, make_csv, train_options
+from runs import LENGTHS, files_below, history, make_csv, train_options
 from test_checkpoints import same_weights
 
 MODEL = Path(__file__).parent / "golden/checkpoints/A-small"
 ROWS, EVAL_ROWS = 11, 5
-TIMES = {"elapsed", "waited"}
 
 
 def options_of(place, output, **changes):
@@ -44,14 +42,6 @@ def options_of(place, output, **changes):
 
 def command(place, output, *words, **changes):
     return [*as_command(options_of(place, output, **changes)).split()[1:], *words]
-
-
-def history(output):
-    """What was logged, without times."""
-    return [
-        {name: value for name, value in line.items() if name not in TIMES}
-        for line in read_log(output / "log.jsonl")
-    ]
 
 
 def check_follows(output, plain, tolerance=1e-5):
@@ -305,7 +295,7 @@ def bytes_needed(dtype_bytes):
 @pytest.mark.parametrize(("bf16", "dtype_bytes"), [(False, 4), (True, 2)])
 def test_the_size_is_estimated_before_weights_are_loaded(place, tmp_path, monkeypatch, bf16, dtype_bytes):
     needed = bytes_needed(dtype_bytes)
-    monkeypatch.setattr(features, "_megabytes", lambda size: f"{size} B")
+    monkeypatch.setattr(features, "size", lambda size: f"{size} B")
     usage = shutil._ntuple_diskusage(10**12, 10**12, needed - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(InputError) as caught:
@@ -331,7 +321,7 @@ def test_the_estimate_is_what_is_written(place, tmp_path, monkeypatch, capsys, b
         return real(self, dataset, shares, files)
 
     monkeypatch.setattr(FeatureCache, "_opened", opened)
-    monkeypatch.setattr(features, "_megabytes", lambda size: f"{size} B")
+    monkeypatch.setattr(features, "size", lambda size: f"{size} B")
     train(options_of(place, tmp_path / "run", bf16=bf16))
     assert sum(written) == bytes_needed(2 if bf16 else 4)
     assert f"audio features: {sum(written)} B in " in capsys.readouterr().err

@@ -23,13 +23,12 @@ from mdl_toolkit.options import ConvertOptions
 from mdl_toolkit.runlog import read_log
 from mdl_toolkit.settings import as_command
 from mdl_toolkit.training import train
-from runs import make_csv, train_options
+from runs import history, make_csv, train_options
 from test_checkpoints import same_weights
 
 MODEL = Path(__file__).parent / "golden/checkpoints/A-small"
 STEPS = 9  # 11 rows in steps of 4, three epochs: each ends with a partial step
 RESUME = ("--resume-from-checkpoint", "true")
-TIMES = {"elapsed", "waited"}
 
 
 def options_of(place, output, **changes):
@@ -46,14 +45,6 @@ def options_of(place, output, **changes):
 
 def command(place, output, *words, **changes):
     return [*as_command(options_of(place, output, **changes)).split()[1:], *words]
-
-
-def history(output):
-    """What was logged, without times."""
-    return [
-        {name: value for name, value in line.items() if name not in TIMES}
-        for line in read_log(output / "log.jsonl")
-    ]
 
 
 def bytes_below(folder):

@@ -24,6 +24,7 @@ from mdl_toolkit.errors import DatasetError, InputError, UsageError
 from mdl_toolkit.legacy import AnyDataset
 from mdl_toolkit.loader import GPU_THREADS, Loader
 from mdl_toolkit.loading import best_device, choose_dtype
+from mdl_toolkit.memory import size
 from mdl_toolkit.model import MiDashengLMConfig
 from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.options import TrainOptions
@@ -123,8 +124,8 @@ class FeatureCache:
         tokens = sum(int(_counts(dataset).sum()) for dataset in self._datasets)
         needed = tokens * self._hidden * self._dtype.itemsize
         free = shutil.disk_usage(self._folder).free
-        en = f"audio features: {_megabytes(needed)} in {self._folder}, where {_megabytes(free)} are free"
-        zh = f"音频特征：需要 {_megabytes(needed)}，保存在 {self._folder}（可用空间 {_megabytes(free)}）"
+        en = f"audio features: {size(needed)} in {self._folder}, where {size(free)} are free"
+        zh = f"音频特征：需要 {size(needed)}，保存在 {self._folder}（可用空间 {size(free)}）"
         if needed > free:
             raise InputError(
                 f"{en}; make room, or leave --cache-audio-features out",
@@ -212,7 +213,3 @@ class FeatureCache:
 def _counts(dataset: AnyDataset) -> Rows:
     """Audio tokens of every row, `[rows]`."""
     return np.array([audio_token_count(samples) for samples in dataset.samples.tolist()], dtype=np.int64)
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"

@@ -158,10 +158,6 @@ class RunLog:
         )
         self._mark = time.monotonic()
 
-    def share(self, seconds: float) -> float:
-        """How much of the run's time some seconds are."""
-        return seconds / max(time.monotonic() - self._began, 1e-9)
-
     @property
     def pace(self) -> Pace:
         """How fast it was until now."""

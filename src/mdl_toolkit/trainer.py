@@ -94,14 +94,12 @@ class Outcome:
         loss: mean over the steps of this process's life.
         eval_loss: the last evaluation's; None if there was none.
         best: the best evaluation.
-        waited: share of the time that was spent waiting for data.
     """
 
     steps: int
     loss: float
     eval_loss: float | None
     best: Best
-    waited: float
 
 
 @dataclass
@@ -180,8 +178,7 @@ class Trainer:
                 self.world.wait()  # all end together, when all is saved: a launcher ends those left behind
                 raise KeyboardInterrupt
         steps = self.step - self.first_step
-        waited = self.log.share(self.loader.waited)
-        return Outcome(self.step, losses / max(steps, 1), self.eval_loss, self.best, waited)
+        return Outcome(self.step, losses / max(steps, 1), self.eval_loss, self.best)
 
     def _do_what_is_due(self) -> None:
         if self.step in self.schedule.evaluating and not self.must_stop:
