@@ -31,10 +31,11 @@ from mdl_toolkit.loading import load_model
 from mdl_toolkit.lora import add_adapters
 from mdl_toolkit.low_rank import CHECKPOINTING
 from mdl_toolkit.model import MiDashengLMConfig, MiDashengLMModel
-from mdl_toolkit.options import ConvertOptions, TrainOptions
+from mdl_toolkit.options import ConvertOptions
 from mdl_toolkit.runlog import read_log
 from mdl_toolkit.sampling import Sampling
 from mdl_toolkit.training import train
+from mdl_toolkit.training_options import TrainOptions
 
 CLIPS, SHORTEST, LONGEST = 64, 1.0, 12.0  # seconds
 BATCH, EPOCHS, RANK = 8, 3, 32

@@ -7,8 +7,8 @@ from typing import Any
 
 import soundfile
 
-from mdl_toolkit.options import TrainOptions
 from mdl_toolkit.runlog import read_log
+from mdl_toolkit.training_options import TrainOptions
 from waves import wave
 
 ANSWERS = ("rain", "A dog barking.", "music and engine noise", "狗在叫", "click", "the quick brown fox jumps")

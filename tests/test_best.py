@@ -11,10 +11,11 @@ from mdl_toolkit.answering import Questions
 from mdl_toolkit.errors import UsageError
 from mdl_toolkit.inference import infer
 from mdl_toolkit.metrics import METRICS, normalized
-from mdl_toolkit.options import InferenceOptions, TrainOptions
+from mdl_toolkit.result_options import InferenceOptions
 from mdl_toolkit.runlog import read_log
 from mdl_toolkit.trainer import Trainer
 from mdl_toolkit.training import train
+from mdl_toolkit.training_options import TrainOptions
 from runs import ANSWERS, copy_checkpoint, make_csv, train_options
 
 

@@ -20,7 +20,8 @@ from mdl_toolkit.errors import InputError, RowProblem, RowsError
 from mdl_toolkit.kinds import BOOLEAN, is_boolean_word
 from mdl_toolkit.language import Text
 from mdl_toolkit.option import Options, fields_in_order, setting_of, spelling
-from mdl_toolkit.options import ConvertOptions, TrainOptions
+from mdl_toolkit.options import ConvertOptions
+from mdl_toolkit.training_options import TrainOptions
 
 ROOMS = {
     "conversion": "convert_dataset",

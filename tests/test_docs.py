@@ -11,8 +11,8 @@ from cli_reference import PAGES, REGION, refreshed
 from mdl_toolkit.cli import PROGRAM, toolkit
 from mdl_toolkit.cli_options import Session
 from mdl_toolkit.option import Options
-from mdl_toolkit.options import TrainOptions
 from mdl_toolkit.settings import to_yaml
+from mdl_toolkit.training_options import TrainOptions
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

@@ -12,7 +12,7 @@ from mdl_toolkit.export import export, merge
 from mdl_toolkit.loading import load_model
 from mdl_toolkit.lora import add_adapters
 from mdl_toolkit.model import MiDashengLMModel
-from mdl_toolkit.options import TrainOptions
+from mdl_toolkit.training_options import TrainOptions
 from runs import copy_checkpoint, files_below
 
 CPU = torch.device("cpu")

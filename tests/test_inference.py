@@ -12,7 +12,7 @@ from mdl_toolkit import answering, inference
 from mdl_toolkit.errors import InputError, ModelError, RowsError
 from mdl_toolkit.inference import infer
 from mdl_toolkit.model import MiDashengLMModel
-from mdl_toolkit.options import InferenceOptions
+from mdl_toolkit.result_options import InferenceOptions
 from mdl_toolkit.settings import read_settings
 from mdl_toolkit.training import train
 from runs import copy_checkpoint, files_below, make_csv, make_rows, train_options, write_csv

@@ -18,9 +18,9 @@ from mdl_toolkit.low_rank import CHECKPOINTING
 from mdl_toolkit.memory import MemoryPlan, plan_memory
 from mdl_toolkit.model import MiDashengLMConfig, MiDashengLMModel
 from mdl_toolkit.model.lengths import audio_token_count
-from mdl_toolkit.options import TrainOptions
 from mdl_toolkit.sampling import Sampling
 from mdl_toolkit.trained import Trained
+from mdl_toolkit.training_options import TrainOptions
 
 CPU = torch.device("cpu")
 LORA = ("encoder", "projector", "decoder")

@@ -17,8 +17,10 @@ from mdl_toolkit.cli import toolkit
 from mdl_toolkit.cli_options import OptionsCommand, wrap
 from mdl_toolkit.errors import InputError, UsageError
 from mdl_toolkit.option import Options, setting_of, shown_name
-from mdl_toolkit.options import CompletionOptions, ConvertOptions, DemoOptions, InferenceOptions, TrainOptions
+from mdl_toolkit.options import CompletionOptions, ConvertOptions, DemoOptions
+from mdl_toolkit.result_options import InferenceOptions
 from mdl_toolkit.settings import as_command, from_mapping, read_settings, to_yaml
+from mdl_toolkit.training_options import TrainOptions
 
 COMMANDS: dict[str, type[Options]] = {
     options.COMMAND: options

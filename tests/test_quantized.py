@@ -17,7 +17,8 @@ from mdl_toolkit.dataset import ConvertedDataset
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.inference import infer
 from mdl_toolkit.loading import load_model, quiet_peft
-from mdl_toolkit.options import ConvertOptions, InferenceOptions
+from mdl_toolkit.options import ConvertOptions
+from mdl_toolkit.result_options import InferenceOptions
 from mdl_toolkit.training import train
 from runs import ANSWERS, copy_checkpoint, files_below, make_csv, train_options
 

@@ -12,11 +12,11 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fleet import fleet, slow_steps, start_ranks
-from mdl_toolkit.options import TrainOptions
 from mdl_toolkit.runlog import read_log
 from mdl_toolkit.settings import as_command
 from mdl_toolkit.trackers import Trackers
 from mdl_toolkit.training import train
+from mdl_toolkit.training_options import TrainOptions
 from runs import files_below, make_csv, train_options
 
 MODEL = Path(__file__).parent / "golden/checkpoints/A-small"

@@ -21,12 +21,13 @@ from mdl_toolkit.conversion import convert_dataset
 from mdl_toolkit.dataset import ConvertedDataset
 from mdl_toolkit.errors import DatasetError, InputError, ModelError, ToolkitError, UsageError
 from mdl_toolkit.loading import load_model, quiet_peft
-from mdl_toolkit.options import ConvertOptions, TrainOptions
+from mdl_toolkit.options import ConvertOptions
 from mdl_toolkit.runlog import read_log
 from mdl_toolkit.sampling import Sampling
 from mdl_toolkit.settings import read_settings
 from mdl_toolkit.trainer import Schedule
 from mdl_toolkit.training import train
+from mdl_toolkit.training_options import TrainOptions
 from runs import ANSWERS, copy_checkpoint, files_below, make_csv, make_rows, train_options, write_csv
 
 ALL = ("encoder", "projector", "decoder", "embed_tokens", "lm_head")

@@ -12,9 +12,9 @@ from mdl_toolkit.language import Text
 from mdl_toolkit.legacy import AnyDataset
 from mdl_toolkit.lora import TargetCount
 from mdl_toolkit.memory import MemoryPlan
-from mdl_toolkit.options import TrainOptions
 from mdl_toolkit.runlog import Pace, Smooth, read_log
 from mdl_toolkit.sampling import Sampling
+from mdl_toolkit.training_options import TrainOptions
 
 MOST_EVALUATIONS = 10  # shown at the end: the last ones, and the best one
 HOUR = 3600.0

@@ -28,13 +28,9 @@ from mdl_toolkit.errors import ToolkitError
 from mdl_toolkit.kinds import TRUE_WORDS
 from mdl_toolkit.language import Text
 from mdl_toolkit.option import Options
-from mdl_toolkit.options import (
-    CompletionOptions,
-    ConvertOptions,
-    DemoOptions,
-    InferenceOptions,
-    TrainOptions,
-)  # fmt: skip
+from mdl_toolkit.options import CompletionOptions, ConvertOptions, DemoOptions
+from mdl_toolkit.result_options import InferenceOptions
+from mdl_toolkit.training_options import TrainOptions
 
 PROGRAM = "mdl-toolkit"
 SUMMARY = Text(

@@ -22,9 +22,11 @@ from mdl_toolkit.evaluation import accuracy, confusion_table
 from mdl_toolkit.inference import infer
 from mdl_toolkit.loading import quiet_libraries
 from mdl_toolkit.option import Options
-from mdl_toolkit.options import ConvertOptions, DemoOptions, InferenceOptions, TrainOptions
+from mdl_toolkit.options import ConvertOptions, DemoOptions
+from mdl_toolkit.result_options import InferenceOptions
 from mdl_toolkit.settings import SETTINGS_FILE, as_command
 from mdl_toolkit.training import train
+from mdl_toolkit.training_options import TrainOptions
 
 PROMPT = "Which language is spoken?"
 EVAL_SHARE = 9  # every so many rows of each language of train.csv are held out to evaluate on

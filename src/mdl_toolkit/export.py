@@ -15,9 +15,9 @@ from torch import Tensor
 
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
-from mdl_toolkit.options import TrainOptions
 from mdl_toolkit.outputs import replacing
 from mdl_toolkit.settings import SETTINGS_FILE, to_yaml
+from mdl_toolkit.training_options import TrainOptions
 
 _PREFIX = "base_model.model."
 _EMBEDDING, _HEAD = "decoder.model.embed_tokens.weight", "decoder.lm_head.weight"

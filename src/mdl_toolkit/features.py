@@ -27,9 +27,9 @@ from mdl_toolkit.loading import best_device, choose_dtype
 from mdl_toolkit.memory import size
 from mdl_toolkit.model import MiDashengLMConfig
 from mdl_toolkit.model.lengths import audio_token_count
-from mdl_toolkit.options import TrainOptions
 from mdl_toolkit.outputs import writing
 from mdl_toolkit.sampling import Rows
+from mdl_toolkit.training_options import TrainOptions
 
 FROZEN = ("encoder", "projector")
 

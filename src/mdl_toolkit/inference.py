@@ -33,8 +33,8 @@ from mdl_toolkit.loading import (
     read_text_files,
 )
 from mdl_toolkit.manifest import Manifest
-from mdl_toolkit.options import InferenceOptions
 from mdl_toolkit.outputs import removing_empty
+from mdl_toolkit.result_options import InferenceOptions
 from mdl_toolkit.settings import SETTINGS_FILE, to_yaml
 from mdl_toolkit.tokens import Encoder
 

@@ -26,8 +26,8 @@ from mdl_toolkit.loading import quiet_libraries, read_json
 from mdl_toolkit.lora import FULL_TARGETS, LORA_TARGETS, add_adapters
 from mdl_toolkit.model.configuration import MiDashengLMConfig
 from mdl_toolkit.model.lengths import patch_count
-from mdl_toolkit.options import TrainOptions
 from mdl_toolkit.sampling import Sampling
+from mdl_toolkit.training_options import TrainOptions
 
 SMALL_SHARE = 0.1  # of the whole: it does not help to lower what is less
 LOW_RANK = 8  # of adapters; does for simple tasks

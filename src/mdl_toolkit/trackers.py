@@ -6,7 +6,7 @@ from typing import Any
 
 from mdl_toolkit.console import is_first_process
 from mdl_toolkit.errors import ToolkitError, UsageError
-from mdl_toolkit.options import TrainOptions
+from mdl_toolkit.training_options import TrainOptions
 
 
 class Trackers:

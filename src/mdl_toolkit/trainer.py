@@ -25,13 +25,13 @@ from mdl_toolkit.errors import ModelError, ToolkitError
 from mdl_toolkit.loader import GPU_THREADS, Loader
 from mdl_toolkit.low_rank import CHECKPOINTING
 from mdl_toolkit.metrics import LOSS
-from mdl_toolkit.options import TrainOptions
 from mdl_toolkit.runlog import RunLog
 from mdl_toolkit.sampling import Rows, Sampling
 from mdl_toolkit.settings import to_yaml
 from mdl_toolkit.stopping import StopRequest
 from mdl_toolkit.tokens import IGNORE_INDEX
 from mdl_toolkit.trained import Trained
+from mdl_toolkit.training_options import TrainOptions
 
 MAX_NORM = 1.0  # of the gradient, as in the HF Trainer
 MOST_ROWS_NAMED = 20

@@ -52,7 +52,7 @@ from mdl_toolkit.lora import TargetCount, add_adapters, check_resumable
 from mdl_toolkit.memory import plan_memory
 from mdl_toolkit.metrics import METRICS
 from mdl_toolkit.option import spelling
-from mdl_toolkit.options import ConversionOptions, TrainOptions
+from mdl_toolkit.options import ConversionOptions
 from mdl_toolkit.outputs import check_apart, removing_empty, writing
 from mdl_toolkit.runlog import RunLog
 from mdl_toolkit.sampling import Sampling
@@ -60,6 +60,7 @@ from mdl_toolkit.settings import SETTINGS_FILE, read_settings, to_yaml
 from mdl_toolkit.tokens import Encoder
 from mdl_toolkit.trackers import Trackers, check_trackers
 from mdl_toolkit.trainer import Outcome, Schedule, Trainer, check_steps
+from mdl_toolkit.training_options import TrainOptions
 
 MEMORY_REMEDY = Text(
     "lower --batch-size and raise --gradient-accumulation-steps, or try --quantization 4bit",
