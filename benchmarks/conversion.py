@@ -32,8 +32,9 @@ from mdl_toolkit.audio import SAMPLE_RATE
 from mdl_toolkit.conversion import convert_rows, read_rows
 from mdl_toolkit.dataset import ConvertedDataset
 from mdl_toolkit.demo import PROMPT, make_tiny_model
-from mdl_toolkit.loading import quiet_libraries, read_text_files
+from mdl_toolkit.loading import quiet_libraries
 from mdl_toolkit.options import ConvertOptions
+from mdl_toolkit.text_files import read_text_files
 from mdl_toolkit.tokens import Encoder
 
 RUNS, LONG_RUNS, COMMAND_RUNS = 5, 3, 3

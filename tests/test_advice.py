@@ -9,9 +9,9 @@ from mdl_toolkit.advice import LossWatch, advise, find_leaks
 from mdl_toolkit.conversion import convert_dataset
 from mdl_toolkit.dataset import ConvertedDataset
 from mdl_toolkit.legacy import LegacyDataset
-from mdl_toolkit.loading import read_text_files
 from mdl_toolkit.options import ConvertOptions
 from mdl_toolkit.runlog import read_log
+from mdl_toolkit.text_files import read_text_files
 from mdl_toolkit.tokens import Encoder
 from mdl_toolkit.training import train
 from old_version import old_rows, save

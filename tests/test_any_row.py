@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from mdl_toolkit.conversion import convert_dataset
 from mdl_toolkit.dataset import ConvertedDataset
-from mdl_toolkit.loading import read_text_files
 from mdl_toolkit.options import ConvertOptions
+from mdl_toolkit.text_files import read_text_files
 from mdl_toolkit.tokens import IGNORE_INDEX, Encoder
 
 MODEL = Path(__file__).parent / "golden/checkpoints/A-small"

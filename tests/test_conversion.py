@@ -19,10 +19,10 @@ from mdl_toolkit import __version__, conversion, plan
 from mdl_toolkit.conversion import convert_dataset, convert_rows, read_rows
 from mdl_toolkit.dataset import ConvertedDataset
 from mdl_toolkit.errors import InputError, ModelError, RowsError
-from mdl_toolkit.loading import read_text_files
 from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.options import ConvertOptions
 from mdl_toolkit.settings import SETTINGS_FILE, from_mapping, read_settings
+from mdl_toolkit.text_files import read_text_files
 from mdl_toolkit.tokens import IGNORE_INDEX, Encoder
 from recordings import pcm_wav
 from runs import copy_checkpoint, files_below, make_rows, write_csv

@@ -31,9 +31,9 @@ from mdl_toolkit.dataset import (
     write_metadata,
 )
 from mdl_toolkit.errors import DatasetError, InputError
-from mdl_toolkit.loading import TextFiles
 from mdl_toolkit.outputs import check_apart, replacing
 from mdl_toolkit.packing import PackedAudio, pack_audio, unpack_audio
+from mdl_toolkit.text_files import TextFiles
 from mdl_toolkit.tokens import Tokens
 from runs import files_below
 from waves import wave

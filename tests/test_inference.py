@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from mdl_toolkit import answering, inference
 from mdl_toolkit.errors import InputError, ModelError, RowsError
 from mdl_toolkit.inference import infer
+from mdl_toolkit.loading import load_for_inference
 from mdl_toolkit.model import MiDashengLMModel
 from mdl_toolkit.result_options import InferenceOptions
 from mdl_toolkit.settings import read_settings
@@ -81,7 +82,7 @@ def test_each_row_has_its_own_budget(model, tmp_path, monkeypatch):
 
 
 def test_rows_too_long_are_all_reported_before_weights_are_loaded(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(inference, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(inference, "load_for_inference", lambda *_, **__: pytest.fail("weights were loaded"))
     rows = make_rows(tmp_path / "audio", 3)
     rows[0]["user_prompt"] = rows[2]["user_prompt"] = "long " * 40
     source = write_csv(tmp_path / "in.csv", rows)
@@ -190,7 +191,7 @@ def test_an_adapter_whose_base_is_gone(model, tmp_path, monkeypatch):
 
 def test_bf16_base_is_answered_in_float32_on_a_cpu(model, tmp_path):
     MiDashengLMModel.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(model)
-    loaded = inference.load_for_inference(str(model), from_modelscope=False)
+    loaded = load_for_inference(str(model), from_modelscope=False)
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
     assert len(infer(options(make_csv(tmp_path, 2), model, tmp_path / "out.csv"))) == 2
 

@@ -22,9 +22,9 @@ from mdl_toolkit.conversion import convert_dataset
 from mdl_toolkit.dataset import ConvertedDataset, Sample
 from mdl_toolkit.errors import DatasetError, ToolkitError
 from mdl_toolkit.legacy import LegacyDataset, is_legacy
-from mdl_toolkit.loading import read_text_files
 from mdl_toolkit.options import ConvertOptions
 from mdl_toolkit.runlog import read_log
+from mdl_toolkit.text_files import read_text_files
 from mdl_toolkit.tokens import Encoder
 from mdl_toolkit.training import train
 from old_version import (

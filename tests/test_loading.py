@@ -16,15 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mdl_toolkit.errors import ModelError
-from mdl_toolkit.loading import (
-    best_device,
-    choose_dtype,
-    find_model,
-    load_model,
-    need,
-    read_json,
-    read_text_files,
-)
+from mdl_toolkit.folders import find_model, need, read_json
+from mdl_toolkit.loading import best_device, choose_dtype, load_model
+from mdl_toolkit.text_files import read_text_files
 from mdl_toolkit.tokens import Encoder
 from runs import copy_checkpoint
 
@@ -103,7 +97,7 @@ def test_offline(name):
 
 def test_a_hub_that_cannot_be_reached():
     code = (
-        "import sys\nfrom mdl_toolkit.errors import ModelError\nfrom mdl_toolkit.loading import find_model\n"
+        "import sys\nfrom mdl_toolkit.errors import ModelError\nfrom mdl_toolkit.folders import find_model\n"
         "try:\n    find_model(sys.argv[1], from_modelscope=False, weights=True)\n"
         "except ModelError as problem:\n    print(problem.text.en)\n    print(problem.text.zh)\n"
     )

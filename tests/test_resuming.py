@@ -32,8 +32,8 @@ from commands import (
 from mdl_toolkit import conversion, plan, shards
 from mdl_toolkit.dataset import ConvertedDataset
 from mdl_toolkit.errors import DatasetError, RowsError
-from mdl_toolkit.loading import read_text_files
 from mdl_toolkit.options import ConvertOptions
+from mdl_toolkit.text_files import read_text_files
 from mdl_toolkit.tokens import IGNORE_INDEX, Encoder
 from runs import copy_checkpoint, write_csv
 from waves import wave

@@ -18,7 +18,7 @@ from mdl_toolkit.checkpoints import Checkpoint, checkpoints, damage, save
 from mdl_toolkit.conversion import convert_dataset
 from mdl_toolkit.dataset import ConvertedDataset
 from mdl_toolkit.errors import ModelError, ToolkitError
-from mdl_toolkit.loading import read_json
+from mdl_toolkit.folders import read_json
 from mdl_toolkit.options import ConvertOptions
 from mdl_toolkit.runlog import read_log
 from mdl_toolkit.settings import as_command

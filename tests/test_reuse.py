@@ -12,8 +12,8 @@ from commands import MODEL, data_of, make_place, names
 from mdl_toolkit.conversion import PLAN_FILE, convert_rows, read_rows
 from mdl_toolkit.dataset import RECORD_FILE, ConvertedDataset, Record
 from mdl_toolkit.errors import RowsError
-from mdl_toolkit.loading import read_text_files
 from mdl_toolkit.options import ConvertOptions
+from mdl_toolkit.text_files import read_text_files
 from mdl_toolkit.tokens import Encoder
 
 

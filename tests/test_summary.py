@@ -17,10 +17,10 @@ from mdl_toolkit.audio import Clip
 from mdl_toolkit.dataset import Record
 from mdl_toolkit.errors import MOST_ROWS_SHOWN, Problems, RowProblem
 from mdl_toolkit.language import Text
-from mdl_toolkit.loading import TextFiles
 from mdl_toolkit.manifest import Row
 from mdl_toolkit.options import ConvertOptions
 from mdl_toolkit.summary import Tally, say_summary, warn_of
+from mdl_toolkit.text_files import TextFiles
 
 FILES = TextFiles("{}", "{{ x }}", ())
 OPTIONS = ConvertOptions(model_name="m", input="rows.csv", output="out", system_prompt="Kurz.")

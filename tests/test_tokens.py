@@ -18,9 +18,9 @@ from transformers import AutoTokenizer
 
 import mdl_toolkit.model.registration  # noqa: F401 - so that AutoTokenizer knows the model
 from mdl_toolkit.errors import ModelError
-from mdl_toolkit.loading import read_text_files
 from mdl_toolkit.manifest import Row
 from mdl_toolkit.model.lengths import audio_token_count
+from mdl_toolkit.text_files import read_text_files
 from mdl_toolkit.tokens import IGNORE_INDEX, Encoder, Tokens
 
 CHECKPOINTS = Path(__file__).parent / "golden/checkpoints"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mdl_toolkit.console import warn
 from mdl_toolkit.errors import ModelError
-from mdl_toolkit.loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
+from mdl_toolkit.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 from mdl_toolkit.outputs import to_disk
 from mdl_toolkit.settings import SETTINGS_FILE
 

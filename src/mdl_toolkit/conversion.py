@@ -23,8 +23,8 @@ from mdl_toolkit.console import Progress, progress, say, warn
 from mdl_toolkit.dataset import FORMAT, ConvertedDataset, Record, check_output, write_metadata
 from mdl_toolkit.download import Downloads
 from mdl_toolkit.errors import DatasetError, Problems, RowsError, UsageError
+from mdl_toolkit.folders import find_model
 from mdl_toolkit.journal import WorkFolder
-from mdl_toolkit.loading import find_model, read_text_files
 from mdl_toolkit.manifest import Manifest, Row, is_url, read_manifest
 from mdl_toolkit.options import ConversionOptions, ConvertOptions
 from mdl_toolkit.outputs import check_apart, removing_empty, writing
@@ -32,6 +32,7 @@ from mdl_toolkit.plan import Plan, Shard, rows_of, survey
 from mdl_toolkit.settings import SETTINGS_FILE, to_yaml
 from mdl_toolkit.shards import Job, ShardTask, Step
 from mdl_toolkit.summary import Tally, say_summary, warn_of
+from mdl_toolkit.text_files import read_text_files
 from mdl_toolkit.tokens import Encoder
 from mdl_toolkit.workers import default_workers, work_through
 

@@ -19,9 +19,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mdl_toolkit.errors import DatasetError, InputError
-from mdl_toolkit.loading import TextFiles
 from mdl_toolkit.outputs import to_disk, writing
 from mdl_toolkit.packing import PackedAudio, unpack_audio
+from mdl_toolkit.text_files import TextFiles
 from mdl_toolkit.tokens import IGNORE_INDEX, Tokens
 
 RECORD_FILE = "mdl-toolkit.json"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mdl_toolkit.errors import ModelError
-from mdl_toolkit.loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
+from mdl_toolkit.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 from mdl_toolkit.outputs import replacing
 from mdl_toolkit.settings import SETTINGS_FILE, to_yaml
 from mdl_toolkit.training_options import TrainOptions

@@ -19,23 +19,15 @@ from mdl_toolkit.batching import Collator
 from mdl_toolkit.console import progress, say
 from mdl_toolkit.conversion import convert_rows, read_rows
 from mdl_toolkit.dataset import ConvertedDataset
-from mdl_toolkit.errors import InputError, ModelError, RowProblem, RowsError
+from mdl_toolkit.errors import InputError, RowProblem, RowsError
+from mdl_toolkit.folders import ADAPTER_CONFIG, find_model
 from mdl_toolkit.language import Text
-from mdl_toolkit.loading import (
-    ADAPTER_CONFIG,
-    best_device,
-    choose_dtype,
-    explaining_memory,
-    find_model,
-    load_model,
-    quiet_peft,
-    read_json,
-    read_text_files,
-)
+from mdl_toolkit.loading import base_of, explaining_memory, load_for_inference
 from mdl_toolkit.manifest import Manifest
 from mdl_toolkit.outputs import removing_empty
 from mdl_toolkit.result_options import InferenceOptions
 from mdl_toolkit.settings import SETTINGS_FILE, to_yaml
+from mdl_toolkit.text_files import read_text_files
 from mdl_toolkit.tokens import Encoder
 
 MEMORY_REMEDY = Text("lower --batch-size", "请减小 --batch-size")
@@ -82,7 +74,7 @@ def _answer_all(manifest: Manifest, place: Path, options: InferenceOptions) -> l
     is_local = Path(options.model_name).is_dir()
     folder = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=is_local)
     if is_local and (folder / ADAPTER_CONFIG).is_file():
-        _base_of(folder, from_modelscope=options.from_modelscope)
+        base_of(folder, from_modelscope=options.from_modelscope)
     encoder = Encoder(read_text_files(folder))
     convert_rows(manifest, place / "dataset", encoder, options, with_answer=False)
     dataset = ConvertedDataset(place / "dataset")
@@ -116,46 +108,6 @@ def _too_long(length: int, max_length: int) -> Text:
         f"the prompt alone takes {length} tokens; --max-length {max_length} must be at least {length + 1}",
         f"仅提示就有 {length} 个词元；--max-length {max_length} 至少应为 {length + 1}",
     )
-
-
-def load_for_inference(name: str, *, from_modelscope: bool) -> Any:
-    """A model ready to answer: a full one, or an adapter on the base that it names (rule 40).
-
-    Raises:
-        ModelError: the model, or the adapter's base, is not to be had.
-    """
-    folder = find_model(name, from_modelscope=from_modelscope, weights=True)
-    dtype, device = choose_dtype(None), best_device()
-    if not (folder / ADAPTER_CONFIG).is_file():
-        return load_model(folder, dtype=dtype, device=device).eval()
-    from peft import PeftModel
-
-    model = load_model(_base_of(folder, from_modelscope=from_modelscope), dtype=dtype, device=device)
-    try:
-        with quiet_peft():
-            return PeftModel.from_pretrained(
-                model, folder, torch_device=str(device), use_safetensors=True
-            ).eval()
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as problem:
-        reason = " ".join(str(problem).split())[:300]
-        raise ModelError(
-            f"{folder}: the adapter does not fit its base: {reason}",
-            f"{folder}：适配器与基础模型不符：{reason}",
-        ) from problem
-
-
-def _base_of(adapter: Path, *, from_modelscope: bool) -> Path:
-    """The folder of the base model that an adapter names.
-
-    Raises:
-        ModelError: it names none, or that is not to be had.
-    """
-    base = read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
-    if not isinstance(base, str):
-        raise ModelError(
-            f"{adapter}: the adapter does not name its base model", f"{adapter}：适配器未记录基础模型"
-        )
-    return find_model(base, from_modelscope=from_modelscope, weights=True)
 
 
 def _batches(

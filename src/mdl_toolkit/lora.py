@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from mdl_toolkit.errors import ModelError
-from mdl_toolkit.loading import ADAPTER_CONFIG, quiet_peft, read_json
+from mdl_toolkit.folders import ADAPTER_CONFIG, read_json
+from mdl_toolkit.loading import quiet_peft
 
 LORA_TARGETS = {
     "encoder": r"audio_encoder\.blocks\.\d+\.(?:attn\.(?:qkv|proj)|mlp\.fc[12])",

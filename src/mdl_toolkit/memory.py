@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 
 from mdl_toolkit.distributed import BUCKET
 from mdl_toolkit.errors import ModelError
+from mdl_toolkit.folders import read_json
 from mdl_toolkit.free_memory import free_memory
 from mdl_toolkit.language import Text
-from mdl_toolkit.loading import quiet_libraries, read_json
+from mdl_toolkit.loading import quiet_libraries
 from mdl_toolkit.lora import FULL_TARGETS, LORA_TARGETS, add_adapters
 from mdl_toolkit.model.configuration import MiDashengLMConfig
 from mdl_toolkit.model.lengths import patch_count

@@ -13,9 +13,9 @@ from mdl_toolkit.console import say, warn
 from mdl_toolkit.dataset import Record
 from mdl_toolkit.errors import Problems, RowProblem
 from mdl_toolkit.language import Text
-from mdl_toolkit.loading import TextFiles
 from mdl_toolkit.manifest import Row
 from mdl_toolkit.options import ConversionOptions
+from mdl_toolkit.text_files import TextFiles
 
 PCM_BYTES = 2  # a 16-bit sample
 

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer
 
 from mdl_toolkit.conversation import AudioMarks, ChatTemplate, Segment, messages_of
 from mdl_toolkit.errors import ModelError
-from mdl_toolkit.loading import TextFiles
 from mdl_toolkit.manifest import Row
+from mdl_toolkit.text_files import TextFiles
 
 IGNORE_INDEX = -100
 

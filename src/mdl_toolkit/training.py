@@ -33,21 +33,10 @@ from mdl_toolkit.distributed import World, joined
 from mdl_toolkit.errors import DatasetError, InputError
 from mdl_toolkit.export import export
 from mdl_toolkit.features import FeatureCache, check_frozen
+from mdl_toolkit.folders import BITSANDBYTES, check_trainable, find_model, need
 from mdl_toolkit.language import Text
 from mdl_toolkit.legacy import AnyDataset, LegacyDataset, is_legacy
-from mdl_toolkit.loading import (
-    BITSANDBYTES,
-    TextFiles,
-    best_device,
-    check_trainable,
-    choose_dtype,
-    explaining_memory,
-    find_model,
-    load_model,
-    need,
-    quiet_libraries,
-    read_text_files,
-)
+from mdl_toolkit.loading import best_device, choose_dtype, explaining_memory, load_model, quiet_libraries
 from mdl_toolkit.lora import TargetCount, add_adapters, check_resumable
 from mdl_toolkit.memory import plan_memory
 from mdl_toolkit.metrics import METRICS
@@ -57,6 +46,7 @@ from mdl_toolkit.outputs import check_apart, removing_empty, writing
 from mdl_toolkit.runlog import RunLog
 from mdl_toolkit.sampling import Sampling
 from mdl_toolkit.settings import SETTINGS_FILE, read_settings, to_yaml
+from mdl_toolkit.text_files import TextFiles, read_text_files
 from mdl_toolkit.tokens import Encoder
 from mdl_toolkit.trackers import Trackers, check_trackers
 from mdl_toolkit.trainer import Outcome, Schedule, Trainer, check_steps

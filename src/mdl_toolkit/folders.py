@@ -1,0 +1,184 @@
+"""A name or path to a model's folder, and what its small files say.
+
+Names are looked up on Hugging Face or ModelScope; a local folder stays local. No code from a checkpoint is
+run, no pickle is read.
+"""
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mdl_toolkit.errors import ModelError
+
+MODEL_TYPE = "midashenglm"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+BITSANDBYTES = "bitsandbytes"  # the way of quantising that can be trained on
+TEXT_FILES = ("*.json", "*.jinja", "*.txt")
+WEIGHT_FILES = ("*.safetensors",)
+# What a checkpoint folder may hold beside weights: all of it travels along when a model is exported.
+ALL_FILES = (*TEXT_FILES, *WEIGHT_FILES, "*.py", "*.md", "LICENSE*", "NOTICE*")
+
+
+def find_model(name: str, *, from_modelscope: bool, weights: bool) -> Path:
+    """The folder of a model: the given one, or a download.
+
+    Args:
+        name: a local folder, or a name on the hub.
+        from_modelscope: look it up on ModelScope.
+        weights: fetch everything; otherwise only the small text files.
+
+    Raises:
+        ModelError: it is neither here nor to be had, or it is not a MiDashengLM.
+    """
+    local = Path(name).expanduser()
+    if local.is_dir():
+        folder = local
+    elif local.exists() or name.startswith((".", "~", "/")) or name.count("/") > 1:
+        raise _nowhere(name, "there is no such folder", "没有该目录")
+    else:
+        patterns = list(ALL_FILES if weights else TEXT_FILES)
+        folder = _from_modelscope(name, patterns) if from_modelscope else _from_huggingface(name, patterns)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        _check_folder(folder, weights=weights)
+    elif weights and not (folder / ADAPTER_WEIGHTS).is_file():
+        raise ModelError(
+            f"{folder}: an adapter without weights ({ADAPTER_WEIGHTS}); copy the whole folder",
+            f"{folder}：适配器缺少权重（{ADAPTER_WEIGHTS}）；请复制整个目录",
+        )
+    return folder
+
+
+def check_trainable(folder: Path, *, quantization: str | None, merge: bool) -> None:
+    """Refuse what cannot be the base of a training.
+
+    Args:
+        folder: the base.
+        quantization: what `--quantization` asks for.
+        merge: whether the result is to be merged.
+
+    Raises:
+        ModelError: it is an adapter, or its weights are quantised already, and not in a way that can be
+            trained on under these options.
+    """
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise ModelError(
+            f"{folder}: an adapter; train the base model, or train with --merge-lora true first",
+            f"{folder}：这是适配器；请训练基础模型，或先以 --merge-lora true 得到完整模型",
+        )
+    method = quantized_by(folder)
+    if method is None:
+        return
+    if method != BITSANDBYTES:
+        raise ModelError(
+            f"{folder}: its weights are quantised already ({method}), and no gradients go through that; "
+            "train the bfloat16 or float32 model, with --quantization if memory is short",
+            f"{folder}：其权重已经量化（{method}），梯度无法通过；请训练 bfloat16 或 float32 模型，"
+            "显存不足时使用 --quantization",
+        )
+    need(BITSANDBYTES, "quantization", f"{folder} ({BITSANDBYTES})")
+    if quantization is not None or merge:
+        raise ModelError(
+            f"{folder}: its weights are quantised already ({method}); leave out --quantization, and give "
+            "--merge-lora false, as there are no unquantised weights to merge into",
+            f"{folder}：其权重已经量化（{method}）；请去掉 --quantization 并指定 --merge-lora false，"
+            "因为没有未量化的权重可供合并",
+        )
+
+
+def quantized_by(folder: Path) -> str | None:
+    """The method by which a folder's weights are quantised, or None."""
+    config = read_json(folder / "config.json").get("quantization_config")
+    return None if config is None else str(config.get("quant_method") if isinstance(config, dict) else config)
+
+
+def _check_folder(folder: Path, *, weights: bool) -> None:
+    config = read_json(folder / "config.json")
+    kind = config.get("model_type")
+    if kind != MODEL_TYPE:
+        raise ModelError(
+            f"{folder}: not a MiDashengLM (config.json says model_type {kind!r}); give a MiDashengLM folder",
+            f"{folder}：不是 MiDashengLM 模型（config.json 的 model_type 为 {kind!r}）；请指定其目录",
+        )
+    if weights and not list(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{folder}: no weights (*.safetensors); download the whole model",
+            f"{folder}：没有模型权重（*.safetensors）；请下载完整模型",
+        )
+
+
+def _from_huggingface(name: str, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return _download(name, "Hugging Face", lambda: snapshot_download(name, allow_patterns=patterns))
+
+
+def _from_modelscope(name: str, patterns: list[str]) -> Path:
+    need("modelscope", "modelscope", "--from-modelscope")
+    from modelscope import snapshot_download
+
+    return _download(name, "ModelScope", lambda: snapshot_download(name, allow_patterns=patterns))
+
+
+def _download(name: str, hub: str, fetch: Callable[[], str]) -> Path:
+    try:
+        return Path(fetch())
+    except Exception as problem:  # hubs raise a dozen kinds; each means: not to be had
+        reason = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
+        raise _nowhere(name, f"{hub} did not give it ({reason})", f"{hub} 未能提供（{reason}）") from problem
+
+
+def _nowhere(name: str, en: str, zh: str) -> ModelError:
+    return ModelError(
+        f"model {name}: not a folder here, and {en}. Give a local folder with --model-name, set HF_ENDPOINT "
+        "to a mirror that can be reached, or use --from-modelscope true",
+        f"模型 {name}：本地没有该目录，且{zh}。请用 --model-name 指定本地目录，"
+        "或设置 HF_ENDPOINT 为可访问的镜像，或使用 --from-modelscope true",
+    )
+
+
+def need(package: str, extra: str, option: str) -> None:
+    """Refuse an option whose optional package is not installed, before any work begins.
+
+    Raises:
+        ModelError: naming the extra to install.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise ModelError(
+            f'{option} needs the package {package}: pip install "mdl-toolkit[{extra}]"',
+            f'{option} 需要安装 {package}：pip install "mdl-toolkit[{extra}]"',
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a model folder.
+
+    Raises:
+        ModelError: the file is missing or is not a JSON object.
+    """
+    try:
+        value = json.loads(read_text(path))
+    except ValueError as problem:
+        raise ModelError(f"{path}: {problem}", f"{path}：{problem}") from problem
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: expected a JSON object", f"{path}：应为 JSON 对象")
+    return value
+
+
+def read_text(path: Path) -> str:
+    """A text file of a model folder.
+
+    Raises:
+        ModelError: it is missing or cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ModelError(
+            f"{path.parent}: no {path.name} there, so it is not a model folder",
+            f"{path.parent}：其中没有 {path.name}，不是模型目录",
+        ) from None
+    except (OSError, ValueError) as problem:
+        raise ModelError(f"{path}: {problem}", f"{path}：{problem}") from problem
