@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mdl_toolkit.answering import answer
+from mdl_toolkit.answering import Answerer
 from mdl_toolkit.batching import Collator
 from mdl_toolkit.console import progress, say
 from mdl_toolkit.conversion import convert_rows, read_rows

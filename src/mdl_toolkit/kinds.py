@@ -194,3 +194,5 @@ WHOLE = _integer(0)
 SEED = _integer(0, 2**32 - 1)  # what numpy.random.seed accepts
 POSITIVE = _real(lambda x: x > 0, "a number above 0", "大于 0 的数字")
 DROPOUT = _real(lambda x: 0 <= x < 1, "a number from 0 to below 1", "不小于 0 且小于 1 的数字")
+NOT_NEGATIVE = _real(lambda x: x >= 0, "a number of at least 0", "不小于 0 的数字")
+SHARE = _real(lambda x: 0 < x <= 1, "a number above 0 and up to 1", "大于 0 且不大于 1 的数字")
