@@ -146,8 +146,10 @@ def _jobs(manifest: Manifest, found: Findings) -> Iterator[list[Row]]:
         if isinstance(item, RowProblem):
             found.reject(item)
             continue
-        found.see(item)
-        job.append(dataclasses.replace(item, cells=()))
+        answer = None if found.role == "inference" else item.prediction
+        row = dataclasses.replace(item, cells=(), prediction=answer)
+        found.see(row)
+        job.append(row)
         if len(job) == JOB_ROWS:
             yield job
             job = []

@@ -142,10 +142,15 @@ def copy_rows(path: Path, target: BinaryIO, is_wanted: Callable[[int], bool]) ->
     Raises:
         InputError: see `lines_of`.
     """
-    with opened(path) as file, closing(lines_of(path, file)) as lines, opened(path) as raw:
+    with (
+        opened(path) as file,
+        closing(lines_of(path, file)) as lines,
+        opened(path) as raw,
+        io.TextIOWrapper(raw, "latin-1", newline=_ending(raw)) as physical,
+    ):
         next(lines)
         keeps, start = True, next(lines, None)
-        for number, line in enumerate(io.TextIOWrapper(raw, "latin-1", newline=_ending(raw)), 1):
+        for number, line in enumerate(physical, 1):
             if start is not None and number == start.number:
                 keeps, start = is_wanted(number), next(lines, None)
             if keeps:

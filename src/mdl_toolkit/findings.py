@@ -152,11 +152,14 @@ class Findings:
         """Pairs of distinct prompts that differ in one letter; their rows are those of the rarer ones."""
         numbers, places, counts = np.unique(facts["prompt"], return_index=True, return_counts=True)
         used = {number: place for place, number in enumerate(numbers.tolist())}
-        known = [(text, used[number]) for number, text in self._prompts.known.items() if number in used]
+        known: dict[str, int] = {}  # white space around them is another finding
+        for number, text in self._prompts.known.items():
+            if number in used:
+                known.setdefault(text.strip(), used[number])
         pairs: list[Figures] = [
-            {"prompts": [known[i][0] for i in pair], "rows": [int(counts[known[i][1]]) for i in pair],
-             "lines": [int(facts["line"][places[known[i][1]]]) for i in pair]}
-            for pair in _one_letter_apart([text for text, _ in known])
+            {"prompts": [*pair], "rows": [int(counts[known[text]]) for text in pair],
+             "lines": [int(facts["line"][places[known[text]]]) for text in pair]}
+            for pair in _one_letter_apart([*known])
         ]  # fmt: skip
         rows = sum(min(pair["rows"]) for pair in pairs)
         more = {"pairs": pairs[:MOST_LINES], "is_complete": not self._prompts.is_full}
@@ -276,13 +279,13 @@ def _line_in(keys: Numbers, known: Numbers, lines: Numbers) -> Numbers:
     return np.where(values[places] == keys, lines[first][places], 0)
 
 
-def _one_letter_apart(texts: Sequence[str]) -> list[tuple[int, int]]:
+def _one_letter_apart(texts: Sequence[str]) -> list[tuple[str, str]]:
     """Pairs of texts that differ in one character which is no digit: numbered prompts are meant."""
     from rapidfuzz.distance import Levenshtein
 
     found = []
-    for i, one in enumerate(texts):
-        for j, two in enumerate(texts[:i]):
+    for place, two in enumerate(texts):
+        for one in texts[:place]:
             if abs(len(one) - len(two)) > 1 or Levenshtein.distance(one, two, score_cutoff=1) != 1:
                 continue
             (edit,) = Levenshtein.editops(one, two)
@@ -290,5 +293,5 @@ def _one_letter_apart(texts: Sequence[str]) -> list[tuple[int, int]]:
                 "" if edit.tag == "delete" else two[edit.dest_pos]
             )
             if not letters.isdigit():
-                found.append((j, i))
+                found.append((one, two))
     return found
