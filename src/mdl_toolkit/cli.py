@@ -28,7 +28,7 @@ from mdl_toolkit.errors import ToolkitError
 from mdl_toolkit.kinds import TRUE_WORDS
 from mdl_toolkit.language import Text
 from mdl_toolkit.option import Options
-from mdl_toolkit.options import CompletionOptions, ConvertOptions, DemoOptions
+from mdl_toolkit.options import CheckOptions, CompletionOptions, ConvertOptions, DemoOptions
 from mdl_toolkit.result_options import InferenceOptions
 from mdl_toolkit.training_options import TrainOptions
 
@@ -62,6 +62,12 @@ def _infer(options: InferenceOptions) -> None:
     from mdl_toolkit.inference import infer
 
     infer(options)
+
+
+def _check(options: CheckOptions) -> None:
+    from mdl_toolkit.check import check
+
+    check(options)
 
 
 def _demo(options: DemoOptions) -> None:
@@ -117,6 +123,7 @@ def toolkit() -> click.Group:
         (ConvertOptions, _convert),
         (TrainOptions, _train),
         (InferenceOptions, _infer),
+        (CheckOptions, _check),
         (DemoOptions, _demo),
         (CompletionOptions, _completion),
     ]

@@ -133,7 +133,8 @@ def _parameter(field: "Field[Any]") -> click.Parameter:
         "shell_complete": _complete,
     }
     if setting.positional:
-        return click.Argument([field.name], required=False, **shared)
+        count = -1 if setting.kind.is_repeated else 1
+        return click.Argument([field.name], required=False, nargs=count, **shared)
     return click.Option(
         [spelling(field.name), field.name],
         multiple=setting.kind.is_repeated,
@@ -239,8 +240,10 @@ class HelpEntry:
 
 
 def _usage_word(field: "Field[Any]") -> str:
-    name = shown_name(field)
-    return name if setting_of(field).positional else f"{name} {setting_of(field).kind.metavar}"
+    name, setting = shown_name(field), setting_of(field)
+    if setting.positional:
+        return f"{name}..." if setting.kind.is_repeated else name
+    return f"{name} {setting.kind.metavar}"
 
 
 def _entry(field: "Field[Any]") -> HelpEntry:

@@ -9,8 +9,8 @@ import io
 import os
 import re
 import stat
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -134,6 +134,27 @@ def lines_of(path: Path, file: BinaryIO) -> Generator[Line, None, None]:
                 yield Line(number, cells)
     finally:
         text.detach()
+
+
+def copy_rows(path: Path, target: BinaryIO, is_wanted: Callable[[int], bool]) -> None:
+    """Copy the column names and the rows that are wanted, by the lines where they start, byte for byte.
+
+    Raises:
+        InputError: see `lines_of`.
+    """
+    with (
+        opened(path) as file,
+        closing(lines_of(path, file)) as lines,
+        opened(path) as raw,
+        io.TextIOWrapper(raw, "latin-1", newline=_ending(raw)) as physical,
+    ):
+        next(lines)
+        keeps, start = True, next(lines, None)
+        for number, line in enumerate(physical, 1):
+            if start is not None and number == start.number:
+                keeps, start = is_wanted(number), next(lines, None)
+            if keeps:
+                target.write(line.encode("latin-1"))
 
 
 def _cells(path: Path, reader: Iterator[list[str]], text: _Text, number: int) -> list[str] | None:

@@ -22,7 +22,7 @@ def free_memory(device: torch.device) -> int | None:
     processes that a launcher has started on this machine.
     """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        return int(torch.cuda.mem_get_info(device)[0]) if torch.cuda.is_available() else None
     found = [*_available(), *_granted()]
     return min(found) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if found else None
 

@@ -121,8 +121,15 @@ def _path(value: Any) -> str:
     return text
 
 
-def _resume(value: Any) -> bool | str | None:
-    """True, a path, or None: null and false both mean starting afresh (rule 30)."""
+def _paths(value: Any) -> tuple[str, ...]:
+    items = value if isinstance(value, list | tuple) else [value]
+    if not items:
+        raise refuse("expected a path", "应为路径")
+    return tuple(map(_path, items))
+
+
+def _true_or_path(value: Any) -> bool | str | None:
+    """True, a path, or None: null and false both mean neither (rule 30)."""
     try:
         return _boolean(value) or None
     except ValueError:
@@ -186,7 +193,12 @@ TEXT = Kind("TEXT", _prompt)
 PATH = Kind("PATH", _path)
 NAME = Kind("NAME|PATH", _path)
 CADENCE = Kind("N|FRACTION", _cadence)
-RESUME = Kind("true|false|PATH", _resume, takes=lambda word: not word.startswith("-"))
+PATHS = Kind("PATH", _paths, is_repeated=True)
+RESUME = Kind("true|false|PATH", _true_or_path, takes=lambda word: not word.startswith("-"))
+# A bare `--json` must not take the CSV after it for the file to write.
+JSON = Kind(
+    "true|false|PATH", _true_or_path, takes=lambda word: is_boolean_word(word) or word.endswith(".json")
+)
 TARGETS = Kind("|".join(TRAIN_TARGETS), _targets, is_repeated=True)
 WORDS = Kind("NAME", _words, is_repeated=True)
 COUNT = _integer(1)

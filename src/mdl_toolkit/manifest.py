@@ -9,13 +9,14 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import urlsplit
 
-from mdl_toolkit.csvfile import NUL_MARK, Line, bad, lines_of, opened, stamp_of
+from mdl_toolkit.csvfile import NUL_MARK, Line, bad, copy_rows, lines_of, opened, stamp_of
 from mdl_toolkit.errors import InputError, Problems, RowProblem
 from mdl_toolkit.language import Text
 
@@ -108,12 +109,24 @@ class Manifest:
     def _read(self, look: Callable[[Row], tuple[int, int] | Text]) -> Iterator[Row | RowProblem]:
         reader = _Reader(self, look)
         with opened(self.path) as file, closing(lines_of(self.path, file)) as lines:
-            if stamp_of(os.fstat(file.fileno())) != self.stamp:
-                en = "the file was changed while it was being read; start again when it is complete"
-                raise bad(self.path, en, "文件在读取过程中被修改；请在其写完后重新运行")
+            self._check_unchanged(os.fstat(file.fileno()))
             next(lines)  # the header
             for line in lines:
                 yield from reader.read(line)
+
+    def _check_unchanged(self, status: os.stat_result) -> None:
+        if stamp_of(status) != self.stamp:
+            en = "the file was changed while it was being read; start again when it is complete"
+            raise bad(self.path, en, "文件在读取过程中被修改；请在其写完后重新运行")
+
+    def copy_without(self, lines: Container[int], target: BinaryIO) -> None:
+        """Copy the file byte by byte, but for the rows that start on some lines.
+
+        Raises:
+            InputError: it was changed in the meantime.
+        """
+        copy_rows(self.path, target, lambda line: line not in lines)
+        self._check_unchanged(self.path.stat())
 
     def checked(self) -> int:
         """Go through it once and return the number of rows.
