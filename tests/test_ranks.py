@@ -21,7 +21,7 @@ from commands import (
     wait_for,
 )
 from mdl_toolkit import conversion
-from mdl_toolkit.conversion import Ranks
+from mdl_toolkit.workers import Ranks
 from mdl_toolkit.errors import UsageError
 from mdl_toolkit.journal import WorkFolder
 

@@ -28,6 +28,8 @@ try:
 except ImportError:  # no such locks on this platform: two runs into one output are not told apart
     fcntl = None  # type: ignore[assignment]
 
+HAS_LOCKS: bool = fcntl is not None
+
 
 class Journal:
     """The work folder of one output."""
@@ -53,7 +55,7 @@ class Journal:
             yield
 
     def _take(self, file: IO[str]) -> None:
-        if fcntl is None:
+        if not HAS_LOCKS:
             return
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -95,15 +97,10 @@ class Journal:
 
     @contextmanager
     def writer(self, rank: int) -> Iterator["Pen"]:
-        """What writes the answers of one process down.
-
-        Raises:
-            InputError: the disk is full.
-        """
-        with writing(f"--output {self.output}", InputError):
-            with (self.path / f"answers-{rank}.jsonl").open("a", encoding="utf-8", newline="\n") as file:
-                file.write("\n")  # ends a line that a killed run has not finished
-                yield Pen(file)
+        """What writes the answers of one process down."""
+        with (self.path / f"answers-{rank}.jsonl").open("a", encoding="utf-8", newline="\n") as file:
+            file.write("\n")  # ends a line that a killed run has not finished
+            yield Pen(file)
 
     # --- the end ---
 
@@ -119,9 +116,14 @@ class Pen:
         self._file = file
 
     def add(self, row: int, cells: Sequence[str]) -> None:
-        """Write down a row's cells."""
-        self._file.write(json.dumps([row, cells], ensure_ascii=False) + "\n")
-        self._file.flush()
+        """Write down a row's cells.
+
+        Raises:
+            InputError: the disk is full.
+        """
+        with writing(self._file.name, InputError):
+            self._file.write(json.dumps([row, cells]) + "\n")
+            self._file.flush()
 
 
 def write_table(

@@ -176,7 +176,7 @@ def _named(found: Figures) -> str:
 
 
 def _bad_rows(path: str, bad: Figures) -> Text:
-    problems = [RowProblem(**{**each, "reason": Text(**each["reason"])}) for each in bad["first"]]
+    problems = [*map(RowProblem.from_json, bad["first"])]
     return RowsError(path, problems, bad["problems"]).text
 
 

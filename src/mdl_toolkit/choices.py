@@ -29,12 +29,16 @@ def read_choices(path: Path) -> list[str]:
     except FileNotFoundError:
         raise bad(path, "there is no such file; correct --choices", "文件不存在；请更正 --choices") from None
     except (OSError, ValueError) as problem:
-        raise bad(path, f"cannot be read as UTF-8 text ({problem})", f"无法作为 UTF-8 文本读取（{problem}）") from problem
+        raise bad(
+            path, f"cannot be read as UTF-8 text ({problem})", f"无法作为 UTF-8 文本读取（{problem}）"
+        ) from problem
     found = [line.strip() for line in text.splitlines() if line.strip()]
     if len(found) < 2:
         raise bad(path, "write at least two choices, one on each line", "请至少写两个选项，每行一个")
     if twice := next((choice for choice in found if found.count(choice) > 1), None):
-        raise bad(path, f"the choice {twice!r} is there twice; remove one", f"选项 {twice!r} 重复；请删除一个")
+        raise bad(
+            path, f"the choice {twice!r} is there twice; remove one", f"选项 {twice!r} 重复；请删除一个"
+        )
     return found
 
 
@@ -75,10 +79,14 @@ class Chooser:
     def _cells(self, scores: torch.Tensor) -> list[str]:
         best = scores.sort(descending=True, stable=True)
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        return [cell for choice, score in islice(pairs, self.most) for cell in (self.choices[choice], f"{score:.4f}")]
+        return [
+            cell
+            for choice, score in islice(pairs, self.most)
+            for cell in (self.choices[choice], f"{score:.4f}")
+        ]
 
 
-def columns_of(most: int) -> list[str]:
+def columns_of(choices: int, most: int) -> list[str]:
     """Columns for the best choices: `prediction`, `score`, `prediction_2`, `score_2` and so on."""
-    numbered = [(f"prediction_{place}", f"score_{place}") for place in range(2, most + 1)]
+    numbered = [(f"prediction_{place}", f"score_{place}") for place in range(2, min(choices, most) + 1)]
     return ["prediction", "score", *(name for pair in numbered for name in pair)]

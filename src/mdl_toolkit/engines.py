@@ -69,9 +69,7 @@ def make_engine(options: InferenceOptions, encoder: Encoder, choices: Sequence[s
     if model.device.type == "cpu":
         prepack(model)
     if choices is not None:
-        return Chooser(
-            model, encoder, choices, options.batch_size, options.top_k, options.normalize_scores
-        )
+        return Chooser(model, encoder, choices, options.batch_size, options.top_k, options.normalize_scores)
     if options.num_beams > 1:
         return Beams(model, encoder, options.batch_size, options.num_beams)
     return Single(Answerer(model, encoder, options.batch_size, picking))

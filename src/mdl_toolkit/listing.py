@@ -8,8 +8,38 @@ from mdl_toolkit.errors import InputError
 
 # Names that recordings go by; with a pattern, whatever it matches is taken.
 SUFFIXES = frozenset(
-    ".3gp .aac .ac3 .aif .aifc .aiff .amr .au .caf .flac .m4a .m4b .mka .mkv .mov .mp2 .mp3 .mp4 .oga .ogg "
-    ".opus .ra .rf64 .snd .sph .w64 .wav .wave .webm .wma".split()
+    [
+        ".3gp",
+        ".aac",
+        ".ac3",
+        ".aif",
+        ".aifc",
+        ".aiff",
+        ".amr",
+        ".au",
+        ".caf",
+        ".flac",
+        ".m4a",
+        ".m4b",
+        ".mka",
+        ".mkv",
+        ".mov",
+        ".mp2",
+        ".mp3",
+        ".mp4",
+        ".oga",
+        ".ogg",
+        ".opus",
+        ".ra",
+        ".rf64",
+        ".snd",
+        ".sph",
+        ".w64",
+        ".wav",
+        ".wave",
+        ".webm",
+        ".wma",
+    ]
 )
 
 
@@ -28,11 +58,11 @@ def list_recordings(words: str) -> list[str]:
         InputError: there is none.
     """
     if Path(words).is_dir():
-        found = glob.glob(f"{glob.escape(words.rstrip('/') or '/')}/**/*", recursive=True)
-        files = sorted(name for name in found if Path(name).suffix.lower() in SUFFIXES)
+        found = _matches(f"{glob.escape(words.rstrip('/') or '/')}/**/*")
+        files = [name for name in found if Path(name).suffix.lower() in SUFFIXES]
         what = "the folder", "该目录"
     else:
-        files, what = sorted(glob.glob(words, recursive=True)), ("the pattern", "该模式")
+        files, what = _matches(words), ("the pattern", "该模式")
     files = [name for name in files if Path(name).is_file()]
     if not files:
         raise InputError(
@@ -40,6 +70,10 @@ def list_recordings(words: str) -> list[str]:
             f"{words}：{what[1]}中没有音频文件；请指定 CSV，或包含音频文件的目录或模式",
         )
     return files
+
+
+def _matches(pattern: str) -> list[str]:
+    return sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - paths stay spelled as the user did
 
 
 def write_listing(files: list[str], target: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from mdl_toolkit.audio import Clip
 from mdl_toolkit.dataset import ShardWriter
 from mdl_toolkit.download import Downloads
-from mdl_toolkit.errors import RowProblem
+from mdl_toolkit.errors import MOST_ROWS_SHOWN, Problems, RowProblem
 from mdl_toolkit.manifest import Row
 from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.packing import pack_audio
@@ -61,6 +61,7 @@ class ShardTask:
         downloads: what fetches addresses.
         allow_truncated: accept files that were cut off.
         with_answer: for training; otherwise prompts alone, and no labels.
+        keeps_going: rows that cannot be used are left out, all of them reported; otherwise nothing is stored.
         rows_per_step: how often progress is reported.
     """
 
@@ -68,18 +69,19 @@ class ShardTask:
     downloads: Downloads
     allow_truncated: bool
     with_answer: bool
+    keeps_going: bool
     rows_per_step: int
 
     def __call__(self, job: Job) -> Iterator[Step | Finished]:
         """Convert the shard, and report."""
-        tally = Tally()
+        tally = Tally(problems=Problems(most=None if self.keeps_going else MOST_ROWS_SHOWN))
         writer = None if job.is_check else ShardWriter(job.file)
         clips = self._clips(job.rows, tally)
         while group := list(itertools.islice(clips, self.rows_per_step)):
             for row, clip in group:
                 if clip is not None and writer is not None:
                     self._store(row, clip, writer, tally)
-            if tally.problems.count and writer is not None:
+            if tally.problems.count and writer is not None and not self.keeps_going:
                 writer.discard()
                 writer = None
             yield Step(len(group), sum(len(clip.samples) for _, clip in group if clip is not None))

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+USUAL_ROWS = 16  # any number may come; the layout is the best one for about this many
+
 
 class PrepackedLinear(nn.Module):
     """A float32 linear layer, laid out once."""
@@ -16,7 +18,6 @@ class PrepackedLinear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        # Any number of rows may come; the layout is the best one for about this many.
         self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), USUAL_ROWS)
         self._bias = None if linear.bias is None else linear.bias.detach()
 
@@ -24,9 +25,6 @@ class PrepackedLinear(nn.Module):
         """Map `[..., in_features]` to `[..., out_features]`."""
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
         return out
-
-
-USUAL_ROWS = 16
 
 
 def prepack(model: nn.Module) -> None:
@@ -38,13 +36,15 @@ def prepack(model: nn.Module) -> None:
     if not is_possible():
         return
     for module in [*model.modules()]:
+        if isinstance(module, nn.ModuleDict):  # PEFT's own matrices, whose dtype it looks at
+            continue
         for name, child in [*module.named_children()]:
             if type(child) is nn.Linear and child.weight.dtype == torch.float32:
                 setattr(module, name, PrepackedLinear(child))
 
 
 def is_possible() -> bool:
-    """Tell whether this build of PyTorch has the operations, which it does not promise, and gets them right."""
+    """Tell whether this PyTorch has the operations, which it does not promise, and gets them right."""
     linear = nn.Linear(48, 80)
     x = torch.randn(3, 48)
     try:
