@@ -328,8 +328,8 @@ def test_the_text_has_the_numbers_of_the_json(run, spoilt, tmp_path, language, m
         for each in file["findings"]:
             words = FINDINGS[each["name"]]
             (line,) = (found for found in section if (words.zh if is_chinese else words.en) in found)
-            named = re.sub(r" \([^)]*\)", "", line.rpartition("：第" if is_chinese else ": line ")[2])
-            assert re.search(rf"\b{each['rows']}\b|{each['rows']} 行", line)
+            named = re.sub(r" \([^)]*\)", "", line.rpartition("，第" if is_chinese else ", line ")[2])
+            assert f"{words.zh}：{each['rows']} 行" in line or f"{words.en}: {each['rows']}" in line
             if "lines" in each:
                 assert [int(word) for word in re.findall(r"\d+", named)] == each["lines"]
     for kind in UNUSABLE:

@@ -153,8 +153,8 @@ def _answer_lines(answers: Figures) -> Iterator[Text]:
 def _finding_lines(found: Figures) -> Iterator[Text]:
     words, named, rows = FINDINGS[found["name"]], _named(found), f"{found['rows']:,}"
     yield Text(
-        f"  warning: {rows} rows: {words.en}" + (f": line {named}" if named else ""),
-        f"  警告：{rows} 行：{words.zh}" + (f"：第 {named} 行" if named else ""),
+        f"  warning: {words.en}: {rows}" + (f", line {named}" if named else ""),
+        f"  警告：{words.zh}：{rows} 行" + (f"，第 {named} 行" if named else ""),
     )
     for pair in found.get("pairs", ())[:MOST_NAMED]:
         one, other = (
