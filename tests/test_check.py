@@ -181,9 +181,8 @@ def test_answers_that_teach_little(run, tmp_path, answers, name):
     rows = [{**row, "prediction": a} for row, a in zip(phrases("train.csv"), answers, strict=False)]
     file = run(write_csv(tmp_path / "x.csv", rows), "--json").figures["files"][0]
     assert [each["name"] for each in file["findings"]] == [name] * (name is not None)
-    assert file["answers"] == {
-        "distinct": len(set(answers)), "classes": {each: answers.count(each) for each in set(answers)},
-    }  # fmt: skip
+    assert file["answers"]["distinct"] == len(set(answers))
+    assert dict(file["answers"]["classes"]) == {each: answers.count(each) for each in answers}
 
 
 # --- what follows from it --------------------------------------------------------------------------------
@@ -359,6 +358,7 @@ def test_without_the_model_characters_are_counted_and_that_is_said(run, tmp_path
     done = run(table, "--json", model="nobody/no-such-model")
     assert done.status == 0
     assert done.err.startswith("warning: counting characters in place of tokens")
+    assert run(table, "--max-length", 1, "--for-inference", model="nobody/no-such-model").status == 0
     assert (done.figures["counted"], done.figures["training"], done.figures["sample"]) == (
         "characters",
         None,

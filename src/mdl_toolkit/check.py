@@ -97,8 +97,9 @@ def _text_side(options: CheckOptions) -> tuple[Path | None, Encoder | None]:
         if Path(options.model_name).expanduser().is_dir():
             raise
         warn(
-            f"counting characters in place of tokens, without a forecast of memory: {problem.text.en}",
-            f"以字符数代替词元数，且不预测内存占用：{problem.text.zh}",
+            "counting characters in place of tokens, with no look at --max-length and no forecast of memory: "
+            f"{problem.text.en}",
+            f"以字符数代替词元数，不检查 --max-length，也不预测内存占用：{problem.text.zh}",
         )
         return None, None
     return folder, Encoder(read_text_files(folder))
@@ -114,7 +115,8 @@ def _look(manifests: list[Manifest], encoder: Encoder | None, options: CheckOpti
         downloads = Downloads(cache, options.max_download_mb, secrets.token_hex(8))
         task = Inspection(
             Recordings(downloads, options.allow_truncated), encoder, not options.for_inference,
-            options.max_length if options.for_inference else None, options.tokenizing_batch_size,
+            options.max_length if options.for_inference and encoder is not None else None,
+            options.tokenizing_batch_size,
         )  # fmt: skip
         return [_look_at(manifest, place, task, options) for place, manifest in enumerate(manifests)]
 
@@ -161,7 +163,7 @@ def _jobs(manifest: Manifest, found: Findings) -> Iterator[list[Row]]:
 
 
 def _figures(found: list[Findings], encoder: Encoder | None, options: CheckOptions) -> Figures:
-    warn_above = None if options.for_inference else options.max_length
+    warn_above = None if options.for_inference or encoder is None else options.max_length
     learnt = found[0].facts() if found[0].role == "training" else None
     return {
         "toolkit": __version__,

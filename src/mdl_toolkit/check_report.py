@@ -143,7 +143,7 @@ def _histogram_lines(lengths: Figures) -> Iterator[Text]:
 
 
 def _answer_lines(answers: Figures) -> Iterator[Text]:
-    classes = ", ".join(f"{_shown(text)} x {rows:,}" for text, rows in answers["classes"].items())
+    classes = ", ".join(f"{_shown(text)} x {rows:,}" for text, rows in answers["classes"])
     yield Text(
         f"  different answers: {answers['distinct']:,}" + (f" ({classes})" if classes else ""),
         f"  不同的回答：{answers['distinct']:,} 种" + (f"（{classes}）" if classes else ""),

@@ -144,12 +144,12 @@ class Findings:
     def _balance(self, facts: Facts) -> Figures:
         """How many distinct answers there are; and, of few, how many rows each has."""
         numbers, counts = np.unique(facts["answer"], return_counts=True)
-        classes: dict[str, int] = {}
+        classes: list[tuple[str, int]] = []
         if len(numbers) <= MOST_CLASSES and len(facts) >= LEAST_ROWS * len(numbers):
             pairs = zip(numbers.tolist(), counts.tolist(), strict=True)
             named = [(self._answers.known.get(number, "..."), count) for number, count in pairs]
-            classes = dict(sorted(named, key=lambda each: (-each[1], each[0])))
-        return {"distinct": len(numbers), "classes": classes}
+            classes = sorted(named, key=lambda each: (-each[1], each[0]))
+        return {"distinct": len(numbers), "classes": [[*each] for each in classes]}
 
     def _near_prompts(self, facts: Facts) -> list[Figures]:
         """Pairs of distinct prompts that differ in one letter; their rows are those of the rarer ones."""
@@ -252,7 +252,7 @@ def _contradictions(facts: Facts) -> list[Figures]:
 
 
 def _of_answers(answers: Figures, rows: int) -> list[Figures]:
-    counts = [*answers["classes"].values()]
+    counts = [count for _, count in answers["classes"]]
     if answers["distinct"] == 1 and rows > 1:
         return [{"name": "identical_answers", "rows": rows}]
     if counts and max(counts) >= UNBALANCED * min(counts):
