@@ -23,7 +23,8 @@ from mdl_toolkit.check import check
 from mdl_toolkit.check_report import FINDINGS
 from mdl_toolkit.conversion import convert_dataset
 from mdl_toolkit.dataset import ConvertedDataset
-from mdl_toolkit.inspection import looks_mangled
+from mdl_toolkit.findings import Findings
+from mdl_toolkit.inspection import FACTS, Inspected, looks_mangled
 from mdl_toolkit.memory import plan_memory
 from mdl_toolkit.options import CheckOptions, ConvertOptions
 from mdl_toolkit.sampling import Sampling
@@ -185,6 +186,40 @@ def test_answers_that_teach_little(run, tmp_path, answers, name):
     assert dict(file["answers"]["classes"]) == {each: answers.count(each) for each in answers}
 
 
+@pytest.mark.parametrize(
+    ("level", "expected"), [(-45, {}), (-55, {"nearly_empty": [2]}), (-95, {"silent": [2]})]
+)
+def test_how_faint_a_recording_may_be(run, tmp_path, level, expected):
+    tone = np.sqrt(2) * 10 ** (level / 20) * np.sin(np.arange(32_000) * 0.3)
+    soundfile.write(tmp_path / "tone.wav", tone, 16_000, subtype="FLOAT")
+    table = write_csv(tmp_path / "t.csv", [{"audio": str(tmp_path / "tone.wav"), "prediction": "x"}])
+    assert found_in(run(table, "--json").figures["files"][0]) == expected
+
+
+def test_the_order_in_which_workers_report_does_not_matter():
+    random = np.random.default_rng(0)
+    facts = np.zeros(60, FACTS)
+    facts["line"], facts["samples"] = np.arange(2, 62), random.integers(3_200, 99_999, 60)
+    for name in ("clip", "prompt", "answer"):
+        facts[name] = random.integers(0, 4, 60)
+    figures = []
+    for order in (slice(None), slice(None, None, -1)):
+        found = Findings("x.csv", "evaluation")
+        for part in np.split(facts, 6)[order]:
+            found.add(Inspected(part))
+        figures.append(found.figures(facts[:20], None))
+    assert figures[0] == figures[1]
+    seen: dict[tuple[int, ...], int] = {}
+    words = [tuple(row) for row in facts[["clip", "prompt", "answer"]].tolist()]
+    again = [(line, seen[w]) for line, w in enumerate(words, 2) if seen.setdefault(w, line) != line]
+    named = {each["name"]: each for each in figures[0]["findings"]}
+    assert [*zip(named["duplicate"]["lines"], named["duplicate"]["details"], strict=True)] == again
+    assert named["leak"]["lines"] == [line for line, w in enumerate(words, 2) if w in words[:20]]
+    heard = {clip for clip, *_ in words[:20]}
+    others = [n for n, w in enumerate(words, 2) if w[0] in heard and w not in words[:20]]
+    assert named["leak_other_text"]["lines"] == others
+
+
 # --- what follows from it --------------------------------------------------------------------------------
 
 
@@ -231,7 +266,8 @@ def test_without_a_good_row_nothing_is_written(run, tmp_path):
     table = write_csv(tmp_path / "t.csv", [{"audio": "gone.wav", "prediction": "x"}])
     done = run(table, "--write-fixed", tmp_path / "new" / "fixed.csv")
     assert done.status == 1
-    assert "no row" in done.err
+    assert "not found (looked for gone.wav)" in done.out
+    assert "not written, as no row can be used\n" in done.out
     assert not (tmp_path / "new").exists()
 
 
@@ -253,7 +289,7 @@ def test_size_tokens_and_memory_are_those_of_conversion_and_training(run, spoilt
     file, training = figures["files"][0], figures["training"]
     dataset = converted(fixed, tmp_path / "data", model)
     record = dataset.record
-    assert file["disk_bytes"] == pytest.approx(record.bytes, rel=0.02)
+    assert 0 <= record.bytes - file["disk_bytes"] < 4_000  # the schema and the heads of batches
     assert file["text"]["max"] + file["audio_tokens"]["max"] >= record.most_tokens
     tokens = sorted((1 + n // 160) // 20 for n in dataset.samples)
     assert file["audio_tokens"]["median"] == tokens[(len(dataset) - 1) // 2]

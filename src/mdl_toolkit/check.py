@@ -118,16 +118,16 @@ def _look(manifests: list[Manifest], encoder: Encoder | None, options: CheckOpti
             options.max_length if options.for_inference and encoder is not None else None,
             options.tokenizing_batch_size,
         )  # fmt: skip
-        return [_look_at(manifest, place, task, options) for place, manifest in enumerate(manifests)]
+        return [_look_at(manifest, number, task, options) for number, manifest in enumerate(manifests)]
 
 
-def _look_at(manifest: Manifest, place: int, task: Inspection, options: CheckOptions) -> Findings:
+def _look_at(manifest: Manifest, number: int, task: Inspection, options: CheckOptions) -> Findings:
     """What is found in one file.
 
     Raises:
         InputError: there is no row in it, or it is no CSV from some line on.
     """
-    role = "inference" if options.for_inference else "evaluation" if place else "training"
+    role = "inference" if options.for_inference else "evaluation" if number else "training"
     found, rows = Findings(str(manifest.path), role), sum(1 for _ in manifest.rows_unseen())
     workers = options.num_workers or default_workers() if rows >= FEW_ROWS else 1
     with progress("checking", "检查中", rows) as shown:
@@ -226,21 +226,18 @@ def _predicted(folder: Path, options: "TrainOptions", facts: Facts) -> Figures:
 
 
 def _write_fixed(output: Path, manifest: Manifest, found: Findings, options: CheckOptions) -> Figures:
-    """Write a CSV without the rows that cannot be used.
+    """Write a CSV without the rows that cannot be used, if any is left.
 
     Raises:
-        InputError: no row would be left, or it cannot be written.
+        InputError: it cannot be written.
     """
-    if not found.rows:
-        raise InputError(
-            f"--write-fixed {output}: no row of {manifest.path} can be used, so nothing is written",
-            f"--write-fixed {output}：{manifest.path} 中没有可用的行，未写入任何内容",
-        )
     lines = set(found.bad)
-    with replacing_file(output, "--write-fixed") as work, work.open("wb") as file:
-        manifest.copy_without(lines, file)
-    with replacing_file(output.with_name(f"{output.name}.{SETTINGS_FILE}"), "--write-fixed") as work:
-        work.write_text(to_yaml(options), encoding="utf-8")
+    if found.rows:
+        with replacing_file(output, "--write-fixed") as work, work.open("wb") as file:
+            manifest.copy_without(lines, file)
+        settings = output.with_name(f"{output.name}.{SETTINGS_FILE}")
+        with replacing_file(settings, "--write-fixed") as work:
+            work.write_text(to_yaml(options), encoding="utf-8")
     return {"path": str(output), "rows": found.rows, "left_out": len(lines)}
 
 

@@ -75,10 +75,16 @@ def report_lines(figures: Figures, *, coloured: bool) -> Iterator[Text]:
     if figures["training"]:
         yield from _training_lines(figures["training"])
     if fixed := figures["fixed"]:
-        yield Text(
-            f"{fixed['path']}: {fixed['rows']:,} rows written, {fixed['left_out']:,} left out",
-            f"{fixed['path']}：写入 {fixed['rows']:,} 行，去掉 {fixed['left_out']:,} 行",
-        )
+        yield _fixed_line(**fixed)
+
+
+def _fixed_line(path: str, rows: int, left_out: int) -> Text:
+    if not rows:
+        return Text(f"{path}: not written, as no row can be used", f"{path}：没有可用的行，未写入")
+    return Text(
+        f"{path}: {rows:,} rows written, {left_out:,} left out",
+        f"{path}：写入 {rows:,} 行，去掉 {left_out:,} 行",
+    )
 
 
 # --- one file ------------------------------------------------------------------------------------------
