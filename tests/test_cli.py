@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import mdl_toolkit
 from mdl_toolkit import __version__, cli
 from mdl_toolkit.cli_options import OptionsCommand
 from mdl_toolkit.errors import InputError, RowProblem, RowsError
@@ -643,3 +644,8 @@ def test_commands_are_click_commands():
     commands = cli.toolkit()
     assert isinstance(commands, click.Group)
     assert list(commands.commands) == ["convert-dataset", "train", "inference", "check", "demo", "completion"]
+
+
+def test_every_name_that_python_callers_are_offered_is_there():
+    for name in mdl_toolkit.__all__:
+        assert getattr(mdl_toolkit, name) is not None

@@ -97,8 +97,9 @@ def _text_side(options: CheckOptions) -> tuple[Path | None, Encoder | None]:
         if Path(options.model_name).expanduser().is_dir():
             raise
         warn(
-            f"counting characters in place of tokens, without a forecast of memory: {problem.text.en}",
-            f"以字符数代替词元数，且不预测内存占用：{problem.text.zh}",
+            "counting characters in place of tokens, with no look at --max-length and no forecast of memory: "
+            f"{problem.text.en}",
+            f"以字符数代替词元数，不检查 --max-length，也不预测内存占用：{problem.text.zh}",
         )
         return None, None
     return folder, Encoder(read_text_files(folder))
@@ -114,18 +115,19 @@ def _look(manifests: list[Manifest], encoder: Encoder | None, options: CheckOpti
         downloads = Downloads(cache, options.max_download_mb, secrets.token_hex(8))
         task = Inspection(
             Recordings(downloads, options.allow_truncated), encoder, not options.for_inference,
-            options.max_length if options.for_inference else None, options.tokenizing_batch_size,
+            options.max_length if options.for_inference and encoder is not None else None,
+            options.tokenizing_batch_size,
         )  # fmt: skip
-        return [_look_at(manifest, place, task, options) for place, manifest in enumerate(manifests)]
+        return [_look_at(manifest, number, task, options) for number, manifest in enumerate(manifests)]
 
 
-def _look_at(manifest: Manifest, place: int, task: Inspection, options: CheckOptions) -> Findings:
+def _look_at(manifest: Manifest, number: int, task: Inspection, options: CheckOptions) -> Findings:
     """What is found in one file.
 
     Raises:
         InputError: there is no row in it, or it is no CSV from some line on.
     """
-    role = "inference" if options.for_inference else "evaluation" if place else "training"
+    role = "inference" if options.for_inference else "evaluation" if number else "training"
     found, rows = Findings(str(manifest.path), role), sum(1 for _ in manifest.rows_unseen())
     workers = options.num_workers or default_workers() if rows >= FEW_ROWS else 1
     with progress("checking", "检查中", rows) as shown:
@@ -161,7 +163,7 @@ def _jobs(manifest: Manifest, found: Findings) -> Iterator[list[Row]]:
 
 
 def _figures(found: list[Findings], encoder: Encoder | None, options: CheckOptions) -> Figures:
-    warn_above = None if options.for_inference else options.max_length
+    warn_above = None if options.for_inference or encoder is None else options.max_length
     learnt = found[0].facts() if found[0].role == "training" else None
     return {
         "toolkit": __version__,
@@ -224,21 +226,18 @@ def _predicted(folder: Path, options: "TrainOptions", facts: Facts) -> Figures:
 
 
 def _write_fixed(output: Path, manifest: Manifest, found: Findings, options: CheckOptions) -> Figures:
-    """Write a CSV without the rows that cannot be used.
+    """Write a CSV without the rows that cannot be used, if any is left.
 
     Raises:
-        InputError: no row would be left, or it cannot be written.
+        InputError: it cannot be written.
     """
-    if not found.rows:
-        raise InputError(
-            f"--write-fixed {output}: no row of {manifest.path} can be used, so nothing is written",
-            f"--write-fixed {output}：{manifest.path} 中没有可用的行，未写入任何内容",
-        )
     lines = set(found.bad)
-    with replacing_file(output, "--write-fixed") as work, work.open("wb") as file:
-        manifest.copy_without(lines, file)
-    with replacing_file(output.with_name(f"{output.name}.{SETTINGS_FILE}"), "--write-fixed") as work:
-        work.write_text(to_yaml(options), encoding="utf-8")
+    if found.rows:
+        with replacing_file(output, "--write-fixed") as work, work.open("wb") as file:
+            manifest.copy_without(lines, file)
+        settings = output.with_name(f"{output.name}.{SETTINGS_FILE}")
+        with replacing_file(settings, "--write-fixed") as work:
+            work.write_text(to_yaml(options), encoding="utf-8")
     return {"path": str(output), "rows": found.rows, "left_out": len(lines)}
 
 

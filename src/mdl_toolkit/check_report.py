@@ -75,10 +75,16 @@ def report_lines(figures: Figures, *, coloured: bool) -> Iterator[Text]:
     if figures["training"]:
         yield from _training_lines(figures["training"])
     if fixed := figures["fixed"]:
-        yield Text(
-            f"{fixed['path']}: {fixed['rows']:,} rows written, {fixed['left_out']:,} left out",
-            f"{fixed['path']}：写入 {fixed['rows']:,} 行，去掉 {fixed['left_out']:,} 行",
-        )
+        yield _fixed_line(**fixed)
+
+
+def _fixed_line(path: str, rows: int, left_out: int) -> Text:
+    if not rows:
+        return Text(f"{path}: not written, as no row can be used", f"{path}：没有可用的行，未写入")
+    return Text(
+        f"{path}: {rows:,} rows written, {left_out:,} left out",
+        f"{path}：写入 {rows:,} 行，去掉 {left_out:,} 行",
+    )
 
 
 # --- one file ------------------------------------------------------------------------------------------
@@ -143,7 +149,7 @@ def _histogram_lines(lengths: Figures) -> Iterator[Text]:
 
 
 def _answer_lines(answers: Figures) -> Iterator[Text]:
-    classes = ", ".join(f"{_shown(text)} x {rows:,}" for text, rows in answers["classes"].items())
+    classes = ", ".join(f"{_shown(text)} x {rows:,}" for text, rows in answers["classes"])
     yield Text(
         f"  different answers: {answers['distinct']:,}" + (f" ({classes})" if classes else ""),
         f"  不同的回答：{answers['distinct']:,} 种" + (f"（{classes}）" if classes else ""),
@@ -153,8 +159,8 @@ def _answer_lines(answers: Figures) -> Iterator[Text]:
 def _finding_lines(found: Figures) -> Iterator[Text]:
     words, named, rows = FINDINGS[found["name"]], _named(found), f"{found['rows']:,}"
     yield Text(
-        f"  warning: {rows} rows: {words.en}" + (f": line {named}" if named else ""),
-        f"  警告：{rows} 行：{words.zh}" + (f"：第 {named} 行" if named else ""),
+        f"  warning: {words.en}: {rows}" + (f", line {named}" if named else ""),
+        f"  警告：{words.zh}：{rows} 行" + (f"，第 {named} 行" if named else ""),
     )
     for pair in found.get("pairs", ())[:MOST_NAMED]:
         one, other = (

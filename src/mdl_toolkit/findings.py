@@ -106,24 +106,27 @@ class Findings:
             max_length: positions of a row that are worth a warning.
         """
         facts = self.facts()
-        has_answers = self.role != "inference"
-        audio = audio_tokens(facts)
+        positions = audio_tokens(facts) + facts["text"]
         figures: Figures = {"path": self.path, "role": self.role, "rows": len(facts), "bad": self._bad()}
-        figures |= {
-            "seconds": float(facts["samples"].sum()) / SAMPLE_RATE,
-            **{name: self._counts(name) for name in ("rates", "channels", "formats")},
-            "lengths": _histogram(facts["samples"] / SAMPLE_RATE),
-            "audio_tokens": _spread(audio),
-            "text": _spread(facts["text"]),
-            "disk_bytes": int((facts["stored"] + ROW_BYTES + ID_BYTES * (audio + facts["text"])).sum()),
-        }
-        found = [*_flagged(facts), *_too_long(facts, audio + facts["text"], max_length), *_repeated(facts)]
-        if has_answers:
-            figures |= {"answers": self._balance(facts)}
+        figures |= self._amounts(facts, positions)
+        found = [*_flagged(facts), *_too_long(facts, positions, max_length), *_repeated(facts)]
+        if self.role != "inference":
+            figures["answers"] = self._balance(facts)
             found += [*_contradictions(facts), *_of_answers(figures["answers"], len(facts))]
         if learnt is not None:
             found += _leaks(facts, learnt)
-        return figures | {"findings": [*found, *self._near_prompts(facts)]}
+        return {**figures, "findings": [*found, *self._near_prompts(facts)]}
+
+    def _amounts(self, facts: Facts, positions: Numbers) -> Figures:
+        seconds = facts["samples"] / SAMPLE_RATE
+        return {
+            "seconds": float(seconds.sum()),
+            **{name: self._counts(name) for name in ("rates", "channels", "formats")},
+            "lengths": _histogram(seconds),
+            "audio_tokens": _spread(positions - facts["text"]),
+            "text": _spread(facts["text"]),
+            "disk_bytes": int((facts["stored"] + ROW_BYTES + ID_BYTES * positions).sum()),
+        }
 
     def _bad(self) -> Figures:
         lines = sorted(set(self.bad))
@@ -141,12 +144,12 @@ class Findings:
     def _balance(self, facts: Facts) -> Figures:
         """How many distinct answers there are; and, of few, how many rows each has."""
         numbers, counts = np.unique(facts["answer"], return_counts=True)
-        classes: dict[str, int] = {}
+        classes: list[tuple[str, int]] = []
         if len(numbers) <= MOST_CLASSES and len(facts) >= LEAST_ROWS * len(numbers):
             pairs = zip(numbers.tolist(), counts.tolist(), strict=True)
             named = [(self._answers.known.get(number, "..."), count) for number, count in pairs]
-            classes = dict(sorted(named, key=lambda each: (-each[1], each[0])))
-        return {"distinct": len(numbers), "classes": classes}
+            classes = sorted(named, key=lambda each: (-each[1], each[0]))
+        return {"distinct": len(numbers), "classes": [[*each] for each in classes]}
 
     def _near_prompts(self, facts: Facts) -> list[Figures]:
         """Pairs of distinct prompts that differ in one letter; their rows are those of the rarer ones."""
@@ -249,7 +252,7 @@ def _contradictions(facts: Facts) -> list[Figures]:
 
 
 def _of_answers(answers: Figures, rows: int) -> list[Figures]:
-    counts = [*answers["classes"].values()]
+    counts = [count for _, count in answers["classes"]]
     if answers["distinct"] == 1 and rows > 1:
         return [{"name": "identical_answers", "rows": rows}]
     if counts and max(counts) >= UNBALANCED * min(counts):

@@ -16,7 +16,7 @@ VERSION_2 = ("memory.max", "memory.current", "inactive_file")
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that this process may still take on a device; None where that cannot be told.
+    """Bytes that this process may still take on a device; None where that cannot be told or there is none.
 
     On a CPU: what the system calls available, and what the limits of cgroups leave, in equal shares for the
     processes that a launcher has started on this machine.
