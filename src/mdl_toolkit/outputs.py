@@ -1,4 +1,4 @@
-"""Output folders: kept apart from inputs, put in place whole or not at all, no empty ones left behind.
+"""Outputs: kept apart from inputs, put in place whole or not at all, no empty folders left behind.
 
 What is written into them is for others to say.
 """
@@ -55,6 +55,26 @@ def replacing(output: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(work, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def replacing_file(output: Path) -> Iterator[Path]:
+    """Give a name to write a file under; it takes the output's place when all went well, else it is removed.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    target = output.resolve()
+    work = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
+    try:
+        with writing(f"--output {output}", InputError):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            yield work
+            if target.exists():
+                shutil.copymode(target, work)
+            work.replace(target)
+    finally:
+        work.unlink(missing_ok=True)
 
 
 @contextmanager
