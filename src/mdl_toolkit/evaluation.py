@@ -156,7 +156,7 @@ def _figures(
 
 
 def _figure(name: str, value: float, samples: np.ndarray) -> Figure:
-    return Figure(name, _known(value), *(interval_of(samples) or (None, None)))
+    return Figure(name, _known(value), *(interval_of(samples, value) or (None, None)))
 
 
 def _known(value: float) -> float | None:

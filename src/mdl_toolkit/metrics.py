@@ -33,11 +33,21 @@ class Metric:
         return value > than if self.more_is_better else value < than
 
 
+class _Letters(dict[int, str]):
+    """What remains of each character, filled in as they come by: nothing of punctuation."""
+
+    def __missing__(self, code: int) -> str:
+        letter = chr(code)
+        self[code] = "" if unicodedata.category(letter).startswith("P") else letter
+        return self[code]
+
+
+_LETTERS = _Letters()
+
+
 def normalized(text: str) -> str:
     """A text as error rates compare it: NFKC, case folded, without punctuation, single spaces."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    kept = ("" if unicodedata.category(letter).startswith("P") else letter for letter in folded)
-    return " ".join("".join(kept).split())
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().translate(_LETTERS).split())
 
 
 def _accuracy(reference: str, prediction: str) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from mdl_toolkit.language import Text
 from mdl_toolkit.manifest import PREDICTION
 from mdl_toolkit.metrics import normalized
 from mdl_toolkit.result_options import EvaluateOptions
-from mdl_toolkit.scores import Answers
+from mdl_toolkit.scores import Answers, in_order
 from mdl_toolkit.tables import Join, Table, joined, read_table
 
 REFERENCE, ERROR, SCORE, LENGTH = "reference", "error", "score", "length"
@@ -169,7 +169,7 @@ def grouped(pairs: Pairs, name: str) -> Grouping:
     """
     if name in pairs.columns:
         cells = [cell.strip() for cell in pairs.columns[name]]
-        names = sorted(set(cells))
+        names = in_order(cells)
         number = {cell: place for place, cell in enumerate(names)}
         return Grouping(name, tuple(names), np.array([number[cell] for cell in cells]))
     if name == LENGTH:

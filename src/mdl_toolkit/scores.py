@@ -5,9 +5,10 @@ scikit-learn. What is ours is to keep the rows apart, so that intervals and grou
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -230,9 +231,19 @@ def _right(answers: Answers, is_right: Callable[[str, str], bool]) -> np.ndarray
 
 
 def labels_of(text: str, manner: Manner) -> list[str]:
-    """The labels of one row, in their order, without repetitions."""
+    """The labels of one row, as they stand there."""
     parts = text.split(manner.separator) if manner.separator else [text]
-    return list(dict.fromkeys(part.strip() for part in parts if part.strip()))
+    return [part.strip() for part in parts if part.strip()]
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Different names sorted, numbers in them by their value."""
+
+    def key(name: str) -> tuple[list[str], str]:
+        parts = re.split(r"(\d+)", name)
+        return [part.zfill(20) if place % 2 else part for place, part in enumerate(parts)], name
+
+    return sorted(set(names), key=key)
 
 
 def _shares(is_right: Callable[[Answers, Manner], np.ndarray]) -> "Builder":
@@ -264,7 +275,7 @@ def coded(answers: Answers) -> tuple[list[str], np.ndarray, np.ndarray]:
         and for rows that failed.
     """
     names = [reference.strip() for reference in answers.references]
-    labels = sorted(set(names))
+    labels = in_order(names)
     number = {label: place for place, label in enumerate(labels)}
     given = [number.get(prediction.strip(), len(labels)) for prediction in answers.predictions]
     return labels, np.array([number[name] for name in names]), np.where(answers.failed, len(labels), given)
@@ -287,7 +298,7 @@ def _mean_average_precision(answers: Answers, manner: Manner) -> MeanAveragePrec
     expected = [labels_of(text, manner) for text in answers.references]
     names = sorted({label for labels in expected for label in labels})
     number = {label: place for place, label in enumerate(names)}
-    truth = sorted((number[label], row) for row, labels in enumerate(expected) for label in labels)
+    truth = sorted((number[label], row) for row, labels in enumerate(expected) for label in {*labels})
     listed = sorted(
         (number[label], -score, row)
         for row in range(len(expected))
@@ -303,7 +314,10 @@ def _mean_average_precision(answers: Answers, manner: Manner) -> MeanAveragePrec
 
 
 def listed_labels(answers: Answers, row: int, manner: Manner) -> dict[str, float] | None:
-    """The labels of a prediction with their scores, 1 each without any; None without a number for each."""
+    """The labels of a prediction with their scores, 1 each without any; None without a number for each.
+
+    Of a label that is there twice the higher score counts.
+    """
     if answers.failed[row]:
         return {}
     labels = labels_of(answers.predictions[row], manner)
@@ -313,8 +327,9 @@ def listed_labels(answers: Answers, row: int, manner: Manner) -> dict[str, float
         scores = [float(part) for part in answers.scores[row].split(manner.separator) if part.strip()]
     except ValueError:
         return None
-    is_complete = len(scores) == len(labels) and bool(np.isfinite(scores).all())
-    return dict(zip(labels, scores, strict=True)) if is_complete else None
+    if len(scores) != len(labels) or not np.isfinite(scores).all():
+        return None
+    return dict(sorted(zip(labels, scores, strict=True), key=itemgetter(1)))
 
 
 def _bleu(answers: Answers, manner: Manner) -> Sums:
