@@ -640,4 +640,5 @@ def test_main_exits_with_the_status(door, monkeypatch):
 def test_commands_are_click_commands():
     commands = cli.toolkit()
     assert isinstance(commands, click.Group)
-    assert list(commands.commands) == ["convert-dataset", "train", "inference", "demo", "completion"]
+    names = ["convert-dataset", "train", "inference", "evaluate", "demo", "completion"]
+    assert list(commands.commands) == names

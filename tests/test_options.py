@@ -18,13 +18,20 @@ from mdl_toolkit.cli_options import OptionsCommand, wrap
 from mdl_toolkit.errors import InputError, UsageError
 from mdl_toolkit.option import Options, setting_of, shown_name
 from mdl_toolkit.options import CompletionOptions, ConvertOptions, DemoOptions
-from mdl_toolkit.result_options import InferenceOptions
+from mdl_toolkit.result_options import EvaluateOptions, InferenceOptions
 from mdl_toolkit.settings import as_command, from_mapping, read_settings, to_yaml
 from mdl_toolkit.training_options import TrainOptions
 
 COMMANDS: dict[str, type[Options]] = {
     options.COMMAND: options
-    for options in (ConvertOptions, TrainOptions, InferenceOptions, DemoOptions, CompletionOptions)
+    for options in (
+        ConvertOptions,
+        TrainOptions,
+        InferenceOptions,
+        EvaluateOptions,
+        DemoOptions,
+        CompletionOptions,
+    )
 }
 
 # ---------------------------------------------------------------------------------------------------------
@@ -258,12 +265,37 @@ SPELLINGS: dict[str, tuple[Accepted, list[str]]] = {
     "--save-total-limit": (COUNTS_OR_NULL, NO_COUNTS_NOR_NULL),
     "--merge-lora": (YES_NO, NO_BOOLEANS),
     "--max-length": (COUNTS, NO_COUNTS),
+    "--reference": (PATHS_OR_NULL, [""]),
+    "--reference-column": (TEXTS, []),
+    "--compare": (PATHS_OR_NULL, [""]),
+    "evaluate --output": (
+        {"a.json": ("a.json",), "a, b.CSV": ("a, b.CSV",), "null.csv": ("null.csv",)},
+        ["", "a", "a.txt", "null"],
+    ),
+    "--metric": (
+        {
+            "wer": ("wer",),
+            "wer,cer,wer": ("wer", "cer"),
+            '["exact-match", "macro-f1"]': ("exact-match", "macro-f1"),
+            "bleu , chrf": ("bleu", "chrf"),
+            "map": ("map",),
+            "accuracy": ("accuracy",),
+            "": (),
+        },
+        ["WER", "f1", "null", "wer cer"],
+    ),
+    "--normalize": (YES_NO, NO_BOOLEANS),
+    "--label-separator": (TEXTS, []),
+    "--score-column": (TEXTS, []),
+    "--group-by": ({"language": ("language",), "a,b": ("a", "b"), "length": ("length",), "": ()}, ["[1]"]),
+    "--bootstrap": ({"0": 0, "1000": 1000, "1e3": 1000}, ["-1", "0.5", "null", "x"]),
     "SHELL": ({word: word for word in ("bash", "zsh", "fish")}, ["tcsh", "", "null"]),
 }
 NEEDED: dict[str, dict[str, str]] = {
     "convert-dataset": {"INPUT": "in.csv", "--output": "out"},
     "train": {"--train-dataset": "in.csv", "--output": "out"},
     "inference": {"INPUT": "in.csv", "--output": "out.csv", "--model-name": "model"},
+    "evaluate": {"INPUT": "in.csv"},
     "demo": {},
     "completion": {"SHELL": "bash"},
 }
@@ -292,16 +324,20 @@ FIELDS = [
 ]
 
 
+def spellings_of(command: str, name: str) -> tuple[Accepted, list[str]]:
+    return SPELLINGS.get(f"{command} {name}") or SPELLINGS[name]
+
+
 @pytest.mark.parametrize(("command", "field", "name"), FIELDS)
 def test_accepted_spellings(command, field, name):
-    for word, value in SPELLINGS[name][0].items():
+    for word, value in spellings_of(command, name)[0].items():
         got = getattr(read(command, words_with(command, name, word)), field)
         assert (got, type(got)) == (value, type(value)), word
 
 
 @pytest.mark.parametrize(("command", "name"), [(command, name) for command, _, name in FIELDS])
 def test_refused_spellings(command, name):
-    for word in SPELLINGS[name][1]:
+    for word in spellings_of(command, name)[1]:
         with pytest.raises(UsageError) as refused:
             read(command, words_with(command, name, word))
         assert refused.value.text.en.startswith(f"{name}: expected ")
@@ -311,7 +347,7 @@ def test_refused_spellings(command, name):
 
 
 def test_every_spelling_in_the_table_belongs_to_an_option():
-    assert set(SPELLINGS) == {name for _, _, name in FIELDS}
+    assert {name.split()[-1] for name in SPELLINGS} == {name for _, _, name in FIELDS}
 
 
 @pytest.mark.parametrize(
@@ -358,6 +394,8 @@ VALUES: dict[kinds.Kind, st.SearchStrategy[Any]] = {
     kinds.SEED: st.integers(0, 2**32 - 1),
     kinds.POSITIVE: POSITIVE,
     kinds.DROPOUT: st.floats(0, 1, exclude_max=True),
+    kinds.METRICS: st.lists(st.sampled_from(kinds.METRIC_NAMES)),
+    kinds.RESULTS: st.lists(WORD.map(lambda word: f"{word}.json")),
 }
 
 

@@ -142,17 +142,17 @@ def _oddities(answers: Answers) -> list[Text]:
     told = [
         (
             failed,
-            "rows have an error instead of an answer, and count as wrong",
-            "行没有回答而有错误信息，按错误计算",
+            "rows with an error instead of an answer, counted as wrong",
+            "有错误信息而无回答的行，按错误计算",
         ),
-        (predictions, "predictions are empty", "条预测为空"),
+        (predictions, "empty predictions", "空的预测"),
         (
             references,
-            "references are empty: every word predicted there is an error",
-            "条参考为空：其中预测的每个词都算错误",
+            "empty references, where every predicted word is an error",
+            "空的参考，其中预测的每个词都算错误",
         ),
     ]
-    return [Text(f"{count} {en}", f"{count} {zh}") for count, en, zh in told if count]
+    return [Text(f"{en}: {count}", f"{zh}：{count}") for count, en, zh in told if count]
 
 
 # --- groups --------------------------------------------------------------------------------------------

@@ -77,10 +77,14 @@ def interval_of(values: np.ndarray, value: float) -> Interval | None:
     known = values[np.isfinite(values)]
     if not len(known):
         return None
-    low, high = np.percentile(known, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
-    off = known.mean() - value
-    if abs(off) > SURE * known.std() / np.sqrt(len(known)):
-        low, high = low - off, high - off
+    low, high = _percentiles(known)
+    off = float(known.mean()) - value
+    is_moved = abs(off) > SURE * known.std() / np.sqrt(len(known))
+    return Interval(low - off, high - off) if is_moved else Interval(low, high)
+
+
+def _percentiles(values: np.ndarray) -> Interval:
+    low, high = np.percentile(values, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
     return Interval(float(low), float(high))
 
 
@@ -93,10 +97,8 @@ def difference_of(values: np.ndarray, others: np.ndarray) -> Difference | None:
     known = (values - others)[np.isfinite(values - others)]
     if not len(known):
         return None
-    interval = interval_of(known, float(known.mean()))
-    assert interval is not None
     tail = min(int((known <= 0).sum()), int((known >= 0).sum())) + 1
-    return Difference(interval, min(1.0, 2 * tail / (len(known) + 1)))
+    return Difference(_percentiles(known), min(1.0, 2 * tail / (len(known) + 1)))
 
 
 def mcnemar(only_first: int, only_second: int) -> float:

@@ -256,7 +256,12 @@ def as_json(evaluation: Evaluation) -> str:
             for pair in evaluation.comparisons
         },
         "groups": [
-            {**asdict(group), "figures": {each.metric: _figure(each) for each in group.figures}}
+            {
+                "column": group.column,
+                "group": group.name,
+                "rows": group.rows,
+                "metrics": {figure.metric: _figure(figure) for figure in group.figures},
+            }
             for group in evaluation.groups
         ],
         "confusion": asdict(evaluation.confusion) if evaluation.confusion else None,
