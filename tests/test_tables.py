@@ -38,10 +38,15 @@ def test_what_cannot_be_used(tmp_path, content, message):
 
 
 def test_all_bad_rows_at_once(tmp_path):
-    (tmp_path / "a.csv").write_text("prediction\nx,y\nfine\nb\0\n")
+    (tmp_path / "a.csv").write_text("prediction\nx,y\nfine\na,b,c\n")
     with pytest.raises(RowsError) as refused:
         read_table(tmp_path / "a.csv")
     assert [problem.line for problem in refused.value.problems] == [2, 4]
+
+
+def test_what_a_model_may_write_can_be_read(tmp_path):
+    path = write_csv(tmp_path / "a.csv", [{"prediction": 'b\0\r\n\x07\ufffd, "'}])
+    assert read_table(path).cells == (('b\0\r\n\x07\ufffd, "',),)
 
 
 # --- joining ---------------------------------------------------------------------------------------------

@@ -24,7 +24,6 @@ BAD_BYTE = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of byte
 LONGEST_CELL = 2**31 - 1  # the most csv.field_size_limit takes where a C long has 32 bits; default 131,072
 OTHER_ENCODINGS = ("gb18030", "cp1252")  # what spreadsheets write when they do not write UTF-8
 PIECE = 1 << 20  # bytes read at once
-NUL_BYTE = Text("holds a NUL byte; remove it", "含有 NUL 字节；请删除")
 
 
 class Line(NamedTuple):
@@ -241,15 +240,12 @@ def _missing(name: str, columns: Sequence[str]) -> Text:
     )
 
 
-def line_problems(columns: Sequence[str], line: Line) -> Iterator[RowProblem]:
-    """What is wrong with a row whatever it means: too many cells, NUL bytes."""
+def excess(columns: Sequence[str], line: Line) -> Iterator[RowProblem]:
+    """The first cell beyond the last column, if a row has one."""
     width = len(columns)
     if len(line.cells) > width:
         value, reason = line.cells[width], _too_many(len(line.cells), width)
         yield RowProblem(line.number, str(width + 1), value, reason)
-    for name, cell in zip(columns, line.cells, strict=False):
-        if NUL_MARK in cell:
-            yield RowProblem(line.number, name, cell.replace(NUL_MARK, "\0"), NUL_BYTE)
 
 
 def _too_many(cells: int, columns: int) -> Text:

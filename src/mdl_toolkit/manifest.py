@@ -7,18 +7,19 @@ with it. Recordings are looked for, never opened; nothing is fetched.
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from mdl_toolkit.csvfile import (
+    NUL_MARK,
     Line,
     bad,
     check_columns,
+    excess,
     header_of,
-    line_problems,
     lines_of,
     no_rows,
     opened,
@@ -34,6 +35,7 @@ EMPTY_PREDICTION = Text(
     "empty; fill it in, or accept empty ones with --allow-empty-prediction",
     "为空；请填写，或使用 --allow-empty-prediction 接受空值",
 )
+NUL_BYTE = Text("holds a NUL byte; remove it", "含有 NUL 字节；请删除")
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,7 @@ class _Reader:
         """The row, or its problems."""
         cells = line.cells + [""] * (len(self.columns) - len(line.cells))
         row = self._row(line.number, dict(zip(self.columns, cells, strict=False)), cells)
-        problems = [*line_problems(self.columns, line)]
+        problems = [*excess(self.columns, line), *_nul_bytes(self.columns, line)]
         found = self.look(row)
         if isinstance(found, Text):
             problems.append(RowProblem(line.number, AUDIO, row.shown, found))
@@ -224,6 +226,12 @@ class _Reader:
             prediction=named.get(PREDICTION),
             cells=tuple(cells),
         )
+
+
+def _nul_bytes(columns: Sequence[str], line: Line) -> Iterator[RowProblem]:
+    for name, cell in zip(columns, line.cells, strict=False):
+        if NUL_MARK in cell:
+            yield RowProblem(line.number, name, cell.replace(NUL_MARK, "\0"), NUL_BYTE)
 
 
 def _prompt(cell: str | None, default: str | None) -> str | None:

@@ -9,7 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from mdl_toolkit.csvfile import check_columns, header_of, line_problems, lines_of, no_rows, opened
+from mdl_toolkit.csvfile import NUL_MARK, check_columns, excess, header_of, lines_of, no_rows, opened
 from mdl_toolkit.errors import InputError, Problems
 from mdl_toolkit.language import Text
 from mdl_toolkit.manifest import AUDIO, without_credentials
@@ -47,11 +47,11 @@ class Table:
 
 
 def read_table(path: str | Path, needed: Sequence[str] = ()) -> Table:
-    """Read a CSV; rows with too few cells are filled up with empty ones.
+    """Read a CSV; rows with too few cells are filled up with empty ones. A model may have written NUL bytes.
 
     Raises:
         InputError: the file cannot be read, is no CSV, has no row, or lacks a column.
-        RowsError: rows with too many cells or NUL bytes, all of them.
+        RowsError: rows with too many cells, all of them.
     """
     path, problems = Path(path), Problems()
     numbers: list[int] = []
@@ -60,10 +60,11 @@ def read_table(path: str | Path, needed: Sequence[str] = ()) -> Table:
         columns = header_of(path, lines)
         check_columns(path, columns, needed)
         for line in lines:
-            for problem in line_problems(columns, line):
+            for problem in excess(columns, line):
                 problems.add(problem)
             numbers.append(line.number)
-            cells.append((*line.cells, *[""] * (len(columns) - len(line.cells))))
+            missing = [""] * (len(columns) - len(line.cells))
+            cells.append((*(cell.replace(NUL_MARK, "\0") for cell in line.cells), *missing))
     problems.check(str(path))
     if not cells:
         raise no_rows(path)
