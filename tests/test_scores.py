@@ -11,7 +11,16 @@ from sklearn.metrics import accuracy_score, average_precision_score, confusion_m
 from mdl_toolkit.kinds import METRIC_NAMES
 from mdl_toolkit.metrics import METRICS, edits, normalized
 from mdl_toolkit.resampling import value_of
-from mdl_toolkit.scores import SCORES, Answers, Manner, confusion, in_order, is_chinese, is_same_set, versions
+from mdl_toolkit.scores import (
+    SCORES,
+    Answers,
+    Manner,
+    are_chinese,
+    confusion,
+    in_order,
+    is_same_set,
+    versions,
+)
 
 PLAIN = Manner(normalize=True, is_chinese=False, separator=None)
 RAW = Manner(normalize=False, is_chinese=False, separator=None)
@@ -132,7 +141,7 @@ def test_exact_match_is_after_normalisation_and_accuracy_before():
     ],
 )
 def test_which_texts_are_chinese(texts, expected):
-    assert is_chinese(texts) is expected
+    assert are_chinese(texts) is expected
 
 
 # --- labels ----------------------------------------------------------------------------------------------

@@ -31,8 +31,8 @@ from mdl_toolkit.scores import (
     SCORES,
     Answers,
     Manner,
+    are_chinese,
     confusion,
-    is_chinese,
     is_exact,
     is_match,
     is_same_set,
@@ -56,7 +56,7 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
     """
     _check(options)
     pairs = read_pairs(options)
-    manner = Manner(options.normalize, is_chinese(pairs.answers.references), options.label_separator or None)
+    manner = Manner(options.normalize, are_chinese(pairs.answers.references), options.label_separator or None)
     names = options.metric or _chosen(pairs.answers.references, manner)
     if "map" in names:
         _check_scores(pairs, options, manner)
@@ -118,10 +118,10 @@ def _check_scores(pairs: Pairs, options: EvaluateOptions, manner: Manner) -> Non
 
 
 def _computed(pairs: Pairs, manner: Manner, names: Sequence[str], options: EvaluateOptions) -> Evaluation:
+    groupings = [grouped(pairs, name) for name in options.group_by]
     measures = {name: SCORES[name].build(pairs.answers, manner) for name in names}
     others = {name: SCORES[name].build(pairs.other, manner) for name in names} if pairs.other else {}
     figures, comparisons = _figures(measures, others, len(pairs.table), options)
-    groupings = [grouped(pairs, name) for name in options.group_by]
     kind, right = _right(pairs.answers, manner, names)
     unit, counts = _edits(pairs.answers, manner, measures)
     return Evaluation(
@@ -146,13 +146,8 @@ def _figures(
         _figure(name, *each) for name, *each in zip([*measures, *others], values, samples, strict=True)
     ]
     count = len(measures)
-    comparisons = [
-        _comparison(
-            figures[place], figures[count + place], samples[place], samples[count + place], measures, others
-        )
-        for place in range(len(others))
-    ]
-    return tuple(figures[:count]), tuple(comparisons)
+    pairs = zip(figures, figures[count:], samples, samples[count:], strict=False)
+    return tuple(figures[:count]), tuple(_comparison(*pair, measures, others) for pair in pairs)
 
 
 def _figure(name: str, value: float, samples: np.ndarray) -> Figure:

@@ -5,8 +5,6 @@ new tokens. That holds in float32; in bfloat16 rounding can turn a word that is 
 """
 
 import csv
-import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +22,7 @@ from mdl_toolkit.folders import ADAPTER_CONFIG, find_model
 from mdl_toolkit.language import Text
 from mdl_toolkit.loading import base_of, explaining_memory, load_for_inference
 from mdl_toolkit.manifest import Manifest
-from mdl_toolkit.outputs import removing_empty
+from mdl_toolkit.outputs import removing_empty, replacing_file
 from mdl_toolkit.result_options import InferenceOptions
 from mdl_toolkit.settings import SETTINGS_FILE, to_yaml
 from mdl_toolkit.text_files import read_text_files
@@ -129,15 +127,8 @@ def _write(output: Path, manifest: Manifest, predictions: list[str]) -> None:
     columns = list(manifest.columns)
     place = columns.index("prediction") if "prediction" in columns else len(columns)
     columns[place:] = ["prediction", *columns[place + 1 :]]
-    work = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    try:
-        with work.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(columns)
-            for row, prediction in zip(manifest.rows_unseen(), predictions, strict=True):
-                writer.writerow([*row.cells[:place], prediction, *row.cells[place + 1 :]])
-        if output.exists():
-            shutil.copymode(output, work)
-        work.replace(output)
-    finally:
-        work.unlink(missing_ok=True)
+    with replacing_file(output) as work, work.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        for row, prediction in zip(manifest.rows_unseen(), predictions, strict=True):
+            writer.writerow([*row.cells[:place], prediction, *row.cells[place + 1 :]])

@@ -244,7 +244,7 @@ def as_json(evaluation: Evaluation) -> str:
     """Everything but the rows' other cells."""
     values = {
         "settings": evaluation.settings,
-        "notes": [str(note) for note in evaluation.notes],
+        "notes": [note.en for note in evaluation.notes],
         "metrics": {figure.metric: _figure(figure) for figure in evaluation.figures},
         "comparison": {
             pair.other.metric: {

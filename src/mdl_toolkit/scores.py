@@ -68,7 +68,7 @@ class Manner:
         return normalized(text) if self.normalize else text.strip()
 
 
-def is_chinese(texts: Sequence[str]) -> bool:
+def are_chinese(texts: Sequence[str]) -> bool:
     """Tell whether at least half of the letters are Chinese characters."""
     joined = "".join(texts)
     return 2 * len(CHINESE.findall(joined)) >= max(len(LETTER.findall(joined)), 1)
