@@ -187,6 +187,7 @@ def test_rows_with_an_error_are_wrong_and_counted(tmp_path, capsys):
     assert "rows with an error instead of an answer, counted as wrong: 2" in said
     assert "empty references, where every predicted word is an error: 1" in said
     assert "empty predictions" not in said
+    assert as_text(found).split("\n\n")[1].splitlines()[1].split() == ["(empty)", "no", "yes", "(other)"]
 
 
 def test_undefined_is_neither_zero_nor_an_error(tmp_path, capsys):
@@ -307,7 +308,9 @@ def test_a_comparison_joins_by_audio_too(place, capsys):
     write_csv(place / "perfect.csv", rows)
     found = evaluate(options(place, compare=str(place / "perfect.csv"), metric=("wer",)))
     assert found.comparisons[0].other.value == 0
-    assert "perfect.csv, joined by the column audio" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "perfect.csv, joined by the column audio" in said
+    assert said.count("empty") == 1
 
 
 # --- what is shown and written ---------------------------------------------------------------------------

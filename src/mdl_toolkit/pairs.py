@@ -71,7 +71,7 @@ def read_pairs(options: EvaluateOptions) -> Pairs:
         theirs = {name: _ordered(source, name, found) for name in source.columns}
         references, columns = theirs[name], {**theirs, **columns}
     answers = _answers(table, references, None, options.score_column)
-    notes += _oddities(answers)
+    notes += [*_about_references(references), *_oddities(answers)]
     other = _other(table, references, options, notes) if options.compare else None
     return Pairs(table, columns, answers, other, tuple(notes))
 
@@ -135,24 +135,26 @@ def _answers(table: Table, references: Sequence[str], found: Join | None, scores
 
 
 def _oddities(answers: Answers) -> list[Text]:
-    """What is worth a word: rows that failed, and empty texts."""
+    """What is worth a word about one file's predictions."""
     failed = int(answers.failed.sum())
-    references = sum(not text.strip() for text in answers.references)
-    predictions = sum(not text.strip() for text in answers.predictions) - failed
-    told = [
-        (
-            failed,
-            "rows with an error instead of an answer, counted as wrong",
-            "有错误信息而无回答的行，按错误计算",
-        ),
-        (predictions, "empty predictions", "空的预测"),
-        (
-            references,
-            "empty references, where every predicted word is an error",
-            "空的参考，其中预测的每个词都算错误",
-        ),
-    ]
-    return [Text(f"{en}: {count}", f"{zh}：{count}") for count, en, zh in told if count]
+    empty = _empty(answers.predictions) - failed
+    notes = []
+    if failed:
+        en = f"rows with an error instead of an answer, counted as wrong: {failed}"
+        notes.append(Text(en, f"有错误信息而无回答的行，按错误计算：{failed}"))
+    if empty:
+        notes.append(Text(f"empty predictions: {empty}", f"空的预测：{empty}"))
+    return notes
+
+
+def _about_references(references: Sequence[str]) -> list[Text]:
+    empty = _empty(references)
+    en = f"empty references, where every predicted word is an error: {empty}"
+    return [Text(en, f"空的参考，其中预测的每个词都算错误：{empty}")] if empty else []
+
+
+def _empty(texts: Sequence[str]) -> int:
+    return sum(not text.strip() for text in texts)
 
 
 # --- groups --------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ MOST_LABELS = 30  # of a confusion table in the terminal
 MOST_GROUPS = 40  # of one column in the terminal; files have all
 WIDEST = 40  # columns of the terminal that one cell may take
 OTHER = Text("other", "其他")
+EMPTY = Text("(empty)", "（空）")
 INTERVAL = Text("95 % interval", "95% 区间")
 
 
@@ -190,7 +191,7 @@ def _groups(groups: Sequence[Group]) -> str:
         head += [SCORES[figure.metric].title, str(INTERVAL)]
     rows = [
         [
-            group.name or str(Text("(empty)", "（空）")),
+            group.name or str(EMPTY),
             str(group.rows),
             *(cell for figure in group.figures for cell in (_named(figure)[1], _span(figure))),
         ]
@@ -203,12 +204,12 @@ def _groups(groups: Sequence[Group]) -> str:
 
 
 def _confusion(confusion: Confusion) -> str:
-    names = [*confusion.labels, f"({OTHER})"]
+    names = [*(label or str(EMPTY) for label in confusion.labels), f"({OTHER})"]
     used = len(names) if any(row[-1] for row in confusion.counts) else len(names) - 1
     title = str(Text("answers (columns) to each reference (rows)", "各参考（行）的回答（列）"))
     rows = [
         [label, *(str(count or "·") for count in row[:used])]
-        for label, row in zip(confusion.labels, confusion.counts, strict=True)
+        for label, row in zip(names[:-1], confusion.counts, strict=True)
     ]
     return f"{title}\n{aligned([['', *names[:used]], *rows])}"
 

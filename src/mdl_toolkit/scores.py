@@ -169,11 +169,11 @@ class MeanAveragePrecision:
     def values(self, weights: np.ndarray) -> np.ndarray:
         """`[rows, samples]` to `[samples]`."""
         bounds = [np.searchsorted(pairs[:, 0], np.arange(self.size + 1)) for pairs in self._tables]
-        total = np.zeros((weights.shape[1], 2))
+        drawn, total = weights.sum(axis=0), np.zeros((weights.shape[1], 2))
         for label in range(self.size):
             (first, last), (start, end) = ((b[label], b[label + 1]) for b in bounds)
             truth = self.expected[first:last, 1]
-            precision = self._precision(truth, slice(start, end), weights)
+            precision = self._precision(truth, slice(start, end), weights, drawn)
             total += np.stack([np.nan_to_num(precision), np.isfinite(precision)], axis=1)
         return _ratio(total)
 
@@ -181,14 +181,23 @@ class MeanAveragePrecision:
     def _tables(self) -> tuple[np.ndarray, np.ndarray]:
         return self.expected, self.listed
 
-    def _precision(self, truth: np.ndarray, place: slice, weights: np.ndarray) -> np.ndarray:
-        """Average precision of one label in each sample; NaN where the sample has no row with it."""
+    def _precision(
+        self, truth: np.ndarray, place: slice, weights: np.ndarray, drawn: np.ndarray
+    ) -> np.ndarray:
+        """Average precision of one label in each sample; NaN where the sample has no row with it.
+
+        Args:
+            truth: the rows with the label.
+            place: where the rows are listed that are predicted to have it.
+            weights: `[rows, samples]`.
+            drawn: `[samples]`, their sum.
+        """
         rows, scores = self.listed[place, 1], self.scores[place]
         ends = np.flatnonzero(np.diff(scores, append=-np.inf))  # equal scores are one threshold
         hits = weights[rows] * np.isin(rows, truth)[:, None]
         everything = weights[truth].sum(axis=0)
         found = np.vstack([np.cumsum(hits, axis=0)[ends], everything])
-        taken = np.vstack([np.cumsum(weights[rows], axis=0)[ends], weights.sum(axis=0)])
+        taken = np.vstack([np.cumsum(weights[rows], axis=0)[ends], drawn])
         gains = np.diff(found, axis=0, prepend=0) * found / np.maximum(taken, 1)
         return _ratio(np.stack([gains.sum(axis=0), everything], axis=1))
 
