@@ -18,6 +18,7 @@ from mdl_toolkit.text_files import read_text_files
 from mdl_toolkit.tokens import Encoder
 from waves import wave
 
+GREEDY = Picking()
 CHECKPOINTS = ["A-small", "B-small", "B-small-tied"]
 
 
@@ -51,7 +52,7 @@ def generated(model, question, **settings):
     return ids[0].tolist()
 
 
-def ids_of(model, encoder, asked, batch_size, picking=Picking(), ends=()):
+def ids_of(model, encoder, asked, batch_size, picking=GREEDY, ends=()):
     """The ids that an answerer comes to, by key."""
     echo = SimpleNamespace(
         decode=lambda ids: tuple(ids), end_id=-1, pad_id=encoder.pad_id

@@ -643,7 +643,8 @@ def test_main_exits_with_the_status(door, monkeypatch):
 def test_commands_are_click_commands():
     commands = cli.toolkit()
     assert isinstance(commands, click.Group)
-    assert list(commands.commands) == ["convert-dataset", "train", "inference", "check", "demo", "completion"]
+    names = ["convert-dataset", "train", "inference", "check", "evaluate", "demo", "completion"]
+    assert list(commands.commands) == names
 
 
 def test_every_name_that_python_callers_are_offered_is_there():

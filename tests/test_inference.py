@@ -67,9 +67,7 @@ def test_each_row_has_its_own_budget(model, tmp_path, monkeypatch):
     """Rows of very different prompts in one batch: each gets max_length minus its own prompt."""
     monkeypatch.setattr(answering, "end_ids", lambda *_: {511})
     kept, text = [], Answerer._text
-    monkeypatch.setattr(
-        Answerer, "_text", lambda self, answer: kept.append(answer.ids) or text(self, answer)
-    )
+    monkeypatch.setattr(Answerer, "_text", lambda self, answer: kept.append(answer.ids) or text(self, answer))
     rows = make_rows(tmp_path / "audio", 3)
     rows[1]["user_prompt"] = "What is it? " * 5
     source = write_csv(tmp_path / "in.csv", rows)

@@ -18,7 +18,7 @@ from mdl_toolkit.cli_options import OptionsCommand, wrap
 from mdl_toolkit.errors import InputError, UsageError
 from mdl_toolkit.option import Options, setting_of, shown_name
 from mdl_toolkit.options import CheckOptions, CompletionOptions, ConvertOptions, DemoOptions
-from mdl_toolkit.result_options import InferenceOptions
+from mdl_toolkit.result_options import EvaluateOptions, InferenceOptions
 from mdl_toolkit.settings import as_command, from_mapping, read_settings, to_yaml
 from mdl_toolkit.training_options import TrainOptions
 
@@ -29,6 +29,7 @@ COMMANDS: dict[str, type[Options]] = {
         TrainOptions,
         InferenceOptions,
         CheckOptions,
+        EvaluateOptions,
         DemoOptions,
         CompletionOptions,
     )
@@ -265,6 +266,15 @@ SPELLINGS: dict[str, tuple[Accepted, list[str]]] = {
     "--save-total-limit": (COUNTS_OR_NULL, NO_COUNTS_NOR_NULL),
     "--merge-lora": (YES_NO, NO_BOOLEANS),
     "--max-length": (COUNTS, NO_COUNTS),
+    "--max-new-tokens": (COUNTS_OR_NULL, NO_COUNTS_NOR_NULL),
+    "--temperature": ({"0": 0.0, "0.7": 0.7, "1e1": 10.0}, ["-0.1", "nan", "inf", "null", "x", ""]),
+    "--top-p": ({"1": 1.0, "0.9": 0.9}, ["0", "1.1", "-1", "null", "x"]),
+    "--num-beams": (COUNTS, NO_COUNTS),
+    "--choices": (PATHS_OR_NULL, [""]),
+    "--top-k": (COUNTS, NO_COUNTS),
+    "--normalize-scores": (YES_NO, NO_BOOLEANS),
+    "--on-error": ({"stop": "stop", "keep": "keep"}, ["Keep", "null", "", "skip"]),
+    "--engine": ({"torch": "torch", "vllm": "vllm"}, ["VLLM", "null", ""]),
     "check INPUT": ({word: (word,) for word in PATHS}, [""]),
     "check --max-length": (COUNTS_OR_NULL, NO_COUNTS_NOR_NULL),
     "--for-inference": (YES_NO, NO_BOOLEANS),
@@ -279,6 +289,30 @@ SPELLINGS: dict[str, tuple[Accepted, list[str]]] = {
         },
         [""],
     ),
+    "--reference": (PATHS_OR_NULL, [""]),
+    "--reference-column": (TEXTS, []),
+    "--compare": (PATHS_OR_NULL, [""]),
+    "evaluate --output": (
+        {"a.json": ("a.json",), "a, b.CSV": ("a, b.CSV",), "null.csv": ("null.csv",)},
+        ["", "a", "a.txt", "null"],
+    ),
+    "--metric": (
+        {
+            "wer": ("wer",),
+            "wer,cer,wer": ("wer", "cer"),
+            '["exact-match", "macro-f1"]': ("exact-match", "macro-f1"),
+            "bleu , chrf": ("bleu", "chrf"),
+            "map": ("map",),
+            "accuracy": ("accuracy",),
+            "": (),
+        },
+        ["WER", "f1", "null", "wer cer"],
+    ),
+    "--normalize": (YES_NO, NO_BOOLEANS),
+    "--label-separator": (TEXTS, []),
+    "--score-column": (TEXTS, []),
+    "--group-by": ({"language": ("language",), "a,b": ("a", "b"), "length": ("length",), "": ()}, ["[1]"]),
+    "--bootstrap": ({"0": 0, "1000": 1000, "1e3": 1000}, ["-1", "0.5", "null", "x"]),
     "SHELL": ({word: word for word in ("bash", "zsh", "fish")}, ["tcsh", "", "null"]),
 }
 NEEDED: dict[str, dict[str, str]] = {
@@ -286,6 +320,7 @@ NEEDED: dict[str, dict[str, str]] = {
     "train": {"--train-dataset": "in.csv", "--output": "out"},
     "inference": {"INPUT": "in.csv", "--output": "out.csv", "--model-name": "model"},
     "check": {"INPUT": "in.csv"},
+    "evaluate": {"INPUT": "in.csv"},
     "demo": {},
     "completion": {"SHELL": "bash"},
 }
@@ -340,7 +375,7 @@ def test_refused_spellings(command, name):
 def test_every_spelling_in_the_table_belongs_to_an_option():
     names = {name for _, _, name in FIELDS} | {f"{command} {name}" for command, _, name in FIELDS}
     assert set(SPELLINGS) <= names
-    assert {name for _, _, name in FIELDS} <= set(SPELLINGS)
+    assert {name for _, _, name in FIELDS} <= {name.split()[-1] for name in SPELLINGS}
 
 
 @pytest.mark.parametrize(
@@ -388,7 +423,11 @@ VALUES: dict[kinds.Kind, st.SearchStrategy[Any]] = {
     kinds.WHOLE: st.integers(0, 2**53),
     kinds.SEED: st.integers(0, 2**32 - 1),
     kinds.POSITIVE: POSITIVE,
+    kinds.NOT_NEGATIVE: POSITIVE,
+    kinds.SHARE: st.floats(min_value=0, max_value=1, exclude_min=True),
     kinds.DROPOUT: st.floats(0, 1, exclude_max=True),
+    kinds.METRICS: st.lists(st.sampled_from(kinds.METRIC_NAMES)),
+    kinds.RESULTS: st.lists(WORD.map(lambda word: f"{word}.json")),
 }
 
 

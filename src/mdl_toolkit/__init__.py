@@ -12,9 +12,11 @@ _ROOM_OF = {
     "ConvertOptions": "options",
     "TrainOptions": "training_options",
     "InferenceOptions": "result_options",
+    "EvaluateOptions": "result_options",
     "convert_dataset": "conversion",
     "train": "training",
     "infer": "inference",
+    "evaluate": "evaluation",
     "ToolkitError": "errors",
 }
 

@@ -14,6 +14,7 @@ from mdl_toolkit.language import Text
 
 TRUE_WORDS = frozenset({"true", "1", "yes", "on"})
 FALSE_WORDS = frozenset({"false", "0", "no", "off"})
+METRIC_NAMES = ("accuracy", "exact-match", "macro-f1", "wer", "cer", "bleu", "chrf", "map")
 TRAIN_TARGETS = ("encoder", "projector", "decoder", "embed_tokens", "lm_head")
 
 
@@ -179,13 +180,25 @@ def _split_commas(item: Any) -> list[str]:
     return [word.strip() for word in _text(item).split(",") if word.strip()]
 
 
-def _targets(value: Any) -> tuple[str, ...]:
-    words = _words(value)
-    wrong = [word for word in words if word not in TRAIN_TARGETS]
-    if wrong or not words:
-        listed = ", ".join(TRAIN_TARGETS)
-        raise refuse(f"expected some of {listed}", f"应为以下之中的一个或多个：{listed}")
-    return words
+def some_of(*choices: str, least: int) -> Kind:
+    """Some of a few words, at least so many; the option may be given several times."""
+
+    def parse(value: Any) -> tuple[str, ...]:
+        words = _words(value)
+        if len(words) < least or not set(words) <= set(choices):
+            listed = ", ".join(choices)
+            raise refuse(f"expected some of {listed}", f"应为以下之中的一个或多个：{listed}")
+        return words
+
+    return Kind("|".join(choices), parse, is_repeated=True)
+
+
+def _results(value: Any) -> tuple[str, ...]:
+    """Paths of files to write, whose names end with what is to be in them."""
+    paths = tuple(map(_path, [value] if isinstance(value, str | Path) else value))
+    if not all(path.lower().endswith((".json", ".csv")) for path in paths):
+        raise refuse("expected names that end with .json or .csv", "应为以 .json 或 .csv 结尾的文件名")
+    return tuple(dict.fromkeys(paths))
 
 
 BOOLEAN = Kind("true|false", _boolean, takes=is_boolean_word)
@@ -199,8 +212,10 @@ RESUME = Kind("true|false|PATH", _true_or_path, takes=lambda word: not word.star
 JSON = Kind(
     "true|false|PATH", _true_or_path, takes=lambda word: is_boolean_word(word) or word.endswith(".json")
 )
-TARGETS = Kind("|".join(TRAIN_TARGETS), _targets, is_repeated=True)
+TARGETS = some_of(*TRAIN_TARGETS, least=1)
 WORDS = Kind("NAME", _words, is_repeated=True)
+METRICS = some_of(*METRIC_NAMES, least=0)
+RESULTS = Kind("PATH", _results, is_repeated=True)
 COUNT = _integer(1)
 WHOLE = _integer(0)
 SEED = _integer(0, 2**32 - 1)  # what numpy.random.seed accepts

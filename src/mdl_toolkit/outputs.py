@@ -1,4 +1,4 @@
-"""Output folders: kept apart from inputs, put in place whole or not at all, no empty ones left behind.
+"""Outputs: kept apart from inputs, put in place whole or not at all, no empty folders left behind.
 
 What is written into them is for others to say.
 """
