@@ -13,10 +13,12 @@ _ROOM_OF = {
     "TrainOptions": "training_options",
     "InferenceOptions": "result_options",
     "EvaluateOptions": "result_options",
+    "ReportOptions": "result_options",
     "convert_dataset": "conversion",
     "train": "training",
     "infer": "inference",
     "evaluate": "evaluation",
+    "report": "report",
     "ToolkitError": "errors",
 }
 

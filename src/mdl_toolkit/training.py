@@ -43,6 +43,8 @@ from mdl_toolkit.metrics import METRICS
 from mdl_toolkit.option import spelling
 from mdl_toolkit.options import ConversionOptions
 from mdl_toolkit.outputs import check_apart, removing_empty, writing
+from mdl_toolkit.report import report_training
+from mdl_toolkit.report_run import keep_data
 from mdl_toolkit.runlog import RunLog
 from mdl_toolkit.sampling import Sampling
 from mdl_toolkit.settings import SETTINGS_FILE, read_settings, to_yaml
@@ -163,6 +165,8 @@ def _run(
         if resume is not None:
             trainer.resume(resume)
         _prepare_output(output, options, resume, world)
+        if world.is_first:
+            keep_data(output, train_set, eval_set)
         log.begin(trainer.step)
         done = _train(trainer, resume)
         pace = log.pace
@@ -172,6 +176,7 @@ def _run(
         export(base, _result(output, options, done, resume), final, options)
         say_results(output, done.best.step, pace)
         plot(output)
+        report_training(output)
     world.wait()
     say(
         f"done: {done.steps} steps; the result is in {final}",
