@@ -1,4 +1,4 @@
-"""Cells of the column `audio` to addresses that a page can play: links, or the sound in the address itself."""
+"""Cells of the column `audio` to addresses that a page can play: links, or the sound in the address."""
 
 import base64
 import io
@@ -47,7 +47,7 @@ def audio_values(cells: Sequence[str], base_dir: str | None, page: Path, embedde
         `folder`, what all links begin with; `names`, their rest, percent-encoded, `[rows]`, empty where there
         is no recording; `embedded`, `data:` addresses by row.
     """
-    start = Path(page).absolute().resolve().parent
+    start = os.path.dirname(os.path.abspath(page))  # noqa: PTH100, PTH120 - no link is followed
     links = [_link(cell, base_dir, start) for cell in cells]
     folder = re.sub(r"[^/]*$", "", _common_start([link for link in links if link]))
     _warn_missing(cells, base_dir)
@@ -70,11 +70,11 @@ def _path(cell: str, base_dir: str | None) -> Path:
     return Path(base_dir or "").expanduser().absolute() / Path(cell).expanduser()
 
 
-def _link(cell: str, base_dir: str | None, start: Path) -> str:
+def _link(cell: str, base_dir: str | None, start: str) -> str:
     """An address as it is, without a password; a file by the way to it from the page's folder."""
     if not cell or is_url(cell):
         return without_credentials(cell)
-    path = _path(cell, base_dir).resolve()
+    path = _path(cell, base_dir)
     try:
         return quote(Path(os.path.relpath(path, start)).as_posix())
     except ValueError:  # another drive
@@ -82,7 +82,7 @@ def _link(cell: str, base_dir: str | None, start: Path) -> str:
 
 
 def _warn_missing(cells: Sequence[str], base_dir: str | None) -> None:
-    missing = [cell for cell in cells if cell and not is_url(cell) and not _path(cell, base_dir).is_file()]
+    missing = [cell for cell in cells if cell and not is_url(cell) and not _is_there(cell, base_dir)]
     if missing:
         warn(
             f"{len(missing)} of {len(cells)} recordings are not there, the first is "
@@ -90,6 +90,10 @@ def _warn_missing(cells: Sequence[str], base_dir: str | None) -> None:
             f"{len(cells)} 条录音中有 {len(missing)} 条不存在，第一条为 {_path(missing[0], base_dir)}；"
             "--base-dir 指定路径的起始目录",
         )
+
+
+def _is_there(cell: str, base_dir: str | None) -> bool:
+    return os.path.isfile(_path(cell, base_dir))  # noqa: PTH113 - Path's refuses names that cannot be
 
 
 # --- sound in the page -----------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ def worst_first(rows: Sequence[RowResult], scores: Sequence[float | None]) -> li
     def key(row: int) -> tuple[bool, bool, float, float, int]:
         result, score = rows[row], scores[row]
         share = result.errors / max(result.length, 1)
-        return result.is_right, not result.failed, -share, -(score or 0.0), result.line
+        return result.is_right, not result.failed, -share, math.inf if score is None else -score, result.line
 
     return sorted(range(len(rows)), key=key)
 

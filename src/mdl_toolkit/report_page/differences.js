@@ -1,6 +1,7 @@
 // Where a prediction differs from its reference: by words, or by characters; as the error rates compare them.
 
 const MOST_PAIRS = 4_000_000; // of units that are compared in one row
+const EDIT = 10_000; // what an edit costs; a substitution 1 more, so that of equal ways the one with more in common wins
 
 /** What remains of a unit when it is compared; like `normalized` in Python. */
 function comparable(unit, normalize) {
@@ -36,13 +37,13 @@ function align(left, right) {
 
 function traced(a, b) {
   const width = b.length + 1;
-  const cost = new Uint16Array((a.length + 1) * width);
+  const cost = new Uint32Array((a.length + 1) * width);
   for (let i = 0; i <= a.length; i++) {
     for (let j = 0; j <= b.length; j++) {
       const here = i * width + j;
-      if (i === 0 || j === 0) cost[here] = i + j;
+      if (i === 0 || j === 0) cost[here] = EDIT * (i + j);
       else if (a[i - 1].key === b[j - 1].key) cost[here] = cost[here - width - 1];
-      else cost[here] = 1 + Math.min(cost[here - width - 1], cost[here - width], cost[here - 1]);
+      else cost[here] = EDIT + Math.min(cost[here - width - 1] + 1, cost[here - width], cost[here - 1]);
     }
   }
   const marked = [];
@@ -50,8 +51,8 @@ function traced(a, b) {
   while (i > 0 || j > 0) {
     const here = i * width + j;
     if (i > 0 && j > 0 && a[i - 1].key === b[j - 1].key) [i, j] = [i - 1, j - 1];
-    else if (i > 0 && j > 0 && cost[here] === cost[here - width - 1] + 1) marked.push(a[--i], b[--j]);
-    else if (i > 0 && cost[here] === cost[here - width] + 1) marked.push(a[--i]);
+    else if (i > 0 && j > 0 && cost[here] === cost[here - width - 1] + EDIT + 1) marked.push(a[--i], b[--j]);
+    else if (i > 0 && cost[here] === cost[here - width] + EDIT) marked.push(a[--i]);
     else marked.push(b[--j]);
   }
   return marked;
