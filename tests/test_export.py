@@ -7,15 +7,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from mdl_toolkit.card import About
 from mdl_toolkit.errors import ModelError
-from mdl_toolkit.export import export, merge
+from mdl_toolkit.export import export_adapter, export_merged, merge
 from mdl_toolkit.loading import load_model
 from mdl_toolkit.lora import add_adapters
 from mdl_toolkit.model import MiDashengLMModel
-from mdl_toolkit.training_options import TrainOptions
+from mdl_toolkit.provenance import Provenance
 from runs import copy_checkpoint, files_below
 
 CPU = torch.device("cpu")
+ABOUT = About(Provenance(), None, "")
 ALL = ("encoder", "projector", "decoder", "embed_tokens", "lm_head")
 
 
@@ -147,9 +149,8 @@ def test_a_result_that_is_not_finite_is_named_and_nothing_is_written(golden, tmp
     state = load_file(adapter / "adapter_model.safetensors")
     state["base_model.model.audio_projector.net.2.lora_B.weight"][0, 0] = torch.inf
     save_file(state, adapter / "adapter_model.safetensors")
-    options = TrainOptions(train_dataset="d", output="o")
     with pytest.raises(ModelError, match=r"audio_projector\.net\.2\.weight: not finite"):
-        export(base, adapter, tmp_path / "final", options)
+        export_merged(base, adapter, tmp_path / "final", ABOUT)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["A-small", "adapter"]
 
 
@@ -178,8 +179,9 @@ def test_an_adapter_of_another_shape_is_refused(golden, tmp_path):
 def test_an_unmerged_export_holds_adapter_and_text_side(golden, tmp_path):
     base = copy_checkpoint(golden, "A-small", tmp_path)
     adapter = make_adapter(base, tmp_path / "adapter")
-    export(base, adapter, tmp_path / "final", TrainOptions(train_dataset="d", output="o", merge_lora=False))
+    export_adapter(base, adapter, tmp_path / "final", ABOUT)
     beside = files_below(base) - {"config.json", "model.safetensors"}
     assert files_below(tmp_path / "final") == beside | {
-        "adapter_config.json", "adapter_model.safetensors", "mdl-toolkit.yaml",
+        "adapter_config.json", "adapter_model.safetensors", "mdl-toolkit.yaml", "mdl-toolkit.json",
+        "README.md",
     }  # fmt: skip

@@ -29,7 +29,7 @@ from mdl_toolkit.kinds import TRUE_WORDS
 from mdl_toolkit.language import Text
 from mdl_toolkit.option import Options
 from mdl_toolkit.options import CompletionOptions, ConvertOptions, DemoOptions
-from mdl_toolkit.result_options import InferenceOptions
+from mdl_toolkit.result_options import InferenceOptions, MergeOptions
 from mdl_toolkit.training_options import TrainOptions
 
 PROGRAM = "mdl-toolkit"
@@ -62,6 +62,12 @@ def _infer(options: InferenceOptions) -> None:
     from mdl_toolkit.inference import infer
 
     infer(options)
+
+
+def _merge(options: MergeOptions) -> None:
+    from mdl_toolkit.merging import merge_adapter
+
+    merge_adapter(options)
 
 
 def _demo(options: DemoOptions) -> None:
@@ -117,6 +123,7 @@ def toolkit() -> click.Group:
         (ConvertOptions, _convert),
         (TrainOptions, _train),
         (InferenceOptions, _infer),
+        (MergeOptions, _merge),
         (DemoOptions, _demo),
         (CompletionOptions, _completion),
     ]
