@@ -24,11 +24,11 @@ from runs import files_below, make_csv, train_options
 
 MODEL = Path(__file__).parent / "golden/checkpoints/A-small"
 WRITTEN = {
-    "adapter_config.json", "adapter_model.safetensors", "mdl-toolkit.yaml", "optimizer.safetensors",
-    "state.json",
+    "adapter_config.json", "adapter_model.safetensors", "mdl-toolkit.json", "mdl-toolkit.yaml",
+    "optimizer.safetensors", "state.json",
 }  # fmt: skip
 FILES = {*WRITTEN, "checksums.json"}
-AT_THE_END = ("final", "log.jsonl", "loss.png", "mdl-toolkit.yaml")  # beside checkpoints
+AT_THE_END = ("final", "log.jsonl", "loss.png", "mdl-toolkit.json", "mdl-toolkit.yaml")  # beside checkpoints
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_a_kill_right_before_the_renaming(tmp_path, moment):
     command = [*as_command(options).split()[1:], "--output", str(tmp_path / "run")]
     with fleet(tmp_path) as start:
         assert start(command, partial(die_before, "os.rename", f".saving/checkpoint-{moment}")).end() == -9
-        left = {*names(tmp_path / "run")} - {".dataset", "log.jsonl", "mdl-toolkit.yaml"}
+        left = {*names(tmp_path / "run")} - {".dataset", "log.jsonl", "mdl-toolkit.json", "mdl-toolkit.yaml"}
         assert left == {".saving"} | ({"checkpoint-1"} if moment == 2 else set())
         assert set(names(tmp_path / f"run/.saving/checkpoint-{moment}")) == FILES
         assert moment == 1 or damage(tmp_path / "run/checkpoint-1") is None
@@ -263,7 +263,7 @@ def test_a_disk_that_is_full_at_the_end_is_an_error(tmp_path, monkeypatch, probl
         failing_at(patch, {2}, problem)
         with pytest.raises(ToolkitError, match="checkpoint-4 cannot be saved: .*No space left on device"):
             train(options)
-    assert names(output) == ["checkpoint-3", "log.jsonl", "mdl-toolkit.yaml"]
+    assert names(output) == ["checkpoint-3", "log.jsonl", "mdl-toolkit.json", "mdl-toolkit.yaml"]
     assert damage(output / "checkpoint-3") is None
     again = train(train_options(csv, MODEL, output, save_steps=3, resume_from_checkpoint=True))
     whole = train(train_options(csv, MODEL, tmp_path / "whole"))

@@ -27,6 +27,7 @@ ROOMS = {
     "conversion": "convert_dataset",
     "training": "train",
     "inference": "infer",
+    "merging": "merge_adapter",
     "demo": "run_demo",
 }
 TRAIN = ("train", "--train-dataset", "in.csv", "--output", "out")
@@ -107,6 +108,7 @@ def python(*words: str, **environment: str) -> "subprocess.CompletedProcess[str]
         (CONVERT, "conversion"),
         (TRAIN, "training"),
         (("inference", "in.csv", "--output", "out.csv", "--model-name", "m"), "inference"),
+        (("merge", "run/final", "--output", "out"), "merging"),
         (("demo",), "demo"),
     ],
 )
@@ -470,7 +472,7 @@ def test_the_door_imports_nothing_heavy():
     assert heavy.isdisjoint(done.stdout.splitlines()[-1].split())
 
 
-@pytest.mark.parametrize("command", ["convert-dataset", "train", "inference", "demo", "completion"])
+@pytest.mark.parametrize("command", ["convert-dataset", "train", "inference", "merge", "demo", "completion"])
 def test_help_is_quick(command):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     for _ in range(3):
@@ -640,4 +642,4 @@ def test_main_exits_with_the_status(door, monkeypatch):
 def test_commands_are_click_commands():
     commands = cli.toolkit()
     assert isinstance(commands, click.Group)
-    assert list(commands.commands) == ["convert-dataset", "train", "inference", "demo", "completion"]
+    assert list(commands.commands) == ["convert-dataset", "train", "inference", "merge", "demo", "completion"]

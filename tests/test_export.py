@@ -15,6 +15,7 @@ from mdl_toolkit.lora import add_adapters
 from mdl_toolkit.model import MiDashengLMModel
 from mdl_toolkit.provenance import Provenance
 from runs import copy_checkpoint, files_below
+from shards_of import heads_of, layout, reshard, tensors_of
 
 CPU = torch.device("cpu")
 ABOUT = About(Provenance(), None, "")
@@ -34,35 +35,6 @@ def make_adapter(base, folder, targets=ALL, *, alpha=6.0, rank=4):
                 parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder, save_embedding_layers=False)
     return folder
-
-
-def reshard(folder, shards=3):
-    """Spread the one weight file over several, with an index, as published folders have them."""
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    names = sorted(tensors)
-    index = {"metadata": {"total_size": 1}, "weight_map": {}}
-    for number in range(shards):
-        target = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
-        part = {name: tensors[name] for name in names[number::shards]}
-        save_file(part, folder / target, metadata={"format": "pt"})
-        index["weight_map"] |= dict.fromkeys(part, target)
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    file.unlink()
-
-
-def layout(folder):
-    """Names, shapes, dtypes and metadata, shard by shard."""
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as shard:
-            tensors = {n: (shard.get_tensor(n).shape, shard.get_tensor(n).dtype) for n in shard.keys()}  # noqa: SIM118
-            found[file.name] = (shard.metadata(), tensors)
-    return found
-
-
-def tensors_of(folder):
-    return {n: t for file in sorted(folder.glob("*.safetensors")) for n, t in load_file(file).items()}
 
 
 @pytest.mark.parametrize("name", ["A-small", "B-small"])
@@ -103,6 +75,7 @@ def test_shards_names_dtypes_and_metadata_are_the_bases(golden, tmp_path):
     (output := tmp_path / "merged").mkdir()
     merge(base, make_adapter(golden / "checkpoints/A-small", tmp_path / "adapter"), output)
     assert layout(output) == layout(base)
+    assert heads_of(output) == heads_of(base)
     assert files_below(output) == files_below(base)
     assert {f.stat().st_mode for f in output.iterdir()} == {f.stat().st_mode for f in base.iterdir()}
     unchanged = files_below(base) - {file.name for file in base.glob("*.safetensors")}

@@ -18,13 +18,13 @@ from mdl_toolkit.cli_options import OptionsCommand, wrap
 from mdl_toolkit.errors import InputError, UsageError
 from mdl_toolkit.option import Options, setting_of, shown_name
 from mdl_toolkit.options import CompletionOptions, ConvertOptions, DemoOptions
-from mdl_toolkit.result_options import InferenceOptions
+from mdl_toolkit.result_options import InferenceOptions, MergeOptions
 from mdl_toolkit.settings import as_command, from_mapping, read_settings, to_yaml
 from mdl_toolkit.training_options import TrainOptions
 
 COMMANDS: dict[str, type[Options]] = {
     options.COMMAND: options
-    for options in (ConvertOptions, TrainOptions, InferenceOptions, DemoOptions, CompletionOptions)
+    for options in (ConvertOptions, TrainOptions, InferenceOptions, MergeOptions, DemoOptions, CompletionOptions)
 }
 
 # ---------------------------------------------------------------------------------------------------------
@@ -257,6 +257,13 @@ SPELLINGS: dict[str, tuple[Accepted, list[str]]] = {
     "--save-steps": (CADENCES, NO_CADENCES),
     "--save-total-limit": (COUNTS_OR_NULL, NO_COUNTS_NOR_NULL),
     "--merge-lora": (YES_NO, NO_BOOLEANS),
+    "merge --model-name": (PATHS_OR_NULL, [""]),  # of one command alone
+    "ADAPTER": (PATHS, [""]),
+    "--dtype": (
+        {"bfloat16": "bfloat16", "float16": "float16", "float32": "float32", "null": None},
+        ["bf16", "", "BFLOAT16", "true"],
+    ),
+    "--verify": (YES_NO, NO_BOOLEANS),
     "--max-length": (COUNTS, NO_COUNTS),
     "SHELL": ({word: word for word in ("bash", "zsh", "fish")}, ["tcsh", "", "null"]),
 }
@@ -264,6 +271,7 @@ NEEDED: dict[str, dict[str, str]] = {
     "convert-dataset": {"INPUT": "in.csv", "--output": "out"},
     "train": {"--train-dataset": "in.csv", "--output": "out"},
     "inference": {"INPUT": "in.csv", "--output": "out.csv", "--model-name": "model"},
+    "merge": {"ADAPTER": "run/final", "--output": "out"},
     "demo": {},
     "completion": {"SHELL": "bash"},
 }
@@ -276,6 +284,10 @@ def read(command: str, words: list[str]) -> Options:
     with found.make_context(command, list(words)) as context:
         found.invoke(context)
     return seen[0]
+
+
+def spellings(command: str, name: str) -> tuple[dict[str, Any], list[str]]:
+    return SPELLINGS.get(f"{command} {name}", SPELLINGS[name])
 
 
 def words_with(command: str, name: str, value: str) -> list[str]:
@@ -294,14 +306,14 @@ FIELDS = [
 
 @pytest.mark.parametrize(("command", "field", "name"), FIELDS)
 def test_accepted_spellings(command, field, name):
-    for word, value in SPELLINGS[name][0].items():
+    for word, value in spellings(command, name)[0].items():
         got = getattr(read(command, words_with(command, name, word)), field)
         assert (got, type(got)) == (value, type(value)), word
 
 
 @pytest.mark.parametrize(("command", "name"), [(command, name) for command, _, name in FIELDS])
 def test_refused_spellings(command, name):
-    for word in SPELLINGS[name][1]:
+    for word in spellings(command, name)[1]:
         with pytest.raises(UsageError) as refused:
             read(command, words_with(command, name, word))
         assert refused.value.text.en.startswith(f"{name}: expected ")
@@ -311,7 +323,8 @@ def test_refused_spellings(command, name):
 
 
 def test_every_spelling_in_the_table_belongs_to_an_option():
-    assert set(SPELLINGS) == {name for _, _, name in FIELDS}
+    own = {f"{command} {name}" for command, _, name in FIELDS} & set(SPELLINGS)
+    assert set(SPELLINGS) - own == {name for _, _, name in FIELDS}
 
 
 @pytest.mark.parametrize(
