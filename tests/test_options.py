@@ -24,7 +24,14 @@ from mdl_toolkit.training_options import TrainOptions
 
 COMMANDS: dict[str, type[Options]] = {
     options.COMMAND: options
-    for options in (ConvertOptions, TrainOptions, InferenceOptions, MergeOptions, DemoOptions, CompletionOptions)
+    for options in (
+        ConvertOptions,
+        TrainOptions,
+        InferenceOptions,
+        MergeOptions,
+        DemoOptions,
+        CompletionOptions,
+    )
 }
 
 # ---------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.provenance import Base, Prompts, Provenance, fingerprint, read_provenance
 from mdl_toolkit.training import train
-from runs import copy_checkpoint, make_csv, make_rows, train_options, write_csv
+from runs import copy_checkpoint, make_rows, train_options, write_csv
 from shards_of import reshard
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -253,7 +253,9 @@ def test_the_exact_set_of_files_after_a_run(model, tmp_path):
     train(replace(options, save_total_limit=2))
     expected = {"mdl-toolkit.json", "mdl-toolkit.yaml", "log.jsonl", "loss.png"}
     expected |= {f"checkpoint-{step}/{name}" for step in (3, 4) for name in CHECKPOINT_FILES}
-    expected |= {f"final/{name}" for name in files_below(model) | {"mdl-toolkit.json", "mdl-toolkit.yaml", "README.md"}}
+    expected |= {
+        f"final/{name}" for name in files_below(model) | {"mdl-toolkit.json", "mdl-toolkit.yaml", "README.md"}
+    }
     assert files_below(output) == expected
 
 
