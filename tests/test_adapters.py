@@ -84,7 +84,6 @@ def test_a_bfloat16_base_gets_the_sum_of_float32_rounded_once(base, tmp_path):
 REFUSED = {
     "DoRA": ({"use_dora": True, "target_modules": DECODER}, "with use_dora cannot be merged here"),
     "biases": ({"bias": "lora_only", "target_modules": DECODER}, "with bias lora_only cannot be merged"),
-    "one bias": ({"lora_bias": True, "target_modules": ["qkv"]}, "with lora_bias cannot be merged"),
     "words": (
         {"trainable_token_indices": {"embed_tokens": [1, 2]}, "target_modules": DECODER},
         "with trainable_token_indices cannot be merged",
@@ -106,6 +105,7 @@ def test_what_is_more_than_lora_is_refused_by_name(base, tmp_path, kind):
     ("changes", "said"),
     [
         ({"peft_type": "LOHA"}, "with peft_type LOHA"),
+        ({"lora_bias": True}, "with lora_bias"),
         ({"fan_in_fan_out": True}, "with fan_in_fan_out"),
         ({"init_lora_weights": "pissa_niter_4"}, "with init_lora_weights pissa_niter_4"),
     ],

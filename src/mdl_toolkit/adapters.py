@@ -25,7 +25,7 @@ _SIDES = re.compile(r"(.+)\.(lora_|lora_embedding_)([AB])(?:\.weight)?")
 _MORE = (
     "use_dora", "use_qalora", "lora_bias", "fan_in_fan_out", "target_parameters", "trainable_token_indices",
     "alora_invocation_tokens", "layer_replication", "megatron_config", "use_bdlora", "arrow_config",
-    "velora_config", "monteclora_config",
+    "velora_config", "monteclora_config", "kasa_config",
 )  # fmt: skip
 # Ways of starting LoRA that also change the base's weights.
 _OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
