@@ -117,10 +117,11 @@ class Changes:
             found = self._added(base, entry)
         else:
             found = base.rows(entry)
+        most = torch.finfo(dtype).max
         for block in found:
             cast = block.to(dtype)
-            # The sum of finite numbers is finite, or else one looks at each of them.
-            if not math.isfinite(float(cast.sum(dtype=torch.float32))) and not cast.isfinite().all():
+            lowest, highest = (float(each) for each in block.aminmax())  # not a number if any is not
+            if not (-most <= lowest and highest <= most) and not cast.isfinite().all():
                 raise ModelError(
                     f"{entry.name}: not finite after merging", f"{entry.name}：合并后出现非有限值"
                 )

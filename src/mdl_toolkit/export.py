@@ -7,6 +7,7 @@ names, shapes, dtypes and shards. The model itself is never loaded to make it, o
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from mdl_toolkit.proof import prove
 from mdl_toolkit.provenance import PROVENANCE_FILE
 from mdl_toolkit.settings import SETTINGS_FILE
 from mdl_toolkit.weights import FLOATS, SUFFIX, Entry, WeightFile, rewrite, weight_files
+from mdl_toolkit.workers import available_cpus
 
 CARD = "README.md"
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # as options and as files spell them
+MOST_THREADS = 4  # files that are merged at once
 INDEX = "model.safetensors.index.json"
 _ALWAYS_FLOAT32 = "audio_encoder.init_bn."  # the model keeps it so, whatever its dtype
 # Written anew, or the base's weights as other programs store them, which would not be the merged ones.
@@ -114,8 +117,9 @@ def merge(base: Path, adapter: Path, output: Path, dtype: str | None = None) -> 
             f"{adapter}：基础模型 {base} 中没有张量 {names}",
         )
     _copy_others(base, output)
-    for file in files:
-        _merge_file(file, output / file.path.name, changes, dtype)
+    # Numbers are computed and files written at once: torch and the system let go of Python's lock.
+    with ThreadPoolExecutor(min(len(files), available_cpus(), MOST_THREADS)) as pool:
+        list(pool.map(lambda file: _merge_file(file, output / file.path.name, changes, dtype), files))
     if dtype is not None:
         _say_dtype(output, dtype)
 
