@@ -12,7 +12,6 @@ from mdl_toolkit.audio import SAMPLE_RATE, Clip
 from mdl_toolkit.console import say, warn
 from mdl_toolkit.dataset import Record
 from mdl_toolkit.errors import Problems, RowProblem
-from mdl_toolkit.language import Text
 from mdl_toolkit.manifest import Row
 from mdl_toolkit.options import ConversionOptions
 from mdl_toolkit.provenance import Prompts
@@ -144,8 +143,8 @@ def _only(prompts: list[str | None]) -> str | None:
 
 
 def _problems(values: dict[str, Any]) -> Problems:
-    first = [RowProblem(**{**each, "reason": Text(**each["reason"])}) for each in values["first"]]
-    return Problems(first, values["count"])
+    first = [*map(RowProblem.from_json, values["first"])]
+    return Problems(first, values["count"], values["most"])
 
 
 # --- told to the user ----------------------------------------------------------------------------------
