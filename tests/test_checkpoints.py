@@ -24,10 +24,11 @@ from runs import files_below, make_csv, train_options
 
 MODEL = Path(__file__).parent / "golden/checkpoints/A-small"
 WRITTEN = {
-    "adapter_config.json", "adapter_model.safetensors", "mdl-toolkit.json", "mdl-toolkit.yaml",
-    "optimizer.safetensors", "state.json",
+    "adapter_config.json", "adapter_model.safetensors", "mdl-toolkit.yaml", "optimizer.safetensors",
+    "state.json",
 }  # fmt: skip
 FILES = {*WRITTEN, "checksums.json"}
+OF_A_RUN = {*FILES, "mdl-toolkit.json"}  # which says where all of the run's checkpoints come from
 AT_THE_END = ("final", "log.jsonl", "loss.png", "mdl-toolkit.json", "mdl-toolkit.yaml")  # beside checkpoints
 
 
@@ -101,7 +102,7 @@ def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path):
     """Of a real run: no such suffix, and no file that pickle or torch.load would take."""
     train(train_options(make_csv(tmp_path, 4), MODEL, tmp_path / "run"))
     files = [path for path in (tmp_path / "run/checkpoint-1").rglob("*") if path.is_file()]
-    assert {path.name for path in files} == FILES
+    assert {path.name for path in files} == OF_A_RUN
     for path in files:
         assert path.suffix in (".json", ".yaml", ".safetensors")
         assert not zipfile.is_zipfile(path)
@@ -199,7 +200,7 @@ def test_a_kill_right_before_the_renaming(tmp_path, moment):
         assert start(command, partial(die_before, "os.rename", f".saving/checkpoint-{moment}")).end() == -9
         left = {*names(tmp_path / "run")} - {".dataset", "log.jsonl", "mdl-toolkit.json", "mdl-toolkit.yaml"}
         assert left == {".saving"} | ({"checkpoint-1"} if moment == 2 else set())
-        assert set(names(tmp_path / f"run/.saving/checkpoint-{moment}")) == FILES
+        assert set(names(tmp_path / f"run/.saving/checkpoint-{moment}")) == OF_A_RUN
         assert moment == 1 or damage(tmp_path / "run/checkpoint-1") is None
         job = start([*command, "--resume-from-checkpoint", "true"])
         assert job.end() == 0

@@ -35,7 +35,7 @@ NEW_TOKENS = 16
 # Of the largest logit. In float32 the two ways differ by 1e-6 or so on small models (docs/decisions.md).
 FLOAT32_TOLERANCE = 1e-3
 # In 16 bits: so many times what rounding the sum W + s B A, in memory and by PEFT, does to the same logits.
-ROUNDINGS = 2.0
+ROUNDINGS = 3.0
 
 
 @dataclass(frozen=True)
