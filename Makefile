@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 DOCS_STAMP := $(VENV)/.set-up-docs
 
-.PHONY: setup check test torture demo bench bench-convert bench-train docs clean
+.PHONY: setup check test torture demo bench bench-convert bench-train bench-infer screenshots docs clean
 
 setup: $(STAMP)
 
@@ -20,6 +20,7 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	$(BIN)/python -m pip install --quiet '$(TORCH)'
 	$(BIN)/python -m pip install --quiet --editable . --group dev
+	sh tests/install_browser.sh
 	touch $@
 
 $(DOCS_STAMP): pyproject.toml $(STAMP)
@@ -50,6 +51,12 @@ bench-convert: $(STAMP)
 
 bench-train: $(STAMP)
 	$(BIN)/python -m benchmarks training
+
+bench-infer: $(STAMP)
+	$(BIN)/python -m benchmarks answering
+
+screenshots: $(STAMP)
+	$(BIN)/python -m tests.screenshots
 
 docs: $(DOCS_STAMP)
 	$(BIN)/mkdocs build --strict

@@ -28,7 +28,9 @@ WRITTEN = {
     "state.json",
 }  # fmt: skip
 FILES = {*WRITTEN, "checksums.json"}
-AT_THE_END = ("final", "log.jsonl", "loss.png", "mdl-toolkit.yaml")  # beside checkpoints
+OF_A_RUN = {*FILES, "mdl-toolkit.json"}  # which says where all of the run's checkpoints come from
+# What stands beside checkpoints.
+AT_THE_END = ("final", "log.jsonl", "loss.png", "mdl-toolkit.json", "mdl-toolkit.yaml", "report.html")
 
 
 @pytest.mark.parametrize(
@@ -101,7 +103,7 @@ def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path):
     """Of a real run: no such suffix, and no file that pickle or torch.load would take."""
     train(train_options(make_csv(tmp_path, 4), MODEL, tmp_path / "run"))
     files = [path for path in (tmp_path / "run/checkpoint-1").rglob("*") if path.is_file()]
-    assert {path.name for path in files} == FILES
+    assert {path.name for path in files} == OF_A_RUN
     for path in files:
         assert path.suffix in (".json", ".yaml", ".safetensors")
         assert not zipfile.is_zipfile(path)
@@ -197,9 +199,9 @@ def test_a_kill_right_before_the_renaming(tmp_path, moment):
     command = [*as_command(options).split()[1:], "--output", str(tmp_path / "run")]
     with fleet(tmp_path) as start:
         assert start(command, partial(die_before, "os.rename", f".saving/checkpoint-{moment}")).end() == -9
-        left = {*names(tmp_path / "run")} - {".dataset", "log.jsonl", "mdl-toolkit.yaml"}
+        left = {*names(tmp_path / "run")} - {".dataset", "log.jsonl", "mdl-toolkit.json", "mdl-toolkit.yaml"}
         assert left == {".saving"} | ({"checkpoint-1"} if moment == 2 else set())
-        assert set(names(tmp_path / f"run/.saving/checkpoint-{moment}")) == FILES
+        assert set(names(tmp_path / f"run/.saving/checkpoint-{moment}")) == OF_A_RUN
         assert moment == 1 or damage(tmp_path / "run/checkpoint-1") is None
         job = start([*command, "--resume-from-checkpoint", "true"])
         assert job.end() == 0
@@ -263,7 +265,7 @@ def test_a_disk_that_is_full_at_the_end_is_an_error(tmp_path, monkeypatch, probl
         failing_at(patch, {2}, problem)
         with pytest.raises(ToolkitError, match="checkpoint-4 cannot be saved: .*No space left on device"):
             train(options)
-    assert names(output) == ["checkpoint-3", "log.jsonl", "mdl-toolkit.yaml"]
+    assert names(output) == ["checkpoint-3", "log.jsonl", "mdl-toolkit.json", "mdl-toolkit.yaml"]
     assert damage(output / "checkpoint-3") is None
     again = train(train_options(csv, MODEL, output, save_steps=3, resume_from_checkpoint=True))
     whole = train(train_options(csv, MODEL, tmp_path / "whole"))
@@ -305,9 +307,7 @@ def test_a_limit_spares_the_one_resumed_from_and_counts_nothing_newer(tmp_path):
     train(train_options(csv, MODEL, output, save_steps=1))
     changes = {"save_steps": 1, "save_total_limit": 1, "lr": 1e-3}
     train(train_options(csv, MODEL, output, resume_from_checkpoint=str(output / "checkpoint-2"), **changes))
-    assert names(output) == [
-        "checkpoint-2", "checkpoint-5", *AT_THE_END, "previous-1",
-    ]  # fmt: skip
+    assert names(output) == sorted(["checkpoint-2", "checkpoint-5", *AT_THE_END, "previous-1"])
     assert names(output / "previous-1") == ["checkpoint-3", "checkpoint-4", "checkpoint-5"]
     lines = [line["step"] for line in read_log(output / "log.jsonl")]
     assert lines == [1, 2, 3, 4, 5]
@@ -352,7 +352,7 @@ def test_resuming_from_elsewhere_sets_what_is_there_aside(tmp_path):
             csv, MODEL, output, save_steps=0, resume_from_checkpoint=str(tmp_path / "other/checkpoint-1")
         )
     )
-    assert names(output) == ["checkpoint-2", *AT_THE_END, "previous-1"]
+    assert names(output) == sorted(["checkpoint-2", *AT_THE_END, "previous-1"])
     assert same_weights(output / "checkpoint-2", tmp_path / "other/checkpoint-2")
     assert names(output / "previous-1") == [
         "checkpoint-1", "checkpoint-2", *AT_THE_END,

@@ -22,12 +22,12 @@ from mdl_toolkit.console import warn
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 from mdl_toolkit.outputs import to_disk
+from mdl_toolkit.provenance import PROVENANCE_FILE
 from mdl_toolkit.settings import SETTINGS_FILE
 
 FINAL = "final"
 LOG = "log.jsonl"
 PLOT = "loss.png"
-DATA = "data.json"
 REPORT = "report.html"
 WORK = ".saving"
 STATE, OPTIMIZER, CHECKSUMS = "state.json", "optimizer.safetensors", "checksums.json"
@@ -84,6 +84,8 @@ def save(
         save_file(dict(optimizer), work / OPTIMIZER)
         (work / STATE).write_text(json.dumps({**state, "step": step}, indent=1), encoding="utf-8")
         (work / SETTINGS_FILE).write_text(settings, encoding="utf-8")
+        if (output / PROVENANCE_FILE).is_file():  # of all the run's checkpoints
+            shutil.copyfile(output / PROVENANCE_FILE, work / PROVENANCE_FILE)
         _seal(work)
         return _put_in_place(work, output)
     except SafetensorError as problem:  # how safetensors tells of a full disk
@@ -213,7 +215,7 @@ def set_aside(output: Path, resumed: Checkpoint | None = None) -> Path | None:
     Of the run that is gone on with, only what came after the checkpoint resumed from is moved.
     """
     left = _left(output, resumed)
-    if {path.name for path in left} <= {SETTINGS_FILE}:
+    if {path.name for path in left} <= {SETTINGS_FILE, PROVENANCE_FILE}:
         return None
     numbers = [
         int(p.name.removeprefix("previous-")) for p in output.glob("previous-*") if p.name[9:].isdigit()
@@ -228,7 +230,7 @@ def set_aside(output: Path, resumed: Checkpoint | None = None) -> Path | None:
 def _left(output: Path, resumed: Checkpoint | None) -> list[Path]:
     if resumed is not None and resumed.folder.resolve().parent == output.resolve():
         return [path for path in checkpoints(output) if _step_of(path) > resumed.step]
-    names = (FINAL, SETTINGS_FILE, LOG, PLOT, DATA, REPORT)
+    names = (FINAL, SETTINGS_FILE, PROVENANCE_FILE, LOG, PLOT, REPORT)
     return [path for path in output.glob("*") if path.name in names or _NAME.fullmatch(path.name)]
 
 

@@ -29,7 +29,7 @@ from mdl_toolkit.kinds import TRUE_WORDS
 from mdl_toolkit.language import Text
 from mdl_toolkit.option import Options
 from mdl_toolkit.options import CheckOptions, CompletionOptions, ConvertOptions, DemoOptions
-from mdl_toolkit.result_options import EvaluateOptions, InferenceOptions, ReportOptions
+from mdl_toolkit.result_options import EvaluateOptions, InferenceOptions, MergeOptions, ReportOptions
 from mdl_toolkit.training_options import TrainOptions
 
 PROGRAM = "mdl-toolkit"
@@ -62,6 +62,12 @@ def _infer(options: InferenceOptions) -> None:
     from mdl_toolkit.inference import infer
 
     infer(options)
+
+
+def _merge(options: MergeOptions) -> None:
+    from mdl_toolkit.merging import merge_adapter
+
+    merge_adapter(options)
 
 
 def _check(options: CheckOptions) -> None:
@@ -136,6 +142,7 @@ def toolkit() -> click.Group:
         (ConvertOptions, _convert),
         (TrainOptions, _train),
         (InferenceOptions, _infer),
+        (MergeOptions, _merge),
         (CheckOptions, _check),
         (EvaluateOptions, _evaluate),
         (ReportOptions, _show),

@@ -1,22 +1,17 @@
 """A training's folder to what the report's page shows: settings, data, curves, evaluations, outcome."""
 
-import json
 import math
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from mdl_toolkit.audio import SAMPLE_RATE
-from mdl_toolkit.checkpoints import DATA, LOG
-from mdl_toolkit.console import warn
-from mdl_toolkit.errors import InputError
+from mdl_toolkit.checkpoints import LOG
+from mdl_toolkit.errors import InputError, ModelError
 from mdl_toolkit.language import Text
-from mdl_toolkit.legacy import AnyDataset
 from mdl_toolkit.metrics import LOSS, METRICS, Metric
 from mdl_toolkit.option import fields_in_order, setting_of, spelling
+from mdl_toolkit.provenance import read_provenance
 from mdl_toolkit.runlog import Smooth, read_log, series
 from mdl_toolkit.settings import SETTINGS_FILE, read_settings, word_of
 from mdl_toolkit.training_options import TrainOptions
@@ -24,64 +19,44 @@ from mdl_toolkit.training_options import TrainOptions
 MOST_POINTS = 2000  # of a curve; of more, some in a row become their mean
 DIGITS = 6  # significant ones of a point
 TRAINED, EVALUATED = Text("training", "训练"), Text("evaluation", "评估")
+SYSTEM, USER = Text("system prompt", "系统提示词"), Text("user prompt", "用户提示词")
 FIGURES = {
     "rows": Text("rows", "行数"),
-    "seconds": Text("seconds of audio", "音频时长（秒）"),
-    "shortest_seconds": Text("shortest, seconds", "最短（秒）"),
-    "median_seconds": Text("median, seconds", "中位数（秒）"),
-    "longest_seconds": Text("longest, seconds", "最长（秒）"),
+    "hours": Text("hours of audio", "音频时长（小时）"),
+    "shortest_seconds": Text("shortest recording, seconds", "最短录音（秒）"),
+    "longest_seconds": Text("longest recording, seconds", "最长录音（秒）"),
     "median_tokens": Text("tokens of a row, median", "每行词元数，中位数"),
-    "p95_tokens": Text("tokens of a row, 95 % have no more", "每行词元数，95% 的行不超过"),
-    "most_tokens": Text("tokens of a row, most", "每行词元数，最大"),
-    "learnt_tokens": Text("tokens of all answers", "所有回答的词元数"),
+    "most_tokens": Text("tokens of a row, most", "每行词元数，最多"),
 }
 
 
 # --- the data ------------------------------------------------------------------------------------------
 
 
-def keep_data(output: Path, train_set: AnyDataset, eval_set: AnyDataset | None) -> None:
-    """Write `data.json` into a run's folder; that it cannot be written is only warned of."""
-    values = {"training": _amounts(train_set), "evaluation": None if eval_set is None else _amounts(eval_set)}
-    try:
-        (output / DATA).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    except OSError as problem:
-        reason = problem.strerror or problem
-        warn(f"{DATA} cannot be written: {reason}", f"无法写入 {DATA}：{reason}")
+def _origin(folder: Path) -> dict[str, Any]:
+    """Base, prompts and data, as the run recorded them; nothing where that is missing."""
+    found = None
+    with suppress(ModelError):
+        found = read_provenance(folder)
+    if found is None:
+        return {"base": None, "prompts": [], "data": []}
+    prompts = [(SYSTEM, found.prompts.system), (USER, found.prompts.user)]
+    return {
+        "base": found.base and found.base.name,
+        "prompts": [{"title": vars(title), "text": text} for title, text in prompts if text],
+        "data": [
+            {"title": vars(title), "figures": figures}
+            for title, prefix in ((TRAINED, ""), (EVALUATED, "evaluation_"))
+            if (figures := _figures(found.data, prefix))
+        ],
+    }
 
 
-def _amounts(dataset: AnyDataset) -> dict[str, float]:
-    """How much there is, by the names of `FIGURES`."""
-    seconds, tokens = dataset.samples / SAMPLE_RATE, dataset.positions
-    if not len(dataset):
-        return dict.fromkeys(FIGURES, 0)
-    amounts = {
-        "rows": len(dataset), "seconds": seconds.sum(), "shortest_seconds": seconds.min(),
-        "median_seconds": np.median(seconds), "longest_seconds": seconds.max(),
-        "median_tokens": np.percentile(tokens, 50, method="higher"),
-        "p95_tokens": np.percentile(tokens, 95, method="higher"), "most_tokens": tokens.max(),
-        "learnt_tokens": dataset.supervised.sum(),
-    }  # fmt: skip
-    return {name: round(float(value), 3) for name, value in amounts.items()}
-
-
-def _data(folder: Path) -> list[dict[str, Any]]:
-    """What `keep_data` kept; nothing where that is missing."""
-    parts: dict[str, Any] = {}
-    with suppress(OSError, ValueError):
-        parts = json.loads((folder / DATA).read_text(encoding="utf-8"))
-    titles = {"training": TRAINED, "evaluation": EVALUATED}
+def _figures(data: dict[str, float], prefix: str) -> list[dict[str, Any]]:
     return [
-        {
-            "title": vars(titles[name]),
-            "figures": [
-                {"title": vars(text), "value": amounts[key]}
-                for key, text in FIGURES.items()
-                if key in amounts
-            ],
-        }
-        for name, amounts in parts.items()
-        if name in titles and amounts
+        {"title": vars(title), "value": data[prefix + name]}
+        for name, title in FIGURES.items()
+        if prefix + name in data
     ]
 
 
@@ -109,7 +84,7 @@ def run_values(folder: Path) -> dict[str, Any]:
     metrics = [name for name in METRICS if any(f"eval_{name}" in line for line in evaluated)]
     return {
         "settings": _settings(folder),
-        "data": _data(folder),
+        **_origin(folder),
         "curves": _curves(lines, metrics) if lines else None,
         "evaluations": [_evaluation(line, metrics) for line in evaluated],
         "outcome": _outcome(lines, metrics),

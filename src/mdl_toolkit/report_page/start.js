@@ -42,6 +42,7 @@ function showRun() {
     const names = Object.keys(run.evaluations[run.evaluations.length - 1]);
     fill("evaluations", tableOf(names.map((name) => TEXTS[name] ? say(name) : name), run.evaluations.map((line) => names.map((name) => line[name] ?? ""))));
   }
+  if (run.base) fillFacts();
   if (run.data.length) {
     const lines = run.data[0].figures.map((each, place) => [either(each.title), ...run.data.map((part) => part.figures[place].value)]);
     fill("data", tableOf(["", ...run.data.map((part) => either(part.title))], lines));
@@ -54,6 +55,11 @@ function showRun() {
       line.children[2].classList.add("help");
     });
   }
+}
+
+function fillFacts() {
+  const facts = [[say("base"), run.base], ...run.prompts.map((prompt) => [either(prompt.title), prompt.text])];
+  show("data").querySelector("ul").replaceChildren(...facts.map(([title, text]) => make("li", {}, `${title}: ${text}`)));
 }
 
 function showGroups() {

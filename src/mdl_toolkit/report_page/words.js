@@ -7,6 +7,7 @@ const TEXTS = {
   curves: ["Curves", "曲线"],
   evaluations: ["Evaluations during training", "训练中的评估"],
   data: ["Data", "数据"],
+  base: ["base model", "基础模型"],
   settings: ["Settings", "设置"],
   groups: ["By group", "分组结果"],
   confusion: ["Confusion matrix", "混淆矩阵"],
