@@ -1,7 +1,7 @@
 """The pictures in docs/images: the report that the demonstration ends with, in a headless Chromium.
 
-`make screenshots` (or `python -m tests.screenshots` with `tests` on the path) writes them anew. For the Chinese
-ones the system needs a font with Chinese characters, such as Debian's fonts-noto-cjk.
+`make screenshots` writes them anew. For the Chinese ones the system needs a font with Chinese characters, as
+in Debian's fonts-noto-cjk.
 """
 
 import os
@@ -19,7 +19,7 @@ from mdl_toolkit.demo import run_demo
 from mdl_toolkit.options import DemoOptions
 
 IMAGES = Path(__file__).parent.parent / "docs/images"
-COLOURS = 64  # of a picture's palette: a third of the bytes, and no difference to be seen
+COLOURS = 200  # of a picture's palette: half of the bytes, and no difference to be seen
 SHOTS: dict[str, dict[str, Any]] = {
     "report-wide": {"size": (1200, 1000), "locale": "en-US", "scheme": "light", "top": "body"},
     "report-dark": {"size": (1200, 900), "locale": "zh-CN", "scheme": "dark", "top": "#confusion"},

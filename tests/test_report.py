@@ -125,7 +125,8 @@ def test_settings_of_another_version_and_a_missing_record_leave_their_parts_out(
     (tmp_path / "mdl-toolkit.yaml").write_text("an_option_that_went: 1\n")
     values = run_values(tmp_path)
     assert values == {
-        "settings": [], "base": None, "prompts": [], "data": [], "curves": None, "evaluations": [], "outcome": [],
+        "settings": [], "base": None, "prompts": [], "data": [], "curves": None, "evaluations": [],
+        "outcome": [],
     }  # fmt: skip
 
 
@@ -254,8 +255,9 @@ def test_relative_paths_start_where_the_inference_said(trained, tmp_path, monkey
     ]
     write_csv(tmp_path / "in.csv", rows)
     options = InferenceOptions(
-        input=str(tmp_path / "in.csv"), output=str(tmp_path / "out/p.csv"), model_name=str(trained / "run/final"),
-        base_dir=str(tmp_path / "far"), report=str(tmp_path / "pages/p.html"),
+        input=str(tmp_path / "in.csv"), output=str(tmp_path / "out/p.csv"),
+        model_name=str(trained / "run/final"), base_dir=str(tmp_path / "far"),
+        report=str(tmp_path / "pages/p.html"),
     )  # fmt: skip
     infer(options)
     values = values_of(tmp_path / "pages/p.html")

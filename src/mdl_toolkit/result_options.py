@@ -286,12 +286,11 @@ class ReportOptions(ScoringOptions):
     )  # fmt: skip
     output: str | None = option(
         PATH, None, FILES,
-        "The HTML file to write; an existing one is replaced.",
-        "要写出的 HTML 文件；现有的文件将被覆盖。",
+        "The HTML file to write; an existing one is replaced. Beside NAME.csv it is NAME.report.html.",
+        "要写出的 HTML 文件；现有的文件将被覆盖。NAME.csv 旁为 NAME.report.html。",
         nullable=True,
         dynamic=Text(
-            "`report.html` in the folder; `NAME.report.html` beside NAME.csv",
-            "目录中的 report.html；对于 NAME.csv 则为其旁的 NAME.report.html",
+            "`report.html` in the folder, or beside the CSV", "目录中的 report.html，或位于 CSV 旁"
         ),
     )  # fmt: skip
     png: str | None = option(

@@ -40,7 +40,7 @@ function textCell(key, pieces, tag) {
 function marks(row) {
   const state = ROWS.state ? ["wrong", "right", "failed"][ROWS.state[row]] : null;
   const lines = [say("lineNumber", ROWS.line[row])];
-  if (ROWS.errors) lines.push(say("errorsOf", ROWS.errors[row], ROWS.length[row]));
+  if (ROWS.errors && !ROWS.labels) lines.push(say("errorsOf", ROWS.errors[row], ROWS.length[row]));
   if (ROWS.score && ROWS.score[row] !== null) lines.push(say("score", number(ROWS.score[row])));
   for (const group of ROWS.groups) lines.push(`${group.title}: ${group.names[group.codes[row]] || say("empty")}`);
   const sign = { right: "✓ ", wrong: "✗ ", failed: "! " }[state];

@@ -103,4 +103,5 @@ document.getElementById("theme").addEventListener("click", () => {
   const now = root.dataset.theme ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
   root.dataset.theme = now === "dark" ? "light" : "dark";
 });
+for (const details of document.querySelectorAll("details")) details.open = !ROWS;
 translate();
