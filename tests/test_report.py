@@ -135,6 +135,10 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
     assert run(["report", str(tmp_path / "x")]) == 1
     assert "neither log.jsonl nor mdl-toolkit.yaml is in it" in capsys.readouterr().err
     assert run(["report", str(tmp_path / "y.csv")]) == 1
+    assert run(["report", str(tmp_path / "y.csv"), "--predictions", "z.csv"]) == 2
+    assert "--predictions" in capsys.readouterr().err
+    assert run(["report", str(tmp_path / "x"), "--reference", "z.csv"]) == 2
+    assert "--reference" in capsys.readouterr().err
     assert files_below(tmp_path) == set()
 
 

@@ -8,7 +8,7 @@ from mdl_toolkit.audio_links import folder_of
 from mdl_toolkit.checkpoints import PLOT, REPORT
 from mdl_toolkit.console import say, warn
 from mdl_toolkit.curve import draw_confusion, draw_run
-from mdl_toolkit.errors import InputError
+from mdl_toolkit.errors import UsageError
 from mdl_toolkit.evaluation import evaluate, page_values
 from mdl_toolkit.html_page import write_page
 from mdl_toolkit.listing import is_listing
@@ -21,6 +21,7 @@ from mdl_toolkit.result_options import EvaluateOptions, InferenceOptions, Report
 from mdl_toolkit.tables import read_table
 
 CONFUSION = "confusion.png"
+NOTHING: dict[str, Any] = {"evaluation": None, "rows": None}  # of predictions
 
 
 def report(options: ReportOptions) -> Path:
@@ -30,37 +31,40 @@ def report(options: ReportOptions) -> Path:
         The page.
 
     Raises:
+        UsageError: references, but no predictions.
         InputError: there is nothing to show, or it cannot be read, joined or written.
     """
     source = Path(options.input)
-    is_folder = source.is_dir()
-    if is_folder:
-        predictions = None if options.predictions is None else Path(options.predictions)
-    else:
-        predictions = _only(source, options)
+    folder = source if source.is_dir() else None
+    predictions = _predictions(options, folder)
     page = Path(options.output) if options.output is not None else _beside(source)
     inputs = [path for path in (predictions, options.reference, options.compare) if path is not None]
-    check_file(page, inputs, "--output")
-    values: dict[str, Any] = {"run": run_values(source) if is_folder else None}
-    values |= _answers(predictions, page, options) if predictions is not None else NOTHING
+    check_file(page, inputs)
+    values = {"run": None if folder is None else run_values(folder), **NOTHING}
+    if predictions is not None:
+        values |= _answers(predictions, page, options)
     write_page(page, source.resolve().name, values)
     say(f"report: {page}", f"报告：{page}")
     if options.png is not None:
-        _draw(Path(options.png), source if is_folder else None, values["evaluation"])
+        _draw(Path(options.png), folder, values["evaluation"])
     return page
 
 
-NOTHING: dict[str, Any] = {"evaluation": None, "rows": None}
-
-
-def _only(source: Path, options: ReportOptions) -> Path:
-    """The predictions, if INPUT is not a training's folder."""
-    if options.predictions is not None:
-        raise InputError(
-            f"{source}: with --predictions, give the output folder of a training here",
-            f"{source}：指定 --predictions 时，此处应为 train 的输出目录",
+def _predictions(options: ReportOptions, folder: Path | None) -> Path | None:
+    """The CSV: INPUT itself, or beside a training's folder what `--predictions` names, if anything."""
+    if folder is None and options.predictions is None:
+        return Path(options.input)
+    if folder is None:
+        raise UsageError(
+            f"{options.input}: with --predictions, give the output folder of a training here",
+            f"{options.input}：指定 --predictions 时，此处应为 train 的输出目录",
         )
-    return source
+    if options.predictions is None and (options.reference or options.compare):
+        raise UsageError(
+            "--reference and --compare need --predictions beside a training's folder",
+            "对于训练目录，--reference 和 --compare 需要与 --predictions 一起使用",
+        )
+    return None if options.predictions is None else Path(options.predictions)
 
 
 def _beside(source: Path) -> Path:
@@ -117,12 +121,7 @@ def report_answers(options: InferenceOptions) -> None:
     Raises:
         InputError: it cannot be written.
     """
-    asked = None if is_listing(options.input) else options.base_dir
-    report(
-        ReportOptions(
-            input=options.output, output=options.report, base_dir=asked, reference=_references(options)
-        )
-    )
+    report(ReportOptions(input=options.output, output=options.report, reference=_references(options)))
 
 
 def _references(options: InferenceOptions) -> str | None:

@@ -83,6 +83,7 @@ class Filters {
   reset() {
     Object.assign(this, { chosen: {}, search: "" });
     this.translate();
+    document.getElementById("reset").focus();
   }
 
   find(text) {
