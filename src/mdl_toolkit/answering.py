@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mdl_toolkit.batching import Featured, Prompts, prompts_of
+from mdl_toolkit.batching import Featured, PromptBatch, prompts_of
 from mdl_toolkit.dataset import Sample
 from mdl_toolkit.legacy import AnyDataset
 from mdl_toolkit.metrics import Metric
@@ -159,8 +159,8 @@ def base_model(model: Any) -> Any:
 
 
 @torch.inference_mode()
-def embedded(model: Any, prompts: Prompts) -> Tensor:
-    """Prompts with their recordings' features, `[rows, longest, hidden_size]`, padded on the right."""
+def embedded(model: Any, prompts: PromptBatch) -> Tensor:
+    """PromptBatch with their recordings' features, `[rows, longest, hidden_size]`, padded on the right."""
     there = {name: value.to(model.device) for name, value in prompts.tensors.items()}
     embeddings: Tensor = model.fuse(
         there["input_ids"], there.get("input_values"), there["audio_length"], there.get("audio_features")

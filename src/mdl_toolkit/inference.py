@@ -24,13 +24,14 @@ from mdl_toolkit.distributed import World, joined
 from mdl_toolkit.engines import check_engine, make_engine
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.folders import ADAPTER_CONFIG, find_model
-from mdl_toolkit.inputs import KEEP, Inputs, convert_inputs, open_inputs
+from mdl_toolkit.inputs import KEEP, Inputs, convert_inputs, open_inputs, prompted
 from mdl_toolkit.language import Text
 from mdl_toolkit.listing import is_listing, list_recordings, write_listing
 from mdl_toolkit.loader import Loader
 from mdl_toolkit.loading import base_of, explaining_memory
 from mdl_toolkit.manifest import Manifest, Row
 from mdl_toolkit.outputs import removing_empty
+from mdl_toolkit.provenance import read_provenance
 from mdl_toolkit.result_options import InferenceOptions
 from mdl_toolkit.settings import SETTINGS_FILE, to_yaml
 from mdl_toolkit.text_files import read_text_files
@@ -117,6 +118,8 @@ class _Inference:
         # Of a local folder everything is here to be checked at once; of a hub's, weights wait for the rows.
         folder = self._find(weights=Path(self.options.model_name).is_dir())
         encoder = Encoder(read_text_files(folder))
+        if (origin := read_provenance(folder)) is not None:
+            manifest = prompted(manifest, origin.prompts)
         inputs = self._inputs(manifest, encoder)
         if self.world.is_first:
             self._begin(inputs)
