@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from mdl_toolkit import __version__
 from mdl_toolkit.answering import JOINING
 from mdl_toolkit.answers import Journal, write_table
+from mdl_toolkit.briefing import warn_of_idle_gpus
 from mdl_toolkit.choices import columns_of, read_choices
 from mdl_toolkit.console import progress, say
 from mdl_toolkit.conversion import PLAN_FILE, read_rows
@@ -191,6 +192,7 @@ class _Inference:
         with explaining_memory(MEMORY_REMEDY), progress("answering", "推理中", len(mine)) as shown:
             if not len(mine):
                 return
+            warn_of_idle_gpus(self.world.size, self.options.COMMAND)
             engine = make_engine(self.options, encoder, self.choices)
             group = max(1, self.options.batch_size // JOINING)
             loader = Loader(lambda rows: [inputs.question(int(row)) for row in rows], THREADS)
