@@ -461,10 +461,11 @@ def rows_there(page):
     return page.locator(".row").count()
 
 
-def test_ten_thousand_rows_open_and_filter_at_once(many, opened, record_property):
+def test_ten_thousand_rows_open_and_filter_at_once(many, opened):
     """Bounds are loose, since machines differ and are shared; what was measured stands in the docs."""
     assert many.stat().st_size < 2_000_000
     page = opened(many)
+    until(page, "performance.getEntriesByName('first-contentful-paint').length > 0")
     paint = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
     loaded = page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd")
     page.evaluate("document.querySelector('#list').scrollIntoView()")
@@ -491,11 +492,8 @@ def test_ten_thousand_rows_open_and_filter_at_once(many, opened, record_property
             document.querySelector('#search').dispatchEvent(new Event('input'));
         })"""
     )
-    figures = {"bytes": many.stat().st_size, "paint": paint, "loaded": loaded, **times}
-    record_property("figures", json.dumps(figures))
-    assert paint < 3000
-    assert loaded < 5000
-    assert max(times.values()) < 1000
+    times |= {"paint": paint / 3, "loaded": loaded / 5}
+    assert max(times.values()) < 1000, times
 
 
 def test_scrolling_shows_every_row_once_and_keeps_few(many, opened):
@@ -520,7 +518,7 @@ def test_scrolling_shows_every_row_once_and_keeps_few(many, opened):
     until(page, "[...document.querySelectorAll('.row small')].some(s => s.textContent === 'line 2')")
 
 
-def test_scrolling_does_not_stutter(many, opened, record_property):
+def test_scrolling_does_not_stutter(many, opened):
     page = opened(many)
     page.evaluate("document.querySelector('#list').scrollIntoView()")
     gaps = page.evaluate(
@@ -536,8 +534,7 @@ def test_scrolling_does_not_stutter(many, opened, record_property):
         })"""
     )
     gaps = sorted(gaps)
-    record_property("frames", json.dumps({"median": gaps[30], "longest": gaps[-1]}))
-    assert gaps[30] < 150
+    assert gaps[30] < 150, gaps
 
 
 def test_a_recording_goes_on_playing_when_its_row_leaves_the_window(labelled, opened):
