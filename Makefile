@@ -10,6 +10,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 DOCS_STAMP := $(VENV)/.set-up-docs
+BROWSER_STAMP := $(VENV)/.set-up-browser
 
 .PHONY: setup check test torture demo bench bench-convert bench-train bench-infer screenshots docs clean
 
@@ -20,6 +21,9 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	$(BIN)/python -m pip install --quiet '$(TORCH)'
 	$(BIN)/python -m pip install --quiet --editable . --group dev
+	touch $@
+
+$(BROWSER_STAMP): tests/install_browser.sh $(STAMP)
 	sh tests/install_browser.sh
 	touch $@
 
@@ -33,7 +37,7 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-test: $(STAMP)
+test: $(STAMP) $(BROWSER_STAMP)
 	$(BIN)/python -m pytest
 
 torture: $(STAMP)
@@ -55,7 +59,7 @@ bench-train: $(STAMP)
 bench-infer: $(STAMP)
 	$(BIN)/python -m benchmarks answering
 
-screenshots: $(STAMP)
+screenshots: $(STAMP) $(BROWSER_STAMP)
 	$(BIN)/python -m tests.screenshots
 
 docs: $(DOCS_STAMP)
