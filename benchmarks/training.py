@@ -29,9 +29,10 @@ from mdl_toolkit.dataset import ConvertedDataset
 from mdl_toolkit.demo import make_tiny_model
 from mdl_toolkit.loading import load_model
 from mdl_toolkit.lora import add_adapters
-from mdl_toolkit.low_rank import CHECKPOINTING
+from mdl_toolkit.memory import plan_memory
 from mdl_toolkit.model import MiDashengLMConfig, MiDashengLMModel
 from mdl_toolkit.options import ConvertOptions
+from mdl_toolkit.recomputing import Kept, recompute
 from mdl_toolkit.runlog import read_log
 from mdl_toolkit.sampling import Sampling
 from mdl_toolkit.training import train
@@ -151,7 +152,7 @@ def _of_one_step(
     loaded = sum(tensor.nbytes for tensor in model.state_dict().values())
     wrapped, _ = add_adapters(model, TARGETS, rank=RANK, alpha=RANK, dropout=0.0, base_name=str(folder))
     if checkpointing:
-        wrapped.activation_checkpointing_enable(CHECKPOINTING)
+        recompute(wrapped, _kept(folder, data))
     wrapped.train()
     sampling, collate = _sampling(data), Collator(0)
     batches = [collate([data[int(row)] for row in sampling.rows(step)]) for step in range(CLIPS // BATCH)]
@@ -169,6 +170,16 @@ def _of_one_step(
             f"{most / 2**20:.0f} MiB", f"{loaded / 2**20:.0f} MiB", loaded / most,
         ),
     ]  # fmt: skip
+
+
+def _kept(folder: Path, data: ConvertedDataset) -> Kept:
+    """What the command's gradient checkpointing leaves alone."""
+    options = TrainOptions(
+        train_dataset="", output="", batch_size=BATCH, gradient_checkpointing=True, lora_rank=RANK,
+        train_target=TARGETS,
+    )  # fmt: skip
+    device = torch.device("cpu")
+    return plan_memory(folder, options, _sampling(data), data.samples, device, torch.float32).kept
 
 
 def _padding(data: ConvertedDataset) -> Figure:

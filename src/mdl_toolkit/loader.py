@@ -6,7 +6,7 @@ sent between processes, and a forked child of a process that has used torch's ow
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -31,8 +31,8 @@ class Loader:
     threads: int
     waited: float = 0.0
 
-    def batches(self, wanted: Iterable[Rows]) -> Iterator[Batch]:
-        """The batches, in order."""
+    def batches(self, wanted: Iterable[Rows]) -> Generator[Batch, None, None]:
+        """The batches, in order; closing it ends the threads."""
         pool = ThreadPoolExecutor(self.threads, "batches")
         source, ahead = iter(wanted), deque[Future[Batch]]()
         try:

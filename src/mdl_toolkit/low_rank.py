@@ -5,9 +5,6 @@ as often again for the gradients. Here products of rank width add up in place. W
 block's last layer is not computed again: nothing that the backward pass needs comes from its output.
 """
 
-import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,10 +12,10 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mdl_toolkit.recomputing import is_again
+
 ADAPTER = "default"
 LAST = ("mlp.fc2", "mlp.down_proj")  # layers whose output is only added up, in encoder and decoder blocks
-
-_state = threading.local()  # of the thread that is computing a checkpointed block again
 
 
 class LowRankLinear(Linear):
@@ -32,7 +29,7 @@ class LowRankLinear(Linear):
             plain: Tensor = super().forward(x, *args, **kwargs)
             return plain
         base, a, b = self.get_base_layer(), self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
-        is_needed = not (self.is_last and getattr(_state, "is_again", False))
+        is_needed = not (self.is_last and is_again())
         words = (x, base.weight, base.bias, a, b, self.scaling[ADAPTER], is_needed)
         found: Tensor = _LowRank.apply(*words)  # type: ignore[no-untyped-call]
         return found
@@ -48,20 +45,6 @@ def quicken(model: nn.Module) -> None:
         if type(module) is Linear:
             module.__class__ = LowRankLinear
             module.is_last = name.endswith(LAST)
-
-
-def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """For `torch.utils.checkpoint`: what a block is computed in, and in what it is computed again."""
-    return nullcontext(), _again()
-
-
-@contextmanager
-def _again() -> Iterator[None]:
-    _state.is_again = True
-    try:
-        yield
-    finally:
-        _state.is_again = False
 
 
 class _LowRank(torch.autograd.Function):
@@ -93,7 +76,3 @@ class _LowRank(torch.autograd.Function):
             to_x = (wide @ weight).addmm_(narrow, down).view(*gradient.shape[:-1], -1).to(x_dtype)
         to_a, to_b = (narrow.T @ flat).to(a_dtype), (wide.T @ low).to(b_dtype)
         return to_x, None, None, to_a, to_b, None, None
-
-
-# What `activation_checkpointing_enable` of a model is given.
-CHECKPOINTING = {"use_reentrant": False, "context_fn": checkpoint_contexts}

@@ -8,7 +8,7 @@ the step, and all else that matters is in the checkpoint.
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ from mdl_toolkit.console import warn
 from mdl_toolkit.distributed import World
 from mdl_toolkit.errors import ModelError, ToolkitError
 from mdl_toolkit.loader import GPU_THREADS, Loader
-from mdl_toolkit.low_rank import CHECKPOINTING
 from mdl_toolkit.metrics import LOSS
+from mdl_toolkit.recomputing import NONE, Kept, recompute
 from mdl_toolkit.runlog import RunLog
 from mdl_toolkit.sampling import Rows, Sampling
 from mdl_toolkit.settings import to_yaml
@@ -119,6 +119,7 @@ class Trainer:
         log: what is said and written while it runs.
         device: where the model is.
         dtype: of the base weights.
+        kept: blocks that gradient checkpointing, if it is on, leaves alone.
     """
 
     model: Any
@@ -133,12 +134,13 @@ class Trainer:
     log: RunLog
     device: torch.device
     dtype: torch.dtype
+    kept: Kept = NONE
 
     def __post_init__(self) -> None:
         self.output = Path(self.options.output)
         self.trained = Trained(self.model, self.device)
         if self.options.gradient_checkpointing:
-            self.model.activation_checkpointing_enable(CHECKPOINTING)
+            recompute(self.model, self.kept)
         self.step, self.first_step = 0, 0
         self.most_rows = self.options.batch_size  # computed at once; less after a lack of memory
         self.request, self.must_stop = StopRequest(), False
@@ -164,11 +166,10 @@ class Trainer:
             for step in range(self.step, self.schedule.total)
             for rows in self.sampling.batches(step, self.world.rank)
         )
-        batches = self.loader.batches(wanted)
         self.model.train()
         if self.resumed is not None and self.world.is_first:
             self._delete_oldest()
-        with self.request:
+        with self.request, closing(self.loader.batches(wanted)) as batches:
             if self._owes_evaluation():
                 self.evaluate()
             while self.step < self.schedule.total and not self.must_stop and not self._is_enough():
@@ -256,6 +257,8 @@ class Trainer:
 
     def _halve(self) -> None:
         self.trained.forget()
+        if self.options.gradient_checkpointing:
+            recompute(self.model)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.most_rows = math.ceil(self.most_rows / 2)

@@ -144,7 +144,8 @@ def _run(
     say_machine(device, dtype, options.quantization, world.size)
     say_data(train_set, eval_set)
     say_steps(options, sampling, schedule.total)
-    say_memory(plan_memory(base, options, sampling, train_set.samples, device, dtype))
+    plan = plan_memory(base, options, sampling, train_set.samples, device, dtype)
+    say_memory(plan)
     repeated = _repeated(options, schedule, train_set, eval_set)
     cache = FeatureCache(output / PRIVATE / "features", options, base, world, repeated)
     model, counts = _trainable_model(options, base, device, dtype)
@@ -158,7 +159,7 @@ def _run(
         questions = _questions(options, eval_set, encoder, world)
         trainer = Trainer(
             model, options, schedule, sampling, rows, eval_rows, questions, Collator(encoder.pad_id),
-            world, log, device, dtype,
+            world, log, device, dtype, plan.kept,
         )  # fmt: skip
         if resume is not None:
             trainer.resume(resume)
