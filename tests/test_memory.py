@@ -159,7 +159,7 @@ def test_what_fits_into_a_quarter_of_what_is_left_is_kept(base, rows, monkeypatc
         found = plan(base, rows, options)
         kept.append(found.kept)
         needs.append(found.total)
-    assert kept[0] == Kept()
+    assert kept[0] in (Kept(), Kept(0, 1))  # the last layer is needed at once: to keep it costs nothing
     assert kept[-1] == Kept(6, 6)
     assert 0 < kept[1].decoder < kept[2].decoder <= 6
     least, most = needs[0], needs[-1]
@@ -169,10 +169,14 @@ def test_what_fits_into_a_quarter_of_what_is_left_is_kept(base, rows, monkeypatc
     )
 
 
-def test_nothing_is_kept_where_too_little_is_free_or_nobody_knows(base, rows, monkeypatch):
+def test_nothing_that_costs_is_kept_where_too_little_is_free_or_nobody_knows(base, rows, monkeypatch):
+    found = []
     for free in (None, 0, 10**6):
         has_free(monkeypatch, free)
-        assert plan(base, rows, options_of(gradient_checkpointing=True)).kept == Kept()
+        found.append(plan(base, rows, options_of(gradient_checkpointing=True)))
+    assert len({each.total for each in found}) == 1
+    assert found[0].kept == Kept()
+    assert all(each.kept in (Kept(), Kept(0, 1)) for each in found)
 
 
 def held(model):

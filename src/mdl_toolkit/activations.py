@@ -93,7 +93,7 @@ class Step:
 
     @property
     def _block(self) -> int:
-        """An encoder block: inputs of two norms, four layers and the GELU; padded q, k, v and result."""
+        """An encoder block: inputs of two norms, four layers and the GELU; q, k, v and result."""
         audio, norm = self.config.parts[0], FLOAT if self.on_gpu else self.number
         if "encoder" not in self.gradients:
             return 0
@@ -105,11 +105,12 @@ class Step:
 
     @cached_property
     def _patches(self) -> tuple[int, int]:
-        """All patches; and those of all chunks padded to the longest, as attention computes them."""
+        """All patches; and as attention computes them: on a GPU, chunks padded to the longest."""
         audio = self.config.parts[0]
         counts = [patch_count(n, audio.hop_length, audio.patch_frames) for n in self.samples.tolist()]
         chunks = sum(-(-count // audio.chunk_patches) for count in counts)
-        return sum(counts), chunks * min(max(counts), audio.chunk_patches)
+        longest = chunks * min(max(counts), audio.chunk_patches)
+        return sum(counts), longest if self.on_gpu else sum(counts)
 
     @property
     def _encoder(self) -> int:
@@ -123,47 +124,63 @@ class Step:
 
     @property
     def _layer(self) -> int:
-        """A decoder layer: inputs of norms (float32) and linear layers; q, k, v, result; the MLP's three."""
+        """A decoder layer: inputs of norms and linear layers, gate and up; padded q, k, v and result."""
         text = self.config.parts[1]
         if not {*self.gradients} - ({"lm_head"} if not self.config.tie_word_embeddings else set()):
             return 0
-        heads = text.num_attention_heads
-        query = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
-        wide, copies = text.intermediate_size, self._copies(is_quantized=self.quantization is not None)
-        inputs = 2 * text.hidden_size + wide
-        trains = "decoder" in self.gradients
-        shared = inputs if self.quantization == "8bit" or (trains and not copies) else 0
-        apart = inputs + 3 * text.hidden_size + query if trains else 0
-        position = (
-            FLOAT * 2 * text.hidden_size + self.number * (4 * query + 3 * wide + shared) + copies * apart
-        )
-        return int(self._positions * position)
+        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        query, key = text.num_attention_heads * head, text.num_key_value_heads * head
+        before = self._stream + self._inputs(text.hidden_size, 3 * text.hidden_size)
+        attended = self.number * 2 * (query + key) * len(self.lengths) * int(self.lengths.max())
+        return int(self._positions * (before + self._inputs(query, query) + self._after) + attended)
+
+    @property
+    def _after(self) -> int:
+        """Bytes for each position that is there after attention."""
+        text = self.config.parts[1]
+        wide, hidden = text.intermediate_size, text.hidden_size
+        inputs = self._inputs(hidden, 2 * hidden) + self._inputs(wide, wide)
+        return int(self._stream + self.number * 2 * wide + inputs)
+
+    def _inputs(self, together: int, apart: int) -> int:
+        """Bytes of linear layers' inputs: kept together, by 8-bit layers, and for each adapter apart."""
+        trains, copies = "decoder" in self.gradients, self._copies(is_quantized=self.quantization is not None)
+        shared = together if self.quantization == "8bit" or (trains and not copies) else 0
+        return self.number * shared + copies * apart * trains
+
+    @property
+    def _stream(self) -> int:
+        """Bytes of what goes from layer to layer; float32 where that is what the embeddings are."""
+        embeds = {"embed_tokens", "lm_head"} & {*self.gradients}
+        return int((FLOAT if embeds else self.number) * self.config.parts[1].hidden_size)
 
     @property
     def _positions(self) -> int:
-        """Of all rows, padding included."""
-        return len(self.lengths) * int(self.lengths.max())
+        """Of all rows, without padding."""
+        return int(self.lengths.sum())
 
     @property
     def _decoder(self) -> int:
-        """What the decoder keeps, its last norm's input too; bitsandbytes keeps 8-bit layers' inputs."""
+        """What the decoder keeps; the last layer goes on from attention with what is supervised alone."""
         text = self.config.parts[1]
         if not self._layer:
             return 0
-        width, (layers, kept, _) = self._positions * int(text.hidden_size), self._layers
+        layers, kept, _ = self._layers
         always = self._positions * self.number * (3 * text.hidden_size + text.intermediate_size)
         again = (layers - kept) * (self.quantization == "8bit")
-        embeds = {"embed_tokens", "lm_head"} & {*self.gradients}
-        number = FLOAT if embeds else self.number  # full copies are float32, and so is what comes of them
-        return int(FLOAT * width + self._kept(*self._layers, number * width) + again * always)
+        others = (self._positions - int(self.supervised.sum())) * self._after if kept else 0
+        return int(self._kept(*self._layers, self._positions * self._stream) + again * always - others)
 
     def _kept(self, layers: int, kept: int, layer: int, width: int) -> int:
         """What so many layers keep; those that are computed again, their inputs."""
         return kept * layer + (layers - kept) * min(layer, width)
 
     def _work(self, layers: int, kept: int, layer: int) -> int:
-        """A layer on its way back: a quarter more (measured). What is computed again meets no kept ones."""
-        return max(layer // 4 if kept else 0, (5 * layer // 4 - kept * layer) if kept < layers else 0)
+        """A layer on its way back: a quarter more, or three if it is made again (measured).
+
+        What is computed again meets no kept ones.
+        """
+        return max(layer // 4 if kept else 0, (7 * layer // 4 - kept * layer) if kept < layers else 0)
 
     def _copies(self, *, is_quantized: bool) -> int:
         """Bytes of a number in inputs that each adapter keeps for itself, as PEFT's plain LoRA layers do."""
@@ -173,12 +190,14 @@ class Step:
 
     @property
     def _loss(self) -> int:
-        """Supervised positions' states, logits and probabilities, float32; then the head's gradient."""
+        """Supervised positions' states and float32 logits; then the head's gradient."""
         from mdl_toolkit.model.modeling import MOST_LOGITS
 
         text, head = self.config.parts[1], self.gradients.get("lm_head", 0)
         supervised, casts = int(self.supervised.sum()), self.number < FLOAT
         logits = min(supervised, max(1, MOST_LOGITS // text.vocab_size)) * text.vocab_size
-        numbers = logits * (2 * FLOAT + self.number * casts)
+        numbers = logits * (FLOAT + self.number * casts)
         copy = head // 2 * casts
-        return int(self.number * supervised * text.hidden_size + max(numbers, FLOAT * logits + head) + copy)
+        return int(
+            self.number * supervised * text.hidden_size + max(numbers, self.number * logits + head) + copy
+        )

@@ -73,15 +73,18 @@ class _LowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, is_needed: bool, *parts: Any) -> tuple[Tensor, ...]:
-        weights, biases, downs, ups, scales = (parts[place::PARTS] for place in range(PARTS))
+        weights, biases, downs, wide, scales = (parts[place::PARTS] for place in range(PARTS))
         flat = x.reshape(-1, x.shape[-1]).to(weights[0].dtype)
         down = _joined([a.to(flat.dtype) for a in downs])
-        lows = (flat @ down.T).split([len(a) for a in downs], 1)
+        lows = torch.split(flat @ down.T, [len(a) for a in downs], 1)
         for low, scale in zip(lows, scales, strict=True):
             low.mul_(scale)
-        ups = [b.to(flat.dtype) for b in ups]
+        ups = [b.to(flat.dtype) for b in wide]
         ctx.save_for_backward(flat, down, *weights, *ups, *lows)
-        ctx.scales, ctx.dtypes = scales, (x.dtype, [a.dtype for a in downs], [b.dtype for b in parts[3::PARTS]])
+        ctx.scales, ctx.dtypes = (
+            scales,
+            (x.dtype, [a.dtype for a in downs], [b.dtype for b in wide]),
+        )
         shapes = [(*x.shape[:-1], len(weight)) for weight in weights]
         if not is_needed:  # not a number: if anything did use it, the loss would say so
             return tuple(flat.new_full((1,), torch.nan).expand(shape) for shape in shapes)
@@ -115,4 +118,3 @@ class _LowRank(torch.autograd.Function):
 
 def _joined(matrices: Sequence[Tensor]) -> Tensor:
     return matrices[0] if len(matrices) == 1 else torch.cat([*matrices])
-

@@ -246,6 +246,8 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
         """As `_loss`; the decoder computes nothing of padding, and at last nothing that is not supervised."""
         following = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).to(embeddings.device)
         supervised = following != IGNORE_INDEX
+        if mask is not None:
+            supervised = supervised & mask.bool()
         states = packed_states(self.decoder.model, embeddings, mask, supervised)
         return self._mean_loss(states, following[supervised], divisor)
 

@@ -61,7 +61,7 @@ class PackedLayer(nn.Module):
         return self._packed(hidden_states, rows, *args, **kwargs)
 
     def _packed(self, x: Tensor, rows: Rows, cos: Tensor, sin: Tensor, only: Tensor | None) -> Tensor:
-        """`cos` and `sin` `[positions, 1, head_dim]`; `only` says with which positions to go on, if not all."""
+        """`cos` and `sin` `[positions, 1, head_dim]`; `only` names the positions to go on with."""
         found = self._attended(normed(self.input_layernorm, x), rows, cos, sin)
         if only is not None:
             x, found = x.index_select(0, only), found.index_select(0, only)
@@ -96,7 +96,7 @@ PACKED = {Qwen2DecoderLayer: PackedQwen2Layer, Qwen3DecoderLayer: PackedQwen3Lay
 
 
 def can_pack(config: Any) -> bool:
-    """Tell whether a decoder of this configuration attends to all that came before, in one of torch's ways."""
+    """Tell whether a decoder of this configuration attends to all that came before, by torch."""
     return config._attn_implementation == "sdpa" and set(config.layer_types) == {"full_attention"}
 
 
@@ -137,15 +137,15 @@ def together(x: Tensor, *layers: Any) -> Sequence[Tensor]:
 def normed(norm: Any, x: Tensor) -> Tensor:
     """What an RMS norm of Qwen makes of `[..., width]`."""
     if norm.weight.requires_grad:
-        return norm(x)  # type: ignore[no-any-return]
-    return _Normed.apply(x, norm.weight, norm.variance_epsilon)  # type: ignore[no-any-return, no-untyped-call]
+        return norm(x)
+    return _Normed.apply(x, norm.weight, norm.variance_epsilon)
 
 
 def gated(activation: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
     """activation(gate) * up."""
     if not isinstance(activation, nn.SiLU | SiLUActivation):
-        return activation(gate) * up  # type: ignore[no-any-return]
-    return _Gated.apply(gate, up)  # type: ignore[no-any-return, no-untyped-call]
+        return activation(gate) * up
+    return _Gated.apply(gate, up)
 
 
 class _Normed(torch.autograd.Function):
@@ -185,7 +185,8 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         to_up = functional.silu(gate).mul_(gradient)
-        return torch.ops.aten.silu_backward(gradient * up, gate), to_up
+        to_gate = gradient * up
+        return torch.ops.aten.silu_backward.grad_input(to_gate, gate, grad_input=to_gate), to_up
 
 
 class _Rotated(torch.autograd.Function):
@@ -235,5 +236,5 @@ class _Taken(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         found = gradient.new_zeros(ctx.shape)
-        found.flatten(0, 1).index_copy_(0, *ctx.saved_tensors, gradient)
+        found.flatten(0, 1).index_copy_(0, ctx.saved_tensors[0], gradient)
         return found, None
