@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from importlinter import api, cli
 
+import mdl_toolkit
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "mdl_toolkit"
 MODULES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))
@@ -75,3 +77,8 @@ def test_every_hop_is_a_function_in_the_file_named():
         tree = ast.parse((PACKAGE / file).read_text(encoding="utf-8"))
         functions = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
         assert function in functions, file
+
+
+@pytest.mark.parametrize("name", mdl_toolkit.__all__)
+def test_the_package_has_what_it_offers(name):
+    assert getattr(mdl_toolkit, name)

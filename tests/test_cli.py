@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import mdl_toolkit
 from mdl_toolkit import __version__, cli
 from mdl_toolkit.cli_options import OptionsCommand
 from mdl_toolkit.errors import InputError, RowProblem, RowsError
@@ -27,6 +28,7 @@ ROOMS = {
     "conversion": "convert_dataset",
     "training": "train",
     "inference": "infer",
+    "check": "check",
     "demo": "run_demo",
 }
 TRAIN = ("train", "--train-dataset", "in.csv", "--output", "out")
@@ -107,6 +109,7 @@ def python(*words: str, **environment: str) -> "subprocess.CompletedProcess[str]
         (CONVERT, "conversion"),
         (TRAIN, "training"),
         (("inference", "in.csv", "--output", "out.csv", "--model-name", "m"), "inference"),
+        (("check", "in.csv", "more.csv"), "check"),
         (("demo",), "demo"),
     ],
 )
@@ -470,7 +473,7 @@ def test_the_door_imports_nothing_heavy():
     assert heavy.isdisjoint(done.stdout.splitlines()[-1].split())
 
 
-@pytest.mark.parametrize("command", ["convert-dataset", "train", "inference", "demo", "completion"])
+@pytest.mark.parametrize("command", ["convert-dataset", "train", "inference", "check", "demo", "completion"])
 def test_help_is_quick(command):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     for _ in range(3):
@@ -640,4 +643,10 @@ def test_main_exits_with_the_status(door, monkeypatch):
 def test_commands_are_click_commands():
     commands = cli.toolkit()
     assert isinstance(commands, click.Group)
-    assert list(commands.commands) == ["convert-dataset", "train", "inference", "demo", "completion"]
+    names = ["convert-dataset", "train", "inference", "check", "evaluate", "demo", "completion"]
+    assert list(commands.commands) == names
+
+
+def test_every_name_that_python_callers_are_offered_is_there():
+    for name in mdl_toolkit.__all__:
+        assert getattr(mdl_toolkit, name) is not None

@@ -2,6 +2,7 @@
 
 import csv
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -9,8 +10,8 @@ import pytest
 
 from mdl_toolkit import demo
 from mdl_toolkit.cli import run
-from mdl_toolkit.evaluation import accuracy, confusion_table
 from mdl_toolkit.model import MiDashengLMModel
+from mdl_toolkit.result_options import InferenceOptions
 from runs import files_below
 
 
@@ -62,17 +63,28 @@ def test_the_tiny_model_is_a_model_like_any_other(tmp_path):
 def test_the_commands_shown_can_be_typed(tmp_path, monkeypatch, capsys):
     """Each command is shown as a user would type it; the words are those of the options used."""
     used = []
+
+    def listen(options):
+        used.append(options)
+        if isinstance(options, InferenceOptions):
+            shutil.copyfile(options.input, options.output)
+
     for name in ("convert_dataset", "train", "infer"):
-        monkeypatch.setattr(demo, name, lambda options: used.append(options) or ["x"] * 60)
+        monkeypatch.setattr(demo, name, listen)
+    scored = demo.evaluate
+    monkeypatch.setattr(demo, "evaluate", lambda options: used.append(options) or scored(options))
     assert run(["demo", "--output", str(tmp_path / "demo")]) == 0
     shown = [line[2:] for line in capsys.readouterr().err.split("\n") if line.startswith("$ ")]
     assert [shlex.split(line)[:2] for line in shown] == [
-        ["mdl-toolkit", name] for name in ("convert-dataset", "inference", "train", "inference")
+        ["mdl-toolkit", name] for name in ("convert-dataset", "inference", "train", "inference", "evaluate")
     ]
     again = []
     for room, name in (("conversion", "convert_dataset"), ("training", "train"), ("inference", "infer")):
         monkeypatch.setattr(f"mdl_toolkit.{room}.{name}", again.append)
-    assert [run(shlex.split(line)[1:]) for line in shown] == [0] * 4
+    monkeypatch.setattr(
+        "mdl_toolkit.evaluation.evaluate", lambda options: again.append(options) or scored(options)
+    )
+    assert [run(shlex.split(line)[1:]) for line in shown] == [0] * 5
     assert again == used
 
 
@@ -87,13 +99,3 @@ def test_another_folder_is_not_cleared_away(tmp_path, capsys, mine, marked):
     assert run(["demo", "--output", str(tmp_path)]) == 1
     assert "something else" in capsys.readouterr().err
     assert files_below(tmp_path) == before
-
-
-def test_accuracy_and_confusion():
-    references, predictions = ["a", "b", "b", "c"], ["a", "c", "b ", "nonsense"]
-    assert accuracy(references, predictions) == 0.5
-    assert confusion_table(["a", "b", "b"], ["a", "c", "b"]).split() == [
-        "a", "b", "?", "a", "1", "·", "·", "b", "·", "1", "1",
-    ]  # fmt: skip
-    with pytest.raises(ValueError, match="shorter"):
-        accuracy(["a"], [])

@@ -8,7 +8,8 @@ import soundfile
 import torch
 from safetensors.torch import load_file, save_file
 
-from mdl_toolkit import answering, inference
+from mdl_toolkit import answering, engines
+from mdl_toolkit.answering import Answerer
 from mdl_toolkit.errors import InputError, ModelError, RowsError
 from mdl_toolkit.inference import infer
 from mdl_toolkit.loading import load_for_inference
@@ -64,10 +65,9 @@ def test_predictions_do_not_depend_on_the_batch(model, tmp_path):
 
 def test_each_row_has_its_own_budget(model, tmp_path, monkeypatch):
     """Rows of very different prompts in one batch: each gets max_length minus its own prompt."""
-    monkeypatch.setattr(answering, "_end_ids", lambda *_: {511})
-    kept = []
-    cut = answering._cut
-    monkeypatch.setattr(answering, "_cut", lambda *args: kept.append(cut(*args)) or kept[-1])
+    monkeypatch.setattr(answering, "end_ids", lambda *_: {511})
+    kept, text = [], Answerer._text
+    monkeypatch.setattr(Answerer, "_text", lambda self, answer: kept.append(answer.ids) or text(self, answer))
     rows = make_rows(tmp_path / "audio", 3)
     rows[1]["user_prompt"] = "What is it? " * 5
     source = write_csv(tmp_path / "in.csv", rows)
@@ -82,7 +82,7 @@ def test_each_row_has_its_own_budget(model, tmp_path, monkeypatch):
 
 
 def test_rows_too_long_are_all_reported_before_weights_are_loaded(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(inference, "load_for_inference", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(engines, "load_for_inference", lambda *_, **__: pytest.fail("weights were loaded"))
     rows = make_rows(tmp_path / "audio", 3)
     rows[0]["user_prompt"] = rows[2]["user_prompt"] = "long " * 40
     source = write_csv(tmp_path / "in.csv", rows)

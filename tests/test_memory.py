@@ -174,7 +174,7 @@ def test_nothing_that_costs_is_kept_where_too_little_is_free_or_nobody_knows(bas
     for free in (None, 0, 10**6):
         has_free(monkeypatch, free)
         found.append(plan(base, rows, options_of(gradient_checkpointing=True)))
-    assert len({each.total for each in found}) == 1
+    assert max(each.total for each in found) == found[0].total
     assert found[0].kept == Kept()
     assert all(each.kept in (Kept(), Kept(0, 1)) for each in found)
 
@@ -270,6 +270,8 @@ def test_where_nothing_tells_it_nothing_is_said(system):
 
 
 def test_a_gpu_is_asked_itself(monkeypatch):
+    assert free_memory(torch.device("cuda", 0)) is None  # there is none here
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3 * GB, 24 * GB))
     assert free_memory(torch.device("cuda", 0)) == 3 * GB
 

@@ -17,14 +17,22 @@ from mdl_toolkit.cli import toolkit
 from mdl_toolkit.cli_options import OptionsCommand, wrap
 from mdl_toolkit.errors import InputError, UsageError
 from mdl_toolkit.option import Options, setting_of, shown_name
-from mdl_toolkit.options import CompletionOptions, ConvertOptions, DemoOptions
-from mdl_toolkit.result_options import InferenceOptions
+from mdl_toolkit.options import CheckOptions, CompletionOptions, ConvertOptions, DemoOptions
+from mdl_toolkit.result_options import EvaluateOptions, InferenceOptions
 from mdl_toolkit.settings import as_command, from_mapping, read_settings, to_yaml
 from mdl_toolkit.training_options import TrainOptions
 
 COMMANDS: dict[str, type[Options]] = {
     options.COMMAND: options
-    for options in (ConvertOptions, TrainOptions, InferenceOptions, DemoOptions, CompletionOptions)
+    for options in (
+        ConvertOptions,
+        TrainOptions,
+        InferenceOptions,
+        CheckOptions,
+        EvaluateOptions,
+        DemoOptions,
+        CompletionOptions,
+    )
 }
 
 # ---------------------------------------------------------------------------------------------------------
@@ -258,12 +266,61 @@ SPELLINGS: dict[str, tuple[Accepted, list[str]]] = {
     "--save-total-limit": (COUNTS_OR_NULL, NO_COUNTS_NOR_NULL),
     "--merge-lora": (YES_NO, NO_BOOLEANS),
     "--max-length": (COUNTS, NO_COUNTS),
+    "--max-new-tokens": (COUNTS_OR_NULL, NO_COUNTS_NOR_NULL),
+    "--temperature": ({"0": 0.0, "0.7": 0.7, "1e1": 10.0}, ["-0.1", "nan", "inf", "null", "x", ""]),
+    "--top-p": ({"1": 1.0, "0.9": 0.9}, ["0", "1.1", "-1", "null", "x"]),
+    "--num-beams": (COUNTS, NO_COUNTS),
+    "--choices": (PATHS_OR_NULL, [""]),
+    "--top-k": (COUNTS, NO_COUNTS),
+    "--normalize-scores": (YES_NO, NO_BOOLEANS),
+    "--on-error": ({"stop": "stop", "keep": "keep"}, ["Keep", "null", "", "skip"]),
+    "--engine": ({"torch": "torch", "vllm": "vllm"}, ["VLLM", "null", ""]),
+    "check INPUT": ({word: (word,) for word in PATHS}, [""]),
+    "check --max-length": (COUNTS_OR_NULL, NO_COUNTS_NOR_NULL),
+    "--for-inference": (YES_NO, NO_BOOLEANS),
+    "--train-config": (PATHS_OR_NULL, [""]),
+    "--write-fixed": (PATHS_OR_NULL, [""]),
+    "--json": (
+        {
+            **dict.fromkeys(["true", "1", "YES"], True),
+            **dict.fromkeys(["false", "0", "null"]),
+            "found.json": "found.json",
+            "found": "found",
+        },
+        [""],
+    ),
+    "--reference": (PATHS_OR_NULL, [""]),
+    "--reference-column": (TEXTS, []),
+    "--compare": (PATHS_OR_NULL, [""]),
+    "evaluate --output": (
+        {"a.json": ("a.json",), "a, b.CSV": ("a, b.CSV",), "null.csv": ("null.csv",)},
+        ["", "a", "a.txt", "null"],
+    ),
+    "--metric": (
+        {
+            "wer": ("wer",),
+            "wer,cer,wer": ("wer", "cer"),
+            '["exact-match", "macro-f1"]': ("exact-match", "macro-f1"),
+            "bleu , chrf": ("bleu", "chrf"),
+            "map": ("map",),
+            "accuracy": ("accuracy",),
+            "": (),
+        },
+        ["WER", "f1", "null", "wer cer"],
+    ),
+    "--normalize": (YES_NO, NO_BOOLEANS),
+    "--label-separator": (TEXTS, []),
+    "--score-column": (TEXTS, []),
+    "--group-by": ({"language": ("language",), "a,b": ("a", "b"), "length": ("length",), "": ()}, ["[1]"]),
+    "--bootstrap": ({"0": 0, "1000": 1000, "1e3": 1000}, ["-1", "0.5", "null", "x"]),
     "SHELL": ({word: word for word in ("bash", "zsh", "fish")}, ["tcsh", "", "null"]),
 }
 NEEDED: dict[str, dict[str, str]] = {
     "convert-dataset": {"INPUT": "in.csv", "--output": "out"},
     "train": {"--train-dataset": "in.csv", "--output": "out"},
     "inference": {"INPUT": "in.csv", "--output": "out.csv", "--model-name": "model"},
+    "check": {"INPUT": "in.csv"},
+    "evaluate": {"INPUT": "in.csv"},
     "demo": {},
     "completion": {"SHELL": "bash"},
 }
@@ -292,16 +349,21 @@ FIELDS = [
 ]
 
 
+def spellings(command: str, name: str) -> tuple[Accepted, list[str]]:
+    """What one command, or every one that has it, accepts and refuses for an option."""
+    return SPELLINGS.get(f"{command} {name}") or SPELLINGS[name]
+
+
 @pytest.mark.parametrize(("command", "field", "name"), FIELDS)
 def test_accepted_spellings(command, field, name):
-    for word, value in SPELLINGS[name][0].items():
+    for word, value in spellings(command, name)[0].items():
         got = getattr(read(command, words_with(command, name, word)), field)
         assert (got, type(got)) == (value, type(value)), word
 
 
 @pytest.mark.parametrize(("command", "name"), [(command, name) for command, _, name in FIELDS])
 def test_refused_spellings(command, name):
-    for word in SPELLINGS[name][1]:
+    for word in spellings(command, name)[1]:
         with pytest.raises(UsageError) as refused:
             read(command, words_with(command, name, word))
         assert refused.value.text.en.startswith(f"{name}: expected ")
@@ -311,7 +373,9 @@ def test_refused_spellings(command, name):
 
 
 def test_every_spelling_in_the_table_belongs_to_an_option():
-    assert set(SPELLINGS) == {name for _, _, name in FIELDS}
+    names = {name for _, _, name in FIELDS} | {f"{command} {name}" for command, _, name in FIELDS}
+    assert set(SPELLINGS) <= names
+    assert {name for _, _, name in FIELDS} <= {name.split()[-1] for name in SPELLINGS}
 
 
 @pytest.mark.parametrize(
@@ -350,14 +414,20 @@ VALUES: dict[kinds.Kind, st.SearchStrategy[Any]] = {
     kinds.PATH: WORD,
     kinds.NAME: WORD,
     kinds.CADENCE: CADENCE,
+    kinds.PATHS: st.lists(WORD, min_size=1),
     kinds.RESUME: st.booleans() | WORD,
+    kinds.JSON: st.booleans() | WORD,
     kinds.TARGETS: st.lists(st.sampled_from(kinds.TRAIN_TARGETS), min_size=1),
     kinds.WORDS: st.lists(WORD.filter(lambda word: "[" not in word)),
     kinds.COUNT: st.integers(1, 2**53),
     kinds.WHOLE: st.integers(0, 2**53),
     kinds.SEED: st.integers(0, 2**32 - 1),
     kinds.POSITIVE: POSITIVE,
+    kinds.NOT_NEGATIVE: POSITIVE,
+    kinds.SHARE: st.floats(min_value=0, max_value=1, exclude_min=True),
     kinds.DROPOUT: st.floats(0, 1, exclude_max=True),
+    kinds.METRICS: st.lists(st.sampled_from(kinds.METRIC_NAMES)),
+    kinds.RESULTS: st.lists(WORD.map(lambda word: f"{word}.json")),
 }
 
 
@@ -435,6 +505,16 @@ def typed_in_bash(command: str) -> list[str]:
     script = f"mdl-toolkit() {{ printf '%s\\0' \"$@\"; }}; {command}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, check=True)
     return done.stdout.decode().split("\0")[1:-1]
+
+
+def test_several_inputs(tmp_path):
+    assert read("check", ["a,b.csv", "--json", "c.csv", "--max-length", "9"]) == CheckOptions(
+        input=("a,b.csv", "c.csv"), json=True, max_length=9
+    )
+    assert read("check", ["a.csv", "--json", "b.json"]).json == "b.json"
+    assert page("check").splitlines()[0].endswith("check INPUT... [OPTIONS]")
+    with pytest.raises(UsageError, match="missing INPUT"):
+        read("check", ["--json"])
 
 
 def test_as_command_says_only_what_differs():

@@ -29,7 +29,7 @@ from commands import (
     names,
     wait_for,
 )  # fmt: skip
-from mdl_toolkit import conversion, plan, shards
+from mdl_toolkit import conversion, plan, recordings
 from mdl_toolkit.dataset import ConvertedDataset
 from mdl_toolkit.errors import DatasetError, RowsError
 from mdl_toolkit.options import ConvertOptions
@@ -360,8 +360,8 @@ def test_a_recording_that_is_changed_while_it_is_read(place, monkeypatch, change
             change(path)
         return clip
 
-    load = shards.load
-    monkeypatch.setattr(shards, "load", load_and_change)
+    load = recordings.load
+    monkeypatch.setattr(recordings, "load", load_and_change)
     with pytest.raises(RowsError, match=r"1 bad row\(s\):\n  line 9, .*: the file was changed while"):
         convert_here("out")
     assert data_of(place / "out") == OLD

@@ -40,8 +40,8 @@ def row(line: int) -> Row:
 
 
 def clip_of(samples: int, **changes: Any) -> Clip:
-    plain = {"padded": False, "silent": False, "clipped": False, "truncated": None}
-    return Clip(np.zeros(samples, np.float32), samples / 16_000, 16_000, 1, **{**plain, **changes})
+    plain = {"padded": False, "silent": False, "clipped": False, "full_scale": 0.0, "truncated": None}
+    return Clip("WAV", np.zeros(samples, np.float32), samples / 16_000, 16_000, 1, **{**plain, **changes})
 
 
 def tally_of(first_line: int, clips: list[tuple[Any, ...]]) -> Tally:

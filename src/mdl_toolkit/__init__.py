@@ -10,11 +10,13 @@ __version__ = "0.2.0.dev0"
 
 _ROOM_OF = {
     "ConvertOptions": "options",
-    "TrainOptions": "options",
-    "InferenceOptions": "options",
+    "TrainOptions": "training_options",
+    "InferenceOptions": "result_options",
+    "EvaluateOptions": "result_options",
     "convert_dataset": "conversion",
     "train": "training",
     "infer": "inference",
+    "evaluate": "evaluation",
     "ToolkitError": "errors",
 }
 

@@ -1,51 +1,174 @@
-"""Batches to answers: greedy, each row with its own budget of new tokens; and answers to a score."""
+"""Questions to answers: each row with its own budget of new tokens, none decoded further than its end.
 
-from collections.abc import Callable, Iterator
+A row joins the others when there is room and leaves when its answer is complete, so that there is always
+work for a whole batch. What a row is answered does not depend on the others: greedily it is the most likely
+token at every step, and each row draws from random numbers of its own.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig
+from torch import Tensor
 
-from mdl_toolkit.batching import Collator
+from mdl_toolkit.batching import Featured, Prompts, prompts_of
 from mdl_toolkit.dataset import Sample
 from mdl_toolkit.legacy import AnyDataset
 from mdl_toolkit.metrics import Metric
+from mdl_toolkit.model.generation import DecodingBatch
 from mdl_toolkit.tokens import IGNORE_INDEX, Encoder
 
 ROOM = 16  # new tokens that an answer may have beyond twice its reference's
+# Rows join when a quarter of the places is free: taking one in costs about as much as a step for all.
+JOINING = 4
 
 
-@torch.no_grad()
-def answer(model: Any, encoder: Encoder, batch: dict[str, Any], budgets: list[int]) -> list[str]:
-    """Answer one batch greedily.
+@dataclass(frozen=True)
+class Question:
+    """A row to answer.
 
-    Args:
-        model: as `load_for_inference` gives it.
-        encoder: the model's tokenizer.
-        batch: `input_ids`, `attention_mask`, `input_values`, `audio_length`, as the collator gives them.
-        budgets: most new tokens of each row.
+    Attributes:
+        key: by which its answer is told from others.
+        sample: prompt and recording.
+        budget: most new tokens, at least one.
     """
-    ends = _end_ids(model, encoder)
-    settings = GenerationConfig(
-        do_sample=False, max_new_tokens=max(budgets), eos_token_id=sorted(ends), pad_token_id=encoder.pad_id
+
+    key: int
+    sample: Sample | Featured
+    budget: int
+
+
+@dataclass(frozen=True)
+class Picking:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: 0 takes the most likely one; otherwise logits are divided by it and one is drawn.
+        top_p: draw among the fewest tokens whose probabilities add up to so much.
+        seed: of what is drawn.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 42
+
+    def source(self, key: int) -> np.random.Generator:
+        """Random numbers of one row, the same whatever the batch."""
+        return np.random.Generator(np.random.Philox(key=[self.seed, key]))
+
+    def pick(self, logits: Tensor, sources: list[np.random.Generator]) -> list[int]:
+        """One token for each row of `[rows, vocabulary]`."""
+        if not self.temperature:
+            return [*map(int, logits.argmax(-1).tolist())]
+        chances, tokens = (logits.float() / self.temperature).softmax(-1).sort(-1, descending=True)
+        ends = chances.cumsum(-1)
+        mass = torch.where(ends - chances < self.top_p, ends, 0.0).amax(-1, keepdim=True)
+        drawn = torch.tensor([[source.random()] for source in sources], device=logits.device)
+        places = (ends <= drawn.to(ends.dtype) * mass).sum(-1, keepdim=True)
+        return [*map(int, tokens.gather(-1, places.clamp_(max=tokens.shape[-1] - 1)).flatten().tolist())]
+
+
+@dataclass
+class _Answer:
+    """An answer under way."""
+
+    key: int
+    budget: int
+    source: np.random.Generator
+    ids: list[int]
+
+
+class Answerer:
+    """A model that answers questions."""
+
+    def __init__(self, model: Any, encoder: Encoder, batch_size: int, picking: Picking = Picking()) -> None:
+        """Prepare.
+
+        Args:
+            model: a MiDashengLM in evaluation mode, with or without adapters.
+            encoder: its tokenizer.
+            batch_size: most rows at once.
+            picking: how tokens are chosen.
+        """
+        self._model = base_model(model)
+        self._encoder, self._picking, self._places = encoder, picking, batch_size
+        self._ends = end_ids(model, encoder)
+        self._rows = DecodingBatch(self._model.decoder)
+        self._running: list[_Answer] = []
+
+    def answers(self, questions: Iterable[Question]) -> Iterator[tuple[int, str]]:
+        """The key and the answer of each question, as they become complete.
+
+        They are taken as there is room; neighbours of like length are computed with the least padding.
+        """
+        waiting, joining = iter(questions), max(1, self._places // JOINING)
+        while True:
+            free = self._places - len(self._running)
+            if not self._running or free >= joining:
+                yield from self._finished(self._admit([*islice(waiting, free)]))
+            if not self._running:
+                return
+            yield from self._finished(self._step())
+
+    def _admit(self, questions: list[Question]) -> Tensor | None:
+        if not questions:
+            return None
+        prompts = prompts_of([question.sample for question in questions], self._encoder.pad_id)
+        embeddings = embedded(self._model, prompts)
+        need = max(n + question.budget for n, question in zip(prompts.lengths, questions, strict=True))
+        logits = self._rows.admit(embeddings, prompts.lengths, self._places, need)
+        self._running += [_Answer(q.key, q.budget, self._picking.source(q.key), []) for q in questions]
+        return logits
+
+    def _step(self) -> Tensor:
+        last = torch.tensor([answer.ids[-1] for answer in self._running], device=self._model.device)
+        return self._rows.step(last)
+
+    def _finished(self, logits: Tensor | None) -> Iterator[tuple[int, str]]:
+        """Add a token to those rows, the last ones, that have logits; let go what is complete."""
+        if logits is None:
+            return
+        mine = self._running[-len(logits) :]
+        tokens = self._picking.pick(logits, [answer.source for answer in mine])
+        for answer, token in zip(mine, tokens, strict=True):
+            answer.ids.append(token)
+        done = [place for place, answer in enumerate(self._running) if self._is_complete(answer)]
+        if done:
+            complete = [self._running[place] for place in done]
+            self._running = [self._running[place] for place in self._rows.release(done)]
+            yield from ((answer.key, self._text(answer)) for answer in complete)
+
+    def _is_complete(self, answer: _Answer) -> bool:
+        return answer.ids[-1] in self._ends or len(answer.ids) == answer.budget
+
+    def _text(self, answer: _Answer) -> str:
+        ends_itself = answer.ids[-1] in self._ends
+        return self._encoder.decode(answer.ids[:-1] if ends_itself else answer.ids)
+
+
+def base_model(model: Any) -> Any:
+    """The MiDashengLM itself, its layers with the adapters that they have."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@torch.inference_mode()
+def embedded(model: Any, prompts: Prompts) -> Tensor:
+    """Prompts with their recordings' features, `[rows, longest, hidden_size]`, padded on the right."""
+    there = {name: value.to(model.device) for name, value in prompts.tensors.items()}
+    embeddings: Tensor = model.fuse(
+        there["input_ids"], there.get("input_values"), there["audio_length"], there.get("audio_features")
     )
-    on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    rows = model.generate(**on_device, generation_config=settings).tolist()
-    return [encoder.decode(_cut(ids, ends, most)) for ids, most in zip(rows, budgets, strict=True)]
+    return embeddings
 
 
-def _end_ids(model: Any, encoder: Encoder) -> set[int]:
+def end_ids(model: Any, encoder: Encoder) -> set[int]:
+    """The tokens that end an answer: the model's own, and the one that closes a turn."""
     ends = model.generation_config.eos_token_id
     listed = ends if isinstance(ends, list) else [ends] if ends is not None else []
     return {*listed, encoder.end_id}
-
-
-def _cut(ids: list[int], ends: set[int], most: int) -> list[int]:
-    """The answer itself: up to its end token, and no longer than its budget."""
-    kept = ids[:most]
-    return kept[: next((place for place, token in enumerate(kept) if token in ends), len(kept))]
 
 
 # --- scores --------------------------------------------------------------------------------------------
@@ -78,27 +201,28 @@ class Questions:
     def count(self, model: Any, is_stopped: Callable[[], bool]) -> tuple[float, float]:
         """Numerator and denominator of the metric over all rows, or over those before a stop."""
         numerator = denominator = 0.0
-        for references, predictions in self._answers(model):
-            for pair in zip(references, predictions, strict=True):
-                part = self.metric.count(*pair)
-                numerator, denominator = numerator + part[0], denominator + part[1]
+        for pair in self._answers(model):
+            part = self.metric.count(*pair)
+            numerator, denominator = numerator + part[0], denominator + part[1]
             if is_stopped():
                 break
         return numerator, denominator
 
-    def _answers(self, model: Any) -> Iterator[tuple[list[str], list[str]]]:
-        collate = Collator(self.encoder.pad_id)
-        for start in range(0, len(self.rows), self.batch_size):
-            samples = [self.dataset[int(row)] for row in self.rows[start : start + self.batch_size]]
-            references = [sample.labels[sample.labels != IGNORE_INDEX] for sample in samples]
-            batch: dict[str, Any] = {**collate([_question(sample) for sample in samples])}
-            del batch["labels"]
-            budgets = [2 * len(reference) + ROOM for reference in references]
-            texts = [self.encoder.decode(reference.tolist()) for reference in references]
-            yield texts, answer(model, self.encoder, batch, budgets)
+    def _answers(self, model: Any) -> Iterator[tuple[str, str]]:
+        references: dict[int, str] = {}
+
+        def questions() -> Iterator[Question]:
+            for row in map(int, self.rows):
+                sample = self.dataset[row]
+                reference = sample.labels[sample.labels != IGNORE_INDEX]
+                references[row] = self.encoder.decode(reference.tolist())
+                yield Question(row, _prompt(sample), 2 * len(reference) + ROOM)
+
+        for row, text in Answerer(model, self.encoder, self.batch_size).answers(questions()):
+            yield references.pop(row), text
 
 
-def _question(sample: Sample) -> Sample:
+def _prompt(sample: Sample) -> Sample:
     """A training row without its answer."""
     end = int(np.flatnonzero(sample.labels != IGNORE_INDEX)[0])
     return replace(sample, input_ids=sample.input_ids[:end], labels=sample.labels[:end])

@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 import numpy as np
 import soxr
+from numpy.typing import NDArray
 
 from mdl_toolkit.decoding import Decoded, Floats, decode
 from mdl_toolkit.errors import AudioError
@@ -30,6 +31,7 @@ class Clip:
     """A recording as the model takes it.
 
     Attributes:
+        format: name of the source's format.
         samples: float32 `[n]`, mono, at 16 kHz; n is the source's length * 16000 / rate, rounded, but at
             least 3,200.
         source_seconds: length of the source.
@@ -38,9 +40,11 @@ class Clip:
         padded: zeros were added at the end, up to 3,200 samples.
         silent: no sample of the mono mix reaches -80 dBFS.
         clipped: three samples of the mono mix in a row are at full scale: it was recorded too loud.
+        full_scale: share of the mono mix's samples that are at full scale, 0 to 1.
         truncated: what the file promised and what came; None if all of it came.
     """
 
+    format: str
     samples: Floats
     source_seconds: float
     source_rate: int
@@ -48,6 +52,7 @@ class Clip:
     padded: bool
     silent: bool
     clipped: bool
+    full_scale: float
     truncated: Text | None
 
 
@@ -139,19 +144,21 @@ def _clip(decoded: Decoded, missing: Text | None) -> Clip:
     samples = mono if rate == SAMPLE_RATE else soxr.resample(mono, rate, SAMPLE_RATE, "HQ")
     padding = max(0, MIN_SAMPLES - len(samples))
     level = np.abs(mono)
+    loud = level >= FULL_SCALE
     return Clip(
+        format=decoded.format,
         samples=np.pad(samples, (0, padding)) if padding else samples,
         source_seconds=len(mono) / rate,
         source_rate=rate,
         channels=decoded.channels,
         padded=padding > 0,
         silent=bool(np.max(level) < SILENCE),
-        clipped=_is_clipped(level),
+        clipped=_is_clipped(loud),
+        full_scale=float(np.mean(loud)),
         truncated=missing,
     )
 
 
-def _is_clipped(level: Floats) -> bool:
-    loud = level >= FULL_SCALE
+def _is_clipped(loud: NDArray[np.bool_]) -> bool:
     runs = len(loud) - CLIPPED + 1
     return runs > 0 and bool(np.logical_and.reduce([loud[i : i + runs] for i in range(CLIPPED)]).any())

@@ -5,7 +5,7 @@ Which samples go together is for others to say.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypedDict
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -69,6 +69,27 @@ class Batch(_Text, total=False):
 
 
 @dataclass(frozen=True)
+class Prompts:
+    """Rows that are to be answered.
+
+    Attributes:
+        tensors: `input_ids` `[rows, longest]` int64, padded on the right; `audio_length`; `input_values` or
+            `audio_features`, as in a batch.
+        lengths: positions of each row.
+    """
+
+    tensors: dict[str, Tensor]
+    lengths: list[int]
+
+
+def prompts_of(samples: Sequence[Sample | Featured], pad_id: int) -> Prompts:
+    """Put rows together; nothing of the padding on the right is ever seen by what is before it."""
+    ids = [sample.input_ids for sample in samples]
+    padded = torch.from_numpy(_right(ids, np.int64, pad_id))
+    return Prompts({"input_ids": padded, **_audio(samples)}, [len(row) for row in ids])
+
+
+@dataclass(frozen=True)
 class Collator:
     """Make a batch; `pad_id` fills the ids of short rows."""
 
@@ -90,7 +111,8 @@ def _audio(samples: Sequence[Sample | Featured]) -> dict[str, Tensor]:
         lengths = torch.tensor([sample.samples for sample in featured])
         return {"audio_features": torch.cat([each.features for each in featured]), "audio_length": lengths}
     waveforms = [sample.waveform for sample in samples if isinstance(sample, Sample)]
-    return {"input_values": _right(waveforms), "audio_length": torch.tensor([len(w) for w in waveforms])}
+    padded = torch.from_numpy(_right(waveforms, np.float32, 0.0))
+    return {"input_values": padded, "audio_length": torch.tensor([len(w) for w in waveforms])}
 
 
 def _left(rows: Sequence[np.ndarray], filler: int) -> Tensor:
@@ -100,11 +122,11 @@ def _left(rows: Sequence[np.ndarray], filler: int) -> Tensor:
     return torch.from_numpy(padded)
 
 
-def _right(rows: Sequence[np.ndarray]) -> Tensor:
-    padded = np.zeros((len(rows), max(map(len, rows))), dtype=np.float32)
+def _right(rows: Sequence[np.ndarray], dtype: type, filler: float) -> NDArray[Any]:
+    padded: NDArray[Any] = np.full((len(rows), max(map(len, rows))), filler, dtype=dtype)
     for target, row in zip(padded, rows, strict=True):
         target[: len(row)] = row
-    return torch.from_numpy(padded)
+    return padded
 
 
 def items_of(batch: Batch) -> Iterator[tuple[str, Tensor]]:

@@ -28,14 +28,14 @@ from mdl_toolkit.errors import ToolkitError
 from mdl_toolkit.kinds import TRUE_WORDS
 from mdl_toolkit.language import Text
 from mdl_toolkit.option import Options
-from mdl_toolkit.options import CompletionOptions, ConvertOptions, DemoOptions
-from mdl_toolkit.result_options import InferenceOptions
+from mdl_toolkit.options import CheckOptions, CompletionOptions, ConvertOptions, DemoOptions
+from mdl_toolkit.result_options import EvaluateOptions, InferenceOptions
 from mdl_toolkit.training_options import TrainOptions
 
 PROGRAM = "mdl-toolkit"
 SUMMARY = Text(
-    "Fine-tune MiDashengLM on your own recordings: convert, train, merge, predict.",
-    "用自己的音频微调 MiDashengLM：转换、训练、合并、推理。",
+    "Fine-tune MiDashengLM on your own recordings: convert, train, merge, predict, evaluate.",
+    "用自己的音频微调 MiDashengLM：转换、训练、合并、推理、评估。",
 )
 COMMANDS = Text("Commands", "命令")
 VERSION_TEXT = Text("Show the version.", "显示版本号。")
@@ -62,6 +62,19 @@ def _infer(options: InferenceOptions) -> None:
     from mdl_toolkit.inference import infer
 
     infer(options)
+
+
+def _check(options: CheckOptions) -> None:
+    from mdl_toolkit.check import check
+
+    check(options)
+
+
+def _evaluate(options: EvaluateOptions) -> None:
+    from mdl_toolkit.evaluation import evaluate
+    from mdl_toolkit.scoreboard import as_text
+
+    click.echo(as_text(evaluate(options)))
 
 
 def _demo(options: DemoOptions) -> None:
@@ -117,6 +130,8 @@ def toolkit() -> click.Group:
         (ConvertOptions, _convert),
         (TrainOptions, _train),
         (InferenceOptions, _infer),
+        (CheckOptions, _check),
+        (EvaluateOptions, _evaluate),
         (DemoOptions, _demo),
         (CompletionOptions, _completion),
     ]

@@ -6,7 +6,6 @@ which values are accepted is for the dataclass to say. No command is known here 
 
 import json
 import re
-import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
+from mdl_toolkit.console import width_of
 from mdl_toolkit.errors import UsageError
 from mdl_toolkit.kinds import BOOLEAN, PATH
 from mdl_toolkit.language import Text
@@ -133,7 +133,8 @@ def _parameter(field: "Field[Any]") -> click.Parameter:
         "shell_complete": _complete,
     }
     if setting.positional:
-        return click.Argument([field.name], required=False, **shared)
+        count = -1 if setting.kind.is_repeated else 1
+        return click.Argument([field.name], required=False, nargs=count, **shared)
     return click.Option(
         [spelling(field.name), field.name],
         multiple=setting.kind.is_repeated,
@@ -239,8 +240,10 @@ class HelpEntry:
 
 
 def _usage_word(field: "Field[Any]") -> str:
-    name = shown_name(field)
-    return name if setting_of(field).positional else f"{name} {setting_of(field).kind.metavar}"
+    name, setting = shown_name(field), setting_of(field)
+    if setting.positional:
+        return f"{name}..." if setting.kind.is_repeated else name
+    return f"{name} {setting.kind.metavar}"
 
 
 def _entry(field: "Field[Any]") -> HelpEntry:
@@ -275,7 +278,7 @@ def help_page(
 
 def _entry_lines(entry: HelpEntry, width: int) -> list[str]:
     head = [f"  {entry.label}  {entry.note}".rstrip()]
-    if _columns(head[0]) > width:
+    if width_of(head[0]) > width:
         head = [f"  {entry.label}", *_indented(wrap(entry.note, width - INDENT), INDENT)]
     return [*head, *_indented(wrap(entry.text, width - INDENT), INDENT)]
 
@@ -293,13 +296,8 @@ def wrap(text: str, width: int) -> list[str]:
     lines = [""]
     for blank, piece in _PIECE.findall(text):
         longer = lines[-1] + (" " if blank and lines[-1] else "") + piece
-        if lines[-1] and _columns(longer) > width:
+        if lines[-1] and width_of(longer) > width:
             lines.append(piece)
         else:
             lines[-1] = longer
     return lines
-
-
-def _columns(text: str) -> int:
-    """How many columns of a terminal a text takes; a Chinese character takes two."""
-    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)

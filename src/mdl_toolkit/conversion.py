@@ -6,11 +6,10 @@ that share a file system divide them. All bad rows are reported together, and th
 """
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +21,7 @@ from mdl_toolkit.audio import SAMPLE_RATE
 from mdl_toolkit.console import Progress, progress, say, warn
 from mdl_toolkit.dataset import FORMAT, ConvertedDataset, Record, check_output, write_metadata
 from mdl_toolkit.download import Downloads
-from mdl_toolkit.errors import DatasetError, Problems, RowsError, UsageError
+from mdl_toolkit.errors import MOST_ROWS_SHOWN, DatasetError, Problems, RowProblem, RowsError
 from mdl_toolkit.folders import find_model
 from mdl_toolkit.journal import WorkFolder
 from mdl_toolkit.manifest import Manifest, Row, is_url, read_manifest
@@ -34,37 +33,16 @@ from mdl_toolkit.shards import Job, ShardTask, Step
 from mdl_toolkit.summary import Tally, say_summary, warn_of
 from mdl_toolkit.text_files import read_text_files
 from mdl_toolkit.tokens import Encoder
-from mdl_toolkit.workers import default_workers, work_through
+from mdl_toolkit.workers import Ranks, default_workers, work_through
 
 FEW_ROWS = 64  # below this, starting processes costs more than they save
 LIBRARIES = ("av", "numpy", "pyarrow", "soundfile", "soxr", "tokenizers")  # another version, other bytes
+LEFT_OUT_FILE = "left-out.json"  # in a dataset whose conversion kept going: rows that it does not hold
 PLAN_FILE = "plan.txt"  # in a dataset that may be used again: the fingerprint of its plan
+ALONE = Ranks()
 PATIENCE = 300.0  # seconds that a rank waits for the first one to begin
 POLL = 0.3  # seconds between two looks at what other ranks do
 FAREWELL = 60.0  # seconds that the first rank waits for the others to be gone
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """One process among those that work together."""
-
-    rank: int = 0
-    count: int = 1
-
-    @classmethod
-    def from_environment(cls) -> "Ranks":
-        """What a launcher such as torchrun says.
-
-        Raises:
-            UsageError: RANK or WORLD_SIZE is nonsense.
-        """
-        words = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-        if all(word.isdecimal() for word in words) and int(words[0]) < int(words[1]):
-            return cls(*map(int, words))
-        raise UsageError(
-            f"RANK={words[0]} and WORLD_SIZE={words[1]} in the environment do not fit; unset or correct them",
-            f"环境变量 RANK={words[0]} 与 WORLD_SIZE={words[1]} 不一致；请取消或更正",
-        )
 
 
 def convert_dataset(options: ConvertOptions) -> Record | None:
@@ -126,7 +104,8 @@ def convert_rows(
     with_answer: bool = True,
     settings: str | None = None,
     reuse: bool = False,
-    ranks: Ranks = Ranks(),
+    keeps_going: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Record | None:
     """Convert all rows into a dataset that takes the place of what is at the output.
 
@@ -138,6 +117,7 @@ def convert_rows(
         with_answer: for training; otherwise prompts alone, and no labels.
         settings: what goes into the dataset's settings file, if there is to be one.
         reuse: if the output is what would come out, leave it; such a dataset names its plan.
+        keeps_going: leave rows out that cannot be used; `left_out` tells which.
         ranks: this process among those that divide the work.
 
     Returns:
@@ -151,11 +131,13 @@ def convert_rows(
     with removing_empty(output.resolve().parent), WorkFolder(output, ranks.rank) as work:
         plan: Plan | None = None
         try:
-            plan = survey(manifest, _identity(encoder, options, with_answer), _check_recording(output))
-            if reuse and (record := _already(output, plan)):
+            identity = _identity(encoder, options, with_answer, keeps_going)
+            most = None if keeps_going else MOST_ROWS_SHOWN
+            plan = survey(manifest, identity, _check_recording(output), most)
+            if reuse and (record := _already(output, plan, keeps_going)):
                 work.remove()
                 return record
-            run = _Run(manifest, plan, work, encoder, options, with_answer, ranks)
+            run = _Run(manifest, plan, work, encoder, options, with_answer, keeps_going, ranks)
             if ranks.rank == 0:
                 beside = {PLAN_FILE: plan.fingerprint} if reuse else {}
                 return run.complete(beside if settings is None else {**beside, SETTINGS_FILE: settings})
@@ -167,21 +149,23 @@ def convert_rows(
             raise
 
 
-def _identity(encoder: Encoder, options: ConversionOptions, with_answer: bool) -> str:
+def _identity(encoder: Encoder, options: ConversionOptions, with_answer: bool, keeps_going: bool) -> str:
     """What a sample's bytes come from besides its row."""
     files = encoder.files
     return json.dumps(
         [
             FORMAT, __version__, *map(version, LIBRARIES), soundfile.__libsndfile_version__,
             files.tokenizer_fingerprint, files.template_fingerprint, files.specials,
-            options.allow_truncated, with_answer,
+            options.allow_truncated, with_answer, keeps_going,
         ]
     )  # fmt: skip
 
 
-def _already(output: Path, plan: Plan) -> Record | None:
+def _already(output: Path, plan: Plan, keeps_going: bool) -> Record | None:
     """The record of what is at the output, if it was made by the same plan and is whole."""
-    if plan.problems.count:  # rows that are in no shard: the plan's fingerprint does not know of them
+    if (
+        plan.problems.count and not keeps_going
+    ):  # rows that are in no shard: the plan's fingerprint does not know of them
         return None
     with suppress(OSError, ValueError, DatasetError):
         if (output / PLAN_FILE).read_text(encoding="utf-8") == plan.fingerprint:
@@ -217,10 +201,13 @@ class _Run:
     encoder: Encoder
     options: ConversionOptions
     with_answer: bool
+    keeps_going: bool
     ranks: Ranks
 
     def __post_init__(self) -> None:
-        self.is_spoilt = self.plan.problems.count > 0  # nothing will come of it: only look at recordings
+        self.is_spoilt = (
+            self.plan.problems.count > 0 and not self.keeps_going
+        )  # nothing will come of it: only look at recordings
         self.is_waiting = False
 
     def complete(self, beside: dict[str, str]) -> Record:
@@ -239,7 +226,7 @@ class _Run:
         record = tally.record(self.encoder.files, self.options)
         write_metadata(self.work.dataset, len(self.plan.shards), record)
         with writing(str(self.work.dataset), DatasetError):
-            for name, text in beside.items():
+            for name, text in {**beside, **self._left_out(tally)}.items():
                 (self.work.dataset / name).write_text(text, encoding="utf-8")
         self.work.finish()
         warn_of(tally)
@@ -272,7 +259,7 @@ class _Run:
                 f"going on from an earlier run: {done} of {self.plan.rows} rows are converted already",
                 f"从先前的运行继续：{self.plan.rows} 行中已有 {done} 行转换完毕",
             )
-        if problems and self.plan.rows >= FEW_ROWS:  # who has bad rows already may not want to wait
+        if self.is_spoilt and self.plan.rows >= FEW_ROWS:  # who has bad rows already may not want to wait
             warn(
                 f"{problems} rows cannot be used; looking at all recordings, to report everything at once",
                 f"{problems} 行无法使用；将检查全部音频，然后一并报告",
@@ -295,7 +282,8 @@ class _Run:
                 if isinstance(message, Step):
                     shown.add(message)
                     continue
-                self.is_spoilt = self.is_spoilt or message.tally.problems.count > 0
+                is_bad = message.tally.problems.count > 0 and not self.keeps_going
+                self.is_spoilt = self.is_spoilt or is_bad
                 self.work.commit(message.shard, message.file, message.tally)
                 done += 1
         return done
@@ -313,8 +301,9 @@ class _Run:
         folder = self.work.downloads if cache is None else Path(cache).expanduser()
         downloads = Downloads(folder, options.max_download_mb, self.work.run)
         return ShardTask(
-            self.encoder, downloads, options.allow_truncated, self.with_answer, options.tokenizing_batch_size
-        )
+            self.encoder, downloads, options.allow_truncated, self.with_answer, self.keeps_going,
+            options.tokenizing_batch_size,
+        )  # fmt: skip
 
     def _workers(self, shards: list[Shard]) -> int:
         if sum(shard.rows for shard in shards) < FEW_ROWS:
@@ -335,13 +324,14 @@ class _Run:
             RowsError: all rows that cannot be used.
             DatasetError: finished shards are not there any more.
         """
-        total, problems = Tally(), Problems()
+        most = None if self.keeps_going else MOST_ROWS_SHOWN
+        total = Tally(problems=Problems(most=most))
         for shard in self.plan.shards:
             if entry := self.work.entry(shard):
                 total.merge(entry.tally)
-        problems.merge(self.plan.problems)
-        problems.merge(total.problems)
-        problems.check(str(self.manifest.path))
+        total.problems.merge(self.plan.problems)
+        if not self.keeps_going:
+            total.problems.check(str(self.manifest.path))
         if self.work.finished(self.plan) != self.plan.rows:
             raise DatasetError(
                 f"{self.work.path}: something else has changed what is in it; start again",
@@ -349,11 +339,32 @@ class _Run:
             )
         return total
 
+    def _left_out(self, tally: Tally) -> dict[str, str]:
+        if not self.keeps_going:
+            return {}
+        return {LEFT_OUT_FILE: json.dumps([asdict(problem) for problem in tally.problems.first])}
+
     def _see_others_off(self) -> None:
         """Let the other ranks see that all is done, before what they look at is removed."""
         ends = time.monotonic() + FAREWELL
         while time.monotonic() < ends and any(map(self.work.is_held, range(1, self.ranks.count))):
             time.sleep(POLL)
+
+
+def left_out(dataset: Path) -> list[RowProblem]:
+    """The rows that a conversion which kept going left out, in the order of the CSV.
+
+    Raises:
+        DatasetError: it was another kind of conversion.
+    """
+    try:
+        found = json.loads((dataset / LEFT_OUT_FILE).read_text(encoding="utf-8"))
+        return [*map(RowProblem.from_json, found)]
+    except (OSError, ValueError, TypeError, KeyError) as problem:
+        raise DatasetError(
+            f"{dataset}: the list of rows left out cannot be read ({problem}); start again",
+            f"{dataset}：无法读取未使用行的列表（{problem}）；请重新运行",
+        ) from problem
 
 
 class _Shown:

@@ -1,20 +1,23 @@
 """A CSV file to lines of cells, as a stream: encoding, line ends, quotes, and where they are wrong.
 
-What the columns mean is said in `manifest`.
+What the columns mean is said in `manifest`, and in `tables` for CSVs without recordings.
 """
 
 import codecs
 import csv
+import difflib
 import io
 import os
 import re
 import stat
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from mdl_toolkit.errors import InputError
+from mdl_toolkit.errors import InputError, RowProblem
+from mdl_toolkit.language import Text
 
 NUL_MARK = "\udc00"  # stands for NUL while the CSV is read, as Python 3.10's csv refuses NUL itself
 BAD_BYTE = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of bytes that are not UTF-8
@@ -136,6 +139,27 @@ def lines_of(path: Path, file: BinaryIO) -> Generator[Line, None, None]:
         text.detach()
 
 
+def copy_rows(path: Path, target: BinaryIO, is_wanted: Callable[[int], bool]) -> None:
+    """Copy the column names and the rows that are wanted, by the lines where they start, byte for byte.
+
+    Raises:
+        InputError: see `lines_of`.
+    """
+    with (
+        opened(path) as file,
+        closing(lines_of(path, file)) as lines,
+        opened(path) as raw,
+        io.TextIOWrapper(raw, "latin-1", newline=_ending(raw)) as physical,
+    ):
+        next(lines)
+        keeps, start = True, next(lines, None)
+        for number, line in enumerate(physical, 1):
+            if start is not None and number == start.number:
+                keeps, start = is_wanted(number), next(lines, None)
+            if keeps:
+                target.write(line.encode("latin-1"))
+
+
 def _cells(path: Path, reader: Iterator[list[str]], text: _Text, number: int) -> list[str] | None:
     try:
         return next(reader, None)
@@ -176,3 +200,77 @@ def _decodes(path: Path, encoding: str) -> bool:
     except (UnicodeDecodeError, OSError):
         return False
     return True
+
+
+# --- columns and cells ---------------------------------------------------------------------------------
+
+
+def header_of(path: Path, lines: Iterator[Line]) -> tuple[str, ...]:
+    """The column names, which are the first of the lines.
+
+    Raises:
+        InputError: there is no line.
+    """
+    header = next(lines, None)
+    if header is None:
+        en = "the file is empty; a CSV starts with a line of column names"
+        raise bad(path, en, "文件为空；CSV 的首行应为列名")
+    return tuple(header.cells)
+
+
+def no_rows(path: Path) -> InputError:
+    """The error for a CSV of column names alone."""
+    en = "there is no row below the column names; add one"
+    return bad(path, en, "列名之下没有任何数据行；请添加数据")
+
+
+def check_columns(path: Path, columns: Sequence[str], needed: Sequence[str]) -> None:
+    """Refuse column names that cannot be used.
+
+    Raises:
+        InputError: a needed column is missing, or any column is there twice.
+    """
+    complaints = [_missing(name, columns) for name in needed if name not in columns]
+    complaints += [
+        Text(
+            f"there are {count} columns {name!r}; rename or remove one",
+            f"有 {count} 列名为 {name!r}；请改名或删除",
+        )
+        for name, count in Counter(columns).items()
+        if count > 1
+    ]
+    if any(NUL_MARK in name for name in columns):
+        complaints.append(Text("line 1 holds a NUL byte; remove it", "第 1 行含有 NUL 字节；请删除"))
+    if complaints:
+        raise bad(path, "; ".join(text.en for text in complaints), "；".join(text.zh for text in complaints))
+
+
+def _missing(name: str, columns: Sequence[str]) -> Text:
+    tidy = {column.strip().lower().replace("-", "_").replace(" ", "_"): column for column in columns}
+    alike = difflib.get_close_matches(name, tidy, 1, 0.8)
+    listed = ", ".join(repr(column) for column in columns)
+    if alike:
+        hint = Text(f"rename {tidy[alike[0]]!r}", f"请将 {tidy[alike[0]]!r} 改名")
+    elif len(columns) == 1 and re.search("[;\t|]", columns[0]):
+        hint = Text("separate cells by commas", "请用逗号分隔单元格")
+    else:
+        hint = Text("add it", "请添加该列")
+    return Text(
+        f"the column {name!r} is missing, the columns are {listed}; {hint.en}",
+        f"缺少 {name!r} 列，现有的列为 {listed}；{hint.zh}",
+    )
+
+
+def excess(columns: Sequence[str], line: Line) -> Iterator[RowProblem]:
+    """The first cell beyond the last column, if a row has one."""
+    width = len(columns)
+    if len(line.cells) > width:
+        value, reason = line.cells[width], _too_many(len(line.cells), width)
+        yield RowProblem(line.number, str(width + 1), value, reason)
+
+
+def _too_many(cells: int, columns: int) -> Text:
+    return Text(
+        f"the row has {cells} cells, the header {columns}; put text that holds a comma in double quotes",
+        f"该行有 {cells} 个单元格，而表头只有 {columns} 列；含逗号的文本请加双引号",
+    )

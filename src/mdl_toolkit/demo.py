@@ -18,12 +18,13 @@ from mdl_toolkit.audio import load
 from mdl_toolkit.console import say
 from mdl_toolkit.conversion import convert_dataset, read_rows
 from mdl_toolkit.errors import InputError
-from mdl_toolkit.evaluation import accuracy, confusion_table
+from mdl_toolkit.evaluation import evaluate
 from mdl_toolkit.inference import infer
 from mdl_toolkit.loading import quiet_libraries
 from mdl_toolkit.option import Options
 from mdl_toolkit.options import ConvertOptions, DemoOptions
-from mdl_toolkit.result_options import InferenceOptions
+from mdl_toolkit.result_options import EvaluateOptions, InferenceOptions
+from mdl_toolkit.scoreboard import Evaluation, as_text
 from mdl_toolkit.settings import SETTINGS_FILE, as_command
 from mdl_toolkit.training import train
 from mdl_toolkit.training_options import TrainOptions
@@ -95,23 +96,27 @@ def _run_in(place: Path, seed: int) -> tuple[float, float]:
     _announce(convert := _convert_options(place))
     convert_dataset(convert)
     _announce(before := _inference_options(place, "model", "before.csv"))
-    guesses = infer(before)
+    infer(before)
     _announce(training := _train_options(place, seed))
     train(training)
     _announce(after := _inference_options(place, "run/final", "after.csv"))
-    answers = infer(after)
-    return _report(_column(place / "test.csv", "prediction"), guesses, answers)
+    infer(after)
+    _announce(scoring := _evaluate_options(place))
+    return _report(evaluate(scoring))
 
 
-def _report(references: list[str], guesses: list[str], answers: list[str]) -> tuple[float, float]:
-    before, after = accuracy(references, guesses), accuracy(references, answers)
-    table = confusion_table(references, answers)
+def _report(evaluation: Evaluation) -> tuple[float, float]:
+    """Say how good the answers were before and after, and return both accuracies."""
+    table = as_text(evaluation)
+    after, before = evaluation.figures[0].value, evaluation.comparisons[0].other.value
+    assert after is not None
+    assert before is not None
+    rows = len(evaluation.rows)
     say(
-        f"\nAccuracy on the {len(references)} test phrases: {before:.0%} before, {after:.0%} after training "
-        f"(one of five languages by chance: 20%).\n"
-        f"Answers (columns) to phrases of each language (rows):\n{table}",
-        f"\n{len(references)} 条测试录音的准确率：训练前 {before:.0%}，训练后 {after:.0%}"
-        f"（五种语言随机猜测为 20%）。\n各语言（行）的回答（列）：\n{table}",
+        f"\n{table}\n\nAccuracy on the {rows} test phrases: {before:.0%} before, {after:.0%} after training "
+        "(one of five languages by chance: 20%).",
+        f"\n{table}\n\n{rows} 条测试录音的准确率：训练前 {before:.0%}，训练后 {after:.0%}"
+        "（五种语言随机猜测为 20%）。",
     )
     return before, after
 
@@ -205,6 +210,13 @@ def _inference_options(place: Path, model: str, output: str) -> InferenceOptions
     return InferenceOptions(
         input=str(place / "test.csv"), output=str(place / output), model_name=str(place / model),
         base_dir=str(place / "phrases"), user_prompt=PROMPT,
+    )  # fmt: skip
+
+
+def _evaluate_options(place: Path) -> EvaluateOptions:
+    return EvaluateOptions(
+        input=str(place / "after.csv"), reference=str(place / "test.csv"), compare=str(place / "before.csv"),
+        metric=("accuracy", "macro-f1"),
     )  # fmt: skip
 
 

@@ -16,8 +16,8 @@ from torch import Tensor, distributed
 from torch.distributed.rendezvous import rendezvous
 
 from mdl_toolkit.console import warn
-from mdl_toolkit.conversion import Ranks
 from mdl_toolkit.errors import ToolkitError, UsageError
+from mdl_toolkit.workers import Ranks
 
 BUCKET = 2**24  # numbers that travel together: 64 MiB of float32
 MEETING = timedelta(minutes=15)  # for all processes to be there: some machines begin later than others

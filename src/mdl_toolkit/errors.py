@@ -13,6 +13,7 @@ Anything else that reaches the user is a bug in this toolkit.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from mdl_toolkit.language import Text
 
@@ -70,6 +71,15 @@ class RowProblem:
     value: str
     reason: Text
 
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "RowProblem":
+        """What `dataclasses.asdict` made plain values of.
+
+        Raises:
+            TypeError, KeyError: these are other values.
+        """
+        return cls(**{**values, "reason": Text(**values["reason"])})
+
 
 class RowsError(InputError):
     """All the bad rows of a CSV (rule 12): the first ones of them, and how many there are."""
@@ -104,10 +114,12 @@ class Problems:
     Attributes:
         first: those of the lowest lines, in order.
         count: how many were added.
+        most: how many are kept; None for all.
     """
 
     first: list[RowProblem] = field(default_factory=list)
     count: int = 0
+    most: int | None = MOST_ROWS_SHOWN
 
     def add(self, problem: RowProblem) -> None:
         """Count a problem, and keep it if it is one of the first."""
@@ -115,7 +127,7 @@ class Problems:
 
     def merge(self, other: "Problems") -> None:
         """Add all problems of another one."""
-        self.first = sorted([*self.first, *other.first], key=_line_of)[:MOST_ROWS_SHOWN]
+        self.first = sorted([*self.first, *other.first], key=_line_of)[: self.most]
         self.count += other.count
 
     def check(self, source: str) -> None:

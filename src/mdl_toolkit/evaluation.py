@@ -1,30 +1,291 @@
-"""Predictions against references: metric functions and a table. No model, no files."""
+"""Predictions against references: which metrics, how sure they are, for which rows, and against which others.
 
-from collections import Counter
-from collections.abc import Sequence
+`evaluate` gives the report and the demonstration what the command shows. No model, no torch.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mdl_toolkit.console import say
+from mdl_toolkit.errors import InputError, RowProblem, RowsError, UsageError
+from mdl_toolkit.language import Text
+from mdl_toolkit.metrics import CHARACTER, WORD
+from mdl_toolkit.outputs import check_apart, removing_empty, replacing_file
+from mdl_toolkit.pairs import SCORE, Grouping, Pairs, grouped, read_pairs
+from mdl_toolkit.resampling import Measure, difference_of, interval_of, mcnemar, resampled, value_of
+from mdl_toolkit.result_options import EvaluateOptions
+from mdl_toolkit.scoreboard import (
+    Comparison,
+    Confusion,
+    Evaluation,
+    Figure,
+    Group,
+    RowResult,
+    as_csv,
+    as_json,
+)  # fmt: skip
+from mdl_toolkit.scores import (
+    SCORES,
+    Answers,
+    Manner,
+    are_chinese,
+    confusion,
+    is_exact,
+    is_match,
+    is_same_set,
+    listed_labels,
+    versions,
+)  # fmt: skip
+from mdl_toolkit.settings import SETTINGS_FILE, to_yaml
+
+MOST_LABELS = 50  # distinct references beyond which they are texts, unless a metric for labels is asked for
+MOST_CONFUSED = 200  # labels beyond which there is no confusion table
+ON_LABELS = ("accuracy", "macro-f1")
+PAIRED = ("accuracy", "exact-match")  # rows are right or wrong, so McNemar's test applies
 
 
-def accuracy(references: Sequence[str], predictions: Sequence[str]) -> float:
-    """Share of predictions that are the reference to the letter, white space around them aside.
+def evaluate(options: EvaluateOptions) -> Evaluation:
+    """Compare predictions with references, and write what `--output` names.
 
     Raises:
-        ValueError: there is not one prediction for each reference.
+        UsageError: `map` without `--label-separator`.
+        InputError: files that cannot be read, joined or written; a column that is not there.
     """
-    pairs = list(zip(references, predictions, strict=True))
-    return sum(r.strip() == p.strip() for r, p in pairs) / max(len(pairs), 1)
+    _check(options)
+    pairs = read_pairs(options)
+    manner = Manner(options.normalize, are_chinese(pairs.answers.references), options.label_separator or None)
+    names = options.metric or _chosen(pairs.answers.references, manner)
+    if "map" in names:
+        _check_scores(pairs, options, manner)
+    evaluation = _computed(pairs, manner, names, options)
+    for note in evaluation.notes:
+        say(note.en, note.zh)
+    for output in options.output:
+        _write(Path(output), evaluation, options)
+    return evaluation
 
 
-def confusion_table(references: Sequence[str], predictions: Sequence[str], other: str = "?") -> str:
-    """How often each reference (row) was answered with each label (column), as aligned text.
+def _check(options: EvaluateOptions) -> None:
+    if "map" in options.metric and not options.label_separator:
+        raise UsageError(
+            "--metric map needs --label-separator: what separates the labels of a row, such as ';'",
+            "--metric map 需要 --label-separator：一行中各标签之间的分隔符，如 ';'",
+        )
+    inputs = [path for path in (options.input, options.reference, options.compare) if path is not None]
+    for output in options.output:
+        if Path(output).is_dir():
+            raise InputError(
+                f"--output {output}: a folder is there; give the name of a file",
+                f"--output {output}：该位置是目录；请指定文件名",
+            )
+        for path in inputs:
+            check_apart(Path(output), Path(path))
 
-    Predictions that are no reference's label are counted under `other`.
-    """
-    labels = sorted(set(references))
-    counts = Counter(zip(references, (p if p in labels else other for p in predictions), strict=True))
-    columns = [*labels, other] if any(p == other for _, p in counts) else labels
-    width = max(map(len, [*columns, *labels])) + 1
-    lines = ["".join(name.rjust(width) for name in ["", *columns])]
-    for label in labels:
-        cells = [str(counts[label, column] or "·") for column in columns]
-        lines.append(label.rjust(width) + "".join(cell.rjust(width) for cell in cells))
-    return "\n".join(lines)
+
+def _chosen(references: Sequence[str], manner: Manner) -> tuple[str, ...]:
+    """The metrics that suit the references."""
+    if manner.separator:
+        return ("map",)
+    labels = len({reference.strip() for reference in references})
+    if labels <= MOST_LABELS and 2 * labels <= len(references):
+        return ON_LABELS
+    return ("cer",) if manner.is_chinese else ("wer", "cer")
+
+
+def _check_scores(pairs: Pairs, options: EvaluateOptions, manner: Manner) -> None:
+    """Report all rows of the predictions' file whose scores do not belong to their labels."""
+    for path, answers in ((options.input, pairs.answers), (options.compare, pairs.other)):
+        if answers is None or answers.scores is None:
+            continue
+        name, separator = options.score_column or SCORE, manner.separator
+        reason = Text(
+            f"expected a number for each label, separated by {separator!r}; correct it",
+            f"应为每个标签一个数字，以 {separator!r} 分隔；请更正",
+        )
+        problems = [
+            RowProblem(answers.lines[row], name, answers.scores[row], reason)
+            for row in range(len(answers.lines))
+            if listed_labels(answers, row, manner) is None
+        ]
+        if problems:
+            raise RowsError(str(path), problems)
+
+
+# --- figures -------------------------------------------------------------------------------------------
+
+
+def _computed(pairs: Pairs, manner: Manner, names: Sequence[str], options: EvaluateOptions) -> Evaluation:
+    groupings = [grouped(pairs, name) for name in options.group_by]
+    measures = {name: SCORES[name].build(pairs.answers, manner) for name in names}
+    others = {name: SCORES[name].build(pairs.other, manner) for name in names} if pairs.other else {}
+    figures, comparisons = _figures(measures, others, len(pairs.table), options)
+    kind, right = _right(pairs.answers, manner, names)
+    unit, counts = _edits(pairs.answers, manner, measures)
+    return Evaluation(
+        rows=_rows(pairs, right, counts, groupings),
+        figures=figures,
+        comparisons=comparisons,
+        groups=tuple(group for each in groupings for group in _groups(each, measures, options)),
+        confusion=_confusion(pairs.answers, names),
+        settings=_settings(options, manner, kind, unit),
+        notes=(*pairs.notes, *_notes(options, names, manner, pairs.answers)),
+    )
+
+
+def _figures(
+    measures: Mapping[str, Measure], others: Mapping[str, Measure], rows: int, options: EvaluateOptions
+) -> tuple[tuple[Figure, ...], tuple[Comparison, ...]]:
+    """Each metric with its interval; with another system's, also how they differ."""
+    everything = [*measures.values(), *others.values()]
+    samples = resampled(everything, rows, options.bootstrap, options.seed)
+    values = [value_of(measure, rows) for measure in everything]
+    figures = [
+        _figure(name, *each) for name, *each in zip([*measures, *others], values, samples, strict=True)
+    ]
+    count = len(measures)
+    pairs = zip(figures, figures[count:], samples, samples[count:], strict=False)
+    return tuple(figures[:count]), tuple(_comparison(*pair, measures, others) for pair in pairs)
+
+
+def _figure(name: str, value: float, samples: np.ndarray) -> Figure:
+    return Figure(name, _known(value), *(interval_of(samples, value) or (None, None)))
+
+
+def _known(value: float) -> float | None:
+    return value if np.isfinite(value) else None
+
+
+def _comparison(
+    ours: Figure,
+    other: Figure,
+    samples: np.ndarray,
+    other_samples: np.ndarray,
+    measures: Mapping[str, Any],
+    others: Mapping[str, Any],
+) -> Comparison:
+    name, found = ours.metric, difference_of(samples, other_samples)
+    difference = None if ours.value is None or other.value is None else ours.value - other.value
+    low, high = found.interval if found else (None, None)
+    exact = None
+    if name in PAIRED:
+        right, also = (each[name].statistics[:, 0] > 0 for each in (measures, others))
+        exact = mcnemar(int((right & ~also).sum()), int((also & ~right).sum()))
+    return Comparison(other, Figure(name, difference, low, high), found.p_value if found else None, exact)
+
+
+def _groups(grouping: Grouping, measures: Mapping[str, Measure], options: EvaluateOptions) -> list[Group]:
+    groups = []
+    for code, name in enumerate(grouping.names):
+        rows = np.flatnonzero(grouping.codes == code)
+        parts = {metric: measure.of(rows) for metric, measure in measures.items()}
+        figures, _ = _figures(parts, {}, len(rows), options)
+        groups.append(Group(grouping.title, name, len(rows), figures))
+    return groups
+
+
+def _confusion(answers: Answers, names: Sequence[str]) -> Confusion | None:
+    few = len({reference.strip() for reference in answers.references}) <= MOST_CONFUSED
+    if not few or not set(names) & set(ON_LABELS):
+        return None
+    labels, counts = confusion(answers)
+    return Confusion(tuple(labels), tuple(tuple(row) for row in counts.tolist()))
+
+
+# --- rows ----------------------------------------------------------------------------------------------
+
+
+def _right(answers: Answers, manner: Manner, names: Sequence[str]) -> tuple[str, np.ndarray]:
+    """By which rule a row is right, and which rows are, `[rows]`."""
+    if manner.separator:
+        return "same labels", is_same_set(answers, manner)
+    if set(names) & set(ON_LABELS):
+        return "accuracy", is_exact(answers, manner)
+    return "exact-match", is_match(answers, manner)
+
+
+def _edits(answers: Answers, manner: Manner, measures: Mapping[str, Any]) -> tuple[str, np.ndarray]:
+    """The unit of rows' errors, and `[rows, 2]`: errors and length of the reference."""
+    unit = WORD if "wer" in measures else CHARACTER if "cer" in measures else manner.unit
+    name = "wer" if unit == WORD else "cer"
+    measure = measures[name] if name in measures else SCORES[name].build(answers, manner)
+    return unit, measure.statistics
+
+
+def _rows(
+    pairs: Pairs, right: np.ndarray, counts: np.ndarray, groupings: Sequence[Grouping]
+) -> tuple[RowResult, ...]:
+    answers, columns = pairs.answers, list(pairs.columns)
+    cells = zip(*pairs.columns.values(), strict=True)
+    return tuple(
+        RowResult(
+            line=pairs.table.lines[row],
+            cells=dict(zip(columns, row_cells, strict=True)),
+            reference=answers.references[row],
+            prediction=answers.predictions[row],
+            failed=bool(answers.failed[row]),
+            is_right=bool(right[row]),
+            errors=int(counts[row, 0]),
+            length=int(counts[row, 1]),
+            groups={each.title: each.names[each.codes[row]] for each in groupings},
+        )
+        for row, row_cells in enumerate(cells)
+    )
+
+
+# --- what is told --------------------------------------------------------------------------------------
+
+
+def _settings(options: EvaluateOptions, manner: Manner, right: str, unit: str) -> dict[str, Any]:
+    return {
+        "input": options.input,
+        "reference": options.reference,
+        "compare": options.compare,
+        "normalize": options.normalize,
+        "bleu_tokenize": manner.tokenize,
+        "right_by": right,
+        "errors_in": unit,
+        "bootstrap": options.bootstrap,
+        "seed": options.seed,
+        "versions": versions(),
+    }
+
+
+def _notes(options: EvaluateOptions, names: Sequence[str], manner: Manner, answers: Answers) -> list[Text]:
+    listed = ", ".join(names)
+    notes = []
+    if not options.metric:
+        en = f"metrics chosen from the data: {listed}; --metric chooses others"
+        notes.append(Text(en, f"根据数据选择的指标：{listed}；可用 --metric 指定"))
+    if {"wer", "cer", "exact-match"} & set(names):
+        notes.append(_about_normalisation(options.normalize))
+    if "bleu" in names:
+        notes.append(Text(f"BLEU tokenises by {manner.tokenize}", f"BLEU 分词方式：{manner.tokenize}"))
+    if "map" in names and answers.scores is None:
+        en = "map without a column of scores: every predicted label counts alike, so it is coarse"
+        notes.append(Text(en, "map 没有得分列：所有预测标签同等对待，结果较粗略"))
+    return notes
+
+
+def _about_normalisation(normalize: bool) -> Text:
+    if normalize:
+        return Text(
+            "compared after NFKC, case folding and removal of punctuation (--normalize false: as they are)",
+            "比较前文本经 NFKC、统一大小写、去除标点（--normalize false：按原样比较）",
+        )
+    return Text("texts are compared as they are", "文本按原样比较")
+
+
+def _write(output: Path, evaluation: Evaluation, options: EvaluateOptions) -> None:
+    """Write the file, whole or not at all, and the options beside it."""
+    text = as_json(evaluation) if output.suffix.lower() == ".json" else as_csv(evaluation)
+    with removing_empty(output.parent):
+        for path, content in (
+            (output, text),
+            (output.with_name(f"{output.name}.{SETTINGS_FILE}"), to_yaml(options)),
+        ):
+            with replacing_file(path) as work:
+                work.write_text(content, encoding="utf-8", newline="")
+    say(f"written: {output}", f"已写入：{output}")

@@ -16,13 +16,13 @@ VERSION_2 = ("memory.max", "memory.current", "inactive_file")
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that this process may still take on a device; None where that cannot be told.
+    """Bytes that this process may still take on a device; None where that cannot be told or there is none.
 
     On a CPU: what the system calls available, and what the limits of cgroups leave, in equal shares for the
     processes that a launcher has started on this machine.
     """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        return int(torch.cuda.mem_get_info(device)[0]) if torch.cuda.is_available() else None
     found = [*_available(), *_granted()]
     return min(found) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if found else None
 

@@ -1,29 +1,35 @@
-"""CSV to predictions: every row is checked first, then answered greedily, then written in one go.
+"""Recordings to predictions: every row is checked first, then answered, and its answer written down at once.
 
 Answers do not depend on the batch: every clip is computed as if alone, and each row has its own budget of
 new tokens. That holds in float32; in bfloat16 rounding can turn a word that is a near tie.
 """
 
-import csv
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
-from mdl_toolkit.answering import answer
-from mdl_toolkit.batching import Collator
+from mdl_toolkit import __version__
+from mdl_toolkit.answering import JOINING
+from mdl_toolkit.answers import Journal, write_table
+from mdl_toolkit.choices import columns_of, read_choices
 from mdl_toolkit.console import progress, say
-from mdl_toolkit.conversion import convert_rows, read_rows
-from mdl_toolkit.dataset import ConvertedDataset
-from mdl_toolkit.errors import InputError, RowProblem, RowsError
+from mdl_toolkit.conversion import PLAN_FILE, read_rows
+from mdl_toolkit.distributed import World, joined
+from mdl_toolkit.engines import check_engine, make_engine
+from mdl_toolkit.errors import InputError
 from mdl_toolkit.folders import ADAPTER_CONFIG, find_model
+from mdl_toolkit.inputs import KEEP, Inputs, convert_inputs, open_inputs
 from mdl_toolkit.language import Text
-from mdl_toolkit.loading import base_of, explaining_memory, load_for_inference
-from mdl_toolkit.manifest import Manifest
+from mdl_toolkit.listing import is_listing, list_recordings, write_listing
+from mdl_toolkit.loader import Loader
+from mdl_toolkit.loading import base_of, explaining_memory
+from mdl_toolkit.manifest import Manifest, Row
 from mdl_toolkit.outputs import removing_empty
 from mdl_toolkit.result_options import InferenceOptions
 from mdl_toolkit.settings import SETTINGS_FILE, to_yaml
@@ -31,113 +37,188 @@ from mdl_toolkit.text_files import read_text_files
 from mdl_toolkit.tokens import Encoder
 
 MEMORY_REMEDY = Text("lower --batch-size", "请减小 --batch-size")
+ERROR = "error"  # column of --on-error keep
+THREADS = 2  # that read and decode what comes next
+# What may differ when a killed run is taken up again: the answers do not depend on it.
+ANY_TIME = frozenset(
+    {"batch_size", "num_workers", "tokenizing_batch_size", "download_cache", "max_download_mb"}
+)
 
 
 def infer(options: InferenceOptions) -> list[str]:
     """Answer every row of a CSV and write the CSV with the answers in the column `prediction`.
 
     Returns:
-        The predictions, in the order of the rows.
+        The predictions, in the order of the rows; in any but the first of several processes, none.
 
     Raises:
-        ToolkitError: bad rows, rows that are too long (all of them in one message), no model.
+        ToolkitError: bad rows, rows that are too long (all of them in one message), no model. With
+            `--on-error keep`, rows without an answer: then the output is in place all the same.
     """
+    check_engine(options)
     output = Path(options.output)
-    _check_output(output)
-    manifest = read_rows(options.input, options, needs_prediction=False)
-    with removing_empty(output.parent):
-        predictions = _answer_and_write(manifest, output, options)
-    say(f"{output}: {len(predictions)} predictions", f"{output}：{len(predictions)} 条预测")
-    return predictions
-
-
-def _answer_and_write(manifest: Manifest, output: Path, options: InferenceOptions) -> list[str]:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.work-") as place:
-        predictions = _answer_all(manifest, Path(place), options) if any(True for _ in manifest) else []
-    _write(output, manifest, predictions)
-    settings = output.with_name(f"{output.name}.{SETTINGS_FILE}")
-    settings.write_text(to_yaml(options), encoding="utf-8")
-    return predictions
-
-
-def _check_output(output: Path) -> None:
     if output.is_dir():
         raise InputError(
             f"--output {output}: a folder is there; give the name of a CSV file",
             f"--output {output}：该位置是目录；请指定 CSV 文件名",
         )
-
-
-def _answer_all(manifest: Manifest, place: Path, options: InferenceOptions) -> list[str]:
-    # Of a local folder everything is here to be checked at once; of a hub's, weights wait for the rows.
-    is_local = Path(options.model_name).is_dir()
-    folder = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=is_local)
-    if is_local and (folder / ADAPTER_CONFIG).is_file():
-        base_of(folder, from_modelscope=options.from_modelscope)
-    encoder = Encoder(read_text_files(folder))
-    convert_rows(manifest, place / "dataset", encoder, options, with_answer=False)
-    dataset = ConvertedDataset(place / "dataset")
-    _check_lengths(manifest, dataset, options.max_length)
-    predictions: list[str] = []
-    with explaining_memory(MEMORY_REMEDY), progress("answering", "推理中", len(dataset)) as shown:
-        model = load_for_inference(options.model_name, from_modelscope=options.from_modelscope)
-        for answers in _batches(model, encoder, dataset, options):
-            predictions += answers
-            shown.advance(len(answers))
+    choices = None if options.choices is None else read_choices(Path(options.choices))
+    with joined() as world, removing_empty(output.resolve().parent):
+        journal = Journal(output)
+        with _at_work(journal, world):
+            predictions, problems = _Inference(options, choices, journal, world).run()
+    if problems:
+        raise InputError(
+            f"{output}: written, but {problems} of its rows have no prediction; see the column `{ERROR}`",
+            f"{output}：已写出，但有 {problems} 行没有预测；原因见 `{ERROR}` 列",
+        )
     return predictions
 
 
-def _check_lengths(manifest: Manifest, dataset: ConvertedDataset, max_length: int) -> None:
-    """Report all rows whose prompt leaves no room for an answer (rule 37).
+@contextmanager
+def _at_work(journal: Journal, world: World) -> Iterator[None]:
+    """Keep what is finished if the work does not come to its end, and nothing otherwise."""
+    with journal.locked() if world.is_first else nullcontext():
+        try:
+            yield
+        except BaseException:
+            if world.is_first:
+                _leave(journal)
+            raise
+        if world.is_first:
+            journal.remove()
 
-    Raises:
-        RowsError: with the length that each of them needs.
-    """
-    problems = [
-        RowProblem(row.line, "audio", row.shown, _too_long(int(length), max_length))
-        for row, length in zip(manifest.rows_unseen(), dataset.positions, strict=True)
-        if length >= max_length
-    ]
-    if problems:
-        raise RowsError(str(manifest.path), problems)
 
-
-def _too_long(length: int, max_length: int) -> Text:
-    return Text(
-        f"the prompt alone takes {length} tokens; --max-length {max_length} must be at least {length + 1}",
-        f"仅提示就有 {length} 个词元；--max-length {max_length} 至少应为 {length + 1}",
+def _leave(journal: Journal) -> None:
+    answered = len(journal.answers())
+    if not answered:
+        journal.remove()
+        return
+    say(
+        f"{answered} rows are answered (in {journal.path}): the same command goes on from there",
+        f"已回答 {answered} 行，保存在 {journal.path}：再次运行同一命令即可继续",
     )
 
 
-def _batches(
-    model: Any, encoder: Encoder, dataset: ConvertedDataset, options: InferenceOptions
-) -> Iterator[list[str]]:
-    collate = Collator(encoder.pad_id)
-    for start in range(0, len(dataset), options.batch_size):
-        indices = range(start, min(start + options.batch_size, len(dataset)))
-        budgets = [options.max_length - int(dataset.positions[index]) for index in indices]
-        batch: dict[str, Any] = {**collate([dataset[index] for index in indices])}
-        del batch["labels"]
-        with torch.inference_mode():
-            answers = answer(model, encoder, batch, budgets)
-        yield answers
+@dataclass(frozen=True)
+class _Inference:
+    """One process's part in an inference."""
+
+    options: InferenceOptions
+    choices: Sequence[str] | None
+    journal: Journal
+    world: World
+
+    def run(self) -> tuple[list[str], int]:
+        """Check, convert, answer and write: the predictions, and how many rows have none."""
+        manifest = self._manifest()
+        if not any(True for _ in manifest):
+            return (self._write(manifest, None) if self.world.is_first else []), 0
+        # Of a local folder everything is here to be checked at once; of a hub's, weights wait for the rows.
+        folder = self._find(weights=Path(self.options.model_name).is_dir())
+        encoder = Encoder(read_text_files(folder))
+        inputs = self._inputs(manifest, encoder)
+        if self.world.is_first:
+            self._begin(inputs)
+        self.world.wait()
+        order = inputs.order({*self.journal.answers()}, self.options.batch_size)
+        self.world.wait()  # before the first of them writes an answer more
+        self._answer(inputs, encoder, order[self.world.rank :: self.world.size])
+        self.world.wait()
+        return (self._write(manifest, inputs) if self.world.is_first else []), len(inputs.problems)
+
+    # --- before ---
+
+    def _manifest(self) -> Manifest:
+        """The input as a CSV."""
+        options = self.options
+        if not is_listing(options.input):
+            return read_rows(options.input, options, needs_prediction=False)
+        if self.world.is_first:
+            write_listing(list_recordings(options.input), self.journal.listing)
+        self.world.wait()
+        return read_rows(str(self.journal.listing), replace(options, base_dir=None), needs_prediction=False)
+
+    def _find(self, *, weights: bool) -> Path:
+        options = self.options
+        folder = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=weights)
+        if weights and (folder / ADAPTER_CONFIG).is_file():
+            base_of(folder, from_modelscope=options.from_modelscope)
+        return folder
+
+    def _inputs(self, manifest: Manifest, encoder: Encoder) -> Inputs:
+        """The rows, converted by the first process for all."""
+        place, least = self.journal.dataset, 1
+        if self.choices is not None:
+            least = max(len(encoder.answer_ids(choice)) for choice in self.choices)
+        if self.world.is_first:
+            convert_inputs(manifest, place, encoder, self.options)
+            inputs = open_inputs(manifest, place, self.options, least)
+            self.world.wait()
+            return inputs
+        self.world.wait()
+        return open_inputs(manifest, place, self.options, least)
+
+    def _begin(self, inputs: Inputs) -> None:
+        if answered := self.journal.begin(self._fingerprint()):
+            say(
+                f"going on from an earlier run: {answered} of {len(inputs.lines)} rows are answered already",
+                f"从先前的运行继续：{len(inputs.lines)} 行中已有 {answered} 行回答完毕",
+            )
+
+    def _fingerprint(self) -> str:
+        """Of all that the answers come from."""
+        used = {name: value for name, value in vars(self.options).items() if name not in ANY_TIME}
+        plan = (self.journal.dataset / PLAN_FILE).read_text(encoding="utf-8")
+        values = [__version__, used, self.choices, plan, *self._weights()]
+        return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+    def _weights(self) -> list[tuple[str, int, int]]:
+        """Names, sizes and times of the model's files, and of those of an adapter's base."""
+        folder = self._find(weights=True)
+        is_adapter = (folder / ADAPTER_CONFIG).is_file()
+        base = [base_of(folder, from_modelscope=self.options.from_modelscope)] if is_adapter else []
+        files = [file for each in (folder, *base) for file in sorted(each.iterdir()) if file.is_file()]
+        return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+    # --- the answers ---
+
+    def _answer(self, inputs: Inputs, encoder: Encoder, mine: NDArray[np.int64]) -> None:
+        """Answer some rows, and write each answer down at once."""
+        with explaining_memory(MEMORY_REMEDY), progress("answering", "推理中", len(mine)) as shown:
+            if not len(mine):
+                return
+            engine = make_engine(self.options, encoder, self.choices)
+            group = max(1, self.options.batch_size // JOINING)
+            loader = Loader(lambda rows: [inputs.question(int(row)) for row in rows], THREADS)
+            groups = (mine[start : start + group] for start in range(0, len(mine), group))
+            with closing(loader.batches(groups)) as batches, self.journal.writer(self.world.rank) as pen:
+                questions = (question for batch in batches for question in batch)
+                for number, cells in engine.answers(questions):
+                    pen.add(number, cells)
+                    shown.advance()
+
+    # --- after ---
+
+    def _write(self, manifest: Manifest, inputs: Inputs | None) -> list[str]:
+        """Write the output and its settings; the predictions."""
+        output, answers = Path(self.options.output), self.journal.answers()
+        names = ["prediction"] if self.choices is None else columns_of(len(self.choices), self.options.top_k)
+        columns = [*names, ERROR] if self.options.on_error == KEEP else names
+        predictions: list[str] = []
+
+        def rows() -> Iterator[tuple[Row, list[str]]]:
+            for row, number in () if inputs is None else inputs:
+                cells = [""] * len(names) if number is None else answers[number]
+                predictions.append(cells[0])
+                yield row, [*cells, _reason(inputs, row)][: len(columns)]
+
+        write_table(output, manifest.columns, columns, rows())
+        output.with_name(f"{output.name}.{SETTINGS_FILE}").write_text(to_yaml(self.options), encoding="utf-8")
+        say(f"{output}: {len(predictions)} predictions", f"{output}：{len(predictions)} 条预测")
+        return predictions
 
 
-def _write(output: Path, manifest: Manifest, predictions: list[str]) -> None:
-    """Write the input's columns with the predictions, whole or not at all (rule 39)."""
-    columns = list(manifest.columns)
-    place = columns.index("prediction") if "prediction" in columns else len(columns)
-    columns[place:] = ["prediction", *columns[place + 1 :]]
-    work = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    try:
-        with work.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(columns)
-            for row, prediction in zip(manifest.rows_unseen(), predictions, strict=True):
-                writer.writerow([*row.cells[:place], prediction, *row.cells[place + 1 :]])
-        if output.exists():
-            shutil.copymode(output, work)
-        work.replace(output)
-    finally:
-        work.unlink(missing_ok=True)
+def _reason(inputs: Inputs | None, row: Row) -> str:
+    problem = None if inputs is None else inputs.problems.get(row.line)
+    return "" if problem is None else str(problem.reason)

@@ -14,6 +14,7 @@ from mdl_toolkit.language import Text
 
 TRUE_WORDS = frozenset({"true", "1", "yes", "on"})
 FALSE_WORDS = frozenset({"false", "0", "no", "off"})
+METRIC_NAMES = ("accuracy", "exact-match", "macro-f1", "wer", "cer", "bleu", "chrf", "map")
 TRAIN_TARGETS = ("encoder", "projector", "decoder", "embed_tokens", "lm_head")
 
 
@@ -121,8 +122,15 @@ def _path(value: Any) -> str:
     return text
 
 
-def _resume(value: Any) -> bool | str | None:
-    """True, a path, or None: null and false both mean starting afresh (rule 30)."""
+def _paths(value: Any) -> tuple[str, ...]:
+    items = value if isinstance(value, list | tuple) else [value]
+    if not items:
+        raise refuse("expected a path", "应为路径")
+    return tuple(map(_path, items))
+
+
+def _true_or_path(value: Any) -> bool | str | None:
+    """True, a path, or None: null and false both mean neither (rule 30)."""
     try:
         return _boolean(value) or None
     except ValueError:
@@ -172,13 +180,25 @@ def _split_commas(item: Any) -> list[str]:
     return [word.strip() for word in _text(item).split(",") if word.strip()]
 
 
-def _targets(value: Any) -> tuple[str, ...]:
-    words = _words(value)
-    wrong = [word for word in words if word not in TRAIN_TARGETS]
-    if wrong or not words:
-        listed = ", ".join(TRAIN_TARGETS)
-        raise refuse(f"expected some of {listed}", f"应为以下之中的一个或多个：{listed}")
-    return words
+def some_of(*choices: str, least: int) -> Kind:
+    """Some of a few words, at least so many; the option may be given several times."""
+
+    def parse(value: Any) -> tuple[str, ...]:
+        words = _words(value)
+        if len(words) < least or not set(words) <= set(choices):
+            listed = ", ".join(choices)
+            raise refuse(f"expected some of {listed}", f"应为以下之中的一个或多个：{listed}")
+        return words
+
+    return Kind("|".join(choices), parse, is_repeated=True)
+
+
+def _results(value: Any) -> tuple[str, ...]:
+    """Paths of files to write, whose names end with what is to be in them."""
+    paths = tuple(map(_path, [value] if isinstance(value, str | Path) else value))
+    if not all(path.lower().endswith((".json", ".csv")) for path in paths):
+        raise refuse("expected names that end with .json or .csv", "应为以 .json 或 .csv 结尾的文件名")
+    return tuple(dict.fromkeys(paths))
 
 
 BOOLEAN = Kind("true|false", _boolean, takes=is_boolean_word)
@@ -186,11 +206,20 @@ TEXT = Kind("TEXT", _prompt)
 PATH = Kind("PATH", _path)
 NAME = Kind("NAME|PATH", _path)
 CADENCE = Kind("N|FRACTION", _cadence)
-RESUME = Kind("true|false|PATH", _resume, takes=lambda word: not word.startswith("-"))
-TARGETS = Kind("|".join(TRAIN_TARGETS), _targets, is_repeated=True)
+PATHS = Kind("PATH", _paths, is_repeated=True)
+RESUME = Kind("true|false|PATH", _true_or_path, takes=lambda word: not word.startswith("-"))
+# A bare `--json` must not take the CSV after it for the file to write.
+JSON = Kind(
+    "true|false|PATH", _true_or_path, takes=lambda word: is_boolean_word(word) or word.endswith(".json")
+)
+TARGETS = some_of(*TRAIN_TARGETS, least=1)
 WORDS = Kind("NAME", _words, is_repeated=True)
+METRICS = some_of(*METRIC_NAMES, least=0)
+RESULTS = Kind("PATH", _results, is_repeated=True)
 COUNT = _integer(1)
 WHOLE = _integer(0)
 SEED = _integer(0, 2**32 - 1)  # what numpy.random.seed accepts
 POSITIVE = _real(lambda x: x > 0, "a number above 0", "大于 0 的数字")
 DROPOUT = _real(lambda x: 0 <= x < 1, "a number from 0 to below 1", "不小于 0 且小于 1 的数字")
+NOT_NEGATIVE = _real(lambda x: x >= 0, "a number of at least 0", "不小于 0 的数字")
+SHARE = _real(lambda x: 0 < x <= 1, "a number above 0 and up to 1", "大于 0 且不大于 1 的数字")

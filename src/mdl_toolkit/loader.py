@@ -10,15 +10,17 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from typing import Generic, TypeVar
 
-from mdl_toolkit.batching import Batch
 from mdl_toolkit.sampling import Rows
+
+Made = TypeVar("Made")
 
 GPU_THREADS = 4  # that decode ahead; on a CPU one will do, as decoding is nothing beside a step
 
 
 @dataclass
-class Loader:
+class Loader(Generic[Made]):
     """Make batches of rows, some ahead of their use.
 
     Attributes:
@@ -27,14 +29,14 @@ class Loader:
         waited: seconds that the user of the batches has waited for them, the first one not counted.
     """
 
-    make: Callable[[Rows], Batch]
+    make: Callable[[Rows], Made]
     threads: int
     waited: float = 0.0
 
-    def batches(self, wanted: Iterable[Rows]) -> Generator[Batch, None, None]:
+    def batches(self, wanted: Iterable[Rows]) -> Generator[Made, None, None]:
         """The batches, in order; closing it ends the threads."""
         pool = ThreadPoolExecutor(self.threads, "batches")
-        source, ahead = iter(wanted), deque[Future[Batch]]()
+        source, ahead = iter(wanted), deque[Future[Made]]()
         try:
             for rows in islice(source, self.threads + 1):
                 ahead.append(pool.submit(self.make, rows))

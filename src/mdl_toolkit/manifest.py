@@ -4,18 +4,29 @@ Everything is text and stays as it was written. The file is read as a stream, so
 with it. Recordings are looked for, never opened; nothing is fetched.
 """
 
-import difflib
 import os
 import re
 import stat
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import urlsplit
 
-from mdl_toolkit.csvfile import NUL_MARK, Line, bad, lines_of, opened, stamp_of
+from mdl_toolkit.csvfile import (
+    NUL_MARK,
+    Line,
+    bad,
+    check_columns,
+    copy_rows,
+    excess,
+    header_of,
+    lines_of,
+    no_rows,
+    opened,
+    stamp_of,
+)  # fmt: skip
 from mdl_toolkit.errors import InputError, Problems, RowProblem
 from mdl_toolkit.language import Text
 
@@ -108,12 +119,24 @@ class Manifest:
     def _read(self, look: Callable[[Row], tuple[int, int] | Text]) -> Iterator[Row | RowProblem]:
         reader = _Reader(self, look)
         with opened(self.path) as file, closing(lines_of(self.path, file)) as lines:
-            if stamp_of(os.fstat(file.fileno())) != self.stamp:
-                en = "the file was changed while it was being read; start again when it is complete"
-                raise bad(self.path, en, "文件在读取过程中被修改；请在其写完后重新运行")
+            self._check_unchanged(os.fstat(file.fileno()))
             next(lines)  # the header
             for line in lines:
                 yield from reader.read(line)
+
+    def _check_unchanged(self, status: os.stat_result) -> None:
+        if stamp_of(status) != self.stamp:
+            en = "the file was changed while it was being read; start again when it is complete"
+            raise bad(self.path, en, "文件在读取过程中被修改；请在其写完后重新运行")
+
+    def copy_without(self, lines: Container[int], target: BinaryIO) -> None:
+        """Copy the file byte by byte, but for the rows that start on some lines.
+
+        Raises:
+            InputError: it was changed in the meantime.
+        """
+        copy_rows(self.path, target, lambda line: line not in lines)
+        self._check_unchanged(self.path.stat())
 
     def checked(self) -> int:
         """Go through it once and return the number of rows.
@@ -135,8 +158,7 @@ class Manifest:
 
     def no_rows(self) -> InputError:
         """The error for a CSV of column names alone."""
-        en = "there is no row below the column names; add one"
-        return bad(self.path, en, "列名之下没有任何数据行；请添加数据")
+        return no_rows(self.path)
 
 
 def read_manifest(
@@ -170,15 +192,8 @@ def read_manifest(
     path = Path(path)
     with opened(path) as file, closing(lines_of(path, file)) as lines:
         stamp = stamp_of(os.fstat(file.fileno()))
-        header = next(lines, None)
-    if header is None:
-        raise bad(
-            path,
-            "the file is empty; a CSV starts with a line of column names",
-            "文件为空；CSV 的首行应为列名",
-        )
-    columns = tuple(header.cells)
-    _check_columns(path, columns, (AUDIO, PREDICTION) if needs_prediction else (AUDIO,))
+        columns = header_of(path, lines)
+    check_columns(path, columns, (AUDIO, PREDICTION) if needs_prediction else (AUDIO,))
     defaults = Defaults(base_dir, system_prompt, user_prompt)
     return Manifest(path, columns, defaults, needs_prediction and not allow_empty_prediction, stamp)
 
@@ -191,39 +206,6 @@ def is_url(audio: str) -> bool:
 def without_credentials(text: str) -> str:
     """The address or path as messages may show it: without the `user:password@` of an address."""
     return re.sub(r"(?i)^(https?://)[^/?#]*@", r"\1", text)
-
-
-def _check_columns(path: Path, columns: Sequence[str], needed: Sequence[str]) -> None:
-    """Raise InputError if a needed column is missing, or any column is there twice."""
-    complaints = [_missing(name, columns) for name in needed if name not in columns]
-    complaints += [
-        Text(
-            f"there are {count} columns {name!r}; rename or remove one",
-            f"有 {count} 列名为 {name!r}；请改名或删除",
-        )
-        for name, count in Counter(columns).items()
-        if count > 1
-    ]
-    if any(NUL_MARK in name for name in columns):
-        complaints.append(Text("line 1 holds a NUL byte; remove it", "第 1 行含有 NUL 字节；请删除"))
-    if complaints:
-        raise bad(path, "; ".join(text.en for text in complaints), "；".join(text.zh for text in complaints))
-
-
-def _missing(name: str, columns: Sequence[str]) -> Text:
-    tidy = {column.strip().lower().replace("-", "_").replace(" ", "_"): column for column in columns}
-    alike = difflib.get_close_matches(name, tidy, 1, 0.8)
-    listed = ", ".join(repr(column) for column in columns)
-    if alike:
-        hint = Text(f"rename {tidy[alike[0]]!r}", f"请将 {tidy[alike[0]]!r} 改名")
-    elif len(columns) == 1 and re.search("[;\t|]", columns[0]):
-        hint = Text("separate cells by commas", "请用逗号分隔单元格")
-    else:
-        hint = Text("add it", "请添加该列")
-    return Text(
-        f"the column {name!r} is missing, the columns are {listed}; {hint.en}",
-        f"缺少 {name!r} 列，现有的列为 {listed}；{hint.zh}",
-    )
 
 
 class _Reader:
@@ -239,7 +221,7 @@ class _Reader:
         """The row, or its problems."""
         cells = line.cells + [""] * (len(self.columns) - len(line.cells))
         row = self._row(line.number, dict(zip(self.columns, cells, strict=False)), cells)
-        problems = [*self._shape_problems(line)]
+        problems = [*excess(self.columns, line), *_nul_bytes(self.columns, line)]
         found = self.look(row)
         if isinstance(found, Text):
             problems.append(RowProblem(line.number, AUDIO, row.shown, found))
@@ -259,21 +241,11 @@ class _Reader:
             cells=tuple(cells),
         )
 
-    def _shape_problems(self, line: Line) -> Iterator[RowProblem]:
-        width = len(self.columns)
-        if len(line.cells) > width:
-            value, reason = line.cells[width], _too_many(len(line.cells), width)
-            yield RowProblem(line.number, str(width + 1), value, reason)
-        for name, cell in zip(self.columns, line.cells, strict=False):
-            if NUL_MARK in cell:
-                yield RowProblem(line.number, name, cell.replace(NUL_MARK, "\0"), NUL_BYTE)
 
-
-def _too_many(cells: int, columns: int) -> Text:
-    return Text(
-        f"the row has {cells} cells, the header {columns}; put text that holds a comma in double quotes",
-        f"该行有 {cells} 个单元格，而表头只有 {columns} 列；含逗号的文本请加双引号",
-    )
+def _nul_bytes(columns: Sequence[str], line: Line) -> Iterator[RowProblem]:
+    for name, cell in zip(columns, line.cells, strict=False):
+        if NUL_MARK in cell:
+            yield RowProblem(line.number, name, cell.replace(NUL_MARK, "\0"), NUL_BYTE)
 
 
 def _prompt(cell: str | None, default: str | None) -> str | None:

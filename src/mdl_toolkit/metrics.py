@@ -1,10 +1,15 @@
 """How good answers are, as sums that can be added up over rows and processes. No model, no files."""
 
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 Count = Callable[[str, str], tuple[float, float]]
+
+WORD, CHARACTER = "word", "character"
+EDITS = ("substitute", "delete", "insert")
 
 
 @dataclass(frozen=True)
@@ -28,11 +33,21 @@ class Metric:
         return value > than if self.more_is_better else value < than
 
 
+class _Letters(dict[int, str]):
+    """What remains of each character, filled in as they come by: nothing of punctuation."""
+
+    def __missing__(self, code: int) -> str:
+        letter = chr(code)
+        self[code] = "" if unicodedata.category(letter).startswith("P") else letter
+        return self[code]
+
+
+_LETTERS = _Letters()
+
+
 def normalized(text: str) -> str:
     """A text as error rates compare it: NFKC, case folded, without punctuation, single spaces."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    kept = ("" if unicodedata.category(letter).startswith("P") else letter for letter in folded)
-    return " ".join("".join(kept).split())
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().translate(_LETTERS).split())
 
 
 def _accuracy(reference: str, prediction: str) -> tuple[float, float]:
@@ -41,21 +56,52 @@ def _accuracy(reference: str, prediction: str) -> tuple[float, float]:
 
 
 def _word_errors(reference: str, prediction: str) -> tuple[float, float]:
-    """Words to substitute, insert and delete, and words of the reference."""
-    return _errors(normalized(reference).split(), normalized(prediction).split())
+    """Words to substitute, delete and insert, and words of the reference."""
+    return _errors(WORD, reference, prediction)
 
 
 def _character_errors(reference: str, prediction: str) -> tuple[float, float]:
     """The same of characters, spaces left out: for Chinese and other scripts without them."""
-    return _errors(
-        list(normalized(reference).replace(" ", "")), list(normalized(prediction).replace(" ", ""))
-    )
+    return _errors(CHARACTER, reference, prediction)
 
 
-def _errors(reference: list[str], prediction: list[str]) -> tuple[float, float]:
-    from rapidfuzz.distance import Levenshtein
+def _errors(unit: str, reference: str, prediction: str) -> tuple[float, float]:
+    (counts,) = edits([reference], [prediction], unit)
+    return float(counts[:3].sum()), float(counts[3])
 
-    return float(Levenshtein.distance(reference, prediction)), float(len(reference))
+
+def edits(
+    references: Sequence[str], predictions: Sequence[str], unit: str, *, normalize: bool = True
+) -> np.ndarray:
+    """What must be changed in each reference to get its prediction, by jiwer.
+
+    Args:
+        references: `[rows]`, at least one.
+        predictions: `[rows]`.
+        unit: `WORD` (what white space separates) or `CHARACTER`.
+        normalize: compare what `normalized` leaves, characters without spaces; else the texts as they are,
+            with single spaces.
+
+    Returns:
+        `[rows, 4]` whole numbers: substitutions, deletions, insertions, and the reference's length in units.
+    """
+    import jiwer
+
+    joint = "" if normalize and unit == CHARACTER else " "
+
+    def tidy(text: str) -> str:
+        return joint.join((normalized(text) if normalize else text).split())
+
+    process = jiwer.process_words if unit == WORD else jiwer.process_characters
+    compared = process([tidy(text) for text in references], [tidy(text) for text in predictions])
+    counts = np.zeros((len(references), 4), dtype=np.int64)
+    for row, (words, chunks) in enumerate(zip(compared.references, compared.alignments, strict=True)):
+        counts[row, 3] = len(words)
+        for chunk in chunks:
+            if chunk.type != "equal":
+                sizes = chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx
+                counts[row, EDITS.index(chunk.type)] += max(sizes)
+    return counts
 
 
 LOSS = Metric("loss", False, lambda _reference, _prediction: (0.0, 0.0))

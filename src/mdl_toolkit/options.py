@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from mdl_toolkit.kinds import (
     BOOLEAN,
     COUNT,
+    JSON,
     NAME,
     PATH,
+    PATHS,
     POSITIVE,
     SEED,
     TEXT,
@@ -22,6 +24,7 @@ from mdl_toolkit.option import REQUIRED, Options, option
 COMMON = Text("Common options", "通用选项")
 DATASET = Text("Dataset options", "数据集选项")
 FILES = Text("Input and output", "输入和输出")
+CHECKING = Text("Checking options", "检查选项")
 DEMO = Text("Demo options", "演示选项")
 COMPLETION = Text("Arguments", "参数")
 
@@ -116,6 +119,59 @@ class ConvertOptions(ConversionOptions):
         PATH, REQUIRED, FILES,
         "Where the converted dataset goes; a dataset that is there already is replaced.",
         "输出数据集的保存路径；现有的数据集将被覆盖。",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions(ConversionOptions):
+    """Options of `check`."""
+
+    COMMAND = "check"
+    SUMMARY = Text(
+        "See whether CSVs of recordings are fit to train on, without weights or a GPU.",
+        "在不加载模型权重、不使用 GPU 的情况下检查 CSV 数据集能否用于训练。",
+    )
+    GROUPS = (CHECKING, COMMON, DATASET)
+
+    model_name: str = option(NAME, DEFAULT_MODEL, COMMON, *MODEL_HELP)
+    input: tuple[str, ...] = option(
+        PATHS, REQUIRED, CHECKING,
+        "The CSV files: the first one is to be trained on, the others to be evaluated on.",
+        "CSV 文件：第一个用于训练，其余用于评估。",
+        positional=True,
+    )  # fmt: skip
+    max_length: int | None = option(
+        COUNT, None, CHECKING,
+        "Name the rows that take more tokens: prompt, audio, answer and special tokens together.",
+        "找出词元数超过该值的行（包括提示、音频、回答和所有特殊标记）。",
+        nullable=True,
+    )  # fmt: skip
+    for_inference: bool = option(
+        BOOLEAN, False, CHECKING,
+        "Check the files as input of `inference`: no column `prediction` is needed, and a row whose prompt "
+        "reaches --max-length cannot be used.",
+        "按 inference 的输入检查：不需要 prediction 列；提示词达到 --max-length 的行无法使用。",
+    )  # fmt: skip
+    train_config: str | None = option(
+        PATH, None, CHECKING,
+        "A YAML file of the options of `train` for which memory and steps are predicted; its defaults "
+        "without it.",
+        "train 选项的 YAML 文件，据此预测内存占用和训练步数；未指定时使用 train 的默认值。",
+        nullable=True,
+    )  # fmt: skip
+    write_fixed: str | None = option(
+        PATH, None, CHECKING,
+        "Write the first CSV to this file without the rows that cannot be used, otherwise byte for byte.",
+        "将第一个 CSV 中可用的行逐字节写入该文件，去掉无法使用的行。",
+        nullable=True,
+    )  # fmt: skip
+    json: bool | str | None = option(
+        JSON, None, CHECKING,
+        "Write what was found as JSON: true, or --json alone, to standard output in place of the text; a "
+        "path (--json=PATH, or --json NAME.json) to that file.",
+        "以 JSON 输出检查结果：true（或单独的 --json）表示代替文本写到标准输出；"
+        "路径（--json=PATH 或 --json NAME.json）表示写入该文件。",
+        nullable=True,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Output folders: kept apart from inputs, put in place whole or not at all, no empty ones left behind.
+"""Outputs: kept apart from inputs, put in place whole or not at all, no empty folders left behind.
 
 What is written into them is for others to say.
 """
@@ -58,6 +58,26 @@ def replacing(output: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def replacing_file(output: Path, option: str = "--output") -> Iterator[Path]:
+    """Give the name of a file to write; it takes the output's place when all went well, else it is removed.
+
+    Raises:
+        InputError: it cannot be written or put in place.
+    """
+    target = output.resolve()
+    work = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
+    with removing_empty(target.parent), writing(f"{option} {output}", InputError):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield work
+            if target.exists():
+                shutil.copymode(target, work)
+            work.replace(target)
+        finally:
+            work.unlink(missing_ok=True)
+
+
+@contextmanager
 def removing_empty(folder: Path) -> Iterator[None]:
     """Leave no folder behind that is new and empty: the given one or any of its parents."""
     new = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -81,7 +101,7 @@ def put_in_place(work: Path, target: Path, old: Path) -> None:
         raise
 
 
-def check_apart(output: Path, path: Path) -> None:
+def check_apart(output: Path, path: Path, option: str = "--output") -> None:
     """Refuse an output that is, holds or lies inside an input.
 
     Raises:
@@ -90,6 +110,6 @@ def check_apart(output: Path, path: Path) -> None:
     target, source = output.absolute().resolve(), path.absolute().resolve()
     if target == source or target in source.parents or source in target.parents:
         raise InputError(
-            f"--output {output}: it is, holds or lies inside the input {path}; choose another place",
-            f"--output {output}：与输入 {path} 相同或互相包含；请选择其他位置",
+            f"{option} {output}: it is, holds or lies inside the input {path}; choose another place",
+            f"{option} {output}：与输入 {path} 相同或互相包含；请选择其他位置",
         )

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from mdl_toolkit.errors import InputError, Problems, RowProblem
+from mdl_toolkit.errors import MOST_ROWS_SHOWN, InputError, Problems, RowProblem
 from mdl_toolkit.manifest import Manifest, Row, is_url
 
 MEBIBYTE = 2**20
@@ -80,18 +80,21 @@ class _Piece:
         return self.rows == PIECE_ROWS or self.bytes >= PIECE_BYTES
 
 
-def survey(manifest: Manifest, identity: str, look: Callable[[Row], None]) -> Plan:
+def survey(
+    manifest: Manifest, identity: str, look: Callable[[Row], None], most: int | None = MOST_ROWS_SHOWN
+) -> Plan:
     """Go through all rows once and plan the shards; memory hardly grows with their number.
 
     Args:
         manifest: the rows.
         identity: what else the shards' bytes come from: tokenizer, options, versions.
         look: is shown every usable row, and may raise.
+        most: problems that are kept; None for all.
 
     Raises:
         InputError: the CSV is damaged, or there is no row.
     """
-    problems = Problems()
+    problems = Problems(most=most)
 
     def usable() -> Iterator[Row]:
         for item in manifest:
@@ -105,7 +108,8 @@ def survey(manifest: Manifest, identity: str, look: Callable[[Row], None]) -> Pl
     if not pieces[0].rows and not problems.count:
         raise manifest.no_rows()
     shards = tuple(_shards(pieces, identity)) if pieces[0].rows else ()
-    fingerprint = _digest(identity, *(shard.fingerprint for shard in shards))
+    known = [str(problem.line) for problem in problems.first]
+    fingerprint = _digest(identity, *(shard.fingerprint for shard in shards), *known)
     return Plan(shards, problems, identity, fingerprint)
 
 

@@ -96,7 +96,12 @@ def _yaml_line(name: str, value: Any) -> str:
 def as_command(options: Options) -> str:
     """The command line that gives these options, as a user would type it in a POSIX shell."""
     fields = fields_in_order(type(options))
-    inputs = [getattr(options, field.name) for field in fields if setting_of(field).positional]
+    inputs = [
+        word
+        for field in fields
+        if setting_of(field).positional
+        for word in _items(getattr(options, field.name))
+    ]
     named = [
         word
         for field in fields
@@ -110,12 +115,17 @@ def as_command(options: Options) -> str:
 
 
 def _words_of(field: "dataclasses.Field[Any]", value: Any) -> list[str]:
-    name = spelling(field.name)
+    name, takes = spelling(field.name), setting_of(field).kind.takes
     words: list[str] = []
-    for item in value if isinstance(value, tuple) else (value,):
-        shown = _word_of(item)
-        words += [f"{name}={shown}"] if shown.startswith("-") else [name, shown]
+    for shown in map(_word_of, _items(value)):
+        is_joined = shown.startswith("-") or (takes is not None and not takes(shown))
+        words += [f"{name}={shown}"] if is_joined else [name, shown]
     return words
+
+
+def _items(value: Any) -> tuple[Any, ...]:
+    """What was given for an option, one by one."""
+    return value if isinstance(value, tuple) else (value,)
 
 
 def _word_of(item: Any) -> str:

@@ -12,7 +12,6 @@ from mdl_toolkit.audio import SAMPLE_RATE, Clip
 from mdl_toolkit.console import say, warn
 from mdl_toolkit.dataset import Record
 from mdl_toolkit.errors import Problems, RowProblem
-from mdl_toolkit.language import Text
 from mdl_toolkit.manifest import Row
 from mdl_toolkit.options import ConversionOptions
 from mdl_toolkit.text_files import TextFiles
@@ -124,8 +123,8 @@ class Tally:
 
 
 def _problems(values: dict[str, Any]) -> Problems:
-    first = [RowProblem(**{**each, "reason": Text(**each["reason"])}) for each in values["first"]]
-    return Problems(first, values["count"])
+    first = [*map(RowProblem.from_json, values["first"])]
+    return Problems(first, values["count"], values["most"])
 
 
 # --- told to the user ----------------------------------------------------------------------------------

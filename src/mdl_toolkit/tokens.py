@@ -47,6 +47,12 @@ class Encoder:
         segments = self.template.segments(messages_of(row, with_answer=with_answer))
         return self.encode(segments, audio_tokens)
 
+    def answer_ids(self, answer: str) -> list[int]:
+        """What is learnt of a row with this answer: its tokens and the one that closes it."""
+        row = Row(0, "", "", None, None, answer, ())
+        labels = self.encode_row(row, 1, with_answer=True).labels
+        return [*map(int, labels[labels != IGNORE_INDEX])]
+
     def encode(self, segments: tuple[Segment, ...], audio_tokens: int) -> Tokens:
         """Tokens of rendered segments.
 

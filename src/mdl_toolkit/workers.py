@@ -12,13 +12,14 @@ import signal
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from mdl_toolkit.errors import ToolkitError
+from mdl_toolkit.errors import ToolkitError, UsageError
 
 MOST_WORKERS = 32
 CGROUP = Path("/sys/fs/cgroup")
@@ -37,6 +38,29 @@ class WorkerDiedError(ToolkitError):
         super().__init__(
             "a worker process was ended by the system (out of memory?); try a smaller --num-workers",
             "工作进程被系统终止（内存不足？）；请减小 --num-workers",
+        )
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One process among those that work together."""
+
+    rank: int = 0
+    count: int = 1
+
+    @classmethod
+    def from_environment(cls) -> "Ranks":
+        """What a launcher such as torchrun says.
+
+        Raises:
+            UsageError: RANK or WORLD_SIZE is nonsense.
+        """
+        words = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        if all(word.isdecimal() for word in words) and int(words[0]) < int(words[1]):
+            return cls(*map(int, words))
+        raise UsageError(
+            f"RANK={words[0]} and WORLD_SIZE={words[1]} in the environment do not fit; unset or correct them",
+            f"环境变量 RANK={words[0]} 与 WORLD_SIZE={words[1]} 不一致；请取消或更正",
         )
 
 

@@ -16,10 +16,17 @@ __all__ = [
     "MiDashengLMModel",
     "MiDashengLMOutput",
     "MiDashengLMProcessor",
+    "register",
 ]
 
-AutoConfig.register(MiDashengEncoderConfig.model_type, MiDashengEncoderConfig, exist_ok=True)
-AutoConfig.register(MiDashengLMConfig.model_type, MiDashengLMConfig, exist_ok=True)
-AutoModelForCausalLM.register(MiDashengLMConfig, MiDashengLMModel, exist_ok=True)
-AutoProcessor.register(MiDashengLMConfig, MiDashengLMProcessor, exist_ok=True)
-AutoTokenizer.register(MiDashengLMConfig, tokenizer_class=Qwen2Tokenizer, exist_ok=True)
+
+def register() -> None:
+    """Make the classes known; what imports this module need not call it again."""
+    AutoConfig.register(MiDashengEncoderConfig.model_type, MiDashengEncoderConfig, exist_ok=True)
+    AutoConfig.register(MiDashengLMConfig.model_type, MiDashengLMConfig, exist_ok=True)
+    AutoModelForCausalLM.register(MiDashengLMConfig, MiDashengLMModel, exist_ok=True)
+    AutoProcessor.register(MiDashengLMConfig, MiDashengLMProcessor, exist_ok=True)
+    AutoTokenizer.register(MiDashengLMConfig, tokenizer_class=Qwen2Tokenizer, exist_ok=True)
+
+
+register()

@@ -1,0 +1,116 @@
+"""What an inference is asked: the input's rows, converted, with room for an answer or a reason for none."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mdl_toolkit.answering import Question
+from mdl_toolkit.conversion import convert_rows, left_out
+from mdl_toolkit.dataset import ConvertedDataset
+from mdl_toolkit.errors import RowProblem, RowsError
+from mdl_toolkit.inspection import too_long
+from mdl_toolkit.manifest import Manifest, Row
+from mdl_toolkit.result_options import InferenceOptions
+from mdl_toolkit.tokens import Encoder
+
+KEEP = "keep"  # of --on-error
+WINDOW = 16  # batches whose rows are sorted by length; the first answers are there long before the last row
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The rows of an inference.
+
+    Attributes:
+        manifest: the CSV.
+        dataset: the rows whose recordings can be used, converted; prompts alone.
+        lines: of the CSV, where each of these starts, `[rows]`.
+        budgets: most new tokens of each, `[rows]`.
+        problems: by line of the CSV, why a row has no answer.
+    """
+
+    manifest: Manifest
+    dataset: ConvertedDataset
+    lines: NDArray[np.int64]
+    budgets: NDArray[np.int64]
+    problems: dict[int, RowProblem]
+
+    def __iter__(self) -> Iterator[tuple[Row, int | None]]:
+        """Every row of the CSV, with its number in the dataset, or None for one without an answer."""
+        numbers = {int(line): number for number, line in enumerate(self.lines)}
+        for row in self.manifest.rows_unseen():
+            yield row, None if row.line in self.problems else numbers[row.line]
+
+    def question(self, number: int) -> Question:
+        """A row of the dataset, read and decoded."""
+        return Question(number, self.dataset[number], int(self.budgets[number]))
+
+    def order(self, answered: set[int], batch_size: int) -> NDArray[np.int64]:
+        """The rows to answer; within each window the longest come first, and those of one length together."""
+        is_left = [
+            number not in answered and int(line) not in self.problems
+            for number, line in enumerate(self.lines)
+        ]
+        left, size = np.flatnonzero(is_left), WINDOW * batch_size
+        lengths = self.dataset.positions
+        windows = [left[start : start + size] for start in range(0, len(left), size)]
+        return np.concatenate(
+            [left[:0], *(each[np.argsort(-lengths[each], kind="stable")] for each in windows)]
+        )
+
+
+def convert_inputs(manifest: Manifest, place: Path, encoder: Encoder, options: InferenceOptions) -> None:
+    """Convert all rows, unless what would come out is there already.
+
+    Raises:
+        RowsError: all rows that cannot be used; with `--on-error keep`, they are left out.
+    """
+    keeps_going = options.on_error == KEEP
+    convert_rows(manifest, place, encoder, options, with_answer=False, reuse=True, keeps_going=keeps_going)
+
+
+def open_inputs(manifest: Manifest, place: Path, options: InferenceOptions, least: int) -> Inputs:
+    """Look what room each converted row has.
+
+    Args:
+        manifest: the CSV.
+        place: the dataset that `convert_inputs` has made of it.
+        options: the inference's.
+        least: tokens that every row must have room for.
+
+    Raises:
+        RowsError: all rows that have no room (rule 37), or whose cells are wrong.
+    """
+    dataset, keeps_going = ConvertedDataset(place), options.on_error == KEEP
+    problems = {each.line: each for each in left_out(place)} if keeps_going else {}
+    lines = [row.line for row in manifest.rows_unseen()]
+    if wrong := [problems[line] for line in problems.keys() - {*lines}]:  # the cells are not to be told apart
+        raise RowsError(str(manifest.path), wrong)
+    kept = np.array([line for line in lines if line not in problems], dtype=np.int64)
+    inputs = Inputs(manifest, dataset, kept, _budgets(dataset, options), problems)
+    tight = [*_tight(inputs, options.max_length, least)]
+    if tight and not keeps_going:
+        raise RowsError(str(manifest.path), tight)
+    problems.update((each.line, each) for each in tight)
+    return inputs
+
+
+def _budgets(dataset: ConvertedDataset, options: InferenceOptions) -> NDArray[np.int64]:
+    if options.max_new_tokens is not None:
+        return np.full(len(dataset), options.max_new_tokens, dtype=np.int64)
+    return options.max_length - dataset.positions
+
+
+def _tight(inputs: Inputs, max_length: int, least: int) -> Iterator[RowProblem]:
+    """The rows without room."""
+    short = {
+        int(line): int(inputs.dataset.positions[n])
+        for n, line in enumerate(inputs.lines)
+        if inputs.budgets[n] < least
+    }
+    for row in inputs.manifest.rows_unseen() if short else ():
+        if row.line in short:
+            yield RowProblem(row.line, "audio", row.shown, too_long(short[row.line], max_length, least))

@@ -1,0 +1,82 @@
+"""Recordings without a CSV: a folder or a pattern becomes a CSV that names its files."""
+
+import csv
+import glob
+from pathlib import Path
+
+from mdl_toolkit.errors import InputError
+
+# Names that recordings go by; with a pattern, whatever it matches is taken.
+SUFFIXES = frozenset(
+    [
+        ".3gp",
+        ".aac",
+        ".ac3",
+        ".aif",
+        ".aifc",
+        ".aiff",
+        ".amr",
+        ".au",
+        ".caf",
+        ".flac",
+        ".m4a",
+        ".m4b",
+        ".mka",
+        ".mkv",
+        ".mov",
+        ".mp2",
+        ".mp3",
+        ".mp4",
+        ".oga",
+        ".ogg",
+        ".opus",
+        ".ra",
+        ".rf64",
+        ".snd",
+        ".sph",
+        ".w64",
+        ".wav",
+        ".wave",
+        ".webm",
+        ".wma",
+    ]
+)
+
+
+def is_listing(words: str) -> bool:
+    """Tell whether an input is a folder or a pattern, rather than a CSV file."""
+    path = Path(words)
+    return path.is_dir() or (not path.exists() and glob.has_magic(words))
+
+
+def list_recordings(words: str) -> list[str]:
+    """The recordings of a folder and of all folders in it, or those that a pattern matches, in order.
+
+    Hidden files and folders are left out. Paths start where the folder's or the pattern's does.
+
+    Raises:
+        InputError: there is none.
+    """
+    if Path(words).is_dir():
+        found = _matches(f"{glob.escape(words.rstrip('/') or '/')}/**/*")
+        files = [name for name in found if Path(name).suffix.lower() in SUFFIXES]
+        what = "the folder", "该目录"
+    else:
+        files, what = _matches(words), ("the pattern", "该模式")
+    files = [name for name in files if Path(name).is_file()]
+    if not files:
+        raise InputError(
+            f"{words}: {what[0]} holds no recordings; give a CSV, or a folder or pattern of audio files",
+            f"{words}：{what[1]}中没有音频文件；请指定 CSV，或包含音频文件的目录或模式",
+        )
+    return files
+
+
+def _matches(pattern: str) -> list[str]:
+    return sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - paths stay spelled as the user did
+
+
+def write_listing(files: list[str], target: Path) -> None:
+    """Write a CSV with the column `audio`."""
+    with target.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["audio"], *([name] for name in files)])

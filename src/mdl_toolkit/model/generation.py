@@ -1,0 +1,281 @@
+"""Rows that a decoder is answering, side by side: they come when there is room and leave when they are done.
+
+transformers' `generate` decodes every row of a batch until the longest answer is complete, and copies all
+keys and values to add a position. Here each row has a place in one store of keys and values, at its own
+length; the layers are transformers' own, called one by one.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
+
+GROWTH = 64  # positions; the store grows by at least so many
+TOKENS_AT_ONCE = 512  # of choices that are scored
+MOST_LOGITS = 2**26  # that exist at once meanwhile: 256 MiB in float32
+
+
+class DecodingBatch:
+    """The rows that are being answered together.
+
+    Attributes:
+        lengths: positions of each row so far.
+    """
+
+    def __init__(self, decoder: Any) -> None:
+        """Start with none.
+
+        Args:
+            decoder: the causal language model of a MiDashengLM, with or without adapters.
+        """
+        self._decoder = decoder
+        self._layers: list[Any] = list(decoder.model.layers)
+        self._stores: list[tuple[Tensor, Tensor]] = []  # keys, values: [places, heads, capacity, head size]
+        self.lengths: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    # --- rows come, go on, and leave ---
+
+    @torch.inference_mode()
+    def admit(self, embeddings: Tensor, lengths: Sequence[int], places: int, need: int) -> Tensor:
+        """Take in rows behind those that are here.
+
+        Args:
+            embeddings: `[rows, longest, hidden_size]`, padded on the right.
+            lengths: positions of each.
+            places: most rows that will be here at once.
+            need: most positions that one of these rows will ever have.
+
+        Returns:
+            Logits for each row's next token, `[rows, vocabulary]`.
+        """
+        width = embeddings.shape[1]
+        rotary = self._rotary(embeddings, torch.arange(width).unsqueeze(0))
+        first, x = len(self), embeddings
+        for number, layer in enumerate(self._layers):
+            q, k, v = self._project(layer, x, rotary)
+            self._store(number, k, v, first, places, need)
+            x = self._finish(layer, x, self._attend_causally(layer, q, k, v))
+        self.lengths += lengths
+        last = torch.tensor(lengths, device=x.device) - 1
+        return self._head(x[torch.arange(len(lengths), device=x.device), last])
+
+    @torch.inference_mode()
+    def step(self, ids: Tensor) -> Tensor:
+        """Add a token to every row.
+
+        Args:
+            ids: `[rows]`.
+
+        Returns:
+            Logits for each row's next token, `[rows, vocabulary]`.
+        """
+        self._make_room(max(self.lengths) + 1)
+        device = ids.device
+        x = self._decoder.model.embed_tokens(ids.unsqueeze(1))
+        ends = torch.tensor(self.lengths, device=device)
+        rows = torch.arange(len(self), device=device)
+        rotary, masks = self._rotary(x, ends.unsqueeze(1)), self._masks(ends, x.dtype)
+        for number, layer in enumerate(self._layers):
+            q, k, v = self._project(layer, x, rotary)
+            keys, values = self._stores[number]
+            keys[rows, :, ends], values[rows, :, ends] = k[:, :, 0], v[:, :, 0]
+            seen = (slice(len(self)), slice(None), slice(max(self.lengths) + 1))
+            x = self._finish(layer, x, _attend(q, keys[seen], values[seen], masks[_window(layer)]))
+        self.lengths = [length + 1 for length in self.lengths]
+        return self._head(x[:, 0])
+
+    @torch.inference_mode()
+    def release(self, places: Sequence[int]) -> list[int]:
+        """Let rows go; the last ones move into their places.
+
+        Returns:
+            For each place now, the place in which its row was before.
+        """
+        gone, left = {*places}, len(self) - len(places)
+        holes = [place for place in range(left) if place in gone]
+        movers = [place for place in range(left, len(self)) if place not in gone]
+        order = list(range(left))
+        for hole, mover in zip(holes, movers, strict=True):
+            order[hole] = mover
+            for keys, values in self._stores:
+                keys[hole], values[hole] = keys[mover], values[mover]
+        self.lengths = [self.lengths[place] for place in order]
+        return order
+
+    # --- choices ---
+
+    @torch.inference_mode()
+    def score(self, logits: Tensor, choices: Sequence[Sequence[int]]) -> Tensor:
+        """Log-probability of each choice as the continuation of each row; the rows stay as they are.
+
+        Args:
+            logits: of each row's next token, as `admit` gave them.
+            choices: the tokens of each, at least one.
+
+        Returns:
+            `[rows, choices]` float32.
+        """
+        device = logits.device
+        scores = logits.float().log_softmax(-1)[:, torch.tensor([c[0] for c in choices], device=device)]
+        for part in _parts(choices):
+            states = self._continue([choices[owner][:-1] for owner in part])
+            targets = torch.tensor([token for owner in part for token in choices[owner][1:]], device=device)
+            owners = torch.tensor([owner for owner in part for _ in choices[owner][1:]], device=device)
+            scores.index_add_(1, owners, self._log_probabilities(states, targets))
+        return scores
+
+    def _log_probabilities(self, states: Tensor, targets: Tensor) -> Tensor:
+        """Of each target at its state, `[rows, tokens]`."""
+        at_once = max(1, MOST_LOGITS // (len(states) * self._decoder.config.vocab_size))
+        parts = []
+        for some, wanted in zip(states.split(at_once, 1), targets.split(at_once), strict=True):
+            logits = self._head(some).float()
+            places = wanted.expand(len(states), -1).unsqueeze(2)
+            parts.append(logits.gather(2, places).squeeze(2) - logits.logsumexp(-1))
+        return torch.cat(parts, 1)
+
+    def _continue(self, pieces: Sequence[Sequence[int]]) -> Tensor:
+        """States of continuations, each of which sees its row and itself: `[rows, tokens, hidden_size]`."""
+        device, rows, width = self._stores[0][0].device, len(self), max(self.lengths)
+        ids, owner, offset = _laid_out(pieces, device)
+        ends = torch.tensor(self.lengths, device=device)
+        x = self._decoder.model.embed_tokens(ids).expand(rows, -1, -1)
+        positions = ends.unsqueeze(1) + offset
+        rotary = self._rotary(x, positions)
+        before = torch.arange(width, device=device).expand(rows, len(ids), width)
+        own = ((owner.unsqueeze(1) == owner) & (offset.unsqueeze(1) >= offset)).expand(rows, -1, -1)
+        is_there = torch.cat([before < ends[:, None, None], own], 2)
+        places = torch.cat([before, positions.unsqueeze(1).expand(-1, len(ids), -1)], 2)
+        for number, layer in enumerate(self._layers):
+            window = _window(layer)
+            seen = is_there if window is None else is_there & (places > positions.unsqueeze(2) - window)
+            q, k, v = self._project(layer, x, rotary)
+            keys, values = (store[:rows, :, :width] for store in self._stores[number])
+            mask = _additive(seen.unsqueeze(1), q.dtype)
+            x = self._finish(layer, x, _attend(q, torch.cat([keys, k], 2), torch.cat([values, v], 2), mask))
+        return x
+
+    # --- one layer ---
+
+    def _rotary(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = self._decoder.model.rotary_emb(x, positions.to(x.device))
+        return cos, sin
+
+    def _project(self, layer: Any, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each `[rows, heads, positions, head size]`."""
+        attention, x = layer.self_attn, layer.input_layernorm(x)
+        split = (*x.shape[:-1], -1, attention.head_dim)
+        q, k, v = (getattr(attention, f"{name}_proj")(x).view(split) for name in "qkv")
+        if hasattr(attention, "q_norm"):  # Qwen3
+            q, k = attention.q_norm(q), attention.k_norm(k)
+        q, k = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *rotary)
+        return q, k, v.transpose(1, 2)
+
+    def _finish(self, layer: Any, x: Tensor, attended: Tensor) -> Tensor:
+        """The rest of a layer; `attended` as `[rows, heads, positions, head size]`."""
+        x = x + layer.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
+        return x + layer.mlp(layer.post_attention_layernorm(x))
+
+    def _attend_causally(self, layer: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention among a row's own positions: padding on the right is seen by nobody before it."""
+        window, width = _window(layer), q.shape[2]
+        if window is None or width <= window:
+            groups = q.shape[1] // k.shape[1]
+            k, v = (part.repeat_interleave(groups, 1) if groups > 1 else part for part in (k, v))
+            return functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        place = torch.arange(width, device=q.device)
+        behind = place.unsqueeze(1) - place
+        return _attend(q, k, v, _additive(((behind >= 0) & (behind < window))[None, None], q.dtype))
+
+    def _head(self, states: Tensor) -> Tensor:
+        logits: Tensor = self._decoder.lm_head(self._decoder.model.norm(states))
+        return logits
+
+    def _masks(self, ends: Tensor, dtype: torch.dtype) -> dict[int | None, Tensor | None]:
+        """By window, what each row's new token sees: `[rows, 1, 1, positions]`, None for everything."""
+        longest = max(self.lengths) + 1
+        place = torch.arange(longest, device=ends.device)
+        masks: dict[int | None, Tensor | None] = {}
+        for window in {_window(layer) for layer in self._layers}:
+            seen = place <= ends.unsqueeze(1)
+            if window is not None:
+                seen = seen & (place > ends.unsqueeze(1) - window)
+            is_all = min(self.lengths) + 1 == longest and (window is None or longest <= window)
+            masks[window] = None if is_all else _additive(seen[:, None, None], dtype)
+        return masks
+
+    # --- the store ---
+
+    def _store(self, number: int, k: Tensor, v: Tensor, first: int, places: int, need: int) -> None:
+        rows, heads, width, size = k.shape
+        if len(self._stores) == number:
+            shape = (max(places, rows), heads, min(width + GROWTH, max(need, width)), size)
+            self._stores.append((k.new_zeros(shape), v.new_zeros(shape)))
+        capacity = self._stores[number][0].shape[2]
+        if width > capacity:
+            self._grow(number, min(max(width + GROWTH, capacity * 3 // 2), max(need, width)))
+        for store, new in zip(self._stores[number], (k, v), strict=True):
+            store[first : first + rows, :, :width] = new
+
+    def _make_room(self, need: int) -> None:
+        if need > (capacity := self._stores[0][0].shape[2]):
+            for number in range(len(self._stores)):
+                self._grow(number, max(need + GROWTH, capacity * 3 // 2))
+
+    def _grow(self, number: int, capacity: int) -> None:
+        keys, values = self._stores[number]
+        shape = (*keys.shape[:2], capacity, keys.shape[3])
+        larger = keys.new_zeros(shape), values.new_zeros(shape)
+        for new, old in zip(larger, (keys, values), strict=True):
+            new[:, :, : old.shape[2]] = old
+        self._stores[number] = larger
+
+
+def _window(layer: Any) -> int | None:
+    """How far back a layer sees; None for everything."""
+    return getattr(layer.self_attn, "sliding_window", None)
+
+
+def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention in which the query heads that share a key head are further queries of it: no copy of keys.
+
+    Args:
+        q: `[rows, heads, queries, head size]`.
+        k: `[rows, key heads, keys, head size]`.
+        v: likewise.
+        mask: `[rows or 1, 1, queries, keys]`, added to the scores.
+    """
+    groups = q.shape[1] // k.shape[1]
+    together = q.reshape(q.shape[0], k.shape[1], groups * q.shape[2], q.shape[3])
+    if mask is not None and q.shape[2] > 1:
+        mask = mask.repeat(1, 1, groups, 1)
+    return functional.scaled_dot_product_attention(together, k, v, attn_mask=mask).view(q.shape)
+
+
+def _parts(choices: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """The numbers of choices of more than one token, about `TOKENS_AT_ONCE` tokens together."""
+    part: list[int] = []
+    for owner, choice in enumerate(choices):
+        if len(choice) > 1:
+            part.append(owner)
+        if sum(len(choices[owner]) - 1 for owner in part) >= TOKENS_AT_ONCE:
+            yield part
+            part = []
+    if part:
+        yield part
+
+
+def _laid_out(pieces: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Pieces side by side: tokens, the piece that each is of, and its place there, each `[tokens]`."""
+    flat = [(token, owner, i) for owner, piece in enumerate(pieces) for i, token in enumerate(piece)]
+    return tuple(torch.tensor(flat, device=device).unbind(1))  # type: ignore[return-value]
