@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 DOCS_STAMP := $(VENV)/.set-up-docs
 
-.PHONY: setup check test torture demo bench bench-convert bench-train docs clean
+.PHONY: setup check test torture demo bench bench-convert bench-train bench-infer docs clean
 
 setup: $(STAMP)
 
@@ -50,6 +50,9 @@ bench-convert: $(STAMP)
 
 bench-train: $(STAMP)
 	$(BIN)/python -m benchmarks training
+
+bench-infer: $(STAMP)
+	$(BIN)/python -m benchmarks answering
 
 docs: $(DOCS_STAMP)
 	$(BIN)/mkdocs build --strict

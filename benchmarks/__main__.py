@@ -7,7 +7,9 @@ import sys
 from benchmarks import Figure
 from benchmarks.processes import Others
 
-NAMES = ("startup", "conversion", "conversion_memory", "encoder", "loss", "training")
+NAMES = (
+    "startup", "conversion", "conversion_memory", "encoder", "loss", "training", "merging", "answering",
+)  # fmt: skip
 
 
 def main(names: list[str]) -> int:

@@ -64,7 +64,7 @@ def figures() -> list[Figure]:
     torch.set_num_threads(os.cpu_count() or 1)
     with tempfile.TemporaryDirectory() as name, contextlib.redirect_stderr(io.StringIO()):
         place = Path(name)
-        model, data = _make_model(place), _make_data(place)
+        model, data = make_model(place), _make_data(place)
         found = []
         for checkpointing in (True, False):
             peak = gemm_peak()
@@ -86,7 +86,7 @@ def gemm_peak() -> float:
     return 2 * GEMM**3 / statistics.median(times[1:]) / 1e9
 
 
-def _make_model(place: Path) -> Path:
+def make_model(place: Path) -> Path:
     """The text side of the demonstration's model with a larger random one; 62 million parameters."""
     phrases = Path(__file__).parent.parent / "src/mdl_toolkit/phrases"
     make_tiny_model(place / "tiny", phrases, seed=0)

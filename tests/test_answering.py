@@ -58,7 +58,7 @@ def ids_of(model, encoder, asked, batch_size, picking=GREEDY, ends=()):
         decode=lambda ids: tuple(ids), end_id=-1, pad_id=encoder.pad_id
     )  # text would hide differences
     answerer = Answerer(model, echo, batch_size, picking)
-    answerer._ends = {*ends}
+    answerer.ends = {*ends}
     return {key: list(ids) for key, ids in answerer.answers(asked)}
 
 
@@ -90,7 +90,7 @@ def test_the_store_grows_and_stays_no_larger_than_needed(golden):
     long = [*questions(model, 5, longest=20)]
     asked = [Question(q.key, q.sample, 2 * GROWTH + 9 * q.key) for q in long]
     answerer = Answerer(model, encoder, 3)
-    answerer._ends = set()
+    answerer.ends = set()
     rows, most = answerer._rows, 0
     for _ in answerer.answers(asked):
         most = max(most, rows._stores[0][0].shape[2])

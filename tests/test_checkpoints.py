@@ -28,7 +28,8 @@ WRITTEN = {
     "state.json",
 }  # fmt: skip
 FILES = {*WRITTEN, "checksums.json"}
-AT_THE_END = ("final", "log.jsonl", "loss.png", "mdl-toolkit.yaml")  # beside checkpoints
+OF_A_RUN = {*FILES, "mdl-toolkit.json"}  # which says where all of the run's checkpoints come from
+AT_THE_END = ("final", "log.jsonl", "loss.png", "mdl-toolkit.json", "mdl-toolkit.yaml")  # beside checkpoints
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,7 @@ def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path):
     """Of a real run: no such suffix, and no file that pickle or torch.load would take."""
     train(train_options(make_csv(tmp_path, 4), MODEL, tmp_path / "run"))
     files = [path for path in (tmp_path / "run/checkpoint-1").rglob("*") if path.is_file()]
-    assert {path.name for path in files} == FILES
+    assert {path.name for path in files} == OF_A_RUN
     for path in files:
         assert path.suffix in (".json", ".yaml", ".safetensors")
         assert not zipfile.is_zipfile(path)
@@ -197,9 +198,9 @@ def test_a_kill_right_before_the_renaming(tmp_path, moment):
     command = [*as_command(options).split()[1:], "--output", str(tmp_path / "run")]
     with fleet(tmp_path) as start:
         assert start(command, partial(die_before, "os.rename", f".saving/checkpoint-{moment}")).end() == -9
-        left = {*names(tmp_path / "run")} - {".dataset", "log.jsonl", "mdl-toolkit.yaml"}
+        left = {*names(tmp_path / "run")} - {".dataset", "log.jsonl", "mdl-toolkit.json", "mdl-toolkit.yaml"}
         assert left == {".saving"} | ({"checkpoint-1"} if moment == 2 else set())
-        assert set(names(tmp_path / f"run/.saving/checkpoint-{moment}")) == FILES
+        assert set(names(tmp_path / f"run/.saving/checkpoint-{moment}")) == OF_A_RUN
         assert moment == 1 or damage(tmp_path / "run/checkpoint-1") is None
         job = start([*command, "--resume-from-checkpoint", "true"])
         assert job.end() == 0
@@ -263,7 +264,7 @@ def test_a_disk_that_is_full_at_the_end_is_an_error(tmp_path, monkeypatch, probl
         failing_at(patch, {2}, problem)
         with pytest.raises(ToolkitError, match="checkpoint-4 cannot be saved: .*No space left on device"):
             train(options)
-    assert names(output) == ["checkpoint-3", "log.jsonl", "mdl-toolkit.yaml"]
+    assert names(output) == ["checkpoint-3", "log.jsonl", "mdl-toolkit.json", "mdl-toolkit.yaml"]
     assert damage(output / "checkpoint-3") is None
     again = train(train_options(csv, MODEL, output, save_steps=3, resume_from_checkpoint=True))
     whole = train(train_options(csv, MODEL, tmp_path / "whole"))

@@ -28,6 +28,7 @@ ROOMS = {
     "conversion": "convert_dataset",
     "training": "train",
     "inference": "infer",
+    "merging": "merge_adapter",
     "check": "check",
     "demo": "run_demo",
 }
@@ -109,6 +110,7 @@ def python(*words: str, **environment: str) -> "subprocess.CompletedProcess[str]
         (CONVERT, "conversion"),
         (TRAIN, "training"),
         (("inference", "in.csv", "--output", "out.csv", "--model-name", "m"), "inference"),
+        (("merge", "run/final", "--output", "out"), "merging"),
         (("check", "in.csv", "more.csv"), "check"),
         (("demo",), "demo"),
     ],
@@ -473,7 +475,9 @@ def test_the_door_imports_nothing_heavy():
     assert heavy.isdisjoint(done.stdout.splitlines()[-1].split())
 
 
-@pytest.mark.parametrize("command", ["convert-dataset", "train", "inference", "check", "demo", "completion"])
+@pytest.mark.parametrize(
+    "command", ["convert-dataset", "train", "inference", "merge", "check", "demo", "completion"]
+)
 def test_help_is_quick(command):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     for _ in range(3):
@@ -643,7 +647,7 @@ def test_main_exits_with_the_status(door, monkeypatch):
 def test_commands_are_click_commands():
     commands = cli.toolkit()
     assert isinstance(commands, click.Group)
-    names = ["convert-dataset", "train", "inference", "check", "evaluate", "demo", "completion"]
+    names = ["convert-dataset", "train", "inference", "merge", "check", "evaluate", "demo", "completion"]
     assert list(commands.commands) == names
 
 

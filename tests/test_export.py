@@ -4,18 +4,20 @@ import json
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from mdl_toolkit.card import About
 from mdl_toolkit.errors import ModelError
-from mdl_toolkit.export import export, merge
+from mdl_toolkit.export import export_adapter, export_merged, merge
 from mdl_toolkit.loading import load_model
 from mdl_toolkit.lora import add_adapters
 from mdl_toolkit.model import MiDashengLMModel
-from mdl_toolkit.training_options import TrainOptions
+from mdl_toolkit.provenance import Provenance
 from runs import copy_checkpoint, files_below
+from shards_of import heads_of, layout, reshard, tensors_of
 
 CPU = torch.device("cpu")
+ABOUT = About(Provenance(), None, "")
 ALL = ("encoder", "projector", "decoder", "embed_tokens", "lm_head")
 
 
@@ -32,35 +34,6 @@ def make_adapter(base, folder, targets=ALL, *, alpha=6.0, rank=4):
                 parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder, save_embedding_layers=False)
     return folder
-
-
-def reshard(folder, shards=3):
-    """Spread the one weight file over several, with an index, as published folders have them."""
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    names = sorted(tensors)
-    index = {"metadata": {"total_size": 1}, "weight_map": {}}
-    for number in range(shards):
-        target = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
-        part = {name: tensors[name] for name in names[number::shards]}
-        save_file(part, folder / target, metadata={"format": "pt"})
-        index["weight_map"] |= dict.fromkeys(part, target)
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    file.unlink()
-
-
-def layout(folder):
-    """Names, shapes, dtypes and metadata, shard by shard."""
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as shard:
-            tensors = {n: (shard.get_tensor(n).shape, shard.get_tensor(n).dtype) for n in shard.keys()}  # noqa: SIM118
-            found[file.name] = (shard.metadata(), tensors)
-    return found
-
-
-def tensors_of(folder):
-    return {n: t for file in sorted(folder.glob("*.safetensors")) for n, t in load_file(file).items()}
 
 
 @pytest.mark.parametrize("name", ["A-small", "B-small"])
@@ -101,6 +74,7 @@ def test_shards_names_dtypes_and_metadata_are_the_bases(golden, tmp_path):
     (output := tmp_path / "merged").mkdir()
     merge(base, make_adapter(golden / "checkpoints/A-small", tmp_path / "adapter"), output)
     assert layout(output) == layout(base)
+    assert heads_of(output) == heads_of(base)
     assert files_below(output) == files_below(base)
     assert {f.stat().st_mode for f in output.iterdir()} == {f.stat().st_mode for f in base.iterdir()}
     unchanged = files_below(base) - {file.name for file in base.glob("*.safetensors")}
@@ -147,9 +121,8 @@ def test_a_result_that_is_not_finite_is_named_and_nothing_is_written(golden, tmp
     state = load_file(adapter / "adapter_model.safetensors")
     state["base_model.model.audio_projector.net.2.lora_B.weight"][0, 0] = torch.inf
     save_file(state, adapter / "adapter_model.safetensors")
-    options = TrainOptions(train_dataset="d", output="o")
     with pytest.raises(ModelError, match=r"audio_projector\.net\.2\.weight: not finite"):
-        export(base, adapter, tmp_path / "final", options)
+        export_merged(base, adapter, tmp_path / "final", ABOUT)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["A-small", "adapter"]
 
 
@@ -178,8 +151,9 @@ def test_an_adapter_of_another_shape_is_refused(golden, tmp_path):
 def test_an_unmerged_export_holds_adapter_and_text_side(golden, tmp_path):
     base = copy_checkpoint(golden, "A-small", tmp_path)
     adapter = make_adapter(base, tmp_path / "adapter")
-    export(base, adapter, tmp_path / "final", TrainOptions(train_dataset="d", output="o", merge_lora=False))
+    export_adapter(base, adapter, tmp_path / "final", ABOUT)
     beside = files_below(base) - {"config.json", "model.safetensors"}
     assert files_below(tmp_path / "final") == beside | {
-        "adapter_config.json", "adapter_model.safetensors", "mdl-toolkit.yaml",
+        "adapter_config.json", "adapter_model.safetensors", "mdl-toolkit.yaml", "mdl-toolkit.json",
+        "README.md",
     }  # fmt: skip

@@ -18,7 +18,7 @@ from mdl_toolkit.cli_options import OptionsCommand, wrap
 from mdl_toolkit.errors import InputError, UsageError
 from mdl_toolkit.option import Options, setting_of, shown_name
 from mdl_toolkit.options import CheckOptions, CompletionOptions, ConvertOptions, DemoOptions
-from mdl_toolkit.result_options import EvaluateOptions, InferenceOptions
+from mdl_toolkit.result_options import EvaluateOptions, InferenceOptions, MergeOptions
 from mdl_toolkit.settings import as_command, from_mapping, read_settings, to_yaml
 from mdl_toolkit.training_options import TrainOptions
 
@@ -28,6 +28,7 @@ COMMANDS: dict[str, type[Options]] = {
         ConvertOptions,
         TrainOptions,
         InferenceOptions,
+        MergeOptions,
         CheckOptions,
         EvaluateOptions,
         DemoOptions,
@@ -265,6 +266,13 @@ SPELLINGS: dict[str, tuple[Accepted, list[str]]] = {
     "--save-steps": (CADENCES, NO_CADENCES),
     "--save-total-limit": (COUNTS_OR_NULL, NO_COUNTS_NOR_NULL),
     "--merge-lora": (YES_NO, NO_BOOLEANS),
+    "merge --model-name": (PATHS_OR_NULL, [""]),  # of one command alone
+    "ADAPTER": (PATHS, [""]),
+    "--dtype": (
+        {"bfloat16": "bfloat16", "float16": "float16", "float32": "float32", "null": None},
+        ["bf16", "", "BFLOAT16", "true"],
+    ),
+    "--verify": (YES_NO, NO_BOOLEANS),
     "--max-length": (COUNTS, NO_COUNTS),
     "--max-new-tokens": (COUNTS_OR_NULL, NO_COUNTS_NOR_NULL),
     "--temperature": ({"0": 0.0, "0.7": 0.7, "1e1": 10.0}, ["-0.1", "nan", "inf", "null", "x", ""]),
@@ -319,6 +327,7 @@ NEEDED: dict[str, dict[str, str]] = {
     "convert-dataset": {"INPUT": "in.csv", "--output": "out"},
     "train": {"--train-dataset": "in.csv", "--output": "out"},
     "inference": {"INPUT": "in.csv", "--output": "out.csv", "--model-name": "model"},
+    "merge": {"ADAPTER": "run/final", "--output": "out"},
     "check": {"INPUT": "in.csv"},
     "evaluate": {"INPUT": "in.csv"},
     "demo": {},

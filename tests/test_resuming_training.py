@@ -342,7 +342,8 @@ def test_a_thing_of_the_past_is_gone(place, tmp_path, start):
     job = start(command(place, output, *RESUME))
     assert job.end() == 0, job.said()
     assert sorted(path.name for path in output.iterdir()) == [
-        "checkpoint-8", "checkpoint-9", "final", "log.jsonl", "loss.png", "mdl-toolkit.yaml", "notes.txt",
+        "checkpoint-8", "checkpoint-9", "final", "log.jsonl", "loss.png", "mdl-toolkit.json",
+        "mdl-toolkit.yaml", "notes.txt",
     ]  # fmt: skip
     check_same_end(output, place)
 

@@ -184,7 +184,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(place, tmp_path, start, number):
     step = steps_in(tmp_path, "run")[-1]
     assert 2 <= step < 8
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        f"checkpoint-{step}", "log.jsonl", "mdl-toolkit.yaml"
+        f"checkpoint-{step}", "log.jsonl", "mdl-toolkit.json", "mdl-toolkit.yaml"
     ]  # fmt: skip
     assert damage(tmp_path / f"run/checkpoint-{step}") is None
     again = start(command(place, str(tmp_path / "run"), "--resume-from-checkpoint", "true"))

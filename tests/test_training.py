@@ -260,8 +260,8 @@ def test_steps_of_a_run(rows, processes, changes, per_epoch, total):
 
 
 CHECKPOINT_FILES = {
-    "adapter_config.json", "adapter_model.safetensors", "checksums.json", "mdl-toolkit.yaml",
-    "optimizer.safetensors", "state.json",
+    "adapter_config.json", "adapter_model.safetensors", "checksums.json", "mdl-toolkit.json",
+    "mdl-toolkit.yaml", "optimizer.safetensors", "state.json",
 }  # fmt: skip
 
 
@@ -269,9 +269,11 @@ def test_the_exact_set_of_files_after_a_run(model, tmp_path):
     output = tmp_path / "run"
     options = train_options(make_csv(tmp_path, 8), model, output, save_steps=0.5, num_epochs=2, lora_rank=2)
     train(replace(options, save_total_limit=2))
-    expected = {"mdl-toolkit.yaml", "log.jsonl", "loss.png"}
+    expected = {"mdl-toolkit.json", "mdl-toolkit.yaml", "log.jsonl", "loss.png"}
     expected |= {f"checkpoint-{step}/{name}" for step in (3, 4) for name in CHECKPOINT_FILES}
-    expected |= {f"final/{name}" for name in files_below(model) | {"mdl-toolkit.yaml"}}
+    expected |= {
+        f"final/{name}" for name in files_below(model) | {"mdl-toolkit.json", "mdl-toolkit.yaml", "README.md"}
+    }
     assert files_below(output) == expected
 
 
@@ -310,6 +312,7 @@ def test_a_fresh_start_sets_an_earlier_run_aside(model, tmp_path, capsys):
         "log.jsonl",
         "loss.png",
         "previous-1",
+        "mdl-toolkit.json",
         "mdl-toolkit.yaml",
     }
     assert {p.name for p in (output / "previous-1").iterdir()} == {
@@ -317,6 +320,7 @@ def test_a_fresh_start_sets_an_earlier_run_aside(model, tmp_path, capsys):
         "final",
         "log.jsonl",
         "loss.png",
+        "mdl-toolkit.json",
         "mdl-toolkit.yaml",
     }
     assert "previous-1" in capsys.readouterr().err

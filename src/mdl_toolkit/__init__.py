@@ -12,10 +12,12 @@ _ROOM_OF = {
     "ConvertOptions": "options",
     "TrainOptions": "training_options",
     "InferenceOptions": "result_options",
+    "MergeOptions": "result_options",
     "EvaluateOptions": "result_options",
     "convert_dataset": "conversion",
     "train": "training",
     "infer": "inference",
+    "merge_adapter": "merging",
     "evaluate": "evaluation",
     "ToolkitError": "errors",
 }

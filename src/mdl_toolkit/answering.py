@@ -82,7 +82,11 @@ class _Answer:
 
 
 class Answerer:
-    """A model that answers questions."""
+    """A model that answers questions.
+
+    Attributes:
+        ends: tokens that end an answer.
+    """
 
     def __init__(self, model: Any, encoder: Encoder, batch_size: int, picking: Picking = Picking()) -> None:
         """Prepare.
@@ -95,7 +99,7 @@ class Answerer:
         """
         self._model = base_model(model)
         self._encoder, self._picking, self._places = encoder, picking, batch_size
-        self._ends = end_ids(model, encoder)
+        self.ends = end_ids(model, encoder)
         self._rows = DecodingBatch(self._model.decoder)
         self._running: list[_Answer] = []
 
@@ -142,10 +146,10 @@ class Answerer:
             yield from ((answer.key, self._text(answer)) for answer in complete)
 
     def _is_complete(self, answer: _Answer) -> bool:
-        return answer.ids[-1] in self._ends or len(answer.ids) == answer.budget
+        return answer.ids[-1] in self.ends or len(answer.ids) == answer.budget
 
     def _text(self, answer: _Answer) -> str:
-        ends_itself = answer.ids[-1] in self._ends
+        ends_itself = answer.ids[-1] in self.ends
         return self._encoder.decode(answer.ids[:-1] if ends_itself else answer.ids)
 
 

@@ -22,6 +22,7 @@ from mdl_toolkit.console import warn
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 from mdl_toolkit.outputs import to_disk
+from mdl_toolkit.provenance import PROVENANCE_FILE
 from mdl_toolkit.settings import SETTINGS_FILE
 
 FINAL = "final"
@@ -82,6 +83,8 @@ def save(
         save_file(dict(optimizer), work / OPTIMIZER)
         (work / STATE).write_text(json.dumps({**state, "step": step}, indent=1), encoding="utf-8")
         (work / SETTINGS_FILE).write_text(settings, encoding="utf-8")
+        if (output / PROVENANCE_FILE).is_file():  # of all the run's checkpoints
+            shutil.copyfile(output / PROVENANCE_FILE, work / PROVENANCE_FILE)
         _seal(work)
         return _put_in_place(work, output)
     except SafetensorError as problem:  # how safetensors tells of a full disk
@@ -211,7 +214,7 @@ def set_aside(output: Path, resumed: Checkpoint | None = None) -> Path | None:
     Of the run that is gone on with, only what came after the checkpoint resumed from is moved.
     """
     left = _left(output, resumed)
-    if {path.name for path in left} <= {SETTINGS_FILE}:
+    if {path.name for path in left} <= {SETTINGS_FILE, PROVENANCE_FILE}:
         return None
     numbers = [
         int(p.name.removeprefix("previous-")) for p in output.glob("previous-*") if p.name[9:].isdigit()
@@ -226,7 +229,7 @@ def set_aside(output: Path, resumed: Checkpoint | None = None) -> Path | None:
 def _left(output: Path, resumed: Checkpoint | None) -> list[Path]:
     if resumed is not None and resumed.folder.resolve().parent == output.resolve():
         return [path for path in checkpoints(output) if _step_of(path) > resumed.step]
-    names = (FINAL, SETTINGS_FILE, LOG, PLOT)
+    names = (FINAL, SETTINGS_FILE, PROVENANCE_FILE, LOG, PLOT)
     return [path for path in output.glob("*") if path.name in names or _NAME.fullmatch(path.name)]
 
 

@@ -29,7 +29,7 @@ from mdl_toolkit.kinds import TRUE_WORDS
 from mdl_toolkit.language import Text
 from mdl_toolkit.option import Options
 from mdl_toolkit.options import CheckOptions, CompletionOptions, ConvertOptions, DemoOptions
-from mdl_toolkit.result_options import EvaluateOptions, InferenceOptions
+from mdl_toolkit.result_options import EvaluateOptions, InferenceOptions, MergeOptions
 from mdl_toolkit.training_options import TrainOptions
 
 PROGRAM = "mdl-toolkit"
@@ -62,6 +62,12 @@ def _infer(options: InferenceOptions) -> None:
     from mdl_toolkit.inference import infer
 
     infer(options)
+
+
+def _merge(options: MergeOptions) -> None:
+    from mdl_toolkit.merging import merge_adapter
+
+    merge_adapter(options)
 
 
 def _check(options: CheckOptions) -> None:
@@ -130,6 +136,7 @@ def toolkit() -> click.Group:
         (ConvertOptions, _convert),
         (TrainOptions, _train),
         (InferenceOptions, _infer),
+        (MergeOptions, _merge),
         (CheckOptions, _check),
         (EvaluateOptions, _evaluate),
         (DemoOptions, _demo),

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from mdl_toolkit.errors import DatasetError, InputError
 from mdl_toolkit.outputs import to_disk, writing
 from mdl_toolkit.packing import PackedAudio, unpack_audio
+from mdl_toolkit.provenance import Prompts
 from mdl_toolkit.text_files import TextFiles
 from mdl_toolkit.tokens import IGNORE_INDEX, Tokens
 
@@ -80,8 +81,8 @@ class Record:
     Attributes:
         tokenizer: fingerprint of the tokenizer.
         chat_template: fingerprint of the chat template.
-        system_prompt: the default system prompt of the conversion.
-        user_prompt: the default user prompt of the conversion.
+        system_prompt, user_prompt: the conversion's defaults.
+        prompts: those of the rows themselves.
         rows: samples in the dataset.
         seconds: of audio.
         shortest_seconds: of the shortest clip.
@@ -104,6 +105,7 @@ class Record:
     chat_template: str
     system_prompt: str | None
     user_prompt: str | None
+    prompts: Prompts = field(default_factory=Prompts)
     rows: int = 0
     seconds: float = 0.0
     shortest_seconds: float = 0.0
@@ -293,7 +295,7 @@ def _read_record(file: Path) -> Record:
     values = json.loads(file.read_text(encoding="utf-8"))
     if values["format"] != FORMAT:
         raise ValueError(f"format {values['format']}, this version reads {FORMAT}")
-    return Record(**values)
+    return Record(**{**values, "prompts": Prompts(**values.get("prompts", {}))})
 
 
 @dataclass

@@ -1,26 +1,40 @@
 """Adapter or merged model to a folder.
 
 A merged model is the base folder, file by file, with W + (alpha / r) B A in the place of W: same tensor
-names, shapes, dtypes and shards. The model itself is never loaded.
+names, shapes, dtypes and shards. The model itself is never loaded to make it, only to prove it.
 """
 
+import json
 import shutil
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mdl_toolkit.errors import ModelError
-from mdl_toolkit.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
-from mdl_toolkit.outputs import replacing
-from mdl_toolkit.settings import SETTINGS_FILE, to_yaml
-from mdl_toolkit.training_options import TrainOptions
+from mdl_toolkit.adapters import Changes
+from mdl_toolkit.card import About, card
+from mdl_toolkit.console import warn
+from mdl_toolkit.dataset import Sample
+from mdl_toolkit.errors import InputError, ModelError
+from mdl_toolkit.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, quantized_by, read_json
+from mdl_toolkit.outputs import replacing, writing
+from mdl_toolkit.proof import prove
+from mdl_toolkit.provenance import PROVENANCE_FILE
+from mdl_toolkit.settings import SETTINGS_FILE
+from mdl_toolkit.weights import FLOATS, SUFFIX, Entry, WeightFile, rewrite, weight_files
+from mdl_toolkit.workers import available_cpus
 
-_PREFIX = "base_model.model."
-_EMBEDDING, _HEAD = "decoder.model.embed_tokens.weight", "decoder.lm_head.weight"
+CARD = "README.md"
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # as options and as files spell them
+MOST_THREADS = 4  # files that are merged at once
+INDEX = "model.safetensors.index.json"
+_ALWAYS_FLOAT32 = "audio_encoder.init_bn."  # the model keeps it so, whatever its dtype
+# Written anew, or the base's weights as other programs store them, which would not be the merged ones.
+_LEFT = {CARD, SETTINGS_FILE, PROVENANCE_FILE, "pytorch_model.bin.index.json"}
+_OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack"}
+_PRIVATE = (".*", "__pycache__")
 # What an adapter folder takes along: the text side and the processor, not the model's own files.
 _BESIDE_ADAPTER = (
     "tokenizer*", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
@@ -28,137 +42,145 @@ _BESIDE_ADAPTER = (
 )  # fmt: skip
 
 
-def export(base: Path, adapter: Path, output: Path, options: TrainOptions) -> None:
-    """Write the result of a training, merged or not, replacing what is at the output.
+def export_merged(
+    base: Path,
+    adapter: Path,
+    output: Path,
+    about: About,
+    *,
+    samples: Sequence[Sample] = (),
+    dtype: str | None = None,
+) -> None:
+    """Write base and adapter as one model, replacing what is at the output.
 
     Args:
         base: folder of the base model.
         adapter: folder of the trained adapter (a checkpoint will do).
         output: the folder to write.
-        options: the training's; `merge_lora` decides what is written.
+        about: what the folder says of itself.
+        samples: on which to prove that it is the same model; without any it is not proven.
+        dtype: of the result, one of `DTYPES`; the base's if not given.
 
     Raises:
-        ModelError: the adapter does not fit the base, or a merged tensor is not finite.
+        ModelError: the adapter does not fit the base, a merged tensor is not finite, or the result does not
+            answer as base and adapter do.
+        InputError: the disk does not take it.
     """
     with replacing(output) as work:
-        if options.merge_lora:
-            merge(base, adapter, work)
-        else:
-            _copy_adapter(base, adapter, work)
-        (work / SETTINGS_FILE).write_text(to_yaml(options), encoding="utf-8")
+        with writing(f"--output {output}", InputError):
+            merge(base, adapter, work, dtype)
+            _describe(work, base, about, is_adapter=False)
+        if samples:
+            prove(base, adapter, work, samples)
 
 
-def merge(base: Path, adapter: Path, output: Path) -> None:
+def export_adapter(base: Path, adapter: Path, output: Path, about: About) -> None:
+    """Write the adapter with what belongs to it, replacing what is at the output.
+
+    Raises:
+        InputError: the disk does not take it.
+    """
+    with replacing(output) as work, writing(f"--output {output}", InputError):
+        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+            shutil.copyfile(adapter / name, work / name)
+        for pattern in _BESIDE_ADAPTER:
+            for file in base.glob(pattern):
+                shutil.copyfile(file, work / file.name)
+        _describe(work, base, about, is_adapter=True)
+
+
+def _describe(folder: Path, base: Path, about: About, *, is_adapter: bool) -> None:
+    (folder / SETTINGS_FILE).write_text(about.settings, encoding="utf-8")
+    about.provenance.write(folder)
+    (folder / CARD).write_text(card(about, base, is_adapter=is_adapter), encoding="utf-8")
+
+
+# --- merging ---------------------------------------------------------------------------------------------
+
+
+def merge(base: Path, adapter: Path, output: Path, dtype: str | None = None) -> None:
     """Fill an empty folder with the base model, the adapter's weights merged in.
 
     Raises:
-        ModelError: the adapter does not fit the base, or a merged tensor is not finite (named).
+        ModelError: the adapter does not fit, the base is quantised, or a merged tensor is not finite.
     """
-    config = read_json(base / "config.json")
-    changes = Changes.read(adapter, config)
-    unused = set(changes.names)
-    for file in sorted(base.iterdir()):
-        if file.suffix == ".safetensors":
-            unused -= _merge_shard(file, output / file.name, changes)
-        elif file.is_file() and file.name != SETTINGS_FILE:
-            shutil.copyfile(file, output / file.name)
-    if _is_tied(config):
-        unused.discard(_HEAD)  # most tied models store the one matrix once
-    if unused:
-        names = ", ".join(sorted(unused)[:20])
+    if method := quantized_by(base):
+        raise ModelError(
+            f"{base}: its weights are quantised ({method}); merge into the unquantised model",
+            f"{base}：其权重已量化（{method}）；请合并到未量化的模型",
+        )
+    changes, files = Changes.read(adapter, read_json(base / "config.json")), weight_files(base)
+    if missing := changes.missing({entry.name for file in files for entry in file.entries}):
+        names = ", ".join(missing[:20])
         raise ModelError(
             f"{adapter}: the base model {base} has no tensors {names}",
             f"{adapter}：基础模型 {base} 中没有张量 {names}",
         )
+    _copy_others(base, output)
+    # Numbers are computed and files written at once: torch and the system let go of Python's lock.
+    with ThreadPoolExecutor(min(len(files), available_cpus(), MOST_THREADS)) as pool:
+        list(pool.map(lambda file: _merge_file(file, output / file.path.name, changes, dtype), files))
+    if dtype is not None:
+        _say_dtype(output, dtype)
 
 
-@dataclass(frozen=True)
-class Changes:
-    """What an adapter does to the tensors of its base.
-
-    Attributes:
-        low_rank: by tensor name, A `[r, in]` and B `[out, r]` in float32.
-        full: by tensor name, the trained tensor itself.
-        scale: alpha / r.
-    """
-
-    low_rank: dict[str, tuple[Tensor, Tensor]]
-    full: dict[str, Tensor]
-    scale: float
-
-    @staticmethod
-    def read(adapter: Path, base_config: dict[str, Any]) -> "Changes":
-        """Read an adapter folder; with tied embeddings a change of one side is a change of both."""
-        config = read_json(adapter / ADAPTER_CONFIG)
-        state = {n.removeprefix(_PREFIX): t for n, t in load_file(adapter / ADAPTER_WEIGHTS).items()}
-        modules = {name.removesuffix(".lora_A.weight") for name in state if name.endswith(".lora_A.weight")}
-        low_rank = {
-            f"{m}.weight": (state[f"{m}.lora_A.weight"].float(), state[f"{m}.lora_B.weight"].float())
-            for m in modules
-        }
-        full = {name: tensor for name, tensor in state.items() if ".lora_" not in name}
-        trained = [full[name] for name in (_EMBEDDING, _HEAD) if name in full]
-        if _is_tied(base_config) and trained:
-            full[_EMBEDDING] = full[_HEAD] = trained[0]
-        return Changes(low_rank, full, config["lora_alpha"] / config["r"])
-
-    @property
-    def names(self) -> set[str]:
-        """Names of the tensors that change."""
-        return set(self.low_rank) | set(self.full)
-
-    def apply(self, name: str, tensor: Tensor) -> Tensor:
-        """The changed tensor, in the dtype it had.
-
-        Raises:
-            ModelError: shapes differ, or the result is not finite.
-        """
-        if name in self.full:
-            changed = self.full[name].float().clone()  # the two sides of tied embeddings share it
+def _copy_others(base: Path, output: Path) -> None:
+    """Everything but weights and what is written anew, folders included."""
+    for path in sorted(base.iterdir()):
+        if path.name in _LEFT or path.suffix == SUFFIX or any(map(path.match, _PRIVATE)):
+            continue
+        if path.suffix in _OTHER_WEIGHTS:
+            warn(
+                f"{path}: left out, as these weights would not be the merged ones",
+                f"{path}：未复制，因为其中的权重并非合并后的权重",
+            )
+        elif path.is_dir():
+            shutil.copytree(path, output / path.name, ignore=shutil.ignore_patterns(*_PRIVATE))
         else:
-            a, b = self.low_rank[name]
-            if (b.shape[0], a.shape[1]) != tuple(tensor.shape):
-                raise _misfit(name, [b.shape[0], a.shape[1]], tensor)
-            changed = tensor.float() + self.scale * (b @ a)
-        if changed.shape != tensor.shape:
-            raise _misfit(name, list(changed.shape), tensor)
-        changed = changed.to(tensor.dtype)
-        if not changed.isfinite().all():
-            raise ModelError(f"{name}: not finite after merging", f"{name}：合并后出现非有限值")
-        return changed
+            shutil.copyfile(path, output / path.name)
 
 
-def _misfit(name: str, shape: list[int], tensor: Tensor) -> ModelError:
-    return ModelError(
-        f"{name}: the adapter's shape {shape} is not the base's {list(tensor.shape)}",
-        f"{name}：适配器形状 {shape} 与基础模型的 {list(tensor.shape)} 不符",
-    )
+def _merge_file(source: WeightFile, target: Path, changes: Changes, dtype: str | None) -> None:
+    dtypes = {} if dtype is None else _new_dtypes(source, DTYPES[dtype])
+
+    def changed(entry: Entry) -> Iterator[Tensor] | None:
+        if entry.name in dtypes or changes.touch(entry.name):
+            return changes.blocks(source, entry, FLOATS[dtypes.get(entry.name, entry.dtype)])
+        return None
+
+    rewrite(source, target, dtypes, changed)
+    shutil.copymode(source.path, target)
 
 
-def _is_tied(config: dict[str, Any]) -> bool:
-    text = config.get("text_config") or {}
-    return bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
+def _new_dtypes(file: WeightFile, dtype: str) -> dict[str, str]:
+    return {
+        entry.name: dtype
+        for entry in file.entries
+        if entry.dtype in FLOATS and entry.dtype != dtype and not entry.name.startswith(_ALWAYS_FLOAT32)
+    }
 
 
-def _merge_shard(source: Path, target: Path, changes: Changes) -> set[str]:
-    """Write one shard with its changes; returns the names of the changed tensors."""
-    with safe_open(source, framework="pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(source)
-    changed = changes.names & tensors.keys()
-    if not changed:
-        shutil.copyfile(source, target)
-        return set()
-    for name in changed:
-        tensors[name] = changes.apply(name, tensors[name])
-    save_file(tensors, target, metadata=metadata)
-    shutil.copymode(source, target)  # safetensors lets nobody but the owner read
-    return changed
+def _say_dtype(folder: Path, dtype: str) -> None:
+    """Bring the dtype that `config.json` names, and the bytes that the index names, to what they are now."""
+    config = read_json(folder / "config.json")
+    _write_changed(folder / "config.json", config, _with_dtype(config, dtype))
+    if (folder / INDEX).is_file():
+        index = read_json(folder / INDEX)
+        size = sum(entry.stop - entry.start for file in weight_files(folder) for entry in file.entries)
+        metadata = {**index.get("metadata", {}), "total_size": size}
+        _write_changed(folder / INDEX, index, {**index, "metadata": metadata})
 
 
-def _copy_adapter(base: Path, adapter: Path, output: Path) -> None:
-    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        shutil.copyfile(adapter / name, output / name)
-    for pattern in _BESIDE_ADAPTER:
-        for file in base.glob(pattern):
-            shutil.copyfile(file, output / file.name)
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The same configuration, its parts included, wherever it names a dtype."""
+    return {
+        name: dtype if name in ("dtype", "torch_dtype")
+        else _with_dtype(value, dtype) if isinstance(value, dict)
+        else value
+        for name, value in config.items()
+    }  # fmt: skip
+
+
+def _write_changed(path: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
+    if after != before:
+        path.write_text(json.dumps(after, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

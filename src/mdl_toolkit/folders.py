@@ -15,6 +15,7 @@ from mdl_toolkit.errors import ModelError
 MODEL_TYPE = "midashenglm"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+BASE_NAME = "base_model_name_or_path"  # in an adapter's configuration
 BITSANDBYTES = "bitsandbytes"  # the way of quantising that can be trained on
 TEXT_FILES = ("*.json", "*.jinja", "*.txt")
 WEIGHT_FILES = ("*.safetensors",)
@@ -22,13 +23,14 @@ WEIGHT_FILES = ("*.safetensors",)
 ALL_FILES = (*TEXT_FILES, *WEIGHT_FILES, "*.py", "*.md", "LICENSE*", "NOTICE*")
 
 
-def find_model(name: str, *, from_modelscope: bool, weights: bool) -> Path:
+def find_model(name: str, *, from_modelscope: bool, weights: bool, revision: str | None = None) -> Path:
     """The folder of a model: the given one, or a download.
 
     Args:
         name: a local folder, or a name on the hub.
         from_modelscope: look it up on ModelScope.
         weights: fetch everything; otherwise only the small text files.
+        revision: a commit on Hugging Face; the newest if not given.
 
     Raises:
         ModelError: it is neither here nor to be had, or it is not a MiDashengLM.
@@ -40,7 +42,11 @@ def find_model(name: str, *, from_modelscope: bool, weights: bool) -> Path:
         raise _nowhere(name, "there is no such folder", "没有该目录")
     else:
         patterns = list(ALL_FILES if weights else TEXT_FILES)
-        folder = _from_modelscope(name, patterns) if from_modelscope else _from_huggingface(name, patterns)
+        folder = (
+            _from_modelscope(name, patterns)
+            if from_modelscope
+            else _from_huggingface(name, patterns, revision)
+        )
     if not (folder / ADAPTER_CONFIG).is_file():
         _check_folder(folder, weights=weights)
     elif weights and not (folder / ADAPTER_WEIGHTS).is_file():
@@ -49,6 +55,11 @@ def find_model(name: str, *, from_modelscope: bool, weights: bool) -> Path:
             f"{folder}：适配器缺少权重（{ADAPTER_WEIGHTS}）；请复制整个目录",
         )
     return folder
+
+
+def lasting_name(name: str, folder: Path) -> str:
+    """How a record names a model: a folder by its absolute path, anything else by its name on the hub."""
+    return str(folder.resolve()) if Path(name).expanduser().is_dir() else name
 
 
 def check_trainable(folder: Path, *, quantization: str | None, merge: bool) -> None:
@@ -109,10 +120,13 @@ def _check_folder(folder: Path, *, weights: bool) -> None:
         )
 
 
-def _from_huggingface(name: str, patterns: list[str]) -> Path:
+def _from_huggingface(name: str, patterns: list[str], revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
-    return _download(name, "Hugging Face", lambda: snapshot_download(name, allow_patterns=patterns))
+    def fetch() -> str:
+        return str(snapshot_download(name, revision=revision, allow_patterns=patterns))
+
+    return _download(name, "Hugging Face", fetch)
 
 
 def _from_modelscope(name: str, patterns: list[str]) -> Path:

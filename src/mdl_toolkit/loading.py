@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mdl_toolkit.errors import ModelError, ToolkitError
-from mdl_toolkit.folders import ADAPTER_CONFIG, find_model, quantized_by, read_json
+from mdl_toolkit.folders import ADAPTER_CONFIG, BASE_NAME, find_model, quantized_by, read_json
 from mdl_toolkit.language import Text
+from mdl_toolkit.provenance import Base, read_provenance
 
 if TYPE_CHECKING:
     import torch
@@ -146,14 +147,23 @@ def load_for_inference(name: str, *, from_modelscope: bool) -> Any:
     dtype, device = choose_dtype(None), best_device()
     if not (folder / ADAPTER_CONFIG).is_file():
         return load_model(folder, dtype=dtype, device=device).eval()
+    base = base_of(folder, from_modelscope=from_modelscope)
+    return with_adapter(load_model(base, dtype=dtype, device=device), folder).eval()
+
+
+def with_adapter(model: "MiDashengLMModel", folder: Path) -> Any:
+    """A base model with an adapter on it, as PEFT loads it.
+
+    Raises:
+        ModelError: the adapter does not fit.
+    """
     from peft import PeftModel
 
-    model = load_model(base_of(folder, from_modelscope=from_modelscope), dtype=dtype, device=device)
     try:
         with quiet_peft():
             return PeftModel.from_pretrained(
-                model, folder, torch_device=str(device), use_safetensors=True
-            ).eval()
+                model, folder, torch_device=str(model.device), use_safetensors=True
+            )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as problem:
         reason = " ".join(str(problem).split())[:300]
         raise ModelError(
@@ -162,15 +172,26 @@ def load_for_inference(name: str, *, from_modelscope: bool) -> Any:
         ) from problem
 
 
-def base_of(adapter: Path, *, from_modelscope: bool) -> Path:
-    """The folder of the base model that an adapter names.
+def base_of(adapter: Path, *, from_modelscope: bool, name: str | None = None) -> Path:
+    """The folder of an adapter's base model, which is the one that the adapter was trained on.
+
+    Args:
+        adapter: its folder.
+        from_modelscope: look names up on ModelScope.
+        name: of the base, where it is not the one that the adapter names.
 
     Raises:
-        ModelError: it names none, or that is not to be had.
+        ModelError: the adapter names none, it is not to be had, or it is another one.
     """
-    base = read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
-    if not isinstance(base, str):
+    known = read_provenance(adapter)
+    recorded = None if known is None else known.base
+    named = name or (recorded.name if recorded else read_json(adapter / ADAPTER_CONFIG).get(BASE_NAME))
+    if not isinstance(named, str):
         raise ModelError(
             f"{adapter}: the adapter does not name its base model", f"{adapter}：适配器未记录基础模型"
         )
-    return find_model(base, from_modelscope=from_modelscope, weights=True)
+    revision = recorded.revision if recorded is not None and named == recorded.name else None
+    folder = find_model(named, from_modelscope=from_modelscope, weights=True, revision=revision)
+    if known is not None:
+        known.check_base(Base.of(folder, named), adapter)
+    return folder

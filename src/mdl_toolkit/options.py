@@ -33,8 +33,8 @@ DEFAULT_MODEL = "mispeech/midashenglm-7b"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConversionOptions(Options):
-    """How a CSV becomes samples; shared by all three commands."""
+class HubOptions(Options):
+    """Where models are looked up by name."""
 
     from_modelscope: bool = option(
         BOOLEAN, False, COMMON,
@@ -42,6 +42,12 @@ class ConversionOptions(Options):
         "是否从 ModelScope 加载模型；为 true 时从 ModelScope 加载（需要可选功能 modelscope），"
         "否则从 Huggingface 加载。",
     )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionOptions(HubOptions):
+    """How a CSV becomes samples; shared by all three commands."""
+
     tokenizing_batch_size: int = option(
         COUNT, 8, COMMON,
         "Rows that are tokenised together.",
@@ -98,6 +104,10 @@ class ConversionOptions(Options):
 MODEL_HELP = (
     "The model: a name on the hub, or a local folder.",
     "模型的 Huggingface 名称或本地路径。",
+)
+VERIFY_HELP = (
+    "Ask the merged model the same few rows as base and adapter before it is put in place (both are loaded).",
+    "在写入结果前，比较合并后的模型与“基础模型加适配器”对相同几行的回答（依次加载两者）。",
 )
 INPUT_HELP = ("The CSV file.", "输入数据集的 CSV 文件路径。")
 

@@ -19,9 +19,10 @@ from mdl_toolkit.kinds import (
 )  # fmt: skip
 from mdl_toolkit.language import Text
 from mdl_toolkit.option import REQUIRED, Options, option
-from mdl_toolkit.options import COMMON, DATASET, FILES, ConversionOptions
+from mdl_toolkit.options import COMMON, DATASET, FILES, VERIFY_HELP, ConversionOptions, HubOptions
 
 INFERENCE = Text("Inference options", "推理选项")
+MERGE = Text("Merge options", "合并选项")
 SCORING = Text("Scoring options", "评分选项")
 
 
@@ -109,6 +110,43 @@ class InferenceOptions(ConversionOptions):
         "What computes the answers: this toolkit, or vLLM (a merged model; needs the extra `vllm`).",
         "由什么计算回答：本工具，或 vLLM（需要合并后的模型与可选功能 vllm）。",
     )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions(HubOptions):
+    """Options of `merge`."""
+
+    COMMAND = "merge"
+    SUMMARY = Text(
+        "Merge an adapter into its base model: one model in the base model's format.",
+        "将适配器合并到基础模型中，输出与基础模型格式相同的完整模型。",
+    )
+    GROUPS = (MERGE, COMMON)
+
+    adapter: str = option(
+        NAME, REQUIRED, MERGE,
+        "The adapter: a folder written by train, a checkpoint of a run, or any LoRA of PEFT for this model.",
+        "适配器：train 输出的适配器目录、训练的检查点，或任何适用于该模型的 PEFT LoRA。",
+        positional=True,
+    )  # fmt: skip
+    output: str = option(
+        PATH, REQUIRED, MERGE,
+        "Folder for the merged model; an earlier merged model is replaced.",
+        "合并后模型的输出目录；现有的合并结果将被覆盖。",
+    )  # fmt: skip
+    model_name: str | None = option(
+        NAME, None, MERGE,
+        "The base model, where the adapter's record does not find it: a name on the hub, or a local folder.",
+        "基础模型的 Huggingface 名称或本地路径；未指定时使用适配器中记录的基础模型。",
+        nullable=True,
+    )  # fmt: skip
+    dtype: str | None = option(
+        choice("bfloat16", "float16", "float32"), None, MERGE,
+        "Numbers of the merged weights; the base model's if not given.",
+        "合并后权重的数据类型；未指定时与基础模型相同。",
+        nullable=True,
+    )  # fmt: skip
+    verify: bool = option(BOOLEAN, True, MERGE, *VERIFY_HELP)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,11 @@ from mdl_toolkit.dataset import Record
 from mdl_toolkit.errors import Problems, RowProblem
 from mdl_toolkit.manifest import Row
 from mdl_toolkit.options import ConversionOptions
+from mdl_toolkit.provenance import Prompts
 from mdl_toolkit.text_files import TextFiles
 
 PCM_BYTES = 2  # a 16-bit sample
+DIFFERENT = 2  # prompts: as many as it takes to know that they are not all the same
 
 
 @dataclass
@@ -30,6 +32,8 @@ class Tally:
         longest: samples of the longest clip.
         audio_tokens: positions that are audio.
         positions: how many rows have so many positions.
+        system_prompts: those of the rows, the first two different ones; empty and none are one.
+        user_prompts: likewise.
         padded: clips padded to one audio token.
         silent: clips with nothing to hear.
         clipped: clips that were recorded too loud.
@@ -44,6 +48,8 @@ class Tally:
     longest: int = 0
     audio_tokens: int = 0
     positions: dict[int, int] = field(default_factory=dict)
+    system_prompts: list[str | None] = field(default_factory=list)
+    user_prompts: list[str | None] = field(default_factory=list)
     padded: int = 0
     silent: int = 0
     clipped: int = 0
@@ -55,8 +61,8 @@ class Tally:
         """Count one row."""
         length = len(clip.samples)
         one = Tally(
-            1, length, length, length, audio_tokens, {positions: 1}, clip.padded, clip.silent,
-            clip.clipped,
+            1, length, length, length, audio_tokens, {positions: 1}, [row.system_prompt or None],
+            [row.user_prompt or None], clip.padded, clip.silent, clip.clipped,
         )  # fmt: skip
         if clip.truncated is not None:
             one.truncated.add(RowProblem(row.line, "audio", row.shown, clip.truncated))
@@ -70,6 +76,9 @@ class Tally:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for length, rows in other.positions.items():
             self.positions[length] = self.positions.get(length, 0) + rows
+        for name in ("system_prompts", "user_prompts"):
+            both = dict.fromkeys([*getattr(self, name), *getattr(other, name)])
+            setattr(self, name, [*both][:DIFFERENT])
         self.truncated.merge(other.truncated)
         self.problems.merge(other.problems)
 
@@ -80,6 +89,12 @@ class Tally:
             chat_template=files.template_fingerprint,
             system_prompt=options.system_prompt,
             user_prompt=options.user_prompt,
+            prompts=Prompts(
+                _only(self.system_prompts),
+                _only(self.user_prompts),
+                len(self.system_prompts) == DIFFERENT,
+                len(self.user_prompts) == DIFFERENT,
+            ),
             rows=self.rows,
             seconds=self.samples / SAMPLE_RATE,
             shortest_seconds=self.shortest / SAMPLE_RATE,
@@ -120,6 +135,11 @@ class Tally:
         positions = {int(length): int(rows) for length, rows in values["positions"].items()}
         lists = {name: _problems(values[name]) for name in ("truncated", "problems")}
         return cls(**{**values, "positions": positions, **lists})
+
+
+def _only(prompts: list[str | None]) -> str | None:
+    """The prompt of all rows, if it is one."""
+    return prompts[0] if len(prompts) == 1 else None
 
 
 def _problems(values: dict[str, Any]) -> Problems:

@@ -31,9 +31,8 @@ from mdl_toolkit.curve import plot
 from mdl_toolkit.dataset import ConvertedDataset
 from mdl_toolkit.distributed import World, joined
 from mdl_toolkit.errors import DatasetError, InputError
-from mdl_toolkit.export import export
 from mdl_toolkit.features import FeatureCache, check_frozen
-from mdl_toolkit.folders import BITSANDBYTES, check_trainable, find_model, need
+from mdl_toolkit.folders import BITSANDBYTES, check_trainable, find_model, lasting_name, need
 from mdl_toolkit.language import Text
 from mdl_toolkit.legacy import AnyDataset, LegacyDataset, is_legacy
 from mdl_toolkit.loading import best_device, choose_dtype, explaining_memory, load_model, quiet_libraries
@@ -43,7 +42,10 @@ from mdl_toolkit.metrics import METRICS
 from mdl_toolkit.option import spelling
 from mdl_toolkit.options import ConversionOptions
 from mdl_toolkit.outputs import check_apart, removing_empty, writing
-from mdl_toolkit.runlog import RunLog
+from mdl_toolkit.provenance import Provenance
+from mdl_toolkit.recomputing import Kept
+from mdl_toolkit.results import origin_of, write_result
+from mdl_toolkit.runlog import Pace, RunLog
 from mdl_toolkit.sampling import Sampling
 from mdl_toolkit.settings import SETTINGS_FILE, read_settings, to_yaml
 from mdl_toolkit.text_files import TextFiles, read_text_files
@@ -60,7 +62,7 @@ MEMORY_REMEDY = Text(
 ANY_TIME = frozenset(
     {
         "output", "resume_from_checkpoint", "num_workers", "tokenizing_batch_size", "download_cache",
-        "max_download_mb", "from_modelscope", "report_to", "cache_audio_features",
+        "max_download_mb", "from_modelscope", "report_to", "cache_audio_features", "verify",
     }
 )  # fmt: skip
 PRIVATE = ".dataset"  # in the output folder, while a run lasts: what its CSVs were converted to
@@ -118,13 +120,31 @@ def _prepare_and_run(options: TrainOptions, private: Path, resume: Checkpoint | 
             if world.is_first:
                 world.wait()
             with explaining_memory(MEMORY_REMEDY):
-                return _run(options, base, Encoder(files), train_set, eval_set, resume, world)
+                return _run(_plan(options, base, Encoder(files), train_set, eval_set, resume, world))
         finally:
             if world.is_first:
                 shutil.rmtree(private, ignore_errors=True)
 
 
-def _run(
+@dataclass(frozen=True)
+class _Run:
+    """What is known of a run before any weight is loaded."""
+
+    options: TrainOptions
+    base: Path
+    origin: Provenance
+    encoder: Encoder
+    train_set: AnyDataset
+    eval_set: AnyDataset | None
+    resume: Checkpoint | None
+    world: World
+    sampling: Sampling
+    schedule: Schedule
+    device: torch.device
+    dtype: torch.dtype
+
+
+def _plan(
     options: TrainOptions,
     base: Path,
     encoder: Encoder,
@@ -132,53 +152,68 @@ def _run(
     eval_set: AnyDataset | None,
     resume: Checkpoint | None,
     world: World,
-) -> TrainResult:
-    output = Path(options.output)
+) -> _Run:
     sampling = Sampling(
         train_set.positions, train_set.supervised, options.batch_size, options.gradient_accumulation_steps,
         world.size, options.seed,
     )  # fmt: skip
     schedule = Schedule.of(sampling.steps_per_epoch, options)
-    warn_of_idle_gpus(world.size)
-    device, dtype = best_device(), choose_dtype(options.bf16)
-    say_machine(device, dtype, options.quantization, world.size)
-    say_data(train_set, eval_set)
-    say_steps(options, sampling, schedule.total)
-    plan = plan_memory(base, options, sampling, train_set.samples, device, dtype)
+    origin = origin_of(options, base, train_set, eval_set)
+    return _Run(
+        options, base, origin, encoder, train_set, eval_set, resume, world, sampling, schedule,
+        best_device(), choose_dtype(options.bf16),
+    )  # fmt: skip
+
+
+def _run(run: _Run) -> TrainResult:
+    options, output = run.options, Path(run.options.output)
+    warn_of_idle_gpus(run.world.size)
+    say_machine(run.device, run.dtype, options.quantization, run.world.size)
+    say_data(run.train_set, run.eval_set)
+    say_steps(options, run.sampling, run.schedule.total)
+    plan = plan_memory(run.base, options, run.sampling, run.train_set.samples, run.device, run.dtype)
     say_memory(plan)
-    repeated = _repeated(options, schedule, train_set, eval_set)
-    cache = FeatureCache(output / PRIVATE / "features", options, base, world, repeated)
-    model, counts = _trainable_model(options, base, device, dtype)
-    say_targets(counts, model)
-    rows = cache.featured(train_set, model)
-    eval_rows = None if eval_set is None else cache.featured(eval_set, model)
-    with progress("training", "训练中", schedule.total) as shown:
-        trackers = Trackers(options, schedule.total)
-        watch = LossWatch(schedule.total, schedule.warmup, options.lr)
-        log = RunLog(output, shown, trackers, sampling, train_set.samples / SAMPLE_RATE, watch)
-        questions = _questions(options, eval_set, encoder, world)
-        trainer = Trainer(
-            model, options, schedule, sampling, rows, eval_rows, questions, Collator(encoder.pad_id),
-            world, log, device, dtype, plan.kept,
-        )  # fmt: skip
-        if resume is not None:
-            trainer.resume(resume)
-        _prepare_output(output, options, resume, world)
-        log.begin(trainer.step)
-        done = _train(trainer, resume)
-        pace = log.pace
-        log.close()
-    final = output / FINAL
-    if world.is_first:
-        export(base, _result(output, options, done, resume), final, options)
+    done, pace = _train(run, plan.kept)
+    # From here on the model that was trained is gone: what is written may be loaded to be looked at.
+    if run.world.is_first:
+        write_result(options, run.base, run.origin, done, run.resume, run.train_set)
         say_results(output, done.best.step, pace)
         plot(output)
-    world.wait()
+    run.world.wait()
+    final = output / FINAL
     say(
         f"done: {done.steps} steps; the result is in {final}",
         f"完成：{done.steps} 步；结果位于 {final}",
     )
     return TrainResult(final, done.steps, done.loss, done.eval_loss)
+
+
+def _train(run: _Run, kept: Kept) -> tuple[Outcome, Pace]:
+    """Load the model and train it; neither it nor its optimizer outlives the call."""
+    options, output, schedule = run.options, Path(run.options.output), run.schedule
+    repeated = _repeated(options, schedule, run.train_set, run.eval_set)
+    cache = FeatureCache(output / PRIVATE / "features", options, run.base, run.world, repeated)
+    model, counts = _trainable_model(options, run.base, run.device, run.dtype)
+    say_targets(counts, model)
+    rows = cache.featured(run.train_set, model)
+    eval_rows = None if run.eval_set is None else cache.featured(run.eval_set, model)
+    with progress("training", "训练中", schedule.total) as shown:
+        trackers = Trackers(options, schedule.total)
+        watch = LossWatch(schedule.total, schedule.warmup, options.lr)
+        log = RunLog(output, shown, trackers, run.sampling, run.train_set.samples / SAMPLE_RATE, watch)
+        questions = _questions(options, run.eval_set, run.encoder, run.world)
+        trainer = Trainer(
+            model, options, schedule, run.sampling, rows, eval_rows, questions, Collator(run.encoder.pad_id),
+            run.world, log, run.device, run.dtype, kept,
+        )  # fmt: skip
+        if run.resume is not None:
+            trainer.resume(run.resume)
+            _warn_finished(run.resume, schedule)
+        _prepare_output(run)
+        log.begin(trainer.step)
+        done = trainer.run()
+        log.close()
+        return done, log.pace
 
 
 def _repeated(
@@ -209,29 +244,12 @@ def _questions(
     return Questions(eval_set, rows, size, encoder, METRICS[options.eval_metric])
 
 
-def _result(output: Path, options: TrainOptions, done: Outcome, resume: Checkpoint | None) -> Path:
-    """The checkpoint that becomes the result: the last one, or with `--keep-best` the best."""
-    step = done.best.step if options.keep_best and done.best.step is not None else done.steps
-    if step != done.steps:
-        say(
-            f"the best evaluation was after step {step}: that is the result",
-            f"评估结果最好的是第 {step} 步：以该检查点作为结果",
+def _warn_finished(resume: Checkpoint, schedule: Schedule) -> None:
+    if resume.step >= schedule.total:
+        warn(
+            f"{resume.folder} is the end of its run: nothing was left to train, its result is written again",
+            f"{resume.folder} 已是训练的终点：没有需要继续训练的步骤，仅重新输出结果",
         )
-    found = output / f"checkpoint-{step}"
-    return found if resume is None or found.is_dir() else resume.folder
-
-
-def _train(trainer: Trainer, resume: Checkpoint | None) -> Outcome:
-    if resume is not None and resume.step >= trainer.schedule.total:
-        _warn_finished(resume.folder)
-    return trainer.run()
-
-
-def _warn_finished(resume: Path) -> None:
-    warn(
-        f"{resume} is the end of its run: nothing was left to train, its result is written again",
-        f"{resume} 已是训练的终点：没有需要继续训练的步骤，仅重新输出结果",
-    )
 
 
 # --- what a resumed run is compared with ---------------------------------------------------------------
@@ -333,21 +351,23 @@ def _warn_ignored(options: TrainOptions) -> None:
 # --- the model and the run -----------------------------------------------------------------------------
 
 
-def _prepare_output(output: Path, options: TrainOptions, resume: Checkpoint | None, world: World) -> None:
-    """Set aside what is not resumed, and write the settings down."""
-    if not world.is_first:
+def _prepare_output(run: _Run) -> None:
+    """Set aside what is not resumed, and write the settings down, and where the checkpoints come from."""
+    options, output = run.options, Path(run.options.output)
+    if not run.world.is_first:
         return
     output.mkdir(parents=True, exist_ok=True)
     _clear(output)
-    if options.resume_from_checkpoint is True and resume is None:
+    if options.resume_from_checkpoint is True and run.resume is None:
         warn(
             f"no complete checkpoint in {output}: starting afresh",
             f"{output} 中没有完整的检查点：从头开始训练",
         )
-    if place := set_aside(output, resume):
+    if place := set_aside(output, run.resume):
         say(f"what an earlier run left is now in {place}", f"先前训练的产物已移至 {place}")
     with writing(str(output), InputError):
         (output / SETTINGS_FILE).write_text(to_yaml(options), encoding="utf-8")
+        run.origin.write(output)
 
 
 def _clear(output: Path) -> None:
@@ -365,7 +385,7 @@ def _trainable_model(
     quiet_libraries()
     torch.manual_seed(options.seed)
     model = load_model(base, dtype=dtype, device=device, quantization=options.quantization)
-    name = str(base.resolve()) if Path(options.model_name).is_dir() else options.model_name
+    name = lasting_name(options.model_name, base)
     return add_adapters(
         model, options.train_target, rank=options.lora_rank, alpha=options.lora_alpha,
         dropout=options.lora_dropout, base_name=name,

@@ -19,7 +19,7 @@ from mdl_toolkit.kinds import (
 )  # fmt: skip
 from mdl_toolkit.language import Text
 from mdl_toolkit.option import REQUIRED, option
-from mdl_toolkit.options import COMMON, DATASET, DEFAULT_MODEL, MODEL_HELP, ConversionOptions
+from mdl_toolkit.options import COMMON, DATASET, DEFAULT_MODEL, MODEL_HELP, VERIFY_HELP, ConversionOptions
 
 TRAINING = Text("Training options", "训练选项")
 MEMORY = Text("Memory options", "显存选项")
@@ -197,3 +197,4 @@ class TrainOptions(ConversionOptions):
         "Write a full model in the base model's format; false: only the adapter and fully trained weights.",
         "是否合并 LoRA 并输出与原始模型格式相同的完整模型；false 时只输出适配器和被完整训练的权重。",
     )  # fmt: skip
+    verify: bool = option(BOOLEAN, True, CHECKPOINTS, *VERIFY_HELP)

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
+from transformers.models.qwen2.modeling_qwen2 import rotate_half
 
+Rotary = tuple[Tensor, Tensor]  # cosines and sines, each `[rows or 1, positions, head size]`
 GROWTH = 64  # positions; the store grows by at least so many
 TOKENS_AT_ONCE = 512  # of choices that are scored
 MOST_LOGITS = 2**26  # that exist at once meanwhile: 256 MiB in float32
@@ -54,16 +55,29 @@ class DecodingBatch:
         Returns:
             Logits for each row's next token, `[rows, vocabulary]`.
         """
-        width = embeddings.shape[1]
-        rotary = self._rotary(embeddings, torch.arange(width).unsqueeze(0))
-        first, x = len(self), embeddings
-        for number, layer in enumerate(self._layers):
-            q, k, v = self._project(layer, x, rotary)
+        first, x, width = len(self), embeddings, embeddings.shape[1]
+        rotary = self._rotary(x, torch.arange(width).unsqueeze(0))
+        *lower, top = enumerate(self._layers)
+        for number, layer in lower:
+            normed = layer.input_layernorm(x)
+            k, v = _keys_values(layer, normed, rotary)
             self._store(number, k, v, first, places, need)
-            x = self._finish(layer, x, self._attend_causally(layer, q, k, v))
+            x = _finish(layer, x, _attend_causally(layer, _queries(layer, normed, rotary), k, v))
         self.lengths += lengths
-        last = torch.tensor(lengths, device=x.device) - 1
-        return self._head(x[torch.arange(len(lengths), device=x.device), last])
+        return self._admit_to(*top, x, rotary, first, places, need)
+
+    def _admit_to(
+        self, number: int, layer: Any, x: Tensor, rotary: Rotary, first: int, places: int, need: int
+    ) -> Tensor:
+        """The last layer, of which only keys, values and each row's last position are needed."""
+        normed = layer.input_layernorm(x)
+        k, v = _keys_values(layer, normed, rotary)
+        self._store(number, k, v, first, places, need)
+        last = torch.tensor(self.lengths[first:], device=x.device).unsqueeze(1) - 1
+        rows = torch.arange(len(x), device=x.device).unsqueeze(1)
+        q = _queries(layer, normed[rows, last], (rotary[0][0, last], rotary[1][0, last]))
+        seen = _seen(last, torch.arange(x.shape[1], device=x.device), _window(layer))
+        return self._head(_finish(layer, x[rows, last], _attend(q, k, v, _additive(seen, q.dtype)))[:, 0])
 
     @torch.inference_mode()
     def step(self, ids: Tensor) -> Tensor:
@@ -82,11 +96,11 @@ class DecodingBatch:
         rows = torch.arange(len(self), device=device)
         rotary, masks = self._rotary(x, ends.unsqueeze(1)), self._masks(ends, x.dtype)
         for number, layer in enumerate(self._layers):
-            q, k, v = self._project(layer, x, rotary)
+            q, k, v = _project(layer, x, rotary)
             keys, values = self._stores[number]
             keys[rows, :, ends], values[rows, :, ends] = k[:, :, 0], v[:, :, 0]
             seen = (slice(len(self)), slice(None), slice(max(self.lengths) + 1))
-            x = self._finish(layer, x, _attend(q, keys[seen], values[seen], masks[_window(layer)]))
+            x = _finish(layer, x, _attend(q, keys[seen], values[seen], masks[_window(layer)]))
         self.lengths = [length + 1 for length in self.lengths]
         return self._head(x[:, 0])
 
@@ -155,43 +169,15 @@ class DecodingBatch:
         for number, layer in enumerate(self._layers):
             window = _window(layer)
             seen = is_there if window is None else is_there & (places > positions.unsqueeze(2) - window)
-            q, k, v = self._project(layer, x, rotary)
+            q, k, v = _project(layer, x, rotary)
             keys, values = (store[:rows, :, :width] for store in self._stores[number])
             mask = _additive(seen.unsqueeze(1), q.dtype)
-            x = self._finish(layer, x, _attend(q, torch.cat([keys, k], 2), torch.cat([values, v], 2), mask))
+            x = _finish(layer, x, _attend(q, torch.cat([keys, k], 2), torch.cat([values, v], 2), mask))
         return x
 
-    # --- one layer ---
-
-    def _rotary(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def _rotary(self, x: Tensor, positions: Tensor) -> Rotary:
         cos, sin = self._decoder.model.rotary_emb(x, positions.to(x.device))
         return cos, sin
-
-    def _project(self, layer: Any, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each `[rows, heads, positions, head size]`."""
-        attention, x = layer.self_attn, layer.input_layernorm(x)
-        split = (*x.shape[:-1], -1, attention.head_dim)
-        q, k, v = (getattr(attention, f"{name}_proj")(x).view(split) for name in "qkv")
-        if hasattr(attention, "q_norm"):  # Qwen3
-            q, k = attention.q_norm(q), attention.k_norm(k)
-        q, k = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *rotary)
-        return q, k, v.transpose(1, 2)
-
-    def _finish(self, layer: Any, x: Tensor, attended: Tensor) -> Tensor:
-        """The rest of a layer; `attended` as `[rows, heads, positions, head size]`."""
-        x = x + layer.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
-        return x + layer.mlp(layer.post_attention_layernorm(x))
-
-    def _attend_causally(self, layer: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention among a row's own positions: padding on the right is seen by nobody before it."""
-        window, width = _window(layer), q.shape[2]
-        if window is None or width <= window:
-            groups = q.shape[1] // k.shape[1]
-            k, v = (part.repeat_interleave(groups, 1) if groups > 1 else part for part in (k, v))
-            return functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        place = torch.arange(width, device=q.device)
-        behind = place.unsqueeze(1) - place
-        return _attend(q, k, v, _additive(((behind >= 0) & (behind < window))[None, None], q.dtype))
 
     def _head(self, states: Tensor) -> Tensor:
         logits: Tensor = self._decoder.lm_head(self._decoder.model.norm(states))
@@ -200,14 +186,11 @@ class DecodingBatch:
     def _masks(self, ends: Tensor, dtype: torch.dtype) -> dict[int | None, Tensor | None]:
         """By window, what each row's new token sees: `[rows, 1, 1, positions]`, None for everything."""
         longest = max(self.lengths) + 1
-        place = torch.arange(longest, device=ends.device)
+        place, last = torch.arange(longest, device=ends.device), ends.unsqueeze(1)
         masks: dict[int | None, Tensor | None] = {}
         for window in {_window(layer) for layer in self._layers}:
-            seen = place <= ends.unsqueeze(1)
-            if window is not None:
-                seen = seen & (place > ends.unsqueeze(1) - window)
             is_all = min(self.lengths) + 1 == longest and (window is None or longest <= window)
-            masks[window] = None if is_all else _additive(seen[:, None, None], dtype)
+            masks[window] = None if is_all else _additive(_seen(last, place, window), dtype)
         return masks
 
     # --- the store ---
@@ -235,6 +218,59 @@ class DecodingBatch:
         for new, old in zip(larger, (keys, values), strict=True):
             new[:, :, : old.shape[2]] = old
         self._stores[number] = larger
+
+
+# --- one layer -----------------------------------------------------------------------------------------
+
+
+def _project(layer: Any, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, each `[rows, heads, positions, head size]`."""
+    normed = layer.input_layernorm(x)
+    return _queries(layer, normed, rotary), *_keys_values(layer, normed, rotary)
+
+
+def _queries(layer: Any, normed: Tensor, rotary: Rotary) -> Tensor:
+    return _turned(_heads(layer, normed, "q"), rotary)
+
+
+def _keys_values(layer: Any, normed: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+    return _turned(_heads(layer, normed, "k"), rotary), _heads(layer, normed, "v")
+
+
+def _heads(layer: Any, normed: Tensor, name: str) -> Tensor:
+    attention = layer.self_attn
+    split = getattr(attention, f"{name}_proj")(normed).unflatten(-1, (-1, attention.head_dim))
+    norm = getattr(attention, f"{name}_norm", None)  # Qwen3 has two
+    return (split if norm is None else norm(split)).transpose(1, 2)
+
+
+def _turned(x: Tensor, rotary: Rotary) -> Tensor:
+    """Turned by the angles of their positions (RoFormer, arXiv 2104.09864)."""
+    cos, sin = rotary
+    return x * cos.unsqueeze(1) + rotate_half(x) * sin.unsqueeze(1)
+
+
+def _finish(layer: Any, x: Tensor, attended: Tensor) -> Tensor:
+    """The rest of a layer; `attended` as `[rows, heads, positions, head size]`."""
+    x = x + layer.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
+    return x + layer.mlp(layer.post_attention_layernorm(x))
+
+
+def _attend_causally(layer: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention among a row's own positions: padding on the right is seen by nobody before it."""
+    window, width = _window(layer), q.shape[2]
+    if window is None or width <= window:
+        groups = q.shape[1] // k.shape[1]
+        k, v = (part.repeat_interleave(groups, 1) if groups > 1 else part for part in (k, v))
+        return functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    place = torch.arange(width, device=q.device)
+    return _attend(q, k, v, _additive(_seen(place.unsqueeze(0), place, window), q.dtype))
+
+
+def _seen(query: Tensor, key: Tensor, window: int | None) -> Tensor:
+    """Whether positions `[rows, queries]` see positions `[keys]`: `[rows, 1, queries, keys]`."""
+    behind = query[:, None, :, None] - key
+    return behind >= 0 if window is None else (behind >= 0) & (behind < window)
 
 
 def _window(layer: Any) -> int | None:

@@ -1,0 +1,91 @@
+"""What a run leaves as its result: which checkpoint it is, where it comes from, and the folder `final/`."""
+
+from pathlib import Path
+
+from mdl_toolkit.audio import SAMPLE_RATE
+from mdl_toolkit.card import About
+from mdl_toolkit.checkpoints import FINAL, LOG, Checkpoint
+from mdl_toolkit.console import say
+from mdl_toolkit.dataset import ConvertedDataset
+from mdl_toolkit.export import export_adapter, export_merged
+from mdl_toolkit.folders import lasting_name
+from mdl_toolkit.legacy import AnyDataset
+from mdl_toolkit.proof import some_rows
+from mdl_toolkit.provenance import Base, Prompts, Provenance
+from mdl_toolkit.runlog import read_log
+from mdl_toolkit.settings import to_yaml
+from mdl_toolkit.trainer import Outcome
+from mdl_toolkit.training_options import TrainOptions
+
+HOUR = 3600.0
+
+
+def origin_of(
+    options: TrainOptions, base: Path, train_set: AnyDataset, eval_set: AnyDataset | None
+) -> Provenance:
+    """Where a run's checkpoints and result come from.
+
+    Raises:
+        ModelError: the base's weights are damaged.
+    """
+    data = _amount(train_set, "")
+    if eval_set is not None:
+        data |= _amount(eval_set, "evaluation_")
+    return Provenance(Base.of(base, lasting_name(options.model_name, base)), _prompts_of(train_set), data)
+
+
+def _amount(dataset: AnyDataset, prefix: str) -> dict[str, float]:
+    hours = float(dataset.samples.sum()) / SAMPLE_RATE / HOUR
+    return {f"{prefix}rows": len(dataset), f"{prefix}hours": float(f"{hours:.4g}")}
+
+
+def _prompts_of(dataset: AnyDataset) -> Prompts:
+    """Of a dataset that 0.1.0 converted nothing is known."""
+    return dataset.record.prompts if isinstance(dataset, ConvertedDataset) else Prompts()
+
+
+def write_result(
+    options: TrainOptions,
+    base: Path,
+    origin: Provenance,
+    done: Outcome,
+    resume: Checkpoint | None,
+    train_set: AnyDataset,
+) -> Path:
+    """Write `final/`, merged or not.
+
+    Raises:
+        ToolkitError: the result cannot be written, or is not what was trained; the checkpoints stay.
+    """
+    output = Path(options.output)
+    final, checkpoint = output / FINAL, _chosen(output, options, done, resume)
+    about = About(origin.measured(_metrics(output, checkpoint, done)), options, to_yaml(options))
+    if options.merge_lora:
+        samples = some_rows(train_set) if options.verify else ()
+        export_merged(base, checkpoint, final, about, samples=samples)
+    else:
+        export_adapter(base, checkpoint, final, about)
+    return final
+
+
+def _chosen(output: Path, options: TrainOptions, done: Outcome, resume: Checkpoint | None) -> Path:
+    """The checkpoint that becomes the result: the last one, or with `--keep-best` the best."""
+    step = done.best.step if options.keep_best and done.best.step is not None else done.steps
+    if step != done.steps:
+        say(
+            f"the best evaluation was after step {step}: that is the result",
+            f"评估结果最好的是第 {step} 步：以该检查点作为结果",
+        )
+    found = output / f"checkpoint-{step}"
+    return found if resume is None or found.is_dir() else resume.folder
+
+
+def _metrics(output: Path, checkpoint: Path, done: Outcome) -> dict[str, float]:
+    """Steps, the loss, and the last evaluation of the checkpoint, from the run's log."""
+    step = int(checkpoint.name.rpartition("-")[2])
+    try:
+        lines = [line for line in read_log(output / LOG) if "eval_loss" in line and line["step"] == step]
+    except OSError:  # it could not be written, which was said
+        lines = []
+    scores = {name: value for line in lines[-1:] for name, value in line.items() if name.startswith("eval_")}
+    return {"steps": step, "training_loss": done.loss, **scores}
