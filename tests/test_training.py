@@ -24,8 +24,9 @@ from mdl_toolkit.loading import load_model, quiet_peft
 from mdl_toolkit.options import ConvertOptions
 from mdl_toolkit.runlog import read_log
 from mdl_toolkit.sampling import Sampling
+from mdl_toolkit.schedule import Schedule
 from mdl_toolkit.settings import read_settings
-from mdl_toolkit.trainer import Schedule, Trainer
+from mdl_toolkit.trainer import Trainer
 from mdl_toolkit.training import train
 from mdl_toolkit.training_options import TrainOptions
 from runs import ANSWERS, copy_checkpoint, files_below, make_csv, make_rows, train_options, write_csv

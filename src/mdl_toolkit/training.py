@@ -47,11 +47,12 @@ from mdl_toolkit.recomputing import Kept
 from mdl_toolkit.results import origin_of, write_result
 from mdl_toolkit.runlog import Pace, RunLog
 from mdl_toolkit.sampling import Sampling
+from mdl_toolkit.schedule import Schedule
 from mdl_toolkit.settings import SETTINGS_FILE, read_settings, to_yaml
 from mdl_toolkit.text_files import TextFiles, read_text_files
 from mdl_toolkit.tokens import Encoder
 from mdl_toolkit.trackers import Trackers, check_trackers
-from mdl_toolkit.trainer import Outcome, Schedule, Trainer, check_steps
+from mdl_toolkit.trainer import Outcome, Trainer, check_steps
 from mdl_toolkit.training_options import TrainOptions
 
 MEMORY_REMEDY = Text(
