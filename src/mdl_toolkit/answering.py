@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mdl_toolkit.batching import Featured, Prompts, prompts_of
+from mdl_toolkit.batching import Featured, PromptBatch, prompts_of
 from mdl_toolkit.dataset import Sample
 from mdl_toolkit.legacy import AnyDataset
 from mdl_toolkit.metrics import Metric
@@ -159,8 +159,8 @@ def base_model(model: Any) -> Any:
 
 
 @torch.inference_mode()
-def embedded(model: Any, prompts: Prompts) -> Tensor:
-    """Prompts with their recordings' features, `[rows, longest, hidden_size]`, padded on the right."""
+def embedded(model: Any, prompts: PromptBatch) -> Tensor:
+    """PromptBatch with their recordings' features, `[rows, longest, hidden_size]`, padded on the right."""
     there = {name: value.to(model.device) for name, value in prompts.tensors.items()}
     embeddings: Tensor = model.fuse(
         there["input_ids"], there.get("input_values"), there["audio_length"], there.get("audio_features")
@@ -220,13 +220,14 @@ class Questions:
                 sample = self.dataset[row]
                 reference = sample.labels[sample.labels != IGNORE_INDEX]
                 references[row] = self.encoder.decode(reference.tolist())
-                yield Question(row, _prompt(sample), 2 * len(reference) + ROOM)
+                yield Question(row, prompt_of(sample), 2 * len(reference) + ROOM)
 
         for row, text in Answerer(model, self.encoder, self.batch_size).answers(questions()):
             yield references.pop(row), text
 
 
-def _prompt(sample: Sample) -> Sample:
-    """A training row without its answer."""
-    end = int(np.flatnonzero(sample.labels != IGNORE_INDEX)[0])
+def prompt_of(sample: Sample) -> Sample:
+    """A row without its answer, if it has one."""
+    answered = np.flatnonzero(sample.labels != IGNORE_INDEX)
+    end = int(answered[0]) if len(answered) else len(sample.labels)
     return replace(sample, input_ids=sample.input_ids[:end], labels=sample.labels[:end])

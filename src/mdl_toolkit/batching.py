@@ -69,7 +69,7 @@ class Batch(_Text, total=False):
 
 
 @dataclass(frozen=True)
-class Prompts:
+class PromptBatch:
     """Rows that are to be answered.
 
     Attributes:
@@ -82,11 +82,11 @@ class Prompts:
     lengths: list[int]
 
 
-def prompts_of(samples: Sequence[Sample | Featured], pad_id: int) -> Prompts:
+def prompts_of(samples: Sequence[Sample | Featured], pad_id: int) -> PromptBatch:
     """Put rows together; nothing of the padding on the right is ever seen by what is before it."""
     ids = [sample.input_ids for sample in samples]
     padded = torch.from_numpy(_right(ids, np.int64, pad_id))
-    return Prompts({"input_ids": padded, **_audio(samples)}, [len(row) for row in ids])
+    return PromptBatch({"input_ids": padded, **_audio(samples)}, [len(row) for row in ids])
 
 
 @dataclass(frozen=True)

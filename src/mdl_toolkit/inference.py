@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from mdl_toolkit import __version__
 from mdl_toolkit.answering import JOINING
 from mdl_toolkit.answers import Journal, write_table
+from mdl_toolkit.briefing import warn_of_idle_gpus
 from mdl_toolkit.choices import columns_of, read_choices
 from mdl_toolkit.console import progress, say
 from mdl_toolkit.conversion import PLAN_FILE, read_rows
@@ -24,13 +25,14 @@ from mdl_toolkit.distributed import World, joined
 from mdl_toolkit.engines import check_engine, make_engine
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.folders import ADAPTER_CONFIG, find_model
-from mdl_toolkit.inputs import KEEP, Inputs, convert_inputs, open_inputs
+from mdl_toolkit.inputs import KEEP, Inputs, convert_inputs, open_inputs, prompted
 from mdl_toolkit.language import Text
 from mdl_toolkit.listing import is_listing, list_recordings, write_listing
 from mdl_toolkit.loader import Loader
 from mdl_toolkit.loading import base_of, explaining_memory
 from mdl_toolkit.manifest import Manifest, Row
 from mdl_toolkit.outputs import removing_empty
+from mdl_toolkit.provenance import read_provenance
 from mdl_toolkit.result_options import InferenceOptions
 from mdl_toolkit.settings import SETTINGS_FILE, to_yaml
 from mdl_toolkit.text_files import read_text_files
@@ -117,6 +119,8 @@ class _Inference:
         # Of a local folder everything is here to be checked at once; of a hub's, weights wait for the rows.
         folder = self._find(weights=Path(self.options.model_name).is_dir())
         encoder = Encoder(read_text_files(folder))
+        if (origin := read_provenance(folder)) is not None:
+            manifest = prompted(manifest, origin.prompts)
         inputs = self._inputs(manifest, encoder)
         if self.world.is_first:
             self._begin(inputs)
@@ -188,6 +192,7 @@ class _Inference:
         with explaining_memory(MEMORY_REMEDY), progress("answering", "推理中", len(mine)) as shown:
             if not len(mine):
                 return
+            warn_of_idle_gpus(self.world.size, self.options.COMMAND)
             engine = make_engine(self.options, encoder, self.choices)
             group = max(1, self.options.batch_size // JOINING)
             loader = Loader(lambda rows: [inputs.question(int(row)) for row in rows], THREADS)

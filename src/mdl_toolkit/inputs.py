@@ -1,18 +1,21 @@
 """What an inference is asked: the input's rows, converted, with room for an answer or a reason for none."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mdl_toolkit.answering import Question
+from mdl_toolkit.console import say, warn
 from mdl_toolkit.conversion import convert_rows, left_out
 from mdl_toolkit.dataset import ConvertedDataset
 from mdl_toolkit.errors import RowProblem, RowsError
 from mdl_toolkit.inspection import too_long
-from mdl_toolkit.manifest import Manifest, Row
+from mdl_toolkit.language import Text
+from mdl_toolkit.manifest import SYSTEM, USER, Manifest, Row
+from mdl_toolkit.provenance import Prompts
 from mdl_toolkit.result_options import InferenceOptions
 from mdl_toolkit.tokens import Encoder
 
@@ -114,3 +117,56 @@ def _tight(inputs: Inputs, max_length: int, least: int) -> Iterator[RowProblem]:
     for row in inputs.manifest.rows_unseen() if short else ():
         if row.line in short:
             yield RowProblem(row.line, "audio", row.shown, too_long(short[row.line], max_length, least))
+
+
+# --- the prompts of the training -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One of the two prompts: its name in the record of a training, its column, and what users call it."""
+
+    name: str
+    column: str
+    text: Text
+
+
+KINDS = (
+    Kind("system", SYSTEM, Text("system prompt", "系统提示词")),
+    Kind("user", USER, Text("user prompt", "用户提示词")),
+)
+
+
+def prompted(manifest: Manifest, trained: Prompts) -> Manifest:
+    """The rows with the training's prompts where none are given; others are warned of (rule 41)."""
+    for kind in KINDS:
+        prompt, given = getattr(trained, kind.name), getattr(manifest.defaults, kind.column)
+        if given is None and kind.column not in manifest.columns and prompt:
+            say(
+                f"{kind.text.en}: that of the training is used: {_shown(prompt)}",
+                f"{kind.text.zh}：使用训练时的提示词：{_shown(prompt)}",
+            )
+            manifest = replace(manifest, defaults=replace(manifest.defaults, **{kind.column: prompt}))
+        elif not getattr(trained, f"{kind.name}_differs"):
+            _warn_other(manifest, kind, prompt)
+    return manifest
+
+
+def _warn_other(manifest: Manifest, kind: Kind, prompt: str | None) -> None:
+    others = [
+        row for row in manifest.rows_unseen() if (getattr(row, kind.column) or None) != (prompt or None)
+    ]
+    if others:
+        theirs = _shown(getattr(others[0], kind.column))
+        warn(
+            f"{kind.text.en}: {len(others)} rows have another one than the training (line {others[0].line}: "
+            f"{theirs}; the training: {_shown(prompt)}); answers may be worse",
+            f"{kind.text.zh}：{len(others)} 行与训练时不同（第 {others[0].line} 行：{theirs}；"
+            f"训练时：{_shown(prompt)}）；回答可能变差",
+        )
+
+
+def _shown(prompt: str | None, most: int = 60) -> str:
+    if not prompt:
+        return str(Text("none", "无"))
+    return repr(prompt if len(prompt) <= most else prompt[: most - 1] + "…")

@@ -168,7 +168,7 @@ def _plan(
 
 def _run(run: _Run) -> TrainResult:
     options, output = run.options, Path(run.options.output)
-    warn_of_idle_gpus(run.world.size)
+    warn_of_idle_gpus(run.world.size, options.COMMAND)
     say_machine(run.device, run.dtype, options.quantization, run.world.size)
     say_data(run.train_set, run.eval_set)
     say_steps(options, run.sampling, run.schedule.total)

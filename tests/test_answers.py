@@ -1,0 +1,441 @@
+"""Inference that loses nothing: kept answers, rows without one, the training's prompts, several processes."""
+
+import csv
+import json
+import os
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fleet import fleet, start_ranks
+from mdl_toolkit import engines
+from mdl_toolkit.answering import Answerer
+from mdl_toolkit.answers import Journal
+from mdl_toolkit.errors import InputError, ModelError, RowsError, UsageError
+from mdl_toolkit.inference import infer
+from mdl_toolkit.inputs import WINDOW
+from mdl_toolkit.result_options import InferenceOptions
+from mdl_toolkit.settings import as_command
+from mdl_toolkit.training import train
+from runs import copy_checkpoint, files_below, make_csv, make_rows, train_options, write_csv
+
+
+@pytest.fixture
+def model(golden, tmp_path):
+    return copy_checkpoint(golden, "A-small", tmp_path)
+
+
+def options(source, model, output, **changes):
+    settings = {"batch_size": 4, "max_length": 90, "num_workers": 1}
+    return InferenceOptions(
+        input=str(source), output=str(output), model_name=str(model), **{**settings, **changes}
+    )
+
+
+def table(path):
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def stop_after(monkeypatch, count, problem=KeyboardInterrupt):
+    """Let the engine fail when it has given so many answers; what it was asked is kept."""
+    asked, answers = [], Answerer.answers
+
+    def some(self, questions):
+        def noted():
+            for question in questions:
+                asked.append(question.key)
+                yield question
+
+        for number, answer in enumerate(answers(self, noted())):
+            if number == count:
+                raise problem
+            yield answer
+
+    monkeypatch.setattr(Answerer, "answers", some)
+    return asked
+
+
+# --- the journal ---------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_where_it_stopped_and_computes_no_row_twice(model, tmp_path, monkeypatch, capsys):
+    source = make_csv(tmp_path, 14)
+    whole = infer(options(source, model, tmp_path / "whole.csv"))
+    with monkeypatch.context() as context:
+        stop_after(context, 5)
+        with pytest.raises(KeyboardInterrupt):
+            infer(options(source, model, tmp_path / "out.csv"))
+    assert not (tmp_path / "out.csv").exists()
+    kept = set(Journal(tmp_path / "out.csv").answers())
+    assert len(kept) == 5
+    assert "5 rows are answered" in capsys.readouterr().err
+    asked = stop_after(monkeypatch, 99)
+    assert infer(options(source, model, tmp_path / "out.csv", batch_size=3)) == whole
+    assert sorted(asked) == sorted({*range(14)} - kept)
+    assert "5 of 14 rows are answered already" in capsys.readouterr().err
+    assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    assert not [*tmp_path.glob(".out*")]
+
+
+@pytest.mark.parametrize("change", ["prompt", "row", "audio", "length", "weights", "beams"])
+def test_answers_of_another_run_are_not_taken_over(model, tmp_path, monkeypatch, change):
+    rows = make_rows(tmp_path / "audio", 6)
+    source = write_csv(tmp_path / "in.csv", rows)
+    first = options(source, model, tmp_path / "out.csv")
+    with monkeypatch.context() as context:
+        stop_after(context, 3)
+        with pytest.raises(KeyboardInterrupt):
+            infer(first)
+    later = first
+    if change == "prompt":
+        later = replace(first, system_prompt="Listen.")
+    elif change == "row":
+        rows[0]["user_prompt"] = "And this?"
+        write_csv(source, rows)
+    elif change == "audio":
+        make_rows(tmp_path / "other", 1, seed=5)
+        (tmp_path / "other/clip-5-0.wav").replace(rows[5]["audio"])
+    elif change == "length":
+        later = replace(first, max_length=80)
+    elif change == "weights":
+        os.utime(model / "model.safetensors", (0, 0))
+    else:
+        later = replace(first, temperature=1.5)
+    asked = stop_after(monkeypatch, 99)
+    infer(later)
+    assert sorted(asked) == [*range(6)]
+
+
+def test_a_line_that_was_not_finished_is_answered_again(model, tmp_path, monkeypatch):
+    source = make_csv(tmp_path, 6)
+    whole = infer(options(source, model, tmp_path / "whole.csv"))
+    with monkeypatch.context() as context:
+        stop_after(context, 4)
+        with pytest.raises(KeyboardInterrupt):
+            infer(options(source, model, tmp_path / "out.csv"))
+    (file,) = Journal(tmp_path / "out.csv").path.glob("answers-*.jsonl")
+    text = file.read_text(encoding="utf-8").rstrip("\n")
+    file.write_text(text[:-5], encoding="utf-8")
+    asked = stop_after(monkeypatch, 99)
+    assert infer(options(source, model, tmp_path / "out.csv")) == whole
+    assert len(asked) == 3
+
+
+def test_two_runs_into_one_output(model, tmp_path):
+    journal = Journal(tmp_path / "out.csv")
+    with journal.locked(), pytest.raises(InputError, match="another inference is writing it"):
+        infer(options(make_csv(tmp_path, 2), model, tmp_path / "out.csv"))
+    assert journal.path.exists()
+
+
+def test_a_failure_before_the_first_answer_leaves_nothing(model, tmp_path, monkeypatch):
+    stop_after(monkeypatch, 0, RuntimeError("broken"))
+    source = make_csv(tmp_path, 3)
+    before = files_below(tmp_path)
+    with pytest.raises(RuntimeError, match="broken"):
+        infer(options(source, model, tmp_path / "new/out.csv"))
+    assert files_below(tmp_path) == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_first_answer_comes_within_two_batches(model, tmp_path, monkeypatch):
+    """However many rows there are; each window is a part of the file."""
+    rows = make_rows(tmp_path / "audio", 12) * 20
+    source = write_csv(tmp_path / "in.csv", rows)
+    asked = stop_after(monkeypatch, 1)
+    with pytest.raises(KeyboardInterrupt):
+        infer(options(source, model, tmp_path / "out.csv", max_new_tokens=9))
+    assert len(asked) <= 2 * 4
+    assert max(asked) < WINDOW * 4
+
+
+# --- rows without an answer ----------------------------------------------------------------------------
+
+
+def spoil(tmp_path):
+    """Nine rows: one of text, one that is missing, one without a path, one too long, five good ones."""
+    rows = [{"id": str(number), **row} for number, row in enumerate(make_rows(tmp_path / "audio", 9))]
+    (tmp_path / "text.wav").write_text("this is text")
+    rows[1]["audio"] = str(tmp_path / "text.wav")
+    rows[3]["audio"] = str(tmp_path / "missing.wav")
+    rows[6]["audio"] = ""
+    rows[7]["user_prompt"] = "long " * 80
+    return rows
+
+
+def test_kept_rows_say_why_they_have_no_answer(model, tmp_path):
+    rows = spoil(tmp_path)
+    good = [row for number, row in enumerate(rows) if number not in (1, 3, 6, 7)]
+    expected = infer(options(write_csv(tmp_path / "good.csv", good), model, tmp_path / "good-out.csv"))
+    source = write_csv(tmp_path / "in.csv", rows)
+    with pytest.raises(InputError, match="4 of its rows have no prediction"):
+        infer(options(source, model, tmp_path / "out.csv", on_error="keep"))
+    found = table(tmp_path / "out.csv")
+    assert [row["id"] for row in found] == [row["id"] for row in rows]
+    assert [row["prediction"] for row in found if not row["error"]] == expected
+    reasons = {number: row["error"] for number, row in enumerate(found) if row["error"]}
+    assert {*reasons} == {1, 3, 6, 7}
+    assert all(not found[number]["prediction"] for number in reasons)
+    for number, words in {1: "not a recording", 3: "not found", 6: "empty", 7: "at least"}.items():
+        assert words in reasons[number]
+    assert not [*tmp_path.glob(".out*")]
+
+
+def test_kept_rows_are_not_decoded_again_when_a_run_goes_on(model, tmp_path, monkeypatch):
+    source = write_csv(tmp_path / "in.csv", spoil(tmp_path))
+    kept = options(source, model, tmp_path / "out.csv", on_error="keep")
+    with monkeypatch.context() as context:
+        stop_after(context, 2)
+        with pytest.raises(KeyboardInterrupt):
+            infer(kept)
+    journal = Journal(tmp_path / "out.csv")
+    stamp = (journal.dataset / "state.json").stat().st_mtime_ns
+    stop_after(monkeypatch, 3, RuntimeError)  # three are left, and this would be the fourth
+    with pytest.raises(InputError, match="4 of its rows"):
+        infer(kept)
+    assert not journal.path.exists()
+    assert stamp
+
+
+def test_stopping_is_the_default_and_leaves_nothing(model, tmp_path):
+    source = write_csv(tmp_path / "in.csv", spoil(tmp_path))
+    before = files_below(tmp_path)
+    with pytest.raises(RowsError) as caught:
+        infer(options(source, model, tmp_path / "out.csv"))
+    assert [problem.line for problem in caught.value.problems] == [3, 5, 8]
+    assert files_below(tmp_path) == before
+
+
+def test_keeping_with_nothing_wrong_has_an_empty_column(model, tmp_path):
+    source = make_csv(tmp_path, 2)
+    plain = infer(options(source, model, tmp_path / "plain.csv"))
+    assert infer(options(source, model, tmp_path / "out.csv", on_error="keep")) == plain
+    assert [row["error"] for row in table(tmp_path / "out.csv")] == ["", ""]
+
+
+def test_keeping_with_nothing_right(model, tmp_path):
+    rows = [row for number, row in enumerate(spoil(tmp_path)) if number in (1, 3)]
+    with pytest.raises(InputError, match="2 of its rows have no prediction"):
+        infer(options(write_csv(tmp_path / "in.csv", rows), model, tmp_path / "out.csv", on_error="keep"))
+    assert all(row["error"] for row in table(tmp_path / "out.csv"))
+
+
+def test_rows_whose_cells_are_wrong_cannot_be_kept(model, tmp_path):
+    row = make_rows(tmp_path / "audio", 1)[0]
+    source = tmp_path / "in.csv"
+    source.write_text(f"audio,id\n{row['audio']},1\n{row['audio']},2,3\n", encoding="utf-8")
+    with pytest.raises(RowsError, match="3 cells"):
+        infer(options(source, model, tmp_path / "out.csv", on_error="keep"))
+    assert not (tmp_path / "out.csv").exists()
+
+
+# --- what is asked -------------------------------------------------------------------------------------
+
+
+def test_a_folder_or_a_pattern_of_recordings(model, tmp_path):
+    rows = make_rows(tmp_path / "clips", 3)
+    (tmp_path / "clips/deep").mkdir()
+    Path(rows[2]["audio"]).rename(tmp_path / "clips/deep/third.WAV")
+    (tmp_path / "clips/notes.txt").write_text("not a recording")
+    names = ("clip-0-0.wav", "clip-0-1.wav", "deep/third.WAV")
+    listed = [{"audio": str(tmp_path / "clips" / name)} for name in names]
+    by_hand = write_csv(tmp_path / "in.csv", listed)
+    expected = infer(options(by_hand, model, tmp_path / "hand.csv", user_prompt="What is it?"))
+    found = infer(options(tmp_path / "clips", model, tmp_path / "a.csv", user_prompt="What is it?"))
+    assert found == expected
+    assert table(tmp_path / "a.csv") == table(tmp_path / "hand.csv")
+    pattern = infer(options(tmp_path / "clips/*.wav", model, tmp_path / "b.csv", user_prompt="What is it?"))
+    assert pattern == expected[:2]
+    with pytest.raises(InputError, match="holds no recordings"):
+        infer(options(tmp_path / "clips/*.flac", model, tmp_path / "c.csv"))
+    assert not (tmp_path / "c.csv").exists()
+
+
+def test_as_many_new_tokens_whatever_the_prompt(model, tmp_path, monkeypatch):
+    kept, text = [], Answerer._text
+    monkeypatch.setattr(
+        Answerer, "_text", lambda self, answer: kept.append(len(answer.ids)) or text(self, answer)
+    )
+    monkeypatch.setattr("mdl_toolkit.answering.end_ids", lambda *_: set())
+    rows = make_rows(tmp_path / "audio", 3)
+    rows[1]["user_prompt"] = "What is it? " * 40
+    source = write_csv(tmp_path / "in.csv", rows)
+    infer(options(source, model, tmp_path / "out.csv", max_length=5, max_new_tokens=7))
+    assert kept == [7, 7, 7]
+
+
+def test_the_prompts_of_the_training(model, tmp_path, capsys):
+    rows = make_rows(tmp_path / "audio", 4)
+    final = train(train_options(write_csv(tmp_path / "t.csv", rows), model, tmp_path / "run")).final
+    bare = write_csv(tmp_path / "bare.csv", [{"audio": row["audio"]} for row in rows])
+    told = write_csv(tmp_path / "told.csv", rows)
+    capsys.readouterr()
+    expected = infer(options(told, final, tmp_path / "1.csv"))
+    assert "training" not in capsys.readouterr().err
+    assert infer(options(bare, final, tmp_path / "2.csv")) == expected
+    said = capsys.readouterr().err
+    assert "user prompt: that of the training is used: 'What is it?'" in said
+    infer(options(bare, final, tmp_path / "3.csv", user_prompt="And now?"))
+    assert "warning: user prompt: 4 rows have another one than the training" in capsys.readouterr().err
+    rows[2]["user_prompt"] = "Something else"
+    infer(options(write_csv(tmp_path / "told.csv", rows), final, tmp_path / "4.csv"))
+    assert "1 rows have another one than the training (line 4: 'Something else'" in capsys.readouterr().err
+
+
+# --- engines -------------------------------------------------------------------------------------------
+
+
+def test_drawn_answers_depend_on_the_seed_and_not_on_the_batch(model, tmp_path):
+    source = make_csv(tmp_path, 6)
+    drawn = {
+        (seed, size): infer(
+            options(source, model, tmp_path / "out.csv", temperature=1.0, seed=seed, batch_size=size)
+        )
+        for seed, size in [(1, 1), (1, 5), (2, 5)]
+    }
+    assert drawn[1, 1] == drawn[1, 5] != drawn[2, 5]
+
+
+def test_beams_find_what_transformers_finds_for_each_row_alone(model, tmp_path):
+    source = make_csv(tmp_path, 7)
+    found = infer(options(source, model, tmp_path / "out.csv", num_beams=3))
+    for number, row in enumerate(table(source)):
+        single = write_csv(tmp_path / "single.csv", [row])
+        assert infer(options(single, model, tmp_path / "s.csv", num_beams=3)) == [found[number]]
+    assert found != infer(options(source, model, tmp_path / "greedy.csv"))
+
+
+@pytest.mark.parametrize("by_length", [False, True])
+def test_choices_are_those_a_plain_loop_finds_best(model, tmp_path, by_length):
+    import torch
+
+    from mdl_toolkit.answering import Question
+    from mdl_toolkit.conversion import convert_dataset
+    from mdl_toolkit.dataset import ConvertedDataset
+    from mdl_toolkit.loading import load_model
+    from mdl_toolkit.options import ConvertOptions
+    from mdl_toolkit.text_files import read_text_files
+    from mdl_toolkit.tokens import Encoder
+    from test_answering import scored_slowly
+
+    texts = ["rain", "a dog that barks and barks", "click", "狗在叫"]
+    (tmp_path / "choices.txt").write_text("\n".join([*texts, "", " "]), encoding="utf-8-sig")
+    source = make_csv(tmp_path, 5)
+    changes = {"choices": str(tmp_path / "choices.txt"), "top_k": 3, "normalize_scores": by_length}
+    found = infer(options(source, model, tmp_path / "out.csv", **changes))
+    rows = table(tmp_path / "out.csv")
+    assert [row["prediction"] for row in rows] == found
+    assert list(rows[0])[-6:] == ["prediction", "score", "prediction_2", "score_2", "prediction_3", "score_3"]
+    convert_dataset(ConvertOptions(input=str(source), output=str(tmp_path / "d"), model_name=str(model)))
+    dataset, encoder = ConvertedDataset(tmp_path / "d"), Encoder(read_text_files(model))
+    loaded = load_model(model, dtype=torch.float32, device=torch.device("cpu")).eval()
+    for number, row in enumerate(rows):
+        sample = dataset[number]
+        prompt = int((sample.labels == -100).sum()) - 1  # the newline after the answer is no prompt
+        bare = replace(sample, input_ids=sample.input_ids[:prompt], labels=sample.labels[:prompt])
+        scores = {}
+        for text in texts:
+            ids = encoder.answer_ids(text)
+            total = scored_slowly(loaded, Question(0, bare, 1), ids)
+            scores[text] = total / len(ids) if by_length else total
+        best = sorted(scores, key=lambda text: -scores[text])[:3]
+        assert [row["prediction"], row["prediction_2"], row["prediction_3"]] == best
+        assert float(row["score"]) == pytest.approx(scores[best[0]], abs=2e-3)
+    again = infer(options(source, model, tmp_path / "one.csv", **{**changes, "batch_size": 1}))
+    assert again == found
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [(None, "no such file"), ("one\n", "at least two"), ("a\nb\n a \n", "twice"), (b"\xff\xfe\xff", "UTF-8")],
+)
+def test_choices_that_cannot_be_used(model, tmp_path, text, words):
+    file = tmp_path / "choices.txt"
+    if text is not None:
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError, match=words):
+        infer(options(make_csv(tmp_path, 1), model, tmp_path / "out.csv", choices=str(file)))
+
+
+def test_choices_need_room_for_the_longest(model, tmp_path):
+    (tmp_path / "choices.txt").write_text("rain\n" + "a very long answer " * 5 + "\n", encoding="utf-8")
+    with pytest.raises(RowsError, match="must be at least") as caught:
+        infer(
+            options(make_csv(tmp_path, 1), model, tmp_path / "o.csv", choices=str(tmp_path / "choices.txt"))
+        )
+    least = int(str(caught.value).rsplit(" ", 1)[1])
+    settings = options(
+        tmp_path / "train.csv", model, tmp_path / "o.csv", choices=str(tmp_path / "choices.txt")
+    )
+    assert len(infer(replace(settings, max_length=least))) == 1
+    with pytest.raises(RowsError):
+        infer(replace(settings, max_length=least - 1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_beams": 2, "temperature": 0.5}, "--num-beams and --temperature"),
+        ({"choices": "c.txt", "temperature": 0.5}, "--choices and --temperature"),
+        ({"choices": "c.txt", "num_beams": 2}, "--choices and --num-beams"),
+        ({"engine": "vllm", "choices": "c.txt"}, "--engine vllm and --choices"),
+        ({"engine": "vllm", "num_beams": 2}, "--engine vllm and --num-beams"),
+    ],
+)
+def test_options_that_do_not_go_together(model, tmp_path, changes, words):
+    with pytest.raises(UsageError, match=words):
+        infer(options(tmp_path / "in.csv", model, tmp_path / "out.csv", **changes))
+
+
+def test_vllm_has_to_be_installed(model, tmp_path):
+    with pytest.raises(ModelError, match=r"mdl-toolkit\[vllm\]"):
+        infer(options(tmp_path / "in.csv", model, tmp_path / "out.csv", engine="vllm"))
+
+
+def test_vllm_is_given_prompts_with_one_mark_for_each_recording(model, tmp_path, monkeypatch):
+    """A stand-in for vLLM, which cannot be run here: what it is called with, and where its answers go."""
+    calls = []
+
+    class Llm:
+        def __init__(self, **settings):
+            calls.append(settings)
+
+        def generate(self, prompts, settings):
+            calls.append((prompts, settings))
+            answers = [f"answer of {setting['max_tokens']}" for setting in settings]
+            return [type("Output", (), {"outputs": [type("One", (), {"text": text})]}) for text in answers]
+
+    stand_in = type(sys)("vllm")
+    stand_in.LLM, stand_in.SamplingParams = Llm, lambda **settings: settings
+    monkeypatch.setitem(sys.modules, "vllm", stand_in)
+    monkeypatch.setattr(engines, "need", lambda *_: None)
+    source = make_csv(tmp_path, 2)
+    answers = infer(options(source, model, tmp_path / "out.csv", engine="vllm", max_new_tokens=5))
+    assert answers == ["answer of 5"] * 2
+    made, (prompts, settings) = calls
+    assert made["model"] == str(model)
+    assert made["trust_remote_code"] is False
+    mark = json.loads((model / "config.json").read_text())["audio_token_id"]
+    for prompt in prompts:
+        assert prompt["prompt_token_ids"].count(mark) == 1
+        assert prompt["multi_modal_data"]["audio"][1] == 16_000
+    assert settings[0]["temperature"] == 0.0
+
+
+# --- several processes ---------------------------------------------------------------------------------
+
+
+def test_two_processes_divide_the_rows_and_write_one_output(model, tmp_path):
+    source = make_csv(tmp_path, 11)
+    expected = infer(options(source, model, tmp_path / "one.csv"))
+    words = shlex.split(as_command(options(source, model, tmp_path / "two.csv")))[1:]
+    with fleet(tmp_path) as start:
+        ranks = start_ranks(start, words, 2)
+        assert [rank.end() for rank in ranks] == [0, 0], [rank.said() for rank in ranks]
+    assert [row["prediction"] for row in table(tmp_path / "two.csv")] == expected
+    assert (tmp_path / "two.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
+    assert not [*tmp_path.glob(".two*")]
