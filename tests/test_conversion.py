@@ -129,7 +129,7 @@ def test_the_record(place):
             "system_differs": False,
             "user": "What is it?",
             "user_differs": False,
-        },  # fmt: skip
+        },
         "bytes": (place / "out/data-00000-of-00001.arrow").stat().st_size,
     }
     dataset.record.check_model(files, "out")
