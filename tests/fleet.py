@@ -10,13 +10,16 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 PATIENCE = 120.0  # seconds; everything here takes a few
-PRELOADED = ["mdl_toolkit.cli", "mdl_toolkit.training", "peft", "transformers", __name__]
+PRELOADED = [
+    "mdl_toolkit.cli", "mdl_toolkit.training", "mdl_toolkit.inference", "mdl_toolkit.merging", "peft",
+    "transformers", __name__,
+]  # fmt: skip
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = PATIENCE) -> Any:
@@ -107,9 +110,10 @@ class Job:
         return self._process.is_alive()
 
     def signal(self, number: int) -> None:
-        """Send it a signal."""
+        """Send it a signal, unless it has ended by itself."""
         assert self._process.pid is not None
-        os.kill(self._process.pid, number)
+        with suppress(ProcessLookupError):
+            os.kill(self._process.pid, number)
 
     def until(self, condition: Callable[[], Any]) -> bool:
         """Wait for a condition; False if the process ended before."""
@@ -136,12 +140,12 @@ Start = Callable[..., Job]
 
 
 @contextmanager
-def fleet(folder: Path) -> Iterator[Start]:
+def fleet(folder: Path, name: str = "said") -> Iterator[Start]:
     """Starts commands: `start(words, before=..., RANK="0")`; none of them outlives the context."""
     jobs: list[Job] = []
 
     def start(words: list[str], before: Callable[[], object] = nothing, **environment: str) -> Job:
-        jobs.append(Job(words, folder / f"said-{len(jobs)}.log", environment, before))
+        jobs.append(Job(words, folder / f"{name}-{len(jobs)}.log", environment, before))
         return jobs[-1]
 
     try:

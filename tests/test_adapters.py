@@ -36,20 +36,6 @@ def base(golden, tmp_path):
     return copy_checkpoint(golden, "A-small", tmp_path)
 
 
-def adapted(base, folder, dtype=torch.float32, **config):
-    """An adapter as PEFT writes it, with weights that are not zero anywhere; the model itself."""
-    torch.manual_seed(0)
-    model = load_model(base, dtype=dtype, device=torch.device("cpu"))
-    with quiet_peft():
-        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, **config))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(folder, save_embedding_layers=False)
-    return model
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_result_is_that_of_pefts_own_merging(base, tmp_path, kind):
     model = adapted(base, tmp_path / "adapter", **KINDS[kind])
