@@ -10,8 +10,9 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 DOCS_STAMP := $(VENV)/.set-up-docs
+BROWSER_STAMP := $(VENV)/.set-up-browser
 
-.PHONY: setup check test torture demo bench bench-convert bench-train bench-infer docs clean
+.PHONY: setup check test torture demo bench bench-convert bench-train bench-infer screenshots docs clean
 
 setup: $(STAMP)
 
@@ -20,6 +21,10 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	$(BIN)/python -m pip install --quiet '$(TORCH)'
 	$(BIN)/python -m pip install --quiet --editable . --group dev
+	touch $@
+
+$(BROWSER_STAMP): tests/install_browser.sh $(STAMP)
+	sh tests/install_browser.sh
 	touch $@
 
 $(DOCS_STAMP): pyproject.toml $(STAMP)
@@ -32,7 +37,7 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-test: $(STAMP)
+test: $(STAMP) $(BROWSER_STAMP)
 	$(BIN)/python -m pytest
 
 torture: $(STAMP)
@@ -53,6 +58,9 @@ bench-train: $(STAMP)
 
 bench-infer: $(STAMP)
 	$(BIN)/python -m benchmarks answering
+
+screenshots: $(STAMP) $(BROWSER_STAMP)
+	$(BIN)/python -m tests.screenshots
 
 docs: $(DOCS_STAMP)
 	$(BIN)/mkdocs build --strict

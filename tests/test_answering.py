@@ -12,8 +12,10 @@ from mdl_toolkit.batching import prompts_of
 from mdl_toolkit.dataset import Sample
 from mdl_toolkit.folders import find_model
 from mdl_toolkit.loading import load_model
+from mdl_toolkit.model import prepacked
 from mdl_toolkit.model.generation import GROWTH, DecodingBatch
 from mdl_toolkit.model.lengths import audio_token_count
+from mdl_toolkit.model.prepacked import PrepackedLinear, prepack
 from mdl_toolkit.text_files import read_text_files
 from mdl_toolkit.tokens import Encoder
 from waves import wave
@@ -199,3 +201,35 @@ def scored_slowly(model, question, choice):
         total += logits[0].log_softmax(-1)[token].item()
         ids.append(token)
     return total
+
+
+# --- weights laid out once ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_weights_laid_out_once_give_the_same_answers(golden, name):
+    model, encoder = load(golden, name)
+    asked = [*questions(model, 7)]
+    prompts = prompts_of([q.sample for q in asked], 0)
+    plain = DecodingBatch(model.decoder).admit(embedded(model, prompts), prompts.lengths, 7, 0)
+    expected = ids_of(model, encoder, asked, 3)
+    prepack(model)
+    assert any(isinstance(module, PrepackedLinear) for module in model.modules())
+    fast = DecodingBatch(model.decoder).admit(embedded(model, prompts), prompts.lengths, 7, 0)
+    assert (fast - plain).abs().max() < 1e-4
+    assert ids_of(model, encoder, asked, 3) == expected
+
+
+def test_where_the_operations_are_not_there_layers_stay_as_they_are(golden, monkeypatch):
+    model, _ = load(golden, "A-small")
+    monkeypatch.setattr(prepacked, "PrepackedLinear", lambda _: torch.ops.mkldnn.no_such_operation)
+    prepack(model)
+    assert not any(isinstance(module, PrepackedLinear) for module in model.modules())
+
+
+def test_the_shared_matrix_of_tied_embeddings_still_looks_words_up(golden):
+    model, _ = load(golden, "B-small-tied")
+    before = model.get_input_embeddings().weight.clone()
+    prepack(model)
+    assert torch.equal(model.get_input_embeddings().weight, before)
+    assert isinstance(model.get_output_embeddings(), PrepackedLinear)

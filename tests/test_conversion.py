@@ -124,6 +124,12 @@ def test_the_record(place):
         "silent": 0,
         "clipped": 0,
         "truncated": 0,
+        "prompts": {
+            "system": "Kurz.",
+            "system_differs": False,
+            "user": "What is it?",
+            "user_differs": False,
+        },
         "bytes": (place / "out/data-00000-of-00001.arrow").stat().st_size,
     }
     dataset.record.check_model(files, "out")

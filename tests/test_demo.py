@@ -1,10 +1,13 @@
 """The demonstration: real learning on real recordings, for any seed, and nothing seen of the test phrases."""
 
 import csv
+import json
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+from urllib.parse import unquote
 
 import pytest
 
@@ -37,6 +40,13 @@ def test_it_learns_from_scratch_to_at_least_80_percent(tmp_path, seed):
     before = column(tmp_path / "demo/before.csv", "prediction")
     assert sum(a == b for a, b in zip(before, references, strict=True)) / 60 <= 0.4
     assert f"{right / 60:.0%} after training" in said
+    assert said.splitlines()[-1] == f"report: {tmp_path / 'demo/report.html'}"
+    page = (tmp_path / "demo/report.html").read_text(encoding="utf-8")
+    values = json.loads(re.search(r'id="values">(.*?)</script>', page, re.DOTALL)[1])
+    assert sum(state == 1 for state in values["rows"]["state"]) == right
+    assert values["run"]["curves"]["loss"]["x"][-1] == 400
+    folder, names = (values["rows"]["audio"][name] for name in ("folder", "names"))
+    assert all((tmp_path / "demo" / unquote(folder + name)).is_file() for name in names)
     assert "Traceback" not in said
     assert "arning" not in said
 
@@ -73,18 +83,25 @@ def test_the_commands_shown_can_be_typed(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(demo, name, listen)
     scored = demo.evaluate
     monkeypatch.setattr(demo, "evaluate", lambda options: used.append(options) or scored(options))
+    monkeypatch.setattr(demo, "report", used.append)
     assert run(["demo", "--output", str(tmp_path / "demo")]) == 0
     shown = [line[2:] for line in capsys.readouterr().err.split("\n") if line.startswith("$ ")]
     assert [shlex.split(line)[:2] for line in shown] == [
-        ["mdl-toolkit", name] for name in ("convert-dataset", "inference", "train", "inference", "evaluate")
+        ["mdl-toolkit", name]
+        for name in ("convert-dataset", "inference", "train", "inference", "evaluate", "report")
     ]
     again = []
-    for room, name in (("conversion", "convert_dataset"), ("training", "train"), ("inference", "infer")):
+    for room, name in (
+        ("conversion", "convert_dataset"),
+        ("training", "train"),
+        ("inference", "infer"),
+        ("report", "report"),
+    ):
         monkeypatch.setattr(f"mdl_toolkit.{room}.{name}", again.append)
     monkeypatch.setattr(
         "mdl_toolkit.evaluation.evaluate", lambda options: again.append(options) or scored(options)
     )
-    assert [run(shlex.split(line)[1:]) for line in shown] == [0] * 5
+    assert [run(shlex.split(line)[1:]) for line in shown] == [0] * 6
     assert again == used
 
 

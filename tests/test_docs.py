@@ -20,7 +20,10 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md")])
 NAMES = [path.relative_to(ROOT).as_posix() for path in DOCUMENTS]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-TWO_LANGUAGES = ("index", "installation", "cli", "data", "check", "evaluation", "model", "troubleshooting")
+TWO_LANGUAGES = (
+    "index", "installation", "cli", "data", "check", "inference", "evaluation", "report", "model",
+    "troubleshooting",
+)  # fmt: skip
 
 
 def blocks(language: str) -> list[tuple[str, str]]:

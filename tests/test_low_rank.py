@@ -9,8 +9,9 @@ from torch.nn import functional
 
 from mdl_toolkit.loading import load_model
 from mdl_toolkit.lora import add_adapters
-from mdl_toolkit.low_rank import CHECKPOINTING, LowRankLinear
+from mdl_toolkit.low_rank import LowRankLinear
 from mdl_toolkit.model.cross_entropy import summed_cross_entropy
+from mdl_toolkit.recomputing import Kept, recompute
 
 TARGETS = ("encoder", "projector", "decoder")
 CHOICES = [TARGETS, ("encoder",), ("decoder", "lm_head"), ("projector", "embed_tokens")]
@@ -96,8 +97,29 @@ def test_checkpointing_changes_no_gradient(golden, name, targets):
     model = adapted(golden, name, targets)
     batch = batch_of(model)
     without = learnt(model, batch)
-    model.activation_checkpointing_enable(CHECKPOINTING)
+    recompute(model)
     assert_same(learnt(model, batch), without, 1e-6)
+
+
+@pytest.mark.parametrize("kept", [Kept(), Kept(1, 0), Kept(0, 1), Kept(1, 1)], ids=str)
+def test_what_is_kept_changes_no_bit(golden, kept):
+    model = adapted(golden, "A-small")
+    batch = batch_of(model)
+    with_all = learnt(model, batch)
+    recompute(model, kept)
+    loss, gradients = learnt(model, batch)
+    assert loss == with_all[0]
+    assert all(torch.equal(gradient, with_all[1][name]) for name, gradient in gradients.items())
+
+
+def test_the_last_blocks_are_those_that_are_kept(golden):
+    model = adapted(golden, "A-small")
+    recompute(model, Kept(1, 1))
+    base = model.get_base_model()
+    for blocks in (base.audio_encoder.blocks, base.decoder.model.layers):
+        assert [block.gradient_checkpointing for block in blocks] == [True] * (len(blocks) - 1) + [False]
+    recompute(model)
+    assert all(block.gradient_checkpointing for block in blocks)
 
 
 def test_what_is_not_computed_again(golden, monkeypatch):
@@ -107,7 +129,7 @@ def test_what_is_not_computed_again(golden, monkeypatch):
     monkeypatch.setattr(functional, "linear", lambda x, *w: calls.append(x.shape) or plain(x, *w))
     learnt(model, batch)
     once = len(calls)
-    model.activation_checkpointing_enable(CHECKPOINTING)
+    recompute(model)
     calls.clear()
     learnt(model, batch)
     config = model.base_model.model.config
@@ -126,7 +148,7 @@ def test_in_bfloat16_no_further_from_the_truth_than_autocast(golden, checkpointi
     batch = batch_of(model)
     _, exact = learnt(plainly(copy.deepcopy(model).float()), batch)
     if checkpointing:
-        model.activation_checkpointing_enable(CHECKPOINTING)
+        recompute(model)
     with torch.autocast("cpu", torch.bfloat16):
         _, fast = learnt(model, batch)
         _, plain = learnt(plainly(model), batch)

@@ -9,15 +9,16 @@ import torch
 from torch.autograd.profiler import profile
 
 from mdl_toolkit import free_memory as free_memory_room
+from mdl_toolkit import memory as memory_room
 from mdl_toolkit.batching import Collator
 from mdl_toolkit.dataset import Sample
 from mdl_toolkit.free_memory import free_memory
 from mdl_toolkit.loading import load_model
 from mdl_toolkit.lora import add_adapters
-from mdl_toolkit.low_rank import CHECKPOINTING
 from mdl_toolkit.memory import MemoryPlan, plan_memory
 from mdl_toolkit.model import MiDashengLMConfig, MiDashengLMModel
 from mdl_toolkit.model.lengths import audio_token_count
+from mdl_toolkit.recomputing import Kept, recompute
 from mdl_toolkit.sampling import Sampling
 from mdl_toolkit.trained import Trained
 from mdl_toolkit.training_options import TrainOptions
@@ -74,14 +75,14 @@ def plan(base, rows, options, dtype=torch.float32):
     return plan_memory(base, options, sampling, samples, CPU, dtype)
 
 
-def adapted(base, options, dtype):
+def adapted(base, options, dtype, kept):
     model = load_model(base, dtype=dtype, device=CPU, quantization=options.quantization)
     wrapped, _ = add_adapters(
         model, options.train_target, rank=options.lora_rank, alpha=8.0, dropout=options.lora_dropout,
         base_name="",
     )  # fmt: skip
     if options.gradient_checkpointing:
-        wrapped.activation_checkpointing_enable(CHECKPOINTING)
+        recompute(wrapped, kept)
     return wrapped.train()
 
 
@@ -117,19 +118,65 @@ STEPS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+def has_free(monkeypatch, count):
+    monkeypatch.setattr(memory_room, "free_memory", lambda _: count)
+
+
+def leaves_room(monkeypatch, base, rows, options, dtype, share):
+    """As much is free as lets gradient checkpointing keep a share of the activations that it gives up."""
+    has_free(monkeypatch, None)
+    needs = [
+        plan(base, rows, replace(options, gradient_checkpointing=checkpointing), dtype).total
+        for checkpointing in (True, False)
+    ]
+    has_free(monkeypatch, needs[0] + int(share * (needs[1] - needs[0]) / memory_room.KEPT_SHARE))
+
+
+@pytest.mark.parametrize("keeps", [None, 0.0, 0.4, 0.8])  # a share of the activations; all
 @pytest.mark.parametrize(("changes", "dtype"), STEPS, ids=str)
-def test_a_step_needs_what_was_predicted_within_a_quarter(base, rows, changes, dtype, checkpointing):
-    options = options_of(gradient_checkpointing=checkpointing, **changes)
-    model, batch = adapted(base, options, dtype), Collator(0)(rows)
+def test_a_step_needs_what_was_predicted_within_a_quarter(base, rows, changes, dtype, keeps, monkeypatch):
+    options = options_of(gradient_checkpointing=keeps is not None, **changes)
+    leaves_room(monkeypatch, base, rows, options, dtype, keeps or 0.0)
+    found = plan(base, rows, options, dtype)
+    model, batch = adapted(base, options, dtype, found.kept), Collator(0)(rows)
     trained = Trained(model, CPU)
     step(model, trained, batch, dtype)  # makes the optimizer's states
     measured = peak_bytes(lambda: step(model, trained, batch, dtype))
-    found = plan(base, rows, options, dtype)
     assert found.activations + found.gradients == pytest.approx(measured, rel=0.25)
     states = [t for n, t in trained.optimizer_state().items() if not n.endswith("/step")]
     assert found.optimizer == sum(tensor.nbytes for tensor in states)
     assert found.adapters == found.gradients == sum(p.nbytes for p in trained.parameters)
+
+
+# --- what gradient checkpointing keeps ---------------------------------------------------------------------
+
+
+def test_what_fits_into_a_quarter_of_what_is_left_is_kept(base, rows, monkeypatch):
+    options = options_of(gradient_checkpointing=True)
+    kept, needs, shares = [], [], (0.0, 0.3, 0.6, 1.01)
+    for share in shares:
+        leaves_room(monkeypatch, base, rows, options, F32, share)
+        found = plan(base, rows, options)
+        kept.append(found.kept)
+        needs.append(found.total)
+    assert kept[0] in (Kept(), Kept(0, 1))  # the last layer is needed at once: to keep it costs nothing
+    assert kept[-1] == Kept(6, 6)
+    assert 0 < kept[1].decoder < kept[2].decoder <= 6
+    least, most = needs[0], needs[-1]
+    assert most == plan(base, rows, options_of(gradient_checkpointing=False)).total
+    assert all(
+        need <= least + share * (most - least) for need, share in zip(needs, (0, 0.3, 0.6, 1.01), strict=True)
+    )
+
+
+def test_nothing_that_costs_is_kept_where_too_little_is_free_or_nobody_knows(base, rows, monkeypatch):
+    found = []
+    for free in (None, 0, 10**6):
+        has_free(monkeypatch, free)
+        found.append(plan(base, rows, options_of(gradient_checkpointing=True)))
+    assert max(each.total for each in found) == found[0].total
+    assert found[0].kept == Kept()
+    assert all(each.kept in (Kept(), Kept(0, 1)) for each in found)
 
 
 def held(model):
@@ -249,6 +296,13 @@ def test_the_lines_in_both_languages():
     assert second.en == "memory of weights: encoder 1.0 GB bfloat16, decoder 4.0 GB 4bit"
     assert second.zh == "权重占用：编码器 1.0 GB bfloat16，解码器 4.0 GB 4bit"
     assert "free" not in PLAN.lines()[0].en
+
+
+def test_it_says_what_is_computed_again():
+    assert len(PLAN.lines()) == 2
+    line = replace(PLAN, blocks=Kept(32, 28), kept=Kept(0, 25)).lines()[2]
+    assert line.en == "gradient checkpointing computes again: encoder blocks 32/32, decoder layers 3/28"
+    assert line.zh == "梯度检查点将重新计算：编码器 32/32 块，解码器 3/28 层"
 
 
 def test_the_warning_names_what_lowers_the_largest_share_first():

@@ -18,7 +18,7 @@ from mdl_toolkit.cli_options import OptionsCommand, wrap
 from mdl_toolkit.errors import InputError, UsageError
 from mdl_toolkit.option import Options, setting_of, shown_name
 from mdl_toolkit.options import CheckOptions, CompletionOptions, ConvertOptions, DemoOptions
-from mdl_toolkit.result_options import EvaluateOptions, InferenceOptions, MergeOptions
+from mdl_toolkit.result_options import EvaluateOptions, InferenceOptions, MergeOptions, ReportOptions
 from mdl_toolkit.settings import as_command, from_mapping, read_settings, to_yaml
 from mdl_toolkit.training_options import TrainOptions
 
@@ -31,6 +31,7 @@ COMMANDS: dict[str, type[Options]] = {
         MergeOptions,
         CheckOptions,
         EvaluateOptions,
+        ReportOptions,
         DemoOptions,
         CompletionOptions,
     )
@@ -304,6 +305,11 @@ SPELLINGS: dict[str, tuple[Accepted, list[str]]] = {
         {"a.json": ("a.json",), "a, b.CSV": ("a, b.CSV",), "null.csv": ("null.csv",)},
         ["", "a", "a.txt", "null"],
     ),
+    "report --output": (PATHS_OR_NULL, [""]),
+    "--report": (PATHS_OR_NULL, [""]),
+    "--predictions": (PATHS_OR_NULL, [""]),
+    "--png": (PATHS_OR_NULL, [""]),
+    "--embed-audio": ({"0": 0, "20": 20, "1e2": 100}, ["-1", "0.5", "null", "x"]),
     "--metric": (
         {
             "wer": ("wer",),
@@ -330,6 +336,7 @@ NEEDED: dict[str, dict[str, str]] = {
     "merge": {"ADAPTER": "run/final", "--output": "out"},
     "check": {"INPUT": "in.csv"},
     "evaluate": {"INPUT": "in.csv"},
+    "report": {"INPUT": "run"},
     "demo": {},
     "completion": {"SHELL": "bash"},
 }

@@ -111,7 +111,8 @@ def test_by_default_nothing_is_reported(tmp_path, names):
     options = train_options(make_csv(tmp_path, 4), MODEL, tmp_path / "run", report_to=names)
     train(options)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        "checkpoint-1", "final", "log.jsonl", "loss.png", "mdl-toolkit.json", "mdl-toolkit.yaml"
+        "checkpoint-1", "final", "log.jsonl", "loss.png", "mdl-toolkit.json", "mdl-toolkit.yaml",
+        "report.html",
     ]  # fmt: skip
 
 

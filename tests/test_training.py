@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from mdl_toolkit import training
+from mdl_toolkit import memory, training
 from mdl_toolkit.batching import Collator
 from mdl_toolkit.conversion import convert_dataset
 from mdl_toolkit.dataset import ConvertedDataset
@@ -24,8 +24,9 @@ from mdl_toolkit.loading import load_model, quiet_peft
 from mdl_toolkit.options import ConvertOptions
 from mdl_toolkit.runlog import read_log
 from mdl_toolkit.sampling import Sampling
+from mdl_toolkit.schedule import Schedule
 from mdl_toolkit.settings import read_settings
-from mdl_toolkit.trainer import Schedule
+from mdl_toolkit.trainer import Trainer
 from mdl_toolkit.training import train
 from mdl_toolkit.training_options import TrainOptions
 from runs import ANSWERS, copy_checkpoint, files_below, make_csv, make_rows, train_options, write_csv
@@ -146,7 +147,8 @@ def plain_loss(folder, dataset):
     return total / tokens
 
 
-def test_gradient_checkpointing_changes_nothing(model, tmp_path):
+def test_gradient_checkpointing_changes_nothing(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda _: None)  # so that everything is computed again
     csv = make_csv(tmp_path, 8)
     results = []
     for checkpointing in (True, False):
@@ -154,6 +156,23 @@ def test_gradient_checkpointing_changes_nothing(model, tmp_path):
         options = train_options(csv, model, output, gradient_checkpointing=checkpointing, lora_dropout=0.1)
         results.append(weights(train(options).final))
     assert close(results[0], results[1], 1e-6)
+
+
+def test_gradient_checkpointing_gives_up_no_more_than_it_must(model, tmp_path, monkeypatch):
+    """With memory to spare a small model keeps everything; after a lack of it, nothing any more."""
+    found, plain = [], Trainer.run
+
+    def run(trainer):
+        base = trainer.model.get_base_model()
+        blocks = (*base.audio_encoder.blocks, *base.decoder.model.layers)
+        found.append({block.gradient_checkpointing for block in blocks})
+        trainer._halve()
+        found.append({block.gradient_checkpointing for block in blocks})
+        return plain(trainer)
+
+    monkeypatch.setattr(Trainer, "run", run)
+    train(train_options(make_csv(tmp_path, 8), model, tmp_path / "run", gradient_checkpointing=True))
+    assert found == [{False}, {True}]
 
 
 def test_a_csv_trains_as_its_converted_dataset_does(model, tmp_path):
@@ -251,7 +270,7 @@ def test_the_exact_set_of_files_after_a_run(model, tmp_path):
     output = tmp_path / "run"
     options = train_options(make_csv(tmp_path, 8), model, output, save_steps=0.5, num_epochs=2, lora_rank=2)
     train(replace(options, save_total_limit=2))
-    expected = {"mdl-toolkit.json", "mdl-toolkit.yaml", "log.jsonl", "loss.png"}
+    expected = {"mdl-toolkit.json", "mdl-toolkit.yaml", "log.jsonl", "loss.png", "report.html"}
     expected |= {f"checkpoint-{step}/{name}" for step in (3, 4) for name in CHECKPOINT_FILES}
     expected |= {
         f"final/{name}" for name in files_below(model) | {"mdl-toolkit.json", "mdl-toolkit.yaml", "README.md"}
@@ -293,6 +312,7 @@ def test_a_fresh_start_sets_an_earlier_run_aside(model, tmp_path, capsys):
         "final",
         "log.jsonl",
         "loss.png",
+        "report.html",
         "previous-1",
         "mdl-toolkit.json",
         "mdl-toolkit.yaml",
@@ -302,6 +322,7 @@ def test_a_fresh_start_sets_an_earlier_run_aside(model, tmp_path, capsys):
         "final",
         "log.jsonl",
         "loss.png",
+        "report.html",
         "mdl-toolkit.json",
         "mdl-toolkit.yaml",
     }

@@ -14,11 +14,13 @@ _ROOM_OF = {
     "InferenceOptions": "result_options",
     "MergeOptions": "result_options",
     "EvaluateOptions": "result_options",
+    "ReportOptions": "result_options",
     "convert_dataset": "conversion",
     "train": "training",
     "infer": "inference",
     "merge_adapter": "merging",
     "evaluate": "evaluation",
+    "report": "report",
     "ToolkitError": "errors",
 }
 

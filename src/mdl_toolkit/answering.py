@@ -220,13 +220,14 @@ class Questions:
                 sample = self.dataset[row]
                 reference = sample.labels[sample.labels != IGNORE_INDEX]
                 references[row] = self.encoder.decode(reference.tolist())
-                yield Question(row, _prompt(sample), 2 * len(reference) + ROOM)
+                yield Question(row, prompt_of(sample), 2 * len(reference) + ROOM)
 
         for row, text in Answerer(model, self.encoder, self.batch_size).answers(questions()):
             yield references.pop(row), text
 
 
-def _prompt(sample: Sample) -> Sample:
-    """A training row without its answer."""
-    end = int(np.flatnonzero(sample.labels != IGNORE_INDEX)[0])
+def prompt_of(sample: Sample) -> Sample:
+    """A row without its answer, if it has one."""
+    answered = np.flatnonzero(sample.labels != IGNORE_INDEX)
+    end = int(answered[0]) if len(answered) else len(sample.labels)
     return replace(sample, input_ids=sample.input_ids[:end], labels=sample.labels[:end])

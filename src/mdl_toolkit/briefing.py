@@ -23,15 +23,15 @@ HOUR = 3600.0
 # --- before ----------------------------------------------------------------------------------------------
 
 
-def warn_of_idle_gpus(processes: int) -> None:
+def warn_of_idle_gpus(processes: int, command: str) -> None:
     """Say how to use all GPUs if one process, which uses one, is all there is."""
     count = torch.cuda.device_count()
     if processes == 1 and count > 1:
         warn(
             f"{count} GPUs are here and one is used; to use all: "
-            f"torchrun --nproc-per-node {count} --no-python mdl-toolkit train ...",
+            f"torchrun --nproc-per-node {count} --no-python mdl-toolkit {command} ...",
             f"检测到 {count} 个 GPU，仅使用其中一个；要全部使用请运行："
-            f"torchrun --nproc-per-node {count} --no-python mdl-toolkit train ...",
+            f"torchrun --nproc-per-node {count} --no-python mdl-toolkit {command} ...",
         )
 
 

@@ -205,7 +205,7 @@ def _predicted(folder: Path, options: "TrainOptions", facts: Facts) -> Figures:
 
     from mdl_toolkit.memory import plan_memory
     from mdl_toolkit.sampling import Sampling
-    from mdl_toolkit.trainer import Schedule
+    from mdl_toolkit.schedule import Schedule
 
     lengths = (audio_tokens(facts) + facts["text"]).astype("int64")
     sampling = Sampling(

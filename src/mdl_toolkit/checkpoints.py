@@ -28,6 +28,7 @@ from mdl_toolkit.settings import SETTINGS_FILE
 FINAL = "final"
 LOG = "log.jsonl"
 PLOT = "loss.png"
+REPORT = "report.html"
 WORK = ".saving"
 STATE, OPTIMIZER, CHECKSUMS = "state.json", "optimizer.safetensors", "checksums.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -229,7 +230,7 @@ def set_aside(output: Path, resumed: Checkpoint | None = None) -> Path | None:
 def _left(output: Path, resumed: Checkpoint | None) -> list[Path]:
     if resumed is not None and resumed.folder.resolve().parent == output.resolve():
         return [path for path in checkpoints(output) if _step_of(path) > resumed.step]
-    names = (FINAL, SETTINGS_FILE, PROVENANCE_FILE, LOG, PLOT)
+    names = (FINAL, SETTINGS_FILE, PROVENANCE_FILE, LOG, PLOT, REPORT)
     return [path for path in output.glob("*") if path.name in names or _NAME.fullmatch(path.name)]
 
 

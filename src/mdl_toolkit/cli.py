@@ -29,7 +29,7 @@ from mdl_toolkit.kinds import TRUE_WORDS
 from mdl_toolkit.language import Text
 from mdl_toolkit.option import Options
 from mdl_toolkit.options import CheckOptions, CompletionOptions, ConvertOptions, DemoOptions
-from mdl_toolkit.result_options import EvaluateOptions, InferenceOptions, MergeOptions
+from mdl_toolkit.result_options import EvaluateOptions, InferenceOptions, MergeOptions, ReportOptions
 from mdl_toolkit.training_options import TrainOptions
 
 PROGRAM = "mdl-toolkit"
@@ -81,6 +81,12 @@ def _evaluate(options: EvaluateOptions) -> None:
     from mdl_toolkit.scoreboard import as_text
 
     click.echo(as_text(evaluate(options)))
+
+
+def _show(options: ReportOptions) -> None:
+    from mdl_toolkit.report import report
+
+    report(options)
 
 
 def _demo(options: DemoOptions) -> None:
@@ -139,6 +145,7 @@ def toolkit() -> click.Group:
         (MergeOptions, _merge),
         (CheckOptions, _check),
         (EvaluateOptions, _evaluate),
+        (ReportOptions, _show),
         (DemoOptions, _demo),
         (CompletionOptions, _completion),
     ]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mdl_toolkit.audio import load
+from mdl_toolkit.checkpoints import REPORT
 from mdl_toolkit.console import say
 from mdl_toolkit.conversion import convert_dataset, read_rows
 from mdl_toolkit.errors import InputError
@@ -23,7 +24,8 @@ from mdl_toolkit.inference import infer
 from mdl_toolkit.loading import quiet_libraries
 from mdl_toolkit.option import Options
 from mdl_toolkit.options import ConvertOptions, DemoOptions
-from mdl_toolkit.result_options import EvaluateOptions, InferenceOptions
+from mdl_toolkit.report import report
+from mdl_toolkit.result_options import EvaluateOptions, InferenceOptions, ReportOptions
 from mdl_toolkit.scoreboard import Evaluation, as_text
 from mdl_toolkit.settings import SETTINGS_FILE, as_command
 from mdl_toolkit.training import train
@@ -33,7 +35,7 @@ PROMPT = "Which language is spoken?"
 EVAL_SHARE = 9  # every so many rows of each language of train.csv are held out to evaluate on
 MARK = ".mdl-toolkit-demo"  # a folder that holds it, and nothing that is not in MADE, may be cleared
 MADE = {
-    MARK, "model", "phrases", "train.csv", "eval.csv", "test.csv", "train-dataset", "run",
+    MARK, REPORT, "model", "phrases", "train.csv", "eval.csv", "test.csv", "train-dataset", "run",
     *(f"{name}.csv{end}" for name in ("before", "after") for end in ("", f".{SETTINGS_FILE}")),
 }  # fmt: skip
 VOCABULARY = 512
@@ -102,7 +104,10 @@ def _run_in(place: Path, seed: int) -> tuple[float, float]:
     _announce(after := _inference_options(place, "run/final", "after.csv"))
     infer(after)
     _announce(scoring := _evaluate_options(place))
-    return _report(evaluate(scoring))
+    accuracies = _report(evaluate(scoring))
+    _announce(showing := _report_options(place))
+    report(showing)
+    return accuracies
 
 
 def _report(evaluation: Evaluation) -> tuple[float, float]:
@@ -217,6 +222,13 @@ def _evaluate_options(place: Path) -> EvaluateOptions:
     return EvaluateOptions(
         input=str(place / "after.csv"), reference=str(place / "test.csv"), compare=str(place / "before.csv"),
         metric=("accuracy", "macro-f1"),
+    )  # fmt: skip
+
+
+def _report_options(place: Path) -> ReportOptions:
+    return ReportOptions(
+        input=str(place / "run"), predictions=str(place / "after.csv"), reference=str(place / "test.csv"),
+        compare=str(place / "before.csv"), output=str(place / REPORT),
     )  # fmt: skip
 
 

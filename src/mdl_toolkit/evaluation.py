@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from mdl_toolkit.audio_links import folder_of
 from mdl_toolkit.console import say
-from mdl_toolkit.errors import InputError, RowProblem, RowsError, UsageError
+from mdl_toolkit.errors import RowProblem, RowsError, UsageError
+from mdl_toolkit.html_page import write_page
 from mdl_toolkit.language import Text
 from mdl_toolkit.metrics import CHARACTER, WORD
-from mdl_toolkit.outputs import check_apart, removing_empty, replacing_file
+from mdl_toolkit.outputs import check_file, removing_empty, replacing_file
 from mdl_toolkit.pairs import SCORE, Grouping, Pairs, grouped, read_pairs
+from mdl_toolkit.report_rows import evaluation_values
 from mdl_toolkit.resampling import Measure, difference_of, interval_of, mcnemar, resampled, value_of
 from mdl_toolkit.result_options import EvaluateOptions
 from mdl_toolkit.scoreboard import (
@@ -48,7 +51,7 @@ PAIRED = ("accuracy", "exact-match")  # rows are right or wrong, so McNemar's te
 
 
 def evaluate(options: EvaluateOptions) -> Evaluation:
-    """Compare predictions with references, and write what `--output` names.
+    """Compare predictions with references, and write what `--output` and `--report` name.
 
     Raises:
         UsageError: `map` without `--label-separator`.
@@ -65,7 +68,19 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
         say(note.en, note.zh)
     for output in options.output:
         _write(Path(output), evaluation, options)
+    if options.report is not None:
+        page = Path(options.report)
+        write_page(page, Path(options.input).name, page_values(evaluation, page, options), "--report")
+        say(f"report: {page}", f"报告：{page}")
     return evaluation
+
+
+def page_values(evaluation: Evaluation, page: Path, options: EvaluateOptions) -> dict[str, Any]:
+    """What `html_page` shows of an evaluation; links to recordings start from the page's folder."""
+    return evaluation_values(
+        evaluation, folder_of(Path(options.input), options.base_dir), page,
+        score_column=options.score_column, embedded=options.embed_audio,
+    )  # fmt: skip
 
 
 def _check(options: EvaluateOptions) -> None:
@@ -76,13 +91,9 @@ def _check(options: EvaluateOptions) -> None:
         )
     inputs = [path for path in (options.input, options.reference, options.compare) if path is not None]
     for output in options.output:
-        if Path(output).is_dir():
-            raise InputError(
-                f"--output {output}: a folder is there; give the name of a file",
-                f"--output {output}：该位置是目录；请指定文件名",
-            )
-        for path in inputs:
-            check_apart(Path(output), Path(path))
+        check_file(Path(output), inputs)
+    if options.report is not None:
+        check_file(Path(options.report), [*inputs, *options.output], "--report")
 
 
 def _chosen(references: Sequence[str], manner: Manner) -> tuple[str, ...]:

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from mdl_toolkit import __version__
 from mdl_toolkit.answering import JOINING
 from mdl_toolkit.answers import Journal, write_table
+from mdl_toolkit.briefing import warn_of_idle_gpus
 from mdl_toolkit.choices import columns_of, read_choices
-from mdl_toolkit.console import progress, say
+from mdl_toolkit.console import is_first_process, progress, say
 from mdl_toolkit.conversion import PLAN_FILE, read_rows
 from mdl_toolkit.distributed import World, joined
 from mdl_toolkit.engines import check_engine, make_engine
@@ -30,8 +31,9 @@ from mdl_toolkit.listing import is_listing, list_recordings, write_listing
 from mdl_toolkit.loader import Loader
 from mdl_toolkit.loading import base_of, explaining_memory
 from mdl_toolkit.manifest import Manifest, Row
-from mdl_toolkit.outputs import removing_empty
+from mdl_toolkit.outputs import check_file, removing_empty
 from mdl_toolkit.provenance import read_provenance
+from mdl_toolkit.report import report_answers
 from mdl_toolkit.result_options import InferenceOptions
 from mdl_toolkit.settings import SETTINGS_FILE, to_yaml
 from mdl_toolkit.text_files import read_text_files
@@ -42,7 +44,7 @@ ERROR = "error"  # column of --on-error keep
 THREADS = 2  # that read and decode what comes next
 # What may differ when a killed run is taken up again: the answers do not depend on it.
 ANY_TIME = frozenset(
-    {"batch_size", "num_workers", "tokenizing_batch_size", "download_cache", "max_download_mb"}
+    {"batch_size", "num_workers", "tokenizing_batch_size", "download_cache", "max_download_mb", "report"}
 )
 
 
@@ -63,11 +65,15 @@ def infer(options: InferenceOptions) -> list[str]:
             f"--output {output}: a folder is there; give the name of a CSV file",
             f"--output {output}：该位置是目录；请指定 CSV 文件名",
         )
+    if options.report is not None:
+        check_file(Path(options.report), [options.input, output], "--report")
     choices = None if options.choices is None else read_choices(Path(options.choices))
     with joined() as world, removing_empty(output.resolve().parent):
         journal = Journal(output)
         with _at_work(journal, world):
             predictions, problems = _Inference(options, choices, journal, world).run()
+    if options.report is not None and is_first_process():
+        report_answers(options)
     if problems:
         raise InputError(
             f"{output}: written, but {problems} of its rows have no prediction; see the column `{ERROR}`",
@@ -191,6 +197,7 @@ class _Inference:
         with explaining_memory(MEMORY_REMEDY), progress("answering", "推理中", len(mine)) as shown:
             if not len(mine):
                 return
+            warn_of_idle_gpus(self.world.size, self.options.COMMAND)
             engine = make_engine(self.options, encoder, self.choices)
             group = max(1, self.options.batch_size // JOINING)
             loader = Loader(lambda rows: [inputs.question(int(row)) for row in rows], THREADS)

@@ -34,7 +34,7 @@ class Loader(Generic[Made]):
     waited: float = 0.0
 
     def batches(self, wanted: Iterable[Rows]) -> Generator[Made, None, None]:
-        """The batches, in order."""
+        """The batches, in order; closing it ends the threads."""
         pool = ThreadPoolExecutor(self.threads, "batches")
         source, ahead = iter(wanted), deque[Future[Made]]()
         try:

@@ -1,13 +1,13 @@
 """A linear layer and its LoRA adapter in one: y = x W' + b + (x A') B' * alpha / rank.
 
 PEFT adds the adapter's output to the layer's, which passes over tensors of full width three times more, and
-as often again for the gradients. Here products of rank width add up in place. With gradient checkpointing, a
+as often again for the gradients. Here products of rank width add up in place, and layers with the same input
+are computed together: one product with all A, and one gradient of the input. With gradient checkpointing, a
 block's last layer is not computed again: nothing that the backward pass needs comes from its output.
 """
 
-import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,10 +15,11 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mdl_toolkit.recomputing import is_again
+
 ADAPTER = "default"
 LAST = ("mlp.fc2", "mlp.down_proj")  # layers whose output is only added up, in encoder and decoder blocks
-
-_state = threading.local()  # of the thread that is computing a checkpointed block again
+PARTS = 5  # of a layer, as `_LowRank` takes them
 
 
 class LowRankLinear(Linear):
@@ -28,14 +29,28 @@ class LowRankLinear(Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`[..., in]` to `[..., out]`, as `peft.tuners.lora.Linear`."""
-        if args or kwargs or self.disable_adapters or self.merged or self._drops:
+        if args or kwargs or not self._is_plain:
             plain: Tensor = super().forward(x, *args, **kwargs)
             return plain
+        is_needed = not (self.is_last and is_again())
+        return _LowRank.apply(x, is_needed, *self._parts)[0]  # type: ignore[no-any-return, no-untyped-call]
+
+    def together(self, x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...] | None:
+        """`[..., in]` to the `[..., out]` of several layers; None if one of them needs a way of its own."""
+        parts = [layer._parts for layer in layers if isinstance(layer, LowRankLinear) and layer._is_plain]
+        if len(parts) < len(layers):
+            return None
+        return _LowRank.apply(x, True, *chain(*parts))  # type: ignore[no-any-return, no-untyped-call]
+
+    @property
+    def _parts(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float]:
+        """Weight, bias, A, B, and by how much the adapter is scaled."""
         base, a, b = self.get_base_layer(), self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
-        is_needed = not (self.is_last and getattr(_state, "is_again", False))
-        words = (x, base.weight, base.bias, a, b, self.scaling[ADAPTER], is_needed)
-        found: Tensor = _LowRank.apply(*words)  # type: ignore[no-untyped-call]
-        return found
+        return base.weight, base.bias, a, b, self.scaling[ADAPTER]
+
+    @property
+    def _is_plain(self) -> bool:
+        return not (self.disable_adapters or self.merged or self._drops)
 
     @property
     def _drops(self) -> bool:
@@ -50,50 +65,56 @@ def quicken(model: nn.Module) -> None:
             module.is_last = name.endswith(LAST)
 
 
-def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """For `torch.utils.checkpoint`: what a block is computed in, and in what it is computed again."""
-    return nullcontext(), _again()
-
-
-@contextmanager
-def _again() -> Iterator[None]:
-    _state.is_again = True
-    try:
-        yield
-    finally:
-        _state.is_again = False
-
-
 class _LowRank(torch.autograd.Function):
-    """In the dtype of the frozen weight, as autocast would; gradients in the dtype of what they are of."""
+    """Layers of one input, in the dtype of the frozen weight, as autocast would.
+
+    Gradients have the dtype of what they are of. Products of rank width are made for all layers at once.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float,
-        is_needed: bool,
-    ) -> Tensor:  # fmt: skip
-        flat = x.reshape(-1, x.shape[-1]).to(weight.dtype)
-        down, up = a.to(weight.dtype), b.to(weight.dtype)
-        low = (flat @ down.T).mul_(scaling)
-        ctx.save_for_backward(flat, weight, down, up, low)
-        ctx.scaling, ctx.dtypes = scaling, (x.dtype, a.dtype, b.dtype)
-        shape = (*x.shape[:-1], len(weight))
+    def forward(ctx: Any, x: Tensor, is_needed: bool, *parts: Any) -> tuple[Tensor, ...]:
+        weights, biases, downs, wide, scales = (parts[place::PARTS] for place in range(PARTS))
+        flat = x.reshape(-1, x.shape[-1]).to(weights[0].dtype)
+        down = _joined([a.to(flat.dtype) for a in downs])
+        lows = torch.split(flat @ down.T, [len(a) for a in downs], 1)
+        for low, scale in zip(lows, scales, strict=True):
+            low.mul_(scale)
+        ups = [b.to(flat.dtype) for b in wide]
+        ctx.save_for_backward(flat, down, *weights, *ups, *lows)
+        ctx.scales, ctx.dtypes = (
+            scales,
+            (x.dtype, [a.dtype for a in downs], [b.dtype for b in wide]),
+        )
+        shapes = [(*x.shape[:-1], len(weight)) for weight in weights]
         if not is_needed:  # not a number: if anything did use it, the loss would say so
-            return flat.new_full((1,), torch.nan).expand(shape)
-        return functional.linear(flat, weight, bias).addmm_(low, up.T).view(shape)
+            return tuple(flat.new_full((1,), torch.nan).expand(shape) for shape in shapes)
+        return tuple(
+            functional.linear(flat, weight, bias).addmm_(low, up.T).view(shape)
+            for weight, bias, up, low, shape in zip(weights, biases, ups, lows, shapes, strict=True)
+        )
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        flat, weight, down, up, low = ctx.saved_tensors
-        x_dtype, a_dtype, b_dtype = ctx.dtypes
-        wide = gradient.reshape(-1, gradient.shape[-1])
-        narrow = (wide @ up).mul_(ctx.scaling)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        flat, down, *rest = ctx.saved_tensors
+        count = len(rest) // 3
+        weights, ups, lows = rest[:count], rest[count : 2 * count], rest[2 * count :]
+        x_dtype, a_dtypes, b_dtypes = ctx.dtypes
+        wide = [gradient.reshape(len(flat), -1) for gradient in gradients]
+        narrow, ranks = flat.new_empty(len(flat), len(down)), [up.shape[1] for up in ups]
+        for part, *words, scale in zip(narrow.split(ranks, 1), wide, ups, ctx.scales, strict=True):
+            torch.mm(*words, out=part).mul_(scale)
         to_x = None
         if ctx.needs_input_grad[0]:
-            to_x = (wide @ weight).addmm_(narrow, down).view(*gradient.shape[:-1], -1).to(x_dtype)
-        to_a, to_b = (narrow.T @ flat).to(a_dtype), (wide.T @ low).to(b_dtype)
-        return to_x, None, None, to_a, to_b, None, None
+            to_x = wide[0] @ weights[0]
+            for gradient, weight in zip(wide[1:], weights[1:], strict=True):
+                to_x.addmm_(gradient, weight)
+            to_x = to_x.addmm_(narrow, down).view(*gradients[0].shape[:-1], -1).to(x_dtype)
+        found: list[Tensor | None] = [to_x, None]
+        to_a = (narrow.T @ flat).split(ranks)
+        for each, gradient, low, a_dtype, b_dtype in zip(to_a, wide, lows, a_dtypes, b_dtypes, strict=True):
+            found += [None, None, each.to(a_dtype), (gradient.T @ low).to(b_dtype), None]
+        return tuple(found)
 
 
-# What `activation_checkpointing_enable` of a model is given.
-CHECKPOINTING = {"use_reentrant": False, "context_fn": checkpoint_contexts}
+def _joined(matrices: Sequence[Tensor]) -> Tensor:
+    return matrices[0] if len(matrices) == 1 else torch.cat([*matrices])

@@ -9,15 +9,14 @@ evaluation, batches that are read ahead, eager attention.
 """
 
 import re
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from mdl_toolkit.activations import FLOAT, Integers, Step
 from mdl_toolkit.distributed import BUCKET
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.folders import read_json
@@ -26,7 +25,7 @@ from mdl_toolkit.language import Text
 from mdl_toolkit.loading import quiet_libraries
 from mdl_toolkit.lora import FULL_TARGETS, LORA_TARGETS, add_adapters
 from mdl_toolkit.model.configuration import MiDashengLMConfig
-from mdl_toolkit.model.lengths import patch_count
+from mdl_toolkit.recomputing import NONE, Kept
 from mdl_toolkit.sampling import Sampling
 from mdl_toolkit.training_options import TrainOptions
 
@@ -38,15 +37,10 @@ PARTS = {
     "audio_projector": Text("projector", "投影器"),
     "decoder": Text("decoder", "解码器"),
 }
-FLOAT = 4  # bytes of a float32 number
 # NF4 with double quantisation: a byte for every block of 64 numbers, a float32 for every 256 of those bytes,
 # and two tables and an offset per matrix. Equal to what bitsandbytes 0.50 allocates.
 BLOCK, BLOCKS, TABLES = 64, 256, 4 * (256 + 16 + 1)
-# Bytes per sample of the front end at its widest: the padded waveform (4), and of each frame of 160 samples
-# 257 complex numbers (12.85), their squares and the sum (3 x 6.43). Measured: 36.2.
-FRONT_END = 36.2
-
-Integers = NDArray[np.int64]
+KEPT_SHARE = 0.25  # of the memory that nothing needs: gradient checkpointing keeps activations in it
 
 
 @dataclass(frozen=True)
@@ -61,6 +55,8 @@ class MemoryPlan:
         activations: what the largest step needs beside all that.
         free: bytes that are free now; None where that cannot be told.
         remedies: figures of this plan, each with words of the command line that lower it.
+        kept: blocks whose activations gradient checkpointing need not give up.
+        blocks: that there are; None without gradient checkpointing.
     """
 
     parts: dict[tuple[str, str], int]
@@ -70,6 +66,8 @@ class MemoryPlan:
     activations: int
     free: int | None
     remedies: tuple[tuple[str, str], ...]
+    kept: Kept = NONE
+    blocks: Kept | None = None
 
     @property
     def weights(self) -> int:
@@ -100,6 +98,20 @@ class MemoryPlan:
                 "memory of weights: " + ", ".join(f"{name.en} {words}" for name, words in parts),
                 "权重占用：" + "，".join(f"{name.zh} {words}" for name, words in parts),
             ),
+            *self._recomputed(),
+        ]
+
+    def _recomputed(self) -> list[Text]:
+        """How much gradient checkpointing computes again, if it is on."""
+        if self.blocks is None:
+            return []
+        pairs = [(self.blocks.encoder, self.kept.encoder), (self.blocks.decoder, self.kept.decoder)]
+        encoder, decoder = (f"{there - kept}/{there}" for there, kept in pairs)
+        return [
+            Text(
+                f"gradient checkpointing computes again: encoder blocks {encoder}, decoder layers {decoder}",
+                f"梯度检查点将重新计算：编码器 {encoder} 块，解码器 {decoder} 层",
+            )
         ]
 
     def warning(self) -> Text | None:
@@ -150,14 +162,32 @@ def plan_memory(
     parts, widest = _weights(model, dtype, quantization)
     sizes, gradients = _trained(model, options)
     settings = (model.config, options, dtype.itemsize, device.type == "cuda", quantization, gradients)
-    peaks = [
-        Step(*settings, sampling.lengths[rows], sampling.supervised[rows], samples[rows]).peak
+    steps = [
+        Step(*settings, sampling.lengths[rows], sampling.supervised[rows], samples[rows])
         for rows in largest_batches(sampling, samples)
     ]
-    total = FLOAT * sum(sizes)
-    peak = max(*peaks, total + _update(sizes, device, sampling.processes)) + widest * dtype.itemsize
+    total, free, held = FLOAT * sum(sizes), free_memory(device), widest * dtype.itemsize
+    least = total + _update(sizes, device, sampling.processes)
+    kept = NONE
+    if options.gradient_checkpointing and free is not None:
+        kept = _kept(steps, least, free - sum(parts.values()) - 3 * total - held)
+    peak = max(*(replace(step, kept=kept).peak for step in steps), least) + held
     remedies = _remedies(options, device, dtype, quantization)
-    return MemoryPlan(parts, total, total, 2 * total, peak - total, free_memory(device), remedies)
+    blocks = steps[0].blocks if options.gradient_checkpointing else None
+    return MemoryPlan(parts, total, total, 2 * total, peak - total, free, remedies, kept, blocks)
+
+
+def _kept(steps: list[Step], least: int, rest: int) -> Kept:
+    """Blocks whose activations fit into a share of the memory that would be left without them.
+
+    Args:
+        steps: the largest ones.
+        least: bytes that an optimizer step needs whatever is kept.
+        rest: bytes that are free for both.
+    """
+    needed = max(*(step.peak for step in steps), least)
+    most = needed + int(KEPT_SHARE * max(0, rest - needed))
+    return min((step.keeping(most) for step in steps), key=lambda kept: (kept.decoder, kept.encoder))
 
 
 def largest_batches(sampling: Sampling, samples: Integers) -> list[Integers]:
@@ -254,138 +284,3 @@ def _remedies(
         (options.lora_rank > LOW_RANK, "trained", f"--lora-rank {LOW_RANK}"),
     )
     return tuple((figure, words) for is_possible, figure, words in possible if is_possible)
-
-
-# --- one step ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Step:
-    """One batch on its way forward and back; figures are bytes beyond weights, adapters and optimizer.
-
-    What is counted was found by comparing with the tensors that autograd keeps in torch 2.13 and peft 0.21.
-
-    Attributes:
-        config: the model's.
-        options: the run's.
-        number: bytes of a number in matrix products: 4, or 2 under autocast to bfloat16.
-        on_gpu: where autocast computes the encoder's norms in float32.
-        quantization: of the decoder's matrices.
-        gradients: float32, of each target.
-        lengths: decoder positions, of which `supervised` are learnt, and audio `samples`; each `[rows]`.
-    """
-
-    config: MiDashengLMConfig
-    options: TrainOptions
-    number: int
-    on_gpu: bool
-    quantization: str | None
-    gradients: dict[str, int]
-    lengths: Integers
-    supervised: Integers
-    samples: Integers
-
-    @property
-    def peak(self) -> int:
-        """The most at once: in the front end, at the loss, or on the way back through decoder or encoder."""
-        waves = len(self.samples) * int(self.samples.max())
-        every, head = sum(self.gradients.values()), self.gradients.get("lm_head", 0)
-        has_earlier = self.options.gradient_accumulation_steps > 1  # batch, which has left its gradients
-        encoder, decoder = self._encoder, self._decoder
-        front = encoder + decoder + max(self._loss, self._work(self._layer) + head)
-        moments = (front + every * has_earlier, encoder + self._work(self._block) + every)
-        return max(int(FRONT_END * waves), FLOAT * waves + max(moments))
-
-    @property
-    def _block(self) -> int:
-        """An encoder block: inputs of two norms, four layers and the GELU; padded q, k, v and result."""
-        audio, norm = self.config.parts[0], FLOAT if self.on_gpu else self.number
-        if "encoder" not in self.gradients:
-            return 0
-        patches, padded = self._patches
-        dim, hidden = audio.embed_dim, int(audio.embed_dim * audio.mlp_ratio)
-        patch = norm * 2 * dim + self.number * (3 * dim + 2 * hidden)
-        patch += self._copies(is_quantized=False) * (3 * dim + hidden)
-        return patches * patch + padded * self.number * 4 * dim
-
-    @cached_property
-    def _patches(self) -> tuple[int, int]:
-        """All patches; and those of all chunks padded to the longest, as attention computes them."""
-        audio = self.config.parts[0]
-        counts = [patch_count(n, audio.hop_length, audio.patch_frames) for n in self.samples.tolist()]
-        chunks = sum(-(-count // audio.chunk_patches) for count in counts)
-        return sum(counts), chunks * min(max(counts), audio.chunk_patches)
-
-    @property
-    def _encoder(self) -> int:
-        """What encoder and projector keep; the latter the inputs of its two layers and of its GELU."""
-        audio, hidden = self.config.parts[0], int(self.config.parts[1].hidden_size)
-        if not {"encoder", "projector"} & {*self.gradients}:
-            return 0
-        width = audio.embed_dim + 2 * hidden // self.config.subsample_factor
-        kept = self._patches[0] * self.number * width
-        return kept + self._kept(audio.depth, self._block, self._patches[0] * self.number * audio.embed_dim)
-
-    @property
-    def _layer(self) -> int:
-        """A decoder layer: inputs of norms (float32) and linear layers; q, k, v, result; the MLP's three."""
-        text = self.config.parts[1]
-        if not {*self.gradients} - ({"lm_head"} if not self.config.tie_word_embeddings else set()):
-            return 0
-        heads = text.num_attention_heads
-        query = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
-        wide, copies = text.intermediate_size, self._copies(is_quantized=self.quantization is not None)
-        inputs = 2 * text.hidden_size + wide
-        trains = "decoder" in self.gradients
-        shared = inputs if self.quantization == "8bit" or (trains and not copies) else 0
-        apart = inputs + 3 * text.hidden_size + query if trains else 0
-        position = (
-            FLOAT * 2 * text.hidden_size + self.number * (4 * query + 3 * wide + shared) + copies * apart
-        )
-        return int(self._positions * position)
-
-    @property
-    def _positions(self) -> int:
-        """Of all rows, padding included."""
-        return len(self.lengths) * int(self.lengths.max())
-
-    @property
-    def _decoder(self) -> int:
-        """What the decoder keeps, its last norm's input too; bitsandbytes keeps 8-bit layers' inputs."""
-        text = self.config.parts[1]
-        if not self._layer:
-            return 0
-        width, layers = self._positions * int(text.hidden_size), int(text.num_hidden_layers)
-        always = self._positions * self.number * (3 * text.hidden_size + text.intermediate_size)
-        is_8bit = self.quantization == "8bit" and self.options.gradient_checkpointing
-        embeds = {"embed_tokens", "lm_head"} & {*self.gradients}
-        number = FLOAT if embeds else self.number  # full copies are float32, and so is what comes of them
-        return int(
-            FLOAT * width + self._kept(layers, self._layer, number * width) + layers * always * is_8bit
-        )
-
-    def _kept(self, layers: int, layer: int, width: int) -> int:
-        """What so many layers keep: with gradient checkpointing, their inputs."""
-        return layers * (min(layer, width) if self.options.gradient_checkpointing else layer)
-
-    def _work(self, layer: int) -> int:
-        """A layer on its way back: a quarter more (measured); with checkpointing all is made again."""
-        return layer * 5 // 4 if self.options.gradient_checkpointing else layer // 4
-
-    def _copies(self, *, is_quantized: bool) -> int:
-        """Bytes of a number in inputs that each adapter keeps for itself, as PEFT's plain LoRA layers do."""
-        if self.options.lora_dropout > 0:
-            return self.number + (1 if self.on_gpu else FLOAT)  # and the mask
-        return self.number if is_quantized and self.number < FLOAT else 0
-
-    @property
-    def _loss(self) -> int:
-        """Supervised positions' states, logits and probabilities, float32; then the head's gradient."""
-        from mdl_toolkit.model.modeling import MOST_LOGITS
-
-        text, head = self.config.parts[1], self.gradients.get("lm_head", 0)
-        supervised, casts = int(self.supervised.sum()), self.number < FLOAT
-        logits = min(supervised, max(1, MOST_LOGITS // text.vocab_size)) * text.vocab_size
-        numbers = logits * (2 * FLOAT + self.number * casts)
-        copy = head // 2 * casts
-        return int(self.number * supervised * text.hidden_size + max(numbers, FLOAT * logits + head) + copy)

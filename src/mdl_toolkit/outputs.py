@@ -6,7 +6,7 @@ What is written into them is for others to say.
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -87,6 +87,21 @@ def removing_empty(folder: Path) -> Iterator[None]:
         with suppress(OSError):  # they are not empty if all went well
             for path in new:
                 path.rmdir()
+
+
+def check_file(output: Path, inputs: Iterable[str | Path], option: str = "--output") -> None:
+    """Refuse a file to write whose name is a folder's, or that of an input.
+
+    Raises:
+        InputError: naming both.
+    """
+    if output.is_dir():
+        raise InputError(
+            f"{option} {output}: a folder is there; give the name of a file",
+            f"{option} {output}：该位置是目录；请指定文件名",
+        )
+    for path in inputs:
+        check_apart(output, Path(path), option)
 
 
 def put_in_place(work: Path, target: Path, old: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from mdl_toolkit.answering import prompt_of
 from mdl_toolkit.audio import SAMPLE_RATE
 from mdl_toolkit.batching import Collator
 from mdl_toolkit.console import say
@@ -27,7 +28,7 @@ from mdl_toolkit.loading import best_device, load_model, with_adapter
 from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.provenance import Prompts
 from mdl_toolkit.text_files import read_text_files
-from mdl_toolkit.tokens import IGNORE_INDEX, Encoder
+from mdl_toolkit.tokens import Encoder
 from mdl_toolkit.weights import FLOATS, weight_files
 
 ROWS = 3
@@ -172,20 +173,13 @@ def _replies(model: Any, samples: Sequence[Sample], encoder: Encoder) -> list[Re
     )  # fmt: skip
     collate, replies = Collator(encoder.pad_id), []
     for sample in samples:
-        batch: dict[str, Any] = {**collate([_question(sample)])}
+        batch: dict[str, Any] = {**collate([prompt_of(sample)])}
         del batch["labels"]
         on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
         said = model.generate(**on_device, generation_config=settings)
         logits = torch.cat(said.logits).float().cpu()
         replies.append(Reply(tuple(said.sequences[0, -len(logits) :].tolist()), logits))
     return replies
-
-
-def _question(sample: Sample) -> Sample:
-    """A row without its answer, if it has one."""
-    answered = np.flatnonzero(sample.labels != IGNORE_INDEX)
-    end = int(answered[0]) if len(answered) else len(sample.labels)
-    return Sample(sample.input_ids[:end], sample.labels[:end], sample.waveform)
 
 
 def _comparable(one: Sequence[int], other: Sequence[int]) -> int:

@@ -24,6 +24,7 @@ from mdl_toolkit.options import COMMON, DATASET, FILES, VERIFY_HELP, ConversionO
 INFERENCE = Text("Inference options", "推理选项")
 MERGE = Text("Merge options", "合并选项")
 SCORING = Text("Scoring options", "评分选项")
+PAGE = Text("Report options", "报告选项")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,12 @@ class InferenceOptions(ConversionOptions):
         PATH, REQUIRED, INFERENCE,
         "The CSV file to write; an existing file is replaced.",
         "输出 CSV 文件的路径；现有的文件将被覆盖。",
+    )  # fmt: skip
+    report: str | None = option(
+        PATH, None, INFERENCE,
+        "An HTML file to write too, with all answers to look at and listen to.",
+        "同时写出的 HTML 报告，可查看并试听每条回答。",
+        nullable=True,
     )  # fmt: skip
     model_name: str = option(
         NAME, REQUIRED, INFERENCE,
@@ -150,22 +157,9 @@ class MergeOptions(HubOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(Options):
-    """Options of `evaluate`."""
+class ScoringOptions(Options):
+    """How predictions are compared with references, and shown; shared by `evaluate` and `report`."""
 
-    COMMAND = "evaluate"
-    SUMMARY = Text(
-        "Compare predictions with references, or two models: metrics with confidence intervals.",
-        "将预测与参考或另一模型比较：带置信区间的指标。",
-    )
-    GROUPS = (FILES, SCORING)
-
-    input: str = option(
-        PATH, REQUIRED, FILES,
-        "A CSV file with the column `prediction`, such as inference writes.",
-        "含 prediction 列的 CSV 文件，例如 inference 的输出。",
-        positional=True,
-    )  # fmt: skip
     reference: str | None = option(
         PATH, None, FILES,
         "The CSV file with the references of the same rows; if not given, they are in the file itself.",
@@ -187,11 +181,6 @@ class EvaluateOptions(Options):
         "Another CSV file with predictions for the same rows; differences are tested.",
         "另一份对相同各行的预测 CSV；将对差异做检验。",
         nullable=True,
-    )  # fmt: skip
-    output: tuple[str, ...] = option(
-        RESULTS, (), FILES,
-        "A file to write, .json or .csv; may be given several times. An existing file is replaced.",
-        "要写出的文件，.json 或 .csv；可多次指定。现有的文件将被覆盖。",
     )  # fmt: skip
     metric: tuple[str, ...] = option(
         METRICS, (), SCORING,
@@ -228,3 +217,86 @@ class EvaluateOptions(Options):
         "用于 95% 置信区间和配对检验的自助法抽样次数；0 表示不做。",
     )  # fmt: skip
     seed: int = option(SEED, 42, SCORING, "Seed of the bootstrap.", "自助法的随机种子。")
+    base_dir: str | None = option(
+        PATH, None, PAGE,
+        "Folder that relative audio paths start from, for the report's players; if not given, the one of the "
+        "inference that wrote the predictions, or the current directory.",
+        "报告播放录音时相对路径的起始目录；未指定时为输出该预测的 inference 所用目录，或当前工作目录。",
+        nullable=True,
+    )  # fmt: skip
+    embed_audio: int = option(
+        WHOLE, 0, PAGE,
+        "Put so many recordings into the report itself, the worst rows' first; the others are linked.",
+        "将多少条录音嵌入报告文件，最差的行优先；其余仅为链接。",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(ScoringOptions):
+    """Options of `evaluate`."""
+
+    COMMAND = "evaluate"
+    SUMMARY = Text(
+        "Compare predictions with references, or two models: metrics with confidence intervals.",
+        "将预测与参考或另一模型比较：带置信区间的指标。",
+    )
+    GROUPS = (FILES, SCORING, PAGE)
+
+    input: str = option(
+        PATH, REQUIRED, FILES,
+        "A CSV file with the column `prediction`, such as inference writes.",
+        "含 prediction 列的 CSV 文件，例如 inference 的输出。",
+        positional=True,
+    )  # fmt: skip
+    output: tuple[str, ...] = option(
+        RESULTS, (), FILES,
+        "A file to write, .json or .csv; may be given several times. An existing file is replaced.",
+        "要写出的文件，.json 或 .csv；可多次指定。现有的文件将被覆盖。",
+    )  # fmt: skip
+    report: str | None = option(
+        PATH, None, FILES,
+        "An HTML file to write with all rows to look at and listen to; an existing one is replaced.",
+        "要写出的 HTML 报告，可查看并试听每一行；现有的文件将被覆盖。",
+        nullable=True,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions(ScoringOptions):
+    """Options of `report`."""
+
+    COMMAND = "report"
+    SUMMARY = Text(
+        "Make one HTML page of a training, of predictions, or of both.",
+        "将一次训练、一份预测或两者做成一个 HTML 页面。",
+    )
+    GROUPS = (FILES, SCORING, PAGE)
+
+    input: str = option(
+        PATH, REQUIRED, FILES,
+        "The output folder of a training, or a CSV file with the column `prediction`.",
+        "train 的输出目录，或含 prediction 列的 CSV 文件。",
+        positional=True,
+    )  # fmt: skip
+    predictions: str | None = option(
+        PATH, None, FILES,
+        "With a training's folder: a CSV file with predictions that are shown too.",
+        "与训练目录一起使用：同时展示的预测 CSV 文件。",
+        nullable=True,
+    )  # fmt: skip
+    output: str | None = option(
+        PATH, None, FILES,
+        "The HTML file to write; an existing one is replaced. Beside NAME.csv it is NAME.report.html.",
+        "要写出的 HTML 文件；现有的文件将被覆盖。NAME.csv 旁为 NAME.report.html。",
+        nullable=True,
+        dynamic=Text(
+            "`report.html` in the folder, or beside the CSV", "目录中的 report.html，或位于 CSV 旁"
+        ),
+    )  # fmt: skip
+    png: str | None = option(
+        PATH, None, FILES,
+        "A folder for pictures too, as for a paper: loss.png and confusion.png, where there is something to "
+        "draw.",
+        "同时输出图片（例如用于论文）的目录：有内容可画时写出 loss.png 和 confusion.png。",
+        nullable=True,
+    )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from mdl_toolkit.audio import SAMPLE_RATE
 from mdl_toolkit.card import About
 from mdl_toolkit.checkpoints import FINAL, LOG, Checkpoint
@@ -35,8 +37,16 @@ def origin_of(
 
 
 def _amount(dataset: AnyDataset, prefix: str) -> dict[str, float]:
-    hours = float(dataset.samples.sum()) / SAMPLE_RATE / HOUR
-    return {f"{prefix}rows": len(dataset), f"{prefix}hours": float(f"{hours:.4g}")}
+    seconds, tokens = dataset.samples / SAMPLE_RATE, dataset.positions
+    amounts: dict[str, float] = {"rows": len(dataset), "hours": float(f"{seconds.sum() / HOUR:.4g}")}
+    if len(dataset):
+        amounts |= {
+            "shortest_seconds": round(float(seconds.min()), 2),
+            "longest_seconds": round(float(seconds.max()), 2),
+            "median_tokens": int(np.percentile(tokens, 50, method="higher")),
+            "most_tokens": int(tokens.max()),
+        }
+    return {f"{prefix}{name}": value for name, value in amounts.items()}
 
 
 def _prompts_of(dataset: AnyDataset) -> Prompts:

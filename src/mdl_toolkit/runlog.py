@@ -5,6 +5,7 @@ Only the first process speaks and writes.
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,12 @@ def read_log(file: Path) -> list[dict[str, Any]]:
     """The lines of a log; one that was cut off, by a kill or a full disk, is left out."""
     whole, _, _ = file.read_text(encoding="utf-8", errors="replace").rpartition("\n")
     return [line for line in map(_parsed, whole.splitlines()) if line is not None]
+
+
+def series(lines: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """The steps at which a figure was logged, and its values."""
+    found = [line for line in lines if name in line]
+    return [line["step"] for line in found], [line[name] for line in found]
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

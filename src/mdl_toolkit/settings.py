@@ -117,7 +117,7 @@ def as_command(options: Options) -> str:
 def _words_of(field: "dataclasses.Field[Any]", value: Any) -> list[str]:
     name, takes = spelling(field.name), setting_of(field).kind.takes
     words: list[str] = []
-    for shown in map(_word_of, _items(value)):
+    for shown in map(word_of, _items(value)):
         is_joined = shown.startswith("-") or (takes is not None and not takes(shown))
         words += [f"{name}={shown}"] if is_joined else [name, shown]
     return words
@@ -128,7 +128,8 @@ def _items(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def _word_of(item: Any) -> str:
+def word_of(item: Any) -> str:
+    """A value as a word of the command line, before quoting."""
     if item is None:
         return "null"
     if isinstance(item, bool):

@@ -8,7 +8,7 @@ the step, and all else that matters is in the checkpoint.
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,16 @@ from torch import Tensor
 
 from mdl_toolkit.answering import Questions
 from mdl_toolkit.batching import Batch, Collator, Readable, items_of, pinned, split
-from mdl_toolkit.checkpoints import Checkpoint, delete_oldest, due_steps, save
+from mdl_toolkit.checkpoints import Checkpoint, delete_oldest, save
 from mdl_toolkit.console import warn
 from mdl_toolkit.distributed import World
 from mdl_toolkit.errors import ModelError, ToolkitError
 from mdl_toolkit.loader import GPU_THREADS, Loader
-from mdl_toolkit.low_rank import CHECKPOINTING
 from mdl_toolkit.metrics import LOSS
+from mdl_toolkit.recomputing import NONE, Kept, recompute
 from mdl_toolkit.runlog import RunLog
 from mdl_toolkit.sampling import Rows, Sampling
+from mdl_toolkit.schedule import Schedule
 from mdl_toolkit.settings import to_yaml
 from mdl_toolkit.stopping import StopRequest
 from mdl_toolkit.tokens import IGNORE_INDEX
@@ -35,39 +36,6 @@ from mdl_toolkit.training_options import TrainOptions
 
 MAX_NORM = 1.0  # of the gradient, as in the HF Trainer
 MOST_ROWS_NAMED = 20
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Optimizer steps of a run.
-
-    Attributes:
-        per_epoch: in a whole epoch; partial batches and windows count.
-        total: of the run; at least 1.
-        warmup: over which the learning rate rises.
-        saving: after which a checkpoint is due.
-        evaluating: after which an evaluation is due.
-    """
-
-    per_epoch: int
-    total: int
-    warmup: int
-    saving: frozenset[int]
-    evaluating: frozenset[int]
-
-    @staticmethod
-    def of(per_epoch: int, options: TrainOptions) -> "Schedule":
-        """Plan a run with so many steps per epoch."""
-        total = max(1, math.ceil(options.num_epochs * per_epoch - 1e-9))
-        evaluating = due_steps(options.eval_steps, per_epoch, total) if options.eval_dataset else frozenset()
-        saving = due_steps(options.save_steps, per_epoch, total)
-        return Schedule(per_epoch, total, options.warmup_steps, saving, evaluating)
-
-    def rate(self, step: int) -> float:
-        """Share of the learning rate at a step, from 0: up over the warm-up, then down to 0 at the end."""
-        if step < self.warmup:
-            return step / self.warmup
-        return max(0.0, (self.total - step) / max(1, self.total - self.warmup))
 
 
 @dataclass(frozen=True)
@@ -119,6 +87,7 @@ class Trainer:
         log: what is said and written while it runs.
         device: where the model is.
         dtype: of the base weights.
+        kept: blocks that gradient checkpointing, if it is on, leaves alone.
     """
 
     model: Any
@@ -133,12 +102,13 @@ class Trainer:
     log: RunLog
     device: torch.device
     dtype: torch.dtype
+    kept: Kept = NONE
 
     def __post_init__(self) -> None:
         self.output = Path(self.options.output)
         self.trained = Trained(self.model, self.device)
         if self.options.gradient_checkpointing:
-            self.model.activation_checkpointing_enable(CHECKPOINTING)
+            recompute(self.model, self.kept)
         self.step, self.first_step = 0, 0
         self.most_rows = self.options.batch_size  # computed at once; less after a lack of memory
         self.request, self.must_stop = StopRequest(), False
@@ -164,11 +134,10 @@ class Trainer:
             for step in range(self.step, self.schedule.total)
             for rows in self.sampling.batches(step, self.world.rank)
         )
-        batches = self.loader.batches(wanted)
         self.model.train()
         if self.resumed is not None and self.world.is_first:
             self._delete_oldest()
-        with self.request:
+        with self.request, closing(self.loader.batches(wanted)) as batches:
             if self._owes_evaluation():
                 self.evaluate()
             while self.step < self.schedule.total and not self.must_stop and not self._is_enough():
@@ -177,8 +146,7 @@ class Trainer:
             if self.must_stop:
                 self.world.wait()  # all end together, when all is saved: a launcher ends those left behind
                 raise KeyboardInterrupt
-        steps = self.step - self.first_step
-        return Outcome(self.step, losses / max(steps, 1), self.eval_loss, self.best)
+        return Outcome(self.step, losses / max(self.step - self.first_step, 1), self.eval_loss, self.best)
 
     def _do_what_is_due(self) -> None:
         if self.step in self.schedule.evaluating and not self.must_stop:
@@ -256,6 +224,8 @@ class Trainer:
 
     def _halve(self) -> None:
         self.trained.forget()
+        if self.options.gradient_checkpointing:
+            recompute(self.model)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.most_rows = math.ceil(self.most_rows / 2)

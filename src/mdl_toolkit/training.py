@@ -43,14 +43,17 @@ from mdl_toolkit.option import spelling
 from mdl_toolkit.options import ConversionOptions
 from mdl_toolkit.outputs import check_apart, removing_empty, writing
 from mdl_toolkit.provenance import Provenance
+from mdl_toolkit.recomputing import Kept
+from mdl_toolkit.report import report_training
 from mdl_toolkit.results import origin_of, write_result
 from mdl_toolkit.runlog import Pace, RunLog
 from mdl_toolkit.sampling import Sampling
+from mdl_toolkit.schedule import Schedule
 from mdl_toolkit.settings import SETTINGS_FILE, read_settings, to_yaml
 from mdl_toolkit.text_files import TextFiles, read_text_files
 from mdl_toolkit.tokens import Encoder
 from mdl_toolkit.trackers import Trackers, check_trackers
-from mdl_toolkit.trainer import Outcome, Schedule, Trainer, check_steps
+from mdl_toolkit.trainer import Outcome, Trainer, check_steps
 from mdl_toolkit.training_options import TrainOptions
 
 MEMORY_REMEDY = Text(
@@ -166,17 +169,19 @@ def _plan(
 
 def _run(run: _Run) -> TrainResult:
     options, output = run.options, Path(run.options.output)
-    warn_of_idle_gpus(run.world.size)
+    warn_of_idle_gpus(run.world.size, options.COMMAND)
     say_machine(run.device, run.dtype, options.quantization, run.world.size)
     say_data(run.train_set, run.eval_set)
     say_steps(options, run.sampling, run.schedule.total)
-    say_memory(plan_memory(run.base, options, run.sampling, run.train_set.samples, run.device, run.dtype))
-    done, pace = _train(run)
+    plan = plan_memory(run.base, options, run.sampling, run.train_set.samples, run.device, run.dtype)
+    say_memory(plan)
+    done, pace = _train(run, plan.kept)
     # From here on the model that was trained is gone: what is written may be loaded to be looked at.
     if run.world.is_first:
         write_result(options, run.base, run.origin, done, run.resume, run.train_set)
         say_results(output, done.best.step, pace)
         plot(output)
+        report_training(output)
     run.world.wait()
     final = output / FINAL
     say(
@@ -186,7 +191,7 @@ def _run(run: _Run) -> TrainResult:
     return TrainResult(final, done.steps, done.loss, done.eval_loss)
 
 
-def _train(run: _Run) -> tuple[Outcome, Pace]:
+def _train(run: _Run, kept: Kept) -> tuple[Outcome, Pace]:
     """Load the model and train it; neither it nor its optimizer outlives the call."""
     options, output, schedule = run.options, Path(run.options.output), run.schedule
     repeated = _repeated(options, schedule, run.train_set, run.eval_set)
@@ -202,7 +207,7 @@ def _train(run: _Run) -> tuple[Outcome, Pace]:
         questions = _questions(options, run.eval_set, run.encoder, run.world)
         trainer = Trainer(
             model, options, schedule, run.sampling, rows, eval_rows, questions, Collator(run.encoder.pad_id),
-            run.world, log, run.device, run.dtype,
+            run.world, log, run.device, run.dtype, kept,
         )  # fmt: skip
         if run.resume is not None:
             trainer.resume(run.resume)

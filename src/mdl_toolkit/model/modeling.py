@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     GenerationConfig,
@@ -25,6 +26,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from mdl_toolkit.model.configuration import MiDashengLMConfig
 from mdl_toolkit.model.cross_entropy import summed_cross_entropy
 from mdl_toolkit.model.encoder import AudioProjector, LayerScale, MiDashengEncoder
+from mdl_toolkit.model.packed import PACKED, can_pack, packed_states
 
 IGNORE_INDEX = -100
 # Logits that exist at once in the loss: 2**26 float32 are 256 MiB, or 441 positions of 152,064 words.
@@ -53,7 +55,7 @@ class MiDashengLMPreTrainedModel(PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["MiDashengEncoderBlock", "Qwen2DecoderLayer", "Qwen3DecoderLayer"]  # noqa: RUF012
+    _no_split_modules = ["MiDashengEncoderBlock", "PackedQwen2Layer", "PackedQwen3Layer"]  # noqa: RUF012
     _skip_keys_device_placement = "past_key_values"
     # Each by name: `init_bn` alone would make a float of the counter `num_batches_tracked` too.
     _keep_in_fp32_modules_strict = {  # noqa: RUF012
@@ -92,6 +94,8 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
         self.audio_encoder = MiDashengEncoder(audio)
         self.audio_projector = AudioProjector(audio.embed_dim, text.hidden_size, config.subsample_factor)
         self.decoder = (Qwen3ForCausalLM if text.model_type == "qwen3" else Qwen2ForCausalLM)(text)
+        for layer in self.decoder.model.layers:
+            layer.__class__ = PACKED[type(layer)]
         self.decoder.generation_config = GenerationConfig()  # the whole model's settings are the only ones
         self.post_init()
 
@@ -204,6 +208,12 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
         """
         if inputs_embeds is None:
             inputs_embeds = self.fuse(input_ids, input_values, audio_length, audio_features)
+        more = {**kwargs, "position_ids": position_ids, "cache": past_key_values, "return_dict": None}
+        asks_more = return_logits or any(value is not None for value in more.values())
+        if labels is not None and not asks_more and can_pack(self.decoder.config):
+            return MiDashengLMOutput(
+                loss=self._packed_loss(inputs_embeds, attention_mask, labels, num_items_in_batch)
+            )
         outputs = self.decoder.model(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids,
             use_cache=False if labels is not None else use_cache,
@@ -230,11 +240,25 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
         kept = slice(-keep, None) if isinstance(keep, int) else keep
         return self.decoder.lm_head(hidden[:, kept])
 
+    def _packed_loss(
+        self, embeddings: Tensor, mask: Tensor | None, labels: Tensor, divisor: int | Tensor | None
+    ) -> Tensor:
+        """As `_loss`; the decoder computes nothing of padding, and at last nothing that is not supervised."""
+        following = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).to(embeddings.device)
+        supervised = following != IGNORE_INDEX
+        if mask is not None:
+            supervised = supervised & mask.bool()
+        states = packed_states(self.decoder.model, embeddings, mask, supervised)
+        return self._mean_loss(states, following[supervised], divisor)
+
     def _loss(self, hidden: Tensor, labels: Tensor, divisor: int | Tensor | None) -> Tensor:
         """Cross entropy in float32 over the supervised positions, which alone meet the output head."""
         targets = labels[:, 1:].to(hidden.device)
         supervised = targets != IGNORE_INDEX
-        states, targets = hidden[:, :-1][supervised], targets[supervised]
+        return self._mean_loss(hidden[:, :-1][supervised], targets[supervised], divisor)
+
+    def _mean_loss(self, states: Tensor, targets: Tensor, divisor: int | Tensor | None) -> Tensor:
+        """Of supervised states `[supervised, hidden_size]` and their words; divided by their number or so."""
         rows = max(1, MOST_LOGITS // self.config.text_config.vocab_size)
         if len(targets) <= rows:
             total = self._summed_loss(states, targets)

@@ -1,0 +1,240 @@
+"""The decoder over the real positions of a batch and nothing else: how the loss is computed.
+
+All positions of all rows lie in one row, `[positions, hidden_size]`. Only attention sees rows, padded on the
+right: causal attention needs no mask then. The last layer goes on with the positions that are asked for.
+The layers are transformers' own, with their weights; plain operations that pass over a tensor several times
+are functions with a gradient of their own here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.activations import SiLUActivation
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which positions there are, and where attention finds them.
+
+    Attributes:
+        real: place of each position in a flattened `[rows, length]` batch, `[positions]`.
+        gather: positions of each row from the left, `[rows, longest]`; any one where there is none.
+        scatter: place of each position in a flattened `gather`, `[positions]`.
+    """
+
+    real: Tensor
+    gather: Tensor
+    scatter: Tensor
+
+    @staticmethod
+    def of(mask: Tensor) -> "Rows":
+        """The positions that are true in `[rows, length]`."""
+        real = mask.flatten().nonzero().squeeze(1)
+        counts = mask.sum(1)
+        starts = counts.cumsum(0) - counts
+        place = torch.arange(int(counts.max()), device=mask.device)
+        there = place < counts.unsqueeze(1)
+        gather = torch.where(there, starts.unsqueeze(1) + place, 0)
+        return Rows(real, gather, there.flatten().nonzero().squeeze(1))
+
+
+class PackedLayer(nn.Module):
+    """A decoder layer of transformers that can also be given positions of several rows."""
+
+    input_layernorm: Any
+    post_attention_layernorm: Any
+    self_attn: Any
+    mlp: Any
+
+    def forward(self, hidden_states: Tensor, *args: Any, rows: Rows | None = None, **kwargs: Any) -> Tensor:
+        """Map `[positions, hidden_size]` with `rows`, and whatever transformers does without."""
+        if rows is None:
+            plain: Tensor = super().forward(hidden_states, *args, **kwargs)
+            return plain
+        return self._packed(hidden_states, rows, *args, **kwargs)
+
+    def _packed(self, x: Tensor, rows: Rows, cos: Tensor, sin: Tensor, only: Tensor | None) -> Tensor:
+        """`cos` and `sin` `[positions, 1, head_dim]`; `only` names the positions to go on with."""
+        found = self._attended(normed(self.input_layernorm, x), rows, cos, sin)
+        if only is not None:
+            x, found = x.index_select(0, only), found.index_select(0, only)
+        x = x + self.self_attn.o_proj(found)
+        gate, up = together(normed(self.post_attention_layernorm, x), self.mlp.gate_proj, self.mlp.up_proj)
+        return x + self.mlp.down_proj(gated(self.mlp.act_fn, gate, up))
+
+    def _attended(self, x: Tensor, rows: Rows, cos: Tensor, sin: Tensor) -> Tensor:
+        attention, shape = self.self_attn, (len(x), -1, self.self_attn.head_dim)
+        q, k, v = (
+            part.view(shape) for part in together(x, attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        if hasattr(attention, "q_norm"):
+            q, k = normed(attention.q_norm, q), normed(attention.k_norm, k)
+        q, k = _Rotated.apply(q, cos, sin), _Rotated.apply(k, cos, sin)
+        q, k, v = (_Placed.apply(part, rows.gather, rows.scatter).transpose(1, 2) for part in (q, k, v))
+        attend = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
+        dropout = attention.attention_dropout if self.training else 0.0
+        out, _ = attend(attention, q, k, v, None, dropout=dropout, scaling=attention.scaling, is_causal=True)
+        return _Taken.apply(out.flatten(2), rows.scatter)
+
+
+class PackedQwen2Layer(PackedLayer, Qwen2DecoderLayer):
+    """Of Qwen2."""
+
+
+class PackedQwen3Layer(PackedLayer, Qwen3DecoderLayer):
+    """Of Qwen3."""
+
+
+PACKED = {Qwen2DecoderLayer: PackedQwen2Layer, Qwen3DecoderLayer: PackedQwen3Layer}
+
+
+def can_pack(config: Any) -> bool:
+    """Tell whether a decoder of this configuration attends to all that came before, by torch."""
+    return config._attn_implementation == "sdpa" and set(config.layer_types) == {"full_attention"}
+
+
+def packed_states(model: Any, embeddings: Tensor, mask: Tensor | None, wanted: Tensor) -> Tensor:
+    """The decoder's last states at the wanted positions alone, `[wanted, hidden_size]`, row after row.
+
+    Args:
+        model: transformers' decoder without its head; its layers are packed ones.
+        embeddings: `[rows, length, hidden_size]`.
+        mask: `[rows, length]`, 0 at padding; None if there is none.
+        wanted: `[rows, length]`, true where states are wanted; nowhere in the padding.
+    """
+    rows = Rows.of(torch.ones_like(wanted) if mask is None else mask.bool())
+    columns = torch.arange(embeddings.shape[1], device=embeddings.device)
+    cos, sin = (
+        part[0].index_select(0, rows.real % len(columns)).unsqueeze(1)
+        for part in model.rotary_emb(embeddings, columns.unsqueeze(0))
+    )
+    x = embeddings.flatten(0, 1).index_select(0, rows.real)
+    only = wanted.flatten().index_select(0, rows.real).nonzero().squeeze(1)
+    last = len(model.layers) - 1
+    for number, layer in enumerate(model.layers):
+        x = layer(x, cos, sin, only if number == last else None, rows=rows)
+    return normed(model.norm, x)
+
+
+# --- parts of a layer ----------------------------------------------------------------------------------
+
+
+def together(x: Tensor, *layers: Any) -> Sequence[Tensor]:
+    """What linear layers make of one input; in one go, where they know how."""
+    found: Sequence[Tensor] | None = None
+    if hasattr(layers[0], "together"):
+        found = layers[0].together(x, layers)
+    return [layer(x) for layer in layers] if found is None else found
+
+
+def normed(norm: Any, x: Tensor) -> Tensor:
+    """What an RMS norm of Qwen makes of `[..., width]`."""
+    if norm.weight.requires_grad:
+        return norm(x)
+    return _Normed.apply(x, norm.weight, norm.variance_epsilon)
+
+
+def gated(activation: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
+    """activation(gate) * up."""
+    if not isinstance(activation, nn.SiLU | SiLUActivation):
+        return activation(gate) * up
+    return _Gated.apply(gate, up)
+
+
+class _Normed(torch.autograd.Function):
+    """y = x / sqrt(mean(x^2) + eps), rounded to the dtype of x, times a frozen weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        scale = scale.add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return _times(weight, (wide * scale).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        x, weight, scale = ctx.saved_tensors
+        to_normed = (gradient * weight).float()
+        wide = x.float() * scale
+        share = torch.linalg.vecdot(to_normed, wide).unsqueeze(-1).div_(-x.shape[-1])
+        return to_normed.addcmul_(wide, share).mul_(scale).to(x.dtype), None, None
+
+
+def _times(weight: Tensor, x: Tensor) -> Tensor:
+    """Their product, in place where its dtype is that of `x`."""
+    return x.mul_(weight) if weight.dtype == x.dtype else weight * x
+
+
+class _Gated(torch.autograd.Function):
+    """silu(gate) * up; silu(gate) is computed again rather than kept."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return functional.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        to_up = functional.silu(gate).mul_(gradient)
+        to_gate = gradient * up
+        return torch.ops.aten.silu_backward.grad_input(to_gate, gate, grad_input=to_gate), to_up
+
+
+class _Rotated(torch.autograd.Function):
+    """x cos + (-second half of x, first half of x) sin; both halves of cos and of sin are the same."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(gradient, cos, sin, -1), None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    half = x.shape[-1] // 2
+    found = x * cos
+    found[..., :half].addcmul_(x[..., half:], sin[..., half:], value=-sign)
+    found[..., half:].addcmul_(x[..., :half], sin[..., :half], value=sign)
+    return found
+
+
+class _Placed(torch.autograd.Function):
+    """`[positions, heads, head_dim]` to `[rows, longest, heads, head_dim]`; nobody reads what is padding."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gather: Tensor, scatter: Tensor) -> Tensor:
+        ctx.save_for_backward(scatter)
+        return x.index_select(0, gather.flatten()).unflatten(0, tuple(gather.shape))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient.flatten(0, 1).index_select(0, *ctx.saved_tensors), None, None
+
+
+class _Taken(torch.autograd.Function):
+    """`[rows, longest, width]` to `[positions, width]`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scatter: Tensor) -> Tensor:
+        ctx.save_for_backward(scatter)
+        ctx.shape = x.shape
+        return x.flatten(0, 1).index_select(0, scatter)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        found = gradient.new_zeros(ctx.shape)
+        found.flatten(0, 1).index_copy_(0, ctx.saved_tensors[0], gradient)
+        return found, None
