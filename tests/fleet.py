@@ -75,18 +75,19 @@ def slow_steps(seconds: float, saving: float = 0.0) -> None:
     """Let every step, and every saving, take so much longer."""
     from mdl_toolkit import trainer
 
-    _wait_before(trainer.Trainer, "_add_up", seconds)
-    _wait_before(trainer, "save", saving)
+    slowly(trainer.Trainer, "_add_up", seconds)
+    slowly(trainer, "save", saving)
 
 
-def _wait_before(owner: Any, name: str, seconds: float) -> None:
+def slowly(owner: Any, name: str, seconds: float) -> None:
+    """Let a function wait before each call."""
     function = getattr(owner, name)
 
-    def slowly(*words: Any, **more: Any) -> Any:
+    def waited(*words: Any, **more: Any) -> Any:
         time.sleep(seconds)
         return function(*words, **more)
 
-    setattr(owner, name, slowly)
+    setattr(owner, name, waited)
 
 
 # --- for the test ----------------------------------------------------------------------------------------

@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from adapted import adapted
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.export import merge
-from mdl_toolkit.loading import load_model, quiet_peft
+from mdl_toolkit.loading import quiet_peft
 from runs import copy_checkpoint
 from shards_of import tensors_of
 

@@ -23,7 +23,7 @@ from tests.fleet import Job
 from tests.torture.files import Files, check_same, listing
 from tests.torture.inputs import MODEL, make_csv
 from tests.torture.processes import FailedError
-from tests.torture.tries import INTERRUPTED, Attempt, Try, begin, main
+from tests.torture.tries import INTERRUPTED, LOST, Attempt, Try, begin, main
 
 from mdl_toolkit import inference, plan
 
@@ -33,6 +33,7 @@ SPOILT = {2: "text.wav", 7: "missing.wav", 11: ""}  # recordings of some rows
 WORDY = 15  # the row whose prompt leaves no room
 OUTPUT, WORK = "out.csv", ".out.csv.partial"
 MODES = ("plain", "kept", "chosen", "in place")
+HAS_ROWS_WITHOUT = "of its rows have no prediction"
 GOES_ON = "the same command goes on from there"
 
 
@@ -122,6 +123,9 @@ class Inference(Attempt):
     def check_run(self, jobs: list[Job]) -> None:
         """No row was begun that had been answered, and none twice; no more is lost than was under way."""
         begun = self._begun()
+        for job in jobs:
+            if job.end() == 1 and not any(words in job.said() for words in (HAS_ROWS_WITHOUT, *LOST)):
+                raise FailedError(f"it ended with 1, and said: {job.said()}")
         if len({*begun}) < len(begun):
             raise FailedError(f"some rows were begun twice in one run: {sorted(begun)}")
         if again := self.before.keys() & begun:

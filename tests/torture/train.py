@@ -1,9 +1,9 @@
 """Kill a training at random moments, let the same command go on, and compare every byte of the end.
 
 `python -m tests.torture.train --tries 50 [--seed N] [--only N]` in the repository's root, or `make torture`.
-How it is killed is told in `tries.py`; a step is a step of the training. After each kill every checkpoint must
-be whole; at the end weights, optimizer, log and result must be those of the unbroken run, bit for bit, and
-nothing else may be left.
+How it is killed is told in `tries.py`; a step is a step of the training. After each kill every checkpoint
+must be whole; at the end weights, optimizer, log and result must be those of the unbroken run, bit for bit,
+and nothing else may be left.
 """
 
 import json

@@ -1,9 +1,9 @@
-"""Commands that are killed several times each before they may end: what training, inference and merging share.
+"""Commands that are killed several times each before they may end.
 
 Each try kills the command several times: at a moment of the clock, a little after a step, or right before an
 exact file operation. In every third try of a command that may run as two processes it does, and one of them,
-or both, are killed. Then the same command may come to its end. Each script has its own kind of `Attempt`, which
-knows the command, and what must be found after a kill and in the end.
+or both, are killed. Then the same command may come to its end. Each script has its own kind of `Attempt`,
+which knows the command, and what must be found after a kill and in the end.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from tests.torture.processes import FailedError, say
 from mdl_toolkit import distributed
 
 OUT = "out"  # what the output's name begins with
+LAST = 8  # file operations, in which outputs are put in place
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 LOST = ("another process of this run has ended", "not all processes of this run met")
 INTERRUPTED = 130  # exit status
@@ -41,7 +42,7 @@ class Moment:
     """When to kill whom.
 
     Attributes:
-        kind: `clock`, `step` or `operation`.
+        kind: `clock`, `step`, `operation`, or `end` for one of the last operations.
         share: of the run that lies before it, from 0 to 1.
         delay: seconds after a step.
         victim: `first`, `second` or `both`; of one process `first`.
@@ -93,8 +94,8 @@ class Counts:
     def __str__(self) -> str:
         fresh = sum(not step for step in self.resumed)
         return (
-            f"{self.tries} tries, {self.kills.total()} kills {dict(self.kills)}; then found {dict(self.found)}; "
-            f"{len(self.resumed)} runs begun again, {fresh} of them from nothing; "
+            f"{self.tries} tries, {self.kills.total()} kills {dict(self.kills)}; "
+            f"then found {dict(self.found)}; {len(self.resumed)} runs begun again, {fresh} from nothing; "
             f"{self.too_late} kills came too late; {self.failures} failures"
         )
 
@@ -112,6 +113,7 @@ def is_operation(event: str, words: tuple[Any, ...]) -> bool:
 def begin(folder: str, act: Callable[[int], object]) -> None:
     """Go to the folder of the try, and act before each file operation, which are numbered from 1."""
     os.chdir(folder)
+    Path(f"{folder}.ready-{os.environ.get('RANK', '0')}").touch()
     distributed.MEETING = timedelta(seconds=20)  # the other one may have been killed before it came
     numbers = itertools.count(1)
     sys.addaudithook(lambda event, words: act(next(numbers)) if is_operation(event, words) else None)
@@ -245,16 +247,21 @@ class Attempt:
 
     def _start(self, act: Callable[[int], object] = nothing) -> list[Job]:
         """The command as one process or two; in the first one something is done before each operation."""
+        for file in self._ready():
+            file.unlink()
         hooks = [self.hook(each) for each in [act, *[nothing] * (self.tried.processes - 1)]]
         if len(hooks) > 1:
             return start_ranks(self.launch, self.words(), len(hooks), hooks)
         return [self.launch(self.words(), hooks[0])]
 
+    def _ready(self) -> list[Path]:
+        """A file of each process that is about to begin the command."""
+        return [*self.place.glob(f"{self.folder.name}.ready-*")]
+
     def _kill(self, moment: Moment) -> None:
         victims = {"first": (0,), "second": (1,), "both": (0, 1)}[moment.victim]
-        operation = 1 + int(moment.share * self._left() * self.unbroken.operations)
-        by_itself = moment.kind == "operation" and moment.victim == "first"
-        jobs = self._start(partial(die_at, operation) if by_itself else nothing)
+        by_itself = moment.kind in ("operation", "end") and moment.victim == "first"
+        jobs = self._start(partial(die_at, self._operation(moment)) if by_itself else nothing)
         if not by_itself and self._wait_for(moment, jobs):
             for victim in victims:
                 jobs[victim].signal(moment.signal)
@@ -262,6 +269,11 @@ class Attempt:
         self._count(moment, ends, jobs)
         self.check_run(jobs)
         self.counts.resumed.append(self.kept())
+
+    def _operation(self, moment: Moment) -> int:
+        if moment.kind == "end":
+            return self.unbroken.operations - int(moment.share * LAST)
+        return 1 + int(moment.share * self._left() * self.unbroken.operations)
 
     def _left(self) -> float:
         """About the share of a whole run that the next one makes: it is shorter the later it begins."""
@@ -276,7 +288,7 @@ class Attempt:
             time.sleep(moment.delay)
             return True
         ends = began + moment.share * self._left() * self.unbroken.seconds
-        return jobs[0].until(lambda: time.monotonic() >= ends)
+        return jobs[0].until(lambda: time.monotonic() >= ends and len(self._ready()) == len(jobs))
 
     def _count(self, moment: Moment, ends: list[int | None], jobs: list[Job]) -> None:
         killed = [end for end in ends if end in (-signal.SIGKILL, -moment.signal, INTERRUPTED)]
