@@ -43,6 +43,8 @@ test: $(STAMP) $(BROWSER_STAMP)
 torture: $(STAMP)
 	$(BIN)/python -m tests.torture.convert --moments 200
 	$(BIN)/python -m tests.torture.train --tries 60
+	$(BIN)/python -m tests.torture.infer --tries 60
+	$(BIN)/python -m tests.torture.merge --tries 60
 
 demo: $(STAMP)
 	$(BIN)/mdl-toolkit demo --output demo-output

@@ -10,13 +10,16 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 PATIENCE = 120.0  # seconds; everything here takes a few
-PRELOADED = ["mdl_toolkit.cli", "mdl_toolkit.training", "peft", "transformers", __name__]
+PRELOADED = [
+    "mdl_toolkit.cli", "mdl_toolkit.training", "mdl_toolkit.inference", "mdl_toolkit.merging", "peft",
+    "transformers", __name__,
+]  # fmt: skip
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = PATIENCE) -> Any:
@@ -72,18 +75,19 @@ def slow_steps(seconds: float, saving: float = 0.0) -> None:
     """Let every step, and every saving, take so much longer."""
     from mdl_toolkit import trainer
 
-    _wait_before(trainer.Trainer, "_add_up", seconds)
-    _wait_before(trainer, "save", saving)
+    slowly(trainer.Trainer, "_add_up", seconds)
+    slowly(trainer, "save", saving)
 
 
-def _wait_before(owner: Any, name: str, seconds: float) -> None:
+def slowly(owner: Any, name: str, seconds: float) -> None:
+    """Let a function wait before each call."""
     function = getattr(owner, name)
 
-    def slowly(*words: Any, **more: Any) -> Any:
+    def waited(*words: Any, **more: Any) -> Any:
         time.sleep(seconds)
         return function(*words, **more)
 
-    setattr(owner, name, slowly)
+    setattr(owner, name, waited)
 
 
 # --- for the test ----------------------------------------------------------------------------------------
@@ -107,9 +111,10 @@ class Job:
         return self._process.is_alive()
 
     def signal(self, number: int) -> None:
-        """Send it a signal."""
+        """Send it a signal, unless it has ended by itself."""
         assert self._process.pid is not None
-        os.kill(self._process.pid, number)
+        with suppress(ProcessLookupError):
+            os.kill(self._process.pid, number)
 
     def until(self, condition: Callable[[], Any]) -> bool:
         """Wait for a condition; False if the process ended before."""
@@ -136,12 +141,12 @@ Start = Callable[..., Job]
 
 
 @contextmanager
-def fleet(folder: Path) -> Iterator[Start]:
+def fleet(folder: Path, name: str = "said") -> Iterator[Start]:
     """Starts commands: `start(words, before=..., RANK="0")`; none of them outlives the context."""
     jobs: list[Job] = []
 
     def start(words: list[str], before: Callable[[], object] = nothing, **environment: str) -> Job:
-        jobs.append(Job(words, folder / f"said-{len(jobs)}.log", environment, before))
+        jobs.append(Job(words, folder / f"{name}-{len(jobs)}.log", environment, before))
         return jobs[-1]
 
     try:

@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from adapted import adapted
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.export import merge
-from mdl_toolkit.loading import load_model, quiet_peft
+from mdl_toolkit.loading import quiet_peft
 from runs import copy_checkpoint
 from shards_of import tensors_of
 
@@ -34,20 +34,6 @@ KINDS = {
 @pytest.fixture
 def base(golden, tmp_path):
     return copy_checkpoint(golden, "A-small", tmp_path)
-
-
-def adapted(base, folder, dtype=torch.float32, **config):
-    """An adapter as PEFT writes it, with weights that are not zero anywhere; the model itself."""
-    torch.manual_seed(0)
-    model = load_model(base, dtype=dtype, device=torch.device("cpu"))
-    with quiet_peft():
-        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, **config))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(folder, save_embedding_layers=False)
-    return model
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -4,16 +4,17 @@ import csv
 import json
 import os
 import shlex
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from fleet import fleet, start_ranks
-from mdl_toolkit import engines
+from fleet import fleet, slowly, start_ranks
+from mdl_toolkit import conversion, engines, plan
 from mdl_toolkit.answering import Answerer
-from mdl_toolkit.answers import Journal
+from mdl_toolkit.answers import Journal, Pen
 from mdl_toolkit.errors import InputError, ModelError, RowsError, UsageError
 from mdl_toolkit.inference import infer
 from mdl_toolkit.inputs import WINDOW
@@ -153,6 +154,83 @@ def test_the_first_answer_comes_within_two_batches(model, tmp_path, monkeypatch)
     assert max(asked) < WINDOW * 4
 
 
+def test_what_a_csv_cannot_hold_is_not_written(model, tmp_path, monkeypatch):
+    """A byte-level tokenizer has a token for NUL, and our own reader refuses a file with one."""
+    monkeypatch.setattr(Answerer, "_text", lambda *_: "a\0b")
+    source = make_csv(tmp_path, 2)
+    assert infer(options(source, model, source)) == ["a\N{REPLACEMENT CHARACTER}b"] * 2
+    assert infer(options(source, model, source)) == ["a\N{REPLACEMENT CHARACTER}b"] * 2
+
+
+def test_an_output_that_a_killed_run_has_half_written_is_removed(model, tmp_path):
+    source = make_csv(tmp_path, 2)
+    (tmp_path / ".out.csv.partial-0123abcd").write_text("half")
+    infer(options(source, model, tmp_path / "out.csv"))
+    assert not [*tmp_path.glob(".out*")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_stops_it_and_it_says_how_to_go_on(model, tmp_path, number, ranks):
+    whole = infer(options(make_csv(tmp_path, 9), model, tmp_path / "whole.csv"))
+    words = shlex.split(as_command(options(tmp_path / "train.csv", model, tmp_path / "out.csv")))[1:]
+    journal = Journal(tmp_path / "out.csv")
+    with fleet(tmp_path) as start:
+        jobs = start_ranks(start, words, ranks, slow_answers) if ranks > 1 else [start(words, slow_answers)]
+        assert jobs[0].until(journal.answers)
+        for job in jobs:
+            job.signal(number)
+            job.signal(signal.SIGTERM)  # what a launcher passes on
+        assert [job.end() for job in jobs] == [130] * ranks, [job.said() for job in jobs]
+    kept = journal.answers()
+    assert 0 < len(kept) < 9
+    assert jobs[0].said().splitlines()[-2:] == [
+        f"{len(kept)} rows are answered (in {journal.path}): the same command goes on from there",
+        "interrupted",
+    ]
+    assert infer(options(tmp_path / "train.csv", model, tmp_path / "out.csv")) == whole
+
+
+def slow_answers():
+    """Let each answer wait before it is written down."""
+    slowly(Pen, "add", 0.3)
+
+
+def test_converted_rows_are_kept_when_it_is_stopped_before_the_first_answer(
+    model, tmp_path, monkeypatch, capsys
+):
+    given = options(make_csv(tmp_path, 3), model, tmp_path / "out.csv")
+    with monkeypatch.context() as context:
+        stop_after(context, 0)
+        with pytest.raises(KeyboardInterrupt):
+            infer(given)
+    journal = Journal(tmp_path / "out.csv")
+    assert f"all rows are converted (in {journal.path})" in capsys.readouterr().err
+    monkeypatch.setattr(conversion, "write_metadata", None)  # nothing is converted any more
+    infer(given)
+    assert not journal.path.exists()
+
+
+def test_what_a_conversion_says_it_keeps_is_kept(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plan, "PIECE_ROWS", 2)
+    monkeypatch.setattr(plan, "FEWEST_BYTES", 1)
+    given = options(make_csv(tmp_path, 6), model, tmp_path / "out.csv")
+    with monkeypatch.context() as context:
+        context.setattr(conversion, "write_metadata", raising(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            infer(given)
+    assert "6 of 6 rows are finished" in capsys.readouterr().err
+    infer(given)
+    assert "going on from an earlier run: 6 of 6 rows are converted" in capsys.readouterr().err
+
+
+def raising(problem):
+    def fail(*_):
+        raise problem
+
+    return fail
+
+
 # --- rows without an answer ----------------------------------------------------------------------------
 
 
@@ -199,6 +277,20 @@ def test_kept_rows_are_not_decoded_again_when_a_run_goes_on(model, tmp_path, mon
         infer(kept)
     assert not journal.path.exists()
     assert stamp
+
+
+def test_a_run_that_was_killed_while_it_removed_its_dataset(model, tmp_path, monkeypatch):
+    """All that is left of it looks whole, but the list of rows that it left out is gone."""
+    given = options(
+        write_csv(tmp_path / "in.csv", spoil(tmp_path)), model, tmp_path / "out.csv", on_error="keep"
+    )
+    with monkeypatch.context() as context:
+        stop_after(context, 2)
+        with pytest.raises(KeyboardInterrupt):
+            infer(given)
+    (Journal(tmp_path / "out.csv").dataset / conversion.LEFT_OUT_FILE).unlink()
+    with pytest.raises(InputError, match="4 of its rows"):
+        infer(given)
 
 
 def test_stopping_is_the_default_and_leaves_nothing(model, tmp_path):

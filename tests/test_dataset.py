@@ -522,6 +522,25 @@ def test_what_a_killed_process_left_behind_is_in_nobody_s_way(old, tmp_path):
     assert content(old) == {"new": "new"}
 
 
+@pytest.mark.parametrize("is_moved_away", [False, True])
+def test_what_a_killed_process_left_behind_is_removed_or_put_back(old, tmp_path, is_moved_away):
+    before = content(old)
+    (tmp_path / ".out.partial-0123abcd").mkdir()
+    (tmp_path / ".out.partial-0123abcd/half").write_text("half")
+    if is_moved_away:
+        old.rename(tmp_path / ".out.old-0123abcd")
+    else:
+        shutil.copytree(old, tmp_path / ".out.old-4567abcd")
+    others = {".out.partial-mine", ".output.partial-0123abcd"}
+    for name in others:
+        (tmp_path / name).mkdir()
+    with replacing(old) as work:
+        assert content(old) == before
+        fill(work)
+    assert content(old) == {"new": "new"}
+    assert {path.name for path in tmp_path.iterdir()} == {"out"} | others
+
+
 def test_an_output_below_a_file(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError) as caught, replacing(tmp_path / "file/out"):

@@ -23,7 +23,7 @@ from runs import files_below, make_csv, make_rows, train_options, write_csv
 from test_stopping import ASKED
 
 MODEL = Path(__file__).parent / "golden/checkpoints/A-small"
-LOST = "error: another process of this training has ended; its own message says why"
+LOST = "error: another process of this run has ended; its own message says why"
 BIN = Path(sys.executable).parent
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from adapted import adapted
 from mdl_toolkit import merging
 from mdl_toolkit.errors import InputError, ModelError
 from mdl_toolkit.inference import infer
@@ -20,7 +21,6 @@ from mdl_toolkit.result_options import InferenceOptions, MergeOptions
 from mdl_toolkit.training import train
 from runs import copy_checkpoint, files_below, make_csv, train_options
 from shards_of import heads_of, reshard, tensors_of
-from test_adapters import adapted
 
 OURS = {"README.md", "mdl-toolkit.json", "mdl-toolkit.yaml"}
 

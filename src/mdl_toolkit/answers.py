@@ -69,6 +69,11 @@ class Journal:
 
     # --- what is known already ---
 
+    @property
+    def is_converting(self) -> bool:
+        """Tell whether a conversion has kept a part of its work, from which it goes on."""
+        return self.dataset.with_name(f".{self.dataset.name}.partial").exists()
+
     def begin(self, fingerprint: str) -> int:
         """Forget the answers of another run; how many there are of this one."""
         with suppress(OSError, ValueError):
@@ -116,13 +121,15 @@ class Pen:
         self._file = file
 
     def add(self, row: int, cells: Sequence[str]) -> None:
-        """Write down a row's cells.
+        """Write down a row's cells; a NUL, which a model may say and no CSV can hold, becomes U+FFFD.
 
         Raises:
             InputError: the disk is full.
         """
         with writing(self._file.name, InputError):
-            self._file.write(json.dumps([row, cells]) + "\n")
+            self._file.write(
+                json.dumps([row, [cell.replace("\0", "\N{REPLACEMENT CHARACTER}") for cell in cells]]) + "\n"
+            )
             self._file.flush()
 
 

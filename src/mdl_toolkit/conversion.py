@@ -169,6 +169,8 @@ def _already(output: Path, plan: Plan, keeps_going: bool) -> Record | None:
         return None
     with suppress(OSError, ValueError, DatasetError):
         if (output / PLAN_FILE).read_text(encoding="utf-8") == plan.fingerprint:
+            if keeps_going:
+                left_out(output)  # a run that was killed while it removed the dataset may have got so far
             return ConvertedDataset(output).record
     return None
 

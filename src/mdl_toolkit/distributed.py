@@ -32,8 +32,8 @@ class PeerLostError(ToolkitError):
 
     def __init__(self) -> None:
         super().__init__(
-            "another process of this training has ended; its own message says why",
-            "本次训练的另一个进程已结束；原因见该进程自己的消息",
+            "another process of this run has ended; its own message says why",
+            "本次运行的另一个进程已结束；原因见该进程自己的消息",
         )
 
 
@@ -127,8 +127,8 @@ def _meet() -> tuple[Any, int, int]:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         minutes = f"{MEETING.total_seconds() / 60:g}"
         raise ToolkitError(
-            f"not all processes of this training met at {place} within {minutes} min; start them together",
-            f"本次训练的进程在 {minutes} 分钟内未能全部在 {place} 汇合；请同时启动所有进程",
+            f"not all processes of this run met at {place} within {minutes} min; start them together",
+            f"本次运行的进程在 {minutes} 分钟内未能全部在 {place} 汇合；请同时启动所有进程",
         ) from problem
     store.set_timeout(PATIENCE)
     return store, rank, size

@@ -21,7 +21,7 @@ from mdl_toolkit.briefing import warn_of_idle_gpus
 from mdl_toolkit.choices import columns_of, read_choices
 from mdl_toolkit.console import is_first_process, progress, say
 from mdl_toolkit.conversion import PLAN_FILE, read_rows
-from mdl_toolkit.distributed import World, joined
+from mdl_toolkit.distributed import PeerLostError, World, joined
 from mdl_toolkit.engines import check_engine, make_engine
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.folders import ADAPTER_CONFIG, find_model
@@ -36,6 +36,7 @@ from mdl_toolkit.provenance import read_provenance
 from mdl_toolkit.report import report_answers
 from mdl_toolkit.result_options import InferenceOptions
 from mdl_toolkit.settings import SETTINGS_FILE, to_yaml
+from mdl_toolkit.stopping import Interruption
 from mdl_toolkit.text_files import read_text_files
 from mdl_toolkit.tokens import Encoder
 
@@ -68,7 +69,7 @@ def infer(options: InferenceOptions) -> list[str]:
     if options.report is not None:
         check_file(Path(options.report), [options.input, output], "--report")
     choices = None if options.choices is None else read_choices(Path(options.choices))
-    with joined() as world, removing_empty(output.resolve().parent):
+    with Interruption(), joined() as world, removing_empty(output.resolve().parent):
         journal = Journal(output)
         with _at_work(journal, world):
             predictions, problems = _Inference(options, choices, journal, world).run()
@@ -88,23 +89,28 @@ def _at_work(journal: Journal, world: World) -> Iterator[None]:
     with journal.locked() if world.is_first else nullcontext():
         try:
             yield
-        except BaseException:
+        except BaseException as problem:
             if world.is_first:
-                _leave(journal)
+                _leave(journal, is_stopped=isinstance(problem, (KeyboardInterrupt, PeerLostError)))
             raise
         if world.is_first:
             journal.remove()
 
 
-def _leave(journal: Journal) -> None:
-    answered = len(journal.answers())
-    if not answered:
+def _leave(journal: Journal, *, is_stopped: bool) -> None:
+    """Keep answers always, converted rows if somebody has stopped it, and what a conversion says it keeps."""
+    if answered := len(journal.answers()):
+        say(
+            f"{answered} rows are answered (in {journal.path}): the same command goes on from there",
+            f"已回答 {answered} 行，保存在 {journal.path}：再次运行同一命令即可继续",
+        )
+    elif is_stopped and journal.dataset.exists():
+        say(
+            f"all rows are converted (in {journal.path}): the same command goes on from there",
+            f"所有行均已转换，保存在 {journal.path}：再次运行同一命令即可继续",
+        )
+    elif not journal.is_converting:
         journal.remove()
-        return
-    say(
-        f"{answered} rows are answered (in {journal.path}): the same command goes on from there",
-        f"已回答 {answered} 行，保存在 {journal.path}：再次运行同一命令即可继续",
-    )
 
 
 @dataclass(frozen=True)

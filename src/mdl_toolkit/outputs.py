@@ -4,13 +4,21 @@ What is written into them is for others to say.
 """
 
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mdl_toolkit.errors import InputError, ToolkitError
+
+try:
+    import fcntl
+except ImportError:  # no such locks on this platform: what killed processes leave stays there
+    fcntl = None  # type: ignore[assignment]
+
+HAS_LOCKS: bool = fcntl is not None
 
 
 @contextmanager
@@ -37,24 +45,16 @@ def replacing(output: Path) -> Iterator[Path]:
     """Give a new folder to fill; it takes the output's place when all went well, and is removed if not.
 
     The previous content stays until then. Both names lie in one folder, so that putting in place is two
-    renames. A link is followed, and stays. What a killed process left behind is in nobody's way.
+    renames. A link is followed, and stays. What a killed process left behind is removed by the next one.
 
     Raises:
         InputError: the folder cannot be made or put in place.
     """
-    target, mark = output.resolve(), secrets.token_hex(4)
-    work = target.with_name(f".{target.name}.partial-{mark}")
-    old = target.with_name(f".{target.name}.old-{mark}")
-    with removing_empty(target.parent):
-        try:
-            with writing(f"--output {output}", InputError):
-                work.mkdir(parents=True)
-            yield work
-            with writing(f"--output {output}", InputError):
-                put_in_place(work, target, old)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
+    target, place = output.resolve(), f"--output {output}"
+    with removing_empty(target.parent), _new(target, Path.mkdir, place) as (work, old):
+        yield work
+        with writing(place, InputError):
+            put_in_place(work, target, old)
 
 
 @contextmanager
@@ -64,17 +64,16 @@ def replacing_file(output: Path, option: str = "--output") -> Iterator[Path]:
     Raises:
         InputError: it cannot be written or put in place.
     """
-    target = output.resolve()
-    work = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
-    with removing_empty(target.parent), writing(f"{option} {output}", InputError):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield work
-            if target.exists():
-                shutil.copymode(target, work)
-            work.replace(target)
-        finally:
-            work.unlink(missing_ok=True)
+    target, place = output.resolve(), f"{option} {output}"
+    with (
+        removing_empty(target.parent),
+        _new(target, Path.touch, place) as (work, _),
+        writing(place, InputError),
+    ):
+        yield work
+        if target.exists():
+            shutil.copymode(target, work)
+        work.replace(target)
 
 
 @contextmanager
@@ -114,6 +113,89 @@ def put_in_place(work: Path, target: Path, old: Path) -> None:
         if old.exists():
             old.rename(target)
         raise
+
+
+# --- beside the output -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def _new(target: Path, make: Callable[[Path], None], place: str) -> Iterator[tuple[Path, Path]]:
+    """A new file or folder beside the target, and where the target may go; both are gone in the end.
+
+    It is locked meanwhile: by that other processes tell it from what a killed one has left.
+    """
+    with writing(place, InputError):
+        if not target.parent.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+        _clear_up(target)
+        while True:
+            work, old = _beside(target, secrets.token_hex(4))
+            make(work)
+            lock = _lock(work)
+            if work.exists():
+                break
+            _close(lock)  # who clears up was quicker than the lock
+    try:
+        yield work, old
+    finally:
+        _remove(work)
+        _remove(old)
+        _close(lock)
+
+
+def _beside(target: Path, mark: str) -> tuple[Path, Path]:
+    """What becomes the target, and what was it."""
+    return (
+        target.with_name(f".{target.name}.partial-{mark}"),
+        target.with_name(f".{target.name}.old-{mark}"),
+    )
+
+
+def _clear_up(target: Path) -> None:
+    """Put back what a killed process had moved away for a moment, and remove all else that it left."""
+    if not HAS_LOCKS:
+        return
+    name = re.compile(re.escape(f".{target.name}.") + r"(?:partial|old)-([0-9a-f]{8})")
+    for mark in {found[1] for path in target.parent.iterdir() if (found := name.fullmatch(path.name))}:
+        work, old = _beside(target, mark)
+        lock = _lock(work, wait=False)
+        if lock is not None or not work.exists():
+            if work.exists() and old.exists() and not target.exists():
+                old.rename(target)
+            _remove(work)
+            _remove(old)
+        _close(lock)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
+def _lock(path: Path, *, wait: bool = True) -> int | None:
+    """The descriptor of a file or folder that is locked now; None if it is gone, or cannot be locked."""
+    if not HAS_LOCKS:
+        return None
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:  # another process has it, or the file system has no locks
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _close(descriptor: int | None) -> None:
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+# --- apart from inputs -----------------------------------------------------------------------------------
 
 
 def check_apart(output: Path, path: Path, option: str = "--output") -> None:

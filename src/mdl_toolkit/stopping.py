@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: the first one politely, the second one at once (rule 31)."""
+"""Signals that ask a run to stop: a training after its step (rule 31), an inference at once."""
 
 import os
 import signal
@@ -40,6 +40,9 @@ class StopRequest:
                 os.kill(os.getpid(), number)
             return
         self.is_made, self._asked = True, time.monotonic()
+        self._answer()
+
+    def _answer(self) -> None:
         warn(
             "stopping after this step, with a checkpoint; once more stops at once",
             "本步完成后保存检查点并停止；再次发送信号则立即停止",
@@ -49,3 +52,12 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
+
+
+class Interruption(StopRequest):
+    """While this context lasts, the first SIGINT or SIGTERM raises KeyboardInterrupt, for work that keeps all
+    it has finished; the next has its usual effect.
+    """
+
+    def _answer(self) -> None:
+        raise KeyboardInterrupt

@@ -20,15 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
+from tests.torture.files import Files, check_same, listing, write_listing
 from tests.torture.inputs import MODEL, make_csv, write_csv
-from tests.torture.processes import FailedError, Run
+from tests.torture.processes import FailedError, Run, say
 
 PHRASES = 175  # recordings; some odd ones come on top
 OUT, WORK = "out", ".out.partial"
 LAST_STEPS = 60  # file operations before the end, each of which is tried
 END = 0.02  # seconds after the metadata are written, within which a run ends
-
-Files = dict[str, bytes]
 
 
 @dataclass(frozen=True)
@@ -258,33 +257,6 @@ class Attempt:
             raise FailedError(f"left beside the output: {left}")
 
 
-# --- files -----------------------------------------------------------------------------------------------
-
-
-def listing(folder: Path) -> Files:
-    """Everything below a folder with its content; folders end with a slash."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        found.update({f"{name}/": b""} if path.is_dir() else {name: path.read_bytes()})
-    return found
-
-
-def write_listing(folder: Path, files: Files) -> None:
-    """The folder again; there are none inside it."""
-    folder.mkdir()
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-
-
-def check_same(found: Files, expected: Files, what: str) -> None:
-    """Compare names and every byte."""
-    names = sorted(set(found) ^ set(expected))
-    different = [name for name in sorted(set(found) & set(expected)) if found[name] != expected[name]]
-    if names or different:
-        raise FailedError(f"{what}: too many or too few {names}, different {different}")
-
-
 # --- all of it -------------------------------------------------------------------------------------------
 
 
@@ -346,11 +318,6 @@ def _tell(setting: Setting, tried: Try, problem: FailedError, moments: int) -> N
     what = f"try {tried.number}{' with a previous dataset' if tried.has_previous else ''}: killed {kills}"
     words = f"--moments {moments} --seed {tried.seed} --only {tried.number}"
     say(f"FAILED: {what}: {problem}; repeat: python -m tests.torture.convert {words}; see {setting.place}")
-
-
-def say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
 
 
 def main() -> int:

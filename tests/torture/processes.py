@@ -18,6 +18,12 @@ class FailedError(Exception):
     """Something is not as it must be."""
 
 
+def say(text: str) -> None:
+    """Tell whoever watches."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
 class Run:
     """The command in a session of its own, with what it says in a file."""
 
