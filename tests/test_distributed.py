@@ -201,6 +201,20 @@ def little_patience_for_a_meeting():
     distributed.MEETING = timedelta(seconds=2)
 
 
+def gone_after_the_meeting():
+    little_patience_for_a_meeting()
+    distributed._warn_dividing = lambda: (distributed._meet(), os._exit(7))
+
+
+def test_a_process_that_ends_between_meeting_and_connecting_does_not_keep_others_waiting(
+    place, tmp_path, start
+):
+    words = command(place, tmp_path / "run")
+    jobs = start_ranks(start, words, 2, [little_patience_for_a_meeting, gone_after_the_meeting])
+    assert [job.end() for job in jobs] == [1, 7]
+    assert jobs[0].said().splitlines()[-1] == LOST
+
+
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_process_that_nobody_joins_says_so(place, tmp_path, start, rank):
     """Such as one whose peers were killed before they came."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
 from mdl_toolkit.console import warn
@@ -103,7 +104,10 @@ def joined() -> Iterator[World]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     store, rank, size = _meet()
     with _noticing_loss():
-        distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+        # Connecting is a part of the meeting: who has ended since would be waited for without a word.
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=MEETING)
+    _set_pg_timeout(PATIENCE)
+    store.set_timeout(PATIENCE)
     try:
         yield World(distributed.get_rank(), distributed.get_world_size())
     finally:
@@ -130,7 +134,6 @@ def _meet() -> tuple[Any, int, int]:
             f"not all processes of this run met at {place} within {minutes} min; start them together",
             f"本次运行的进程在 {minutes} 分钟内未能全部在 {place} 汇合；请同时启动所有进程",
         ) from problem
-    store.set_timeout(PATIENCE)
     return store, rank, size
 
 

@@ -78,7 +78,7 @@ class Inference(Attempt):
 
     def hook(self, act: Callable[[int], object]) -> Callable[[], object]:
         """Small shards, and a note of each row that is begun."""
-        self.before = self.answers()
+        self.before = {} if self._is_in_place() else self.answers()  # then they may be removed already
         self.notes.write_text("", encoding="utf-8")
         return partial(_begin, str(self.folder), act, str(self.notes))
 
@@ -119,7 +119,11 @@ class Inference(Attempt):
 
     def _is_in_place(self) -> bool:
         output = self.folder / OUTPUT
-        return output.exists() and output.read_bytes() == self.unbroken.files[OUTPUT]
+        return (
+            self.unbroken is not None
+            and output.exists()
+            and output.read_bytes() == self.unbroken.files[OUTPUT]
+        )
 
     def check_run(self, jobs: list[Job]) -> None:
         """No row was begun that had been answered, and none twice; no more is lost than was under way."""
@@ -131,7 +135,7 @@ class Inference(Attempt):
             raise FailedError(f"some rows were begun twice in one run: {sorted(begun)}")
         if again := self.before.keys() & begun:
             raise FailedError(f"rows {sorted(again)} were answered before, and are computed again")
-        if not (hasattr(self, "unbroken") and (self.folder / WORK).exists()) or self._is_in_place():
+        if not (self.unbroken and (self.folder / WORK).exists()) or self._is_in_place():
             return
         lost = {*begun} - self.answers().keys()
         self.counts.found["rows under way"] += len(lost)

@@ -154,7 +154,7 @@ class Attempt:
     SIGNALS: ClassVar[tuple[signal.Signals, ...]] = (signal.SIGKILL,)
     MOST: ClassVar[int] = 2
     status = 0
-    unbroken: Unbroken
+    unbroken: Unbroken | None = None
 
     def __init__(self, place: Path, name: str, tried: Try, counts: Counts, launch: Start) -> None:
         self.place, self.tried, self.counts, self.launch = place, tried, counts, launch
@@ -357,7 +357,7 @@ def torture(kind: type[Attempt], place: Path, tries: list[Try], seed: int) -> Co
         try:
             with fleet(place, name) as launch:
                 kind(place, name, tried, counts, launch).carry_out(references[variant])
-        except FailedError as problem:
+        except (FailedError, AssertionError) as problem:  # of a process that does not end
             counts.failures += 1
             again = f"repeat with --seed {seed} --only {tried.number}; see {place}"
             say(f"FAILED: {tried}: {problem}; {again}")
