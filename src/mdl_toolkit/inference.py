@@ -81,7 +81,7 @@ def infer(options: InferenceOptions) -> list[str]:
 
 
 def _run(inference: "_Inference") -> tuple[list[str], int]:
-    """Run it; where the user gave no CSV, bad rows are those of what was given, not of the list made of it."""
+    """Run it; bad rows of a folder or a pattern are told as its own, not as those of the list made of it."""
     source = inference.options.input
     try:
         return inference.run()
