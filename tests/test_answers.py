@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fleet import fleet, slowly, start_ranks
-from mdl_toolkit import conversion, engines, plan
+from mdl_toolkit import conversion, engines, inference, plan
 from mdl_toolkit.answering import Answerer
 from mdl_toolkit.answers import Journal, Pen
 from mdl_toolkit.errors import InputError, ModelError, RowsError, UsageError
@@ -222,6 +222,19 @@ def test_what_a_conversion_says_it_keeps_is_kept(model, tmp_path, monkeypatch, c
     assert "6 of 6 rows are finished" in capsys.readouterr().err
     infer(given)
     assert "going on from an earlier run: 6 of 6 rows are converted" in capsys.readouterr().err
+
+
+def test_answers_are_kept_until_the_report_is_written(model, tmp_path, monkeypatch):
+    given = options(make_csv(tmp_path, 3), model, tmp_path / "out.csv", report=str(tmp_path / "page.html"))
+    with monkeypatch.context() as context:
+        context.setattr(inference, "report_answers", raising(InputError("full", "满")))
+        with pytest.raises(InputError, match="full"):
+            infer(given)
+    asked = stop_after(monkeypatch, 99)
+    infer(given)
+    assert not asked
+    assert (tmp_path / "page.html").exists()
+    assert not [*tmp_path.glob(".out*")]
 
 
 def raising(problem):

@@ -126,10 +126,9 @@ class Pen:
         Raises:
             InputError: the disk is full.
         """
+        held = [cell.replace("\0", "\N{REPLACEMENT CHARACTER}") for cell in cells]
         with writing(self._file.name, InputError):
-            self._file.write(
-                json.dumps([row, [cell.replace("\0", "\N{REPLACEMENT CHARACTER}") for cell in cells]]) + "\n"
-            )
+            self._file.write(json.dumps([row, held]) + "\n")
             self._file.flush()
 
 

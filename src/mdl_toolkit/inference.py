@@ -19,7 +19,7 @@ from mdl_toolkit.answering import JOINING
 from mdl_toolkit.answers import Journal, write_table
 from mdl_toolkit.briefing import warn_of_idle_gpus
 from mdl_toolkit.choices import columns_of, read_choices
-from mdl_toolkit.console import is_first_process, progress, say
+from mdl_toolkit.console import progress, say
 from mdl_toolkit.conversion import PLAN_FILE, read_rows
 from mdl_toolkit.distributed import PeerLostError, World, joined
 from mdl_toolkit.engines import check_engine, make_engine
@@ -70,8 +70,8 @@ def infer(options: InferenceOptions) -> list[str]:
         journal = Journal(output)
         with _at_work(journal, world):
             predictions, problems = _run(_Inference(options, choices, journal, world))
-    if options.report is not None and is_first_process():
-        report_answers(options)
+            if options.report is not None and world.is_first:  # the answers stay until it is written
+                report_answers(options)
     if problems:
         raise InputError(
             f"{output}: written, but {problems} of its rows have no prediction; see the column `{ERROR}`",

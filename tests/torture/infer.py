@@ -34,6 +34,7 @@ WORDY = 15  # the row whose prompt leaves no room
 OUTPUT, WORK = "out.csv", ".out.csv.partial"
 MODES = ("plain", "kept", "chosen", "in place")
 HAS_ROWS_WITHOUT = "of its rows have no prediction"
+TAKEN_OVER = "going on from an earlier run"
 GOES_ON = "the same command goes on from there"
 
 
@@ -136,8 +137,10 @@ class Inference(Attempt):
         self.counts.found["rows under way"] += len(lost)
         if len(lost) > BATCH * len(jobs):
             raise FailedError(f"rows {sorted(lost)} were begun, and are not answered")
-        if jobs[0].end() == INTERRUPTED and self.answers() and GOES_ON not in jobs[0].said():
-            raise FailedError(f"it does not say how to go on: {jobs[0].said()}")
+        said = jobs[0].said()
+        has_begun = len(begun) > 0 or TAKEN_OVER in said  # before that it has not looked at what is there
+        if jobs[0].end() == INTERRUPTED and has_begun and self.answers() and GOES_ON not in said:
+            raise FailedError(f"it does not say how to go on: {said}")
 
     def check_broken(self) -> None:
         """The output is what it was or whole; until it is whole, no answer is lost."""
