@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 from transformers import GenerationConfig
 
 from mdl_toolkit.answering import Answerer, Picking, Question, embedded
@@ -72,6 +73,34 @@ def test_every_row_is_answered_as_if_alone(golden, name, batch_size):
     expected = {q.key: generated(model, q, do_sample=False) for q in asked}
     assert ids_of(model, encoder, asked, batch_size) == expected
     assert ids_of(model, encoder, asked[::-1], batch_size) == expected
+
+
+def test_attention_may_lay_its_output_out_as_on_a_gpu(golden, monkeypatch):
+    model, encoder = load(golden, "A-small")
+    asked = [*questions(model, 5)]
+    expected = ids_of(model, encoder, asked, 3)
+    attend = functional.scaled_dot_product_attention
+
+    def as_on_a_gpu(*tensors, **settings):
+        """Positions before heads in memory, as the memory-efficient kernel leaves them."""
+        return attend(*tensors, **settings).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", as_on_a_gpu)
+    assert ids_of(model, encoder, asked, 3) == expected
+
+
+@pytest.mark.parametrize("window", [None, 12])
+@pytest.mark.parametrize("full", [(), ("embed_tokens",), ("k_proj", "norm")], ids=str)
+def test_rows_join_one_another_under_autocast(golden, full, window):
+    model, encoder = load(golden, "A-small", window)
+    model.to(torch.bfloat16)
+    for name, parameter in model.named_parameters():  # what is trained stays in float32
+        if any(part in name for part in full):
+            parameter.data = parameter.data.float()
+    asked = [*questions(model, 9)]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ids_of(model, encoder, asked, 4)
+    assert {key: len(ids) for key, ids in found.items()} == {q.key: q.budget for q in asked}
 
 
 def test_rows_end_at_an_end_token(golden):

@@ -341,6 +341,15 @@ def test_rows_whose_cells_are_wrong_cannot_be_kept(model, tmp_path):
 # --- what is asked -------------------------------------------------------------------------------------
 
 
+def test_bad_recordings_of_a_folder_are_told_as_those_of_the_folder(model, tmp_path):
+    make_rows(tmp_path / "clips", 1)
+    (tmp_path / "clips/a.wav").write_text("no sound", encoding="utf-8")
+    with pytest.raises(RowsError, match="a.wav") as caught:
+        infer(options(tmp_path / "clips", model, tmp_path / "out.csv"))
+    assert str(caught.value).startswith(f"{tmp_path / 'clips'}: 1 bad row")
+    assert ".partial" not in str(caught.value)
+
+
 def test_a_folder_or_a_pattern_of_recordings(model, tmp_path):
     rows = make_rows(tmp_path / "clips", 3)
     (tmp_path / "clips/deep").mkdir()
@@ -466,6 +475,16 @@ def test_choices_that_cannot_be_used(model, tmp_path, text, words):
         infer(options(make_csv(tmp_path, 1), model, tmp_path / "out.csv", choices=str(file)))
 
 
+@pytest.mark.parametrize("place", ["output", "report"])
+def test_the_choices_are_not_written_over(model, tmp_path, place):
+    file = tmp_path / "choices.txt"
+    file.write_text("rain\nwind\n", encoding="utf-8")
+    settings = options(make_csv(tmp_path, 1), model, tmp_path / "out.csv", choices=str(file))
+    with pytest.raises(InputError, match=f"--{place} "):
+        infer(replace(settings, **{place: str(file)}))
+    assert file.read_text(encoding="utf-8") == "rain\nwind\n"
+
+
 def test_choices_need_room_for_the_longest(model, tmp_path):
     (tmp_path / "choices.txt").write_text("rain\n" + "a very long answer " * 5 + "\n", encoding="utf-8")
     with pytest.raises(RowsError, match="must be at least") as caught:
@@ -489,6 +508,9 @@ def test_choices_need_room_for_the_longest(model, tmp_path):
         ({"choices": "c.txt", "num_beams": 2}, "--choices and --num-beams"),
         ({"engine": "vllm", "choices": "c.txt"}, "--engine vllm and --choices"),
         ({"engine": "vllm", "num_beams": 2}, "--engine vllm and --num-beams"),
+        ({"top_k": 2}, "--top-k has no effect without --choices"),
+        ({"normalize_scores": True}, "--normalize-scores has no effect without --choices"),
+        ({"top_p": 0.5}, "--top-p has no effect without --temperature"),
     ],
 )
 def test_options_that_do_not_go_together(model, tmp_path, changes, words):

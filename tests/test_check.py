@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from mdl_toolkit import cli
 from mdl_toolkit.advice import find_leaks
@@ -25,6 +26,7 @@ from mdl_toolkit.conversion import convert_dataset
 from mdl_toolkit.dataset import ConvertedDataset
 from mdl_toolkit.findings import Findings
 from mdl_toolkit.inspection import FACTS, Inspected, looks_mangled
+from mdl_toolkit.loading import load_model
 from mdl_toolkit.memory import plan_memory
 from mdl_toolkit.options import CheckOptions, ConvertOptions
 from mdl_toolkit.sampling import Sampling
@@ -299,6 +301,24 @@ def test_size_tokens_and_memory_are_those_of_conversion_and_training(run, spoilt
     plan = plan_memory(Path(model), options, sampling, dataset.samples, torch.device("cuda"), torch.bfloat16)
     assert training["bytes"]["total"] == plan.total
     assert training["steps"] == 3 * sampling.steps_per_epoch == 3 * -(-len(dataset) // 2)
+    assert training["operations"] == pytest.approx(3 * counted(Path(model), dataset), rel=0.02)
+
+
+def counted(folder, dataset):
+    """Operations that torch counts in the blocks' matrices over all rows: forwards, back, forwards again."""
+    loaded = load_model(folder, dtype=torch.float32, device=torch.device("cpu"))
+    total = 0.0
+    for sample in dataset:
+        patches = 5 * ((1 + len(sample.waveform) // 160) // 20)
+        for blocks, rows in (
+            (loaded.decoder.model.layers, len(sample.input_ids)), (loaded.audio_encoder.blocks, patches),
+        ):  # fmt: skip
+            linears = [each for each in blocks.modules() if isinstance(each, torch.nn.Linear)]
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                for linear in linears:
+                    linear(torch.zeros(rows, linear.in_features))
+            total += 3 * counter.get_total_flops()
+    return total
 
 
 def test_leaks_are_those_that_training_warns_of(run, spoilt, tmp_path, model):

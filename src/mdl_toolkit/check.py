@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from mdl_toolkit import __version__
 from mdl_toolkit.check_report import report_lines
@@ -187,9 +187,9 @@ def _sample(manifest: Manifest, encoder: Encoder, bad: set[int], options: CheckO
 
 
 def _forecast(folder: Path, options: "TrainOptions", facts: Facts) -> Figures | None:
-    """Memory and steps of a training; on a machine without a GPU, of one with a GPU.
+    """Memory, steps and arithmetic of a training; on a machine without a GPU, of one with a GPU.
 
-    How long a step takes depends on the GPU alone, and is not guessed.
+    How fast the GPU computes is not guessed: the arithmetic is given, and hours at a round speed.
     """
     if not len(facts):
         return None
@@ -203,7 +203,7 @@ def _forecast(folder: Path, options: "TrainOptions", facts: Facts) -> Figures | 
 def _predicted(folder: Path, options: "TrainOptions", facts: Facts) -> Figures:
     import torch
 
-    from mdl_toolkit.memory import plan_memory
+    from mdl_toolkit.memory import on_paper, plan_memory
     from mdl_toolkit.sampling import Sampling
     from mdl_toolkit.schedule import Schedule
 
@@ -222,7 +222,22 @@ def _predicted(folder: Path, options: "TrainOptions", facts: Facts) -> Figures:
         "warning": None if (line := plan.warning()) is None else dataclasses.asdict(line),
         "steps": schedule.total, "steps_per_epoch": schedule.per_epoch, "epochs": options.num_epochs,
         "effective_batch": sampling.effective,
+        "operations": _operations(on_paper(folder), facts, options),
     }  # fmt: skip
+
+
+def _operations(model: Any, facts: Facts, options: "TrainOptions") -> float:
+    """Floating-point operations of a training in the blocks' matrices, of which almost all consist.
+
+    A frozen matrix takes two for each number and position forwards, as many for the gradient of its input,
+    and as many again where checkpointing computes it anew. The encoder has five patches to a token.
+    """
+    blocks = (model.decoder.model.layers, model.audio_encoder.blocks)
+    decoder, encoder = (sum(p.numel() for p in each.parameters() if p.ndim == 2) for each in blocks)
+    audio = audio_tokens(facts)
+    positions, patches = int((audio + facts["text"]).sum()), 5 * int(audio.sum())
+    passes = 3 if options.gradient_checkpointing else 2
+    return float(options.num_epochs * 2 * passes * (decoder * positions + encoder * patches))
 
 
 def _write_fixed(output: Path, manifest: Manifest, found: Findings, options: CheckOptions) -> Figures:

@@ -233,8 +233,14 @@ def _training_lines(training: Figures) -> Iterator[Text]:
     epochs = f"{training['epochs']:g}"
     steps, each, batch = (f"{training[name]:,}" for name in ("steps", "steps_per_epoch", "effective_batch"))
     yield Text(
-        f"  steps: {steps} in {epochs} epochs of {each}, effective batch {batch} on one GPU; how long they "
-        "take depends on the GPU: `train` says so after three steps",
-        f"  步数：{epochs} 轮共 {steps} 步，每轮 {each} 步，单 GPU 有效批次 {batch}；"
-        "所需时间取决于 GPU，由 train 在三步之后给出",
+        f"  steps: {steps} in {epochs} epochs of {each}, effective batch {batch} on one GPU",
+        f"  步数：{epochs} 轮共 {steps} 步，每轮 {each} 步，单 GPU 有效批次 {batch}",
+    )
+    done = training["operations"]
+    amount, hours = f"{done / 1e12:,.4g}", f"{done / (100e12 * 3600):.3g}"
+    yield Text(
+        f"  time: {amount} TFLOP in matrix products, {hours} hours for a GPU that sustains 100 TFLOP/s; "
+        "how fast yours is, `train` says after three steps",
+        f"  时间：矩阵乘法共 {amount} TFLOP，持续 100 TFLOP/s 的 GPU 需要 {hours} 小时；"
+        "实际速度由 train 在三步之后给出",
     )

@@ -35,7 +35,7 @@ def check_engine(options: InferenceOptions) -> None:
     """Refuse options that do not go together, and what is not installed.
 
     Raises:
-        UsageError: they contradict each other.
+        UsageError: they contradict each other, or one would do nothing.
         ModelError: vLLM is not installed.
     """
     contradictions = [
@@ -50,6 +50,17 @@ def check_engine(options: InferenceOptions) -> None:
             raise UsageError(
                 f"{one} and {other} do not go together; give one of them",
                 f"{one} 与 {other} 不能同时使用；请只指定其中一个",
+            )
+    lonely = [
+        ("--top-k", "--choices", options.top_k > 1 and options.choices is None),
+        ("--normalize-scores", "--choices", options.normalize_scores and options.choices is None),
+        ("--top-p", "--temperature", options.top_p < 1 and not options.temperature),
+    ]
+    for one, other, is_given in lonely:
+        if is_given:
+            raise UsageError(
+                f"{one} has no effect without {other}; give both, or neither",
+                f"没有 {other} 时 {one} 不起作用；请同时指定两者，或都不指定",
             )
     if options.engine == VLLM:
         need(VLLM, VLLM, "--engine vllm")

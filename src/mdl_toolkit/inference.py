@@ -23,7 +23,7 @@ from mdl_toolkit.console import progress, say
 from mdl_toolkit.conversion import PLAN_FILE, read_rows
 from mdl_toolkit.distributed import PeerLostError, World, joined
 from mdl_toolkit.engines import check_engine, make_engine
-from mdl_toolkit.errors import InputError
+from mdl_toolkit.errors import InputError, RowsError
 from mdl_toolkit.folders import ADAPTER_CONFIG, find_model
 from mdl_toolkit.inputs import KEEP, Inputs, convert_inputs, open_inputs, prompted
 from mdl_toolkit.language import Text
@@ -61,18 +61,15 @@ def infer(options: InferenceOptions) -> list[str]:
     """
     check_engine(options)
     output = Path(options.output)
-    if output.is_dir():
-        raise InputError(
-            f"--output {output}: a folder is there; give the name of a CSV file",
-            f"--output {output}：该位置是目录；请指定 CSV 文件名",
-        )
+    lists = [] if options.choices is None else [options.choices]
+    check_file(output, lists)  # the input may be replaced: nothing is read of it any more
     if options.report is not None:
-        check_file(Path(options.report), [options.input, output], "--report")
+        check_file(Path(options.report), [options.input, output, *lists], "--report")
     choices = None if options.choices is None else read_choices(Path(options.choices))
     with Interruption(), joined() as world, removing_empty(output.resolve().parent):
         journal = Journal(output)
         with _at_work(journal, world):
-            predictions, problems = _Inference(options, choices, journal, world).run()
+            predictions, problems = _run(_Inference(options, choices, journal, world))
             if options.report is not None and world.is_first:  # the answers stay until it is written
                 report_answers(options)
     if problems:
@@ -81,6 +78,17 @@ def infer(options: InferenceOptions) -> list[str]:
             f"{output}：已写出，但有 {problems} 行没有预测；原因见 `{ERROR}` 列",
         )
     return predictions
+
+
+def _run(inference: "_Inference") -> tuple[list[str], int]:
+    """Run it; bad rows of a folder or a pattern are told as its own, not as those of the list made of it."""
+    source = inference.options.input
+    try:
+        return inference.run()
+    except RowsError as error:
+        if not is_listing(source):
+            raise
+        raise RowsError(source, error.problems, error.count) from error
 
 
 @contextmanager

@@ -157,7 +157,7 @@ def plan_memory(
     Raises:
         ModelError: no model can be made of the configuration, or a target matches nothing.
     """
-    model = _on_paper(base)
+    model = on_paper(base)
     quantization = options.quantization or _quantized(base)
     parts, widest = _weights(model, dtype, quantization)
     sizes, gradients = _trained(model, options)
@@ -201,8 +201,12 @@ def largest_batches(sampling: Sampling, samples: Integers) -> list[Integers]:
     return [rows[starts[number] :][: sampling.batch_size] for number in sorted(chosen)]
 
 
-def _on_paper(base: Path) -> Any:
-    """The model of a folder's `config.json`, with shapes and without storage."""
+def on_paper(base: Path) -> Any:
+    """The model of a folder's `config.json`, with shapes and without storage.
+
+    Raises:
+        ModelError: there is no such model.
+    """
     from mdl_toolkit.model import MiDashengLMModel
 
     quiet_libraries()

@@ -295,7 +295,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     together = q.reshape(q.shape[0], k.shape[1], groups * q.shape[2], q.shape[3])
     if mask is not None and q.shape[2] > 1:
         mask = mask.repeat(1, 1, groups, 1)
-    return functional.scaled_dot_product_attention(together, k, v, attn_mask=mask).view(q.shape)
+    return functional.scaled_dot_product_attention(together, k, v, attn_mask=mask).reshape(q.shape)
 
 
 def _parts(choices: Sequence[Sequence[int]]) -> Iterator[list[int]]:
