@@ -321,6 +321,25 @@ def counted(folder, dataset):
     return total
 
 
+def test_the_same_answer_on_both_sides_is_told_where_answers_are_texts():
+    random = np.random.default_rng(1)
+    facts = np.zeros(12, FACTS)
+    facts["line"], facts["answer"] = np.arange(2, 14), [*range(100, 108), 103, 200, 107, 201]
+    facts["clip"] = random.permutation(12)
+    learnt, held = facts[:8], facts[8:]
+
+    def told(known):
+        found = Findings("x.csv", "evaluation")
+        found.add(Inspected(held))
+        return {each["name"]: each for each in found.figures(known, None)["findings"]}
+
+    assert told(learnt)["same_text"]["lines"] == [10, 12]
+    assert told(learnt)["same_text"]["details"] == [5, 9]
+    classes = np.repeat(learnt, 4)
+    classes["clip"] = np.arange(50, 82)
+    assert "same_text" not in told(classes)
+
+
 def test_leaks_are_those_that_training_warns_of(run, spoilt, tmp_path, model):
     train, held = spoilt
     fixed = tmp_path / "fixed.csv"

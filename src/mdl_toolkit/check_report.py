@@ -60,6 +60,9 @@ FINDINGS = {
         "recording is also trained on, with another prompt or answer (= line there)",
         "音频同时出现在训练文件中，提示词或回答不同（= 其行号）",
     ),
+    "same_text": Text(
+        "answer is also trained on, with another recording", "回答也出现在训练集中（音频不同）"
+    ),
     "near_prompts": Text("prompts that differ in one letter", "仅差一个字符的提示词"),
 }
 DETAILS = {"clipped": " ({:.1%})", "too_long": " ({})"}  # of a row, behind its line

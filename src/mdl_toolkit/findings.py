@@ -261,15 +261,23 @@ def _of_answers(answers: Figures, rows: int) -> list[Figures]:
 
 
 def _leaks(facts: Facts, learnt: Facts) -> list[Figures]:
-    """Rows whose recording is also trained on: with the same words, or with others."""
+    """Rows whose recording is also trained on, with the same words or others; or whose answer alone is.
+
+    The last says something where answers are texts, not classes: where more than half of those to be learnt
+    are different.
+    """
     heard, same = (
         _line_in(_mixed(facts, *names), _mixed(learnt, *names), learnt["line"])
         for names in (("clip",), ("clip", "prompt", "answer"))
     )
     other = (heard > 0) & (same == 0)
+    said = _line_in(facts["answer"], learnt["answer"], learnt["line"])
+    are_texts = 2 * len(np.unique(learnt["answer"])) > len(learnt)
+    read = (said > 0) & (heard == 0) & are_texts
     return [
         *finding("leak", facts["line"][same > 0], same[same > 0]),
         *finding("leak_other_text", facts["line"][other], heard[other]),
+        *finding("same_text", facts["line"][read], said[read]),
     ]
 
 
