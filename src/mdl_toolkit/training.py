@@ -173,7 +173,12 @@ def _run(run: _Run) -> TrainResult:
     say_machine(run.device, run.dtype, options.quantization, run.world.size)
     say_data(run.train_set, run.eval_set)
     say_steps(options, run.sampling, run.schedule.total)
-    plan = plan_memory(run.base, options, run.sampling, run.train_set.samples, run.device, run.dtype)
+    beginning = run.encoder.common_beginning(
+        run.train_set.tokens(row).input_ids for row in range(len(run.train_set))
+    )
+    plan = plan_memory(
+        run.base, options, run.sampling, run.train_set.samples, beginning, run.device, run.dtype
+    )
     say_memory(plan)
     done, pace = _train(run, plan.kept)
     # From here on the model that was trained is gone: what is written may be loaded to be looked at.
