@@ -258,13 +258,14 @@ def spoil(tmp_path):
     return rows
 
 
-def test_kept_rows_say_why_they_have_no_answer(model, tmp_path):
+def test_kept_rows_say_why_they_have_no_answer(model, tmp_path, capsys):
     rows = spoil(tmp_path)
     good = [row for number, row in enumerate(rows) if number not in (1, 3, 6, 7)]
     expected = infer(options(write_csv(tmp_path / "good.csv", good), model, tmp_path / "good-out.csv"))
     source = write_csv(tmp_path / "in.csv", rows)
     with pytest.raises(InputError, match="4 of its rows have no prediction"):
         infer(options(source, model, tmp_path / "out.csv", on_error="keep"))
+    assert f"{tmp_path / 'out.csv'}: 5 predictions, 4 rows without one\n" in capsys.readouterr().err
     found = table(tmp_path / "out.csv")
     assert [row["id"] for row in found] == [row["id"] for row in rows]
     assert [row["prediction"] for row in found if not row["error"]] == expected
@@ -315,9 +316,10 @@ def test_stopping_is_the_default_and_leaves_nothing(model, tmp_path):
     assert files_below(tmp_path) == before
 
 
-def test_keeping_with_nothing_wrong_has_an_empty_column(model, tmp_path):
+def test_keeping_with_nothing_wrong_has_an_empty_column(model, tmp_path, capsys):
     source = make_csv(tmp_path, 2)
     plain = infer(options(source, model, tmp_path / "plain.csv"))
+    assert ": 2 predictions\n" in capsys.readouterr().err
     assert infer(options(source, model, tmp_path / "out.csv", on_error="keep")) == plain
     assert [row["error"] for row in table(tmp_path / "out.csv")] == ["", ""]
 

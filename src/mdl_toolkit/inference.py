@@ -239,8 +239,13 @@ class _Inference:
 
         write_table(output, manifest.columns, columns, rows())
         output.with_name(f"{output.name}.{SETTINGS_FILE}").write_text(to_yaml(self.options), encoding="utf-8")
-        say(f"{output}: {len(predictions)} predictions", f"{output}：{len(predictions)} 条预测")
+        _tell(output, len(predictions), 0 if inputs is None else len(inputs.problems))
         return predictions
+
+
+def _tell(output: Path, rows: int, without: int) -> None:
+    en, zh = (f", {without} rows without one", f"，{without} 行没有预测") if without else ("", "")
+    say(f"{output}: {rows - without} predictions{en}", f"{output}：{rows - without} 条预测{zh}")
 
 
 def _reason(inputs: Inputs | None, row: Row) -> str:
