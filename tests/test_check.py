@@ -304,6 +304,17 @@ def test_size_tokens_and_memory_are_those_of_conversion_and_training(run, spoilt
     assert training["operations"] == pytest.approx(3 * counted(Path(model), dataset), rel=0.02)
 
 
+def test_a_training_s_settings_that_cannot_be_read_are_named_by_their_option(run, spoilt, tmp_path):
+    missing, other = tmp_path / "missing.yaml", tmp_path / "other.yaml"
+    other.write_text("colour: red\n", encoding="utf-8")
+    done = run(spoilt[0].path, "--train-config", missing)
+    assert (done.status, done.err) == (1, f"error: --train-config {missing}: file not found\n")
+    done = run(spoilt[0].path, "--train-config", other)
+    assert done.err == f"error: --train-config {other}: train has no option colour\n"
+    other.write_text("lr: fast\n", encoding="utf-8")
+    assert run(spoilt[0].path, "--train-config", other).err.startswith(f"error: --train-config {other}: ")
+
+
 def counted(folder, dataset):
     """Operations that torch counts in the blocks' matrices over all rows: forwards, back, forwards again."""
     loaded = load_model(folder, dtype=torch.float32, device=torch.device("cpu"))
