@@ -280,6 +280,14 @@ def test_inputs_are_never_written_over(run, tmp_path, option):
     done = run(table, f"{option}={table}")
     assert (done.status, table.read_bytes()) == (1, before)
     assert done.err.startswith(f"error: {option} {table}: ")
+    assert f"inside the input {table};" in done.err
+
+
+def test_two_outputs_are_two_places(run, tmp_path):
+    table, new = write_csv(tmp_path / "t.csv", phrases("train.csv")[:2]), tmp_path / "new"
+    done = run(table, f"--write-fixed={new}", f"--json={new}")
+    assert done.err.startswith(f"error: --write-fixed {new}: it is, holds or lies inside --json {new};")
+    assert not new.exists()
 
 
 def test_size_tokens_and_memory_are_those_of_conversion_and_training(run, spoilt, tmp_path, model):

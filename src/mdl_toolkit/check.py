@@ -77,7 +77,7 @@ def _check_places(options: CheckOptions) -> None:
         for path in options.input:
             check_apart(place, Path(path), name)
     if len(places) == 2:
-        check_apart(places[0][1], places[1][1], "--write-fixed")
+        check_apart(places[0][1], places[1][1], "--write-fixed", "--json")
 
 
 def _train_options(options: CheckOptions) -> "TrainOptions":

@@ -72,7 +72,7 @@ def _check_places(output: Path, options: ConvertOptions) -> None:
     if Path(options.model_name).is_dir():
         check_apart(output, Path(options.model_name))
     if options.download_cache is not None:
-        check_apart(output, Path(options.download_cache))
+        check_apart(output, Path(options.download_cache), other="--download-cache")
 
 
 def _check_recording(output: Path) -> Callable[[Row], None]:

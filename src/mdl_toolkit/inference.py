@@ -31,7 +31,7 @@ from mdl_toolkit.listing import is_listing, list_recordings, write_listing
 from mdl_toolkit.loader import Loader
 from mdl_toolkit.loading import base_of, explaining_memory
 from mdl_toolkit.manifest import Manifest, Row
-from mdl_toolkit.outputs import check_file, removing_empty
+from mdl_toolkit.outputs import check_apart, check_file, removing_empty
 from mdl_toolkit.provenance import read_provenance
 from mdl_toolkit.report import report_answers
 from mdl_toolkit.result_options import InferenceOptions
@@ -64,7 +64,8 @@ def infer(options: InferenceOptions) -> list[str]:
     lists = [] if options.choices is None else [options.choices]
     check_file(output, lists)  # the input may be replaced: nothing is read of it any more
     if options.report is not None:
-        check_file(Path(options.report), [options.input, output, *lists], "--report")
+        check_file(Path(options.report), [options.input, *lists], "--report")
+        check_apart(Path(options.report), output, "--report", "--output")
     choices = None if options.choices is None else read_choices(Path(options.choices))
     with Interruption(), joined() as world, removing_empty(output.resolve().parent):
         journal = Journal(output)
