@@ -477,6 +477,28 @@ def test_choices_that_cannot_be_used(model, tmp_path, text, words):
         infer(options(make_csv(tmp_path, 1), model, tmp_path / "out.csv", choices=str(file)))
 
 
+def test_choices_too_long_for_a_row_s_room(model, tmp_path):
+    """Not the prompt is too long, but it with the longest choice; what is asked for is the least."""
+    choices = tmp_path / "choices.txt"
+    choices.write_text("rain\na dog that barks\nclick\n")
+    given = {"choices": str(choices)}
+    source = make_csv(tmp_path, 1)
+    with pytest.raises(RowsError, match="prompt alone") as caught:
+        infer(options(source, model, tmp_path / "out.csv", max_length=5))
+    alone = int(str(caught.value).rsplit(" ", 1)[1]) - 1
+    with pytest.raises(RowsError, match="and the longest choice 'a dog that barks' [0-9]+ more; ") as caught:
+        infer(options(source, model, tmp_path / "out.csv", max_length=alone + 1, **given))
+    assert f"the prompt takes {alone} tokens and" in str(caught.value)
+    least = int(str(caught.value).rsplit(" ", 1)[1])
+    assert least > alone + 3
+    assert len(infer(options(source, model, tmp_path / "out.csv", max_length=least, **given))) == 1
+    with pytest.raises(RowsError, match=f"--max-length {least - 1} must"):
+        infer(options(source, model, tmp_path / "out.csv", max_length=least - 1, **given))
+    with pytest.raises(InputError, match=f"--max-new-tokens 2: .* takes {least - alone} tokens"):
+        infer(options(source, model, tmp_path / "out.csv", max_new_tokens=2, **given))
+    assert len(infer(options(source, model, tmp_path / "o.csv", max_new_tokens=least - alone, **given))) == 1
+
+
 @pytest.mark.parametrize("place", ["output", "report"])
 def test_the_choices_are_not_written_over(model, tmp_path, place):
     file = tmp_path / "choices.txt"

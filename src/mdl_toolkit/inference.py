@@ -25,7 +25,7 @@ from mdl_toolkit.distributed import PeerLostError, World, joined
 from mdl_toolkit.engines import check_engine, make_engine
 from mdl_toolkit.errors import InputError, RowsError
 from mdl_toolkit.folders import ADAPTER_CONFIG, find_model
-from mdl_toolkit.inputs import KEEP, Inputs, convert_inputs, open_inputs, prompted
+from mdl_toolkit.inputs import KEEP, Inputs, Room, convert_inputs, open_inputs, prompted
 from mdl_toolkit.language import Text
 from mdl_toolkit.listing import is_listing, list_recordings, write_listing
 from mdl_toolkit.loader import Loader
@@ -172,16 +172,16 @@ class _Inference:
 
     def _inputs(self, manifest: Manifest, encoder: Encoder) -> Inputs:
         """The rows, converted by the first process for all."""
-        place, least = self.journal.dataset, 1
+        place, room = self.journal.dataset, Room()
         if self.choices is not None:
-            least = max(len(encoder.answer_ids(choice)) for choice in self.choices)
+            room = Room.of_choices(self.choices, encoder, self.options)
         if self.world.is_first:
             convert_inputs(manifest, place, encoder, self.options)
-            inputs = open_inputs(manifest, place, self.options, least)
+            inputs = open_inputs(manifest, place, self.options, room)
             self.world.wait()
             return inputs
         self.world.wait()
-        return open_inputs(manifest, place, self.options, least)
+        return open_inputs(manifest, place, self.options, room)
 
     def _begin(self, inputs: Inputs) -> None:
         if answered := self.journal.begin(self._fingerprint()):
