@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -346,10 +347,33 @@ def test_rows_whose_cells_are_wrong_cannot_be_kept(model, tmp_path):
 def test_bad_recordings_of_a_folder_are_told_as_those_of_the_folder(model, tmp_path):
     make_rows(tmp_path / "clips", 1)
     (tmp_path / "clips/a.wav").write_text("no sound", encoding="utf-8")
-    with pytest.raises(RowsError, match="a.wav") as caught:
-        infer(options(tmp_path / "clips", model, tmp_path / "out.csv"))
-    assert str(caught.value).startswith(f"{tmp_path / 'clips'}: 1 bad row")
-    assert ".partial" not in str(caught.value)
+    for given in (tmp_path / "clips", tmp_path / "clips/*.wav"):
+        with pytest.raises(RowsError) as caught:
+            infer(options(given, model, tmp_path / "out.csv"))
+        head, bad = caught.value.text.en.splitlines()
+        assert head == f"{given}: 1 bad file(s):"
+        assert bad.startswith(f"  '{tmp_path}/clips/a.wav': this is a text file")
+        head, bad = caught.value.text.zh.splitlines()
+        assert head == f"{given}：1 个文件有问题："
+        assert bad.startswith(f"  '{tmp_path}/clips/a.wav': ")
+    with pytest.raises(RowsError) as caught:  # too long, which is known later
+        infer(options(tmp_path / "clips/clip*", model, tmp_path / "out.csv", max_length=3))
+    assert caught.value.text.en.splitlines()[1].startswith(f"  '{tmp_path}/clips/clip-0-0.wav': the prompt")
+
+
+def test_warnings_about_a_folder_name_no_line_of_a_list_that_nobody_has_seen(model, tmp_path, capsys):
+    rows = make_rows(tmp_path / "clips", 2)
+    cut = Path(rows[0]["audio"])
+    final = train(train_options(write_csv(tmp_path / "t.csv", rows), model, tmp_path / "run")).final
+    cut.write_bytes(cut.read_bytes()[:-2000])
+    capsys.readouterr()
+    given = {"user_prompt": "And now?", "allow_truncated": True}
+    infer(options(tmp_path / "clips", final, tmp_path / "out.csv", **given))
+    warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    prompts, truncated = warned
+    assert truncated.startswith(f"warning: {cut}: ")
+    assert "2 rows have another one than the training (here: 'And now?'; the training: " in prompts
+    assert not any(re.search(r"\bline \d", line) for line in warned)
 
 
 def test_a_folder_or_a_pattern_of_recordings(model, tmp_path):

@@ -23,7 +23,7 @@ from mdl_toolkit.console import progress, say
 from mdl_toolkit.conversion import PLAN_FILE, read_rows
 from mdl_toolkit.distributed import PeerLostError, World, joined
 from mdl_toolkit.engines import check_engine, make_engine
-from mdl_toolkit.errors import InputError, RowsError
+from mdl_toolkit.errors import InputError
 from mdl_toolkit.folders import ADAPTER_CONFIG, find_model
 from mdl_toolkit.inputs import KEEP, Inputs, Room, convert_inputs, open_inputs, prompted
 from mdl_toolkit.language import Text
@@ -70,7 +70,7 @@ def infer(options: InferenceOptions) -> list[str]:
     with Interruption(), joined() as world, removing_empty(output.resolve().parent):
         journal = Journal(output)
         with _at_work(journal, world):
-            predictions, problems = _run(_Inference(options, choices, journal, world))
+            predictions, problems = _Inference(options, choices, journal, world).run()
             if options.report is not None and world.is_first:  # the answers stay until it is written
                 report_answers(options)
     if problems:
@@ -79,17 +79,6 @@ def infer(options: InferenceOptions) -> list[str]:
             f"{output}：已写出，但有 {problems} 行没有预测；原因见 `{ERROR}` 列",
         )
     return predictions
-
-
-def _run(inference: "_Inference") -> tuple[list[str], int]:
-    """Run it; bad rows of a folder or a pattern are told as its own, not as those of the list made of it."""
-    source = inference.options.input
-    try:
-        return inference.run()
-    except RowsError as error:
-        if not is_listing(source):
-            raise
-        raise RowsError(source, error.problems, error.count) from error
 
 
 @contextmanager
@@ -161,7 +150,10 @@ class _Inference:
         if self.world.is_first:
             write_listing(list_recordings(options.input), self.journal.listing)
         self.world.wait()
-        return read_rows(str(self.journal.listing), replace(options, base_dir=None), needs_prediction=False)
+        listing = read_rows(
+            str(self.journal.listing), replace(options, base_dir=None), needs_prediction=False
+        )
+        return replace(listing, listed=options.input)
 
     def _find(self, *, weights: bool) -> Path:
         options = self.options

@@ -11,7 +11,7 @@ from mdl_toolkit.answering import Question
 from mdl_toolkit.console import say, warn
 from mdl_toolkit.conversion import convert_rows, left_out
 from mdl_toolkit.dataset import ConvertedDataset
-from mdl_toolkit.errors import InputError, RowProblem, RowsError
+from mdl_toolkit.errors import InputError, Problems, RowProblem
 from mdl_toolkit.inspection import too_long
 from mdl_toolkit.language import Text
 from mdl_toolkit.manifest import SYSTEM, USER, Manifest, Row
@@ -132,12 +132,12 @@ def open_inputs(manifest: Manifest, place: Path, options: InferenceOptions, room
     problems = {each.line: each for each in left_out(place)} if keeps_going else {}
     lines = [row.line for row in manifest.rows_unseen()]
     if wrong := [problems[line] for line in problems.keys() - {*lines}]:  # the cells are not to be told apart
-        raise RowsError(str(manifest.path), wrong)
+        manifest.check(Problems(wrong, len(wrong)))
     kept = np.array([line for line in lines if line not in problems], dtype=np.int64)
     inputs = Inputs(manifest, dataset, kept, _budgets(dataset, options), problems)
     tight = [*_tight(inputs, options.max_length, room)]
     if tight and not keeps_going:
-        raise RowsError(str(manifest.path), tight)
+        manifest.check(Problems(tight, len(tight)))
     problems.update((each.line, each) for each in tight)
     return inputs
 
@@ -198,11 +198,13 @@ def _warn_other(manifest: Manifest, kind: Kind, prompt: str | None) -> None:
         row for row in manifest.rows_unseen() if (getattr(row, kind.column) or None) != (prompt or None)
     ]
     if others:
-        theirs = _shown(getattr(others[0], kind.column))
+        line, theirs = others[0].line, _shown(getattr(others[0], kind.column))
+        is_list = manifest.listed is not None
+        en, zh = ("here", "此处") if is_list else (f"line {line}", f"第 {line} 行")
         warn(
-            f"{kind.text.en}: {len(others)} rows have another one than the training (line {others[0].line}: "
+            f"{kind.text.en}: {len(others)} rows have another one than the training ({en}: "
             f"{theirs}; the training: {_shown(prompt)}); answers may be worse",
-            f"{kind.text.zh}：{len(others)} 行与训练时不同（第 {others[0].line} 行：{theirs}；"
+            f"{kind.text.zh}：{len(others)} 行与训练时不同（{zh}：{theirs}；"
             f"训练时：{_shown(prompt)}）；回答可能变差",
         )
 
