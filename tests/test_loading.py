@@ -22,6 +22,7 @@ from mdl_toolkit.loading import best_device, choose_dtype, load_model
 from mdl_toolkit.text_files import read_text_files
 from mdl_toolkit.tokens import Encoder
 from runs import copy_checkpoint, files_below, make_rows, write_csv
+from test_chinese import wrong_in
 
 NAME = "mispeech/midashenglm-7b"
 WAYS = ("local folder with --model-name", "HF_ENDPOINT", "--from-modelscope true")
@@ -56,6 +57,7 @@ def refused(action: Any, *words: Any, **more: Any) -> str:
         action(*words, **more)
     en, zh = caught.value.text.en, caught.value.text.zh
     assert "\n" not in en + zh
+    assert not wrong_in(zh)
     assert any("\u4e00" <= character <= "\u9fff" for character in zh) or en == zh.replace("：", ": ")
     return en
 

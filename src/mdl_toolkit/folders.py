@@ -161,7 +161,7 @@ def _download(name: str, hub: str, fetch: Callable[[], str]) -> Path:
         return Path(fetch())
     except Exception as problem:  # hubs raise a dozen kinds; each means: not to be had
         reason = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
-        raise _nowhere(name, f"{hub} did not give it ({reason})", f"{hub} 未能提供（{reason}）") from problem
+        raise _nowhere(name, f"{hub} did not give it ({reason})", f" {hub} 未能提供（{reason}）") from problem
 
 
 def _nowhere(name: str, en: str, zh: str) -> ModelError:
