@@ -282,6 +282,14 @@ def test_inputs_are_never_written_over(run, tmp_path, option):
     done = run(table, f"{option}={table}")
     assert (done.status, table.read_bytes()) == (1, before)
     assert done.err.startswith(f"error: {option} {table}: ")
+    assert f"inside the input {table};" in done.err
+
+
+def test_two_outputs_are_two_places(run, tmp_path):
+    table, new = write_csv(tmp_path / "t.csv", phrases("train.csv")[:2]), tmp_path / "new"
+    done = run(table, f"--write-fixed={new}", f"--json={new}")
+    assert done.err.startswith(f"error: --write-fixed {new}: it is, holds or lies inside --json {new};")
+    assert not new.exists()
 
 
 def test_size_tokens_and_memory_are_those_of_conversion_and_training(run, spoilt, tmp_path, model):
@@ -311,6 +319,17 @@ def test_size_tokens_and_memory_are_those_of_conversion_and_training(run, spoilt
     assert training["bytes"]["total"] == plan.total
     assert training["steps"] == 3 * sampling.steps_per_epoch == 3 * -(-len(dataset) // 2)
     assert training["operations"] == pytest.approx(3 * counted(Path(model), dataset, sampling), rel=0.02)
+
+
+def test_a_training_s_settings_that_cannot_be_read_are_named_by_their_option(run, spoilt, tmp_path):
+    missing, other = tmp_path / "missing.yaml", tmp_path / "other.yaml"
+    other.write_text("colour: red\n", encoding="utf-8")
+    done = run(spoilt[0].path, "--train-config", missing)
+    assert (done.status, done.err) == (1, f"error: --train-config {missing}: file not found\n")
+    done = run(spoilt[0].path, "--train-config", other)
+    assert done.err == f"error: --train-config {other}: train has no option colour\n"
+    other.write_text("lr: fast\n", encoding="utf-8")
+    assert run(spoilt[0].path, "--train-config", other).err.startswith(f"error: --train-config {other}: ")
 
 
 def counted(folder, dataset, sampling):

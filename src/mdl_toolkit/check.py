@@ -79,14 +79,15 @@ def _check_places(options: CheckOptions) -> None:
         for path in options.input:
             check_apart(place, Path(path), name)
     if len(places) == 2:
-        check_apart(places[0][1], places[1][1], "--write-fixed")
+        check_apart(places[0][1], places[1][1], "--write-fixed", "--json")
 
 
 def _train_options(options: CheckOptions) -> "TrainOptions":
     """The options of the training that is predicted; the files and the model are those of the check."""
     from mdl_toolkit.training_options import TrainOptions
 
-    given = read_settings(options.train_config, TrainOptions) if options.train_config else {}
+    config = options.train_config
+    given = {} if config is None else read_settings(config, TrainOptions, "--train-config")
     ours = {"train_dataset": options.input[0], "output": ".", "model_name": options.model_name}
     return from_mapping(TrainOptions, {**given, **ours})
 
