@@ -171,6 +171,17 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
             places.unsqueeze(-1), features.to(embeddings.device, embeddings.dtype)
         )
 
+    def shareable(self, ids: Tensor, apart: Tensor | None = None) -> Tensor:
+        """By which rows find what they have in common: ids, and unique negative numbers for audio.
+
+        Args:
+            ids: `[batch, positions]`.
+            apart: `[batch, positions]`, true where nothing is to be shared either.
+        """
+        unique = -2 - torch.arange(ids.numel(), device=ids.device).view_as(ids)
+        audio = ids == self.config.audio_token_id
+        return torch.where(audio if apart is None else audio | apart, unique, ids)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -254,14 +265,9 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
         supervised = following != IGNORE_INDEX
         if mask is not None:
             supervised = supervised & mask.bool()
-        words = None if ids is None or is_random(self.decoder.model) else self._shareable(ids, supervised)
+        words = None if ids is None or is_random(self.decoder.model) else self.shareable(ids, supervised)
         states = packed_states(self.decoder.model, embeddings, mask, supervised, words)
         return self._mean_loss(states, following[supervised], divisor)
-
-    def _shareable(self, ids: Tensor, supervised: Tensor) -> Tensor:
-        """Ids; unique negative numbers for audio and where states are wanted. All `[batch, positions]`."""
-        unique = -2 - torch.arange(ids.numel(), device=ids.device).view_as(ids)
-        return torch.where(supervised | (ids == self.config.audio_token_id), unique, ids)
 
     def _loss(self, hidden: Tensor, labels: Tensor, divisor: int | Tensor | None) -> Tensor:
         """Cross entropy in float32 over the supervised positions, which alone meet the output head."""
