@@ -1,5 +1,6 @@
 """The decoder over real positions, and its functions with their own gradients, against transformers' way."""
 
+import numpy as np
 import pytest
 import torch
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm, apply_rotary_pos_emb
@@ -230,16 +231,31 @@ def test_rows_share_what_they_begin_with():
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 0, 1, 1], [0, 1, 1, 1, 1]])
     words = torch.tensor([[9, 9, 5, 6, -7], [5, 6, 8, 4, -2], [9, 5, 9, 6, -3], [9, 5, 6, 8, -4]])
     rows = packed.Rows.of(mask.bool(), words)
-    # 5, 6 and -7; what of the second row follows 5, 6; 6 and -3 of the third, which has a hole before 6; -4
-    assert rows.real.tolist() == [2, 3, 4, 7, 8, 9, 13, 14, 19]
-    assert rows.columns.tolist() == [0, 1, 2, 2, 3, 4, 2, 3, 3]
-    assert rows.gather[rows.gather.new_tensor([0, 1, 3])].tolist() == [
-        [0, 1, 2, 0, 0], [0, 1, 3, 4, 5], [0, 1, 3, 8, 0]
-    ]  # fmt: skip
-    assert rows.gather[2].tolist() == [0, 6, 7, 0, 0]
-    assert rows.scatter.tolist() == [0, 1, 2, 7, 8, 9, 11, 12, 18]
-    assert rows.again.tolist() == [5, 6, 10, 15, 16, 17]
+    # 5, 6 and -7; 4 and -2 of the second row; 6 and -3 of the third, which has a hole before 6; 8 and -4
+    assert rows.real.tolist() == [2, 3, 4, 8, 9, 13, 14, 18, 19]
+    assert rows.columns.tolist() == [0, 1, 2, 3, 4, 2, 3, 2, 3]
+    assert rows.gather.tolist() == [[0, 1, 2, 0, 0], [0, 1, 7, 3, 4], [0, 5, 6, 0, 0], [0, 1, 7, 8, 0]]
+    assert rows.scatter.tolist() == [0, 1, 2, 8, 9, 11, 12, 17, 18]
+    assert rows.again.tolist() == [5, 6, 7, 10, 15, 16]
     assert_places_are_transposed(rows, 9)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_there_are_as_many_positions_as_beginnings(seed):
+    random = np.random.default_rng(seed)
+    counts = random.integers(1, 7, random.integers(1, 9))
+    lines = [[*random.integers(0, 3, count)] for count in counts]
+    cut = [random.integers(0, count + 1) for count in counts]  # from where on a row is unique
+    table = np.full((len(lines), 7), 9)
+    for number, (line, unique) in enumerate(zip(lines, cut, strict=True)):
+        line[unique:] = [-2 - 7 * number - place for place in range(unique, len(line))]
+        table[number, 7 - len(line) :] = line
+    mask = np.arange(7) >= 7 - counts[:, None]
+    rows = packed.Rows.of(torch.from_numpy(mask), torch.from_numpy(table))
+    assert len(rows.real) == len({(*line[: end + 1],) for line in lines for end in range(len(line))})
+    found = torch.from_numpy(table).flatten()[rows.real][rows.gather]
+    for line, words in zip(lines, found.tolist(), strict=True):
+        assert words[: len(line)] == line
 
 
 def assert_places_are_transposed(rows, count):

@@ -45,7 +45,7 @@ class Rows:
 
         Rows share those up to which they have the same `words`, `[rows, length]`; negative ones are unique.
         """
-        real = mask.flatten().nonzero().squeeze(1)
+        real = _places(mask)
         counts = mask.sum(1, keepdim=True)
         starts = counts.cumsum(0) - counts
         place = torch.arange(int(counts.max()), device=mask.device)
@@ -53,29 +53,41 @@ class Rows:
         gather = torch.where(there, starts + place, 0)
         columns = real % mask.shape[1]
         columns = columns - columns[gather[:, :1]].expand_as(gather)[there]
-        if words is not None:
-            found = words.flatten()[real]
-            found = torch.where(found < 0, found, found * mask.shape[1] + columns)
-            first = _first_alike(torch.where(there, found[gather], -1))
-            shared = there[:, : first.shape[1]]
-            gather[:, : first.shape[1]] = (starts.squeeze(1)[first] + place[: first.shape[1]]) * shared
-        own = (gather == starts + place) & there
+        rows = Rows(real, columns, gather, _places(there), gather.new_zeros(0))
+        return rows if words is None else rows._sharing(words.flatten()[real], there, mask.shape[1])
+
+    def _sharing(self, words: Tensor, there: Tensor, length: int) -> "Rows":
+        """Of `words` `[positions]`; `there` is true where `gather` has a position."""
+        found = torch.where(words < 0, words, words * length + self.columns)
+        read = _by_owners(torch.where(there, found[self.gather], -1), self.gather)
+        own = (read == self.gather) & there
         kept = own[there]
-        scatter, again = (each.flatten().nonzero().squeeze(1) for each in (own, there & ~own))
-        return Rows(real[kept], columns[kept], (kept.cumsum(0) - 1)[gather], scatter, again)
+        number = (kept.cumsum(0) - 1).clamp_(0)
+        return Rows(self.real[kept], self.columns[kept], number[read], _places(own), _places(there & ~own))
 
 
-def _first_alike(words: Tensor) -> Tensor:
-    """Of each position up to the last with words to share, the first row that is the same until there.
+def _places(mask: Tensor) -> Tensor:
+    """Where it is true, when it is flattened."""
+    return mask.flatten().nonzero().squeeze(1)
+
+
+def _by_owners(words: Tensor, gather: Tensor) -> Tensor:
+    """Positions of rows, with those of one row in place of the same words in others that begin alike.
+
+    Sorted, rows with the same beginning are neighbours; the first of them owns it.
 
     Args:
         words: `[rows, longest]`, negative where nothing is to be shared.
-
-    Returns:
-        `[rows, until]` numbers of rows.
+        gather: position of each, `[rows, longest]`.
     """
-    head = words[:, : int((words < 0).int().argmax(1).max())]
-    return (head.unsqueeze(1) == head).cumprod(2).argmax(1)
+    until = max(1, int((words < 0).int().argmax(1).max()))
+    head = words[:, :until]
+    order = torch.unique(head, dim=0, return_inverse=True)[1].argsort(stable=True)
+    alike = (head[order[1:]] == head[order[:-1]]).cumprod(1)  # with the neighbour before
+    number = torch.arange(len(head), device=head.device).unsqueeze(1).repeat(1, until)
+    number[1:].masked_fill_(alike.bool(), 0)
+    owner = torch.empty_like(head).index_copy_(0, order, order[number.cummax(0).values])
+    return torch.cat([gather[:, :until].gather(0, owner), gather[:, until:]], 1)
 
 
 class PackedLayer(nn.Module):
