@@ -258,6 +258,24 @@ def test_there_are_as_many_positions_as_beginnings(seed):
         assert words[: len(line)] == line
 
 
+def test_many_rows_gradients_are_added_up_in_float32(monkeypatch):
+    """One after the other, each sum rounded, as a GPU adds; a CPU rounds once."""
+    monkeypatch.setattr(torch.Tensor, "index_add_", one_by_one)
+    words = torch.arange(3).repeat(200, 1)
+    words[:, 2] = -2 - torch.arange(200)
+    rows = packed.Rows.of(torch.ones(200, 3, dtype=torch.bool), words)
+    x = torch.zeros(202, 1, 4, dtype=BF16, requires_grad=True)
+    given = torch.rand(200, 3, 1, 4).to(BF16)
+    packed._Placed.apply(x, rows.gather, rows.scatter, rows.again).backward(given)
+    assert x.grad.dtype == BF16
+    torch.testing.assert_close(x.grad[:2].double(), given[:, :2].double().sum(0), rtol=2**-8, atol=0)
+
+
+def one_by_one(self, _, index, source):
+    for place, one in zip(index.tolist(), source, strict=True):
+        self[place] += one
+
+
 def assert_places_are_transposed(rows, count):
     x = torch.randn(count, 2, 3)
     placed = packed._Placed.apply(x, rows.gather, rows.scatter, rows.again)

@@ -287,7 +287,9 @@ class _Placed(torch.autograd.Function):
         flat = gradient.flatten(0, 1)
         found = flat.index_select(0, scatter)
         if again is not None and len(again):
-            found.index_add_(0, gather.flatten()[again], flat.index_select(0, again))
+            wide = found.to(torch.promote_types(found.dtype, torch.float32))  # a GPU rounds each sum
+            wide.index_add_(0, gather.flatten()[again], flat.index_select(0, again).to(wide.dtype))
+            found = wide.to(found.dtype)
         return found, None, None, None
 
 
