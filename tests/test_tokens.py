@@ -21,7 +21,7 @@ from mdl_toolkit.errors import ModelError
 from mdl_toolkit.manifest import Row
 from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.text_files import read_text_files
-from mdl_toolkit.tokens import IGNORE_INDEX, Encoder, Tokens
+from mdl_toolkit.tokens import IGNORE_INDEX, LOOKED_AT, Encoder, Tokens, looked_at
 
 CHECKPOINTS = Path(__file__).parent / "golden/checkpoints"
 NAMES = ("A-small", "B-small", "B-small-tied")
@@ -331,3 +331,22 @@ def test_a_tokenizer_that_is_none(content):
         broken.encode_row(row(user="x"), 1, with_answer=False)
     assert caught.value.text.en.startswith("tokenizer.json cannot be used: ")
     assert "\n" not in caught.value.text.en
+
+
+@pytest.mark.parametrize("period", [1, 2, 3, 7, 2 * LOOKED_AT])
+def test_what_all_rows_begin_with_is_not_what_the_first_ones_do(period):
+    """Two system prompts by turns, or one behind the other, as in files that were put together."""
+    prompts = [np.array([5, 6, 7, AUDIO, 9]), np.array([5, 6, 8, AUDIO, 9])]
+    rows = [prompts[number // period % 2] for number in range(4 * LOOKED_AT)]
+    chosen = looked_at(len(rows))
+    assert len({*chosen}) == LOOKED_AT
+    assert chosen == sorted(chosen)
+    assert encoder().common_beginning(rows[number] for number in chosen) == 2
+
+
+def test_what_few_rows_begin_with():
+    assert looked_at(3) == [0, 1, 2]
+    assert encoder().common_beginning(iter(())) == 0
+    assert encoder().common_beginning([np.array([5, 6, AUDIO, 7])]) == 2
+    assert encoder().common_beginning([np.array([5, 6, 7]), np.array([5, 6])]) == 2
+    assert encoder().common_beginning([np.array([AUDIO, 6]), np.array([AUDIO, 6])]) == 0

@@ -30,7 +30,7 @@ from mdl_toolkit.outputs import check_apart, replacing_file
 from mdl_toolkit.recordings import Recordings
 from mdl_toolkit.settings import SETTINGS_FILE, from_mapping, read_settings, to_yaml
 from mdl_toolkit.text_files import read_text_files
-from mdl_toolkit.tokens import Encoder
+from mdl_toolkit.tokens import Encoder, looked_at
 from mdl_toolkit.workers import default_workers, work_through
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def check(options: CheckOptions) -> Figures:
     if encoder is not None:
         figures["sample"] = _sample(manifests[0], encoder, set(found[0].bad), options)
     if folder is not None and training is not None:
-        beginning = 0 if encoder is None else _beginning(manifests[0], encoder, set(found[0].bad))
+        beginning = 0 if encoder is None else _beginning(manifests[0], encoder, found[0])
         figures["training"] = _forecast(folder, training, found[0].facts(), beginning)
     if options.write_fixed is not None:
         figures["fixed"] = _write_fixed(Path(options.write_fixed), manifests[0], found[0], options)
@@ -189,10 +189,12 @@ def _sample(manifest: Manifest, encoder: Encoder, bad: set[int], options: CheckO
     return {"line": row.line, "segments": [{"kind": each.kind, "text": each.text} for each in segments]}
 
 
-def _beginning(manifest: Manifest, encoder: Encoder, bad: set[int]) -> int:
+def _beginning(manifest: Manifest, encoder: Encoder, found: Findings) -> int:
     """How many positions before the audio the usable rows have in common."""
+    bad, chosen = {*found.bad}, {*looked_at(found.rows)}
     usable = (row for row in manifest.rows() if row.line not in bad)
-    return encoder.common_beginning(encoder.encode_row(row, 1, with_answer=True).input_ids for row in usable)
+    rows = (row for number, row in enumerate(usable) if number in chosen)
+    return encoder.common_beginning(encoder.encode_row(row, 1, with_answer=True).input_ids for row in rows)
 
 
 def _forecast(folder: Path, options: "TrainOptions", facts: Facts, beginning: int) -> Figures | None:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, reduce
-from itertools import islice
+from random import Random
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from mdl_toolkit.text_files import TextFiles
 
 IGNORE_INDEX = -100
 LOOKED_AT = 1000  # rows whose common beginning is taken for that of all
+SEED = 0  # of the choice among more
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,9 @@ class Encoder:
         return self.encode(segments, audio_tokens)
 
     def common_beginning(self, rows: Iterable[NDArray[np.int32]]) -> int:
-        """How many ids before the audio the first rows have in common, a system prompt for example."""
-        first = [self._before_audio(ids) for ids in islice(rows, LOOKED_AT)]
-        return len(reduce(_common, first)) if first else 0
+        """How many ids before the audio all rows have in common, a system prompt for example."""
+        prompts = map(self._before_audio, rows)
+        return len(reduce(_common, prompts, next(prompts, np.zeros(0, np.int32))))
 
     def answer_ids(self, answer: str) -> list[int]:
         """What is learnt of a row with this answer: its tokens and the one that closes it."""
@@ -167,6 +168,11 @@ class Encoder:
             else:
                 pieces.append(("", segment.text))
         return pieces
+
+
+def looked_at(count: int) -> list[int]:
+    """Which of so many rows tell what all begin with: some from all over, as files are often in order."""
+    return sorted(Random(SEED).sample(range(count), min(count, LOOKED_AT)))
 
 
 def _common(one: NDArray[np.int32], other: NDArray[np.int32]) -> NDArray[np.int32]:

@@ -51,7 +51,7 @@ from mdl_toolkit.sampling import Sampling
 from mdl_toolkit.schedule import Schedule
 from mdl_toolkit.settings import SETTINGS_FILE, read_settings, to_yaml
 from mdl_toolkit.text_files import TextFiles, read_text_files
-from mdl_toolkit.tokens import Encoder
+from mdl_toolkit.tokens import Encoder, looked_at
 from mdl_toolkit.trackers import Trackers, check_trackers
 from mdl_toolkit.trainer import Outcome, Trainer, check_steps
 from mdl_toolkit.training_options import TrainOptions
@@ -174,7 +174,7 @@ def _run(run: _Run) -> TrainResult:
     say_data(run.train_set, run.eval_set)
     say_steps(options, run.sampling, run.schedule.total)
     beginning = run.encoder.common_beginning(
-        run.train_set.tokens(row).input_ids for row in range(len(run.train_set))
+        run.train_set.tokens(row).input_ids for row in looked_at(len(run.train_set))
     )
     plan = plan_memory(
         run.base, options, run.sampling, run.train_set.samples, beginning, run.device, run.dtype
