@@ -276,6 +276,12 @@ def one_by_one(self, _, index, source):
         self[place] += one
 
 
+def test_rows_of_words_alone_share_all_of_them():
+    rows = packed.Rows.of(torch.ones(3, 6, dtype=torch.bool), torch.arange(6).repeat(3, 1))
+    assert rows.real.tolist() == rows.scatter.tolist() == [*range(6)]
+    assert rows.gather.tolist() == [[*range(6)]] * 3
+
+
 def assert_places_are_transposed(rows, count):
     x = torch.randn(count, 2, 3)
     placed = packed._Placed.apply(x, rows.gather, rows.scatter, rows.again)

@@ -80,7 +80,7 @@ def _by_owners(words: Tensor, gather: Tensor) -> Tensor:
         words: `[rows, longest]`, negative where nothing is to be shared.
         gather: position of each, `[rows, longest]`.
     """
-    until = max(1, int((words < 0).int().argmax(1).max()))
+    until = max(1, int(((words < 0).cumsum(1) == 0).sum(1).max()))
     head = words[:, :until]
     order = torch.unique(head, dim=0, return_inverse=True)[1].argsort(stable=True)
     alike = (head[order[1:]] == head[order[:-1]]).cumprod(1)  # with the neighbour before
