@@ -201,3 +201,11 @@ def test_a_checkpoint_of_a_time_when_ties_were_left_to_the_first(model, tmp_path
     done = train(replace(options, resume_from_checkpoint=str(first)))
     trained, final = (load_file(each / "adapter_model.safetensors") for each in (first, done.final))
     assert all(torch.equal(trained[name], final[name]) for name in trained)
+
+
+def test_what_is_no_number_is_worse_than_any():
+    nan, accuracy = float("nan"), METRICS["accuracy"]
+    assert Best().after(LOSS, 1, nan, nan).after(LOSS, 2, 9.0, 9.0).step == 2
+    assert Best().after(LOSS, 1, 9.0, 9.0).after(LOSS, 2, nan, nan).step == 1
+    assert Best().after(accuracy, 1, 0.5, nan).after(accuracy, 2, 0.5, 9.0).step == 2
+    assert Best().after(accuracy, 1, nan, 1.0).after(accuracy, 2, 0.0, 9.0).step == 2

@@ -32,7 +32,7 @@ class Metric:
 
     def rank(self, value: float, loss: float) -> tuple[float, float]:
         """What is higher for a better evaluation: of equal values, the lower loss is the better one."""
-        return value if self.more_is_better else -value, -loss
+        return _or_least(value if self.more_is_better else -value), _or_least(-loss)
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,11 @@ class Best:
         if self.value is None or metric.rank(value, loss) > metric.rank(self.value, least):
             return Best(value, step, loss=loss)
         return replace(self, worse=self.worse + 1)
+
+
+def _or_least(value: float) -> float:
+    """Without it, NaN would stay the best: nothing is more than that."""
+    return -math.inf if math.isnan(value) else value
 
 
 class _Letters(dict[int, str]):
