@@ -49,6 +49,7 @@ def _serve(words: list[str], log: str, environment: dict[str, str], before: Call
     from mdl_toolkit import cli
 
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whose parent runs in the background lacks it
     with Path(log).open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
