@@ -28,7 +28,7 @@ def wait_for(condition: Callable[[], Any], seconds: float = PATIENCE) -> Any:
     ends = time.monotonic() + seconds
     while not (answer := condition()):
         assert time.monotonic() < ends, "it does not happen"
-        time.sleep(0.001)
+        time.sleep(0.005)  # others want to compute meanwhile
     return answer
 
 
