@@ -14,7 +14,7 @@ from mdl_toolkit import stopping, trainer
 from mdl_toolkit.checkpoints import checkpoints, damage, to_resume
 from mdl_toolkit.runlog import read_log
 from mdl_toolkit.settings import as_command
-from mdl_toolkit.stopping import StopRequest
+from mdl_toolkit.stopping import Interruption, StopRequest
 from mdl_toolkit.training import train
 from runs import make_csv, train_options
 from test_checkpoints import same_weights
@@ -99,6 +99,23 @@ def test_what_a_launcher_passes_on_is_the_same_request(capsys):
             os.kill(os.getpid(), number)
             wait_for(lambda: request.is_made)
     assert capsys.readouterr().err.splitlines() == [ASKED]
+
+
+@BOTH
+def test_what_a_launcher_passes_on_after_the_end_is_the_same_request(number, monkeypatch):
+    came = []
+    before = signal.signal(number, hear := lambda *_: came.append(number))
+    try:
+        with pytest.raises(KeyboardInterrupt), Interruption():
+            signal.raise_signal(number)
+        signal.raise_signal(number)
+        assert not came
+        monkeypatch.setattr(stopping, "SAME", 0.0)
+        signal.raise_signal(number)
+        assert came == [number]
+        assert signal.getsignal(number) is hear
+    finally:
+        signal.signal(number, before)
 
 
 def test_all_is_as_before_afterwards():
