@@ -39,8 +39,6 @@ TARGETS = {
     "all": ("encoder", "projector", "decoder", "embed_tokens", "lm_head"),
     "copies alone": ("embed_tokens",),
 }
-
-
 BASES = ("A-small", "B-small-tied")
 
 
