@@ -36,6 +36,8 @@ from mdl_toolkit.options import ConvertOptions
 from mdl_toolkit.recomputing import Kept, recompute
 from mdl_toolkit.runlog import read_log
 from mdl_toolkit.sampling import Sampling
+from mdl_toolkit.text_files import read_text_files
+from mdl_toolkit.tokens import Encoder
 from mdl_toolkit.training import train
 from mdl_toolkit.training_options import TrainOptions
 
@@ -185,8 +187,11 @@ def _kept(folder: Path, data: ConvertedDataset) -> Kept:
         train_dataset="data", output="run", batch_size=BATCH, gradient_checkpointing=True, lora_rank=RANK,
         train_target=TARGETS,
     )  # fmt: skip
-    device = torch.device("cpu")
-    return plan_memory(folder, options, _sampling(data), data.samples, device, torch.float32).kept
+    encoder = Encoder(read_text_files(folder))
+    beginning = encoder.common_beginning(data.tokens(row).input_ids for row in range(len(data)))
+    return plan_memory(
+        folder, options, _sampling(data), data.samples, beginning, torch.device("cpu"), torch.float32
+    ).kept
 
 
 def _padding(data: ConvertedDataset) -> Figure:

@@ -1,5 +1,6 @@
 """Answers from the store of rows against transformers' own `generate`, one row at a time."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from torch.nn import functional
 from transformers import GenerationConfig
 
-from mdl_toolkit.answering import Answerer, Picking, Question, embedded
+from mdl_toolkit.answering import Answerer, Picking, Question, admit, embedded
 from mdl_toolkit.batching import prompts_of
 from mdl_toolkit.dataset import Sample
 from mdl_toolkit.folders import find_model
@@ -129,6 +130,31 @@ def test_the_store_grows_and_stays_no_larger_than_needed(golden):
     assert longest <= most + 1 <= longest + GROWTH + longest // 2
     expected = {q.key: generated(model, q, do_sample=False) for q in asked}
     assert ids_of(model, encoder, asked, 3) == expected
+
+
+@pytest.mark.parametrize(("name", "window"), [("A-small", None), ("B-small-tied", None), ("B-small", 9)])
+def test_what_prompts_begin_with_is_computed_once(golden, name, window):
+    model, encoder = load(golden, name, window)
+    system, other, counts = np.arange(10, 40), np.arange(10, 22), []
+    asked = [
+        Question(q.key, replace(q.sample, input_ids=np.concatenate([start, [41], q.sample.input_ids])), 12)
+        for q, start in zip(questions(model, 6), (system, system, other, system, other, other), strict=True)
+    ]
+    positions = [len(q.sample.input_ids) for q in asked]
+    apart = {}
+    for q in asked:
+        apart |= ids_of(model, encoder, [q], 1)
+    layer = model.decoder.model.layers[0]
+    layer.register_forward_pre_hook(lambda *_: pytest.fail("layers are called part by part"))
+    layer.self_attn.q_proj.register_forward_pre_hook(lambda _, given: counts.append(given[0].shape[1]))
+    assert ids_of(model, encoder, asked, 6) == apart
+    # 30 words of the system prompts once, 12 of them also for the others; 41 follows each of both
+    assert counts[0] == sum(positions) - 2 * 31 - 13 - 13 - 12
+    prompts, rows = prompts_of([q.sample for q in asked], 0), DecodingBatch(model.decoder)
+    logits = rows.admit(embedded(model, prompts), prompts.lengths, 6, 50)
+    assert counts[-1] == sum(positions)
+    shared = admit(DecodingBatch(model.decoder), model, prompts, 6, 50)
+    assert (logits - shared).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("window", [5, 24, 500])

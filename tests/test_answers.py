@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -258,13 +259,14 @@ def spoil(tmp_path):
     return rows
 
 
-def test_kept_rows_say_why_they_have_no_answer(model, tmp_path):
+def test_kept_rows_say_why_they_have_no_answer(model, tmp_path, capsys):
     rows = spoil(tmp_path)
     good = [row for number, row in enumerate(rows) if number not in (1, 3, 6, 7)]
     expected = infer(options(write_csv(tmp_path / "good.csv", good), model, tmp_path / "good-out.csv"))
     source = write_csv(tmp_path / "in.csv", rows)
     with pytest.raises(InputError, match="4 of its rows have no prediction"):
         infer(options(source, model, tmp_path / "out.csv", on_error="keep"))
+    assert f"{tmp_path / 'out.csv'}: 5 predictions, 4 rows without one\n" in capsys.readouterr().err
     found = table(tmp_path / "out.csv")
     assert [row["id"] for row in found] == [row["id"] for row in rows]
     assert [row["prediction"] for row in found if not row["error"]] == expected
@@ -315,9 +317,10 @@ def test_stopping_is_the_default_and_leaves_nothing(model, tmp_path):
     assert files_below(tmp_path) == before
 
 
-def test_keeping_with_nothing_wrong_has_an_empty_column(model, tmp_path):
+def test_keeping_with_nothing_wrong_has_an_empty_column(model, tmp_path, capsys):
     source = make_csv(tmp_path, 2)
     plain = infer(options(source, model, tmp_path / "plain.csv"))
+    assert ": 2 predictions\n" in capsys.readouterr().err
     assert infer(options(source, model, tmp_path / "out.csv", on_error="keep")) == plain
     assert [row["error"] for row in table(tmp_path / "out.csv")] == ["", ""]
 
@@ -344,10 +347,33 @@ def test_rows_whose_cells_are_wrong_cannot_be_kept(model, tmp_path):
 def test_bad_recordings_of_a_folder_are_told_as_those_of_the_folder(model, tmp_path):
     make_rows(tmp_path / "clips", 1)
     (tmp_path / "clips/a.wav").write_text("no sound", encoding="utf-8")
-    with pytest.raises(RowsError, match="a.wav") as caught:
-        infer(options(tmp_path / "clips", model, tmp_path / "out.csv"))
-    assert str(caught.value).startswith(f"{tmp_path / 'clips'}: 1 bad row")
-    assert ".partial" not in str(caught.value)
+    for given in (tmp_path / "clips", tmp_path / "clips/*.wav"):
+        with pytest.raises(RowsError) as caught:
+            infer(options(given, model, tmp_path / "out.csv"))
+        head, bad = caught.value.text.en.splitlines()
+        assert head == f"{given}: 1 bad file(s):"
+        assert bad.startswith(f"  '{tmp_path}/clips/a.wav': this is a text file")
+        head, bad = caught.value.text.zh.splitlines()
+        assert head == f"{given}：1 个文件有问题："
+        assert bad.startswith(f"  '{tmp_path}/clips/a.wav': ")
+    with pytest.raises(RowsError) as caught:  # too long, which is known later
+        infer(options(tmp_path / "clips/clip*", model, tmp_path / "out.csv", max_length=3))
+    assert caught.value.text.en.splitlines()[1].startswith(f"  '{tmp_path}/clips/clip-0-0.wav': the prompt")
+
+
+def test_warnings_about_a_folder_name_no_line_of_a_list_that_nobody_has_seen(model, tmp_path, capsys):
+    rows = make_rows(tmp_path / "clips", 2)
+    cut = Path(rows[0]["audio"])
+    final = train(train_options(write_csv(tmp_path / "t.csv", rows), model, tmp_path / "run")).final
+    cut.write_bytes(cut.read_bytes()[:-2000])
+    capsys.readouterr()
+    given = {"user_prompt": "And now?", "allow_truncated": True}
+    infer(options(tmp_path / "clips", final, tmp_path / "out.csv", **given))
+    warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    prompts, truncated = warned
+    assert truncated.startswith(f"warning: {cut}: ")
+    assert "2 rows have another one than the training (here: 'And now?'; the training: " in prompts
+    assert not any(re.search(r"\bline \d", line) for line in warned)
 
 
 def test_a_folder_or_a_pattern_of_recordings(model, tmp_path):
@@ -473,6 +499,28 @@ def test_choices_that_cannot_be_used(model, tmp_path, text, words):
         file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match=words):
         infer(options(make_csv(tmp_path, 1), model, tmp_path / "out.csv", choices=str(file)))
+
+
+def test_choices_too_long_for_a_row_s_room(model, tmp_path):
+    """Not the prompt is too long, but it with the longest choice; what is asked for is the least."""
+    choices = tmp_path / "choices.txt"
+    choices.write_text("rain\na dog that barks\nclick\n")
+    given = {"choices": str(choices)}
+    source = make_csv(tmp_path, 1)
+    with pytest.raises(RowsError, match="prompt alone") as caught:
+        infer(options(source, model, tmp_path / "out.csv", max_length=5))
+    alone = int(str(caught.value).rsplit(" ", 1)[1]) - 1
+    with pytest.raises(RowsError, match="and the longest choice 'a dog that barks' [0-9]+ more; ") as caught:
+        infer(options(source, model, tmp_path / "out.csv", max_length=alone + 1, **given))
+    assert f"the prompt takes {alone} tokens and" in str(caught.value)
+    least = int(str(caught.value).rsplit(" ", 1)[1])
+    assert least > alone + 3
+    assert len(infer(options(source, model, tmp_path / "out.csv", max_length=least, **given))) == 1
+    with pytest.raises(RowsError, match=f"--max-length {least - 1} must"):
+        infer(options(source, model, tmp_path / "out.csv", max_length=least - 1, **given))
+    with pytest.raises(InputError, match=f"--max-new-tokens 2: .* takes {least - alone} tokens"):
+        infer(options(source, model, tmp_path / "out.csv", max_new_tokens=2, **given))
+    assert len(infer(options(source, model, tmp_path / "o.csv", max_new_tokens=least - alone, **given))) == 1
 
 
 @pytest.mark.parametrize("place", ["output", "report"])

@@ -16,6 +16,7 @@ from mdl_toolkit.audio import MIN_SAMPLES, SAMPLE_RATE, Clip, load
 from mdl_toolkit.errors import AudioError
 from mdl_toolkit.model.lengths import HOP_LENGTH, PATCH_STRIDE, SUBSAMPLE_FACTOR
 from recordings import by_ffmpeg, by_soundfile, pcm_wav, recording, save, sound
+from test_chinese import wrong_in
 
 SIXTEEN = np.random.default_rng(0).integers(-32768, 32768, 8000).astype(np.int16)
 
@@ -28,6 +29,7 @@ def refuse(folder: Path, content: bytes, name: str = "x.bin", **more) -> str:
     with pytest.raises(AudioError) as caught:
         load_bytes(folder, content, name, **more)
     assert caught.value.text.zh != caught.value.text.en
+    assert not wrong_in(caught.value.text.zh)
     assert str(folder) not in str(caught.value)
     return caught.value.text.en
 

@@ -1,5 +1,6 @@
 """Answers while training: the metric, the best checkpoint, and stopping early."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,9 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from mdl_toolkit.answering import Questions
+from mdl_toolkit.checkpoints import CHECKSUMS, STATE, _seal
 from mdl_toolkit.errors import UsageError
 from mdl_toolkit.inference import infer
-from mdl_toolkit.metrics import METRICS, normalized
+from mdl_toolkit.metrics import LOSS, METRICS, Best, normalized
+from mdl_toolkit.report_run import run_values
 from mdl_toolkit.result_options import InferenceOptions
 from mdl_toolkit.runlog import read_log
 from mdl_toolkit.trainer import Trainer
@@ -101,12 +104,13 @@ def test_unknown_metrics_are_refused():
 
 @pytest.fixture
 def losses(monkeypatch):
-    """Evaluations find what the test wants; the real evaluation is done all the same."""
-    wanted: list[float] = []
+    """Evaluations find what the test wants, a loss or loss and score; the real ones are done all the same."""
+    wanted: list[float | tuple[float, float]] = []
     judge = Trainer._judge
 
     def judged(self, score, tokens):
-        self.eval_loss = wanted[len(evaluations(self.output))]
+        found = wanted[len(evaluations(self.output))]
+        self.eval_loss, score = found if isinstance(found, tuple) else (found, score)
         judge(self, score, tokens)
 
     monkeypatch.setattr(Trainer, "_judge", judged)
@@ -148,3 +152,52 @@ def test_too_many_evaluations_without_a_better_one_end_the_run(model, tmp_path, 
     assert (output / "checkpoint-4").is_dir()
     assert done.final.is_dir()
     assert len(evaluations(output)) == 4
+
+
+# --- evaluations of equal value ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "steps", "worse"),
+    [
+        ("accuracy", [(3.0, 0.5), (2.0, 0.5), (2.5, 0.5), (9.0, 0.75)], [1, 2, 2, 4], [0, 0, 1, 0]),
+        ("wer", [(3.0, 0.5), (2.0, 0.5), (1.0, 0.75), (2.0, 0.5)], [1, 2, 2, 2], [0, 0, 1, 2]),
+        ("loss", [(3.0, 3.0), (3.0, 3.0), (2.0, 2.0)], [1, 1, 3], [0, 1, 0]),
+    ],
+)
+def test_of_equal_values_the_one_with_the_lower_loss_is_the_better(name, found, steps, worse):
+    best, told = Best(), []
+    for step, (loss, value) in enumerate(found, 1):
+        best = best.after({**METRICS, "loss": LOSS}[name], step, value, loss)
+        told.append((best.step, best.worse))
+    assert told == [*zip(steps, worse, strict=True)]
+
+
+def test_the_result_among_checkpoints_of_equal_accuracy(model, tmp_path, losses, capsys):
+    losses += [(3.0, 0.5), (1.0, 0.5), (2.0, 0.5), (1.5, 0.25)]
+    csv, output = make_csv(tmp_path, 8), tmp_path / "run"
+    options = train_options(csv, model, output, eval_dataset=str(csv), eval_steps=1, num_epochs=2)
+    done = train(replace(options, eval_metric="accuracy", keep_best=True, merge_lora=False))
+    second = load_file(output / "checkpoint-2/adapter_model.safetensors")
+    final = load_file(done.final / "adapter_model.safetensors")
+    assert all(torch.equal(second[name], final[name]) for name in second)
+    (told,) = [each for each in run_values(output)["outcome"] if each["title"]["en"] == "evaluation accuracy"]
+    assert told["best"] == {"value": 0.5, "step": 2}
+
+
+def test_a_checkpoint_of_a_time_when_ties_were_left_to_the_first(model, tmp_path, losses):
+    """It does not say what its best evaluation's loss was: an equal value does not beat that."""
+    losses += [(3.0, 0.5), (1.0, 0.5), (2.0, 0.25), (2.0, 0.25)]
+    csv, output = make_csv(tmp_path, 8), tmp_path / "run"
+    options = train_options(csv, model, output, eval_dataset=str(csv), eval_steps=1, num_epochs=2)
+    options = replace(options, eval_metric="accuracy", keep_best=True, merge_lora=False, save_steps=1)
+    train(options)
+    first = output / "checkpoint-1"
+    state = json.loads((first / STATE).read_text())
+    assert state["best"].pop("loss") == 3.0
+    (first / STATE).write_text(json.dumps(state))
+    (first / CHECKSUMS).unlink()
+    _seal(first)
+    done = train(replace(options, resume_from_checkpoint=str(first)))
+    trained, final = (load_file(each / "adapter_model.safetensors") for each in (first, done.final))
+    assert all(torch.equal(trained[name], final[name]) for name in trained)

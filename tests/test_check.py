@@ -20,11 +20,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from mdl_toolkit import cli
 from mdl_toolkit.advice import find_leaks
 from mdl_toolkit.audio import load
+from mdl_toolkit.batching import Collator
 from mdl_toolkit.check import check
 from mdl_toolkit.check_report import FINDINGS
 from mdl_toolkit.conversion import convert_dataset
 from mdl_toolkit.dataset import ConvertedDataset
 from mdl_toolkit.findings import Findings
+from mdl_toolkit.folders import read_json
 from mdl_toolkit.inspection import FACTS, Inspected, looks_mangled
 from mdl_toolkit.loading import load_model
 from mdl_toolkit.memory import plan_memory
@@ -225,8 +227,8 @@ def test_the_order_in_which_workers_report_does_not_matter():
 # --- what follows from it --------------------------------------------------------------------------------
 
 
-def converted(table: Path, output: Path, model: str) -> ConvertedDataset:
-    convert_dataset(ConvertOptions(input=str(table), output=str(output), model_name=model))
+def converted(table: Path, output: Path, model: str, **more: str) -> ConvertedDataset:
+    convert_dataset(ConvertOptions(input=str(table), output=str(output), model_name=model, **more))
     return ConvertedDataset(output)
 
 
@@ -280,6 +282,14 @@ def test_inputs_are_never_written_over(run, tmp_path, option):
     done = run(table, f"{option}={table}")
     assert (done.status, table.read_bytes()) == (1, before)
     assert done.err.startswith(f"error: {option} {table}: ")
+    assert f"inside the input {table};" in done.err
+
+
+def test_two_outputs_are_two_places(run, tmp_path):
+    table, new = write_csv(tmp_path / "t.csv", phrases("train.csv")[:2]), tmp_path / "new"
+    done = run(table, f"--write-fixed={new}", f"--json={new}")
+    assert done.err.startswith(f"error: --write-fixed {new}: it is, holds or lies inside --json {new};")
+    assert not new.exists()
 
 
 def test_size_tokens_and_memory_are_those_of_conversion_and_training(run, spoilt, tmp_path, model):
@@ -287,9 +297,11 @@ def test_size_tokens_and_memory_are_those_of_conversion_and_training(run, spoilt
     fixed = tmp_path / "fixed.csv"
     settings = tmp_path / "train.yaml"
     settings.write_text("batch_size: 2\nlora_rank: 8\nnum_epochs: 3\ntrain_dataset: x\noutput: y\n")
-    figures = run(train.path, "--write-fixed", fixed, "--json", "--train-config", settings).figures
+    system = "Name the language that you hear, and nothing else."
+    words = ("--write-fixed", fixed, "--json", "--train-config", settings, "--system-prompt", system)
+    figures = run(train.path, *words).figures
     file, training = figures["files"][0], figures["training"]
-    dataset = converted(fixed, tmp_path / "data", model)
+    dataset = converted(fixed, tmp_path / "data", model, system_prompt=system)
     record = dataset.record
     assert 0 <= record.bytes - file["disk_bytes"] < 4_000  # the schema and the heads of batches
     assert file["text"]["max"] + file["audio_tokens"]["max"] >= record.most_tokens
@@ -297,21 +309,40 @@ def test_size_tokens_and_memory_are_those_of_conversion_and_training(run, spoilt
     assert file["audio_tokens"]["median"] == tokens[(len(dataset) - 1) // 2]
     options = TrainOptions(train_dataset="x", output="y", batch_size=2, lora_rank=8, num_epochs=3)
     sampling = Sampling(dataset.positions, dataset.supervised, 2, 1, 1, 42)
-
-    plan = plan_memory(Path(model), options, sampling, dataset.samples, torch.device("cuda"), torch.bfloat16)
+    first, *others = ([*dataset.tokens(row).input_ids] for row in range(len(dataset)))
+    beginning = next(place for place, word in enumerate(first) if any(row[place] != word for row in others))
+    audio = read_json(Path(model) / "config.json")["audio_token_id"]
+    beginning = min(beginning, first.index(audio))
+    assert beginning > 10  # the system prompt among others
+    gpu = torch.device("cuda")
+    plan = plan_memory(Path(model), options, sampling, dataset.samples, beginning, gpu, torch.bfloat16)
     assert training["bytes"]["total"] == plan.total
     assert training["steps"] == 3 * sampling.steps_per_epoch == 3 * -(-len(dataset) // 2)
-    assert training["operations"] == pytest.approx(3 * counted(Path(model), dataset), rel=0.02)
+    assert training["operations"] == pytest.approx(3 * counted(Path(model), dataset, sampling), rel=0.02)
 
 
-def counted(folder, dataset):
-    """Operations that torch counts in the blocks' matrices over all rows: forwards, back, forwards again."""
+def test_a_training_s_settings_that_cannot_be_read_are_named_by_their_option(run, spoilt, tmp_path):
+    missing, other = tmp_path / "missing.yaml", tmp_path / "other.yaml"
+    other.write_text("colour: red\n", encoding="utf-8")
+    done = run(spoilt[0].path, "--train-config", missing)
+    assert (done.status, done.err) == (1, f"error: --train-config {missing}: file not found\n")
+    done = run(spoilt[0].path, "--train-config", other)
+    assert done.err == f"error: --train-config {other}: train has no option colour\n"
+    other.write_text("lr: fast\n", encoding="utf-8")
+    assert run(spoilt[0].path, "--train-config", other).err.startswith(f"error: --train-config {other}: ")
+
+
+def counted(folder, dataset, sampling):
+    """Operations that torch counts in the blocks' matrices in an epoch: forwards, back, forwards again."""
     loaded = load_model(folder, dtype=torch.float32, device=torch.device("cpu"))
-    total = 0.0
-    for sample in dataset:
-        patches = 5 * ((1 + len(sample.waveform) // 160) // 20)
+    positions, total = [], 0.0
+    loaded.decoder.model.layers[0].register_forward_pre_hook(lambda _, given: positions.append(len(given[0])))
+    for step in range(sampling.steps_per_epoch):
+        samples = [dataset[int(row)] for row in sampling.rows(step)]
+        loaded(**Collator(0)(samples))
+        patches = 5 * sum((1 + len(sample.waveform) // 160) // 20 for sample in samples)
         for blocks, rows in (
-            (loaded.decoder.model.layers, len(sample.input_ids)), (loaded.audio_encoder.blocks, patches),
+            (loaded.decoder.model.layers, positions[-1]), (loaded.audio_encoder.blocks, patches),
         ):  # fmt: skip
             linears = [each for each in blocks.modules() if isinstance(each, torch.nn.Linear)]
             with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -241,6 +241,7 @@ def test_a_cut_off_file_is_refused_or_named(place, capsys):
         ("model", "--output model: something else"),
         ("model/out", "inside the input model"),
         ("note.txt", "--output note.txt: something else"),
+        ("cache/out", "inside --download-cache cache"),
         ("pipe", "--output pipe: something else"),  # it could be /dev/null
     ],
 )
@@ -251,7 +252,7 @@ def test_outputs_that_would_swallow_something(place, golden, output, reason):
     os.mkfifo("pipe")
     before = listing(place)
     with pytest.raises(InputError) as caught:
-        convert_dataset(options(output=output, model_name="model"))
+        convert_dataset(options(output=output, model_name="model", download_cache="cache"))
     assert reason in caught.value.text.en
     assert caught.value.text.zh.startswith(f"--output {output}：")
     assert listing(place) == before

@@ -21,7 +21,7 @@ NAMES = [path.relative_to(ROOT).as_posix() for path in DOCUMENTS]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 TWO_LANGUAGES = (
-    "index", "installation", "cli", "data", "check", "inference", "evaluation", "report", "model",
+    "index", "installation", "cli", "data", "check", "training", "inference", "evaluation", "report", "model",
     "troubleshooting",
 )  # fmt: skip
 
@@ -101,6 +101,15 @@ def test_python_that_is_shown_compiles(name, code):
 def test_every_page_exists_in_both_languages():
     pages = {path.name for path in DOCS.glob("*.md")}
     assert {f"{page}.{language}.md" for page in TWO_LANGUAGES for language in ("zh", "en")} <= pages
+
+
+def test_the_site_leads_to_every_page_under_a_title_in_both_languages():
+    settings = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    shown = dict(re.findall(r"^  - (.+): (\S+\.md)$", settings, re.MULTILINE))
+    assert sorted(shown.values()) == sorted(
+        {re.sub(r"\.(zh|en)\.md$", ".md", path.name) for path in DOCS.glob("*.md")}
+    )
+    assert set(shown) == set(re.findall(r"^ {12}(.+): .+$", settings, re.MULTILINE))
 
 
 @pytest.mark.parametrize("name", NAMES)

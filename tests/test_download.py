@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from mdl_toolkit import download
-from mdl_toolkit.download import Downloads, fetch
+from mdl_toolkit.download import Downloads
 from mdl_toolkit.errors import AudioError
+from mdl_toolkit.fetching import FetchError, Limits, fetch, refusal
 
 pytestmark = pytest.mark.allow_hosts(["127.0.0.1"])
 
@@ -96,7 +97,12 @@ def in_turn(*answers: Answer) -> Answer:
 
 
 def get(url: str, folder: Path, **more) -> Path:
-    return fetch(url, folder, **{"max_mb": 1, "timeout_s": 5, "pause_s": 0.01} | more)
+    target = folder / f"content-{len([*folder.iterdir()])}"
+    try:
+        assert fetch(url, target, Limits(**{"max_mb": 1, "timeout_s": 5, "pause_s": 0.01} | more)) is not None
+    except FetchError as failure:
+        raise refusal(url, failure.reason) from failure
+    return target
 
 
 def refuse(url: str, folder: Path, **more) -> str:

@@ -108,6 +108,8 @@ def test_the_reference_column_by_name(place):
         ({"output": ("p.csv",)}, "inside the input"),
         ({"output": ("folder.csv",)}, "a folder is there"),
         ({"output": ("r.csv/x/y.json",)}, "inside the input"),
+        ({"report": "r.csv"}, "--report r.csv: it is, holds or lies inside the input "),
+        ({"output": ("x.csv",), "report": "x.csv"}, "it is, holds or lies inside --output x.csv;"),
     ],
 )
 def test_what_cannot_be_done(place, monkeypatch, capsys, more, message):

@@ -15,15 +15,25 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mdl_toolkit.cli import run
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.folders import find_model, need, read_json
 from mdl_toolkit.loading import best_device, choose_dtype, load_model
 from mdl_toolkit.text_files import read_text_files
 from mdl_toolkit.tokens import Encoder
-from runs import copy_checkpoint
+from runs import copy_checkpoint, files_below, make_rows, write_csv
+from test_chinese import wrong_in
 
 NAME = "mispeech/midashenglm-7b"
 WAYS = ("local folder with --model-name", "HF_ENDPOINT", "--from-modelscope true")
+COMMANDS = (  # that take a model; the last two an adapter
+    ("convert-dataset", "in.csv", "--output", "out", "--model-name", "run"),
+    ("train", "--train-dataset", "in.csv", "--output", "out", "--model-name", "run"),
+    ("inference", "in.csv", "--output", "out", "--model-name", "run"),
+    ("check", "in.csv", "--model-name", "run"),
+    ("merge", "run", "--output", "out"),
+    ("merge", "a/final", "--output", "out", "--model-name", "run"),
+)
 CPU = torch.device("cpu")
 
 
@@ -47,6 +57,7 @@ def refused(action: Any, *words: Any, **more: Any) -> str:
         action(*words, **more)
     en, zh = caught.value.text.en, caught.value.text.zh
     assert "\n" not in en + zh
+    assert not wrong_in(zh)
     assert any("\u4e00" <= character <= "\u9fff" for character in zh) or en == zh.replace("：", ": ")
     return en
 
@@ -181,6 +192,28 @@ def test_no_config(model):
     assert refused(find, model, weights=False) == (
         f"{model}: no config.json there, so it is not a model folder"
     )
+
+
+@pytest.mark.parametrize("result", ["config.json", "adapter_config.json"])
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_the_folder_of_a_training_in_place_of_its_result(tmp_path, monkeypatch, capsys, words, result):
+    """Each command that takes a model says where in the folder it is."""
+    monkeypatch.chdir(tmp_path)
+    write_csv(Path("in.csv"), make_rows(Path("audio"), 1))
+    for folder, kind in (("run", result), ("a", "adapter_config.json")):
+        place = Path(folder, "final")
+        place.mkdir(parents=True)
+        (place / kind).write_text('{"base_model_name_or_path": "gone"}')
+        (place / "adapter_model.safetensors").touch()
+    before = files_below(tmp_path)
+    assert run([*words]) == 1
+    expected = "did you mean run/final?"
+    if words[:2] == ("merge", "run") and result == "config.json":  # which is no adapter
+        expected = "no adapter"
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert error.startswith("error: run: ")
+    assert expected in error
+    assert files_below(tmp_path) == before
 
 
 @pytest.mark.parametrize(

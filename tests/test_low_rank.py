@@ -145,15 +145,20 @@ def distance(gradients, exact):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_in_bfloat16_no_further_from_the_truth_than_autocast(golden, checkpointing):
     model = adapted(golden, "A-small", dtype=torch.bfloat16)
-    batch = batch_of(model)
-    _, exact = learnt(plainly(copy.deepcopy(model).float()), batch)
     if checkpointing:
         recompute(model)
+    ours, theirs = zip(*(distances(model, batch_of(model, seed)) for seed in range(6)), strict=True)
+    assert sum(ours) < min(1.2 * sum(theirs), 0.6)
+
+
+def distances(model, batch):
+    """Of gradients in bfloat16 from those in float32: of ours, and of PEFT's layer."""
+    _, exact = learnt(plainly(copy.deepcopy(model).float()), batch)
     with torch.autocast("cpu", torch.bfloat16):
         _, fast = learnt(model, batch)
-        _, plain = learnt(plainly(model), batch)
+        _, plain = learnt(plainly(copy.deepcopy(model)), batch)
     assert {gradient.dtype for gradient in fast.values()} == {torch.float32}
-    assert distance(fast, exact) < min(1.2 * distance(plain, exact), 0.1)
+    return distance(fast, exact), distance(plain, exact)
 
 
 def test_dropout_goes_the_plain_way(golden):

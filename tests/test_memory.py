@@ -26,6 +26,7 @@ from mdl_toolkit.training_options import TrainOptions
 CPU = torch.device("cpu")
 LORA = ("encoder", "projector", "decoder")
 SECONDS = (4, 3, 3, 2)
+BEGINNING = 80  # words that all rows have in common
 GB = 10**9
 
 
@@ -51,7 +52,7 @@ def rows(base):
     found = []
     for seconds in SECONDS:
         answer = [3] * 10 * seconds
-        ids = np.array([1] * 80 + [audio] * audio_token_count(16_000 * seconds) + answer)
+        ids = np.array([1] * BEGINNING + [audio] * audio_token_count(16_000 * seconds) + answer)
         labels = np.where(np.arange(len(ids)) < len(ids) - len(answer), -100, ids)
         noise = np.random.default_rng(seconds).normal(0, 0.1, 16_000 * seconds).astype(np.float32)
         found.append(Sample(ids, labels, noise))
@@ -72,7 +73,7 @@ def plan(base, rows, options, dtype=torch.float32):
     samples = np.array([len(row.waveform) for row in rows])
     accumulation = options.gradient_accumulation_steps
     sampling = Sampling(lengths, supervised, options.batch_size, accumulation, 1, 0)
-    return plan_memory(base, options, sampling, samples, CPU, dtype)
+    return plan_memory(base, options, sampling, samples, BEGINNING, CPU, dtype)
 
 
 def adapted(base, options, dtype, kept):

@@ -289,7 +289,14 @@ def test_a_page_in_the_place_of_something_else_is_refused_before_any_work(tmp_pa
     place = {"input": csv, "output": tmp_path / "p.csv", "folder": tmp_path}[there]
     words = ["inference", str(csv), "--output", str(tmp_path / "p.csv"), "--model-name", str(MODEL)]
     assert run([*words, "--report", str(place)]) == 1
-    assert "--report" in capsys.readouterr().err
+    said = {
+        "input": f"inside the input {csv};",
+        "output": f"inside --output {place};",
+        "folder": "a folder is",
+    }
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --report {place}: ")
+    assert said[there] in error
     assert not (tmp_path / "p.csv").exists()
 
 

@@ -157,6 +157,7 @@ def test_a_message_may_be_long():
 ERRORS = [
     ModelError("no", "不"),
     RowsError("x.csv", [RowProblem(3, "audio", "a.wav", Text("bad", "坏"))], 70),
+    RowsError("folder", [RowProblem(3, "audio", "a.wav", Text("bad", "坏"))], is_list=True),
     KeyError("what"),
     OSError(28, "No space left on device"),
 ]
@@ -168,6 +169,7 @@ def test_what_a_task_raises_is_raised_here(error, count):
     with pytest.raises(type(error)) as caught:
         list(work_through(iter(range(9)), partial(fail, error), count))
     assert caught.value.args == error.args
+    assert getattr(caught.value, "is_list", None) == getattr(error, "is_list", None)
     if isinstance(error, ToolkitError):
         assert caught.value.text == error.text
 

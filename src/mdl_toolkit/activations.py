@@ -36,6 +36,7 @@ class Step:
         quantization: of the decoder's matrices.
         gradients: float32, of each target.
         lengths: decoder positions, of which `supervised` are learnt, and audio `samples`; each `[rows]`.
+        beginning: positions that all rows have in common, from the first on.
         kept: blocks that keep their activations with gradient checkpointing; without, all do.
     """
 
@@ -48,6 +49,7 @@ class Step:
     lengths: Integers
     supervised: Integers
     samples: Integers
+    beginning: int
     kept: Kept = NONE
 
     def keeping(self, most: int) -> Kept:
@@ -156,8 +158,9 @@ class Step:
 
     @property
     def _positions(self) -> int:
-        """Of all rows, without padding."""
-        return int(self.lengths.sum())
+        """Of all rows, without padding; what they begin with once, if nothing is dropped at random."""
+        drops = self.options.lora_dropout > 0 and "decoder" in self.gradients
+        return int(self.lengths.sum()) - (0 if drops else self.beginning * (len(self.lengths) - 1))
 
     @property
     def _decoder(self) -> int:

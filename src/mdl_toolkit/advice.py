@@ -163,7 +163,7 @@ def warn_of_leaks(train_set: AnyDataset, eval_set: AnyDataset) -> bool:
         (leaks.answers, "with another answer", "回答不同"),
     )
     en = "; ".join(f"{len(rows)} {what} (rows {_named(rows)})" for rows, what, _ in parts if rows)
-    zh = "；".join(f"{len(rows)} 行{what}（第 {_named(rows)} 行）" for rows, _, what in parts if rows)
+    zh = "；".join(f"{len(rows)} 行{what_zh}（第 {_named(rows)} 行）" for rows, _, what_zh in parts if rows)
     warn(
         f"{leaks.count} of {len(eval_set)} evaluation rows have a recording that is also trained on: {en}; "
         "the evaluation looks better than it is, so take them out of one of the two",

@@ -121,9 +121,8 @@ class Answerer:
         if not questions:
             return None
         prompts = prompts_of([question.sample for question in questions], self._encoder.pad_id)
-        embeddings = embedded(self._model, prompts)
         need = max(n + question.budget for n, question in zip(prompts.lengths, questions, strict=True))
-        logits = self._rows.admit(embeddings, prompts.lengths, self._places, need)
+        logits = admit(self._rows, self._model, prompts, self._places, need)
         self._running += [_Answer(q.key, q.budget, self._picking.source(q.key), []) for q in questions]
         return logits
 
@@ -166,6 +165,12 @@ def embedded(model: Any, prompts: PromptBatch) -> Tensor:
         there["input_ids"], there.get("input_values"), there["audio_length"], there.get("audio_features")
     )
     return embeddings
+
+
+def admit(rows: DecodingBatch, model: Any, prompts: PromptBatch, places: int, need: int) -> Tensor:
+    """As `DecodingBatch.admit`; with recordings, and what prompts begin with only once."""
+    words = model.shareable(prompts.tensors["input_ids"].to(model.device))
+    return rows.admit(embedded(model, prompts), prompts.lengths, places, need, words)
 
 
 def end_ids(model: Any, encoder: Encoder) -> set[int]:

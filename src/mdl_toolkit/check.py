@@ -5,6 +5,7 @@ No weights are loaded and no GPU is used. Memory grows by some 60 bytes with eac
 
 import dataclasses
 import json
+import math
 import secrets
 import sys
 import tempfile
@@ -61,7 +62,8 @@ def check(options: CheckOptions) -> Figures:
     if encoder is not None:
         figures["sample"] = _sample(manifests[0], encoder, set(found[0].bad), options)
     if folder is not None and training is not None:
-        figures["training"] = _forecast(folder, training, found[0].facts())
+        beginning = 0 if encoder is None else _beginning(manifests[0], encoder, set(found[0].bad))
+        figures["training"] = _forecast(folder, training, found[0].facts(), beginning)
     if options.write_fixed is not None:
         figures["fixed"] = _write_fixed(Path(options.write_fixed), manifests[0], found[0], options)
     _tell(figures, options.json)
@@ -77,14 +79,15 @@ def _check_places(options: CheckOptions) -> None:
         for path in options.input:
             check_apart(place, Path(path), name)
     if len(places) == 2:
-        check_apart(places[0][1], places[1][1], "--write-fixed")
+        check_apart(places[0][1], places[1][1], "--write-fixed", "--json")
 
 
 def _train_options(options: CheckOptions) -> "TrainOptions":
     """The options of the training that is predicted; the files and the model are those of the check."""
     from mdl_toolkit.training_options import TrainOptions
 
-    given = read_settings(options.train_config, TrainOptions) if options.train_config else {}
+    config = options.train_config
+    given = {} if config is None else read_settings(config, TrainOptions, "--train-config")
     ours = {"train_dataset": options.input[0], "output": ".", "model_name": options.model_name}
     return from_mapping(TrainOptions, {**given, **ours})
 
@@ -186,21 +189,28 @@ def _sample(manifest: Manifest, encoder: Encoder, bad: set[int], options: CheckO
     return {"line": row.line, "segments": [{"kind": each.kind, "text": each.text} for each in segments]}
 
 
-def _forecast(folder: Path, options: "TrainOptions", facts: Facts) -> Figures | None:
+def _beginning(manifest: Manifest, encoder: Encoder, bad: set[int]) -> int:
+    """How many positions before the audio the usable rows have in common."""
+    usable = (row for row in manifest.rows() if row.line not in bad)
+    return encoder.common_beginning(encoder.encode_row(row, 1, with_answer=True).input_ids for row in usable)
+
+
+def _forecast(folder: Path, options: "TrainOptions", facts: Facts, beginning: int) -> Figures | None:
     """Memory, steps and arithmetic of a training; on a machine without a GPU, of one with a GPU.
 
     How fast the GPU computes is not guessed: the arithmetic is given, and hours at a round speed.
+    All rows begin with so many positions, which are computed once a batch.
     """
     if not len(facts):
         return None
     try:
         check_trainable(folder, quantization=options.quantization, merge=options.merge_lora)
-        return _predicted(folder, options, facts)
+        return _predicted(folder, options, facts, beginning)
     except ModelError as problem:
         return {"problem": dataclasses.asdict(problem.text)}
 
 
-def _predicted(folder: Path, options: "TrainOptions", facts: Facts) -> Figures:
+def _predicted(folder: Path, options: "TrainOptions", facts: Facts, beginning: int) -> Figures:
     import torch
 
     from mdl_toolkit.memory import on_paper, plan_memory
@@ -213,7 +223,8 @@ def _predicted(folder: Path, options: "TrainOptions", facts: Facts) -> Figures:
         options.gradient_accumulation_steps, 1, options.seed,
     )  # fmt: skip
     dtype = torch.float32 if options.bf16 is False else torch.bfloat16
-    plan = plan_memory(folder, options, sampling, facts["samples"], torch.device("cuda"), dtype)
+    device = torch.device("cuda")
+    plan = plan_memory(folder, options, sampling, facts["samples"], beginning, device, dtype)
     schedule = Schedule.of(sampling.steps_per_epoch, options)
     return {
         "dtype": str(dtype).removeprefix("torch."),
@@ -222,11 +233,11 @@ def _predicted(folder: Path, options: "TrainOptions", facts: Facts) -> Figures:
         "warning": None if (line := plan.warning()) is None else dataclasses.asdict(line),
         "steps": schedule.total, "steps_per_epoch": schedule.per_epoch, "epochs": options.num_epochs,
         "effective_batch": sampling.effective,
-        "operations": _operations(on_paper(folder), facts, options),
+        "operations": _operations(on_paper(folder), facts, options, beginning),
     }  # fmt: skip
 
 
-def _operations(model: Any, facts: Facts, options: "TrainOptions") -> float:
+def _operations(model: Any, facts: Facts, options: "TrainOptions", beginning: int) -> float:
     """Floating-point operations of a training in the blocks' matrices, of which almost all consist.
 
     A frozen matrix takes two for each number and position forwards, as many for the gradient of its input,
@@ -235,7 +246,9 @@ def _operations(model: Any, facts: Facts, options: "TrainOptions") -> float:
     blocks = (model.decoder.model.layers, model.audio_encoder.blocks)
     decoder, encoder = (sum(p.numel() for p in each.parameters() if p.ndim == 2) for each in blocks)
     audio = audio_tokens(facts)
-    positions, patches = int((audio + facts["text"]).sum()), 5 * int(audio.sum())
+    repeated = len(facts) - math.ceil(len(facts) / options.batch_size)  # times that others' are used
+    repeated *= beginning * (options.lora_dropout == 0 or "decoder" not in options.train_target)
+    positions, patches = int((audio + facts["text"]).sum()) - repeated, 5 * int(audio.sum())
     passes = 3 if options.gradient_checkpointing else 2
     return float(options.num_epochs * 2 * passes * (decoder * positions + encoder * patches))
 

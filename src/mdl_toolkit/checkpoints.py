@@ -20,12 +20,11 @@ from torch import Tensor
 
 from mdl_toolkit.console import warn
 from mdl_toolkit.errors import ModelError
-from mdl_toolkit.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
+from mdl_toolkit.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FINAL, read_json
 from mdl_toolkit.outputs import to_disk
 from mdl_toolkit.provenance import PROVENANCE_FILE
 from mdl_toolkit.settings import SETTINGS_FILE
 
-FINAL = "final"
 LOG = "log.jsonl"
 PLOT = "loss.png"
 REPORT = "report.html"

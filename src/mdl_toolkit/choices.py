@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mdl_toolkit.answering import Question, base_model, embedded
+from mdl_toolkit.answering import Question, admit, base_model
 from mdl_toolkit.batching import prompts_of
 from mdl_toolkit.csvfile import bad
 from mdl_toolkit.model.generation import DecodingBatch
@@ -71,7 +71,7 @@ class Chooser:
         while batch := [*islice(waiting, self.batch_size)]:
             prompts = prompts_of([question.sample for question in batch], self.encoder.pad_id)
             rows = DecodingBatch(model.decoder)
-            logits = rows.admit(embedded(model, prompts), prompts.lengths, len(batch), 0)
+            logits = admit(rows, model, prompts, len(batch), 0)
             scores = rows.score(logits, tokens).cpu() / lengths
             for question, row in zip(batch, scores, strict=True):
                 yield question.key, self._cells(row)

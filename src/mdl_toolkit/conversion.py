@@ -72,7 +72,7 @@ def _check_places(output: Path, options: ConvertOptions) -> None:
     if Path(options.model_name).is_dir():
         check_apart(output, Path(options.model_name))
     if options.download_cache is not None:
-        check_apart(output, Path(options.download_cache))
+        check_apart(output, Path(options.download_cache), other="--download-cache")
 
 
 def _check_recording(output: Path) -> Callable[[Row], None]:
@@ -231,7 +231,7 @@ class _Run:
             for name, text in {**beside, **self._left_out(tally)}.items():
                 (self.work.dataset / name).write_text(text, encoding="utf-8")
         self.work.finish()
-        warn_of(tally)
+        warn_of(tally, is_list=self.manifest.listed is not None)
         return record
 
     def help(self) -> None:
@@ -333,7 +333,7 @@ class _Run:
                 total.merge(entry.tally)
         total.problems.merge(self.plan.problems)
         if not self.keeps_going:
-            total.problems.check(str(self.manifest.path))
+            self.manifest.check(total.problems)
         if self.work.finished(self.plan) != self.plan.rows:
             raise DatasetError(
                 f"{self.work.path}: something else has changed what is in it; start again",

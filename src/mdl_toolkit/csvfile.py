@@ -181,8 +181,8 @@ def _bad_column(cells: list[str], columns: list[str], number: int) -> str:
 def _not_utf8(path: Path, line: int, column: str) -> InputError:
     """The error for text that is not UTF-8, naming the first place and the likely encoding."""
     guess = next((name for name in OTHER_ENCODINGS if _decodes(path, name)), None)
-    en = f"line {line}{f', column {column}' if column else ''}: not UTF-8 text"
-    zh = f"第 {line} 行{f' {column} 列' if column else ''}：不是 UTF-8 文本"
+    where, where_zh = (f", column {column}", f" {column} 列") if column else ("", "")
+    en, zh = f"line {line}{where}: not UTF-8 text", f"第 {line} 行{where_zh}：不是 UTF-8 文本"
     return bad(
         path,
         f"{en}{f' (it may be {guess})' if guess else ''}; save the file as UTF-8",

@@ -342,7 +342,7 @@ def _look(file: BinaryIO) -> AudioError | None:
     if looks is None:
         return None
     return AudioError(
-        f"this is {looks.en}, not a recording; correct the path", f"这是{looks.zh}，不是音频；请更正路径"
+        f"this is {looks.en}, not a recording; correct the path", f"{looks.zh}，不是音频；请更正路径"
     )
 
 

@@ -13,6 +13,7 @@ Anything else that reaches the user is a bug in this toolkit.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from mdl_toolkit.language import Text
@@ -82,28 +83,35 @@ class RowProblem:
 
 
 class RowsError(InputError):
-    """All the bad rows of a CSV (rule 12): the first ones of them, and how many there are."""
+    """All the bad rows of a CSV (rule 12): the first ones of them, and how many there are.
 
-    def __init__(self, source: str, problems: Sequence[RowProblem], count: int | None = None) -> None:
-        self.source = source
+    Where the CSV is a list that was made of a folder or a pattern, nobody has seen its lines: the recordings
+    alone are named.
+    """
+
+    def __init__(
+        self, source: str, problems: Sequence[RowProblem], count: int | None = None, *, is_list: bool = False
+    ) -> None:
+        self.source, self.is_list = source, is_list
         self.problems = tuple(sorted(problems, key=_line_of))
         self.count = len(problems) if count is None else count
         super().__init__(self._render(chinese=False), self._render(chinese=True))
 
-    def __reduce__(self) -> tuple[type["RowsError"], tuple[str, tuple[RowProblem, ...], int]]:
-        return type(self), (self.source, self.problems, self.count)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), is_list=self.is_list), (self.source, self.problems, self.count)
 
     def _render(self, *, chinese: bool) -> str:
         count = self.count
-        head = f"{self.source}：{count} 行有问题：" if chinese else f"{self.source}: {count} bad row(s):"
+        en, zh = ("file(s)", "个文件") if self.is_list else ("row(s)", "行")
+        head = f"{self.source}：{count} {zh}有问题：" if chinese else f"{self.source}: {count} bad {en}:"
         lines = [head]
         for problem in self.problems[:MOST_ROWS_SHOWN]:
-            where, value = _where(problem, chinese), _shorten(problem.value)
+            where = "" if self.is_list else f"{_where(problem, chinese)} "
             reason = problem.reason.zh if chinese else problem.reason.en
-            lines.append(f"  {where} {value!r}: {reason}")
+            lines.append(f"  {where}{_shorten(problem.value)!r}: {reason}")
         if count > MOST_ROWS_SHOWN:
             more = count - MOST_ROWS_SHOWN
-            lines.append(f"  ……另有 {more} 行" if chinese else f"  ... and {more} more")
+            lines.append(f"  ……另有 {more} {zh}" if chinese else f"  ... and {more} more")
         return "\n".join(lines)
 
 
@@ -130,10 +138,10 @@ class Problems:
         self.first = sorted([*self.first, *other.first], key=_line_of)[: self.most]
         self.count += other.count
 
-    def check(self, source: str) -> None:
+    def check(self, source: str, *, is_list: bool = False) -> None:
         """Raise RowsError if there is any problem."""
         if self.count:
-            raise RowsError(source, self.first, self.count)
+            raise RowsError(source, self.first, self.count, is_list=is_list)
 
 
 def _line_of(problem: RowProblem) -> int:

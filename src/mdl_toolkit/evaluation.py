@@ -15,7 +15,7 @@ from mdl_toolkit.errors import RowProblem, RowsError, UsageError
 from mdl_toolkit.html_page import write_page
 from mdl_toolkit.language import Text
 from mdl_toolkit.metrics import CHARACTER, WORD
-from mdl_toolkit.outputs import check_file, removing_empty, replacing_file
+from mdl_toolkit.outputs import check_apart, check_file, removing_empty, replacing_file
 from mdl_toolkit.pairs import SCORE, Grouping, Pairs, grouped, read_pairs
 from mdl_toolkit.report_rows import evaluation_values
 from mdl_toolkit.resampling import Measure, difference_of, interval_of, mcnemar, resampled, value_of
@@ -93,7 +93,9 @@ def _check(options: EvaluateOptions) -> None:
     for output in options.output:
         check_file(Path(output), inputs)
     if options.report is not None:
-        check_file(Path(options.report), [*inputs, *options.output], "--report")
+        check_file(Path(options.report), inputs, "--report")
+        for output in options.output:
+            check_apart(Path(options.report), Path(output), "--report", "--output")
 
 
 def _chosen(references: Sequence[str], manner: Manner) -> tuple[str, ...]:

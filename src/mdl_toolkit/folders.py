@@ -15,6 +15,7 @@ from mdl_toolkit.errors import ModelError
 MODEL_TYPE = "midashenglm"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+FINAL = "final"  # in the output of a training: its result
 BASE_NAME = "base_model_name_or_path"  # in an adapter's configuration
 BITSANDBYTES = "bitsandbytes"  # the way of quantising that can be trained on
 TEXT_FILES = ("*.json", "*.jinja", "*.txt")
@@ -37,6 +38,7 @@ def find_model(name: str, *, from_modelscope: bool, weights: bool, revision: str
     """
     local = Path(name).expanduser()
     if local.is_dir():
+        check_is_no_run(local, "config.json", ADAPTER_CONFIG)
         folder = local
     elif local.exists() or name.startswith((".", "~", "/")) or name.count("/") > 1:
         raise _nowhere(name, "there is no such folder", "没有该目录")
@@ -55,6 +57,24 @@ def find_model(name: str, *, from_modelscope: bool, weights: bool, revision: str
             f"{folder}：适配器缺少权重（{ADAPTER_WEIGHTS}）；请复制整个目录",
         )
     return folder
+
+
+def check_is_no_run(folder: Path, *names: str) -> None:
+    """Refuse the output of a training where its result is meant, which lies inside.
+
+    Args:
+        folder: what was given.
+        names: of files; any of them says that a folder is what is wanted.
+
+    Raises:
+        ModelError: it is `final/` that has one of them.
+    """
+    here, inside = ([(each / name).is_file() for name in names] for each in (folder, folder / FINAL))
+    if any(inside) and not any(here):
+        raise ModelError(
+            f"{folder}: the output of a training, and no model itself; did you mean {folder / FINAL}?",
+            f"{folder}：这是训练的输出目录，本身不是模型；是否应为 {folder / FINAL}？",
+        )
 
 
 def lasting_name(name: str, folder: Path) -> str:
@@ -141,7 +161,7 @@ def _download(name: str, hub: str, fetch: Callable[[], str]) -> Path:
         return Path(fetch())
     except Exception as problem:  # hubs raise a dozen kinds; each means: not to be had
         reason = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
-        raise _nowhere(name, f"{hub} did not give it ({reason})", f"{hub} 未能提供（{reason}）") from problem
+        raise _nowhere(name, f"{hub} did not give it ({reason})", f" {hub} 未能提供（{reason}）") from problem
 
 
 def _nowhere(name: str, en: str, zh: str) -> ModelError:

@@ -23,15 +23,15 @@ from mdl_toolkit.console import progress, say
 from mdl_toolkit.conversion import PLAN_FILE, read_rows
 from mdl_toolkit.distributed import PeerLostError, World, joined
 from mdl_toolkit.engines import check_engine, make_engine
-from mdl_toolkit.errors import InputError, RowsError
+from mdl_toolkit.errors import InputError
 from mdl_toolkit.folders import ADAPTER_CONFIG, find_model
-from mdl_toolkit.inputs import KEEP, Inputs, convert_inputs, open_inputs, prompted
+from mdl_toolkit.inputs import KEEP, Inputs, Room, convert_inputs, open_inputs, prompted
 from mdl_toolkit.language import Text
 from mdl_toolkit.listing import is_listing, list_recordings, write_listing
 from mdl_toolkit.loader import Loader
 from mdl_toolkit.loading import base_of, explaining_memory
 from mdl_toolkit.manifest import Manifest, Row
-from mdl_toolkit.outputs import check_file, removing_empty
+from mdl_toolkit.outputs import check_apart, check_file, removing_empty
 from mdl_toolkit.provenance import read_provenance
 from mdl_toolkit.report import report_answers
 from mdl_toolkit.result_options import InferenceOptions
@@ -64,12 +64,13 @@ def infer(options: InferenceOptions) -> list[str]:
     lists = [] if options.choices is None else [options.choices]
     check_file(output, lists)  # the input may be replaced: nothing is read of it any more
     if options.report is not None:
-        check_file(Path(options.report), [options.input, output, *lists], "--report")
+        check_file(Path(options.report), [options.input, *lists], "--report")
+        check_apart(Path(options.report), output, "--report", "--output")
     choices = None if options.choices is None else read_choices(Path(options.choices))
     with Interruption(), joined() as world, removing_empty(output.resolve().parent):
         journal = Journal(output)
         with _at_work(journal, world):
-            predictions, problems = _run(_Inference(options, choices, journal, world))
+            predictions, problems = _Inference(options, choices, journal, world).run()
             if options.report is not None and world.is_first:  # the answers stay until it is written
                 report_answers(options)
     if problems:
@@ -78,17 +79,6 @@ def infer(options: InferenceOptions) -> list[str]:
             f"{output}：已写出，但有 {problems} 行没有预测；原因见 `{ERROR}` 列",
         )
     return predictions
-
-
-def _run(inference: "_Inference") -> tuple[list[str], int]:
-    """Run it; bad rows of a folder or a pattern are told as its own, not as those of the list made of it."""
-    source = inference.options.input
-    try:
-        return inference.run()
-    except RowsError as error:
-        if not is_listing(source):
-            raise
-        raise RowsError(source, error.problems, error.count) from error
 
 
 @contextmanager
@@ -160,7 +150,10 @@ class _Inference:
         if self.world.is_first:
             write_listing(list_recordings(options.input), self.journal.listing)
         self.world.wait()
-        return read_rows(str(self.journal.listing), replace(options, base_dir=None), needs_prediction=False)
+        listing = read_rows(
+            str(self.journal.listing), replace(options, base_dir=None), needs_prediction=False
+        )
+        return replace(listing, listed=options.input)
 
     def _find(self, *, weights: bool) -> Path:
         options = self.options
@@ -171,16 +164,16 @@ class _Inference:
 
     def _inputs(self, manifest: Manifest, encoder: Encoder) -> Inputs:
         """The rows, converted by the first process for all."""
-        place, least = self.journal.dataset, 1
+        place, room = self.journal.dataset, Room()
         if self.choices is not None:
-            least = max(len(encoder.answer_ids(choice)) for choice in self.choices)
+            room = Room.of_choices(self.choices, encoder, self.options)
         if self.world.is_first:
             convert_inputs(manifest, place, encoder, self.options)
-            inputs = open_inputs(manifest, place, self.options, least)
+            inputs = open_inputs(manifest, place, self.options, room)
             self.world.wait()
             return inputs
         self.world.wait()
-        return open_inputs(manifest, place, self.options, least)
+        return open_inputs(manifest, place, self.options, room)
 
     def _begin(self, inputs: Inputs) -> None:
         if answered := self.journal.begin(self._fingerprint()):
@@ -239,8 +232,13 @@ class _Inference:
 
         write_table(output, manifest.columns, columns, rows())
         output.with_name(f"{output.name}.{SETTINGS_FILE}").write_text(to_yaml(self.options), encoding="utf-8")
-        say(f"{output}: {len(predictions)} predictions", f"{output}：{len(predictions)} 条预测")
+        _tell(output, len(predictions), 0 if inputs is None else len(inputs.problems))
         return predictions
+
+
+def _tell(output: Path, rows: int, without: int) -> None:
+    en, zh = (f", {without} rows without one", f"，{without} 行没有预测") if without else ("", "")
+    say(f"{output}: {rows - without} predictions{en}", f"{output}：{rows - without} 条预测{zh}")
 
 
 def _reason(inputs: Inputs | None, row: Row) -> str:

@@ -1,6 +1,6 @@
 """What an inference is asked: the input's rows, converted, with room for an answer or a reason for none."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from mdl_toolkit.answering import Question
 from mdl_toolkit.console import say, warn
 from mdl_toolkit.conversion import convert_rows, left_out
 from mdl_toolkit.dataset import ConvertedDataset
-from mdl_toolkit.errors import RowProblem, RowsError
+from mdl_toolkit.errors import InputError, Problems, RowProblem
 from mdl_toolkit.inspection import too_long
 from mdl_toolkit.language import Text
 from mdl_toolkit.manifest import SYSTEM, USER, Manifest, Row
@@ -75,14 +75,55 @@ def convert_inputs(manifest: Manifest, place: Path, encoder: Encoder, options: I
     convert_rows(manifest, place, encoder, options, with_answer=False, reuse=True, keeps_going=keeps_going)
 
 
-def open_inputs(manifest: Manifest, place: Path, options: InferenceOptions, least: int) -> Inputs:
+@dataclass(frozen=True)
+class Room:
+    """What every row must have room for.
+
+    Attributes:
+        tokens: how many.
+        choice: the longest of the choices, which takes so many; None if any answer will do.
+    """
+
+    tokens: int = 1
+    choice: str | None = None
+
+    @classmethod
+    def of_choices(cls, choices: Sequence[str], encoder: Encoder, options: InferenceOptions) -> "Room":
+        """That of the longest choice.
+
+        Raises:
+            InputError: `--max-new-tokens` gives less to every row.
+        """
+        tokens, choice = max((len(encoder.answer_ids(choice)), choice) for choice in choices)
+        most = options.max_new_tokens
+        if most is not None and most < tokens:
+            raise InputError(
+                f"--max-new-tokens {most}: the longest choice {choice!r} takes {tokens} tokens; give as many",
+                f"--max-new-tokens {most}：最长的选项 {choice!r} 有 {tokens} 个词元；请至少指定该数目",
+            )
+        return cls(tokens, choice)
+
+    def lacking(self, length: int, limit: int) -> Text:
+        """For a row whose prompt of so many tokens leaves too little (rule 37)."""
+        if self.choice is None:
+            return too_long(length, limit)
+        whole = length + self.tokens
+        return Text(
+            f"the prompt takes {length} tokens and the longest choice {self.choice!r} {self.tokens} more; "
+            f"--max-length {limit} must be at least {whole}",
+            f"提示有 {length} 个词元，最长的选项 {self.choice!r} 另有 {self.tokens} 个；"
+            f"--max-length {limit} 至少应为 {whole}",
+        )
+
+
+def open_inputs(manifest: Manifest, place: Path, options: InferenceOptions, room: Room) -> Inputs:
     """Look what room each converted row has.
 
     Args:
         manifest: the CSV.
         place: the dataset that `convert_inputs` has made of it.
         options: the inference's.
-        least: tokens that every row must have room for.
+        room: what every row must have.
 
     Raises:
         RowsError: all rows that have no room (rule 37), or whose cells are wrong.
@@ -91,12 +132,12 @@ def open_inputs(manifest: Manifest, place: Path, options: InferenceOptions, leas
     problems = {each.line: each for each in left_out(place)} if keeps_going else {}
     lines = [row.line for row in manifest.rows_unseen()]
     if wrong := [problems[line] for line in problems.keys() - {*lines}]:  # the cells are not to be told apart
-        raise RowsError(str(manifest.path), wrong)
+        manifest.check(Problems(wrong, len(wrong)))
     kept = np.array([line for line in lines if line not in problems], dtype=np.int64)
     inputs = Inputs(manifest, dataset, kept, _budgets(dataset, options), problems)
-    tight = [*_tight(inputs, options.max_length, least)]
+    tight = [*_tight(inputs, options.max_length, room)]
     if tight and not keeps_going:
-        raise RowsError(str(manifest.path), tight)
+        manifest.check(Problems(tight, len(tight)))
     problems.update((each.line, each) for each in tight)
     return inputs
 
@@ -107,16 +148,16 @@ def _budgets(dataset: ConvertedDataset, options: InferenceOptions) -> NDArray[np
     return options.max_length - dataset.positions
 
 
-def _tight(inputs: Inputs, max_length: int, least: int) -> Iterator[RowProblem]:
+def _tight(inputs: Inputs, max_length: int, room: Room) -> Iterator[RowProblem]:
     """The rows without room."""
     short = {
         int(line): int(inputs.dataset.positions[n])
         for n, line in enumerate(inputs.lines)
-        if inputs.budgets[n] < least
+        if inputs.budgets[n] < room.tokens
     }
     for row in inputs.manifest.rows_unseen() if short else ():
         if row.line in short:
-            yield RowProblem(row.line, "audio", row.shown, too_long(short[row.line], max_length, least))
+            yield RowProblem(row.line, "audio", row.shown, room.lacking(short[row.line], max_length))
 
 
 # --- the prompts of the training -------------------------------------------------------------------------
@@ -157,11 +198,13 @@ def _warn_other(manifest: Manifest, kind: Kind, prompt: str | None) -> None:
         row for row in manifest.rows_unseen() if (getattr(row, kind.column) or None) != (prompt or None)
     ]
     if others:
-        theirs = _shown(getattr(others[0], kind.column))
+        line, theirs = others[0].line, _shown(getattr(others[0], kind.column))
+        is_list = manifest.listed is not None
+        en, zh = ("here", "此处") if is_list else (f"line {line}", f"第 {line} 行")
         warn(
-            f"{kind.text.en}: {len(others)} rows have another one than the training (line {others[0].line}: "
+            f"{kind.text.en}: {len(others)} rows have another one than the training ({en}: "
             f"{theirs}; the training: {_shown(prompt)}); answers may be worse",
-            f"{kind.text.zh}：{len(others)} 行与训练时不同（第 {others[0].line} 行：{theirs}；"
+            f"{kind.text.zh}：{len(others)} 行与训练时不同（{zh}：{theirs}；"
             f"训练时：{_shown(prompt)}）；回答可能变差",
         )
 

@@ -128,11 +128,11 @@ class Inspection:
         return len(tokens.input_ids) - audio, int(np.count_nonzero(tokens.labels != IGNORE_INDEX))
 
 
-def too_long(length: int, limit: int, least: int = 1) -> Text:
-    """For a row whose prompt leaves no room for an answer of so many tokens (rule 37)."""
+def too_long(length: int, limit: int) -> Text:
+    """For a row whose prompt of so many tokens leaves no room for an answer (rule 37)."""
     return Text(
-        f"the prompt alone takes {length} tokens; --max-length {limit} must be at least {length + least}",
-        f"仅提示就有 {length} 个词元；--max-length {limit} 至少应为 {length + least}",
+        f"the prompt alone takes {length} tokens; --max-length {limit} must be at least {length + 1}",
+        f"仅提示就有 {length} 个词元；--max-length {limit} 至少应为 {length + 1}",
     )
 
 

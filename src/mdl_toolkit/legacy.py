@@ -10,7 +10,7 @@ import json
 from dataclasses import InitVar, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,20 +19,15 @@ from numpy.typing import NDArray
 
 from mdl_toolkit.audio import MIN_SAMPLES
 from mdl_toolkit.console import say
-from mdl_toolkit.conversation import Message
 from mdl_toolkit.dataset import RECORD_FILE, ConvertedDataset, Sample
 from mdl_toolkit.errors import DatasetError
 from mdl_toolkit.language import Text
-from mdl_toolkit.model.lengths import audio_token_count
+from mdl_toolkit.legacy_rows import Integers, Lists, Marks, Part, Places, RowError, places
 from mdl_toolkit.tokens import IGNORE_INDEX, Encoder, Tokens
 
 COLUMNS = ("input_ids", "attention_mask", "input_values", "audio_length", "labels")
-TURN = "<|im_start|>"  # begins a header
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 _UNREADABLE = (OSError, ValueError, TypeError, KeyError, pa.ArrowException)
-
-_Integers = NDArray[np.int64]
-_Flags = NDArray[np.bool_]
 
 
 def is_legacy(folder: Path) -> bool:
@@ -60,10 +55,10 @@ class LegacyDataset:
     folder: Path
     encoder: InitVar[Encoder]
     _audio_id: int = field(init=False, repr=False)
-    _places: "_Places" = field(init=False, repr=False)
+    _places: Places = field(init=False, repr=False)
 
     def __post_init__(self, encoder: Encoder) -> None:
-        marks = _Marks.of(encoder)
+        marks = Marks.of(encoder)
         self._audio_id, self._places = marks.audio, self._checked(marks)
         short = int((self._places.length < MIN_SAMPLES).sum())
         say(
@@ -87,7 +82,7 @@ class LegacyDataset:
     def tokens(self, index: int) -> Tokens:
         """A row's ids and labels; no audio is read."""
         part, row = self._locate(index)
-        place = _Places(*(column[index] for column in self._places))
+        place = Places(*(column[index] for column in self._places))
         ids = part.ids.row(row)[int(place.skip) :].astype(np.int32)
         labels = np.full_like(ids, IGNORE_INDEX)
         labels[place.answer : place.end] = ids[place.answer : place.end]
@@ -96,7 +91,7 @@ class LegacyDataset:
             labels = np.insert(labels, place.gap, IGNORE_INDEX)
         return Tokens(ids, labels)
 
-    def _locate(self, index: int) -> "tuple[_Part, int]":
+    def _locate(self, index: int) -> tuple[Part, int]:
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = bisect.bisect_right(self._starts, index) - 1
@@ -106,24 +101,24 @@ class LegacyDataset:
         return {"folder": self.folder, "_audio_id": self._audio_id, "_places": self._places}
 
     @property
-    def positions(self) -> _Integers:
+    def positions(self) -> Integers:
         """Positions of every row in the decoder, `[rows]`."""
         return self._places.positions
 
     @property
-    def supervised(self) -> _Integers:
+    def supervised(self) -> Integers:
         """Supervised positions of every row, `[rows]`."""
         return self._places.end - self._places.answer
 
     @property
-    def samples(self) -> _Integers:
+    def samples(self) -> Integers:
         """Audio samples of every row, `[rows]`."""
         return np.maximum(self._places.length, MIN_SAMPLES)
 
     @cached_property
-    def _parts(self) -> "list[_Part]":
+    def _parts(self) -> list[Part]:
         try:
-            return [_Part.of(batch) for file in _shards(self.folder) for batch in _batches(file)]
+            return [_part(batch) for file in _shards(self.folder) for batch in _batches(file)]
         except _UNREADABLE as problem:
             reason = Text(f"the dataset is damaged ({problem})", f"数据集已损坏（{problem}）")
             raise self._refused(reason) from problem
@@ -132,15 +127,15 @@ class LegacyDataset:
     def _starts(self) -> list[int]:
         return [0, *np.cumsum([len(part.lengths) for part in self._parts], dtype=np.int64).tolist()]
 
-    def _checked(self, marks: "_Marks") -> "_Places":
-        nothing = _Places(*(np.zeros(0, np.int64) for _ in _Places._fields))
+    def _checked(self, marks: Marks) -> Places:
+        nothing = Places(*(np.zeros(0, np.int64) for _ in Places._fields))
         found = [nothing, *(self._checked_part(number, marks) for number in range(len(self._parts)))]
-        return _Places(*(np.concatenate(columns) for columns in zip(*found, strict=True)))
+        return Places(*(np.concatenate(columns) for columns in zip(*found, strict=True)))
 
-    def _checked_part(self, number: int, marks: "_Marks") -> "_Places":
+    def _checked_part(self, number: int, marks: Marks) -> Places:
         try:
-            return _places(self._parts[number], marks)
-        except _RowError as problem:
+            return places(self._parts[number], marks)
+        except RowError as problem:
             raise self._refused(problem.text, self._starts[number] + problem.row) from None
 
     def _refused(self, reason: Text, row: int | None = None) -> DatasetError:
@@ -173,27 +168,28 @@ def _batches(file: Path) -> list[pa.RecordBatch]:
     return batches
 
 
-@dataclass(frozen=True)
-class _Lists:
-    """A column of lists: row `i` is `values[bounds[i] : bounds[i + 1]]`."""
+def _part(batch: pa.RecordBatch) -> Part:
+    """The rows of one record batch, as views of the mapped file.
 
-    values: NDArray[Any]
-    bounds: _Integers
+    Raises:
+        ValueError: a column is not of the kind that 0.1.0 wrote.
+    """
+    ids, mask, audio, lengths, labels = (batch.column(name) for name in COLUMNS)
+    return Part(
+        _lists(ids, "iu"), _lists(mask, "iub"), _lists(audio, "f"), _lists(labels, "iu"),
+        _numbers(lengths, "iu").astype(np.int64),
+    )  # fmt: skip
 
-    @staticmethod
-    def of(column: pa.Array, kinds: str) -> "_Lists":
-        """View a column whose numbers are of one of numpy's kinds."""
-        if not isinstance(column, pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray):
-            raise ValueError(f"{column.type} where lists are expected")
-        if column.null_count:
-            raise ValueError("missing values")
-        lengths = pc.list_value_length(column).to_numpy()
-        bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
-        return _Lists(_numbers(column.flatten(), kinds), bounds)
 
-    def row(self, number: int) -> NDArray[Any]:
-        """One list."""
-        return self.values[self.bounds[number] : self.bounds[number + 1]]
+def _lists(column: pa.Array, kinds: str) -> Lists:
+    """View a column of lists whose numbers are of one of numpy's kinds."""
+    if not isinstance(column, pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray):
+        raise ValueError(f"{column.type} where lists are expected")
+    if column.null_count:
+        raise ValueError("missing values")
+    lengths = pc.list_value_length(column).to_numpy()
+    bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+    return Lists(_numbers(column.flatten(), kinds), bounds)
 
 
 def _numbers(column: pa.Array, kinds: str) -> NDArray[Any]:
@@ -203,208 +199,3 @@ def _numbers(column: pa.Array, kinds: str) -> NDArray[Any]:
     if values.dtype.kind not in kinds:
         raise ValueError(f"{column.type} where other numbers are expected")
     return values
-
-
-@dataclass(frozen=True)
-class _Part:
-    """The rows of one record batch; views of the mapped file."""
-
-    ids: _Lists
-    mask: _Lists
-    audio: _Lists
-    labels: _Lists
-    lengths: _Integers
-
-    @staticmethod
-    def of(batch: pa.RecordBatch) -> "_Part":
-        """Raises ValueError if a column is not of the kind that 0.1.0 wrote."""
-        ids, mask, audio, lengths, labels = (batch.column(name) for name in COLUMNS)
-        return _Part(
-            _Lists.of(ids, "iu"), _Lists.of(mask, "iub"), _Lists.of(audio, "f"), _Lists.of(labels, "iu"),
-            _numbers(lengths, "iu").astype(np.int64),
-        )  # fmt: skip
-
-
-# --- what is where in a row --------------------------------------------------------------------------
-
-
-class _Places(NamedTuple):
-    """What is where in every row, `[rows]` each; `answer`, `end` and `gap` count from the first real id."""
-
-    skip: _Integers  # padding before the first real id
-    answer: _Integers  # where the answer begins
-    end: _Integers  # where it ends, `<|im_end|>` included
-    gap: _Integers  # where a clip too short for an audio token lacks it; -1 where none is missing
-    positions: _Integers  # real ids, and that audio token
-    length: _Integers  # samples of audio without padding
-
-
-@dataclass(frozen=True)
-class _Marks:
-    """Ids of the model by which a row is understood."""
-
-    audio: int
-    begin: int  # before audio
-    end: int  # after audio
-    turn: int
-    closing: int  # `<|im_end|>`
-    header: NDArray[np.int32]  # `[ids]`, what the chat template writes before an answer
-    vocabulary: int  # one more than the highest id
-
-    @staticmethod
-    def of(encoder: Encoder) -> "_Marks":
-        """The marks of a model's tokenizer and chat template."""
-        turn, names = encoder.id_of(TURN), encoder.template.marks
-        messages = (Message("user", None, has_audio=True), Message("assistant", ""))
-        tokens = encoder.encode(encoder.template.segments(messages), 1)
-        prompt = tokens.input_ids[: np.flatnonzero(tokens.labels != IGNORE_INDEX)[0]]
-        begins = [*np.flatnonzero(prompt == turn).tolist(), len(prompt)]
-        audio, begin, end = (encoder.id_of(name) for name in (names.token, names.begin, names.end))
-        highest = max(encoder.tokenizer.get_vocab(with_added_tokens=True).values())
-        return _Marks(audio, begin, end, turn, encoder.end_id, prompt[begins[-2:][0] :], highest + 1)
-
-
-class _RowError(Exception):
-    """A row of a part that cannot be used."""
-
-    def __init__(self, row: int, text: Text) -> None:
-        super().__init__(row, text)
-        self.row, self.text = row, text
-
-
-def _refuse(bad: _Flags, en: str, zh: str, **numbers: _Integers) -> None:
-    """Raise _RowError for the first bad row; `{name}` in the texts stands for its number of that name."""
-    if bad.any():
-        row = int(np.argmax(bad))
-        found = {name: int(column[row]) for name, column in numbers.items()}
-        raise _RowError(row, Text(en.format(**found), zh.format(**found)))
-
-
-def _count(where: _Flags, starts: _Integers, stops: _Integers) -> _Integers:
-    """How many flags are set in each stretch, `[stretches]`."""
-    total = np.concatenate([np.zeros(1, np.int64), np.cumsum(where, dtype=np.int64)])
-    counts: _Integers = total[stops] - total[starts]
-    return counts
-
-
-def _places(part: _Part, marks: _Marks) -> _Places:
-    """Check the rows of a part, audio apart, and find what is where; raises _RowError.
-
-    Within the checks places are those in the part's flat ids, row behind row.
-    """
-    starts, stops = part.ids.bounds[:-1], part.ids.bounds[1:]
-    first = _after_padding(part)
-    ids = part.ids.values
-    _refuse(
-        _count((ids < 0) | (ids >= marks.vocabulary), first, stops) > 0,
-        "an id that the model's tokenizer does not have", "含有模型的分词器中没有的 id",
-    )  # fmt: skip
-    begin, stop = _supervised(part, first)
-    answer = _after_header(ids, first, begin, stop, marks.header)
-    end = _after_answer(ids, answer, stop, marks)
-    missing = _check_audio(part, first, marks)
-    gap = np.where(missing, _gaps(ids, first, answer, missing, marks) - first, -1)
-    return _Places(
-        first - starts, answer - first, end - first, gap, stops - first + missing, part.lengths
-    )  # fmt: skip
-
-
-def _after_padding(part: _Part) -> _Integers:
-    """Where the real ids of each row begin."""
-    for other in (part.mask, part.labels):
-        _refuse(
-            np.diff(other.bounds) != np.diff(part.ids.bounds),
-            "input_ids, attention_mask and labels differ in length",
-            "input_ids、attention_mask 与 labels 长度不同",
-        )
-    real = part.mask.values != 0
-    starts, stops = part.ids.bounds[:-1], part.ids.bounds[1:]
-    count = _count(real, starts, stops)
-    _refuse(
-        _count(real, stops - count, stops) != count,
-        "attention_mask shows padding elsewhere than on the left", "attention_mask 的填充不在左侧",
-    )  # fmt: skip
-    return stops - count
-
-
-def _supervised(part: _Part, first: _Integers) -> tuple[_Integers, _Integers]:
-    """Where what the labels of each row supervise begins and ends."""
-    ids, labels, stops = part.ids.values, part.labels.values, part.ids.bounds[1:]
-    learnt = labels != IGNORE_INDEX
-    count = _count(learnt, first, stops)
-    _refuse(count == 0, "its labels supervise nothing", "标签未监督任何内容")
-    where = np.flatnonzero(learnt)
-    begin, last = where[np.searchsorted(where, first)], where[np.searchsorted(where, stops) - 1]
-    _refuse(last + 1 - begin != count, "its labels supervise more than one stretch", "标签监督的部分不连续")
-    _refuse(
-        _count(learnt & (labels != ids), first, stops) > 0,
-        "labels that differ from the ids", "标签与 input_ids 不一致",
-    )  # fmt: skip
-    return begin, last + 1
-
-
-def _after_header(
-    ids: NDArray[Any], first: _Integers, begin: _Integers, stop: _Integers, header: NDArray[np.int32]
-) -> _Integers:
-    """Where the answer of each row begins, however much of the header before it is supervised."""
-    answer = np.full_like(begin, -1)
-    for supervised in range(len(header) + 1):
-        after = begin + supervised
-        fits = (answer < 0) & (after - len(header) >= first) & (after <= stop)
-        windows = after[fits, None] + np.arange(-len(header), 0)
-        fits[fits] = (ids[windows] == header).all(axis=1)
-        answer[fits] = after[fits]
-    _refuse(
-        answer < 0, "the header of the model's chat template is not before its answer",
-        "回答之前不是模型的对话模板中的角色标记",
-    )  # fmt: skip
-    return answer
-
-
-def _after_answer(ids: NDArray[Any], answer: _Integers, stop: _Integers, marks: _Marks) -> _Integers:
-    """Where the answer of each row ends: after the last `<|im_end|>` that is supervised."""
-    closing = np.concatenate([np.full(1, -1), np.flatnonzero(ids == marks.closing)])
-    end = closing[np.searchsorted(closing, stop) - 1] + 1
-    _refuse(end <= answer, "no <|im_end|> is supervised", "标签未监督 <|im_end|>")
-    _refuse(
-        _count(ids == marks.turn, answer, end) > 0,
-        f"its labels supervise more than one turn ({TURN} after the header)",
-        f"标签监督了不止一轮对话（角色标记之后还有 {TURN}）",
-    )
-    return end
-
-
-def _check_audio(part: _Part, first: _Integers, marks: _Marks) -> _Flags:
-    """Which rows lack the one audio token that a clip shorter than 0.2 s becomes when it is padded.
-
-    0.1.0 padded no clip, and a clip without a token could not be trained; rule 15 pads it.
-    """
-    lengths, stored = part.lengths, np.diff(part.audio.bounds)
-    _refuse(
-        (lengths < 1) | (lengths > stored),
-        "audio_length is {length}, and {stored} samples are there",
-        "audio_length 为 {length}，实际有 {stored} 个采样", length=lengths, stored=stored,
-    )  # fmt: skip
-    due = np.array([audio_token_count(max(n, MIN_SAMPLES)) for n in lengths.tolist()], dtype=np.int64)
-    count = _count(part.ids.values == marks.audio, first, part.ids.bounds[1:])
-    missing: _Flags = (lengths < MIN_SAMPLES) & (count == 0)
-    _refuse(
-        (count != due) & ~missing,
-        "{count} audio tokens, and its audio becomes {due}: another model's tokenizer, or damage",
-        "有 {count} 个音频词元，而音频对应 {due} 个：分词器属于另一模型，或数据已损坏", count=count, due=due,
-    )  # fmt: skip
-    return missing
-
-
-def _gaps(
-    ids: NDArray[Any], first: _Integers, answer: _Integers, missing: _Flags, marks: _Marks
-) -> _Integers:
-    """Where the missing audio tokens belong; of other rows, anywhere."""
-    empty = np.zeros(len(ids) + 1, dtype=np.bool_)
-    empty[1:-1] = (ids[:-1] == marks.begin) & (ids[1:] == marks.end)
-    _refuse(
-        missing & (_count(empty, first + 1, answer) != 1),
-        "its clip has no audio token, and no place for one", "音频没有对应的词元，也没有放置词元的位置",
-    )  # fmt: skip
-    where = np.append(np.flatnonzero(empty), len(ids))
-    return where[np.searchsorted(where, first + 1)]

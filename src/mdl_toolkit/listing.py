@@ -60,14 +60,14 @@ def list_recordings(words: str) -> list[str]:
     if Path(words).is_dir():
         found = _matches(f"{glob.escape(words.rstrip('/') or '/')}/**/*")
         files = [name for name in found if Path(name).suffix.lower() in SUFFIXES]
-        what = "the folder", "该目录"
+        en, zh = "the folder", "该目录"
     else:
-        files, what = _matches(words), ("the pattern", "该模式")
+        files, (en, zh) = _matches(words), ("the pattern", "该模式")
     files = [name for name in files if Path(name).is_file()]
     if not files:
         raise InputError(
-            f"{words}: {what[0]} holds no recordings; give a CSV, or a folder or pattern of audio files",
-            f"{words}：{what[1]}中没有音频文件；请指定 CSV，或包含音频文件的目录或模式",
+            f"{words}: {en} holds no recordings; give a CSV, or a folder or pattern of audio files",
+            f"{words}：{zh}中没有音频文件；请指定 CSV，或包含音频文件的目录或模式",
         )
     return files
 

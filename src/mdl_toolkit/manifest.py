@@ -89,6 +89,7 @@ class Manifest:
         defaults: what the options say.
         fill_in: an empty prediction is a problem.
         stamp: size (bytes) and time of change (ns) when it was opened first.
+        listed: the folder or pattern of recordings that the file is a list of, if it was made of one.
     """
 
     path: Path
@@ -96,6 +97,7 @@ class Manifest:
     defaults: Defaults
     fill_in: bool
     stamp: tuple[int, int]
+    listed: str | None = None
 
     def __iter__(self) -> Iterator[Row | RowProblem]:
         """Each usable row, and each problem of the others, in the file's order.
@@ -151,10 +153,19 @@ class Manifest:
                 problems.add(item)
             else:
                 rows += 1
-        problems.check(str(self.path))
+        self.check(problems)
         if not rows:
             raise self.no_rows()
         return rows
+
+    @property
+    def source(self) -> str:
+        """What the user has given."""
+        return str(self.path) if self.listed is None else self.listed
+
+    def check(self, problems: Problems) -> None:
+        """Raise RowsError if there is any problem with the rows."""
+        problems.check(self.source, is_list=self.listed is not None)
 
     def no_rows(self) -> InputError:
         """The error for a CSV of column names alone."""

@@ -141,6 +141,7 @@ def plan_memory(
     options: TrainOptions,
     sampling: Sampling,
     samples: Integers,
+    beginning: int,
     device: torch.device,
     dtype: torch.dtype,
 ) -> MemoryPlan:
@@ -151,6 +152,7 @@ def plan_memory(
         options: the run's.
         sampling: its order, with the lengths of all rows.
         samples: audio samples of every row, `[rows]`.
+        beginning: positions before the audio that all rows have in common; they are computed once a batch.
         device: where the model is going to be.
         dtype: of the base weights.
 
@@ -163,11 +165,11 @@ def plan_memory(
     sizes, gradients = _trained(model, options)
     settings = (model.config, options, dtype.itemsize, device.type == "cuda", quantization, gradients)
     steps = [
-        Step(*settings, sampling.lengths[rows], sampling.supervised[rows], samples[rows])
+        Step(*settings, sampling.lengths[rows], sampling.supervised[rows], samples[rows], beginning)
         for rows in largest_batches(sampling, samples)
     ]
     total, free, held = FLOAT * sum(sizes), free_memory(device), widest * dtype.itemsize
-    least = total + _update(sizes, device, sampling.processes)
+    least = total + _update(sizes, sampling.processes)
     kept = NONE
     if options.gradient_checkpointing and free is not None:
         kept = _kept(steps, least, free - sum(parts.values()) - 3 * total - held)
@@ -266,10 +268,10 @@ def _trained(model: Any, options: TrainOptions) -> tuple[list[int], dict[str, in
     return [tensor.numel() for tensor in wrapped.parameters() if tensor.requires_grad], found
 
 
-def _update(sizes: list[int], device: torch.device, processes: int) -> int:
-    """Bytes for a moment: a gradient made anew, AdamW on a CPU (not fused), gradients between processes."""
+def _update(sizes: list[int], processes: int) -> int:
+    """Bytes for a moment: a gradient made anew, gradients between processes."""
     travelling = min(sum(sizes), BUCKET) if processes > 1 else 0
-    return FLOAT * max(max(sizes) * (1 if device.type == "cuda" else 2), travelling)
+    return FLOAT * max(*sizes, travelling)
 
 
 def _remedies(

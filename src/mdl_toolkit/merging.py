@@ -7,7 +7,14 @@ from mdl_toolkit.checkpoints import CHECKSUMS, damage
 from mdl_toolkit.console import say
 from mdl_toolkit.errors import InputError, ModelError
 from mdl_toolkit.export import export_merged
-from mdl_toolkit.folders import ADAPTER_CONFIG, BASE_NAME, find_model, lasting_name, read_json
+from mdl_toolkit.folders import (
+    ADAPTER_CONFIG,
+    BASE_NAME,
+    check_is_no_run,
+    find_model,
+    lasting_name,
+    read_json,
+)
 from mdl_toolkit.loading import base_of, quiet_libraries
 from mdl_toolkit.outputs import check_apart
 from mdl_toolkit.proof import invented_rows
@@ -65,6 +72,8 @@ def _find_adapter(options: MergeOptions) -> Path:
     """
     local = Path(options.adapter).expanduser()
     is_other = local.is_dir() and not (local / ADAPTER_CONFIG).is_file()
+    if is_other:
+        check_is_no_run(local, ADAPTER_CONFIG)
     folder = (
         local
         if is_other

@@ -1,8 +1,12 @@
-"""How good answers are, as sums that can be added up over rows and processes. No model, no files."""
+"""How good answers are, as sums that can be added up over rows and processes. No model, no files.
 
+Also which of several evaluations is the best.
+"""
+
+import math
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,11 +30,33 @@ class Metric:
     more_is_better: bool
     count: Count
 
-    def is_better(self, value: float, than: float | None) -> bool:
-        """Compare two values; anything is better than none."""
-        if than is None:
-            return True
-        return value > than if self.more_is_better else value < than
+    def rank(self, value: float, loss: float) -> tuple[float, float]:
+        """What is higher for a better evaluation: of equal values, the lower loss is the better one."""
+        return value if self.more_is_better else -value, -loss
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best evaluation so far.
+
+    Attributes:
+        value: of the metric, or the loss; None before the first evaluation.
+        step: after which it was.
+        worse: evaluations since then.
+        loss: of the same evaluation; None in checkpoints of a time when ties were left to the first.
+    """
+
+    value: float | None = None
+    step: int | None = None
+    worse: int = 0
+    loss: float | None = None
+
+    def after(self, metric: Metric, step: int, value: float, loss: float) -> "Best":
+        """The best one when another is known; anything is better than none."""
+        least = -math.inf if self.loss is None else self.loss
+        if self.value is None or metric.rank(value, loss) > metric.rank(self.value, least):
+            return Best(value, step, loss=loss)
+        return replace(self, worse=self.worse + 1)
 
 
 class _Letters(dict[int, str]):

@@ -198,15 +198,22 @@ def _close(descriptor: int | None) -> None:
 # --- apart from inputs -----------------------------------------------------------------------------------
 
 
-def check_apart(output: Path, path: Path, option: str = "--output") -> None:
-    """Refuse an output that is, holds or lies inside an input.
+def check_apart(output: Path, path: Path, option: str = "--output", other: str | None = None) -> None:
+    """Refuse an output that is, holds or lies inside an input or another output.
+
+    Args:
+        output: where something is to be written.
+        path: the input or the other output.
+        option: by which `output` was given.
+        other: by which `path` was given; None for an input.
 
     Raises:
         InputError: naming both.
     """
     target, source = output.absolute().resolve(), path.absolute().resolve()
     if target == source or target in source.parents or source in target.parents:
+        en, zh = ("the input", "输入") if other is None else (other, f" {other}")
         raise InputError(
-            f"{option} {output}: it is, holds or lies inside the input {path}; choose another place",
-            f"{option} {output}：与输入 {path} 相同或互相包含；请选择其他位置",
+            f"{option} {output}: it is, holds or lies inside {en} {path}; choose another place",
+            f"{option} {output}：与{zh} {path} 相同或互相包含；请选择其他位置",
         )

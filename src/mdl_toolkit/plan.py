@@ -130,8 +130,8 @@ def rows_of(
         kept = list(mine)
         if _fingerprint(plan.identity, _pieces(kept)) != shard.fingerprint:
             raise InputError(
-                f"{manifest.path}: recordings were changed while it was being read; start again",
-                f"{manifest.path}：读取过程中有音频文件被修改；请重新运行",
+                f"{manifest.source}: recordings were changed while it was being read; start again",
+                f"{manifest.source}：读取过程中有音频文件被修改；请重新运行",
             )
         yield shard, kept
 

@@ -9,7 +9,7 @@ from typing import Any
 from mdl_toolkit.checkpoints import LOG
 from mdl_toolkit.errors import InputError, ModelError
 from mdl_toolkit.language import Text
-from mdl_toolkit.metrics import LOSS, METRICS, Metric
+from mdl_toolkit.metrics import LOSS, METRICS, Best, Metric
 from mdl_toolkit.option import fields_in_order, setting_of, spelling
 from mdl_toolkit.provenance import read_provenance
 from mdl_toolkit.runlog import Smooth, read_log, series
@@ -158,13 +158,14 @@ def _outcome(lines: Sequence[dict[str, Any]], metrics: Sequence[str]) -> list[di
 
 
 def _best(lines: Sequence[dict[str, Any]], metric: Metric) -> list[dict[str, Any]]:
-    steps, values = series(lines, f"eval_{metric.name}")
-    known = [(value, step) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
-    if not known:
+    name, best = f"eval_{metric.name}", Best()
+    evaluated = [line for line in lines if name in line]
+    for line in evaluated:
+        if math.isfinite(line[name]):
+            best = best.after(metric, line["step"], line[name], line["eval_loss"])
+    if best.step is None:
         return []
-    best, step = known[0]
-    for value, at in known:
-        if metric.is_better(value, best):
-            best, step = value, at
     title = Text(f"evaluation {metric.name}", f"评估 {metric.name}")
-    return [{"title": vars(title), "value": values[-1], "best": {"value": best, "step": step}}]
+    return [
+        {"title": vars(title), "value": evaluated[-1][name], "best": {"value": best.value, "step": best.step}}
+    ]

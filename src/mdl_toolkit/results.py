@@ -6,11 +6,11 @@ import numpy as np
 
 from mdl_toolkit.audio import SAMPLE_RATE
 from mdl_toolkit.card import About
-from mdl_toolkit.checkpoints import FINAL, LOG, Checkpoint
+from mdl_toolkit.checkpoints import LOG, Checkpoint
 from mdl_toolkit.console import say
 from mdl_toolkit.dataset import ConvertedDataset
 from mdl_toolkit.export import export_adapter, export_merged
-from mdl_toolkit.folders import lasting_name
+from mdl_toolkit.folders import FINAL, lasting_name
 from mdl_toolkit.legacy import AnyDataset
 from mdl_toolkit.proof import some_rows
 from mdl_toolkit.provenance import Base, Prompts, Provenance

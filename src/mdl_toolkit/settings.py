@@ -36,43 +36,49 @@ def from_mapping(cls: type[AnyOptions], values: Mapping[str, Any]) -> AnyOptions
     return cls(**values)
 
 
-def read_settings(path: str | Path, cls: type[Options]) -> dict[str, Any]:
-    """The values of a `--config` file, by field name; both spellings of a name are accepted.
+def read_settings(path: str | Path, cls: type[Options], option: str = "--config") -> dict[str, Any]:
+    """The values of a settings file, by field name; both spellings of a name are accepted.
+
+    Args:
+        path: the file.
+        cls: the options that it is to hold.
+        option: by which it was given, for the errors.
 
     Raises:
         InputError: the file cannot be read, is no YAML mapping, or holds unknown keys or values that are not
             accepted (all of them named).
     """
-    named = {str(key).replace("-", "_"): value for key, value in _mapping(path).items()}
+    place = f"{option} {path}"
+    named = {str(key).replace("-", "_"): value for key, value in _mapping(path, place).items()}
     unknown = sorted(set(named) - {field.name for field in dataclasses.fields(cls)})
     if unknown:
         names = ", ".join(unknown)
         raise InputError(
-            f"--config {path}: {cls.COMMAND} has no option {names}",
-            f"--config {path}：{cls.COMMAND} 没有选项 {names}",
+            f"{place}: {cls.COMMAND} has no option {names}",
+            f"{place}：{cls.COMMAND} 没有选项 {names}",
         )
     try:
         return checked(cls, named)
     except UsageError as refused:
         raise InputError(
-            "\n".join(f"--config {path}: {line}" for line in refused.text.en.splitlines()),
-            "\n".join(f"--config {path}：{line}" for line in refused.text.zh.splitlines()),
+            "\n".join(f"{place}: {line}" for line in refused.text.en.splitlines()),
+            "\n".join(f"{place}：{line}" for line in refused.text.zh.splitlines()),
         ) from refused
 
 
-def _mapping(path: str | Path) -> dict[Any, Any]:
+def _mapping(path: str | Path, place: str) -> dict[Any, Any]:
     try:
         with Path(path).open(encoding="utf-8-sig") as file:
             values = yaml.safe_load(file)
     except FileNotFoundError as problem:
-        raise InputError(f"--config {path}: file not found", f"--config {path}：文件不存在") from problem
+        raise InputError(f"{place}: file not found", f"{place}：文件不存在") from problem
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as problem:
         reason = " ".join(str(problem).split())
-        raise InputError(f"--config {path}: {reason}", f"--config {path}：{reason}") from problem
+        raise InputError(f"{place}: {reason}", f"{place}：{reason}") from problem
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise InputError(f"--config {path}: expected `name: value` lines", f"--config {path}：应为“名称: 值”")
+        raise InputError(f"{place}: expected `name: value` lines", f"{place}：应为“名称: 值”")
     return values
 
 

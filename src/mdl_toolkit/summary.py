@@ -150,13 +150,11 @@ def _problems(values: dict[str, Any]) -> Problems:
 # --- told to the user ----------------------------------------------------------------------------------
 
 
-def warn_of(tally: Tally) -> None:
-    """Say what a user should know of the recordings."""
+def warn_of(tally: Tally, *, is_list: bool = False) -> None:
+    """Say what a user should know of the recordings; of a list of files nobody has seen the lines."""
     for each in tally.truncated.first:
-        warn(
-            f"line {each.line}: {each.value}: {each.reason.en}",
-            f"第 {each.line} 行：{each.value}：{each.reason.zh}",
-        )
+        en, zh = ("", "") if is_list else (f"line {each.line}: ", f"第 {each.line} 行：")
+        warn(f"{en}{each.value}: {each.reason.en}", f"{zh}{each.value}：{each.reason.zh}")
     more = tally.truncated.count - len(tally.truncated.first)
     if more:
         warn(f"{more} more recordings were cut off", f"另有 {more} 个音频不完整")

@@ -5,8 +5,10 @@ are encoded as plain text.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +20,7 @@ from mdl_toolkit.manifest import Row
 from mdl_toolkit.text_files import TextFiles
 
 IGNORE_INDEX = -100
+LOOKED_AT = 1000  # rows whose common beginning is taken for that of all
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,11 @@ class Encoder:
         """Tokens of a row whose recording becomes `audio_tokens` tokens."""
         segments = self.template.segments(messages_of(row, with_answer=with_answer))
         return self.encode(segments, audio_tokens)
+
+    def common_beginning(self, rows: Iterable[NDArray[np.int32]]) -> int:
+        """How many ids before the audio the first rows have in common, a system prompt for example."""
+        first = [self._before_audio(ids) for ids in islice(rows, LOOKED_AT)]
+        return len(reduce(_common, first)) if first else 0
 
     def answer_ids(self, answer: str) -> list[int]:
         """What is learnt of a row with this answer: its tokens and the one that closes it."""
@@ -127,6 +135,10 @@ class Encoder:
         tokens = sorted((token.content for token in added if token.special), key=len, reverse=True)
         return re.compile("(" + "|".join(map(re.escape, tokens)) + ")")
 
+    def _before_audio(self, ids: NDArray[np.int32]) -> NDArray[np.int32]:
+        places = np.flatnonzero(ids == self.id_of(self._specials["audio_token"]))
+        return ids[: places[0]] if len(places) else ids
+
     def _encode_text(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -155,6 +167,12 @@ class Encoder:
             else:
                 pieces.append(("", segment.text))
         return pieces
+
+
+def _common(one: NDArray[np.int32], other: NDArray[np.int32]) -> NDArray[np.int32]:
+    """What both begin with."""
+    length = min(len(one), len(other))
+    return one[: int(np.cumprod(one[:length] == other[:length]).sum())]
 
 
 def _runs(segments: tuple[Segment, ...]) -> list[tuple[bool, list[Segment]]]:

@@ -15,8 +15,7 @@ class Trained:
     def __init__(self, model: Any, device: torch.device) -> None:
         self._model, self._device = model, device
         self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        fused = device.type == "cuda"
-        self._optimizer = torch.optim.AdamW(self._named.values(), weight_decay=0.0, fused=fused)
+        self._optimizer = torch.optim.AdamW(self._named.values(), weight_decay=0.0, fused=True)
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:

@@ -9,7 +9,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from mdl_toolkit.console import warn
 from mdl_toolkit.distributed import World
 from mdl_toolkit.errors import ModelError, ToolkitError
 from mdl_toolkit.loader import GPU_THREADS, Loader
-from mdl_toolkit.metrics import LOSS
+from mdl_toolkit.metrics import LOSS, Best
 from mdl_toolkit.recomputing import NONE, Kept, recompute
 from mdl_toolkit.runlog import RunLog
 from mdl_toolkit.sampling import Rows, Sampling
@@ -36,21 +36,6 @@ from mdl_toolkit.training_options import TrainOptions
 
 MAX_NORM = 1.0  # of the gradient, as in the HF Trainer
 MOST_ROWS_NAMED = 20
-
-
-@dataclass(frozen=True)
-class Best:
-    """The best evaluation so far.
-
-    Attributes:
-        value: of the metric, or the loss; None before the first evaluation.
-        step: after which it was.
-        worse: evaluations since then.
-    """
-
-    value: float | None = None
-    step: int | None = None
-    worse: int = 0
 
 
 @dataclass(frozen=True)
@@ -287,10 +272,7 @@ class Trainer:
         assert self.eval_loss is not None
         metric = LOSS if self.questions is None else self.questions.metric
         value = self.eval_loss if self.questions is None else score
-        if metric.is_better(value, self.best.value):
-            self.best = Best(value, self.step)
-        else:
-            self.best = replace(self.best, worse=self.best.worse + 1)
+        self.best = self.best.after(metric, self.step, value, self.eval_loss)
         scores = {} if self.questions is None else {f"eval_{metric.name}": score}
         self.log.evaluation(self.step, self.eval_loss, tokens, scores)
 

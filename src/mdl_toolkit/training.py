@@ -24,7 +24,7 @@ from mdl_toolkit.briefing import (
     say_targets,
     warn_of_idle_gpus,
 )
-from mdl_toolkit.checkpoints import FINAL, WORK, Checkpoint, set_aside, to_resume
+from mdl_toolkit.checkpoints import WORK, Checkpoint, set_aside, to_resume
 from mdl_toolkit.console import is_first_process, progress, say, warn
 from mdl_toolkit.conversion import convert_rows, read_rows
 from mdl_toolkit.curve import plot
@@ -32,7 +32,7 @@ from mdl_toolkit.dataset import ConvertedDataset
 from mdl_toolkit.distributed import World, joined
 from mdl_toolkit.errors import DatasetError, InputError
 from mdl_toolkit.features import FeatureCache, check_frozen
-from mdl_toolkit.folders import BITSANDBYTES, check_trainable, find_model, lasting_name, need
+from mdl_toolkit.folders import BITSANDBYTES, FINAL, check_trainable, find_model, lasting_name, need
 from mdl_toolkit.language import Text
 from mdl_toolkit.legacy import AnyDataset, LegacyDataset, is_legacy
 from mdl_toolkit.loading import best_device, choose_dtype, explaining_memory, load_model, quiet_libraries
@@ -173,7 +173,12 @@ def _run(run: _Run) -> TrainResult:
     say_machine(run.device, run.dtype, options.quantization, run.world.size)
     say_data(run.train_set, run.eval_set)
     say_steps(options, run.sampling, run.schedule.total)
-    plan = plan_memory(run.base, options, run.sampling, run.train_set.samples, run.device, run.dtype)
+    beginning = run.encoder.common_beginning(
+        run.train_set.tokens(row).input_ids for row in range(len(run.train_set))
+    )
+    plan = plan_memory(
+        run.base, options, run.sampling, run.train_set.samples, beginning, run.device, run.dtype
+    )
     say_memory(plan)
     done, pace = _train(run, plan.kept)
     # From here on the model that was trained is gone: what is written may be loaded to be looked at.

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.models.qwen2.modeling_qwen2 import rotate_half
 
+from mdl_toolkit.model.packed import Rows
+
 Rotary = tuple[Tensor, Tensor]  # cosines and sines, each `[rows or 1, positions, head size]`
 GROWTH = 64  # positions; the store grows by at least so many
 TOKENS_AT_ONCE = 512  # of choices that are scored
@@ -43,41 +45,42 @@ class DecodingBatch:
     # --- rows come, go on, and leave ---
 
     @torch.inference_mode()
-    def admit(self, embeddings: Tensor, lengths: Sequence[int], places: int, need: int) -> Tensor:
-        """Take in rows behind those that are here.
+    def admit(
+        self, embeddings: Tensor, lengths: Sequence[int], places: int, need: int, words: Tensor | None = None
+    ) -> Tensor:
+        """Take in rows behind those that are here; padding is not computed, and a common beginning once.
 
         Args:
             embeddings: `[rows, longest, hidden_size]`, padded on the right.
             lengths: positions of each.
             places: most rows that will be here at once.
             need: most positions that one of these rows will ever have.
+            words: `[rows, longest]`, as of `Rows.of`; None to compute each row by itself.
 
         Returns:
             Logits for each row's next token, `[rows, vocabulary]`.
         """
-        first, x, width = len(self), embeddings, embeddings.shape[1]
-        rotary = self._rotary(x, torch.arange(width).unsqueeze(0))
+        first, ends = len(self), torch.tensor(lengths, device=embeddings.device).unsqueeze(1)
+        rows = Rows.of(torch.arange(embeddings.shape[1], device=ends.device) < ends, words)
+        x = embeddings.flatten(0, 1)[rows.real].unsqueeze(0)
+        rotary = self._rotary(x, rows.columns.unsqueeze(0))
         *lower, top = enumerate(self._layers)
         for number, layer in lower:
-            normed = layer.input_layernorm(x)
-            k, v = _keys_values(layer, normed, rotary)
+            q, k, v = (_spread(part, rows) for part in _project(layer, x, rotary))
             self._store(number, k, v, first, places, need)
-            x = _finish(layer, x, _attend_causally(layer, _queries(layer, normed, rotary), k, v))
+            x = _finish(layer, x, _collected(_attend_causally(layer, q, k, v), rows))
         self.lengths += lengths
-        return self._admit_to(*top, x, rotary, first, places, need)
-
-    def _admit_to(
-        self, number: int, layer: Any, x: Tensor, rotary: Rotary, first: int, places: int, need: int
-    ) -> Tensor:
-        """The last layer, of which only keys, values and each row's last position are needed."""
-        normed = layer.input_layernorm(x)
-        k, v = _keys_values(layer, normed, rotary)
+        number, layer = top
+        k, v = (_spread(part, rows) for part in _keys_values(layer, layer.input_layernorm(x), rotary))
         self._store(number, k, v, first, places, need)
-        last = torch.tensor(self.lengths[first:], device=x.device).unsqueeze(1) - 1
-        rows = torch.arange(len(x), device=x.device).unsqueeze(1)
-        q = _queries(layer, normed[rows, last], (rotary[0][0, last], rotary[1][0, last]))
-        seen = _seen(last, torch.arange(x.shape[1], device=x.device), _window(layer))
-        return self._head(_finish(layer, x[rows, last], _attend(q, k, v, _additive(seen, q.dtype)))[:, 0])
+        last = rows.gather.gather(1, ends - 1)
+        return self._answered(layer, x[0, last], (rotary[0][0, last], rotary[1][0, last]), ends - 1, k, v)
+
+    def _answered(self, layer: Any, x: Tensor, rotary: Rotary, place: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The last layer for each row's last position, `[rows, 1, hidden_size]`, at a place `[rows, 1]`."""
+        q = _queries(layer, layer.input_layernorm(x), rotary)
+        seen = _seen(place, torch.arange(k.shape[2], device=x.device), _window(layer))
+        return self._head(_finish(layer, x, _attend(q, k, v, _additive(seen, q.dtype)))[:, 0])
 
     @torch.inference_mode()
     def step(self, ids: Tensor) -> Tensor:
@@ -242,6 +245,16 @@ def _heads(layer: Any, normed: Tensor, name: str) -> Tensor:
     split = getattr(attention, f"{name}_proj")(normed).unflatten(-1, (-1, attention.head_dim))
     norm = getattr(attention, f"{name}_norm", None)  # Qwen3 has two
     return (split if norm is None else norm(split)).transpose(1, 2)
+
+
+def _spread(x: Tensor, rows: Rows) -> Tensor:
+    """`[1, heads, positions, head size]` of several rows to `[rows, heads, longest, head size]`."""
+    return x[0].index_select(1, rows.gather.flatten()).unflatten(1, tuple(rows.gather.shape)).transpose(0, 1)
+
+
+def _collected(x: Tensor, rows: Rows) -> Tensor:
+    """The way back."""
+    return x.transpose(0, 1).flatten(1, 2).index_select(1, rows.scatter).unsqueeze(0)
 
 
 def _turned(x: Tensor, rotary: Rotary) -> Tensor:

@@ -26,7 +26,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from mdl_toolkit.model.configuration import MiDashengLMConfig
 from mdl_toolkit.model.cross_entropy import summed_cross_entropy
 from mdl_toolkit.model.encoder import AudioProjector, LayerScale, MiDashengEncoder
-from mdl_toolkit.model.packed import PACKED, can_pack, packed_states
+from mdl_toolkit.model.packed import PACKED, can_pack, is_random, packed_states
 
 IGNORE_INDEX = -100
 # Logits that exist at once in the loss: 2**26 float32 are 256 MiB, or 441 positions of 152,064 words.
@@ -171,6 +171,17 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
             places.unsqueeze(-1), features.to(embeddings.device, embeddings.dtype)
         )
 
+    def shareable(self, ids: Tensor, apart: Tensor | None = None) -> Tensor:
+        """By which rows find what they have in common: ids, and unique negative numbers for audio.
+
+        Args:
+            ids: `[batch, positions]`.
+            apart: `[batch, positions]`, true where nothing is to be shared either.
+        """
+        unique = -2 - torch.arange(ids.numel(), device=ids.device).view_as(ids)
+        audio = ids == self.config.audio_token_id
+        return torch.where(audio if apart is None else audio | apart, unique, ids)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -206,13 +217,14 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
             audio_features: what `audio_features` gave for the clips before, in place of them.
             kwargs: passed on to the decoder.
         """
+        ids = input_ids if inputs_embeds is None else None
         if inputs_embeds is None:
             inputs_embeds = self.fuse(input_ids, input_values, audio_length, audio_features)
         more = {**kwargs, "position_ids": position_ids, "cache": past_key_values, "return_dict": None}
         asks_more = return_logits or any(value is not None for value in more.values())
         if labels is not None and not asks_more and can_pack(self.decoder.config):
             return MiDashengLMOutput(
-                loss=self._packed_loss(inputs_embeds, attention_mask, labels, num_items_in_batch)
+                loss=self._packed_loss(inputs_embeds, ids, attention_mask, labels, num_items_in_batch)
             )
         outputs = self.decoder.model(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids,
@@ -241,14 +253,20 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
         return self.decoder.lm_head(hidden[:, kept])
 
     def _packed_loss(
-        self, embeddings: Tensor, mask: Tensor | None, labels: Tensor, divisor: int | Tensor | None
+        self,
+        embeddings: Tensor,
+        ids: Tensor | None,
+        mask: Tensor | None,
+        labels: Tensor,
+        divisor: int | Tensor | None,
     ) -> Tensor:
         """As `_loss`; the decoder computes nothing of padding, and at last nothing that is not supervised."""
         following = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).to(embeddings.device)
         supervised = following != IGNORE_INDEX
         if mask is not None:
             supervised = supervised & mask.bool()
-        states = packed_states(self.decoder.model, embeddings, mask, supervised)
+        words = None if ids is None or is_random(self.decoder.model) else self.shareable(ids, supervised)
+        states = packed_states(self.decoder.model, embeddings, mask, supervised, words)
         return self._mean_loss(states, following[supervised], divisor)
 
     def _loss(self, hidden: Tensor, labels: Tensor, divisor: int | Tensor | None) -> Tensor:

@@ -2,6 +2,8 @@
 
 All positions of all rows lie in one row, `[positions, hidden_size]`. Only attention sees rows, padded on the
 right: causal attention needs no mask then. The last layer goes on with the positions that are asked for.
+A position depends on what comes before it and on nothing else, so words with which several rows begin, as
+with a system prompt, are computed once for all of them.
 The layers are transformers' own, with their weights; plain operations that pass over a tensor several times
 are functions with a gradient of their own here.
 """
@@ -25,24 +27,67 @@ class Rows:
 
     Attributes:
         real: place of each position in a flattened `[rows, length]` batch, `[positions]`.
+        columns: how far each position is from the beginning of its row, `[positions]`.
         gather: positions of each row from the left, `[rows, longest]`; any one where there is none.
         scatter: place of each position in a flattened `gather`, `[positions]`.
+        again: places in a flattened `gather` where a position stands that `scatter` finds elsewhere.
     """
 
     real: Tensor
+    columns: Tensor
     gather: Tensor
     scatter: Tensor
+    again: Tensor
 
     @staticmethod
-    def of(mask: Tensor) -> "Rows":
-        """The positions that are true in `[rows, length]`."""
-        real = mask.flatten().nonzero().squeeze(1)
-        counts = mask.sum(1)
+    def of(mask: Tensor, words: Tensor | None = None) -> "Rows":
+        """The positions that are true in `[rows, length]`.
+
+        Rows share those up to which they have the same `words`, `[rows, length]`; negative ones are unique.
+        """
+        real = _places(mask)
+        counts = mask.sum(1, keepdim=True)
         starts = counts.cumsum(0) - counts
         place = torch.arange(int(counts.max()), device=mask.device)
-        there = place < counts.unsqueeze(1)
-        gather = torch.where(there, starts.unsqueeze(1) + place, 0)
-        return Rows(real, gather, there.flatten().nonzero().squeeze(1))
+        there = place < counts
+        gather = torch.where(there, starts + place, 0)
+        columns = real % mask.shape[1]
+        columns = columns - columns[gather[:, :1]].expand_as(gather)[there]
+        rows = Rows(real, columns, gather, _places(there), gather.new_zeros(0))
+        return rows if words is None else rows._sharing(words.flatten()[real], there, mask.shape[1])
+
+    def _sharing(self, words: Tensor, there: Tensor, length: int) -> "Rows":
+        """Of `words` `[positions]`; `there` is true where `gather` has a position."""
+        found = torch.where(words < 0, words, words * length + self.columns)
+        read = _by_owners(torch.where(there, found[self.gather], -1), self.gather)
+        own = (read == self.gather) & there
+        kept = own[there]
+        number = (kept.cumsum(0) - 1).clamp_(0)
+        return Rows(self.real[kept], self.columns[kept], number[read], _places(own), _places(there & ~own))
+
+
+def _places(mask: Tensor) -> Tensor:
+    """Where it is true, when it is flattened."""
+    return mask.flatten().nonzero().squeeze(1)
+
+
+def _by_owners(words: Tensor, gather: Tensor) -> Tensor:
+    """Positions of rows, with those of one row in place of the same words in others that begin alike.
+
+    Sorted, rows with the same beginning are neighbours; the first of them owns it.
+
+    Args:
+        words: `[rows, longest]`, negative where nothing is to be shared.
+        gather: position of each, `[rows, longest]`.
+    """
+    until = max(1, int((words < 0).int().argmax(1).max()))
+    head = words[:, :until]
+    order = torch.unique(head, dim=0, return_inverse=True)[1].argsort(stable=True)
+    alike = (head[order[1:]] == head[order[:-1]]).cumprod(1)  # with the neighbour before
+    number = torch.arange(len(head), device=head.device).unsqueeze(1).repeat(1, until)
+    number[1:].masked_fill_(alike.bool(), 0)
+    owner = torch.empty_like(head).index_copy_(0, order, order[number.cummax(0).values])
+    return torch.cat([gather[:, :until].gather(0, owner), gather[:, until:]], 1)
 
 
 class PackedLayer(nn.Module):
@@ -77,10 +122,12 @@ class PackedLayer(nn.Module):
         if hasattr(attention, "q_norm"):
             q, k = normed(attention.q_norm, q), normed(attention.k_norm, k)
         q, k = _Rotated.apply(q, cos, sin), _Rotated.apply(k, cos, sin)
-        q, k, v = (_Placed.apply(part, rows.gather, rows.scatter).transpose(1, 2) for part in (q, k, v))
+        q = _Placed.apply(q, rows.gather, rows.scatter, None)  # its other places are not read
+        k, v = (_Placed.apply(part, rows.gather, rows.scatter, rows.again) for part in (k, v))
         attend = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
         dropout = attention.attention_dropout if self.training else 0.0
-        out, _ = attend(attention, q, k, v, None, dropout=dropout, scaling=attention.scaling, is_causal=True)
+        words = (part.transpose(1, 2) for part in (q, k, v))
+        out, _ = attend(attention, *words, None, dropout=dropout, scaling=attention.scaling, is_causal=True)
         return _Taken.apply(out.flatten(2), rows.scatter)
 
 
@@ -100,7 +147,17 @@ def can_pack(config: Any) -> bool:
     return config._attn_implementation == "sdpa" and set(config.layer_types) == {"full_attention"}
 
 
-def packed_states(model: Any, embeddings: Tensor, mask: Tensor | None, wanted: Tensor) -> Tensor:
+def is_random(model: Any) -> bool:
+    """Tell whether something is dropped in a decoder, so that each row is to be computed by itself."""
+    if not model.training:
+        return False
+    drops = any(isinstance(part, nn.Dropout) and part.training and part.p > 0 for part in model.modules())
+    return drops or bool(model.config.attention_dropout)
+
+
+def packed_states(
+    model: Any, embeddings: Tensor, mask: Tensor | None, wanted: Tensor, words: Tensor | None = None
+) -> Tensor:
     """The decoder's last states at the wanted positions alone, `[wanted, hidden_size]`, row after row.
 
     Args:
@@ -108,11 +165,13 @@ def packed_states(model: Any, embeddings: Tensor, mask: Tensor | None, wanted: T
         embeddings: `[rows, length, hidden_size]`.
         mask: `[rows, length]`, 0 at padding; None if there is none.
         wanted: `[rows, length]`, true where states are wanted; nowhere in the padding.
+        words: `[rows, length]` ids that the embeddings come from, negative and unique where they come from
+            something else or states are wanted; None to compute each row by itself.
     """
-    rows = Rows.of(torch.ones_like(wanted) if mask is None else mask.bool())
+    rows = Rows.of(torch.ones_like(wanted) if mask is None else mask.bool(), words)
     columns = torch.arange(embeddings.shape[1], device=embeddings.device)
     cos, sin = (
-        part[0].index_select(0, rows.real % len(columns)).unsqueeze(1)
+        part[0].index_select(0, rows.columns).unsqueeze(1)
         for part in model.rotary_emb(embeddings, columns.unsqueeze(0))
     )
     x = embeddings.flatten(0, 1).index_select(0, rows.real)
@@ -212,16 +271,24 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
 
 
 class _Placed(torch.autograd.Function):
-    """`[positions, heads, head_dim]` to `[rows, longest, heads, head_dim]`; nobody reads what is padding."""
+    """`[positions, heads, head_dim]` to `[rows, longest, heads, head_dim]`; nobody reads what is padding.
+
+    Gradients are taken from `scatter`, and added to from the places `again`, if anyone reads these.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gather: Tensor, scatter: Tensor) -> Tensor:
-        ctx.save_for_backward(scatter)
+    def forward(ctx: Any, x: Tensor, gather: Tensor, scatter: Tensor, again: Tensor | None) -> Tensor:
+        ctx.save_for_backward(gather, scatter, again)
         return x.index_select(0, gather.flatten()).unflatten(0, tuple(gather.shape))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return gradient.flatten(0, 1).index_select(0, *ctx.saved_tensors), None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        gather, scatter, again = ctx.saved_tensors
+        flat = gradient.flatten(0, 1)
+        found = flat.index_select(0, scatter)
+        if again is not None and len(again):
+            found.index_add_(0, gather.flatten()[again], flat.index_select(0, again))
+        return found, None, None, None
 
 
 class _Taken(torch.autograd.Function):
