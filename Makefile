@@ -6,13 +6,16 @@ VENV ?= .venv
 # The requirement that PyTorch is installed with, before anything that depends on it. Where a GPU is present
 # give your own, e.g. `make demo TORCH=torch`.
 TORCH ?= torch==2.13.0
+# So many tests run side by side, each with one thread.
+PROCESSES ?= 2
 
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n $(PROCESSES) --dist worksteal
 STAMP := $(VENV)/.set-up
 DOCS_STAMP := $(VENV)/.set-up-docs
 BROWSER_STAMP := $(VENV)/.set-up-browser
 
-.PHONY: setup check test torture demo bench bench-convert bench-train bench-infer screenshots docs clean
+.PHONY: setup check test test-fast torture demo bench bench-convert bench-train bench-infer screenshots docs clean
 
 setup: $(STAMP)
 
@@ -38,7 +41,11 @@ check: $(STAMP)
 	$(BIN)/lint-imports --no-logo
 
 test: $(STAMP) $(BROWSER_STAMP)
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+# All but the tests marked slow.
+test-fast: $(STAMP) $(BROWSER_STAMP)
+	$(PYTEST) -m 'not slow'
 
 torture: $(STAMP)
 	$(BIN)/python -m tests.torture.convert --moments 200

@@ -1,5 +1,6 @@
 """What the tests share: a quiet, offline environment and the golden numbers."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -24,3 +25,9 @@ GOLDEN = Path(__file__).parent / "golden"
 def golden() -> Path:
     """The folder of golden numbers and checkpoints; read only."""
     return GOLDEN
+
+
+def pytest_collection_finish() -> None:
+    """Spare each full garbage collection, of which a training makes four, the objects of all libraries."""
+    gc.collect()
+    gc.freeze()

@@ -4,6 +4,7 @@ Everything else is the real command's: its words, environment, signals, exit sta
 may have something done in the process before the command begins, such as dying at an exact moment.
 """
 
+import gc
 import os
 import random
 import signal
@@ -27,7 +28,7 @@ def wait_for(condition: Callable[[], Any], seconds: float = PATIENCE) -> Any:
     ends = time.monotonic() + seconds
     while not (answer := condition()):
         assert time.monotonic() < ends, "it does not happen"
-        time.sleep(0.001)
+        time.sleep(0.005)  # others want to compute meanwhile
     return answer
 
 
@@ -48,7 +49,9 @@ def _lines(file: Path) -> list[str]:
 def _serve(words: list[str], log: str, environment: dict[str, str], before: Callable[[], object]) -> None:
     from mdl_toolkit import cli
 
+    gc.freeze()  # what the libraries hold need not be looked through again and again
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whose parent runs in the background lacks it
     with Path(log).open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -83,6 +83,7 @@ def test_a_consumer_may_stop_early(threads):
     kitchen, before = Kitchen(), {*threading.enumerate()}
     batches = Loader(kitchen.make, threads).batches(range(100))
     next(batches)
+    wait_for(lambda: len(kitchen.done) >= 2)
     kitchen.hold.clear()
     next(batches)
     began = time.monotonic()

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 import torch
@@ -23,10 +24,11 @@ from mdl_toolkit.model import MiDashengLMModel
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-base, adapter, inputs, output = sys.argv[1:]
-model = PeftModel.from_pretrained(MiDashengLMModel.from_pretrained(base), adapter).eval()
-with torch.inference_mode():
-    save_file({"logits": model(**load_file(inputs)).logits}, output)
+for place in sys.argv[1:]:
+    base, inputs = MiDashengLMModel.from_pretrained(place + "/base"), load_file(place + "/inputs.safetensors")
+    model = PeftModel.from_pretrained(base, place + "/final").eval()
+    with torch.inference_mode():
+        save_file({"logits": model(**inputs).logits}, place + "/logits.safetensors")
 ours = {name for name in sys.modules if name.startswith("mdl_toolkit.")}
 below = ("mdl_toolkit.model", "mdl_toolkit.errors", "mdl_toolkit.language")
 assert all(name.startswith(below) for name in ours), ours
@@ -37,12 +39,11 @@ TARGETS = {
     "all": ("encoder", "projector", "decoder", "embed_tokens", "lm_head"),
     "copies alone": ("embed_tokens",),
 }
+BASES = ("A-small", "B-small-tied")
 
 
-@pytest.mark.parametrize("kind", TARGETS)
-@pytest.mark.parametrize("name", ["A-small", "B-small-tied"])
-def test_its_logits_are_those_of_the_trained_model(golden, tmp_path, name, kind):
-    base = copy_checkpoint(golden, name, tmp_path)
+def train_a_little(base, place, kind):
+    """A model with adapters that change something, and its adapter as `train` leaves it in `final`."""
     torch.manual_seed(0)
     model, _ = add_adapters(
         load_model(base, dtype=torch.float32, device=torch.device("cpu")), TARGETS[kind], rank=4, alpha=6.0,
@@ -52,20 +53,41 @@ def test_its_logits_are_those_of_the_trained_model(golden, tmp_path, name, kind)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(tmp_path / "checkpoint", save_embedding_layers=False)
-    export_adapter(base, tmp_path / "checkpoint", tmp_path / "final", About(Provenance(), None, ""))
-    audio = model.get_base_model().config.audio_token_id
-    inputs = {
-        "input_ids": torch.tensor([[5, 6, *[audio] * 5, 7, 8, 9]]),
-        "input_values": torch.from_numpy(wave(16_000, 1))[None],
-        "audio_length": torch.tensor([16_000]),
+    model.save_pretrained(place / "checkpoint", save_embedding_layers=False)
+    export_adapter(base, place / "checkpoint", place / "final", About(Provenance(), None, ""))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def logits(golden, tmp_path_factory):
+    """By base and kind: logits of the plain process, of the trained model, and of the base alone."""
+    folder, expected = tmp_path_factory.mktemp("plain"), {}
+    for name, kind in product(BASES, TARGETS):
+        place = folder / name / kind
+        place.mkdir(parents=True)
+        base = copy_checkpoint(golden, name, place).rename(place / "base")
+        model = train_a_little(base, place, kind)
+        inputs = {
+            "input_ids": torch.tensor([[5, 6, *[model.get_base_model().config.audio_token_id] * 5, 7, 8, 9]]),
+            "input_values": torch.from_numpy(wave(16_000, 1))[None],
+            "audio_length": torch.tensor([16_000]),
+        }
+        save_file(inputs, place / "inputs.safetensors")
+        with torch.inference_mode():
+            trained = model(**inputs).logits
+            expected[name, kind] = (trained, MiDashengLMModel.from_pretrained(base)(**inputs).logits)
+    subprocess.run(
+        [sys.executable, "-c", PLAIN, *(str(folder.joinpath(*case)) for case in expected)], check=True
+    )
+    return {
+        case: (load_file(folder.joinpath(*case, "logits.safetensors"))["logits"], *more)
+        for case, more in expected.items()
     }
-    save_file(inputs, tmp_path / "inputs.safetensors")
-    words = (base, tmp_path / "final", tmp_path / "inputs.safetensors", tmp_path / "logits.safetensors")
-    subprocess.run([sys.executable, "-c", PLAIN, *map(str, words)], check=True)
-    found = load_file(tmp_path / "logits.safetensors")["logits"]
-    with torch.inference_mode():
-        expected = model.eval()(**inputs).logits
-        plain = MiDashengLMModel.from_pretrained(base)(**inputs).logits
-    assert torch.allclose(found, expected, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("name", BASES)
+def test_its_logits_are_those_of_the_trained_model(logits, name, kind):
+    found, trained, plain = logits[name, kind]
+    assert torch.allclose(found, trained, atol=1e-5 * float(trained.abs().max()))
     assert not torch.allclose(found, plain, atol=1e-2)

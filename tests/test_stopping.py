@@ -14,7 +14,7 @@ from mdl_toolkit import stopping, trainer
 from mdl_toolkit.checkpoints import checkpoints, damage, to_resume
 from mdl_toolkit.runlog import read_log
 from mdl_toolkit.settings import as_command
-from mdl_toolkit.stopping import StopRequest
+from mdl_toolkit.stopping import Interruption, StopRequest
 from mdl_toolkit.training import train
 from runs import make_csv, train_options
 from test_checkpoints import same_weights
@@ -76,6 +76,22 @@ def test_the_first_signal_is_a_request_and_a_later_one_has_its_usual_effect(numb
     assert capsys.readouterr().err.splitlines() == [ASKED]
 
 
+@BOTH
+def test_a_later_signal_that_was_ignored_before_interrupts(number, monkeypatch):
+    """Otherwise what a script starts with `&` would say that once more stops at once, and go on."""
+    monkeypatch.setattr(stopping, "SAME", 0.0)
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with StopRequest() as request:
+            os.kill(os.getpid(), number)
+            wait_for(lambda: request.is_made)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(number)
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
 def test_what_a_launcher_passes_on_is_the_same_request(capsys):
     """A scheduler or terminal signals all processes, and a launcher among them hands it to the others."""
     with StopRequest() as request:
@@ -83,6 +99,23 @@ def test_what_a_launcher_passes_on_is_the_same_request(capsys):
             os.kill(os.getpid(), number)
             wait_for(lambda: request.is_made)
     assert capsys.readouterr().err.splitlines() == [ASKED]
+
+
+@BOTH
+def test_what_a_launcher_passes_on_after_the_end_is_the_same_request(number, monkeypatch):
+    came = []
+    before = signal.signal(number, hear := lambda *_: came.append(number))
+    try:
+        with pytest.raises(KeyboardInterrupt), Interruption():
+            signal.raise_signal(number)
+        signal.raise_signal(number)
+        assert not came
+        monkeypatch.setattr(stopping, "SAME", 0.0)
+        signal.raise_signal(number)
+        assert came == [number]
+        assert signal.getsignal(number) is hear
+    finally:
+        signal.signal(number, before)
 
 
 def test_all_is_as_before_afterwards():
@@ -193,26 +226,40 @@ def test_a_stopped_run_goes_on_bit_for_bit(place, tmp_path, start, number):
     assert same_weights(tmp_path / "run/final", place / "whole/final")
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])
-def test_a_second_signal_stops_at_once(place, tmp_path, start, number, status):
+def in_the_first_step(sign, usual):
+    """Leave a sign there and stay; `usual` is what SIGINT does, which a shell's `&` has ignored."""
+
+    def stay(*_):
+        sign.touch()
+        time.sleep(600)
+
+    trainer.Trainer._add_up = stay
+    signal.signal(signal.SIGINT, usual)
+
+
+@pytest.mark.parametrize(
+    ("number", "usual", "status"),
+    [
+        (signal.SIGTERM, signal.default_int_handler, -signal.SIGTERM),
+        (signal.SIGINT, signal.default_int_handler, 130),
+        (signal.SIGINT, signal.SIG_IGN, 130),
+    ],
+    ids=["SIGTERM", "SIGINT", "SIGINT in the background"],
+)
+def test_a_second_signal_stops_at_once(place, tmp_path, start, number, usual, status):
     job = start(command(place, str(tmp_path / "run"), save_steps=1), partial(slow_steps, 0.05))
-    assert job.until(lambda: len(steps_in(tmp_path, "run")) >= 1)
+    assert job.until(lambda: (tmp_path / "run/checkpoint-1").exists())
     job.kill()
     before = checkpoints(tmp_path / "run")
+    assert before
     resume = ("--resume-from-checkpoint", "true")
-    job = start(command(place, str(tmp_path / "run"), *resume, save_steps=1), partial(slow_steps, 600.0))
-    assert job.until(lambda: "training decoder" in job.said())
-    time.sleep(0.5)
+    staying = partial(in_the_first_step, tmp_path / "sign", usual)
+    job = start(command(place, str(tmp_path / "run"), *resume, save_steps=1), staying)
+    assert job.until((tmp_path / "sign").exists)
     job.signal(number)
     assert job.until(lambda: ASKED in job.said())
     time.sleep(stopping.SAME + 0.2)
     job.signal(number)
-    for _ in range(300):  # a library that was just loading may have swallowed it: a person would ask again
-        time.sleep(0.1)
-        if not job.is_running:
-            break
-    else:
-        job.signal(number)
     assert job.end() == status
     assert checkpoints(tmp_path / "run") == before
     assert all(damage(path) is None for path in before)

@@ -16,6 +16,9 @@ SAME = 1.0  # seconds in which signals are one request: a launcher passes on wha
 class StopRequest:
     """While this context lasts, the first SIGINT or SIGTERM is a request, and the next has its usual effect.
 
+    A next one that is usually ignored, as SIGINT by what a script starts with `&`, raises KeyboardInterrupt.
+    What a launcher passes on is still the same request if it comes after this context.
+
     Attributes:
         is_made: somebody has asked.
     """
@@ -31,13 +34,18 @@ class StopRequest:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
-        self._restore()
+        if not self.is_made or self._is_another:
+            self._restore()  # else the next signal that is another request does
+
+    @property
+    def _is_another(self) -> bool:
+        """Tell whether a signal that comes now is more than the first one passed on."""
+        return time.monotonic() - self._asked > SAME
 
     def _take(self, number: int, _frame: FrameType | None) -> None:
         if self.is_made:
-            if time.monotonic() - self._asked > SAME:
-                self._restore()
-                os.kill(os.getpid(), number)
+            if self._is_another:
+                self._insist(number)
             return
         self.is_made, self._asked = True, time.monotonic()
         self._answer()
@@ -47,6 +55,12 @@ class StopRequest:
             "stopping after this step, with a checkpoint; once more stops at once",
             "本步完成后保存检查点并停止；再次发送信号则立即停止",
         )
+
+    def _insist(self, number: int) -> None:
+        self._restore()
+        if signal.getsignal(number) is signal.SIG_IGN:
+            raise KeyboardInterrupt
+        os.kill(os.getpid(), number)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
