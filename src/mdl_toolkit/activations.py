@@ -159,7 +159,8 @@ class Step:
     @property
     def _positions(self) -> int:
         """Of all rows, without padding; what they begin with once, if nothing is dropped at random."""
-        drops = self.options.lora_dropout > 0 and "decoder" in self.gradients
+        drops = self.config.parts[1].attention_dropout > 0
+        drops |= self.options.lora_dropout > 0 and "decoder" in self.gradients
         return int(self.lengths.sum()) - (0 if drops else self.beginning * (len(self.lengths) - 1))
 
     @property
