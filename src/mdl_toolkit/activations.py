@@ -22,6 +22,12 @@ FRONT_END = 36.2
 Integers = NDArray[np.int64]
 
 
+def shared_positions(config: MiDashengLMConfig, options: TrainOptions, beginning: int) -> int:
+    """Of the positions with which all rows begin, those that one row computes for its batch: all or none."""
+    drops = options.lora_dropout > 0 and "decoder" in options.train_target
+    return 0 if drops or config.parts[1].attention_dropout > 0 else beginning
+
+
 @dataclass(frozen=True)
 class Step:
     """One batch on its way forward and back; figures are bytes beyond weights, adapters and optimizer.
@@ -159,9 +165,8 @@ class Step:
     @property
     def _positions(self) -> int:
         """Of all rows, without padding; what they begin with once, if nothing is dropped at random."""
-        drops = self.config.parts[1].attention_dropout > 0
-        drops |= self.options.lora_dropout > 0 and "decoder" in self.gradients
-        return int(self.lengths.sum()) - (0 if drops else self.beginning * (len(self.lengths) - 1))
+        shared = shared_positions(self.config, self.options, self.beginning)
+        return int(self.lengths.sum()) - shared * (len(self.lengths) - 1)
 
     @property
     def _decoder(self) -> int:

@@ -215,6 +215,7 @@ def _forecast(folder: Path, options: "TrainOptions", facts: Facts, beginning: in
 def _predicted(folder: Path, options: "TrainOptions", facts: Facts, beginning: int) -> Figures:
     import torch
 
+    from mdl_toolkit.activations import shared_positions
     from mdl_toolkit.memory import on_paper, plan_memory
     from mdl_toolkit.sampling import Sampling
     from mdl_toolkit.schedule import Schedule
@@ -227,7 +228,8 @@ def _predicted(folder: Path, options: "TrainOptions", facts: Facts, beginning: i
     dtype = torch.float32 if options.bf16 is False else torch.bfloat16
     device = torch.device("cuda")
     plan = plan_memory(folder, options, sampling, facts["samples"], beginning, device, dtype)
-    schedule = Schedule.of(sampling.steps_per_epoch, options)
+    schedule, model = Schedule.of(sampling.steps_per_epoch, options), on_paper(folder)
+    shared = shared_positions(model.config, options, beginning)
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "bytes": {name: getattr(plan, name) for name in PLANNED},
@@ -235,22 +237,22 @@ def _predicted(folder: Path, options: "TrainOptions", facts: Facts, beginning: i
         "warning": None if (line := plan.warning()) is None else dataclasses.asdict(line),
         "steps": schedule.total, "steps_per_epoch": schedule.per_epoch, "epochs": options.num_epochs,
         "effective_batch": sampling.effective,
-        "operations": _operations(on_paper(folder), facts, options, beginning),
+        "operations": _operations(model, facts, options, shared),
     }  # fmt: skip
 
 
-def _operations(model: Any, facts: Facts, options: "TrainOptions", beginning: int) -> float:
+def _operations(model: Any, facts: Facts, options: "TrainOptions", shared: int) -> float:
     """Floating-point operations of a training in the blocks' matrices, of which almost all consist.
 
     A frozen matrix takes two for each number and position forwards, as many for the gradient of its input,
-    and as many again where checkpointing computes it anew. The encoder has five patches to a token.
+    and as many again where checkpointing computes it anew. The encoder has five patches to a token. So many
+    positions are `shared` by the rows of a batch.
     """
     blocks = (model.decoder.model.layers, model.audio_encoder.blocks)
     decoder, encoder = (sum(p.numel() for p in each.parameters() if p.ndim == 2) for each in blocks)
     audio = audio_tokens(facts)
-    repeated = len(facts) - math.ceil(len(facts) / options.batch_size)  # times that others' are used
-    repeated *= beginning * (options.lora_dropout == 0 or "decoder" not in options.train_target)
-    positions, patches = int((audio + facts["text"]).sum()) - repeated, 5 * int(audio.sum())
+    others = len(facts) - math.ceil(len(facts) / options.batch_size)  # rows that are not their batch's first
+    positions, patches = int((audio + facts["text"]).sum()) - shared * others, 5 * int(audio.sum())
     passes = 3 if options.gradient_checkpointing else 2
     return float(options.num_epochs * 2 * passes * (decoder * positions + encoder * patches))
 
