@@ -76,6 +76,8 @@ def check_same_end(output, place):
     assert same_weights(output / "final", place / "whole/final")
     assert same_weights(output / f"checkpoint-{STEPS}", place / f"whole/checkpoint-{STEPS}")
     assert history(output) == history(place / "whole")
+    record, expected = (folder / "final/mdl-toolkit.json" for folder in (output, place / "whole"))
+    assert record.read_bytes() == expected.read_bytes()
 
 
 # --- killed -------------------------------------------------------------------------------------------------

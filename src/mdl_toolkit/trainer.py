@@ -44,7 +44,7 @@ class Outcome:
 
     Attributes:
         steps: optimizer steps made, those before a resumption included.
-        loss: mean over the steps of this process's life.
+        loss: mean over all steps; from an older checkpoint on, over those since.
         eval_loss: the last evaluation's; None if there was none.
         best: the best evaluation.
     """
@@ -94,7 +94,8 @@ class Trainer:
         self.trained = Trained(self.model, self.device)
         if self.options.gradient_checkpointing:
             recompute(self.model, self.kept)
-        self.step, self.first_step = 0, 0
+        self.step = 0
+        self.losses, self.since = 0.0, 0  # the sum of all steps' losses, and the step after which it began
         self.most_rows = self.options.batch_size  # computed at once; less after a lack of memory
         self.request, self.must_stop = StopRequest(), False
         self.eval_loss: float | None = None
@@ -113,7 +114,6 @@ class Trainer:
             KeyboardInterrupt: the run was asked to stop, and has saved a checkpoint.
             ToolkitError: the loss is not finite any more, or the last checkpoint cannot be saved.
         """
-        self.first_step, losses = self.step, 0.0
         wanted = (
             rows
             for step in range(self.step, self.schedule.total)
@@ -126,12 +126,12 @@ class Trainer:
             if self._owes_evaluation():
                 self.evaluate()
             while self.step < self.schedule.total and not self.must_stop and not self._is_enough():
-                losses += self._make_step(batches)
+                self.losses += self._make_step(batches)
                 self._do_what_is_due()
             if self.must_stop:
                 self.world.wait()  # all end together, when all is saved: a launcher ends those left behind
                 raise KeyboardInterrupt
-        return Outcome(self.step, losses / max(self.step - self.first_step, 1), self.eval_loss, self.best)
+        return Outcome(self.step, self.losses / max(self.step - self.since, 1), self.eval_loss, self.best)
 
     def _do_what_is_due(self) -> None:
         if self.step in self.schedule.evaluating and not self.must_stop:
@@ -295,7 +295,7 @@ class Trainer:
             return
         state = {
             "sampling": self._identity(), "eval_loss": self.eval_loss, "evaluated": self.evaluated,
-            "best": asdict(self.best),
+            "best": asdict(self.best), "losses": self.losses, "since": self.since,
         }  # fmt: skip
         try:
             save(
@@ -342,6 +342,8 @@ class Trainer:
         self.step, self.resumed = checkpoint.step, checkpoint.folder
         self.eval_loss, self.evaluated = (checkpoint.state.get(name) for name in ("eval_loss", "evaluated"))
         self.best = Best(**checkpoint.state.get("best", {}))
+        before = {"losses": 0.0, "since": checkpoint.step, **checkpoint.state}  # older ones do not have them
+        self.losses, self.since = before["losses"], before["since"]
 
     def _identity(self) -> dict[str, Any]:
         """What the order of the rows comes from."""
