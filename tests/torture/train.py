@@ -7,6 +7,7 @@ and nothing else may be left.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from mdl_toolkit.runlog import read_log
 
 PHRASES, ANSWERED = 9, 4  # recordings to learn (some odd ones come on top) and to be evaluated on
 TIMES = {"elapsed", "waited"}  # in the log: never the same
+MADE = re.compile(rb'"made":"[^"]*"')  # when the report was
 
 
 class Training(Attempt):
@@ -35,13 +37,13 @@ class Training(Attempt):
         make_csv(place / "asked", ANSWERED).rename(place / "asked.csv")
 
     def words(self) -> list[str]:
-        """Always the same, whether one process makes a step or two."""
-        split = ("2", "2") if self.tried.processes == 1 else ("1", "2")
+        """Steps of the same rows by one process or two; rows share words only without dropout."""
+        split, dropout = (("2", "2"), "0") if self.tried.processes == 1 else (("1", "2"), "0.1")
         return [
             "train", "--train-dataset", str(self.place / "rows.csv"),
             "--eval-dataset", str(self.place / "asked.csv"), "--model-name", str(MODEL), "--output", OUT,
             "--resume-from-checkpoint", "true", "--num-epochs", "3", "--batch-size", split[0],
-            "--gradient-accumulation-steps", split[1], "--lora-dropout", "0.1", "--lora-rank", "4",
+            "--gradient-accumulation-steps", split[1], "--lora-dropout", dropout, "--lora-rank", "4",
             "--lr", "1e-3", "--warmup-steps", "2", "--save-steps", "2", "--eval-steps", "3",
             "--save-total-limit", "2", "--gradient-checkpointing", "false", "--num-workers", "1",
             "--train-target", "encoder", "--train-target", "projector", "--train-target", "decoder",
@@ -62,12 +64,14 @@ class Training(Attempt):
         return max((line["step"] for line in read_log(log)), default=0) if log.exists() else 0
 
     def result(self) -> Files:
-        """All that a run has left, whichever way it went: the log without times."""
+        """All that a run has left, whichever way it went: log and report without times."""
         files = {name: content for name, content in listing(self.out).items() if not name.endswith("/")}
         if "log.jsonl" in files:
             log = read_log(self.out / "log.jsonl")
             lines = [{n: v for n, v in line.items() if n not in TIMES} for line in log]
             files["log.jsonl"] = json.dumps(lines).encode()
+        if "report.html" in files:
+            files["report.html"] = MADE.sub(b"", files["report.html"])
         return files
 
     def check_broken(self) -> None:
@@ -92,9 +96,9 @@ def _final(files: Files) -> Files:
 
 
 def _is_due(name: str, resumed: str) -> bool:
-    """What only a broken run leaves: the checkpoint it has gone on from, and logs of lives without any."""
+    """What only a broken run leaves: the checkpoint it has gone on from, and records of lives without any."""
     folder, _, file = name.partition("/")
-    is_life = folder.startswith("previous-") and file in ("log.jsonl", "mdl-toolkit.yaml")
+    is_life = folder.startswith("previous-") and file in ("log.jsonl", "mdl-toolkit.json", "mdl-toolkit.yaml")
     return is_life or name.startswith(resumed)
 
 
