@@ -7,10 +7,12 @@ import torch
 from peft.tuners.lora.layer import Linear
 from torch.nn import functional
 
+from mdl_toolkit import low_rank
 from mdl_toolkit.loading import load_model
 from mdl_toolkit.lora import add_adapters
 from mdl_toolkit.low_rank import LowRankLinear
-from mdl_toolkit.model.cross_entropy import summed_cross_entropy
+from mdl_toolkit.model import cross_entropy, products
+from mdl_toolkit.model.cross_entropy import head_loss, slice_rows, summed_cross_entropy
 from mdl_toolkit.recomputing import Kept, recompute
 
 TARGETS = ("encoder", "projector", "decoder")
@@ -88,6 +90,24 @@ def test_as_pefts_own_layer(golden, name, targets):
     fast = learnt(model, batch)
     assert any(isinstance(module, LowRankLinear) for module in model.modules())
     assert_same(fast, learnt(plainly(model), batch), 1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("worth", [0, 10**9], ids=["in a copy of the weight", "to each row"])
+def test_wherever_adapters_are_added(golden, worth, checkpointing, monkeypatch):
+    model = adapted(golden, "A-small")
+    batch = batch_of(model)
+    if checkpointing:
+        recompute(model)
+    monkeypatch.setattr(low_rank, "WORTH", worth)
+    fast = learnt(model, batch)
+    assert_same(fast, learnt(plainly(model), batch), 1e-5)
+
+
+def test_adapters_are_added_to_weights_where_that_costs_less():
+    # 3 x (256 x 1024) / (256 + 1024) = 614.4
+    assert [low_rank.merges(rows, [(1024, 256)]) for rows in (614, 615)] == [False, True]
+    assert [low_rank.merges(rows, [(512, 512), (128, 512)]) for rows in (590, 591)] == [False, True]
 
 
 @pytest.mark.parametrize("targets", CHOICES, ids="+".join)
@@ -212,3 +232,54 @@ def test_no_rows_have_no_loss():
     loss = summed_cross_entropy(leaf, torch.zeros(0, dtype=torch.long))
     loss.backward()
     assert loss.item() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("positions", [0, 1, 17, 600])
+@pytest.mark.parametrize("most", [2**26, 40 * 1000], ids=["in one", "in slices"])
+def test_a_frozen_head_s_loss_and_gradient_are_torchs(positions, most, dtype, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "MOST_LOGITS", most)
+    torch.manual_seed(0)
+    head, targets = torch.randn(1000, 64).to(dtype), torch.randint(0, 1000, (positions,))
+    states, found = torch.randn(positions, 64).to(dtype), []
+    for loss_of in (
+        head_loss,
+        lambda s, h, t: functional.cross_entropy(functional.linear(s.float(), h.float()), t, reduction="sum"),
+    ):
+        leaf = states.clone().requires_grad_()
+        loss = loss_of(leaf, head, targets)
+        (0.25 * loss).backward()
+        with torch.no_grad():
+            assert loss_of(states, head, targets) == loss
+        found.append((loss.detach(), leaf.grad))
+    (ours, to_ours), (theirs, to_theirs) = found
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=1e-5)
+    assert (to_ours.float() - to_theirs.float()).norm() <= tolerance * to_theirs.float().norm()
+
+
+def test_slices_have_few_sizes_and_cover_all_positions():
+    for vocabulary in (100, 32_768, 152_064):
+        for on_cpu in (False, True):
+            sizes = {slice_rows(n, vocabulary, on_cpu=on_cpu) for n in range(1, 3000)}
+            assert max(sizes) * vocabulary <= 2**26 + 16 * vocabulary
+            assert not on_cpu or len(sizes) <= 32
+    assert all(0 <= slice_rows(n, 100, on_cpu=False) - n < 16 for n in range(1, 3000))
+    assert slice_rows(513, 100, on_cpu=True) == 272  # half of them, and what is missing to a multiple of 16
+    assert slice_rows(3, 2**27, on_cpu=True) == 16
+
+
+@pytest.mark.parametrize("way", ["has it", "lacks it", "gets it wrong"])
+def test_products_are_the_same_with_and_without_onednn(way, monkeypatch):
+    products.has_onednn.cache_clear()
+    if way == "lacks it":
+        monkeypatch.setattr(products, "_by_onednn", lambda *_: torch.ops.mkldnn.no_such_operation)
+    elif way == "gets it wrong":
+        monkeypatch.setattr(products, "_by_onednn", lambda a, b: functional.linear(a, b) + 1)
+    torch.manual_seed(0)
+    left, right = torch.randn(16, 40), torch.randn(300, 40)
+    torch.testing.assert_close(products.product(left, right), left @ right.T)
+    wide = torch.randn(16, 300)
+    torch.testing.assert_close(products.product(wide, right.T), wide @ right)
+    assert way == "has it" or not products.has_onednn()
+    products.has_onednn.cache_clear()

@@ -70,10 +70,10 @@ def test_what_rows_begin_with_is_computed_once(golden, name, targets, checkpoint
         recompute(model)
     ours = learnt(model, batch)
     # 4 words and 3 more are all rows', 5 more are of the first and the last.
-    assert counts[0] == batch["attention_mask"].sum() - 3 * 7 - 5
+    assert counts[0] == needed(batch) - 3 * 7 - 5
     monkeypatch.setattr(modeling, "is_random", lambda _: True)
     apart = learnt(model, batch)
-    assert counts[-1] == batch["attention_mask"].sum()
+    assert counts[-1] == needed(batch)
     padded(monkeypatch)
     theirs = learnt(model, batch)
     assert_same(ours, apart, 1e-5)
@@ -90,7 +90,7 @@ def test_each_row_is_computed_by_itself_where_something_is_dropped(golden):
         if isinstance(part, torch.nn.Dropout):
             part.p = 0.0
     learnt(model, batch)
-    every = int(batch["attention_mask"].sum())
+    every = needed(batch)
     assert counts == [every, every - 26, every]
 
 
@@ -101,7 +101,42 @@ def test_embeddings_that_are_given_may_be_of_other_words(golden):
     embeddings = inner.fuse(batch["input_ids"], batch["input_values"], batch["audio_length"]).detach()
     embeddings[0, batch["attention_mask"][0].argmax()] += 1
     inner(inputs_embeds=embeddings, **batch).loss.backward()
-    assert counts == [batch["attention_mask"].sum()]
+    assert counts == [needed(batch)]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_what_comes_after_a_row_s_answer_is_not_computed(golden, side, monkeypatch):
+    model = adapted(golden, "A-small", ("encoder", "decoder"))
+    batch, counts = prompted(model), positions_of(model)
+    if side == "right":
+        for name in ("input_ids", "attention_mask", "labels"):
+            batch[name] = torch.stack([
+                row.roll(int(mask.sum()) - len(row))
+                for row, mask in zip(batch[name], batch["attention_mask"].clone(), strict=True)
+            ])  # fmt: skip
+    ours = learnt(model, batch)
+    ends = {"input_ids": 77, "attention_mask": 1, "labels": -100}
+    longer = {**batch, **{
+        name: torch.nn.functional.pad(batch[name], (0, 3), value=value) for name, value in ends.items()
+    }}  # fmt: skip
+    assert_same(learnt(model, longer), ours, 1e-5)
+    assert counts == [needed(batch) - 26] * 2
+    padded(monkeypatch)
+    assert_same(learnt(model, longer), ours, 1e-5)
+
+
+def test_nothing_supervised_is_a_loss_of_nothing(golden):
+    model = adapted(golden, "A-small")
+    batch = prompted(model)
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    loss, gradients = learnt(model, batch)
+    assert loss == 0
+    assert not any(gradient.any() for gradient in gradients.values())
+
+
+def needed(batch):
+    """Positions that decide something: all but the last of each row, the end of its answer."""
+    return int(batch["attention_mask"].sum()) - len(batch["input_ids"])
 
 
 def prompted(model):

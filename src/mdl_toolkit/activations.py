@@ -109,7 +109,8 @@ class Step:
         dim, hidden = audio.embed_dim, int(audio.embed_dim * audio.mlp_ratio)
         patch = norm * 2 * dim + self.number * (3 * dim + 2 * hidden)
         patch += self._copies(is_quantized=False) * (3 * dim + hidden)
-        return patches * patch + padded * self.number * 4 * dim
+        merged = self._merged(patches, [(3 * dim, dim)], [(dim, dim)], [(hidden, dim)], [(dim, hidden)])
+        return merged + patches * patch + padded * self.number * 4 * dim
 
     @cached_property
     def _patches(self) -> tuple[int, int]:
@@ -140,7 +141,11 @@ class Step:
         query, key = text.num_attention_heads * head, text.num_key_value_heads * head
         before = self._stream + self._inputs(text.hidden_size, 3 * text.hidden_size)
         attended = self.number * 2 * (query + key) * len(self.lengths) * int(self.lengths.max())
-        return int(self._positions * (before + self._inputs(query, query) + self._after) + attended)
+        wide, hidden, merged = text.intermediate_size, text.hidden_size, 0
+        if "decoder" in self.gradients and self.quantization is None:
+            inner = [(query, hidden), (key, hidden), (key, hidden)], [(hidden, query)]
+            merged = self._merged(self._positions, *inner, [(wide, hidden)] * 2, [(hidden, wide)])
+        return int(self._positions * (before + self._inputs(query, query) + self._after) + attended + merged)
 
     @property
     def _after(self) -> int:
@@ -149,6 +154,14 @@ class Step:
         wide, hidden = text.intermediate_size, text.hidden_size
         inputs = self._inputs(hidden, 2 * hidden) + self._inputs(wide, wide)
         return int(self._stream + self.number * 2 * wide + inputs)
+
+    def _merged(self, rows: int, *groups: list[tuple[int, int]]) -> int:
+        """Bytes of weights `(out, in)` with adapters added, of layers that do so; groups have one input."""
+        from mdl_toolkit.low_rank import merges
+
+        if self.number < FLOAT or self.options.lora_dropout > 0:
+            return 0
+        return sum(FLOAT * out * width for group in groups if merges(rows, group) for out, width in group)
 
     def _inputs(self, together: int, apart: int) -> int:
         """Bytes of linear layers' inputs: kept together, by 8-bit layers, and for each adapter apart."""
@@ -199,14 +212,17 @@ class Step:
 
     @property
     def _loss(self) -> int:
-        """Supervised positions' states and float32 logits; then the head's gradient."""
-        from mdl_toolkit.model.modeling import MOST_LOGITS
+        """Supervised positions' states and gradients, and float32 logits; then a trained head's gradient."""
+        from mdl_toolkit.model.cross_entropy import MOST_LOGITS, slice_rows
 
         text, head = self.config.parts[1], self.gradients.get("lm_head", 0)
         supervised, casts = int(self.supervised.sum()), self.number < FLOAT
-        logits = min(supervised, max(1, MOST_LOGITS // text.vocab_size)) * text.vocab_size
+        if head:
+            rows = min(supervised, max(1, MOST_LOGITS // text.vocab_size))
+        else:
+            rows = slice_rows(supervised, text.vocab_size, on_cpu=not self.on_gpu)
+        logits = rows * text.vocab_size
         numbers = logits * (FLOAT + self.number * casts)
         copy = head // 2 * casts
-        return int(
-            self.number * supervised * text.hidden_size + max(numbers, self.number * logits + head) + copy
-        )
+        states = self.number * supervised * text.hidden_size * (1 if head else 2)
+        return int(states + max(numbers, self.number * logits + head) + copy)

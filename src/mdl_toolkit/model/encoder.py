@@ -124,7 +124,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         """Embed `[patches, bins, frames]` as `[patches, embed_dim]`."""
-        return self.proj(patches.unsqueeze(1).to(self.proj.weight.dtype)).flatten(1)
+        weight = self.proj.weight.flatten(1)
+        return functional.linear(patches.flatten(1).to(weight.dtype), weight, self.proj.bias)
 
 
 def eager_attention(
@@ -172,10 +173,10 @@ class Attention(nn.Module):
 
     def _attend_apart(self, qkv: Tensor, packing: Packing) -> Tensor:
         """Chunk by chunk, without padding: on a CPU a call costs nothing beside what padding costs."""
+        parts = (part.transpose(0, 1).unsqueeze(0).split(packing.chunks, 2) for part in qkv.unbind(1))
         found = []
-        for chunk, keys in zip(qkv.split(packing.chunks), packing.keys, strict=True):
-            q, k, v = chunk.permute(1, 2, 0, 3).unsqueeze(1).unbind()
-            seen = k[..., :keys, :], v[..., :keys, :]
+        for q, k, v, keys in zip(*parts, packing.keys, strict=True):
+            seen = (k, v) if keys == k.shape[2] else (k[:, :, :keys], v[:, :, :keys])
             out = functional.scaled_dot_product_attention(q, *seen, scale=self.scaling)
             found.append(out[0].transpose(0, 1))
         return torch.cat(found)

@@ -24,13 +24,11 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mdl_toolkit.model.configuration import MiDashengLMConfig
-from mdl_toolkit.model.cross_entropy import summed_cross_entropy
+from mdl_toolkit.model.cross_entropy import MOST_LOGITS, head_loss, summed_cross_entropy
 from mdl_toolkit.model.encoder import AudioProjector, LayerScale, MiDashengEncoder
 from mdl_toolkit.model.packed import PACKED, can_pack, is_random, packed_states
 
 IGNORE_INDEX = -100
-# Logits that exist at once in the loss: 2**26 float32 are 256 MiB, or 441 positions of 152,064 words.
-MOST_LOGITS = 2**26
 
 
 class CheckpointError(ValueError):
@@ -263,10 +261,12 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
         """As `_loss`; the decoder computes nothing of padding, and at last nothing that is not supervised."""
         following = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).to(embeddings.device)
         supervised = following != IGNORE_INDEX
-        if mask is not None:
-            supervised = supervised & mask.bool()
+        real = torch.ones_like(supervised) if mask is None else mask.bool()
+        supervised = supervised & real
+        # What comes after a row's last supervised position, the end of the chat's turn, changes nothing.
+        needed = real & ((supervised.flip(1).cumsum(1).flip(1) > 0) | ~supervised.any())
         words = None if ids is None or is_random(self.decoder.model) else self.shareable(ids, supervised)
-        states = packed_states(self.decoder.model, embeddings, mask, supervised, words)
+        states = packed_states(self.decoder.model, embeddings, needed, supervised, words)
         return self._mean_loss(states, following[supervised], divisor)
 
     def _loss(self, hidden: Tensor, labels: Tensor, divisor: int | Tensor | None) -> Tensor:
@@ -277,15 +277,22 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
 
     def _mean_loss(self, states: Tensor, targets: Tensor, divisor: int | Tensor | None) -> Tensor:
         """Of supervised states `[supervised, hidden_size]` and their words; divided by their number or so."""
+        head: Any = self.decoder.lm_head
+        is_linear = type(head) is nn.Linear
+        if is_linear and head.bias is None and not head.weight.requires_grad:
+            total = head_loss(states, head.weight, targets)
+        else:
+            total = self._loss_of_any_head(states, targets)
+        return total / (max(len(targets), 1) if divisor is None else divisor)
+
+    def _loss_of_any_head(self, states: Tensor, targets: Tensor) -> Tensor:
         rows = max(1, MOST_LOGITS // self.config.text_config.vocab_size)
         if len(targets) <= rows:
-            total = self._summed_loss(states, targets)
-        else:
-            # More than one slice: each slice's logits are made again in the backward pass, not kept.
-            slices = zip(states.split(rows), targets.split(rows), strict=True)
-            parts = [checkpoint(self._summed_loss, s, t, use_reentrant=False) for s, t in slices]
-            total = torch.stack(parts).sum()
-        return total / (max(len(targets), 1) if divisor is None else divisor)
+            return self._summed_loss(states, targets)
+        # More than one slice: each slice's logits are made again in the backward pass, not kept.
+        slices = zip(states.split(rows), targets.split(rows), strict=True)
+        parts = [checkpoint(self._summed_loss, s, t, use_reentrant=False) for s, t in slices]
+        return torch.stack(parts).sum()
 
     def _summed_loss(self, states: Tensor, targets: Tensor) -> Tensor:
         return summed_cross_entropy(self.decoder.lm_head(states), targets)

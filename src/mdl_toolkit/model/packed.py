@@ -56,6 +56,13 @@ class Rows:
         rows = Rows(real, columns, gather, _places(there), gather.new_zeros(0))
         return rows if words is None else rows._sharing(words.flatten()[real], there, mask.shape[1])
 
+    def some(self, only: Tensor) -> "Rows":
+        """The same with these positions alone; where `gather` had another, it has any one."""
+        number = torch.zeros_like(self.scatter)
+        number[only] = torch.arange(len(only), device=only.device)
+        none = self.again.new_zeros(0)
+        return Rows(self.real[only], self.columns[only], number[self.gather], self.scatter[only], none)
+
     def _sharing(self, words: Tensor, there: Tensor, length: int) -> "Rows":
         """Of `words` `[positions]`; `there` is true where `gather` has a position."""
         found = torch.where(words < 0, words, words * length + self.columns)
@@ -107,28 +114,33 @@ class PackedLayer(nn.Module):
 
     def _packed(self, x: Tensor, rows: Rows, cos: Tensor, sin: Tensor, only: Tensor | None) -> Tensor:
         """`cos` and `sin` `[positions, 1, head_dim]`; `only` names the positions to go on with."""
-        found = self._attended(normed(self.input_layernorm, x), rows, cos, sin)
+        found = self._attended(normed(self.input_layernorm, x), rows, cos, sin, only)
         if only is not None:
-            x, found = x.index_select(0, only), found.index_select(0, only)
+            x = x.index_select(0, only)
         x = x + self.self_attn.o_proj(found)
         gate, up = together(normed(self.post_attention_layernorm, x), self.mlp.gate_proj, self.mlp.up_proj)
         return x + self.mlp.down_proj(gated(self.mlp.act_fn, gate, up))
 
-    def _attended(self, x: Tensor, rows: Rows, cos: Tensor, sin: Tensor) -> Tensor:
-        attention, shape = self.self_attn, (len(x), -1, self.self_attn.head_dim)
-        q, k, v = (
-            part.view(shape) for part in together(x, attention.q_proj, attention.k_proj, attention.v_proj)
-        )
+    def _attended(self, x: Tensor, rows: Rows, cos: Tensor, sin: Tensor, only: Tensor | None) -> Tensor:
+        attention, asking = self.self_attn, rows
+        layers = [attention.q_proj, attention.k_proj, attention.v_proj]
+        if only is None:
+            q, k, v = together(x, *layers)
+        else:
+            q, (k, v) = layers[0](x.index_select(0, only)), together(x, *layers[1:])
+            asking = rows.some(only)
+        q, k, v = (part.view(len(part), -1, attention.head_dim) for part in (q, k, v))
         if hasattr(attention, "q_norm"):
             q, k = normed(attention.q_norm, q), normed(attention.k_norm, k)
-        q, k = _Rotated.apply(q, cos, sin), _Rotated.apply(k, cos, sin)
-        q = _Placed.apply(q, rows.gather, rows.scatter, None)  # its other places are not read
+        k = _Rotated.apply(k, cos, sin)
+        q = _Rotated.apply(q, *(part if only is None else part.index_select(0, only) for part in (cos, sin)))
+        q = _Placed.apply(q, asking.gather, asking.scatter, None)  # its other places are not read
         k, v = (_Placed.apply(part, rows.gather, rows.scatter, rows.again) for part in (k, v))
         attend = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
         dropout = attention.attention_dropout if self.training else 0.0
         words = (part.transpose(1, 2) for part in (q, k, v))
         out, _ = attend(attention, *words, None, dropout=dropout, scaling=attention.scaling, is_causal=True)
-        return _Taken.apply(out.flatten(2), rows.scatter)
+        return _Taken.apply(out.flatten(2), asking.scatter)
 
 
 class PackedQwen2Layer(PackedLayer, Qwen2DecoderLayer):
@@ -176,10 +188,12 @@ def packed_states(
     )
     x = embeddings.flatten(0, 1).index_select(0, rows.real)
     only = wanted.flatten().index_select(0, rows.real).nonzero().squeeze(1)
-    last = len(model.layers) - 1
-    for number, layer in enumerate(model.layers):
-        x = layer(x, cos, sin, only if number == last else None, rows=rows)
-    return normed(model.norm, x)
+    *others, last = model.layers
+    for layer in others:
+        x = layer(x, cos, sin, None, rows=rows)
+    if not len(only):  # attention would have nobody who asks
+        return normed(model.norm, last(x, cos, sin, None, rows=rows)).index_select(0, only)
+    return normed(model.norm, last(x, cos, sin, only, rows=rows))
 
 
 # --- parts of a layer ----------------------------------------------------------------------------------
