@@ -47,7 +47,7 @@ from mdl_toolkit.training import train
 from mdl_toolkit.training_options import TrainOptions
 
 CLIPS, SHORTEST, LONGEST = 64, 1.0, 12.0  # seconds
-BATCH, EPOCHS, RANK = 8, 3, 32
+BATCH, EPOCHS, RANK = 8, 5, 32
 VOCABULARY = 32_768
 GEMM = 2048  # rows and columns of the square matrices whose product is timed
 TARGETS = ("encoder", "projector", "decoder")
