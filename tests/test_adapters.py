@@ -50,6 +50,19 @@ def test_the_result_is_that_of_pefts_own_merging(base, tmp_path, kind):
         assert torch.allclose(tensor, expected[name], atol=1e-6), name
 
 
+def test_an_adapter_of_the_patches_is_heard_before_it_is_merged(base, tmp_path):
+    model = adapted(base, tmp_path / "adapter", **KINDS["convolution"]).eval()
+    waves, lengths = 0.1 * torch.randn(1, 16_000), torch.tensor([16_000])
+    with torch.no_grad():
+        heard = model.audio_features(waves, lengths)
+        with model.disable_adapter():
+            without = model.audio_features(waves, lengths)
+        model.merge_adapter()
+        merged = model.audio_features(waves, lengths)
+    assert (heard - without).abs().max() > 0.01
+    torch.testing.assert_close(heard, merged, atol=1e-4, rtol=1e-3)
+
+
 def test_a_bfloat16_base_gets_the_sum_of_float32_rounded_once(base, tmp_path):
     tensors = {n: t.bfloat16() if t.is_floating_point() else t for n, t in tensors_of(base).items()}
     save_file(tensors, base / "model.safetensors")

@@ -92,26 +92,28 @@ class _LowRank(torch.autograd.Function):
         ups = [_scaled(b.to(dtype), scale) for b, scale in zip(wide, scales, strict=True)]
         ranks = [up.shape[1] for up in ups]
         lows = torch.split(flat @ down.T, ranks, 1)
-        ctx.is_merged = dtype == torch.float32 and merges(len(flat), [weight.shape for weight in weights])
+        shapes = [weight.shape for weight in weights]
+        ctx.is_merged = dtype == torch.float32 and merges(len(flat), shapes)
         if ctx.is_merged:
             to_each = zip(weights, ups, torch.split(down, ranks), strict=True)
             weights = tuple(torch.addmm(weight, up, a) for weight, up, a in to_each)
-        ctx.save_for_backward(flat, down, *weights, *ups, *lows)
+        kept = weights if ctx.needs_input_grad[0] else ()
+        ctx.save_for_backward(flat, down, *ups, *lows, *kept)
         ctx.scales, ctx.dtypes = scales, (x.dtype, downs[0].dtype, wide[0].dtype)
-        shapes = [(*x.shape[:-1], len(weight)) for weight in weights]
+        outs = [(*x.shape[:-1], len(weight)) for weight in weights]
         if not is_needed:  # not a number: if anything did use it, the loss would say so
-            return tuple(flat.new_full((1,), torch.nan).expand(shape) for shape in shapes)
+            return tuple(flat.new_full((1,), torch.nan).expand(shape) for shape in outs)
         found = [functional.linear(flat, *pair) for pair in zip(weights, biases, strict=True)]
         if not ctx.is_merged:
             for out, low, up in zip(found, lows, ups, strict=True):
                 out.addmm_(low, up.T)
-        return tuple(out.view(shape) for out, shape in zip(found, shapes, strict=True))
+        return tuple(out.view(shape) for out, shape in zip(found, outs, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         flat, down, *rest = ctx.saved_tensors
         count = len(gradients)
-        weights, ups, lows = rest[:count], rest[count : 2 * count], rest[2 * count :]
+        ups, lows, weights = rest[:count], rest[count : 2 * count], rest[2 * count :]
         x_dtype, a_dtype, b_dtype = ctx.dtypes
         wide = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
         narrow, ranks = flat.new_empty(len(flat), len(down)), [up.shape[1] for up in ups]

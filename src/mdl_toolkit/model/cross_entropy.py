@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from mdl_toolkit.model.products import product
@@ -34,7 +35,7 @@ def head_loss(states: Tensor, head: Tensor, targets: Tensor) -> Tensor:
 
 def slice_rows(positions: int, vocabulary: int, *, on_cpu: bool) -> int:
     """Positions of each slice: even ones, whose logits are not too many."""
-    most = max(1, MOST_LOGITS // vocabulary)
+    most = max(ROUND, MOST_LOGITS // vocabulary // ROUND * ROUND)
     count = math.ceil(positions / (min(most, MOST_ON_CPU) if on_cpu else most))
     return math.ceil(positions / max(count, 1) / ROUND) * ROUND
 
@@ -47,20 +48,30 @@ class _HeadLoss(torch.autograd.Function):
         wide, places = functional.pad(states, (0, 0, *ends)), functional.pad(targets, ends).unsqueeze(1)
         losses, to_states = [], []
         for part, place in zip(wide.split(rows), places.split(rows), strict=True):
-            logits = product(part.to(head.dtype), head).float()
-            loss, powers, total = _loss(logits, place)
+            loss, slope = _of_slice(part.to(head.dtype), head, place, with_slope=ctx.needs_input_grad[0])
             losses.append(loss)
-            if ctx.needs_input_grad[0]:
-                slope = powers.div_(total).scatter_add_(1, place, -torch.ones_like(total))
-                to_states.append(product(slope.to(head.dtype), head.T))
+            to_states += slope
         if to_states:
-            ctx.save_for_backward(torch.cat(to_states)[: len(states)].to(states.dtype))
+            ctx.save_for_backward(torch.cat(to_states)[: len(states)])
+        ctx.dtype = states.dtype
         return torch.cat([*losses, states.new_zeros(0, 1, dtype=torch.float32)])[: len(states)].sum()
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (to_states,) = ctx.saved_tensors
-        return to_states * gradient.to(to_states.dtype), None, None
+        return (to_states.float() * gradient).to(ctx.dtype), None, None
+
+
+def _of_slice(
+    states: Tensor, head: Tensor, place: Tensor, *, with_slope: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """Losses `[rows, 1]` and, if asked for, the gradient of states; its logits are gone when it returns."""
+    loss, powers, total = _loss(product(states, head).float(), place)
+    if not with_slope:
+        return loss, []
+    slope = powers.div_(total).scatter_add_(1, place, -torch.ones_like(total))
+    return loss, [product(slope.to(head.dtype), head.T)]
 
 
 def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

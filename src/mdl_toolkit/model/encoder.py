@@ -124,6 +124,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         """Embed `[patches, bins, frames]` as `[patches, embed_dim]`."""
+        if type(self.proj) is not nn.Conv2d:  # an adapter of another tool
+            return self.proj(patches.unsqueeze(1).to(self.proj.weight.dtype)).flatten(1)
         weight = self.proj.weight.flatten(1)
         return functional.linear(patches.flatten(1).to(weight.dtype), weight, self.proj.bias)
 

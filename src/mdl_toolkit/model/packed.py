@@ -56,12 +56,11 @@ class Rows:
         rows = Rows(real, columns, gather, _places(there), gather.new_zeros(0))
         return rows if words is None else rows._sharing(words.flatten()[real], there, mask.shape[1])
 
-    def some(self, only: Tensor) -> "Rows":
-        """The same with these positions alone; where `gather` had another, it has any one."""
+    def places_of(self, only: Tensor) -> tuple[Tensor, Tensor]:
+        """`gather` and `scatter` of these positions alone; where there was another, there is any one."""
         number = torch.zeros_like(self.scatter)
         number[only] = torch.arange(len(only), device=only.device)
-        none = self.again.new_zeros(0)
-        return Rows(self.real[only], self.columns[only], number[self.gather], self.scatter[only], none)
+        return number[self.gather], self.scatter[only]
 
     def _sharing(self, words: Tensor, there: Tensor, length: int) -> "Rows":
         """Of `words` `[positions]`; `there` is true where `gather` has a position."""
@@ -122,25 +121,25 @@ class PackedLayer(nn.Module):
         return x + self.mlp.down_proj(gated(self.mlp.act_fn, gate, up))
 
     def _attended(self, x: Tensor, rows: Rows, cos: Tensor, sin: Tensor, only: Tensor | None) -> Tensor:
-        attention, asking = self.self_attn, rows
+        attention, asking = self.self_attn, (rows.gather, rows.scatter)
         layers = [attention.q_proj, attention.k_proj, attention.v_proj]
         if only is None:
             q, k, v = together(x, *layers)
         else:
             q, (k, v) = layers[0](x.index_select(0, only)), together(x, *layers[1:])
-            asking = rows.some(only)
+            asking = rows.places_of(only)
         q, k, v = (part.view(len(part), -1, attention.head_dim) for part in (q, k, v))
         if hasattr(attention, "q_norm"):
             q, k = normed(attention.q_norm, q), normed(attention.k_norm, k)
         k = _Rotated.apply(k, cos, sin)
         q = _Rotated.apply(q, *(part if only is None else part.index_select(0, only) for part in (cos, sin)))
-        q = _Placed.apply(q, asking.gather, asking.scatter, None)  # its other places are not read
+        q = _Placed.apply(q, *asking, None)  # its other places are not read
         k, v = (_Placed.apply(part, rows.gather, rows.scatter, rows.again) for part in (k, v))
         attend = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
         dropout = attention.attention_dropout if self.training else 0.0
         words = (part.transpose(1, 2) for part in (q, k, v))
         out, _ = attend(attention, *words, None, dropout=dropout, scaling=attention.scaling, is_causal=True)
-        return _Taken.apply(out.flatten(2), asking.scatter)
+        return _Taken.apply(out.flatten(2), asking[1])
 
 
 class PackedQwen2Layer(PackedLayer, Qwen2DecoderLayer):
@@ -168,19 +167,19 @@ def is_random(model: Any) -> bool:
 
 
 def packed_states(
-    model: Any, embeddings: Tensor, mask: Tensor | None, wanted: Tensor, words: Tensor | None = None
+    model: Any, embeddings: Tensor, needed: Tensor, wanted: Tensor, words: Tensor | None = None
 ) -> Tensor:
     """The decoder's last states at the wanted positions alone, `[wanted, hidden_size]`, row after row.
 
     Args:
         model: transformers' decoder without its head; its layers are packed ones.
         embeddings: `[rows, length, hidden_size]`.
-        mask: `[rows, length]`, 0 at padding; None if there is none.
-        wanted: `[rows, length]`, true where states are wanted; nowhere in the padding.
+        needed: `[rows, length]`, false at padding and where nothing wanted follows.
+        wanted: `[rows, length]`, true where states are wanted; needed ones.
         words: `[rows, length]` ids that the embeddings come from, negative and unique where they come from
             something else or states are wanted; None to compute each row by itself.
     """
-    rows = Rows.of(torch.ones_like(wanted) if mask is None else mask.bool(), words)
+    rows = Rows.of(needed, words)
     columns = torch.arange(embeddings.shape[1], device=embeddings.device)
     cos, sin = (
         part[0].index_select(0, rows.columns).unsqueeze(1)
