@@ -57,7 +57,7 @@ class _HeadLoss(torch.autograd.Function):
         return torch.cat([*losses, states.new_zeros(0, 1, dtype=torch.float32)])[: len(states)].sum()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (to_states,) = ctx.saved_tensors
         return (to_states.float() * gradient).to(ctx.dtype), None, None
