@@ -9,6 +9,7 @@ import torch
 from torch.autograd.profiler import profile
 
 from mdl_toolkit import free_memory as free_memory_room
+from mdl_toolkit import low_rank
 from mdl_toolkit import memory as memory_room
 from mdl_toolkit.batching import Collator
 from mdl_toolkit.dataset import Sample
@@ -147,6 +148,21 @@ def test_a_step_needs_what_was_predicted_within_a_quarter(base, rows, changes, d
     states = [t for n, t in trained.optimizer_state().items() if not n.endswith("/step")]
     assert found.optimizer == sum(tensor.nbytes for tensor in states)
     assert found.adapters == found.gradients == sum(p.nbytes for p in trained.parameters)
+
+
+def test_weights_with_adapters_added_are_predicted(base, rows, monkeypatch):
+    has_free(monkeypatch, None)
+    options, found = options_of(gradient_checkpointing=False), []
+    for worth in (10**9, 0):  # nowhere; in every layer
+        monkeypatch.setattr(low_rank, "WORTH", worth)
+        model, batch = adapted(base, options, F32, Kept()), Collator(0)(rows)
+        trained = Trained(model, CPU)
+        step(model, trained, batch, F32)
+        measured = peak_bytes(lambda m=model, t=trained, b=batch: step(m, t, b, F32))
+        found.append((plan(base, rows, options).activations, measured))
+    (predicted, measured), (more, most) = found
+    assert more - predicted == pytest.approx(most - measured, rel=0.15)
+    assert more - predicted > 10**6
 
 
 # --- what gradient checkpointing keeps ---------------------------------------------------------------------

@@ -128,13 +128,10 @@ class Step:
         if not {"encoder", "projector"} & {*self.gradients}:
             return 0
         width = audio.embed_dim + 2 * hidden // self.config.subsample_factor
-        kept, tokens = (
-            self._patches[0] * self.number * width,
-            self._patches[0] // self.config.subsample_factor,
-        )
+        kept, factor = self._patches[0] * self.number * width, self.config.subsample_factor
         if "projector" in self.gradients:
-            first = (hidden, audio.embed_dim * self.config.subsample_factor)
-            kept += self._merged(tokens, [first], [(hidden, hidden)])
+            layers = [(hidden, audio.embed_dim * factor)], [(hidden, hidden)]
+            kept += self._merged(self._patches[0] // factor, *layers)
         return kept + self._kept(*self._blocks, self._patches[0] * self.number * audio.embed_dim)
 
     @property

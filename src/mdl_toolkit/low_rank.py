@@ -95,8 +95,7 @@ class _LowRank(torch.autograd.Function):
         shapes = [weight.shape for weight in weights]
         ctx.is_merged = dtype == torch.float32 and merges(len(flat), shapes)
         if ctx.is_merged:
-            to_each = zip(weights, ups, torch.split(down, ranks), strict=True)
-            weights = tuple(torch.addmm(weight, up, a) for weight, up, a in to_each)
+            weights = tuple(map(torch.addmm, weights, ups, torch.split(down, ranks)))
         kept = weights if ctx.needs_input_grad[0] else ()
         ctx.save_for_backward(flat, down, *ups, *lows, *kept)
         ctx.scales, ctx.dtypes = scales, (x.dtype, downs[0].dtype, wide[0].dtype)

@@ -6,7 +6,8 @@ takes 0.6 of the time forwards and 0.85 backwards (Zen 4, `benchmarks/HISTORY.md
 for each number of rows that it has met, so it is for those who have few such numbers.
 """
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -30,9 +31,13 @@ def _by_onednn(left: Tensor, right: Tensor) -> Tensor:
 def has_onednn() -> bool:
     """Tell whether this PyTorch has the operation, which it does not promise, and gets it right."""
     left, right = torch.linspace(-1, 1, 3 * 48).view(3, 48), torch.linspace(-2, 1, 80 * 48).view(80, 48)
+    wanted, turned = functional.linear(left, right), right.T.contiguous().T
+    return all(gets_right(partial(_by_onednn, left, each), wanted) for each in (right, turned))
+
+
+def gets_right(attempt: Callable[[], Tensor], wanted: Tensor) -> bool:
+    """Tell whether an operation that this PyTorch may not have is there and gives what is wanted."""
     try:
-        found = _by_onednn(left, right), _by_onednn(left, right.T.contiguous().T)
+        return torch.allclose(attempt(), wanted, rtol=1e-4, atol=1e-5)
     except (AttributeError, NotImplementedError, RuntimeError, TypeError):
         return False
-    wanted = functional.linear(left, right)
-    return all(torch.allclose(each, wanted, rtol=1e-4, atol=1e-4) for each in found)
