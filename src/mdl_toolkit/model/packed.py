@@ -20,24 +20,54 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
+from mdl_toolkit.model.attention import by_products, causal_attention
+
 
 @dataclass(frozen=True)
-class Rows:
+class Places:
+    """Where attention finds positions.
+
+    Attributes:
+        gather: positions of each row from the left, `[rows, longest]`; any one where there is none.
+        scatter: place of each position in a flattened `gather`, `[positions]`.
+        again: places in a flattened `gather` where a position stands that `scatter` finds elsewhere; None
+            where nobody reads these.
+    """
+
+    gather: Tensor
+    scatter: Tensor
+    again: Tensor | None
+
+    def places_of(self, only: Tensor) -> "Places":
+        """Of these positions alone; where there was another, there is any one."""
+        number = torch.zeros_like(self.scatter)
+        number[only] = torch.arange(len(only), device=only.device)
+        return Places(number[self.gather], self.scatter[only], None)
+
+    def of_heads(self, count: int) -> "Places":
+        """Rows `[rows * heads, longest]` of what each of so many heads has, `[positions * heads, ...]`."""
+        head, longest = torch.arange(count, device=self.gather.device), self.gather.shape[1]
+
+        def spread(places: Tensor) -> Tensor:
+            row, column = places.unsqueeze(1) // longest, places.unsqueeze(1) % longest
+            return ((row * count + head) * longest + column).flatten()
+
+        gather = self.gather.unsqueeze(1) * count + head.unsqueeze(1)
+        again = None if self.again is None else spread(self.again)
+        return Places(gather.flatten(0, 1), spread(self.scatter), again)
+
+
+@dataclass(frozen=True)
+class Rows(Places):
     """Which positions there are, and where attention finds them.
 
     Attributes:
         real: place of each position in a flattened `[rows, length]` batch, `[positions]`.
         columns: how far each position is from the beginning of its row, `[positions]`.
-        gather: positions of each row from the left, `[rows, longest]`; any one where there is none.
-        scatter: place of each position in a flattened `gather`, `[positions]`.
-        again: places in a flattened `gather` where a position stands that `scatter` finds elsewhere.
     """
 
     real: Tensor
     columns: Tensor
-    gather: Tensor
-    scatter: Tensor
-    again: Tensor
 
     @staticmethod
     def of(mask: Tensor, words: Tensor | None = None) -> "Rows":
@@ -53,14 +83,8 @@ class Rows:
         gather = torch.where(there, starts + place, 0)
         columns = real % mask.shape[1]
         columns = columns - columns[gather[:, :1]].expand_as(gather)[there]
-        rows = Rows(real, columns, gather, _places(there), gather.new_zeros(0))
+        rows = Rows(gather, _places(there), gather.new_zeros(0), real, columns)
         return rows if words is None else rows._sharing(words.flatten()[real], there, mask.shape[1])
-
-    def places_of(self, only: Tensor) -> tuple[Tensor, Tensor]:
-        """`gather` and `scatter` of these positions alone; where there was another, there is any one."""
-        number = torch.zeros_like(self.scatter)
-        number[only] = torch.arange(len(only), device=only.device)
-        return number[self.gather], self.scatter[only]
 
     def _sharing(self, words: Tensor, there: Tensor, length: int) -> "Rows":
         """Of `words` `[positions]`; `there` is true where `gather` has a position."""
@@ -69,7 +93,7 @@ class Rows:
         own = (read == self.gather) & there
         kept = own[there]
         number = (kept.cumsum(0) - 1).clamp_(0)
-        return Rows(self.real[kept], self.columns[kept], number[read], _places(own), _places(there & ~own))
+        return Rows(number[read], _places(own), _places(there & ~own), self.real[kept], self.columns[kept])
 
 
 def _places(mask: Tensor) -> Tensor:
@@ -121,25 +145,42 @@ class PackedLayer(nn.Module):
         return x + self.mlp.down_proj(gated(self.mlp.act_fn, gate, up))
 
     def _attended(self, x: Tensor, rows: Rows, cos: Tensor, sin: Tensor, only: Tensor | None) -> Tensor:
-        attention, asking = self.self_attn, (rows.gather, rows.scatter)
+        attention = self.self_attn
         layers = [attention.q_proj, attention.k_proj, attention.v_proj]
         if only is None:
             q, k, v = together(x, *layers)
         else:
             q, (k, v) = layers[0](x.index_select(0, only)), together(x, *layers[1:])
-            asking = rows.places_of(only)
         q, k, v = (part.view(len(part), -1, attention.head_dim) for part in (q, k, v))
         if hasattr(attention, "q_norm"):
             q, k = normed(attention.q_norm, q), normed(attention.k_norm, k)
         k = _Rotated.apply(k, cos, sin)
         q = _Rotated.apply(q, *(part if only is None else part.index_select(0, only) for part in (cos, sin)))
-        q = _Placed.apply(q, *asking, None)  # its other places are not read
-        k, v = (_Placed.apply(part, rows.gather, rows.scatter, rows.again) for part in (k, v))
-        attend = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
+        asking = Places(rows.gather, rows.scatter, None) if only is None else rows.places_of(only)
         dropout = attention.attention_dropout if self.training else 0.0
+        if not dropout and by_products(q, rows.gather.shape[1]):
+            return _by_products(q, k, v, asking, rows, attention.scaling)
+        q = _placed(q, asking)
+        k, v = (_placed(part, rows) for part in (k, v))
+        attend = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
         words = (part.transpose(1, 2) for part in (q, k, v))
         out, _ = attend(attention, *words, None, dropout=dropout, scaling=attention.scaling, is_causal=True)
-        return _Taken.apply(out.flatten(2), asking[1])
+        return _Taken.apply(out.flatten(2), asking.scatter)
+
+
+def _by_products(q: Tensor, k: Tensor, v: Tensor, asking: Places, rows: Places, scaling: float) -> Tensor:
+    """`[positions, heads, head_dim]` to `[positions, width]`; query heads of one key head side by side."""
+    heads = k.shape[1]
+    asking, rows = asking.of_heads(heads), rows.of_heads(heads)
+    query = _placed(q.view(len(q) * heads, -1), asking)
+    key, value = (_placed(part.flatten(0, 1), rows) for part in (k, v))
+    return _Taken.apply(causal_attention(query, key, value, scaling), asking.scatter).view(len(q), -1)
+
+
+def _placed(x: Tensor, places: Places) -> Tensor:
+    """`[positions, ...]` to `[rows, longest, ...]`; places that nobody reads hold anything."""
+    found: Tensor = _Placed.apply(x, places.gather, places.scatter, places.again)
+    return found
 
 
 class PackedQwen2Layer(PackedLayer, Qwen2DecoderLayer):
@@ -284,7 +325,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
 
 
 class _Placed(torch.autograd.Function):
-    """`[positions, heads, head_dim]` to `[rows, longest, heads, head_dim]`; nobody reads what is padding.
+    """`[positions, ...]` to `[rows, longest, ...]`; nobody reads what is padding.
 
     Gradients are taken from `scatter`, and added to from the places `again`, if anyone reads these.
     """
