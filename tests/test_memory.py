@@ -17,7 +17,7 @@ from mdl_toolkit.free_memory import free_memory
 from mdl_toolkit.loading import load_model
 from mdl_toolkit.lora import add_adapters
 from mdl_toolkit.memory import MemoryPlan, plan_memory
-from mdl_toolkit.model import MiDashengLMConfig, MiDashengLMModel
+from mdl_toolkit.model import MiDashengLMConfig, MiDashengLMModel, attention
 from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.recomputing import Kept, recompute
 from mdl_toolkit.sampling import Sampling
@@ -163,6 +163,31 @@ def test_weights_with_adapters_added_are_predicted(base, rows, monkeypatch):
     (predicted, measured), (more, most) = found
     assert more - predicted == pytest.approx(most - measured, rel=0.15)
     assert more - predicted > 10**6
+
+
+def test_what_attention_keeps_is_predicted(base, rows, monkeypatch):
+    has_free(monkeypatch, None)
+    long = [longer(row, 4 + number) for number, row in enumerate(rows)]
+    options, found = options_of(gradient_checkpointing=False), []
+    for longest in (0, 512):  # torch's own; by products
+        monkeypatch.setattr(attention, "LONGEST", longest)
+        model, batch = adapted(base, options, F32, Kept()), Collator(0)(long)
+        trained = Trained(model, CPU)
+        step(model, trained, batch, F32)
+        measured = peak_bytes(lambda m=model, t=trained, b=batch: step(m, t, b, F32))
+        found.append((plan(base, long, options).activations, measured))
+    (predicted, measured), (more, most) = found
+    assert more - predicted == pytest.approx(most - measured, rel=0.25)
+    assert more - predicted > 10**6
+
+
+def longer(row, word):
+    """With 250 words more, which are no other row's, after the beginning."""
+    ids, labels = (
+        np.concatenate([part[:BEGINNING], np.full(250, filler), part[BEGINNING:]])
+        for part, filler in ((row.input_ids, word), (row.labels, -100))
+    )
+    return Sample(ids, labels, row.waveform)
 
 
 # --- what gradient checkpointing keeps ---------------------------------------------------------------------
