@@ -146,29 +146,35 @@ class PackedLayer(nn.Module):
 
     def _attended(self, x: Tensor, rows: Rows, cos: Tensor, sin: Tensor, only: Tensor | None) -> Tensor:
         attention = self.self_attn
+        q, k, v = self._asked(x, cos, sin, only)
+        asking = Places(rows.gather, rows.scatter, None) if only is None else rows.places_of(only)
+        dropout = attention.attention_dropout if self.training else 0.0
+        if not dropout and by_products(q, rows.gather.shape[1]):
+            return _of_short_rows(q, k, v, asking, rows, attention.scaling)
+        attend = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
+        placed = _placed(q, asking), _placed(k, rows), _placed(v, rows)
+        words = (part.transpose(1, 2) for part in placed)
+        out, _ = attend(attention, *words, None, dropout=dropout, scaling=attention.scaling, is_causal=True)
+        return _Taken.apply(out.flatten(2), asking.scatter)
+
+    def _asked(
+        self, x: Tensor, cos: Tensor, sin: Tensor, only: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of the positions to go on with, keys and values of all: `[positions, heads, head_dim]`."""
+        attention, turn = self.self_attn, (cos, sin)
         layers = [attention.q_proj, attention.k_proj, attention.v_proj]
         if only is None:
             q, k, v = together(x, *layers)
         else:
             q, (k, v) = layers[0](x.index_select(0, only)), together(x, *layers[1:])
+            turn = cos.index_select(0, only), sin.index_select(0, only)
         q, k, v = (part.view(len(part), -1, attention.head_dim) for part in (q, k, v))
         if hasattr(attention, "q_norm"):
             q, k = normed(attention.q_norm, q), normed(attention.k_norm, k)
-        k = _Rotated.apply(k, cos, sin)
-        q = _Rotated.apply(q, *(part if only is None else part.index_select(0, only) for part in (cos, sin)))
-        asking = Places(rows.gather, rows.scatter, None) if only is None else rows.places_of(only)
-        dropout = attention.attention_dropout if self.training else 0.0
-        if not dropout and by_products(q, rows.gather.shape[1]):
-            return _by_products(q, k, v, asking, rows, attention.scaling)
-        q = _placed(q, asking)
-        k, v = (_placed(part, rows) for part in (k, v))
-        attend = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
-        words = (part.transpose(1, 2) for part in (q, k, v))
-        out, _ = attend(attention, *words, None, dropout=dropout, scaling=attention.scaling, is_causal=True)
-        return _Taken.apply(out.flatten(2), asking.scatter)
+        return _Rotated.apply(q, *turn), _Rotated.apply(k, cos, sin), v
 
 
-def _by_products(q: Tensor, k: Tensor, v: Tensor, asking: Places, rows: Places, scaling: float) -> Tensor:
+def _of_short_rows(q: Tensor, k: Tensor, v: Tensor, asking: Places, rows: Places, scaling: float) -> Tensor:
     """`[positions, heads, head_dim]` to `[positions, width]`; query heads of one key head side by side."""
     heads = k.shape[1]
     asking, rows = asking.of_heads(heads), rows.of_heads(heads)
