@@ -151,34 +151,32 @@ def test_a_step_needs_what_was_predicted_within_a_quarter(base, rows, changes, d
 
 
 def test_weights_with_adapters_added_are_predicted(base, rows, monkeypatch):
+    worths = 10**9, 0  # nowhere; in every layer
+    predicted, measured = growth(base, rows, monkeypatch, low_rank, "WORTH", worths)
+    assert predicted == pytest.approx(measured, rel=0.15)
+    assert predicted > 10**6
+
+
+def test_what_attention_keeps_is_predicted(base, rows, monkeypatch):
+    long = [longer(row, 4 + number) for number, row in enumerate(rows)]
+    limits = 0, 512  # torch's own; by products
+    predicted, measured = growth(base, long, monkeypatch, attention, "LONGEST", limits)
+    assert predicted == pytest.approx(measured, rel=0.25)
+    assert predicted > 10**6
+
+
+def growth(base, rows, monkeypatch, room, name, values):
+    """By how many bytes a step needs more with the second value of a constant: predicted, and measured."""
     has_free(monkeypatch, None)
     options, found = options_of(gradient_checkpointing=False), []
-    for worth in (10**9, 0):  # nowhere; in every layer
-        monkeypatch.setattr(low_rank, "WORTH", worth)
+    for value in values:
+        monkeypatch.setattr(room, name, value)
         model, batch = adapted(base, options, F32, Kept()), Collator(0)(rows)
         trained = Trained(model, CPU)
         step(model, trained, batch, F32)
         measured = peak_bytes(lambda m=model, t=trained, b=batch: step(m, t, b, F32))
         found.append((plan(base, rows, options).activations, measured))
-    (predicted, measured), (more, most) = found
-    assert more - predicted == pytest.approx(most - measured, rel=0.15)
-    assert more - predicted > 10**6
-
-
-def test_what_attention_keeps_is_predicted(base, rows, monkeypatch):
-    has_free(monkeypatch, None)
-    long = [longer(row, 4 + number) for number, row in enumerate(rows)]
-    options, found = options_of(gradient_checkpointing=False), []
-    for longest in (0, 512):  # torch's own; by products
-        monkeypatch.setattr(attention, "LONGEST", longest)
-        model, batch = adapted(base, options, F32, Kept()), Collator(0)(long)
-        trained = Trained(model, CPU)
-        step(model, trained, batch, F32)
-        measured = peak_bytes(lambda m=model, t=trained, b=batch: step(m, t, b, F32))
-        found.append((plan(base, long, options).activations, measured))
-    (predicted, measured), (more, most) = found
-    assert more - predicted == pytest.approx(most - measured, rel=0.25)
-    assert more - predicted > 10**6
+    return (after - before for before, after in zip(*found, strict=True))
 
 
 def longer(row, word):

@@ -2,7 +2,7 @@
 
 torch's kernel for CPUs multiplies few queries of one head at a time. Here the query heads that share a key
 head are one matrix, queries meet only the keys up to the end of their block, and the scores of a block stay
-in the cache: 0.6 to 0.75 of the time, forwards and back, for 20 to 500 positions and 2, 4 or 7 query heads to
+in the cache: 0.6 to 0.8 of the time, forwards and back, for 20 to 500 positions and 2, 4 or 7 query heads to
 a key head (Zen 4, `benchmarks/HISTORY.md`). What softmax found is kept for the backward pass, about half of
 `positions^2` numbers for each query head.
 """
