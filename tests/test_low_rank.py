@@ -95,14 +95,23 @@ def test_as_pefts_own_layer(golden, name, targets):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("worth", [0, 10**9], ids=["in a copy of the weight", "to each row"])
-def test_wherever_adapters_are_added(golden, worth, checkpointing, monkeypatch):
+@pytest.mark.parametrize("large", [0, 2**60], ids=["by oneDNN", "by MKL"])
+def test_wherever_adapters_are_added(golden, worth, large, checkpointing, monkeypatch):
     model = adapted(golden, "A-small")
     batch = batch_of(model)
     if checkpointing:
         recompute(model)
     monkeypatch.setattr(low_rank, "WORTH", worth)
+    monkeypatch.setattr(products, "LARGE", large)
     fast = learnt(model, batch)
     assert_same(fast, learnt(plainly(model), batch), 1e-5)
+
+
+@pytest.mark.parametrize("width", [32, 48, 64])
+def test_the_gradient_of_a_matrix_whichever_way_round(width):
+    torch.manual_seed(0)
+    wide, narrow = torch.randn(200, width), torch.randn(200, 8)
+    torch.testing.assert_close(low_rank._turned(wide, narrow), torch.einsum("nw,nr->wr", wide, narrow))
 
 
 def test_adapters_are_added_to_weights_where_that_costs_less():
@@ -238,8 +247,10 @@ def test_no_rows_have_no_loss():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("positions", [0, 1, 17, 600])
 @pytest.mark.parametrize("most", [2**26, 40 * 1000], ids=["in one", "in slices"])
-def test_a_frozen_head_s_loss_and_gradient_are_torchs(positions, most, dtype, monkeypatch):
+@pytest.mark.parametrize("in_cache", [2**22, 17 * 300, 1], ids=["words in one", "in blocks", "one by one"])
+def test_a_frozen_head_s_loss_and_gradient_are_torchs(positions, most, in_cache, dtype, monkeypatch):
     monkeypatch.setattr(cross_entropy, "MOST_LOGITS", most)
+    monkeypatch.setattr(cross_entropy, "IN_CACHE", in_cache)
     torch.manual_seed(0)
     head, targets = torch.randn(1000, 64).to(dtype), torch.randint(0, 1000, (positions,))
     states, found = torch.randn(positions, 64).to(dtype), []
@@ -269,31 +280,22 @@ def test_one_slice_of_logits_exists_at_a_time(dtype, monkeypatch):
     assert most < (1.2 if dtype == torch.float32 else 1.7) * slice_bytes
 
 
-def test_slices_have_few_sizes_and_cover_all_positions():
+def test_slices_are_even_and_have_few_logits():
     for vocabulary in (100, 32_768, 152_064):
         for on_cpu in (False, True):
             sizes = {slice_rows(n, vocabulary, on_cpu=on_cpu) for n in range(1, 3000)}
             assert max(sizes) * vocabulary <= 2**26
-            assert not on_cpu or len(sizes) <= 32
-    assert all(0 <= slice_rows(n, 100, on_cpu=False) - n < 16 for n in range(1, 3000))
-    assert slice_rows(513, 100, on_cpu=True) == 272  # half of them, and what is missing to a multiple of 16
-    assert slice_rows(3, 2**27, on_cpu=True) == 16
+            assert not on_cpu or max(sizes) <= 512
+    assert [slice_rows(n, 100, on_cpu=True) for n in (1, 512, 513, 1025)] == [1, 512, 257, 342]
+    assert slice_rows(3, 2**27, on_cpu=True) == 1
 
 
-@pytest.mark.parametrize("way", ["has it", "lacks it", "gets it wrong"])
-def test_products_are_the_same_with_and_without_onednn(way, monkeypatch):
-    products.has_onednn.cache_clear()
-    if way == "lacks it":
-        monkeypatch.setattr(products, "_by_onednn", lambda *_: torch.ops.mkldnn.no_such_operation)
-    elif way == "gets it wrong":
-        monkeypatch.setattr(products, "_by_onednn", lambda a, b: functional.linear(a, b) + 1)
-    torch.manual_seed(0)
-    left, right = torch.randn(16, 40), torch.randn(300, 40)
-    torch.testing.assert_close(products.product(left, right), left @ right.T)
-    wide = torch.randn(16, 300)
-    torch.testing.assert_close(products.product(wide, right.T), wide @ right)
-    assert way == "has it" or not products.has_onednn()
-    products.has_onednn.cache_clear()
+def test_words_are_cut_into_even_blocks_in_float32_on_a_cpu():
+    heads = [torch.empty(words, 1) for words in (32_768, 152_064, 100)]
+    counts = [len(head.split(cross_entropy._block_words(256, head))) for head in heads]
+    assert counts == [2, 9, 1]  # of 256 x 16,384, 256 x 16,896 and 256 x 100 logits
+    assert cross_entropy._block_words(256, heads[0].bfloat16()) == 32_768
+    assert cross_entropy._block_words(256, heads[0].to("meta")) == 32_768
 
 
 def test_a_second_derivative_of_a_frozen_head_s_loss_is_refused():

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
-from torch.nn import functional
 
+from mdl_toolkit.model.products import add_product, product
 from mdl_toolkit.recomputing import is_again
 
 ADAPTER = "default"
@@ -102,7 +102,7 @@ class _LowRank(torch.autograd.Function):
         outs = [(*x.shape[:-1], len(weight)) for weight in weights]
         if not is_needed:  # not a number: if anything did use it, the loss would say so
             return tuple(flat.new_full((1,), torch.nan).expand(shape) for shape in outs)
-        found = [functional.linear(flat, *pair) for pair in zip(weights, biases, strict=True)]
+        found = [product(flat, *pair) for pair in zip(weights, biases, strict=True)]
         if not ctx.is_merged:
             for out, low, up in zip(found, lows, ups, strict=True):
                 out.addmm_(low, up.T)
@@ -120,17 +120,28 @@ class _LowRank(torch.autograd.Function):
             torch.mm(*words, out=part)
         to_x = None
         if ctx.needs_input_grad[0]:
-            to_x = wide[0] @ weights[0]
+            to_x = product(wide[0], weights[0].T)
             for gradient, weight in zip(wide[1:], weights[1:], strict=True):
-                to_x.addmm_(gradient, weight)
+                add_product(to_x, gradient, weight.T)
             if not ctx.is_merged:
                 to_x.addmm_(narrow, down)
             to_x = to_x.view(*gradients[0].shape[:-1], to_x.shape[-1]).to(x_dtype)
         found: list[Tensor | None] = [to_x, None]
-        to_a = (flat.T @ narrow).T.to(a_dtype).split(ranks)  # this way round, up to 1.7 times as fast
+        to_a = torch.split(_turned(flat, narrow).T.to(a_dtype), ranks)
         for each, gradient, low, scale in zip(to_a, wide, lows, ctx.scales, strict=True):
-            found += [None, None, each, _scaled(gradient.T @ low, scale).to(b_dtype), None]
+            found += [None, None, each, _scaled(_turned(gradient, low), scale).to(b_dtype), None]
         return tuple(found)
+
+
+def _turned(wide: Tensor, narrow: Tensor) -> Tensor:
+    """`wide.T @ narrow`, `[rows, width]` and `[rows, rank]` to `[width, rank]`, the faster way round.
+
+    Columns of a matrix whose rows are a power of two long share few lines of a CPU's cache: for 128 to 1,024
+    the product is 1.2 to 1.3 times as fast the other way, for 768, 1,280 and 1,408 up to 1.25 times as slow.
+    """
+    if wide.shape[1].bit_count() == 1:
+        return (narrow.T @ wide).T
+    return wide.T @ narrow
 
 
 def _scaled(matrix: Tensor, scale: float) -> Tensor:

@@ -78,7 +78,7 @@ class _Causal(torch.autograd.Function):
             scores = _times(asking[part, place], key[part, :end].mT, scaling)
             scores[:, :, start:] += unseen[: (end - start) * shared, : end - start]
             kept.append(scores.softmax(-1))
-            torch.bmm(kept[-1], value[part, :end], out=found[part, place])
+            found[part, place] = torch.bmm(kept[-1], value[part, :end])
         ctx.save_for_backward(asking, key, value, *kept)
         return found.view(query.shape)
 
@@ -109,5 +109,9 @@ def _times(left: Tensor, right: Tensor, factor: float) -> Tensor:
 
 
 def _add(to: Tensor, left: Tensor, right: Tensor, factor: float, *, is_more: bool = False) -> None:
-    """Products, to what is there already or in its place."""
-    torch.baddbmm(to, left, right, beta=int(is_more), alpha=factor, out=to)
+    """Products, to what is there already or in its place.
+
+    By way of a tensor of their own: into parts of another, torch multiplies matrix by matrix.
+    """
+    product = _times(left, right, factor)
+    to.add_(product) if is_more else to.copy_(product)
