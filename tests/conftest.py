@@ -31,3 +31,21 @@ def pytest_collection_finish() -> None:
     """Spare each full garbage collection, of which a training makes four, the objects of all libraries."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def losses(monkeypatch: pytest.MonkeyPatch) -> list[float | tuple[float, float]]:
+    """Evaluations find what the test wants, a loss or loss and score; the real ones are done all the same."""
+    from mdl_toolkit.trainer import Trainer
+    from runs import evaluations
+
+    wanted: list[float | tuple[float, float]] = []
+    judge = Trainer._judge
+
+    def judged(self: Trainer, score: float, tokens: int) -> None:
+        found = wanted[len(evaluations(self.output))]
+        self.eval_loss, score = found if isinstance(found, tuple) else (found, score)
+        judge(self, score, tokens)
+
+    monkeypatch.setattr(Trainer, "_judge", judged)
+    return wanted

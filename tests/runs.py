@@ -64,3 +64,9 @@ def history(output):
         {name: value for name, value in line.items() if name not in TIMES}
         for line in read_log(output / "log.jsonl")
     ]
+
+
+def evaluations(output: Path) -> list[dict[str, Any]]:
+    """The evaluations in a run's log."""
+    log = output / "log.jsonl"
+    return [line for line in read_log(log) if "eval_loss" in line] if log.exists() else []

@@ -15,20 +15,14 @@ from mdl_toolkit.inference import infer
 from mdl_toolkit.metrics import LOSS, METRICS, Best, normalized
 from mdl_toolkit.report_run import run_values
 from mdl_toolkit.result_options import InferenceOptions
-from mdl_toolkit.runlog import read_log
-from mdl_toolkit.trainer import Trainer
 from mdl_toolkit.training import train
 from mdl_toolkit.training_options import TrainOptions
-from runs import ANSWERS, copy_checkpoint, make_csv, train_options
+from runs import ANSWERS, copy_checkpoint, evaluations, make_csv, train_options
 
 
 @pytest.fixture
 def model(golden, tmp_path):
     return copy_checkpoint(golden, "A-small", tmp_path)
-
-
-def evaluations(output: Path) -> list[dict]:
-    return [line for line in read_log(output / "log.jsonl") if "eval_loss" in line]
 
 
 def answers_of(final: Path, csv: Path, place: Path) -> list[str]:
@@ -100,21 +94,6 @@ def test_unknown_metrics_are_refused():
 
 
 # --- the best checkpoint ---------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def losses(monkeypatch):
-    """Evaluations find what the test wants, a loss or loss and score; the real ones are done all the same."""
-    wanted: list[float | tuple[float, float]] = []
-    judge = Trainer._judge
-
-    def judged(self, score, tokens):
-        found = wanted[len(evaluations(self.output))]
-        self.eval_loss, score = found if isinstance(found, tuple) else (found, score)
-        judge(self, score, tokens)
-
-    monkeypatch.setattr(Trainer, "_judge", judged)
-    return wanted
 
 
 def test_the_best_evaluation_s_checkpoint_becomes_the_result(model, tmp_path, losses, capsys):

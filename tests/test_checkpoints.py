@@ -272,6 +272,42 @@ def test_a_disk_that_is_full_at_the_end_is_an_error(tmp_path, monkeypatch, probl
     assert same_weights(again.final, whole.final)
 
 
+@pytest.mark.parametrize("problem", FULL, ids=["safetensors", "system"])
+def test_a_full_disk_gets_the_room_of_a_checkpoint_that_may_go(tmp_path, monkeypatch, capsys, problem):
+    """There is room for two; with a limit of two, the oldest goes before the third is there, not after."""
+    output, real = tmp_path / "run", checkpoints.save_file
+
+    def on_a_small_disk(tensors, path):
+        real(tensors, path)
+        if len(checkpoints.checkpoints(output)) >= 2:
+            cut_off(path)
+            raise problem
+
+    monkeypatch.setattr(checkpoints, "save_file", on_a_small_disk)
+    train(train_options(make_csv(tmp_path, 16), MODEL, output, save_steps=1, save_total_limit=2))
+    assert names(output) == ["checkpoint-3", "checkpoint-4", *AT_THE_END]
+    assert [damage(output / f"checkpoint-{step}") for step in (3, 4)] == [None, None]
+    assert "cannot be saved" not in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_cannot_be_deleted_does_not_end_a_training(tmp_path, monkeypatch, capsys):
+    real, output = Path.rename, tmp_path / "run"
+
+    def busy(self, target):
+        if self == output / "checkpoint-1":
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", busy)
+    assert (
+        train(train_options(make_csv(tmp_path, 12), MODEL, output, save_steps=1, save_total_limit=1)).steps
+        == 3
+    )
+    assert names(output) == ["checkpoint-1", "checkpoint-3", *AT_THE_END]
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert {*said} == {f"warning: {output}/checkpoint-1 cannot be deleted: Device or resource busy"}
+
+
 def test_a_log_that_cannot_be_written_does_not_end_a_training(tmp_path, monkeypatch, capsys):
     real = Path.open
 
@@ -295,8 +331,6 @@ def test_only_the_oldest_are_deleted_and_never_what_must_stay(tmp_path):
     (output / "final").mkdir()
     delete_oldest(output, 2, frozenset({output / "checkpoint-1"}))
     assert names(output) == ["checkpoint-1", "checkpoint-10", "checkpoint-3", "final"]
-    delete_oldest(output, None, frozenset())
-    assert len(names(output)) == 4
     delete_oldest(output, 1, frozenset())
     assert names(output) == ["checkpoint-10", "final"]
 

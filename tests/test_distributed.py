@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -13,9 +14,9 @@ import torch
 
 from commands import children
 from fleet import fleet, free_port, start_ranks, wait_for
-from mdl_toolkit import conversion, distributed, training
+from mdl_toolkit import cli, conversion, distributed, training
 from mdl_toolkit.checkpoints import Checkpoint, checkpoints, damage
-from mdl_toolkit.distributed import World
+from mdl_toolkit.distributed import PeerLostError, World
 from mdl_toolkit.runlog import read_log
 from mdl_toolkit.settings import as_command
 from mdl_toolkit.training import train
@@ -236,6 +237,50 @@ def test_a_process_that_fails_before_the_first_step_ends_the_other_one(place, tm
     assert jobs[1].said().splitlines() == [
         "error: a bug in mdl-toolkit: ValueError: broken (--debug shows the traceback)"
     ]
+
+
+def a_group_that_ends_together():
+    """As with NCCL: whoever leaves waits for all others, here for ever."""
+    fail_in_second("_trainable_model")
+    distributed._end_together = lambda: True
+    distributed.distributed.destroy_process_group = lambda: time.sleep(600)
+
+
+def test_a_process_that_fails_says_so_before_it_waits_for_anybody(place, tmp_path, start):
+    jobs = start_ranks(start, command(place, tmp_path / "run"), before=a_group_that_ends_together)
+    assert [job.end() for job in jobs] == [1, 1]
+    assert jobs[1].said().startswith("error: a bug in mdl-toolkit: ValueError: broken")
+
+
+def test_the_command_ends_at_once_where_tidying_up_would_hang(monkeypatch, capsys):
+    ended = []
+    monkeypatch.setattr(cli, "run", lambda _: 1)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(os, "_exit", lambda status: ended.append(status))
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert ended == [1]
+
+
+@pytest.mark.parametrize(
+    ("reason", "more"),
+    [
+        ("[/pytorch/third_party/gloo/pair.cc:553] Connection closed by peer [127.0.0.1]:2", ""),
+        (
+            "Duplicate GPU detected : rank 1 and rank 0\nmore",
+            " (here: Duplicate GPU detected : rank 1 and rank 0)",
+        ),
+    ],
+)
+def test_what_else_breaks_a_connection_is_told(reason, more):
+    with pytest.raises(PeerLostError) as caught, distributed._noticing_loss():
+        raise RuntimeError(reason)
+    assert f"error: {caught.value.text.en}" == LOST + more
+
+
+def test_a_lack_of_memory_is_no_lost_connection():
+    with pytest.raises(torch.OutOfMemoryError), distributed._noticing_loss():
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def fail_in_second(name):

@@ -1,6 +1,8 @@
 """Steps that cannot be computed as asked: too little memory, and numbers that are not finite any more."""
 
 import math
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -134,6 +136,67 @@ def test_numbers_that_are_not_finite_stop_a_run(tmp_path, compute, value, where)
     assert [line["step"] for line in read_log(output / "log.jsonl")] == [1, 2, 3]
     assert checkpoints(output)[-1].name == "checkpoint-3"
     assert all(bool(tensor.isfinite().all()) for tensor in adapter(output).values())
+
+
+def test_fewer_rows_at_once_are_remembered(tmp_path, compute, capsys):
+    """What dropout drops depends on which rows are computed together."""
+    csv = make_csv(tmp_path, 16)
+    changes = {"batch_size": 8, "lora_dropout": 0.1, "save_steps": 1, "num_epochs": 2, "merge_lora": False}
+    calls = []
+
+    def scarce(_, rows, loss):
+        calls.append(rows)
+        if rows > 4 and len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return loss()
+
+    compute(scarce)
+    whole, again = (train_options(csv, MODEL, tmp_path / name, **changes) for name in ("whole", "again"))
+    train(whole)
+    train(replace(again, resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2")))
+    assert calls == [8, *[4] * 8, *[4] * 4]
+    assert all(torch.equal(t, adapter(tmp_path / "whole")[n]) for n, t in adapter(tmp_path / "again").items())
+
+
+@pytest.mark.parametrize("most", [3, 1])
+def test_an_evaluation_that_does_not_fit_is_computed_in_parts(tmp_path, compute, capsys, most):
+    csv = make_csv(tmp_path, 6)
+    changes = {"eval_dataset": str(csv), "eval_batch_size": 6, "merge_lora": False}
+    whole = train(train_options(csv, MODEL, tmp_path / "whole", **changes))
+
+    def scarce(trained, rows, loss):
+        if rows > most and not trained.model.training:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return loss()
+
+    compute(scarce)
+    done = train(train_options(csv, MODEL, tmp_path / "run", **changes))
+    assert done.eval_loss == pytest.approx(whole.eval_loss, rel=1e-5)
+    assert capsys.readouterr().err.count("rows at once from now on") == (1 if most == 3 else 3)
+
+
+@pytest.mark.parametrize("problem", [ValueError("broken"), torch.OutOfMemoryError("CUDA out of memory")])
+def test_what_fails_leaves_the_steps_that_were_made(tmp_path, compute, problem):
+    """In an evaluation or in a step; the run goes on from there as if nothing had been, or with fewer rows."""
+    csv = make_csv(tmp_path, 16)
+    changes = {"eval_dataset": str(csv), "eval_steps": 3, "save_steps": 0, "merge_lora": False}
+    train(train_options(csv, MODEL, tmp_path / "whole", **changes))
+    output, is_failing = tmp_path / "run", {3: True, 2: True}
+
+    def fail(trained, _, loss):
+        if is_failing.get(trained.step) and trained.model.training == (trained.step == 2):
+            raise problem
+        return loss()
+
+    compute(fail)
+    for step in (2, 3):
+        with pytest.raises((ValueError, ModelError)):
+            train(train_options(csv, MODEL, output, **changes, resume_from_checkpoint=step == 3))
+        assert [path.name for path in checkpoints(output)][-1] == f"checkpoint-{step}"
+        is_failing[step] = False
+    train(train_options(csv, MODEL, output, **changes, resume_from_checkpoint=True))
+    close = torch.equal if isinstance(problem, ValueError) else partial(torch.allclose, atol=1e-4, rtol=1e-4)
+    assert all(close(t, adapter(tmp_path / "whole")[n]) for n, t in adapter(output).items())
 
 
 class _Spoiling(torch.autograd.Function):

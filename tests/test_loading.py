@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from mdl_toolkit.cli import run
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.folders import find_model, need, read_json
-from mdl_toolkit.loading import best_device, choose_dtype, load_model
+from mdl_toolkit.loading import best_device, choose_dtype, lacks_memory, load_model
 from mdl_toolkit.text_files import read_text_files
 from mdl_toolkit.tokens import Encoder
 from runs import copy_checkpoint, files_below, make_rows, write_csv
@@ -352,13 +352,37 @@ def test_dtype(monkeypatch, asked, cuda, natively, chosen):
     assert choose_dtype(asked) == chosen
 
 
-@pytest.mark.parametrize(("rank", "device"), [(None, "cuda:0"), ("3", "cuda:3")])
-def test_device(monkeypatch, rank, device):
+@pytest.mark.parametrize(
+    ("environment", "count", "device"),
+    [
+        ({}, 8, "cuda:0"),
+        ({"LOCAL_RANK": "3", "RANK": "11"}, 8, "cuda:3"),
+        ({"LOCAL_RANK": "3"}, 1, "cuda:0"),  # a launcher that shows each process its own GPU alone
+        ({"RANK": "11"}, 8, "cuda:3"),  # one that does not say which process of its machine it is
+        ({"LOCAL_RANK": "", "RANK": "1"}, 2, "cuda:1"),
+    ],
+)
+def test_device(monkeypatch, environment, count, device):
     assert best_device() == CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    if rank is not None:
-        monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     assert best_device() == torch.device(device)
+
+
+@pytest.mark.parametrize(
+    ("problem", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("CUDA error: out of memory"), False),
+    ],
+)
+def test_a_lack_of_memory_whoever_says_so(problem, expected):
+    assert lacks_memory(problem) == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,6 +1,8 @@
 """What `--report-to` leaves behind: for tensorboard, event files with the very figures of log.jsonl."""
 
+import errno
 import json
+import os
 import signal
 import sqlite3
 from contextlib import closing
@@ -104,6 +106,22 @@ def test_trackio_has_the_figures_of_the_log(options, tmp_path):
     for row, line in zip(told, lines, strict=True):
         figures = {series: line[name] for series, name in SERIES.items() if name in line}
         assert {series: row[series] for series in figures} == pytest.approx(figures)
+
+
+@pytest.mark.parametrize("event", ["on_log", "on_train_end"])
+def test_a_tracker_that_fails_does_not_end_a_training(options, tmp_path, monkeypatch, capsys, event):
+    """A full disk, a network that is gone: said once."""
+    from transformers.integrations import TensorBoardCallback
+
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(TensorBoardCallback, event, fail)
+    assert train(options).final.is_dir()
+    said = [line for line in capsys.readouterr().err.splitlines() if "--report-to" in line]
+    assert said == [
+        "warning: --report-to: [Errno 28] No space left on device; nothing more is reported, training goes on"
+    ]
 
 
 @pytest.mark.parametrize("names", [(), ("none",)])

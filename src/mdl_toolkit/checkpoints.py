@@ -7,6 +7,7 @@ number of the step. Nothing in it is a pickle.
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -88,7 +89,10 @@ def save(
         _seal(work)
         return _put_in_place(work, output)
     except SafetensorError as problem:  # how safetensors tells of a full disk
-        raise OSError(str(problem)) from problem
+        number = re.search(r"os error (\d+)", str(problem))
+        raise (
+            OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(problem))
+        ) from problem
     finally:
         shutil.rmtree(output / WORK, ignore_errors=True)
 
@@ -205,6 +209,13 @@ def _open(path: Path) -> Checkpoint:
     return Checkpoint(path, read_json(path / STATE))
 
 
+def checkpoint_at(output: Path, step: int, resumed: Checkpoint | None) -> Path:
+    """Where a run has the checkpoint of a step: with those before, or its own."""
+    if resumed is None or step > resumed.step:
+        return output / f"checkpoint-{step}"
+    return resumed.folder if step == resumed.step else resumed.folder.resolve().parent / f"checkpoint-{step}"
+
+
 # --- what an earlier run left ------------------------------------------------------------------------------
 
 
@@ -233,19 +244,24 @@ def _left(output: Path, resumed: Checkpoint | None) -> list[Path]:
     return [path for path in output.glob("*") if path.name in names or _NAME.fullmatch(path.name)]
 
 
-def delete_oldest(output: Path, limit: int | None, keep: frozenset[Path]) -> None:
-    """Keep the newest `limit` checkpoints, and those that must stay (rule 31)."""
-    if limit is None:
-        return
-    kept = {path.resolve() for path in keep}
-    for path in checkpoints(output)[:-limit]:
+def delete_oldest(output: Path, limit: int, keep: frozenset[Path]) -> int:
+    """Keep the newest `limit`, at least one, and those that must stay (rule 31); how many went."""
+    kept, count = {path.resolve() for path in keep}, 0
+    for path in checkpoints(output)[: -max(1, limit)]:
         if path.resolve() not in kept:
-            _delete(path)
+            count += _delete(path)
+    return count
 
 
-def _delete(checkpoint: Path) -> None:
-    """Whole or not at all: under its name there is never a part of it."""
+def _delete(checkpoint: Path) -> bool:
+    """Whole or not at all: under its name there is never a part of it. Tell whether it is gone."""
     work = checkpoint.parent / WORK / checkpoint.name
-    work.parent.mkdir(exist_ok=True)
-    checkpoint.rename(work)
-    shutil.rmtree(work.parent)
+    try:
+        work.parent.mkdir(exist_ok=True)
+        checkpoint.rename(work)
+        shutil.rmtree(work.parent)
+    except OSError as problem:
+        reason = problem.strerror or str(problem)
+        warn(f"{checkpoint} cannot be deleted: {reason}", f"无法删除 {checkpoint}：{reason}")
+        return False
+    return True

@@ -231,4 +231,15 @@ def _report_bug(problem: Exception) -> None:
 
 def main() -> NoReturn:
     """The entry point of `mdl-toolkit` and of `python -m mdl_toolkit`."""
-    sys.exit(run(sys.argv[1:]))
+    status = run(sys.argv[1:])
+    if _is_among_others():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def _is_among_others() -> bool:
+    """Tell whether this process has failed in a group that it cannot leave alone: tidying up would hang."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()

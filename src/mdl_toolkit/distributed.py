@@ -4,6 +4,7 @@ Launchers (torchrun, accelerate launch, or any other that sets RANK, WORLD_SIZE,
 start the processes. Every process holds the whole model; gradients are summed once per step.
 """
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,9 @@ BUCKET = 2**24  # numbers that travel together: 64 MiB of float32
 MEETING = timedelta(minutes=15)  # for all processes to be there: some machines begin later than others
 PATIENCE = timedelta(days=2)  # while the first one converts; the usual ten minutes would not do
 
+# What gloo and the store say of a process that has gone.
+CLOSED = ("onnection closed by peer", "onnection reset by peer", "Broken pipe", "onnection refused", "imeout")
+
 # Of an accelerate configuration: set where the model is to be divided among the processes.
 DIVIDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
 
@@ -31,10 +35,13 @@ DIVIDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpee
 class PeerLostError(ToolkitError):
     """Another process has ended; why is for that one to say."""
 
-    def __init__(self) -> None:
+    def __init__(self, problem: RuntimeError) -> None:
+        reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+        is_usual = any(word in reason for word in CLOSED)
+        en, zh = ("", "") if is_usual else (f" (here: {reason})", f"（此处：{reason}）")
         super().__init__(
-            "another process of this run has ended; its own message says why",
-            "本次运行的另一个进程已结束；原因见该进程自己的消息",
+            f"another process of this run has ended; its own message says why{en}",
+            f"本次运行的另一个进程已结束；原因见该进程自己的消息{zh}",
         )
 
 
@@ -80,6 +87,14 @@ class World:
             for gradient, part in zip(gradients, parts, strict=True):
                 gradient.copy_(part.view_as(gradient))
 
+    def agrees(self, text: str) -> bool:
+        """Tell whether all processes say the same."""
+        said = torch.zeros(self.size, dtype=torch.float64)
+        said[self.rank] = int.from_bytes(
+            hashlib.sha256(text.encode()).digest()[:6], "big"
+        )  # exact in float64
+        return len(set(self.sum(said).tolist())) == 1
+
     def wait(self) -> None:
         """Wait until all processes are here.
 
@@ -110,8 +125,16 @@ def joined() -> Iterator[World]:
     store.set_timeout(PATIENCE)
     try:
         yield World(distributed.get_rank(), distributed.get_world_size())
-    finally:
-        distributed.destroy_process_group()
+    except BaseException:
+        if not _end_together():  # it would wait for others that wait for it, before it has said why
+            distributed.destroy_process_group()
+        raise
+    distributed.destroy_process_group()
+
+
+def _end_together() -> bool:
+    """Tell whether a group can only be left by all processes at once, as NCCL's."""
+    return torch.cuda.is_available()
 
 
 def _check_environment() -> None:
@@ -162,5 +185,7 @@ def _buckets(parameters: Sequence[torch.nn.Parameter]) -> Iterator[list[torch.nn
 def _noticing_loss() -> Iterator[None]:
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as problem:  # what gloo and NCCL raise when a connection ends
-        raise PeerLostError from problem
+        raise PeerLostError(problem) from problem

@@ -91,12 +91,25 @@ def _bitsandbytes(quantization: str, dtype: "torch.dtype") -> Any:
 
 
 def best_device() -> "torch.device":
-    """The GPU of this process, or the CPU."""
+    """The GPU of this process, or the CPU.
+
+    Also of launchers that do not say which process of its machine it is, or show each its own GPU alone.
+    """
     import torch
 
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    number = os.environ.get("LOCAL_RANK") or os.environ.get("RANK") or "0"
+    return torch.device("cuda", int(number) % torch.cuda.device_count())
+
+
+def lacks_memory(problem: Exception) -> bool:
+    """Tell whether a device ran out of memory, whichever library says so."""
+    import torch
+
+    words = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+    is_told = isinstance(problem, RuntimeError) and any(word in str(problem) for word in words)
+    return isinstance(problem, torch.OutOfMemoryError) or is_told
 
 
 @contextmanager
@@ -109,11 +122,11 @@ def explaining_memory(remedy: Text) -> Iterator[None]:
     Raises:
         ModelError: the GPU has not enough memory.
     """
-    import torch
-
     try:
         yield
-    except torch.OutOfMemoryError as problem:
+    except RuntimeError as problem:
+        if not lacks_memory(problem):
+            raise
         raise ModelError(f"the GPU ran out of memory; {remedy.en}", f"显存不足；{remedy.zh}") from problem
 
 

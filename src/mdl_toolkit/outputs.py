@@ -3,6 +3,7 @@
 What is written into them is for others to say.
 """
 
+import errno
 import os
 import re
 import secrets
@@ -74,6 +75,28 @@ def replacing_file(output: Path, option: str = "--output") -> Iterator[Path]:
         if target.exists():
             shutil.copymode(target, work)
         work.replace(target)
+
+
+@contextmanager
+def claimed(folder: Path, option: str = "--output") -> Iterator[None]:
+    """Make a folder that one process alone writes into, as long as the context lasts.
+
+    Raises:
+        InputError: it cannot be made, or another process of this machine writes into it.
+    """
+    with removing_empty(folder):
+        with writing(f"{option} {folder}", InputError):
+            folder.mkdir(parents=True, exist_ok=True)
+        lock, is_free = _try_lock(folder)
+        if not is_free:
+            raise InputError(
+                f"{option} {folder}: another run writes into it; wait for its end, or give another folder",
+                f"{option} {folder}：另一个任务正在写入该目录；请等待其结束，或指定其他目录",
+            )
+        try:
+            yield
+        finally:
+            _close(lock)
 
 
 @contextmanager
@@ -188,6 +211,19 @@ def _lock(path: Path, *, wait: bool = True) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
+
+
+def _try_lock(folder: Path) -> tuple[int | None, bool]:
+    """The descriptor, if it could be locked; and whether no other process has it, as far as can be told."""
+    if not HAS_LOCKS:
+        return None, True
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as problem:
+        os.close(descriptor)
+        return None, problem.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+    return descriptor, True
 
 
 def _close(descriptor: int | None) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 
 from mdl_toolkit.audio import SAMPLE_RATE
 from mdl_toolkit.card import About
-from mdl_toolkit.checkpoints import LOG, Checkpoint
+from mdl_toolkit.checkpoints import LOG, Checkpoint, checkpoint_at
 from mdl_toolkit.console import say
 from mdl_toolkit.dataset import ConvertedDataset
 from mdl_toolkit.export import export_adapter, export_merged
@@ -68,8 +68,9 @@ def write_result(
         ToolkitError: the result cannot be written, or is not what was trained; the checkpoints stay.
     """
     output = Path(options.output)
-    final, checkpoint = output / FINAL, _chosen(output, options, done, resume)
-    about = About(origin.measured(_metrics(output, checkpoint, done)), options, to_yaml(options))
+    final, step = output / FINAL, _chosen(options, done)
+    checkpoint = checkpoint_at(output, step, resume)
+    about = About(origin.measured(_metrics(output, step, done)), options, to_yaml(options))
     if options.merge_lora:
         samples = some_rows(train_set) if options.verify else ()
         export_merged(base, checkpoint, final, about, samples=samples)
@@ -78,21 +79,19 @@ def write_result(
     return final
 
 
-def _chosen(output: Path, options: TrainOptions, done: Outcome, resume: Checkpoint | None) -> Path:
-    """The checkpoint that becomes the result: the last one, or with `--keep-best` the best."""
+def _chosen(options: TrainOptions, done: Outcome) -> int:
+    """The step whose checkpoint becomes the result: the last one, or with `--keep-best` the best."""
     step = done.best.step if options.keep_best and done.best.step is not None else done.steps
     if step != done.steps:
         say(
             f"the best evaluation was after step {step}: that is the result",
             f"评估结果最好的是第 {step} 步：以该检查点作为结果",
         )
-    found = output / f"checkpoint-{step}"
-    return found if resume is None or found.is_dir() else resume.folder
+    return step
 
 
-def _metrics(output: Path, checkpoint: Path, done: Outcome) -> dict[str, float]:
+def _metrics(output: Path, step: int, done: Outcome) -> dict[str, float]:
     """Steps, the loss, and the last evaluation of the checkpoint, from the run's log."""
-    step = int(checkpoint.name.rpartition("-")[2])
     try:
         lines = [line for line in read_log(output / LOG) if "eval_loss" in line and line["step"] == step]
     except OSError:  # it could not be written, which was said

@@ -5,6 +5,7 @@ batches, accumulation and processes: so 1 x 8, 8 x 1 and two processes x 4 train
 goes on at step N without counting its way there.
 """
 
+import hashlib
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,7 +29,7 @@ class Sampling:
         batch_size: rows that a process computes at once.
         accumulation: batches of a process in a step.
         processes: how many work together.
-        seed: of the order.
+        seed: of the order, and of what dropout drops.
     """
 
     lengths: Rows
@@ -63,6 +64,11 @@ class Sampling:
     def tokens(self, step: int) -> int:
         """Supervised positions of a step, in all processes together."""
         return int(self.supervised[self.rows(step)].sum())
+
+    def dropout_seed(self, step: int, number: int, process: int) -> int:
+        """Of a process's batch: the same for the same rows, however many processes share the step."""
+        name = f"{self.seed} {step} {number * self.processes + process}"
+        return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
 
     @lru_cache(maxsize=2)  # noqa: B019 - a run has one sampling
     def _order(self, epoch: int) -> Rows:

@@ -4,7 +4,7 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-from mdl_toolkit.console import is_first_process
+from mdl_toolkit.console import is_first_process, warn
 from mdl_toolkit.errors import ToolkitError, UsageError
 from mdl_toolkit.training_options import TrainOptions
 
@@ -31,12 +31,23 @@ class Trackers:
         """Pass figures on."""
         if self._handler is not None:
             self._state.global_step, self._state.epoch = step, values.get("epoch")
-            self._handler.on_log(self._arguments, self._state, self._control, dict(values))
+            self._tell("on_log", dict(values))
 
     def close(self) -> None:
         """The run is over."""
         if self._handler is not None:
-            self._handler.on_train_end(self._arguments, self._state, self._control)
+            self._tell("on_train_end")
+
+    def _tell(self, event: str, *values: Any) -> None:
+        """A tracker that fails, with a full disk or no network, is not worth a training: it is left out."""
+        try:
+            getattr(self._handler, event)(self._arguments, self._state, self._control, *values)
+        except Exception as problem:  # noqa: BLE001 - whatever a tracker's library raises
+            self._handler, reason = None, " ".join(str(problem).split()) or type(problem).__name__
+            warn(
+                f"--report-to: {reason}; nothing more is reported, training goes on",
+                f"--report-to：{reason}；此后不再上报，训练继续",
+            )
 
 
 def _arguments(options: TrainOptions, total: int) -> Any:

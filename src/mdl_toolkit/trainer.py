@@ -5,11 +5,12 @@ computed; so does an interruption: order, learning rate and dropout follow from 
 the step, and all else that matters is in the checkpoint.
 """
 
-import hashlib
+import errno
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, closing
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ from torch import Tensor
 from mdl_toolkit.answering import Questions
 from mdl_toolkit.batching import Batch, Collator, Readable, items_of, pinned, split
 from mdl_toolkit.checkpoints import Checkpoint, delete_oldest, save
-from mdl_toolkit.console import warn
+from mdl_toolkit.console import say, warn
 from mdl_toolkit.distributed import World
 from mdl_toolkit.errors import ModelError, ToolkitError
 from mdl_toolkit.loader import GPU_THREADS, Loader
-from mdl_toolkit.metrics import LOSS, Best
+from mdl_toolkit.loading import lacks_memory
+from mdl_toolkit.metrics import LOSS, Best, Metric
 from mdl_toolkit.recomputing import NONE, Kept, recompute
+from mdl_toolkit.resumption import check_together, identity_of, is_judged_alike, judged_by, still_best
 from mdl_toolkit.runlog import RunLog
 from mdl_toolkit.sampling import Rows, Sampling
 from mdl_toolkit.schedule import Schedule
@@ -36,6 +39,7 @@ from mdl_toolkit.training_options import TrainOptions
 
 MAX_NORM = 1.0  # of the gradient, as in the HF Trainer
 MOST_ROWS_NAMED = 20
+FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk, or the user's share of it
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,9 @@ class Trainer:
             recompute(self.model, self.kept)
         self.step = 0
         self.losses, self.since = 0.0, 0  # the sum of all steps' losses, and the step after which it began
-        self.most_rows = self.options.batch_size  # computed at once; less after a lack of memory
+        # Computed at once; less after a lack of memory.
+        self.most_rows = self.options.batch_size
+        self.most_eval_rows = self.options.eval_batch_size or self.options.batch_size
         self.request, self.must_stop = StopRequest(), False
         self.eval_loss: float | None = None
         self.evaluated: int | None = None  # the step of the last evaluation
@@ -119,7 +125,9 @@ class Trainer:
             for step in range(self.step, self.schedule.total)
             for rows in self.sampling.batches(step, self.world.rank)
         )
+        check_together(self.world, self.step, identity_of(self.sampling), self.schedule.total)
         self.model.train()
+        first = self.step
         if self.resumed is not None and self.world.is_first:
             self._delete_oldest()
         with self.request, closing(self.loader.batches(wanted)) as batches:
@@ -131,11 +139,17 @@ class Trainer:
             if self.must_stop:
                 self.world.wait()  # all end together, when all is saved: a launcher ends those left behind
                 raise KeyboardInterrupt
+        if first < self.step < self.schedule.total:
+            say(
+                f"stopped early after step {self.step}: {self.best.worse} evaluations in a row no better",
+                f"第 {self.step} 步后提前停止：连续 {self.best.worse} 次评估没有改善",
+            )
         return Outcome(self.step, self.losses / max(self.step - self.since, 1), self.eval_loss, self.best)
 
     def _do_what_is_due(self) -> None:
         if self.step in self.schedule.evaluating and not self.must_stop:
-            self.evaluate()
+            with self._leaving_a_checkpoint():
+                self.evaluate()
         is_last = self.step == self.schedule.total or self.must_stop or self._is_enough()
         is_kept = self.options.keep_best and self.best.step == self.step
         if self.step in self.schedule.saving or is_last or is_kept:
@@ -156,11 +170,13 @@ class Trainer:
     def _make_step(self, batches: Iterator[Batch]) -> float:
         """One optimizer step; its loss. Whether any process was asked to stop is known afterwards."""
         rows = self.sampling.rows(self.step)
-        loss = self._accumulate(batches)
-        self.world.sum_gradients(self.trained.parameters)
-        totals = self.world.sum(torch.tensor([float(loss), self.request.is_made], dtype=torch.float64))
-        norm = self.trained.clip(MAX_NORM)
-        self._check_finite(float(totals[0]), norm)
+        with self._leaving_a_checkpoint():
+            loss = self._accumulate(batches)
+            # First, as this is where a process that has gone is noticed on GPUs too.
+            totals = self.world.sum(torch.tensor([float(loss), self.request.is_made], dtype=torch.float64))
+            self.world.sum_gradients(self.trained.parameters)
+            norm = self.trained.clip(MAX_NORM)
+            self._check_finite(float(totals[0]), norm)
         rate = self.options.lr * self.schedule.rate(self.step)
         self.trained.update(rate)
         self.step += 1
@@ -171,6 +187,17 @@ class Trainer:
         self.must_stop = bool(totals[1])
         return float(totals[0])
 
+    @contextmanager
+    def _leaving_a_checkpoint(self) -> Iterator[None]:
+        """What fails here has not touched the weights: the steps since the last checkpoint are not lost."""
+        try:
+            yield
+        except Exception:
+            if self.step > 0 and not (self.output / f"checkpoint-{self.step}").exists():
+                with suppress(Exception):  # what went wrong first is what is to be told
+                    self.save(is_needed=False)
+            raise
+
     def _accumulate(self, batches: Iterator[Batch]) -> Tensor:
         """Gradients of this process's batches, and the sum of their losses; again if memory does not do."""
         wanted = self.sampling.batches(self.step, self.world.rank)
@@ -178,10 +205,11 @@ class Trainer:
         while True:
             try:
                 return self._add_up(made)
-            except torch.OutOfMemoryError:
-                if self.most_rows == 1:
+            except RuntimeError as problem:
+                if self.most_rows == 1 or not lacks_memory(problem):
                     raise
-                self._halve()
+            # Here, where what had been computed is let go of.
+            self._halve()
             # Gradients may be half added up: the whole step is computed again, from its rows.
             for _ in made:  # what was made ahead for this step
                 pass
@@ -190,7 +218,7 @@ class Trainer:
     def _add_up(self, made: Iterable[Batch]) -> Tensor:
         tokens, total = max(1, self.sampling.tokens(self.step)), torch.zeros((), device=self.device)
         for number, batch in enumerate(made):
-            torch.manual_seed(self._seed(number))
+            torch.manual_seed(self.sampling.dropout_seed(self.step, number, self.world.rank))
             for part in split(batch, self.most_rows):
                 loss = self._loss(self._on_device(part), tokens)
                 loss.backward()
@@ -202,22 +230,22 @@ class Trainer:
             loss: Tensor = self.model(**batch, num_items_in_batch=tokens).loss
         return loss
 
-    def _seed(self, number: int) -> int:
-        """Of dropout in a batch: the same for the same rows, however many processes share the step."""
-        name = f"{self.options.seed} {self.step} {number * self.world.size + self.world.rank}"
-        return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
-
     def _halve(self) -> None:
         self.trained.forget()
         if self.options.gradient_checkpointing:
             recompute(self.model)
+        self.most_rows = self._fewer(self.most_rows)
+
+    def _fewer(self, rows: int) -> int:
+        """Half as many, as so many at once were too many."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        self.most_rows = math.ceil(self.most_rows / 2)
+        fewer = math.ceil(rows / 2)
         warn(
-            f"the GPU ran out of memory: {self.most_rows} rows at once from now on, the same effective batch",
-            f"显存不足：此后每次计算 {self.most_rows} 行；有效批次大小不变",
+            f"the GPU ran out of memory: {fewer} rows at once from now on, the same effective batch",
+            f"显存不足：此后每次计算 {fewer} 行；有效批次大小不变",
         )
+        return fewer
 
     def _check_finite(self, loss: float, norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
@@ -246,9 +274,8 @@ class Trainer:
         for number, batch in enumerate(loader.batches(self._eval_rows()), 1):
             if self.request.is_made:
                 break
-            inputs = self._on_device(batch)
-            count = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
-            pending += torch.stack([self._loss(inputs, 1).double(), count.double()])
+            count = (batch["labels"][:, 1:] != IGNORE_INDEX).sum().double()
+            pending += torch.stack([self._eval_loss(batch), count.to(self.device)])
             if every is not None and number % every == 0:
                 sums, pending = sums + pending.cpu(), torch.zeros_like(pending)
         answered = self._answer()
@@ -260,6 +287,17 @@ class Trainer:
             self.eval_loss, self.evaluated = loss / max(tokens, 1), self.step
             self._judge(scores[0] / max(scores[1], 1), int(tokens))
 
+    def _eval_loss(self, batch: Batch) -> Tensor:
+        """Sum over a batch, in smaller parts if memory does not do."""
+        while True:
+            try:
+                parts = [self._loss(self._on_device(part), 1) for part in split(batch, self.most_eval_rows)]
+                return torch.stack(parts).double().sum()
+            except RuntimeError as problem:
+                if self.most_eval_rows == 1 or not lacks_memory(problem):
+                    raise
+            self.most_eval_rows = self._fewer(min(self.most_eval_rows, len(batch["input_ids"])))
+
     def _answer(self) -> tuple[float, float]:
         """The process's part of the metric's numerator and denominator."""
         if self.questions is None or self.request.is_made:
@@ -270,7 +308,7 @@ class Trainer:
     def _judge(self, score: float, tokens: int) -> None:
         """Say what was found, and whether it is the best so far."""
         assert self.eval_loss is not None
-        metric = LOSS if self.questions is None else self.questions.metric
+        metric = self._metric
         value = self.eval_loss if self.questions is None else score
         self.best = self.best.after(metric, self.step, value, self.eval_loss)
         scores = {} if self.questions is None else {f"eval_{metric.name}": score}
@@ -294,14 +332,15 @@ class Trainer:
         if not self.world.is_first:
             return
         state = {
-            "sampling": self._identity(), "eval_loss": self.eval_loss, "evaluated": self.evaluated,
-            "best": asdict(self.best), "losses": self.losses, "since": self.since,
+            "sampling": identity_of(self.sampling), "judged": judged_by(self.eval_set, self.questions),
+            "eval_loss": self.eval_loss, "evaluated": self.evaluated, "best": asdict(self.best),
+            "losses": self.losses, "since": self.since, "most_rows": self.most_rows,
         }  # fmt: skip
         try:
-            save(
-                self.output, self.step, adapter=self.trained.save, optimizer=self.trained.optimizer_state(),
-                state=state, settings=to_yaml(self.options),
-            )  # fmt: skip
+            self._save_with_room(partial(
+                save, self.output, self.step, adapter=self.trained.save,
+                optimizer=self.trained.optimizer_state(), state=state, settings=to_yaml(self.options),
+            ))  # fmt: skip
         except OSError as problem:
             reason = problem.strerror or str(problem)
             en, zh = (
@@ -314,11 +353,21 @@ class Trainer:
             return
         self._delete_oldest()
 
-    def _delete_oldest(self) -> None:
-        kept = [self.resumed] if self.resumed else []
+    def _save_with_room(self, attempt: Callable[[], Path]) -> None:
+        """On a full disk, with one less of the checkpoints that may be deleted."""
+        try:
+            attempt()
+        except OSError as problem:
+            if problem.errno not in FULL or not self._delete_oldest(spared=1):
+                raise
+            attempt()
+
+    def _delete_oldest(self, spared: int = 0) -> int:
+        """How many went; `spared` more than `--save-total-limit` asks for, but never the last."""
+        kept, limit = [self.resumed] if self.resumed else [], self.options.save_total_limit
         if self.options.keep_best and self.best.step is not None:
             kept.append(self.output / f"checkpoint-{self.best.step}")
-        delete_oldest(self.output, self.options.save_total_limit, frozenset(kept))
+        return 0 if limit is None else delete_oldest(self.output, limit - spared, frozenset(kept))
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint.
@@ -326,7 +375,7 @@ class Trainer:
         Raises:
             ModelError: it is of another model.
         """
-        theirs, ours = checkpoint.state.get("sampling", {}), self._identity()
+        theirs, ours = checkpoint.state.get("sampling", {}), identity_of(self.sampling)
         if theirs != ours:
             warn(
                 "the training data or the seed are not the interrupted run's: the rows come in another order",
@@ -340,18 +389,20 @@ class Trainer:
                 f"{checkpoint.folder}：与 {self.options.model_name} 不匹配；请使用原来的模型恢复训练",
             ) from problem
         self.step, self.resumed = checkpoint.step, checkpoint.folder
-        self.eval_loss, self.evaluated = (checkpoint.state.get(name) for name in ("eval_loss", "evaluated"))
-        self.best = Best(**checkpoint.state.get("best", {}))
-        before = {"losses": 0.0, "since": checkpoint.step, **checkpoint.state}  # older ones do not have them
+        judged = judged_by(self.eval_set, self.questions)
+        if is_judged_alike(checkpoint, judged):
+            self.eval_loss, self.evaluated = (
+                checkpoint.state.get(name) for name in ("eval_loss", "evaluated")
+            )
+        self.best = still_best(checkpoint, self.options, judged)
+        # Older ones do not have them.
+        before = {"losses": 0.0, "since": checkpoint.step, "most_rows": self.most_rows, **checkpoint.state}
         self.losses, self.since = before["losses"], before["since"]
+        self.most_rows = min(self.most_rows, before["most_rows"])
 
-    def _identity(self) -> dict[str, Any]:
-        """What the order of the rows comes from."""
-        digest = hashlib.sha256(self.sampling.lengths.tobytes() + self.sampling.supervised.tobytes())
-        return {
-            "rows": len(self.sampling.lengths), "lengths": digest.hexdigest()[:16],
-            "effective": self.sampling.effective, "seed": self.options.seed,
-        }  # fmt: skip
+    @property
+    def _metric(self) -> Metric:
+        return LOSS if self.questions is None else self.questions.metric
 
     # --- batches ---
 
@@ -365,20 +416,3 @@ class Trainer:
 
     def _precision(self) -> AbstractContextManager[None]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
-
-
-def check_steps(checkpoint: Checkpoint, options: TrainOptions, world: World) -> None:
-    """Refuse to go on with steps of another size.
-
-    Raises:
-        ToolkitError: the checkpoint's steps had another number of rows.
-    """
-    before = checkpoint.state.get("sampling", {}).get("effective")
-    now = options.batch_size * options.gradient_accumulation_steps * world.size
-    if before != now:
-        raise ToolkitError(
-            f"{checkpoint.folder}: its steps had {before} rows, now it would be {now}; --batch-size x "
-            f"--gradient-accumulation-steps x processes ({world.size}) must be what it was",
-            f"{checkpoint.folder}：原来每步 {before} 行，现在为 {now} 行；"
-            f"--batch-size、--gradient-accumulation-steps 与进程数（{world.size}）之积须保持不变",
-        )

@@ -5,6 +5,7 @@ How training itself goes is said in `trainer`.
 
 import dataclasses
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,32 +42,26 @@ from mdl_toolkit.memory import plan_memory
 from mdl_toolkit.metrics import METRICS
 from mdl_toolkit.option import spelling
 from mdl_toolkit.options import ConversionOptions
-from mdl_toolkit.outputs import check_apart, removing_empty, writing
+from mdl_toolkit.outputs import check_apart, claimed, writing
 from mdl_toolkit.provenance import Provenance
 from mdl_toolkit.recomputing import Kept
 from mdl_toolkit.report import report_training
 from mdl_toolkit.results import origin_of, write_result
+from mdl_toolkit.resumption import check_steps, warn_changed, warn_finished
 from mdl_toolkit.runlog import Pace, RunLog
 from mdl_toolkit.sampling import Sampling
 from mdl_toolkit.schedule import Schedule
-from mdl_toolkit.settings import SETTINGS_FILE, read_settings, to_yaml
+from mdl_toolkit.settings import SETTINGS_FILE, to_yaml
 from mdl_toolkit.text_files import TextFiles, read_text_files
 from mdl_toolkit.tokens import Encoder, looked_at
 from mdl_toolkit.trackers import Trackers, check_trackers
-from mdl_toolkit.trainer import Outcome, Trainer, check_steps
+from mdl_toolkit.trainer import Outcome, Trainer
 from mdl_toolkit.training_options import TrainOptions
 
 MEMORY_REMEDY = Text(
     "lower --batch-size and raise --gradient-accumulation-steps, or try --quantization 4bit",
     "请减小 --batch-size 并增大 --gradient-accumulation-steps，或使用 --quantization 4bit",
 )
-# Options that do not change what is learnt, only where things are and how fast they come.
-ANY_TIME = frozenset(
-    {
-        "output", "resume_from_checkpoint", "num_workers", "tokenizing_batch_size", "download_cache",
-        "max_download_mb", "from_modelscope", "report_to", "cache_audio_features", "verify",
-    }
-)  # fmt: skip
 PRIVATE = ".dataset"  # in the output folder, while a run lasts: what its CSVs were converted to
 
 
@@ -102,9 +97,10 @@ def train(options: TrainOptions) -> TrainResult:
     resume = to_resume(output, options.resume_from_checkpoint)
     if resume is not None:
         check_resumable(resume.folder, options.train_target, options.lora_rank)
-        _warn_changed(resume, options)
+        warn_changed(resume, options)
     private = output / PRIVATE
-    with removing_empty(output):
+    # Of several processes the first one writes.
+    with claimed(output) if is_first_process() else nullcontext():
         return _prepare_and_run(options, private, resume)
 
 
@@ -216,7 +212,7 @@ def _train(run: _Run, kept: Kept) -> tuple[Outcome, Pace]:
         )  # fmt: skip
         if run.resume is not None:
             trainer.resume(run.resume)
-            _warn_finished(run.resume, schedule)
+            warn_finished(run.resume, schedule.total, trainer.best, options.early_stopping_patience)
         _prepare_output(run)
         log.begin(trainer.step)
         done = trainer.run()
@@ -250,45 +246,6 @@ def _questions(
     rows = Questions.drawn(eval_set, options.eval_samples, options.seed)[world.rank :: world.size]
     size = options.eval_batch_size or options.batch_size
     return Questions(eval_set, rows, size, encoder, METRICS[options.eval_metric])
-
-
-def _warn_finished(resume: Checkpoint, schedule: Schedule) -> None:
-    if resume.step >= schedule.total:
-        warn(
-            f"{resume.folder} is the end of its run: nothing was left to train, its result is written again",
-            f"{resume.folder} 已是训练的终点：没有需要继续训练的步骤，仅重新输出结果",
-        )
-
-
-# --- what a resumed run is compared with ---------------------------------------------------------------
-
-
-def _warn_changed(resume: Checkpoint, options: TrainOptions) -> None:
-    """Name the options that differ from the interrupted run's (rule 30)."""
-    try:
-        before = read_settings(resume.folder / SETTINGS_FILE, TrainOptions)
-    except InputError:  # of a version with other options
-        return
-    changed = [
-        (spelling(name), _shown(getattr(options, name)), _shown(value))
-        for name, value in before.items()
-        if name not in ANY_TIME and getattr(options, name) != value
-    ]
-    if changed:
-        en = ", ".join(f"{name} {now} (was {then})" for name, now, then in changed)
-        zh = "，".join(f"{name} {now}（原为 {then}）" for name, now, then in changed)
-        warn(
-            f"options differ from the interrupted run's, and the new ones hold: {en}",
-            f"以下选项与被中断的训练不同，以新值为准：{zh}",
-        )
-
-
-def _shown(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
-    if isinstance(value, tuple):
-        return ", ".join(value) or "null"
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 # --- before any weight is loaded -----------------------------------------------------------------------
@@ -364,16 +321,16 @@ def _prepare_output(run: _Run) -> None:
     options, output = run.options, Path(run.options.output)
     if not run.world.is_first:
         return
-    output.mkdir(parents=True, exist_ok=True)
-    _clear(output)
+    with writing(f"--output {output}", InputError):
+        _clear(output)
     if options.resume_from_checkpoint is True and run.resume is None:
         warn(
             f"no complete checkpoint in {output}: starting afresh",
             f"{output} 中没有完整的检查点：从头开始训练",
         )
-    if place := set_aside(output, run.resume):
-        say(f"what an earlier run left is now in {place}", f"先前训练的产物已移至 {place}")
-    with writing(str(output), InputError):
+    with writing(f"--output {output}", InputError):
+        if place := set_aside(output, run.resume):
+            say(f"what an earlier run left is now in {place}", f"先前训练的产物已移至 {place}")
         (output / SETTINGS_FILE).write_text(to_yaml(options), encoding="utf-8")
         run.origin.write(output)
 

@@ -1,0 +1,75 @@
+"""One run at a time writes into an output folder."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from fleet import fleet, slow_steps
+from mdl_toolkit import outputs
+from mdl_toolkit.errors import InputError
+from mdl_toolkit.outputs import claimed
+from mdl_toolkit.runlog import read_log
+from mdl_toolkit.settings import as_command
+from mdl_toolkit.training import train
+from runs import make_csv, train_options
+
+MODEL = Path(__file__).parent / "golden/checkpoints/A-small"
+
+
+def test_a_second_training_in_the_same_folder_is_refused_and_changes_nothing(tmp_path):
+    csv, output = make_csv(tmp_path, 8), tmp_path / "run"
+    words = as_command(train_options(csv, MODEL, output, num_epochs=4, merge_lora=False)).split()[1:]
+    with fleet(tmp_path) as start:
+        first = start(words, partial(slow_steps, 0.3))
+        assert first.until(lambda: (output / "log.jsonl").exists())
+        second = start(words)
+        assert second.end() == 1
+        line = (
+            f"error: --output {output}: another run writes into it; wait for its end, or give another folder"
+        )
+        assert second.said().splitlines() == [line]
+        assert first.end() == 0, first.said()
+    assert [line["step"] for line in read_log(output / "log.jsonl")] == [*range(1, 9)]
+    assert not (output / "previous-1").exists()
+
+
+def test_a_killed_run_holds_nothing(tmp_path):
+    code = f"""
+import os
+from pathlib import Path
+from mdl_toolkit.outputs import claimed
+with claimed(Path({str(tmp_path / "run")!r})):
+    os.kill(os.getpid(), 9)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -9
+    with claimed(tmp_path / "run"):
+        pass
+
+
+def test_a_folder_that_nothing_was_written_into_goes(tmp_path):
+    with claimed(tmp_path / "a/b"):
+        assert (tmp_path / "a/b").is_dir()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("problem", ["no locks", "no such platform"])
+def test_where_folders_cannot_be_locked_nothing_is_refused(tmp_path, monkeypatch, problem):
+    def fail(*_):
+        raise OSError(95, os.strerror(95))
+
+    if problem == "no locks":
+        monkeypatch.setattr(outputs.fcntl, "flock", fail)
+    else:
+        monkeypatch.setattr(outputs, "HAS_LOCKS", False)
+    with claimed(tmp_path / "run"), claimed(tmp_path / "run"):
+        (tmp_path / "run/file").touch()
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="no /proc")
+def test_a_folder_that_cannot_be_made_is_known_before_anything_is_loaded(tmp_path):
+    with pytest.raises(InputError, match="--output /proc/nowhere/run: cannot be written"):
+        train(train_options(make_csv(tmp_path, 4), MODEL, Path("/proc/nowhere/run")))

@@ -1,0 +1,161 @@
+"""What a resumed run may not take over from the interrupted one, and what it is told about."""
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fleet import fleet, start_ranks
+from mdl_toolkit import training
+from mdl_toolkit.checkpoints import checkpoint_at, checkpoints, to_resume
+from mdl_toolkit.folders import read_json
+from mdl_toolkit.settings import as_command
+from mdl_toolkit.training import train
+from runs import evaluations, make_csv, train_options
+
+MODEL = Path(__file__).parent / "golden/checkpoints/A-small"
+
+
+@pytest.fixture
+def options(tmp_path):
+    """Four steps, a checkpoint and an evaluation after each."""
+    csv = str(make_csv(tmp_path, 8))
+    return train_options(
+        csv, MODEL, tmp_path / "run", eval_dataset=csv, eval_steps=1, save_steps=1, num_epochs=2,
+        merge_lora=False, keep_best=True,
+    )  # fmt: skip
+
+
+def is_the_adapter_of(final, checkpoint):
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (final, checkpoint))
+    return all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def warnings_in(said):
+    return [line for line in said.splitlines() if line.startswith("warning: ")]
+
+
+# --- the best evaluation ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "best"),
+    [({"eval_metric": "accuracy"}, 4), ({"eval_dataset": "other.csv"}, 4), ({}, 1)],
+    ids=["another metric", "other rows", "the same"],
+)
+def test_the_best_so_far_counts_among_evaluations_of_its_kind(
+    options, tmp_path, losses, capsys, changes, best
+):
+    """Where they are of another kind, the evaluation of the step that is gone on from is made again."""
+    losses += [(0.5, 0.5), (2.0, 2.0), (2.0, 0.25), (1.5, 0.5), (1.0, 0.75)]
+    make_csv(tmp_path, 5, seed=40, name="other.csv")
+    changes = {name: value.replace("other", f"{tmp_path}/other") for name, value in changes.items()}
+    train(options)
+    for late in (3, 4):
+        shutil.rmtree(tmp_path / f"run/checkpoint-{late}")
+    (tmp_path / "run/log.jsonl").write_text(
+        "".join((tmp_path / "run/log.jsonl").read_text().splitlines(keepends=True)[:4])
+    )
+    capsys.readouterr()
+    done = train(replace(options, resume_from_checkpoint=True, **changes))
+    assert is_the_adapter_of(done.final, tmp_path / f"run/checkpoint-{best}")
+    told = "the best evaluation so far, after step 1, does not count any more: it was made in another way"
+    assert (f"warning: {told}" in warnings_in(capsys.readouterr().err)) == bool(changes)
+
+
+def test_without_evaluations_the_last_step_is_the_result_and_nothing_stops_early(options, tmp_path, losses):
+    losses += [1.0, 2.0, 3.0]
+    stopped = replace(options, early_stopping_patience=2)
+    assert train(stopped).steps == 3
+    done = train(replace(stopped, eval_dataset=None, resume_from_checkpoint=True))
+    assert (done.steps, done.eval_loss) == (4, None)
+    assert is_the_adapter_of(done.final, tmp_path / "run/checkpoint-4")
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_best_checkpoint_stays_where_the_run_was(options, tmp_path, losses, capsys, is_there):
+    losses += [2.0, 1.0, 3.0, 4.0]
+    train(options)
+    if not is_there:
+        shutil.rmtree(tmp_path / "run/checkpoint-2")
+    losses[:] = [3.5]
+    again = replace(
+        options, output=str(tmp_path / "other"), resume_from_checkpoint=str(tmp_path / "run/checkpoint-3")
+    )
+    done = train(again)
+    assert len(evaluations(tmp_path / "other")) == 1
+    result = "run/checkpoint-2" if is_there else "other/checkpoint-4"
+    assert is_the_adapter_of(done.final, tmp_path / result)
+    assert read_json(done.final / "mdl-toolkit.json")["metrics"]["steps"] == (2 if is_there else 4)
+    gone = "the best evaluation so far, after step 2, does not count any more: its checkpoint is gone"
+    assert (f"warning: {gone}" in warnings_in(capsys.readouterr().err)) != is_there
+
+
+def test_where_checkpoints_of_a_resumed_run_are(options, tmp_path):
+    train(options)
+    resumed = to_resume(tmp_path, str(tmp_path / "run/checkpoint-2"))
+    places = [checkpoint_at(tmp_path / "new", step, resumed) for step in (1, 2, 3)]
+    assert places == [
+        tmp_path / "run/checkpoint-1",
+        tmp_path / "run/checkpoint-2",
+        tmp_path / "new/checkpoint-3",
+    ]
+    assert checkpoint_at(tmp_path / "new", 2, None) == tmp_path / "new/checkpoint-2"
+
+
+# --- nothing left to do ----------------------------------------------------------------------------------
+
+
+def test_a_run_that_stopped_early_says_so_and_says_so_again(options, tmp_path, losses, capsys):
+    losses += [1.0, 2.0, 3.0, 0.5]
+    stopped = replace(options, early_stopping_patience=2)
+    assert train(stopped).steps == 3
+    assert "stopped early after step 3: 2 evaluations in a row no better" in capsys.readouterr().err
+    assert train(replace(stopped, resume_from_checkpoint=True)).steps == 3
+    (told,) = [line for line in warnings_in(capsys.readouterr().err) if "checkpoint-3" in line]
+    assert told.startswith(f"warning: {tmp_path}/run/checkpoint-3: its run was stopped early, 2 evaluations")
+    assert told.endswith("to go on, raise --early-stopping-patience")
+    assert train(replace(stopped, early_stopping_patience=3, resume_from_checkpoint=True)).steps == 4
+
+
+def test_a_finished_run_s_checkpoint_under_another_name(options, tmp_path):
+    first = train(options)
+    weights = load_file(first.final / "adapter_model.safetensors")
+    shutil.copytree(tmp_path / "run/checkpoint-4", tmp_path / "good")
+    done = train(
+        replace(
+            options, output=str(tmp_path / "other"), resume_from_checkpoint=str(tmp_path / "good"),
+            keep_best=False,
+        )
+    )  # fmt: skip
+    assert all(
+        torch.equal(t, weights[n]) for n, t in load_file(done.final / "adapter_model.safetensors").items()
+    )
+    assert read_json(done.final / "mdl-toolkit.json")["metrics"]["steps"] == 4
+
+
+# --- several processes -----------------------------------------------------------------------------------
+
+
+def finds_nothing_in_its_own_folder():
+    if os.environ["RANK"] == "1":
+        training.to_resume = lambda *_: None
+
+
+def test_processes_that_find_different_checkpoints_do_not_train(options, tmp_path):
+    one = replace(options, batch_size=2, gradient_accumulation_steps=2, keep_best=False)
+    train(one)
+    for late in (3, 4):
+        shutil.rmtree(tmp_path / f"run/checkpoint-{late}")
+    words = as_command(replace(one, gradient_accumulation_steps=1, resume_from_checkpoint=True)).split()[1:]
+    with fleet(tmp_path) as start:
+        jobs = start_ranks(start, words, 2, finds_nothing_in_its_own_folder)
+        assert [job.end() for job in jobs] == [1, 1]
+        for rank, step in enumerate((2, 0)):
+            line = f"error: process {rank} would go on from step {step} of 4 with 8 rows, another one diff"
+            assert jobs[rank].said().splitlines()[-1].startswith(line)
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-1", "checkpoint-2"]
