@@ -177,7 +177,7 @@ def test_an_evaluation_that_does_not_fit_is_computed_in_parts(tmp_path, compute,
 
 @pytest.mark.parametrize("problem", [ValueError("broken"), torch.OutOfMemoryError("CUDA out of memory")])
 def test_what_fails_leaves_the_steps_that_were_made(tmp_path, compute, problem):
-    """In an evaluation or in a step; the run goes on from there as if nothing had been, or with fewer rows."""
+    """In an evaluation or in a step; from there the run goes on as if nothing had been."""
     csv = make_csv(tmp_path, 16)
     changes = {"eval_dataset": str(csv), "eval_steps": 3, "save_steps": 0, "merge_lora": False}
     train(train_options(csv, MODEL, tmp_path / "whole", **changes))
@@ -197,6 +197,15 @@ def test_what_fails_leaves_the_steps_that_were_made(tmp_path, compute, problem):
     train(train_options(csv, MODEL, output, **changes, resume_from_checkpoint=True))
     close = torch.equal if isinstance(problem, ValueError) else partial(torch.allclose, atol=1e-4, rtol=1e-4)
     assert all(close(t, adapter(tmp_path / "whole")[n]) for n, t in adapter(output).items())
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_weights_that_are_not_finite_are_no_result(tmp_path, merge):
+    """Of a last step that was too wide, no loss tells any more."""
+    options = train_options(make_csv(tmp_path, 4), MODEL, tmp_path / "run", lr=1e300, merge_lora=merge)
+    with pytest.raises(ToolkitError, match="step 1: the trained weights are not finite any more; try"):
+        train(options)
+    assert checkpoints(tmp_path / "run") == []
 
 
 class _Spoiling(torch.autograd.Function):

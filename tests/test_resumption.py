@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from fleet import fleet, start_ranks
 from mdl_toolkit import training
 from mdl_toolkit.checkpoints import checkpoint_at, checkpoints, to_resume
+from mdl_toolkit.errors import ModelError
 from mdl_toolkit.folders import read_json
+from mdl_toolkit.runlog import read_log
 from mdl_toolkit.settings import as_command
 from mdl_toolkit.training import train
 from runs import evaluations, make_csv, train_options
@@ -37,6 +39,14 @@ def is_the_adapter_of(final, checkpoint):
 
 def warnings_in(said):
     return [line for line in said.splitlines() if line.startswith("warning: ")]
+
+
+def spoil(checkpoint):
+    """Another number in the middle of the weights."""
+    file = checkpoint / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
 
 
 # --- the best evaluation ---------------------------------------------------------------------------------
@@ -76,12 +86,15 @@ def test_without_evaluations_the_last_step_is_the_result_and_nothing_stops_early
     assert is_the_adapter_of(done.final, tmp_path / "run/checkpoint-4")
 
 
-@pytest.mark.parametrize("is_there", [True, False])
-def test_a_best_checkpoint_stays_where_the_run_was(options, tmp_path, losses, capsys, is_there):
+@pytest.mark.parametrize("state", ["whole", "gone", "damaged"])
+def test_a_best_checkpoint_stays_where_the_run_was(options, tmp_path, losses, capsys, state):
     losses += [2.0, 1.0, 3.0, 4.0]
     train(options)
-    if not is_there:
+    is_there = state == "whole"
+    if state == "gone":
         shutil.rmtree(tmp_path / "run/checkpoint-2")
+    elif state == "damaged":
+        spoil(tmp_path / "run/checkpoint-2")
     losses[:] = [3.5]
     again = replace(
         options, output=str(tmp_path / "other"), resume_from_checkpoint=str(tmp_path / "run/checkpoint-3")
@@ -90,8 +103,13 @@ def test_a_best_checkpoint_stays_where_the_run_was(options, tmp_path, losses, ca
     assert len(evaluations(tmp_path / "other")) == 1
     result = "run/checkpoint-2" if is_there else "other/checkpoint-4"
     assert is_the_adapter_of(done.final, tmp_path / result)
-    assert read_json(done.final / "mdl-toolkit.json")["metrics"]["steps"] == (2 if is_there else 4)
-    gone = "the best evaluation so far, after step 2, does not count any more: its checkpoint is gone"
+    metrics = read_json(done.final / "mdl-toolkit.json")["metrics"]
+    assert metrics["steps"] == (2 if is_there else 4)
+    logged = [line["loss"] for line in read_log(tmp_path / "run/log.jsonl") if "loss" in line]
+    assert not is_there or metrics["training_loss"] == pytest.approx(sum(logged[:2]) / 2)
+    gone = (
+        "the best evaluation so far, after step 2, does not count any more: its checkpoint is gone or damaged"
+    )
     assert (f"warning: {gone}" in warnings_in(capsys.readouterr().err)) != is_there
 
 
@@ -105,6 +123,20 @@ def test_where_checkpoints_of_a_resumed_run_are(options, tmp_path):
         tmp_path / "new/checkpoint-3",
     ]
     assert checkpoint_at(tmp_path / "new", 2, None) == tmp_path / "new/checkpoint-2"
+
+
+def test_no_result_is_made_of_a_checkpoint_that_was_damaged_meanwhile(options, tmp_path, losses, monkeypatch):
+    losses += [2.0, 1.0, 3.0, 4.0]
+    real = training.write_result
+
+    def late(*words):
+        spoil(tmp_path / "run/checkpoint-2")
+        return real(*words)
+
+    monkeypatch.setattr(training, "write_result", late)
+    with pytest.raises(ModelError, match="checkpoint-2: adapter_model.safetensors is damaged, so no result"):
+        train(options)
+    assert not (tmp_path / "run/final").exists()
 
 
 # --- nothing left to do ----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fleet import fleet, slow_steps, start_ranks, wait_for
-from mdl_toolkit import stopping, trainer
+from mdl_toolkit import stopping, trainer, training
 from mdl_toolkit.checkpoints import checkpoints, damage, to_resume
 from mdl_toolkit.runlog import read_log
 from mdl_toolkit.settings import as_command
@@ -211,19 +211,21 @@ def test_a_stopped_run_goes_on_bit_for_bit(place, tmp_path, start, number):
     assert job.until(lambda: len(steps_in(tmp_path, "run")) >= 2)
     job.signal(number)
     assert job.end() == 130
-    assert job.said().splitlines()[-2:] == [ASKED, "interrupted"]
+    kept = f"what was converted stays in {tmp_path}/run/.dataset, for the next run with this --output"
+    assert job.said().splitlines()[-3:] == [ASKED, kept, "interrupted"]
     usual = ("device", "memory", "training", "steps")
-    assert [line for line in job.said().splitlines()[:-2] if not line.startswith(usual)] == []
+    assert [line for line in job.said().splitlines()[:-3] if not line.startswith(usual)] == []
     step = steps_in(tmp_path, "run")[-1]
     assert 2 <= step < 8
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        f"checkpoint-{step}", "log.jsonl", "mdl-toolkit.json", "mdl-toolkit.yaml"
+        ".dataset", f"checkpoint-{step}", "log.jsonl", "mdl-toolkit.json", "mdl-toolkit.yaml"
     ]  # fmt: skip
     assert damage(tmp_path / f"run/checkpoint-{step}") is None
     again = start(command(place, str(tmp_path / "run"), "--resume-from-checkpoint", "true"))
     assert again.end() == 0, again.said()
     assert steps_in(tmp_path, "run") == [*range(1, 9)]
     assert same_weights(tmp_path / "run/final", place / "whole/final")
+    assert not (tmp_path / "run/.dataset").exists()
 
 
 def in_the_first_step(sign, usual):
@@ -238,15 +240,15 @@ def in_the_first_step(sign, usual):
 
 
 @pytest.mark.parametrize(
-    ("number", "usual", "status"),
+    ("number", "usual"),
     [
-        (signal.SIGTERM, signal.default_int_handler, -signal.SIGTERM),
-        (signal.SIGINT, signal.default_int_handler, 130),
-        (signal.SIGINT, signal.SIG_IGN, 130),
+        (signal.SIGTERM, signal.default_int_handler),
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGINT, signal.SIG_IGN),
     ],
     ids=["SIGTERM", "SIGINT", "SIGINT in the background"],
 )
-def test_a_second_signal_stops_at_once(place, tmp_path, start, number, usual, status):
+def test_a_second_signal_stops_at_once(place, tmp_path, start, number, usual):
     job = start(command(place, str(tmp_path / "run"), save_steps=1), partial(slow_steps, 0.05))
     assert job.until(lambda: (tmp_path / "run/checkpoint-1").exists())
     job.kill()
@@ -260,9 +262,39 @@ def test_a_second_signal_stops_at_once(place, tmp_path, start, number, usual, st
     assert job.until(lambda: ASKED in job.said())
     time.sleep(stopping.SAME + 0.2)
     job.signal(number)
-    assert job.end() == status
+    assert job.end() == 130
     assert checkpoints(tmp_path / "run") == before
     assert all(damage(path) is None for path in before)
+
+
+def in_the_beginning(sign, name):
+    """Leave a sign before or after the steps, and stay."""
+
+    def stay(*_, **__):
+        sign.touch()
+        time.sleep(600)
+
+    setattr(training, name, stay)
+
+
+@BOTH
+@pytest.mark.parametrize("moment", ["convert_rows", "_trainable_model", "write_result"])
+def test_a_signal_outside_the_steps_ends_the_run_tidily(place, tmp_path, start, number, moment):
+    """While data are converted, a model is loaded, a result is written."""
+    words = command(place, str(tmp_path / "run"), num_epochs=0.1)
+    job = start(words, partial(in_the_beginning, tmp_path / "sign", moment))
+    assert job.until((tmp_path / "sign").exists)
+    job.signal(number)
+    assert job.end() == 130
+    assert job.said().splitlines()[-1] == "interrupted"
+    left = {path.name for path in (tmp_path / "run").iterdir()} if (tmp_path / "run").exists() else set()
+    written = {"checkpoint-1", "log.jsonl", "mdl-toolkit.json", "mdl-toolkit.yaml"}
+    expected = {
+        "convert_rows": set(),
+        "_trainable_model": {".dataset"},
+        "write_result": {".dataset", *written},
+    }
+    assert left == expected[moment]
 
 
 # --- two processes ------------------------------------------------------------------------------------------

@@ -73,6 +73,13 @@ def say_steps(options: TrainOptions, sampling: Sampling, total: int) -> None:
         f"步数：{options.num_epochs:g} 轮共 {total:,} 步，每轮 {sampling.steps_per_epoch:,} 步；"
         f"有效批次：{sampling.effective} = {factors}（批次 x 累积 x 进程）",
     )
+    if options.warmup_steps >= total:
+        warn(
+            f"--warmup-steps {options.warmup_steps:,} is not less than the run's {total:,} steps: the "
+            f"learning rate never gets beyond {(total - 1) / options.warmup_steps:.2g} of --lr",
+            f"--warmup-steps {options.warmup_steps:,} 不小于总步数 {total:,}："
+            f"学习率最高只达到 --lr 的 {(total - 1) / options.warmup_steps:.2g}",
+        )
 
 
 def say_memory(plan: MemoryPlan) -> None:

@@ -47,6 +47,8 @@ def due_steps(cadence: int | float, steps_per_epoch: int, total: int) -> frozens
     every = cadence if isinstance(cadence, int) else cadence * steps_per_epoch
     if every == 0:
         return frozenset({total})
+    if every <= 1:
+        return frozenset(range(1, total + 1))
     count = int(total / every + 1e-9)
     return frozenset({max(1, round(k * every)) for k in range(1, count + 1)} | {total})
 
@@ -156,6 +158,8 @@ class Checkpoint:
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None: missing files, sizes, checksums."""
+    if not (folder / CHECKSUMS).is_file():
+        return f"{CHECKSUMS} is missing"
     try:
         sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
         for name in _NEEDED:
@@ -191,10 +195,16 @@ def to_resume(output: Path, resume: bool | str | None) -> Checkpoint | None:
         return None
     if resume is not True:
         path = Path(resume)
-        if reason := damage(path):
+        if not path.is_dir():
             raise ModelError(
-                f"--resume-from-checkpoint {path}: not a complete checkpoint ({reason})",
-                f"--resume-from-checkpoint {path}：不是完整的检查点（{reason}）",
+                f"--resume-from-checkpoint {path}: no such folder",
+                f"--resume-from-checkpoint {path}：没有该目录",
+            )
+        if reason := damage(path):
+            en, zh = _hint(path)
+            raise ModelError(
+                f"--resume-from-checkpoint {path}: not a complete checkpoint ({reason}){en}",
+                f"--resume-from-checkpoint {path}：不是完整的检查点（{reason}）{zh}",
             )
         return _open(path)
     for path in reversed(checkpoints(output)):
@@ -203,6 +213,12 @@ def to_resume(output: Path, resume: bool | str | None) -> Checkpoint | None:
         else:
             return _open(path)
     return None
+
+
+def _hint(path: Path) -> tuple[str, str]:
+    """The newest checkpoint of the run whose folder, or result, was given in its place."""
+    found = checkpoints(path) or checkpoints(path.resolve().parent)
+    return (f"; did you mean {found[-1]}?", f"；是否想写 {found[-1]}？") if found else ("", "")
 
 
 def _open(path: Path) -> Checkpoint:

@@ -41,14 +41,21 @@ class Progress(Protocol):
     def advance(self, count: int = 1, note: str = "") -> None:
         """Count parts as done; a note, such as the loss, stays until the next one."""
 
+    def begin(self, done: int) -> None:
+        """So many parts were done before: they say nothing of how long the others will take."""
+
 
 class _Lines:
     """Plain lines, not more than one in ten seconds."""
 
     def __init__(self, title: Text, total: int) -> None:
         self._title, self._total = title, total
-        self._done, self._note = 0, ""
+        self._done, self._before, self._note = 0, 0, ""
         self._started = self._last = time.monotonic()
+
+    def begin(self, done: int) -> None:
+        self._done = self._before = done
+        self._started = time.monotonic()
 
     def advance(self, count: int = 1, note: str = "") -> None:
         self._done, self._note = self._done + count, note or self._note
@@ -58,7 +65,7 @@ class _Lines:
             self._write(now - self._started)
 
     def _write(self, elapsed: float) -> None:
-        left = clock(elapsed / max(self._done, 1) * (self._total - self._done))
+        left = clock(elapsed / max(self._done - self._before, 1) * (self._total - self._done))
         more = f", {self._note}" if self._note else ""
         say(
             f"{self._title.en}: {self._done}/{self._total}{more}, {left} left",
@@ -100,6 +107,9 @@ class _Bar:
 
     def __init__(self, shown: Any, task: Any) -> None:
         self._shown, self._task = shown, task
+
+    def begin(self, done: int) -> None:
+        self._shown.reset(self._task, completed=done)
 
     def advance(self, count: int = 1, note: str = "") -> None:
         self._shown.advance(self._task, count)

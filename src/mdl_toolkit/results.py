@@ -6,11 +6,12 @@ import numpy as np
 
 from mdl_toolkit.audio import SAMPLE_RATE
 from mdl_toolkit.card import About
-from mdl_toolkit.checkpoints import LOG, Checkpoint, checkpoint_at
+from mdl_toolkit.checkpoints import LOG, STATE, Checkpoint, checkpoint_at, damage
 from mdl_toolkit.console import say
 from mdl_toolkit.dataset import ConvertedDataset
+from mdl_toolkit.errors import ModelError
 from mdl_toolkit.export import export_adapter, export_merged
-from mdl_toolkit.folders import FINAL, lasting_name
+from mdl_toolkit.folders import FINAL, lasting_name, read_json
 from mdl_toolkit.legacy import AnyDataset
 from mdl_toolkit.proof import some_rows
 from mdl_toolkit.provenance import Base, Prompts, Provenance
@@ -70,7 +71,8 @@ def write_result(
     output = Path(options.output)
     final, step = output / FINAL, _chosen(options, done)
     checkpoint = checkpoint_at(output, step, resume)
-    about = About(origin.measured(_metrics(output, step, done)), options, to_yaml(options))
+    _check_whole(checkpoint)
+    about = About(origin.measured(_metrics(output, step, checkpoint, done)), options, to_yaml(options))
     if options.merge_lora:
         samples = some_rows(train_set) if options.verify else ()
         export_merged(base, checkpoint, final, about, samples=samples)
@@ -90,11 +92,26 @@ def _chosen(options: TrainOptions, done: Outcome) -> int:
     return step
 
 
-def _metrics(output: Path, step: int, done: Outcome) -> dict[str, float]:
-    """Steps, the loss, and the last evaluation of the checkpoint, from the run's log."""
+def _check_whole(checkpoint: Path) -> None:
+    """Refuse to make a result of a damaged checkpoint.
+
+    Raises:
+        ModelError: naming what is wrong with it.
+    """
+    if reason := damage(checkpoint):
+        raise ModelError(
+            f"{checkpoint}: {reason}, so no result is made of it; resume from another checkpoint",
+            f"{checkpoint}：{reason}，无法由其生成结果；请从其他检查点恢复训练",
+        )
+
+
+def _metrics(output: Path, step: int, checkpoint: Path, done: Outcome) -> dict[str, float]:
+    """Steps, the mean loss until then, and the last evaluation of the checkpoint, from the run's log."""
+    state = read_json(checkpoint / STATE)
+    loss = state["losses"] / max(step - state["since"], 1) if "losses" in state else done.loss
     try:
         lines = [line for line in read_log(output / LOG) if "eval_loss" in line and line["step"] == step]
     except OSError:  # it could not be written, which was said
         lines = []
     scores = {name: value for line in lines[-1:] for name, value in line.items() if name.startswith("eval_")}
-    return {"steps": step, "training_loss": done.loss, **scores}
+    return {"steps": step, "training_loss": loss, **scores}

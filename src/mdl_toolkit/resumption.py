@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mdl_toolkit.answering import Questions
 from mdl_toolkit.batching import Readable
-from mdl_toolkit.checkpoints import Checkpoint, checkpoint_at
+from mdl_toolkit.checkpoints import Checkpoint, checkpoint_at, damage
 from mdl_toolkit.console import warn
 from mdl_toolkit.distributed import World
 from mdl_toolkit.errors import InputError, ToolkitError
@@ -103,8 +103,8 @@ def still_best(resume: Checkpoint, options: TrainOptions, judged: dict[str, Any]
         return best
     if not is_judged_alike(resume, judged):
         why = Text("it was made in another way", "其评估方式与现在不同")
-    elif options.keep_best and not checkpoint_at(Path(options.output), best.step, resume).is_dir():
-        why = Text("its checkpoint is gone", "其检查点已不存在")
+    elif options.keep_best and damage(checkpoint_at(Path(options.output), best.step, resume)):
+        why = Text("its checkpoint is gone or damaged", "其检查点已不存在或已损坏")
     else:
         return best
     warn(

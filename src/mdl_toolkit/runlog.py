@@ -108,7 +108,7 @@ class RunLog:
 
     def begin(self, step: int) -> None:
         """Go on after a step; what was logged of later ones, and lost with them, is dropped."""
-        self._shown.advance(step)
+        self._shown.begin(step)
         if is_first_process() and self._file.exists():
             kept = [line for line in read_log(self._file) if line["step"] <= step]
             work = self._file.with_suffix(".partial")
@@ -202,7 +202,7 @@ def _parsed(line: str) -> dict[str, Any] | None:
         values = json.loads(line)
     except ValueError:
         return None
-    return values if isinstance(values, dict) and "step" in values else None
+    return values if isinstance(values, dict) and isinstance(values.get("step"), int) else None
 
 
 def _line(values: dict[str, Any]) -> str:

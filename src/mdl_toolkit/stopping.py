@@ -64,7 +64,8 @@ class StopRequest:
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == self._take:  # else an inner one still waits for what is passed on
+                signal.signal(number, handler)
         self._before.clear()
 
 

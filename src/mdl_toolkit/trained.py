@@ -33,6 +33,11 @@ class Trained:
         self._optimizer.step()
         self.forget()
 
+    @property
+    def is_finite(self) -> bool:
+        """Tell whether every trained number is one."""
+        return bool(torch.stack([parameter.isfinite().all() for parameter in self._named.values()]).all())
+
     def forget(self) -> None:
         """Forget the gradients."""
         self._optimizer.zero_grad(set_to_none=True)

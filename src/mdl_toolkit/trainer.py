@@ -147,6 +147,8 @@ class Trainer:
         return Outcome(self.step, self.losses / max(self.step - self.since, 1), self.eval_loss, self.best)
 
     def _do_what_is_due(self) -> None:
+        if self.step in self.schedule.evaluating | self.schedule.saving or self.must_stop:
+            self._check_weights()
         if self.step in self.schedule.evaluating and not self.must_stop:
             with self._leaving_a_checkpoint():
                 self.evaluate()
@@ -256,6 +258,13 @@ class Trainer:
             f"rows {rows} of the training data",
             f"第 {self.step + 1} 步：损失或梯度不是有限值；请减小 --lr，或检查训练数据的第 {rows} 行",
         )
+
+    def _check_weights(self) -> None:
+        if not self.trained.is_finite:
+            raise ToolkitError(
+                f"step {self.step}: the trained weights are not finite any more; try a smaller --lr",
+                f"第 {self.step} 步：训练后的权重不再是有限值；请减小 --lr",
+            )
 
     # --- evaluation ---
 

@@ -5,7 +5,8 @@ How training itself goes is said in `trainer`.
 
 import dataclasses
 import shutil
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,20 @@ from mdl_toolkit.console import is_first_process, progress, say, warn
 from mdl_toolkit.conversion import convert_rows, read_rows
 from mdl_toolkit.curve import plot
 from mdl_toolkit.dataset import ConvertedDataset
-from mdl_toolkit.distributed import World, joined
-from mdl_toolkit.errors import DatasetError, InputError
+from mdl_toolkit.distributed import PeerLostError, World, joined
+from mdl_toolkit.errors import DatasetError, InputError, ToolkitError
 from mdl_toolkit.features import FeatureCache, check_frozen
 from mdl_toolkit.folders import BITSANDBYTES, FINAL, check_trainable, find_model, lasting_name, need
 from mdl_toolkit.language import Text
 from mdl_toolkit.legacy import AnyDataset, LegacyDataset, is_legacy
-from mdl_toolkit.loading import best_device, choose_dtype, explaining_memory, load_model, quiet_libraries
+from mdl_toolkit.loading import (
+    best_device,
+    choose_dtype,
+    explaining_memory,
+    lacks_memory,
+    load_model,
+    quiet_libraries,
+)
 from mdl_toolkit.lora import TargetCount, add_adapters, check_resumable
 from mdl_toolkit.memory import plan_memory
 from mdl_toolkit.metrics import METRICS
@@ -52,6 +60,7 @@ from mdl_toolkit.runlog import Pace, RunLog
 from mdl_toolkit.sampling import Sampling
 from mdl_toolkit.schedule import Schedule
 from mdl_toolkit.settings import SETTINGS_FILE, to_yaml
+from mdl_toolkit.stopping import Interruption
 from mdl_toolkit.text_files import TextFiles, read_text_files
 from mdl_toolkit.tokens import Encoder, looked_at
 from mdl_toolkit.trackers import Trackers, check_trackers
@@ -62,7 +71,8 @@ MEMORY_REMEDY = Text(
     "lower --batch-size and raise --gradient-accumulation-steps, or try --quantization 4bit",
     "请减小 --batch-size 并增大 --gradient-accumulation-steps，或使用 --quantization 4bit",
 )
-PRIVATE = ".dataset"  # in the output folder, while a run lasts: what its CSVs were converted to
+# In the output folder, until a run has come to its end: what its CSVs were converted to, and features of it.
+PRIVATE, FEATURES = ".dataset", "features"
 
 
 @dataclass(frozen=True)
@@ -100,7 +110,7 @@ def train(options: TrainOptions) -> TrainResult:
         warn_changed(resume, options)
     private = output / PRIVATE
     # Of several processes the first one writes.
-    with claimed(output) if is_first_process() else nullcontext():
+    with Interruption(), claimed(output) if is_first_process() else nullcontext():
         return _prepare_and_run(options, private, resume)
 
 
@@ -108,7 +118,7 @@ def _prepare_and_run(options: TrainOptions, private: Path, resume: Checkpoint | 
     with joined() as world:
         if resume is not None:
             check_steps(resume, options, world)
-        try:
+        with _keeping_what_was_converted(private) if world.is_first else nullcontext():
             if not world.is_first:
                 world.wait()  # for the first one, which converts
             files, train_set, eval_set = _open_data(options, private)
@@ -119,9 +129,29 @@ def _prepare_and_run(options: TrainOptions, private: Path, resume: Checkpoint | 
                 world.wait()
             with explaining_memory(MEMORY_REMEDY):
                 return _run(_plan(options, base, Encoder(files), train_set, eval_set, resume, world))
-        finally:
-            if world.is_first:
-                shutil.rmtree(private, ignore_errors=True)
+
+
+@contextmanager
+def _keeping_what_was_converted(private: Path) -> Iterator[None]:
+    """For the next run with this output, if this one is interrupted; a refusal leaves nothing behind."""
+    try:
+        yield
+    except BaseException as problem:
+        shutil.rmtree(private / FEATURES if _is_interruption(problem) else private, ignore_errors=True)
+        if any(private.glob("*/state.json")):
+            say(
+                f"what was converted stays in {private}, for the next run with this --output",
+                f"转换结果保留在 {private}，供下次使用相同 --output 的训练使用",
+            )
+        raise
+    shutil.rmtree(private, ignore_errors=True)
+
+
+def _is_interruption(problem: BaseException) -> bool:
+    """Tell whether the same data will be asked for again: after a stop, a crash, or a lack of memory."""
+    is_refusal = isinstance(problem, ToolkitError) and not isinstance(problem, PeerLostError)
+    cause = problem.__cause__
+    return not is_refusal or (isinstance(cause, Exception) and lacks_memory(cause))
 
 
 @dataclass(frozen=True)
@@ -196,7 +226,7 @@ def _train(run: _Run, kept: Kept) -> tuple[Outcome, Pace]:
     """Load the model and train it; neither it nor its optimizer outlives the call."""
     options, output, schedule = run.options, Path(run.options.output), run.schedule
     repeated = _repeated(options, schedule, run.train_set, run.eval_set)
-    cache = FeatureCache(output / PRIVATE / "features", options, run.base, run.world, repeated)
+    cache = FeatureCache(output / PRIVATE / FEATURES, options, run.base, run.world, repeated)
     model, counts = _trainable_model(options, run.base, run.device, run.dtype)
     say_targets(counts, model)
     rows = cache.featured(run.train_set, model)
@@ -276,12 +306,13 @@ def _open_data(options: TrainOptions, private: Path) -> tuple[TextFiles, AnyData
     check_trainable(folder, quantization=options.quantization, merge=options.merge_lora)
     files = read_text_files(folder)
     _warn_ignored(options)
+    eval_set = None
+    if options.eval_dataset is not None:  # first: it is the smaller one, and its bad rows are soon known
+        eval_set = _open_set(options.eval_dataset, options, files, private / "eval")
     train_set = _open_set(options.train_dataset, options, files, private / "train")
     if not len(train_set):
         raise DatasetError(f"{options.train_dataset}: no rows", f"{options.train_dataset}：没有任何行")
-    if options.eval_dataset is None:
-        return files, train_set, None
-    return files, train_set, _open_set(options.eval_dataset, options, files, private / "eval")
+    return files, train_set, eval_set
 
 
 def _open_set(path: str, options: TrainOptions, files: TextFiles, private: Path) -> AnyDataset:
