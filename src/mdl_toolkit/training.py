@@ -16,7 +16,7 @@ import torch
 from mdl_toolkit.advice import LossWatch, advise
 from mdl_toolkit.answering import Questions
 from mdl_toolkit.audio import SAMPLE_RATE
-from mdl_toolkit.batching import Collator
+from mdl_toolkit.batching import Collator, Readable
 from mdl_toolkit.briefing import (
     say_data,
     say_machine,
@@ -37,6 +37,7 @@ from mdl_toolkit.features import FeatureCache, check_frozen
 from mdl_toolkit.folders import BITSANDBYTES, FINAL, check_trainable, find_model, lasting_name, need
 from mdl_toolkit.language import Text
 from mdl_toolkit.legacy import AnyDataset, LegacyDataset, is_legacy
+from mdl_toolkit.loader import Remembered
 from mdl_toolkit.loading import (
     best_device,
     choose_dtype,
@@ -229,13 +230,15 @@ def _train(run: _Run, kept: Kept) -> tuple[Outcome, Pace]:
     cache = FeatureCache(output / PRIVATE / FEATURES, options, run.base, run.world, repeated)
     model, counts = _trainable_model(options, run.base, run.device, run.dtype)
     say_targets(counts, model)
-    rows = cache.featured(run.train_set, model)
+    rows: Readable = cache.featured(run.train_set, model)
     eval_rows = None if run.eval_set is None else cache.featured(run.eval_set, model)
     with progress("training", "训练中", schedule.total) as shown:
         trackers = Trackers(options, schedule.total)
         watch = LossWatch(schedule.total, schedule.warmup, options.lr)
         log = RunLog(output, shown, trackers, run.sampling, run.train_set.samples / SAMPLE_RATE, watch)
         questions = _questions(options, run.eval_set, run.encoder, run.world)
+        if rows is run.train_set and schedule.total > schedule.per_epoch:
+            rows = Remembered.of(run.train_set)
         trainer = Trainer(
             model, options, schedule, run.sampling, rows, eval_rows, questions, Collator(run.encoder.pad_id),
             run.world, log, run.device, run.dtype, kept,
