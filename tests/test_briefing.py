@@ -11,8 +11,9 @@ import soundfile
 from safetensors.torch import load_file
 
 from fleet import fleet, slow_steps
-from mdl_toolkit import briefing, runlog
+from mdl_toolkit import briefing, console, runlog
 from mdl_toolkit.briefing import say_results
+from mdl_toolkit.language import Text
 from mdl_toolkit.runlog import Forecast, Pace, read_log
 from mdl_toolkit.sampling import Sampling
 from mdl_toolkit.settings import as_command
@@ -104,6 +105,33 @@ def test_quantized_weights_and_several_processes(capsys):
 def sampling(rows=400):
     lengths = np.random.default_rng(1).integers(20, 400, rows)
     return Sampling(lengths, lengths // 4, 2, 2, 1, seed=3)
+
+
+@pytest.mark.parametrize(("warmup", "told"), [(2, []), (3, ["0.67"]), (30, ["0.067"])])
+def test_a_warm_up_that_never_ends_is_warned_of(tmp_path, capsys, warmup, told):
+    options = train_options("d", MODEL, tmp_path, warmup_steps=warmup)
+    lengths = np.ones(12, np.int64)
+    briefing.say_steps(options, Sampling(lengths, lengths, 4, 1, 1, 0), 3)
+    assert [
+        line.split()[-3] for line in lines_of(capsys) if line.startswith("warning: --warmup-steps")
+    ] == told
+
+
+def test_what_is_left_of_a_resumed_run_goes_by_the_steps_since(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    shown = console._Lines(Text("training", "训练中"), 1000)
+    now[0] = 100.0  # what comes before the first step
+    shown.begin(900)
+    now[0] += 20.0
+    shown.advance(50)
+    assert lines_of(capsys) == ["training: 950/1000, 0:20 left"]
+
+
+def test_a_line_that_is_none_of_a_log_s_is_passed_over(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 1, "loss": 2.0}\n{"step": "a", "loss": 1}\n[1]\n{"loss": 1}\n')
+    assert [line["step"] for line in read_log(log)] == [1]
 
 
 def test_a_forecast_goes_by_the_length_of_steps():

@@ -33,6 +33,11 @@ OF_A_RUN = {*FILES, "mdl-toolkit.json"}  # which says where all of the run's che
 AT_THE_END = ("final", "log.jsonl", "loss.png", "mdl-toolkit.json", "mdl-toolkit.yaml", "report.html")
 
 
+def test_a_tiny_fraction_of_an_epoch_is_every_step():
+    """At once: there were billions of them to go through."""
+    assert due_steps(1e-12, 12, 12) == frozenset(range(1, 13))
+
+
 @pytest.mark.parametrize(
     ("cadence", "per_epoch", "total", "due"),
     [
@@ -321,6 +326,27 @@ def test_a_log_that_cannot_be_written_does_not_end_a_training(tmp_path, monkeypa
     assert done.steps == 4
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
     assert said == ["warning: log.jsonl cannot be written: No space left on device; training goes on"]
+
+
+# --- where there is none ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("nowhere", "nowhere: no such folder"),
+        (".", r"not a complete checkpoint \(checksums.json is missing\); did you mean .*run/checkpoint-3\?"),
+        (
+            "final",
+            r"not a complete checkpoint \(checksums.json is missing\); did you mean .*run/checkpoint-3\?",
+        ),
+    ],
+)
+def test_what_is_no_checkpoint_is_told_with_what_may_be_meant(tmp_path, given, message):
+    output = make(tmp_path / "run", 2, 3)
+    (output / "final").mkdir()
+    with pytest.raises(ModelError, match=message):
+        to_resume(output, str(output / given))
 
 
 # --- what goes and what stays -------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from mdl_toolkit import memory, training
 from mdl_toolkit.batching import Collator
 from mdl_toolkit.conversion import convert_dataset
 from mdl_toolkit.dataset import ConvertedDataset
-from mdl_toolkit.errors import DatasetError, InputError, ModelError, ToolkitError, UsageError
+from mdl_toolkit.errors import DatasetError, InputError, ModelError, RowsError, ToolkitError, UsageError
 from mdl_toolkit.loading import load_model, quiet_peft
 from mdl_toolkit.options import ConvertOptions
 from mdl_toolkit.runlog import read_log
@@ -381,6 +381,39 @@ def test_a_model_that_does_not_fit_leaves_an_earlier_run_alone(model, tmp_path):
     with pytest.raises(ModelError, match=r"unknown: acoustic\.weight"):
         train(train_options(csv, model, tmp_path / "run"))
     assert files_below(tmp_path) == before
+
+
+def test_bad_evaluation_rows_are_known_before_the_training_rows_are_converted(model, tmp_path, monkeypatch):
+    converted, real = [], training.convert_rows
+    monkeypatch.setattr(
+        training, "convert_rows", lambda *w, **m: converted.append(w[1].name) or real(*w, **m)
+    )
+    rows = make_rows(tmp_path / "audio", 2)
+    rows[1]["audio"] = "missing.wav"
+    bad = write_csv(tmp_path / "eval.csv", rows)
+    with pytest.raises(RowsError, match=r"missing\.wav"):
+        train(train_options(make_csv(tmp_path, 4), model, tmp_path / "run", eval_dataset=str(bad)))
+    assert converted == ["eval"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_after_a_lack_of_memory_nothing_is_converted_again(model, tmp_path, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    options = train_options(make_csv(tmp_path, 4), model, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Trainer, "_loss", fail)
+        with pytest.raises(ModelError, match="ran out of memory"):
+            train(options)
+    (data,) = (tmp_path / "run/.dataset/train").glob("*.arrow")
+    before = data.stat().st_ino
+    opened = []
+    real = training.ConvertedDataset
+    monkeypatch.setattr(training, "ConvertedDataset", lambda p: opened.append(data.stat().st_ino) or real(p))
+    train(options)
+    assert opened == [before]
+    assert not (tmp_path / "run/.dataset").exists()
 
 
 def test_out_of_memory_is_explained(model, tmp_path, monkeypatch):

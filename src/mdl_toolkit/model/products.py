@@ -1,7 +1,7 @@
 """Products of large float32 matrices on a CPU, by oneDNN.
 
-torch hands float32 products to MKL. On AMD's processors oneDNN takes 0.8 to 0.95 of the time, and 0.6 where
-MKL first copies a large matrix, such as a head of 32,768 x 512 for 250 rows (Zen 4, `benchmarks/HISTORY.md`).
+torch hands float32 products to MKL. oneDNN takes 0.8 to 0.95 of the time, alone and warm, and 0.6 where MKL
+first copies a large matrix, such as a head of 32,768 x 512 for 250 rows (Zen 4, `benchmarks/HISTORY.md`).
 It makes code for each number of rows that it meets, in about a millisecond, so small products stay with MKL.
 """
 
