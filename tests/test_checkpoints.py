@@ -177,8 +177,8 @@ def test_true_with_none_starts_afresh(tmp_path, capsys):
 def test_a_path_is_taken_even_if_it_is_not_the_newest(tmp_path):
     output = make(tmp_path, 5, 6)
     assert to_resume(tmp_path / "elsewhere", str(output / "checkpoint-5")).step == 5
-    for path in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(ModelError, match="not a complete checkpoint"):
+    for path, message in (tmp_path, "not a complete checkpoint"), (tmp_path / "nowhere", "no such folder"):
+        with pytest.raises(ModelError, match=message):
             to_resume(output, str(path))
 
 

@@ -199,28 +199,20 @@ def _remove(path: Path) -> None:
 
 def _lock(path: Path, *, wait: bool = True) -> int | None:
     """The descriptor of a file or folder that is locked now; None if it is gone, or cannot be locked."""
-    if not HAS_LOCKS:
-        return None
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:  # another process has it, or the file system has no locks
-        os.close(descriptor)
-        return None
-    return descriptor
+    return _try_lock(path, wait=wait)[0]
 
 
-def _try_lock(folder: Path) -> tuple[int | None, bool]:
+def _try_lock(path: Path, *, wait: bool = False) -> tuple[int | None, bool]:
     """The descriptor, if it could be locked; and whether no other process has it, as far as can be told."""
     if not HAS_LOCKS:
         return None, True
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as problem:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None, True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as problem:  # another process has it, or the file system has no locks
         os.close(descriptor)
         return None, problem.errno not in (errno.EWOULDBLOCK, errno.EACCES)
     return descriptor, True
