@@ -36,16 +36,16 @@ def pytest_collection_finish() -> None:
 @pytest.fixture
 def losses(monkeypatch: pytest.MonkeyPatch) -> list[float | tuple[float, float]]:
     """Evaluations find what the test wants, a loss or loss and score; the real ones are done all the same."""
-    from mdl_toolkit.trainer import Trainer
+    from mdl_toolkit.validation import Validation
     from runs import evaluations
 
     wanted: list[float | tuple[float, float]] = []
-    judge = Trainer._judge
+    judge = Validation._judge
 
-    def judged(self: Trainer, score: float, tokens: int) -> None:
-        found = wanted[len(evaluations(self.output))]
-        self.eval_loss, score = found if isinstance(found, tuple) else (found, score)
+    def judged(self: Validation, score: float, tokens: int) -> None:
+        found = wanted[len(evaluations(Path(self.options.output)))]
+        self.loss, score = found if isinstance(found, tuple) else (found, score)
         judge(self, score, tokens)
 
-    monkeypatch.setattr(Trainer, "_judge", judged)
+    monkeypatch.setattr(Validation, "_judge", judged)
     return wanted

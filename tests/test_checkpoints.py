@@ -195,6 +195,22 @@ def test_a_new_one_takes_the_place_of_one_of_the_same_step(tmp_path):
     assert damage(output / "checkpoint-4") is None
 
 
+def test_a_checkpoint_stays_where_a_newer_one_cannot_take_its_place(tmp_path, monkeypatch):
+    make(tmp_path, 4)
+    before, rename = (tmp_path / "checkpoint-4/optimizer.safetensors").stat().st_ino, Path.rename
+
+    def fail(self, target):
+        if self == tmp_path / ".saving/checkpoint-4":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        make(tmp_path, 4)
+    assert names(tmp_path) == ["checkpoint-4"]
+    assert (tmp_path / "checkpoint-4/optimizer.safetensors").stat().st_ino == before
+
+
 @pytest.mark.parametrize("moment", [1, 2])
 def test_a_kill_right_before_the_renaming(tmp_path, moment):
     """There is no checkpoint of that name, the one before it is whole, and the run ends as if unbroken."""

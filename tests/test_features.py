@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fleet import die_before, fleet, start_ranks
-from mdl_toolkit import features, trainer, training
+from mdl_toolkit import features, training
 from mdl_toolkit.batching import Collator, Featured, items_of, split
 from mdl_toolkit.checkpoints import checkpoints
 from mdl_toolkit.conversion import convert_dataset
@@ -150,7 +150,7 @@ def test_a_dataset_of_the_old_version(place, tmp_path, encoded):
 @pytest.mark.parametrize("most", [1, 3])
 def test_too_little_memory_changes_nothing(place, tmp_path, monkeypatch, most):
     """In the pass before the first step, and in the steps, whose parts find their features."""
-    real, real_loss = FeatureCache._features, trainer.Trainer._loss
+    real, real_loss = FeatureCache._features, training.Forward.loss
 
     def scarce(self, model, clips, lengths):
         check_room(len(clips))
@@ -167,7 +167,7 @@ def test_too_little_memory_changes_nothing(place, tmp_path, monkeypatch, most):
     sizes = {"batch_size": 4, "gradient_accumulation_steps": 1, "eval_batch_size": 1}
     train(options_of(place, tmp_path / "plain", cache_audio_features=False, **sizes))
     monkeypatch.setattr(FeatureCache, "_features", scarce)
-    monkeypatch.setattr(trainer.Trainer, "_loss", scarce_loss)
+    monkeypatch.setattr(training.Forward, "loss", scarce_loss)
     train(options_of(place, tmp_path / "run", **sizes))
     check_follows(tmp_path / "run", tmp_path / "plain")
 

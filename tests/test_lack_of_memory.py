@@ -8,16 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from mdl_toolkit import trainer
-from mdl_toolkit.checkpoints import checkpoints
+from mdl_toolkit.answering import Answerer
+from mdl_toolkit.checkpoints import Checkpoint, checkpoints
 from mdl_toolkit.conversion import convert_dataset
 from mdl_toolkit.dataset import ConvertedDataset
 from mdl_toolkit.errors import ModelError, ToolkitError
+from mdl_toolkit.forward import Forward
 from mdl_toolkit.options import ConvertOptions
 from mdl_toolkit.runlog import read_log
 from mdl_toolkit.sampling import Sampling
+from mdl_toolkit.trainer import Trainer
 from mdl_toolkit.training import train
-from runs import make_csv, train_options
+from runs import evaluations, make_csv, train_options
 
 MODEL = Path(__file__).parent / "golden/checkpoints/A-small"
 
@@ -25,13 +27,18 @@ MODEL = Path(__file__).parent / "golden/checkpoints/A-small"
 @pytest.fixture
 def compute(monkeypatch):
     """Lets a test change how the loss of a batch is computed: `compute(function of trainer, rows, loss)`."""
-    real = trainer.Trainer._loss
+    real, prepare, trainers = Forward.loss, Trainer.__post_init__, []
+
+    def prepared(self):
+        prepare(self)
+        trainers.append(self)
 
     def change(act):
         def loss(self, batch, tokens):
-            return act(self, len(batch["input_ids"]), lambda: real(self, batch, tokens))
+            return act(trainers[-1], len(batch["input_ids"]), lambda: real(self, batch, tokens))
 
-        monkeypatch.setattr(trainer.Trainer, "_loss", loss)
+        monkeypatch.setattr(Trainer, "__post_init__", prepared)
+        monkeypatch.setattr(Forward, "loss", loss)
 
     return change
 
@@ -44,7 +51,7 @@ def figures(output):
 
 
 def adapter(output):
-    return trainer.Checkpoint(checkpoints(output)[-1], {}).adapter()
+    return Checkpoint(checkpoints(output)[-1], {}).adapter()
 
 
 def check_same(output, expected):
@@ -165,14 +172,40 @@ def test_an_evaluation_that_does_not_fit_is_computed_in_parts(tmp_path, compute,
     whole = train(train_options(csv, MODEL, tmp_path / "whole", **changes))
 
     def scarce(trained, rows, loss):
-        if rows > most and not trained.model.training:
+        if rows > most and not trained.forward.model.training:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
         return loss()
 
     compute(scarce)
     done = train(train_options(csv, MODEL, tmp_path / "run", **changes))
     assert done.eval_loss == pytest.approx(whole.eval_loss, rel=1e-5)
-    assert capsys.readouterr().err.count("rows at once from now on") == (1 if most == 3 else 3)
+    said = capsys.readouterr().err
+    assert said.count("rows at once from now on, when evaluating") == (1 if most == 3 else 3)
+    assert said.count("rows at once") == said.count("when evaluating")
+
+
+def test_answers_that_do_not_fit_are_made_with_fewer_rows_at_once(tmp_path, monkeypatch, capsys):
+    """As many times as need be, and then for good."""
+    csv, real, sizes = make_csv(tmp_path, 6), Answerer.__init__, []
+    changes = {
+        "eval_dataset": str(csv), "eval_batch_size": 6, "eval_metric": "cer", "eval_steps": 1,
+        "merge_lora": False,
+    }  # fmt: skip
+    train(train_options(csv, MODEL, tmp_path / "whole", **changes))
+
+    def scarce(self, model, encoder, batch_size, *more):
+        sizes.append(batch_size)
+        if batch_size > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        real(self, model, encoder, batch_size, *more)
+
+    monkeypatch.setattr(Answerer, "__init__", scarce)
+    capsys.readouterr()
+    train(train_options(csv, MODEL, tmp_path / "run", **changes))
+    assert sizes == [6, 3, 2, 2]
+    assert capsys.readouterr().err.count("rows at once from now on, when answering") == 2
+    found = [line["eval_cer"] for line in evaluations(tmp_path / "run")]
+    assert found == [line["eval_cer"] for line in evaluations(tmp_path / "whole")]
 
 
 @pytest.mark.parametrize("problem", [ValueError("broken"), torch.OutOfMemoryError("CUDA out of memory")])
@@ -184,7 +217,7 @@ def test_what_fails_leaves_the_steps_that_were_made(tmp_path, compute, problem):
     output, is_failing = tmp_path / "run", {3: True, 2: True}
 
     def fail(trained, _, loss):
-        if is_failing.get(trained.step) and trained.model.training == (trained.step == 2):
+        if is_failing.get(trained.step) and trained.forward.model.training == (trained.step == 2):
             raise problem
         return loss()
 

@@ -4,19 +4,20 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from fleet import fleet, slow_steps, start_ranks, wait_for
+from fleet import die_before, fleet, slow_steps, start_ranks, wait_for
 from mdl_toolkit import stopping, trainer, training
 from mdl_toolkit.checkpoints import checkpoints, damage, to_resume
 from mdl_toolkit.runlog import read_log
 from mdl_toolkit.settings import as_command
 from mdl_toolkit.stopping import Interruption, StopRequest
 from mdl_toolkit.training import train
-from runs import make_csv, train_options
+from runs import evaluations, make_csv, train_options
 from test_checkpoints import same_weights
 
 MODEL = Path(__file__).parent / "golden/checkpoints/A-small"
@@ -145,7 +146,7 @@ def test_in_another_thread_signals_are_left_alone():
 
 @BOTH
 def test_the_step_under_way_is_the_last(place, tmp_path, monkeypatch, number):
-    compute, calls = trainer.Trainer._loss, []
+    compute, calls = training.Forward.loss, []
 
     def compute_and_signal(self, *words):
         calls.append(1)
@@ -153,7 +154,7 @@ def test_the_step_under_way_is_the_last(place, tmp_path, monkeypatch, number):
             os.kill(os.getpid(), number)
         return compute(self, *words)
 
-    monkeypatch.setattr(trainer.Trainer, "_loss", compute_and_signal)
+    monkeypatch.setattr(training.Forward, "loss", compute_and_signal)
     options = train_options(place / "train.csv", MODEL, tmp_path / "run", batch_size=2, save_steps=0)
     with pytest.raises(KeyboardInterrupt):
         train(options)
@@ -166,23 +167,95 @@ def test_an_evaluation_is_given_up_and_made_later(place, tmp_path, monkeypatch):
     settings = {"batch_size": 2, "eval_dataset": str(place / "train.csv"), "eval_steps": 3, "save_steps": 0}
     options = partial(train_options, place / "train.csv", MODEL, **settings)
     train(options(tmp_path / "whole"))
-    compute, seen = trainer.Trainer._loss, []
+    compute, seen = training.Forward.loss, []
 
     def compute_and_signal(self, batch, tokens):
         if not self.model.training:
-            seen.append(self.step)
+            seen.append(steps_in(tmp_path, "run")[-1])
             if len(seen) == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
         return compute(self, batch, tokens)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Trainer, "_loss", compute_and_signal)
+        patch.setattr(training.Forward, "loss", compute_and_signal)
         with pytest.raises(KeyboardInterrupt):
             train(options(tmp_path / "run"))
     assert seen == [3, 3]
     assert steps_in(tmp_path, "run") == [1, 2, 3]
     train(options(tmp_path / "run", resume_from_checkpoint=True))
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_a_request_while_the_last_checkpoint_is_saved_is_one(place, tmp_path, monkeypatch):
+    """There is nothing left to train, but whoever asks does not wait for the result either."""
+    save, options = trainer.save, options_of(place, tmp_path / "run", merge_lora=False)
+
+    def save_and_signal(*words, **more):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return save(*words, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "save", save_and_signal)
+        with pytest.raises(KeyboardInterrupt):
+            train(options)
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-8"]
+    assert not (tmp_path / "run/final").exists()
+    train(replace(options, resume_from_checkpoint=True))
+    assert (tmp_path / "run/final/adapter_model.safetensors").exists()
+    assert steps_in(tmp_path, "run") == [*range(1, 9)]
+
+
+@pytest.fixture
+def owing(tmp_path, monkeypatch):
+    """A run that was stopped in its last evaluation; an unbroken one is in `whole`."""
+    csv, compute = make_csv(tmp_path, 8), training.Forward.loss
+    changes = {"eval_dataset": str(csv), "eval_steps": 2, "save_steps": 2, "save_total_limit": 1}
+    whole = train_options(csv, MODEL, tmp_path / "whole", num_epochs=2, lora_dropout=0.1, **changes)
+    options = replace(whole, output=str(tmp_path / "run"), resume_from_checkpoint=True)
+    train(whole)
+
+    def compute_and_signal(self, *words):
+        if not self.model.training and steps_in(tmp_path, "run")[-1] == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return compute(self, *words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Forward, "loss", compute_and_signal)
+        with pytest.raises(KeyboardInterrupt):
+            train(options)
+    assert [line["step"] for line in evaluations(tmp_path / "run")] == [2]
+    return options
+
+
+def state_of(output):
+    (last,) = checkpoints(output)
+    assert damage(last) is None
+    return (last / "state.json").read_bytes()
+
+
+def test_an_evaluation_that_was_owed_is_owed_no_more(owing, tmp_path):
+    """The checkpoint that the stop has left has it, and stands once in the log, also if that was written."""
+    assert state_of(tmp_path / "run") != state_of(tmp_path / "whole")
+    with (tmp_path / "run/log.jsonl").open("a") as log:
+        log.write('{"step": 4, "eval_loss": 7.0}\n')  # of a life that ended before the checkpoint was written
+    for _ in range(2):
+        train(owing)
+        assert state_of(tmp_path / "run") == state_of(tmp_path / "whole")
+        assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert same_weights(tmp_path / "run/final", tmp_path / "whole/final")
+
+
+@pytest.mark.parametrize("text", ["run/checkpoint-4", ".saving/checkpoint-4"])
+def test_a_kill_while_a_checkpoint_is_replaced_leaves_one(owing, tmp_path, start, capsys, text):
+    words = as_command(owing).split()[1:]
+    assert start(words, partial(die_before, "os.rename", text)).end() == -signal.SIGKILL
+    capsys.readouterr()
+    train(owing)
+    assert "starting afresh" not in capsys.readouterr().err
+    assert state_of(tmp_path / "run") == state_of(tmp_path / "whole")
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert same_weights(tmp_path / "run/final", tmp_path / "whole/final")
+    assert not (tmp_path / "run/.saving").exists()
 
 
 def losses(output):

@@ -84,8 +84,8 @@ def test_every_trainable_parameter_changes_and_nothing_else(golden, tmp_path, mo
 
     class Watching(training.Trainer):
         def run(self):
-            seen["model"] = self.model
-            seen["before"] = {n: t.clone() for n, t in self.model.state_dict().items()}
+            seen["model"] = self.forward.model
+            seen["before"] = {n: t.clone() for n, t in seen["model"].state_dict().items()}
             return super().run()
 
     monkeypatch.setattr(training, "Trainer", Watching)
@@ -163,10 +163,10 @@ def test_gradient_checkpointing_gives_up_no_more_than_it_must(model, tmp_path, m
     found, plain = [], Trainer.run
 
     def run(trainer):
-        base = trainer.model.get_base_model()
+        base = trainer.forward.model.get_base_model()
         blocks = (*base.audio_encoder.blocks, *base.decoder.model.layers)
         found.append({block.gradient_checkpointing for block in blocks})
-        trainer._halve()
+        trainer._let_go()
         found.append({block.gradient_checkpointing for block in blocks})
         return plain(trainer)
 
@@ -403,7 +403,7 @@ def test_after_a_lack_of_memory_nothing_is_converted_again(model, tmp_path, monk
 
     options = train_options(make_csv(tmp_path, 4), model, tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(training.Trainer, "_loss", fail)
+        patch.setattr(training.Forward, "loss", fail)
         with pytest.raises(ModelError, match="ran out of memory"):
             train(options)
     (data,) = (tmp_path / "run/.dataset/train").glob("*.arrow")
@@ -420,7 +420,7 @@ def test_out_of_memory_is_explained(model, tmp_path, monkeypatch):
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
-    monkeypatch.setattr(training.Trainer, "_loss", fail)
+    monkeypatch.setattr(training.Forward, "loss", fail)
     with pytest.raises(ModelError, match="ran out of memory; lower --batch-size"):
         train(train_options(make_csv(tmp_path, 4), model, tmp_path / "run"))
 

@@ -190,14 +190,12 @@ class Questions:
     Attributes:
         dataset: the rows, with labels.
         rows: which of them, `[rows]`.
-        batch_size: how many at once.
         encoder: the model's tokenizer.
         metric: what is counted.
     """
 
     dataset: AnyDataset
     rows: np.ndarray
-    batch_size: int
     encoder: Encoder
     metric: Metric
 
@@ -207,17 +205,23 @@ class Questions:
         rows = np.random.default_rng(seed).permutation(len(dataset))[:count]
         return rows[np.argsort(-dataset.positions[rows], kind="stable")]
 
-    def count(self, model: Any, is_stopped: Callable[[], bool]) -> tuple[float, float]:
-        """Numerator and denominator of the metric over all rows, or over those before a stop."""
+    def count(self, model: Any, batch_size: int, is_stopped: Callable[[], bool]) -> tuple[float, float]:
+        """Numerator and denominator of the metric over all rows, or over those before a stop.
+
+        Args:
+            model: in evaluation mode.
+            batch_size: most rows at once.
+            is_stopped: tells whether to stop.
+        """
         numerator = denominator = 0.0
-        for pair in self._answers(model):
+        for pair in self._answers(model, batch_size):
             part = self.metric.count(*pair)
             numerator, denominator = numerator + part[0], denominator + part[1]
             if is_stopped():
                 break
         return numerator, denominator
 
-    def _answers(self, model: Any) -> Iterator[tuple[str, str]]:
+    def _answers(self, model: Any, batch_size: int) -> Iterator[tuple[str, str]]:
         references: dict[int, str] = {}
 
         def questions() -> Iterator[Question]:
@@ -227,7 +231,7 @@ class Questions:
                 references[row] = self.encoder.decode(reference.tolist())
                 yield Question(row, prompt_of(sample), 2 * len(reference) + ROOM)
 
-        for row, text in Answerer(model, self.encoder, self.batch_size).answers(questions()):
+        for row, text in Answerer(model, self.encoder, batch_size).answers(questions()):
             yield references.pop(row), text
 
 

@@ -29,7 +29,7 @@ from mdl_toolkit.settings import SETTINGS_FILE
 LOG = "log.jsonl"
 PLOT = "loss.png"
 REPORT = "report.html"
-WORK = ".saving"
+WORK, AWAY = ".saving", ".old"
 STATE, OPTIMIZER, CHECKSUMS = "state.json", "optimizer.safetensors", "checksums.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _NEEDED = (STATE, OPTIMIZER, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
@@ -96,6 +96,7 @@ def save(
             OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(problem))
         ) from problem
     finally:
+        put_back(output)
         shutil.rmtree(output / WORK, ignore_errors=True)
 
 
@@ -113,10 +114,17 @@ def _seal(folder: Path) -> None:
 def _put_in_place(work: Path, output: Path) -> Path:
     target = output / work.name
     if target.exists():
-        target.rename(work.with_suffix(".old"))
+        target.rename(work.with_suffix(AWAY))
     work.rename(target)
     to_disk(output)
     return target
+
+
+def put_back(output: Path) -> None:
+    """Give a checkpoint its place again that was away for a newer one of its step when a run was killed."""
+    for away in (output / WORK).glob(f"checkpoint-*{AWAY}"):
+        if not (target := output / away.stem).exists():
+            away.rename(target)
 
 
 def _sha256(file: Path) -> str:

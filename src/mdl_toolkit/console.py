@@ -88,16 +88,19 @@ def progress(en: str, zh: str, total: int) -> Iterator[Progress]:
 def _bar(title: Text, total: int) -> Iterator[Progress]:
     from rich import progress as rich_progress
     from rich.console import Console
+    from rich.table import Column
 
+    console = Console(stderr=True)
+    note = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # what is left of the line: all else is whole
     columns = (
         rich_progress.TextColumn("{task.description}"),
-        rich_progress.BarColumn(),
+        rich_progress.BarColumn(max(8, min(40, console.width - 100))),
         rich_progress.MofNCompleteColumn(),
-        rich_progress.TextColumn("{task.fields[note]}"),
+        rich_progress.TextColumn("{task.fields[note]}", table_column=note),
         rich_progress.TimeElapsedColumn(),
         rich_progress.TimeRemainingColumn(),
     )
-    with rich_progress.Progress(*columns, console=Console(stderr=True)) as shown:
+    with rich_progress.Progress(*columns, console=console, expand=True) as shown:
         task = shown.add_task(str(title), total=total, note="")
         yield _Bar(shown, task)
 

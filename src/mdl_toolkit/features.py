@@ -5,7 +5,6 @@ on: nothing that a killed run left is ever used. Of several processes each compu
 a file of its own and reads all files, so that they must share the output folder.
 """
 
-import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,8 +20,10 @@ from mdl_toolkit.batching import Batch, Collator, Featured
 from mdl_toolkit.console import progress, say
 from mdl_toolkit.distributed import World
 from mdl_toolkit.errors import DatasetError, InputError, UsageError
+from mdl_toolkit.halving import AtOnce
+from mdl_toolkit.language import Text
 from mdl_toolkit.legacy import AnyDataset
-from mdl_toolkit.loader import GPU_THREADS, Loader
+from mdl_toolkit.loader import Loader
 from mdl_toolkit.loading import best_device, choose_dtype
 from mdl_toolkit.memory import size
 from mdl_toolkit.model import MiDashengLMConfig
@@ -108,8 +109,9 @@ class FeatureCache:
         self, folder: Path, options: TrainOptions, base: Path, world: World, datasets: Sequence[AnyDataset]
     ) -> None:
         self._folder, self._batch_size, self._world = folder, options.batch_size, world
-        self._most_rows = options.batch_size  # computed at once; less after a lack of memory
         self._datasets, self._dtype, self._device = datasets, choose_dtype(options.bf16), best_device()
+        what = Text("for audio features", "计算音频特征时")
+        self._at_once = AtOnce(options.batch_size, self._device, what)
         if not datasets:
             return
         self._hidden: int = MiDashengLMConfig.from_pretrained(base).parts[1].hidden_size
@@ -177,9 +179,8 @@ class FeatureCache:
 
     def _write(self, file: Path, dataset: AnyDataset, rows: Rows, model: Any) -> None:
         batches = [rows[start : start + self._batch_size] for start in range(0, len(rows), self._batch_size)]
-        loader = Loader(
-            lambda wanted: Collator(0)([dataset[int(row)] for row in wanted]),
-            GPU_THREADS if self._device.type == "cuda" else 1,
+        loader = Loader.beside(
+            self._device, lambda wanted: Collator(0)([dataset[int(row)] for row in wanted])
         )
         with file.open("wb") as sink, progress("audio features", "计算音频特征", len(rows)) as shown:
             for wanted, batch in zip(batches, loader.batches(batches), strict=True):
@@ -191,17 +192,15 @@ class FeatureCache:
     def _computed(self, model: Any, batch: Batch) -> Iterator[Tensor]:
         """`[audio tokens, hidden_size]`, all at once, or fewer rows at a time if memory does not do."""
         clips, lengths, start = batch["input_values"], batch["audio_length"], 0
+
+        def compute(most: int) -> Tensor:
+            now = slice(start, start + most)
+            return self._features(model, clips[now, : int(lengths[now].max())], lengths[now])
+
         while start < len(clips):
-            now = slice(start, start + self._most_rows)
-            try:
-                features = self._features(model, clips[now, : int(lengths[now].max())], lengths[now])
-            except torch.OutOfMemoryError:
-                if self._most_rows == 1:
-                    raise
-                self._most_rows = math.ceil(self._most_rows / 2)
-                continue
+            features = self._at_once.attempt(len(clips) - start, compute)
             yield features
-            start = now.stop
+            start += self._at_once.most
 
     def _features(self, model: Any, clips: Tensor, lengths: Tensor) -> Tensor:
         is_half = self._dtype == torch.bfloat16

@@ -78,6 +78,11 @@ class Loader(Generic[Made]):
     threads: int
     waited: float = 0.0
 
+    @staticmethod
+    def beside(device: torch.device, make: Callable[[Rows], Made]) -> "Loader[Made]":
+        """As many threads as a device needs that computes meanwhile."""
+        return Loader(make, GPU_THREADS if device.type == "cuda" else 1)
+
     def batches(self, wanted: Iterable[Rows]) -> Generator[Made, None, None]:
         """The batches, in order; closing it ends the threads."""
         pool = ThreadPoolExecutor(self.threads, "batches")

@@ -106,11 +106,12 @@ class RunLog:
         self._rows, self._audio, self._waited, self._has_warned = 0, 0.0, 0.0, False
         self._began = self._mark = time.monotonic()
 
-    def begin(self, step: int) -> None:
-        """Go on after a step; what was logged of later ones, and lost with them, is dropped."""
+    def begin(self, step: int, *, is_evaluated: bool = True) -> None:
+        """Go on after a step, and after its evaluation; what was logged later, and is lost, is dropped."""
         self._shown.begin(step)
         if is_first_process() and self._file.exists():
-            kept = [line for line in read_log(self._file) if line["step"] <= step]
+            last = {True: step if is_evaluated else step - 1, False: step}
+            kept = [line for line in read_log(self._file) if line["step"] <= last["eval_loss" in line]]
             work = self._file.with_suffix(".partial")
             with writing(str(self._file), InputError):
                 work.write_text("".join(map(_line, kept)), encoding="utf-8")

@@ -8,34 +8,34 @@ the step, and all else that matters is in the checkpoint.
 import errno
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mdl_toolkit.answering import Questions
-from mdl_toolkit.batching import Batch, Collator, Readable, items_of, pinned, split
+from mdl_toolkit.batching import Batch, Readable, split
 from mdl_toolkit.checkpoints import Checkpoint, delete_oldest, save
 from mdl_toolkit.console import say, warn
 from mdl_toolkit.distributed import World
 from mdl_toolkit.errors import ModelError, ToolkitError
-from mdl_toolkit.loader import GPU_THREADS, Loader
-from mdl_toolkit.loading import lacks_memory
-from mdl_toolkit.metrics import LOSS, Best, Metric
+from mdl_toolkit.forward import Forward
+from mdl_toolkit.halving import AtOnce
+from mdl_toolkit.language import Text
+from mdl_toolkit.loader import Loader
+from mdl_toolkit.metrics import Best
 from mdl_toolkit.recomputing import NONE, Kept, recompute
-from mdl_toolkit.resumption import check_together, identity_of, is_judged_alike, judged_by, still_best
+from mdl_toolkit.resumption import check_together, identity_of
 from mdl_toolkit.runlog import RunLog
-from mdl_toolkit.sampling import Rows, Sampling
+from mdl_toolkit.sampling import Sampling
 from mdl_toolkit.schedule import Schedule
 from mdl_toolkit.settings import to_yaml
 from mdl_toolkit.stopping import StopRequest
-from mdl_toolkit.tokens import IGNORE_INDEX
 from mdl_toolkit.trained import Trained
 from mdl_toolkit.training_options import TrainOptions
+from mdl_toolkit.validation import Validation
 
 MAX_NORM = 1.0  # of the gradient, as in the HF Trainer
 MOST_ROWS_NAMED = 20
@@ -64,52 +64,41 @@ class Trainer:
     """Everything that a run works with.
 
     Attributes:
-        model: a `PeftModel`; exactly its trainable parameters train.
         options: the run's.
         schedule: when what is due.
         sampling: which rows when.
         train_set: the rows to learn.
-        eval_set: the rows to evaluate on, if any.
-        questions: of these, what is answered and compared, if anything is.
-        collator: rows to batches.
+        forward: what is computed with; exactly the trainable parameters of its model train.
+        validation: the run's evaluations.
         world: the processes.
         log: what is said and written while it runs.
-        device: where the model is.
-        dtype: of the base weights.
         kept: blocks that gradient checkpointing, if it is on, leaves alone.
     """
 
-    model: Any
     options: TrainOptions
     schedule: Schedule
     sampling: Sampling
     train_set: Readable
-    eval_set: Readable | None
-    questions: Questions | None
-    collator: Collator
+    forward: Forward
+    validation: Validation
     world: World
     log: RunLog
-    device: torch.device
-    dtype: torch.dtype
     kept: Kept = NONE
 
     def __post_init__(self) -> None:
         self.output = Path(self.options.output)
-        self.trained = Trained(self.model, self.device)
+        self.trained = Trained(self.forward.model, self.forward.device)
         if self.options.gradient_checkpointing:
-            recompute(self.model, self.kept)
+            recompute(self.forward.model, self.kept)
         self.step = 0
         self.losses, self.since = 0.0, 0  # the sum of all steps' losses, and the step after which it began
-        # Computed at once; less after a lack of memory.
-        self.most_rows = self.options.batch_size
-        self.most_eval_rows = self.options.eval_batch_size or self.options.batch_size
+        what = Text("the same effective batch", "有效批次大小不变")
+        self.at_once = AtOnce(self.options.batch_size, self.forward.device, what)
         self.request, self.must_stop = StopRequest(), False
-        self.eval_loss: float | None = None
-        self.evaluated: int | None = None  # the step of the last evaluation
         self.resumed: Path | None = None
-        self.best = Best()
-        threads = GPU_THREADS if self.device.type == "cuda" else 1
-        self.loader = Loader(lambda rows: self._make(self.train_set, rows), threads)
+        self.loader = Loader.beside(
+            self.forward.device, lambda rows: self.forward.batch(self.train_set, rows)
+        )
 
     # --- the run ---
 
@@ -126,46 +115,47 @@ class Trainer:
             for rows in self.sampling.batches(step, self.world.rank)
         )
         check_together(self.world, self.step, identity_of(self.sampling), self.schedule.total)
-        self.model.train()
+        self.forward.model.train()
         first = self.step
         if self.resumed is not None and self.world.is_first:
             self._delete_oldest()
         with self.request, closing(self.loader.batches(wanted)) as batches:
-            if self._owes_evaluation():
-                self.evaluate()
-            while self.step < self.schedule.total and not self.must_stop and not self._is_enough():
+            if self.validation.is_owed(self.step):
+                self._make_up_for_evaluation()
+            while self.step < self.schedule.total and not self.must_stop and not self.validation.is_enough:
                 self.losses += self._make_step(batches)
                 self._do_what_is_due()
-            if self.must_stop:
-                self.world.wait()  # all end together, when all is saved: a launcher ends those left behind
+            # All end together, when all is saved: a launcher ends those left behind.
+            if float(self.world.sum(torch.tensor(float(self.request.is_made)))):
                 raise KeyboardInterrupt
+        best = self.validation.best
         if first < self.step < self.schedule.total:
             say(
-                f"stopped early after step {self.step}: {self.best.worse} evaluations in a row no better",
-                f"第 {self.step} 步后提前停止：连续 {self.best.worse} 次评估没有改善",
+                f"stopped early after step {self.step}: {best.worse} evaluations in a row no better",
+                f"第 {self.step} 步后提前停止：连续 {best.worse} 次评估没有改善",
             )
-        return Outcome(self.step, self.losses / max(self.step - self.since, 1), self.eval_loss, self.best)
+        return Outcome(self.step, self.losses / max(self.step - self.since, 1), self.validation.loss, best)
+
+    def _make_up_for_evaluation(self) -> None:
+        """What the run was stopped before; the checkpoint that was left then has it from now on."""
+        self._evaluate()
+        if not self.must_stop:
+            self.save(is_needed=False)
 
     def _do_what_is_due(self) -> None:
-        if self.step in self.schedule.evaluating | self.schedule.saving or self.must_stop:
+        is_to_evaluate, is_to_save = self.validation.is_due(self.step), self.step in self.schedule.saving
+        if is_to_evaluate or is_to_save or self.must_stop:
             self._check_weights()
-        if self.step in self.schedule.evaluating and not self.must_stop:
+        if is_to_evaluate and not self.must_stop:
             with self._leaving_a_checkpoint():
-                self.evaluate()
-        is_last = self.step == self.schedule.total or self.must_stop or self._is_enough()
-        is_kept = self.options.keep_best and self.best.step == self.step
-        if self.step in self.schedule.saving or is_last or is_kept:
+                self._evaluate()
+        is_last = self.step == self.schedule.total or self.must_stop or self.validation.is_enough
+        is_kept = self.options.keep_best and self.validation.best.step == self.step
+        if is_to_save or is_last or is_kept:
             self.save(is_needed=is_last or is_kept)
 
-    def _is_enough(self) -> bool:
-        """Tell whether there were too many evaluations in a row without a better one."""
-        patience = self.options.early_stopping_patience
-        return patience is not None and self.best.worse >= patience
-
-    def _owes_evaluation(self) -> bool:
-        """Tell whether the run was stopped before an evaluation that was due."""
-        due, total = self.schedule.evaluating, self.schedule.total
-        return (self.step in due or (bool(due) and self.step > total)) and self.evaluated != self.step
+    def _evaluate(self) -> None:
+        self.must_stop = self.validation.evaluate(self.step, lambda: self.request.is_made)
 
     # --- one step ---
 
@@ -204,50 +194,35 @@ class Trainer:
         """Gradients of this process's batches, and the sum of their losses; again if memory does not do."""
         wanted = self.sampling.batches(self.step, self.world.rank)
         made: Iterable[Batch] = (next(batches) for _ in wanted)
-        while True:
-            try:
-                return self._add_up(made)
-            except RuntimeError as problem:
-                if self.most_rows == 1 or not lacks_memory(problem):
-                    raise
-            # Here, where what had been computed is let go of.
-            self._halve()
-            # Gradients may be half added up: the whole step is computed again, from its rows.
+
+        def make_again() -> None:
+            """Gradients may be half added up: the whole step is computed again, from its rows."""
+            nonlocal made
+            self._let_go()
             for _ in made:  # what was made ahead for this step
                 pass
             made = [self.loader.make(rows) for rows in wanted]
 
-    def _add_up(self, made: Iterable[Batch]) -> Tensor:
-        tokens, total = max(1, self.sampling.tokens(self.step)), torch.zeros((), device=self.device)
+        return self.at_once.attempt(
+            max(map(len, wanted), default=0), lambda most: self._add_up(made, most), make_again
+        )
+
+    def _add_up(self, made: Iterable[Batch], most: int) -> Tensor:
+        tokens, device = max(1, self.sampling.tokens(self.step)), self.forward.device
+        total = torch.zeros((), device=device)
         for number, batch in enumerate(made):
             torch.manual_seed(self.sampling.dropout_seed(self.step, number, self.world.rank))
-            for part in split(batch, self.most_rows):
-                loss = self._loss(self._on_device(part), tokens)
+            for part in split(batch, most):
+                loss = self.forward.loss(part, tokens)
                 loss.backward()
                 total += loss.detach()
         return total
 
-    def _loss(self, batch: dict[str, Tensor], tokens: int) -> Tensor:
-        with self._precision():
-            loss: Tensor = self.model(**batch, num_items_in_batch=tokens).loss
-        return loss
-
-    def _halve(self) -> None:
+    def _let_go(self) -> None:
+        """Of gradients, and from now on of all activations that can be computed again."""
         self.trained.forget()
         if self.options.gradient_checkpointing:
-            recompute(self.model)
-        self.most_rows = self._fewer(self.most_rows)
-
-    def _fewer(self, rows: int) -> int:
-        """Half as many, as so many at once were too many."""
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        fewer = math.ceil(rows / 2)
-        warn(
-            f"the GPU ran out of memory: {fewer} rows at once from now on, the same effective batch",
-            f"显存不足：此后每次计算 {fewer} 行；有效批次大小不变",
-        )
-        return fewer
+            recompute(self.forward.model)
 
     def _check_finite(self, loss: float, norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
@@ -266,70 +241,6 @@ class Trainer:
                 f"第 {self.step} 步：训练后的权重不再是有限值；请减小 --lr",
             )
 
-    # --- evaluation ---
-
-    @torch.no_grad()
-    def evaluate(self) -> None:
-        """The loss over all supervised tokens of the evaluation set; memory does not grow with the set.
-
-        If any process is asked to stop meanwhile it is given up, and owed when the run goes on.
-        """
-        assert self.eval_set is not None
-        self.model.eval()
-        sums = torch.zeros(2, dtype=torch.float64)
-        pending = torch.zeros(2, dtype=torch.float64, device=self.device)
-        every = self.options.eval_accumulation_steps
-        loader = Loader(lambda rows: self._make(self.eval_set, rows), self.loader.threads)
-        for number, batch in enumerate(loader.batches(self._eval_rows()), 1):
-            if self.request.is_made:
-                break
-            count = (batch["labels"][:, 1:] != IGNORE_INDEX).sum().double()
-            pending += torch.stack([self._eval_loss(batch), count.to(self.device)])
-            if every is not None and number % every == 0:
-                sums, pending = sums + pending.cpu(), torch.zeros_like(pending)
-        answered = self._answer()
-        self.model.train()
-        more = torch.tensor([*answered, self.request.is_made], dtype=torch.float64)
-        loss, tokens, *scores, stops = self.world.sum(torch.cat([sums + pending.cpu(), more])).tolist()
-        self.must_stop = bool(stops)
-        if not self.must_stop:
-            self.eval_loss, self.evaluated = loss / max(tokens, 1), self.step
-            self._judge(scores[0] / max(scores[1], 1), int(tokens))
-
-    def _eval_loss(self, batch: Batch) -> Tensor:
-        """Sum over a batch, in smaller parts if memory does not do."""
-        while True:
-            try:
-                parts = [self._loss(self._on_device(part), 1) for part in split(batch, self.most_eval_rows)]
-                return torch.stack(parts).double().sum()
-            except RuntimeError as problem:
-                if self.most_eval_rows == 1 or not lacks_memory(problem):
-                    raise
-            self.most_eval_rows = self._fewer(min(self.most_eval_rows, len(batch["input_ids"])))
-
-    def _answer(self) -> tuple[float, float]:
-        """The process's part of the metric's numerator and denominator."""
-        if self.questions is None or self.request.is_made:
-            return 0.0, 0.0
-        with self._precision():
-            return self.questions.count(self.model, lambda: self.request.is_made)
-
-    def _judge(self, score: float, tokens: int) -> None:
-        """Say what was found, and whether it is the best so far."""
-        assert self.eval_loss is not None
-        metric = self._metric
-        value = self.eval_loss if self.questions is None else score
-        self.best = self.best.after(metric, self.step, value, self.eval_loss)
-        scores = {} if self.questions is None else {f"eval_{metric.name}": score}
-        self.log.evaluation(self.step, self.eval_loss, tokens, scores)
-
-    def _eval_rows(self) -> Iterator[Rows]:
-        """The process's share of the evaluation rows, in batches of similar length."""
-        assert self.eval_set is not None
-        order = (-self.eval_set.positions).argsort(kind="stable")[self.world.rank :: self.world.size]
-        size = self.options.eval_batch_size or self.options.batch_size
-        return (order[start : start + size] for start in range(0, len(order), size))
-
     # --- checkpoints ---
 
     def save(self, *, is_needed: bool) -> None:
@@ -341,9 +252,8 @@ class Trainer:
         if not self.world.is_first:
             return
         state = {
-            "sampling": identity_of(self.sampling), "judged": judged_by(self.eval_set, self.questions),
-            "eval_loss": self.eval_loss, "evaluated": self.evaluated, "best": asdict(self.best),
-            "losses": self.losses, "since": self.since, "most_rows": self.most_rows,
+            "sampling": identity_of(self.sampling), **self.validation.state(),
+            "losses": self.losses, "since": self.since, "most_rows": self.at_once.most,
         }  # fmt: skip
         try:
             self._save_with_room(partial(
@@ -374,8 +284,8 @@ class Trainer:
     def _delete_oldest(self, spared: int = 0) -> int:
         """How many went; `spared` more than `--save-total-limit` asks for, but never the last."""
         kept, limit = [self.resumed] if self.resumed else [], self.options.save_total_limit
-        if self.options.keep_best and self.best.step is not None:
-            kept.append(self.output / f"checkpoint-{self.best.step}")
+        if self.options.keep_best and (best := self.validation.best.step) is not None:
+            kept.append(self.output / f"checkpoint-{best}")
         return 0 if limit is None else delete_oldest(self.output, limit - spared, frozenset(kept))
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -398,30 +308,8 @@ class Trainer:
                 f"{checkpoint.folder}：与 {self.options.model_name} 不匹配；请使用原来的模型恢复训练",
             ) from problem
         self.step, self.resumed = checkpoint.step, checkpoint.folder
-        judged = judged_by(self.eval_set, self.questions)
-        if is_judged_alike(checkpoint, judged):
-            self.eval_loss, self.evaluated = (
-                checkpoint.state.get(name) for name in ("eval_loss", "evaluated")
-            )
-        self.best = still_best(checkpoint, self.options, judged)
+        self.validation.resume(checkpoint)
         # Older ones do not have them.
-        before = {"losses": 0.0, "since": checkpoint.step, "most_rows": self.most_rows, **checkpoint.state}
+        before = {"losses": 0.0, "since": checkpoint.step, "most_rows": self.at_once.most, **checkpoint.state}
         self.losses, self.since = before["losses"], before["since"]
-        self.most_rows = min(self.most_rows, before["most_rows"])
-
-    @property
-    def _metric(self) -> Metric:
-        return LOSS if self.questions is None else self.questions.metric
-
-    # --- batches ---
-
-    def _make(self, dataset: Readable | None, rows: Rows) -> Batch:
-        assert dataset is not None
-        batch = self.collator([dataset[int(row)] for row in rows])
-        return pinned(batch) if self.device.type == "cuda" else batch
-
-    def _on_device(self, batch: Batch) -> dict[str, Tensor]:
-        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in items_of(batch)}
-
-    def _precision(self) -> AbstractContextManager[None]:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+        self.at_once.most = min(self.at_once.most, before["most_rows"])

@@ -26,7 +26,7 @@ from mdl_toolkit.briefing import (
     say_targets,
     warn_of_idle_gpus,
 )
-from mdl_toolkit.checkpoints import WORK, Checkpoint, set_aside, to_resume
+from mdl_toolkit.checkpoints import WORK, Checkpoint, put_back, set_aside, to_resume
 from mdl_toolkit.console import is_first_process, progress, say, warn
 from mdl_toolkit.conversion import convert_rows, read_rows
 from mdl_toolkit.curve import plot
@@ -35,6 +35,7 @@ from mdl_toolkit.distributed import PeerLostError, World, joined
 from mdl_toolkit.errors import DatasetError, InputError, ToolkitError
 from mdl_toolkit.features import FeatureCache, check_frozen
 from mdl_toolkit.folders import BITSANDBYTES, FINAL, check_trainable, find_model, lasting_name, need
+from mdl_toolkit.forward import Forward
 from mdl_toolkit.language import Text
 from mdl_toolkit.legacy import AnyDataset, LegacyDataset, is_legacy
 from mdl_toolkit.loader import Remembered
@@ -67,6 +68,7 @@ from mdl_toolkit.tokens import Encoder, looked_at
 from mdl_toolkit.trackers import Trackers, check_trackers
 from mdl_toolkit.trainer import Outcome, Trainer
 from mdl_toolkit.training_options import TrainOptions
+from mdl_toolkit.validation import Validation
 
 MEMORY_REMEDY = Text(
     "lower --batch-size and raise --gradient-accumulation-steps, or try --quantization 4bit",
@@ -105,20 +107,16 @@ def train(options: TrainOptions) -> TrainResult:
         need(BITSANDBYTES, "quantization", "--quantization")
     output = Path(options.output)
     _check_places(output, options)
-    resume = to_resume(output, options.resume_from_checkpoint)
-    if resume is not None:
-        check_resumable(resume.folder, options.train_target, options.lora_rank)
-        warn_changed(resume, options)
-    private = output / PRIVATE
     # Of several processes the first one writes.
     with Interruption(), claimed(output) if is_first_process() else nullcontext():
-        return _prepare_and_run(options, private, resume)
+        if is_first_process():
+            put_back(output)
+        return _prepare_and_run(options, output / PRIVATE)
 
 
-def _prepare_and_run(options: TrainOptions, private: Path, resume: Checkpoint | None) -> TrainResult:
+def _prepare_and_run(options: TrainOptions, private: Path) -> TrainResult:
     with joined() as world:
-        if resume is not None:
-            check_steps(resume, options, world)
+        resume = _to_resume(options, world)
         with _keeping_what_was_converted(private) if world.is_first else nullcontext():
             if not world.is_first:
                 world.wait()  # for the first one, which converts
@@ -130,6 +128,16 @@ def _prepare_and_run(options: TrainOptions, private: Path, resume: Checkpoint | 
                 world.wait()
             with explaining_memory(MEMORY_REMEDY):
                 return _run(_plan(options, base, Encoder(files), train_set, eval_set, resume, world))
+
+
+def _to_resume(options: TrainOptions, world: World) -> Checkpoint | None:
+    """The checkpoint to go on from, if any; it fits, as far as that can be told without weights."""
+    resume = to_resume(Path(options.output), options.resume_from_checkpoint)
+    if resume is not None:
+        check_resumable(resume.folder, options.train_target, options.lora_rank)
+        warn_changed(resume, options)
+        check_steps(resume, options, world)
+    return resume
 
 
 @contextmanager
@@ -239,15 +247,14 @@ def _train(run: _Run, kept: Kept) -> tuple[Outcome, Pace]:
         questions = _questions(options, run.eval_set, run.encoder, run.world)
         if rows is run.train_set and schedule.total > schedule.per_epoch:
             rows = Remembered.of(run.train_set)
-        trainer = Trainer(
-            model, options, schedule, run.sampling, rows, eval_rows, questions, Collator(run.encoder.pad_id),
-            run.world, log, run.device, run.dtype, kept,
-        )  # fmt: skip
+        forward = Forward(model, Collator(run.encoder.pad_id), run.device, run.dtype)
+        validation = Validation(options, schedule, forward, eval_rows, questions, run.world, log)
+        trainer = Trainer(options, schedule, run.sampling, rows, forward, validation, run.world, log, kept)
         if run.resume is not None:
             trainer.resume(run.resume)
-            warn_finished(run.resume, schedule.total, trainer.best, options.early_stopping_patience)
+            warn_finished(run.resume, schedule.total, validation.best, options.early_stopping_patience)
         _prepare_output(run)
-        log.begin(trainer.step)
+        log.begin(trainer.step, is_evaluated=not validation.is_owed(trainer.step))
         done = trainer.run()
         log.close()
         return done, log.pace
@@ -277,8 +284,7 @@ def _questions(
     if options.eval_metric is None or eval_set is None:
         return None
     rows = Questions.drawn(eval_set, options.eval_samples, options.seed)[world.rank :: world.size]
-    size = options.eval_batch_size or options.batch_size
-    return Questions(eval_set, rows, size, encoder, METRICS[options.eval_metric])
+    return Questions(eval_set, rows, encoder, METRICS[options.eval_metric])
 
 
 # --- before any weight is loaded -----------------------------------------------------------------------

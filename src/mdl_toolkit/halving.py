@@ -1,0 +1,59 @@
+"""How many rows are computed at once: half as many after each lack of memory."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from mdl_toolkit.console import warn
+from mdl_toolkit.language import Text
+from mdl_toolkit.loading import lacks_memory
+
+Computed = TypeVar("Computed")
+
+
+class AtOnce:
+    """A number of rows that a device's memory does for, found out as it is used.
+
+    Args:
+        most: rows to begin with.
+        device: where they are computed.
+        what: is said of, when there are less from now on.
+    """
+
+    def __init__(self, most: int, device: torch.device, what: Text) -> None:
+        self.most = most
+        self._device, self._what = device, what
+
+    def attempt(
+        self, rows: int, compute: Callable[[int], Computed], before_again: Callable[[], object] | None = None
+    ) -> Computed:
+        """What is computed, with as many rows at once as memory does for.
+
+        Args:
+            rows: that there are; more at once are never computed.
+            compute: called with the most rows at once.
+            before_again: called before it is computed again.
+
+        Raises:
+            RuntimeError: it is not for lack of memory, or not even one row fits.
+        """
+        while True:
+            try:
+                return compute(self.most)
+            except RuntimeError as problem:
+                if min(self.most, rows) <= 1 or not lacks_memory(problem):
+                    raise
+            # Here, where what had been computed is let go of.
+            self._halve(rows)
+            if before_again is not None:
+                before_again()
+
+    def _halve(self, rows: int) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.most = (min(self.most, rows) + 1) // 2
+        warn(
+            f"the GPU ran out of memory: {self.most} rows at once from now on, {self._what.en}",
+            f"显存不足：此后每次计算 {self.most} 行（{self._what.zh}）",
+        )
