@@ -42,10 +42,10 @@ def losses(monkeypatch: pytest.MonkeyPatch) -> list[float | tuple[float, float]]
     wanted: list[float | tuple[float, float]] = []
     judge = Validation._judge
 
-    def judged(self: Validation, score: float, tokens: int) -> None:
+    def judged(self: Validation, step: int, loss: float, score: float, tokens: int) -> None:
         found = wanted[len(evaluations(Path(self.options.output)))]
-        self.loss, score = found if isinstance(found, tuple) else (found, score)
-        judge(self, score, tokens)
+        loss, score = found if isinstance(found, tuple) else (found, score)
+        judge(self, step, loss, score, tokens)
 
     monkeypatch.setattr(Validation, "_judge", judged)
     return wanted

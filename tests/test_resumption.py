@@ -70,9 +70,12 @@ def test_the_best_so_far_counts_among_evaluations_of_its_kind(
     (tmp_path / "run/log.jsonl").write_text(
         "".join((tmp_path / "run/log.jsonl").read_text().splitlines(keepends=True)[:4])
     )
+    if changes:
+        del losses[1]  # with which it goes from the log
     capsys.readouterr()
     done = train(replace(options, resume_from_checkpoint=True, **changes))
     assert is_the_adapter_of(done.final, tmp_path / f"run/checkpoint-{best}")
+    assert [line["step"] for line in evaluations(tmp_path / "run")] == [1, 2, 3, 4]
     told = "the best evaluation so far, after step 1, does not count any more: it was made in another way"
     assert (f"warning: {told}" in warnings_in(capsys.readouterr().err)) == bool(changes)
 

@@ -1,4 +1,4 @@
-"""The forward pass of a run: rows to a batch, a batch to its loss, where the model is and in its precision."""
+"""The forward pass of a run: rows to a batch, a batch to its loss, in the precision of its base weights."""
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass

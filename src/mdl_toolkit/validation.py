@@ -56,7 +56,7 @@ class Validation:
         self._judged_by = judged_by(self.dataset, self.questions)
         self._size = self.options.eval_batch_size or self.options.batch_size
         device = self.forward.device
-        self._at_once = AtOnce(self._size, device, Text("when evaluating", "评估时"))
+        self._computed_at_once = AtOnce(self._size, device, Text("when evaluating", "评估时"))
         self._answered_at_once = AtOnce(self._size, device, Text("when answering", "生成回答时"))
 
     # --- when ---
@@ -106,13 +106,12 @@ class Validation:
         """
         self.forward.model.eval()
         sums = self._sums(is_stopped)
-        scores = self._score(is_stopped)
+        answered = self._score(is_stopped)
         self.forward.model.train()
-        more = torch.tensor([*scores, is_stopped()], dtype=torch.float64)
+        more = torch.tensor([*answered, is_stopped()], dtype=torch.float64)
         loss, tokens, *scores, stops = self.world.sum(torch.cat([sums, more])).tolist()
         if not stops:
-            self.loss, self.step = loss / max(tokens, 1), step
-            self._judge(scores[0] / max(scores[1], 1), int(tokens))
+            self._judge(step, loss / max(tokens, 1), scores[0] / max(scores[1], 1), int(tokens))
         return bool(stops)
 
     def _sums(self, is_stopped: Callable[[], bool]) -> Tensor:
@@ -144,7 +143,7 @@ class Validation:
             parts = [self.forward.loss(part, 1) for part in split(batch, most)]
             return torch.stack(parts).double().sum()
 
-        return self._at_once.attempt(len(batch["input_ids"]), compute)
+        return self._computed_at_once.attempt(len(batch["input_ids"]), compute)
 
     def _score(self, is_stopped: Callable[[], bool]) -> tuple[float, float]:
         """The process's part of the metric's numerator and denominator."""
@@ -156,11 +155,11 @@ class Validation:
                 len(questions.rows), lambda most: questions.count(model, most, is_stopped)
             )
 
-    def _judge(self, score: float, tokens: int) -> None:
-        """Say what was found, and whether it is the best so far."""
-        assert self.loss is not None and self.step is not None
+    def _judge(self, step: int, loss: float, score: float, tokens: int) -> None:
+        """Remember and say what was found, and whether it is the best so far."""
+        self.step, self.loss = step, loss
         metric = LOSS if self.questions is None else self.questions.metric
-        value = self.loss if self.questions is None else score
-        self.best = self.best.after(metric, self.step, value, self.loss)
+        value = loss if self.questions is None else score
+        self.best = self.best.after(metric, step, value, loss)
         scores = {} if self.questions is None else {f"eval_{metric.name}": score}
-        self.log.evaluation(self.step, self.loss, tokens, scores)
+        self.log.evaluation(step, loss, tokens, scores)
