@@ -48,13 +48,12 @@ from mdl_toolkit.loading import (
     quiet_libraries,
 )
 from mdl_toolkit.lora import TargetCount, add_adapters, check_resumable
-from mdl_toolkit.memory import plan_memory
+from mdl_toolkit.memory import MemoryPlan, plan_memory
 from mdl_toolkit.metrics import METRICS
 from mdl_toolkit.option import spelling
 from mdl_toolkit.options import ConversionOptions
 from mdl_toolkit.outputs import check_apart, claimed, writing
 from mdl_toolkit.provenance import Provenance
-from mdl_toolkit.recomputing import Kept
 from mdl_toolkit.report import report_training
 from mdl_toolkit.results import origin_of, write_result
 from mdl_toolkit.resumption import check_steps, warn_changed, warn_finished
@@ -215,7 +214,7 @@ def _run(run: _Run) -> TrainResult:
         run.base, options, run.sampling, run.train_set.samples, beginning, run.device, run.dtype
     )
     say_memory(plan)
-    done, pace = _train(run, plan.kept)
+    done, pace = _train(run, plan)
     # From here on the model that was trained is gone: what is written may be loaded to be looked at.
     if run.world.is_first:
         write_result(options, run.base, run.origin, done, run.resume, run.train_set)
@@ -231,7 +230,7 @@ def _run(run: _Run) -> TrainResult:
     return TrainResult(final, done.steps, done.loss, done.eval_loss)
 
 
-def _train(run: _Run, kept: Kept) -> tuple[Outcome, Pace]:
+def _train(run: _Run, plan: MemoryPlan) -> tuple[Outcome, Pace]:
     """Load the model and train it; neither it nor its optimizer outlives the call."""
     options, output, schedule = run.options, Path(run.options.output), run.schedule
     repeated = _repeated(options, schedule, run.train_set, run.eval_set)
@@ -249,7 +248,18 @@ def _train(run: _Run, kept: Kept) -> tuple[Outcome, Pace]:
             rows = Remembered.of(run.train_set)
         forward = Forward(model, Collator(run.encoder.pad_id), run.device, run.dtype)
         validation = Validation(options, schedule, forward, eval_rows, questions, run.world, log)
-        trainer = Trainer(options, schedule, run.sampling, rows, forward, validation, run.world, log, kept)
+        trainer = Trainer(
+            options,
+            schedule,
+            run.sampling,
+            rows,
+            forward,
+            validation,
+            run.world,
+            log,
+            plan.kept,
+            plan.dealing,
+        )
         if run.resume is not None:
             trainer.resume(run.resume)
             warn_finished(run.resume, schedule.total, validation.best, options.early_stopping_patience)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-LARGE = 2**29  # operations, some 3 ms on two cores: a tenth of them pays for the code in a few layers
+LARGE = 2**28  # operations of each thread, some 3 ms: a tenth of them pays for the code in a few layers
 # For so many shapes the code is kept, a step's worth. A shape takes 0.4 MB; torch and oneDNN would keep 1,024
 # each, and scattered among a step's tensors these were found to hold back two gigabytes of freed memory.
 KEPT = 64
@@ -43,9 +43,9 @@ def add_product(to: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def is_large(left: Tensor, right: Tensor) -> bool:
-    """Tell whether `left @ right.T` is one for oneDNN: by kind and shape alone, as steps are repeated."""
+    """Tell whether `left @ right.T` is one for oneDNN: by kind, shape and threads, as steps are repeated."""
     is_plain = left.dtype == right.dtype == torch.float32 and left.device.type == right.device.type == "cpu"
-    if not is_plain or 2 * len(left) * right.numel() < LARGE:
+    if not is_plain or 2 * len(left) * right.numel() < LARGE * torch.get_num_threads():
         return False
     return not torch.is_autocast_enabled("cpu") and has_onednn()
 
