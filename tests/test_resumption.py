@@ -173,6 +173,14 @@ def test_a_finished_run_s_checkpoint_under_another_name(options, tmp_path):
     assert read_json(done.final / "mdl-toolkit.json")["metrics"]["steps"] == 4
 
 
+def test_a_result_is_described_by_the_options_that_it_was_trained_with(options, tmp_path):
+    """Of a finished run nothing is trained with new ones."""
+    train(options)
+    done = train(replace(options, lora_alpha=64, resume_from_checkpoint=True))
+    assert read_json(done.final / "adapter_config.json")["lora_alpha"] == options.lora_alpha == 8
+    assert "\nlora_alpha: 8.0\n" in (done.final / "README.md").read_text()
+
+
 # --- several processes -----------------------------------------------------------------------------------
 
 

@@ -20,10 +20,10 @@ from mdl_toolkit.outputs import check_apart
 from mdl_toolkit.proof import invented_rows
 from mdl_toolkit.provenance import Base, Provenance, read_provenance
 from mdl_toolkit.result_options import MergeOptions
-from mdl_toolkit.settings import SETTINGS_FILE, read_settings, to_yaml
+from mdl_toolkit.results import training_of
+from mdl_toolkit.settings import SETTINGS_FILE, to_yaml
 from mdl_toolkit.text_files import read_text_files
 from mdl_toolkit.tokens import Encoder
-from mdl_toolkit.training_options import TrainOptions
 
 
 def merge_adapter(options: MergeOptions) -> Path:
@@ -43,7 +43,7 @@ def merge_adapter(options: MergeOptions) -> Path:
     check_apart(output, base)
     quiet_libraries()
     origin = read_provenance(adapter) or _unknown(base, adapter, options)
-    about = About(origin, _training_of(adapter), to_yaml(options))
+    about = About(origin, training_of(adapter), to_yaml(options))
     samples = invented_rows(Encoder(read_text_files(base)), origin.prompts) if options.verify else ()
     export_merged(base, adapter, output, about, samples=samples, dtype=options.dtype)
     say(f"done: the merged model is in {output}", f"完成：合并后的模型位于 {output}")
@@ -95,11 +95,3 @@ def _unknown(base: Path, adapter: Path, options: MergeOptions) -> Provenance:
     """Of an adapter that says nothing of its origin, only the base is known."""
     name = options.model_name or read_json(adapter / ADAPTER_CONFIG)[BASE_NAME]
     return Provenance(Base.of(base, lasting_name(name, base)))
-
-
-def _training_of(adapter: Path) -> TrainOptions | None:
-    """The options that the adapter was trained with, if they are there and are those of this version."""
-    try:
-        return TrainOptions(**read_settings(adapter / SETTINGS_FILE, TrainOptions))
-    except (InputError, TypeError):
-        return None

@@ -9,14 +9,14 @@ from mdl_toolkit.card import About
 from mdl_toolkit.checkpoints import LOG, STATE, Checkpoint, checkpoint_at, damage
 from mdl_toolkit.console import say
 from mdl_toolkit.dataset import ConvertedDataset
-from mdl_toolkit.errors import ModelError
+from mdl_toolkit.errors import InputError, ModelError
 from mdl_toolkit.export import export_adapter, export_merged
 from mdl_toolkit.folders import FINAL, lasting_name, read_json
 from mdl_toolkit.legacy import AnyDataset
 from mdl_toolkit.proof import some_rows
 from mdl_toolkit.provenance import Base, Prompts, Provenance
 from mdl_toolkit.runlog import read_log
-from mdl_toolkit.settings import to_yaml
+from mdl_toolkit.settings import SETTINGS_FILE, read_settings, to_yaml
 from mdl_toolkit.trainer import Outcome
 from mdl_toolkit.training_options import TrainOptions
 
@@ -72,7 +72,8 @@ def write_result(
     final, step = output / FINAL, _chosen(options, done)
     checkpoint = checkpoint_at(output, step, resume)
     _check_whole(checkpoint)
-    about = About(origin.measured(_metrics(output, step, checkpoint, done)), options, to_yaml(options))
+    measured = origin.measured(_metrics(output, step, checkpoint, done))
+    about = About(measured, training_of(checkpoint) or options, to_yaml(options))
     if options.merge_lora:
         samples = some_rows(train_set) if options.verify else ()
         export_merged(base, checkpoint, final, about, samples=samples)
@@ -90,6 +91,14 @@ def _chosen(options: TrainOptions, done: Outcome) -> int:
             f"评估结果最好的是第 {step} 步：以该检查点作为结果",
         )
     return step
+
+
+def training_of(adapter: Path) -> TrainOptions | None:
+    """The options that an adapter was trained with, if they are there and are those of this version."""
+    try:
+        return TrainOptions(**read_settings(adapter / SETTINGS_FILE, TrainOptions))
+    except (InputError, TypeError):
+        return None
 
 
 def _check_whole(checkpoint: Path) -> None:
