@@ -45,9 +45,9 @@ class AtOnce:
                 if min(self.most, rows) <= 1 or not lacks_memory(problem):
                     raise
             # Here, where what had been computed is let go of.
-            self._halve(rows)
             if before_again is not None:
                 before_again()
+            self._halve(rows)
 
     def _halve(self, rows: int) -> None:
         if self._device.type == "cuda":
