@@ -92,8 +92,7 @@ def test_of_two_processes_only_the_first_reports(options, tmp_path):
 
 
 def test_trackio_has_the_figures_of_the_log(options, tmp_path):
-    """Only where it is installed; it keeps a database of its own, and asks nobody for anything."""
-    pytest.importorskip("trackio")
+    """It keeps a database of its own, and asks nobody for anything."""
     with fleet(tmp_path) as start:
         words = as_command(replace(options, report_to=("trackio",))).split()[1:]
         job = start(words, TRACKIO_DIR=str(tmp_path / "trackio"), HF_HUB_OFFLINE="1")
