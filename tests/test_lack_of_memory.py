@@ -14,6 +14,8 @@ from mdl_toolkit.conversion import convert_dataset
 from mdl_toolkit.dataset import ConvertedDataset
 from mdl_toolkit.errors import ModelError, ToolkitError
 from mdl_toolkit.forward import Forward
+from mdl_toolkit.halving import AtOnce
+from mdl_toolkit.language import Text
 from mdl_toolkit.options import ConvertOptions
 from mdl_toolkit.runlog import read_log
 from mdl_toolkit.sampling import Sampling
@@ -182,6 +184,23 @@ def test_an_evaluation_that_does_not_fit_is_computed_in_parts(tmp_path, compute,
     said = capsys.readouterr().err
     assert said.count("rows at once from now on, when evaluating") == (1 if most == 3 else 3)
     assert said.count("rows at once") == said.count("when evaluating")
+
+
+def test_no_more_rows_are_tried_than_there_are(capsys):
+    """Of three rows, half of eight would be all of them again; and one row is not halved."""
+    at_once, tried = AtOnce(8, torch.device("cpu"), Text("here", "此处")), []
+
+    def scarce(most):
+        tried.append(most)
+        if most > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return most
+
+    assert (at_once.attempt(3, scarce), at_once.attempt(9, scarce), tried) == (2, 2, [8, 2, 2])
+    at_once.most = 8
+    with pytest.raises(torch.OutOfMemoryError):
+        at_once.attempt(1, scarce)
+    assert capsys.readouterr().err.count("2 rows at once from now on, here") == 1
 
 
 def test_answers_that_do_not_fit_are_made_with_fewer_rows_at_once(tmp_path, monkeypatch, capsys):

@@ -11,6 +11,7 @@ from torch.autograd.profiler import profile
 from mdl_toolkit import dealing, low_rank
 from mdl_toolkit import free_memory as free_memory_room
 from mdl_toolkit import memory as memory_room
+from mdl_toolkit.activations import Lanes, Step
 from mdl_toolkit.batching import Collator
 from mdl_toolkit.dataset import Sample
 from mdl_toolkit.free_memory import free_memory
@@ -187,6 +188,16 @@ def test_what_lanes_need_is_predicted(base, rows, monkeypatch):
     assert [*map(len, lanes)] == [2, 2]
     assert found.activations + found.gradients == pytest.approx(sum(measured), rel=0.25)
     assert plans[1].activations >= found.activations + found.gradients
+
+
+def test_gradients_of_earlier_batches_are_there_beside_those_of_lanes(monkeypatch):
+    monkeypatch.setattr(Step, "peak", 1000)
+    peaks = []
+    for count, lanes in ((1, 2), (2, 2), (2, 1)):
+        options = options_of(gradient_accumulation_steps=count)
+        part = Step(None, options, 4, False, None, {"decoder": 7, "encoder": 5}, *[None] * 3, 0)
+        peaks.append(Lanes((part,) * lanes).peak(Kept()))
+    assert peaks == [2000, 2012, 1000]  # one part alone counts them itself
 
 
 def growth(base, rows, monkeypatch, room, name, values):

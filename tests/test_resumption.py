@@ -1,7 +1,9 @@
 """What a resumed run may not take over from the interrupted one, and what it is told about."""
 
+import errno
 import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,13 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from fleet import fleet, start_ranks
-from mdl_toolkit import training
+from mdl_toolkit import trainer, training
 from mdl_toolkit.checkpoints import checkpoint_at, checkpoints, to_resume
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.folders import read_json
 from mdl_toolkit.runlog import read_log
 from mdl_toolkit.settings import as_command
 from mdl_toolkit.training import train
+from mdl_toolkit.validation import Validation
 from runs import evaluations, make_csv, train_options
 
 MODEL = Path(__file__).parent / "golden/checkpoints/A-small"
@@ -70,8 +73,6 @@ def test_the_best_so_far_counts_among_evaluations_of_its_kind(
     (tmp_path / "run/log.jsonl").write_text(
         "".join((tmp_path / "run/log.jsonl").read_text().splitlines(keepends=True)[:4])
     )
-    if changes:
-        del losses[1]  # with which it goes from the log
     capsys.readouterr()
     done = train(replace(options, resume_from_checkpoint=True, **changes))
     assert is_the_adapter_of(done.final, tmp_path / f"run/checkpoint-{best}")
@@ -173,12 +174,53 @@ def test_a_finished_run_s_checkpoint_under_another_name(options, tmp_path):
     assert read_json(done.final / "mdl-toolkit.json")["metrics"]["steps"] == 4
 
 
-def test_a_result_is_described_by_the_options_that_it_was_trained_with(options, tmp_path):
-    """Of a finished run nothing is trained with new ones."""
+@pytest.mark.parametrize("changes", [{}, {"eval_metric": "accuracy"}], ids=["evaluated", "evaluated anew"])
+def test_a_result_is_described_by_the_options_that_it_was_trained_with(options, tmp_path, changes):
+    """Of a finished run nothing is trained with new ones, nor does its checkpoint become another."""
     train(options)
-    done = train(replace(options, lora_alpha=64, resume_from_checkpoint=True))
+    checkpoint = tmp_path / "run/checkpoint-4"
+    before = {file.name: file.read_bytes() for file in checkpoint.iterdir()}
+    done = train(replace(options, lora_alpha=64, lr=0.5, resume_from_checkpoint=True, **changes))
+    after = {file.name: file.read_bytes() for file in checkpoint.iterdir()}
+    new = {"state.json", "checksums.json"} if changes else set()
+    assert {name for name in before if after[name] != before[name]} == new
     assert read_json(done.final / "adapter_config.json")["lora_alpha"] == options.lora_alpha == 8
-    assert "\nlora_alpha: 8.0\n" in (done.final / "README.md").read_text()
+    card = (done.final / "README.md").read_text()
+    assert "\nlora_alpha: 8.0\n" in card
+    assert "\nlr: 0.01\n" in card
+
+
+def test_an_evaluation_stays_in_the_log_until_another_takes_its_place(options, tmp_path, monkeypatch):
+    """It was not lost if the other one is given up."""
+    train(options)
+    before = evaluations(tmp_path / "run")
+    other = replace(options, eval_metric="accuracy", resume_from_checkpoint=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Validation, "_sums", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or torch.zeros(2))
+        with pytest.raises(KeyboardInterrupt):
+            train(other)
+    assert evaluations(tmp_path / "run") == before
+    train(other)
+    lines = evaluations(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert ["eval_accuracy" in line for line in lines] == [False, False, False, True]
+
+
+def test_a_full_disk_costs_no_checkpoint_for_an_evaluation(options, tmp_path, monkeypatch, capsys):
+    train(replace(options, save_total_limit=2, keep_best=False))
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(trainer, "save_state", fail)
+    capsys.readouterr()
+    again = replace(
+        options, save_total_limit=2, keep_best=False, eval_metric="cer", resume_from_checkpoint=True
+    )
+    assert train(again).final.is_dir()
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-3", "checkpoint-4"]
+    told = "checkpoint-4 cannot be saved: No space left on device; training goes on"
+    assert f"warning: {told}" in warnings_in(capsys.readouterr().err)
 
 
 # --- several processes -----------------------------------------------------------------------------------

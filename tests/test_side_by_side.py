@@ -121,21 +121,37 @@ def test_lanes_make_the_gradients_of_the_whole(
         assert all(torch.equal(again[1][name], gradient) for name, gradient in found.items())
 
 
-def test_a_lane_that_fails_ends_the_step_when_no_other_is_under_way(golden, two_threads, always, monkeypatch):
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("threads", [2, 4])
+def test_a_lane_that_fails_ends_the_step_when_no_other_is_under_way(
+    golden, two_threads, always, monkeypatch, is_first, threads
+):
     model, ended, real = adapted(golden, "A-small"), [], Forward.loss
+    torch.set_num_threads(threads)
 
     def loss(self, batch, tokens):
-        if threading.current_thread() is not threading.main_thread():
-            time.sleep(0.3)
-            ended.append(torch.get_num_threads())
-            return real(self, batch, tokens)
-        raise ValueError("broken")
+        if (threading.current_thread() is threading.main_thread()) == is_first:
+            raise ValueError("broken")
+        time.sleep(0.3)
+        ended.append(torch.get_num_threads())
+        return real(self, batch, tokens)
 
     monkeypatch.setattr(Forward, "loss", loss)
     with pytest.raises(ValueError, match="broken"):
         gradients_of(model, [Collator(0)(samples_of(model))], TWO)
-    assert ended == [1]
-    assert torch.get_num_threads() == 2
+    assert ended == [threads // 2]
+    assert torch.get_num_threads() == threads
+
+
+def test_a_parameter_that_a_loss_does_not_reach_gets_no_gradient(golden):
+    model = adapted(golden, "A-small")
+    trained = Trained(model, CPU)
+    first, *others = trained.parameters
+    gradients = trained.gradients((2 * first).sum())
+    trained.add(gradients)
+    trained.add(gradients)
+    assert torch.equal(first.grad, torch.full_like(first, 4.0))
+    assert [parameter.grad for parameter in others] == [None] * len(others)
 
 
 # --- a run -------------------------------------------------------------------------------------------------
@@ -152,6 +168,7 @@ def test_a_run_in_lanes_follows_one_without_and_resumes_bit_for_bit(tmp_path, tw
     )  # fmt: skip
     train(options)
     assert {name.partition("_")[0] for name, _ in losses_in} == {"MainThread", "lanes"}
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("lanes")]
     resumed = replace(
         options, output=str(tmp_path / "resumed"),
         resume_from_checkpoint=str(tmp_path / "lanes/checkpoint-2"),
@@ -216,7 +233,7 @@ def test_audio_counts_as_what_the_encoder_makes_of_it():
 def test_arithmetic_is_that_of_the_matrices():
     config = MiDashengLMConfig.from_pretrained(MODEL)
     audio, _ = config.parts
-    options = train_options(Path("data"), MODEL, Path("run"))
+    options = train_options(Path("data"), MODEL, Path("run"), num_epochs=2)
     torch.set_num_threads(2)
     try:
         found = Dealing.of(config, options, CPU, F32, None, 3)
@@ -224,6 +241,11 @@ def test_arithmetic_is_that_of_the_matrices():
         cached = Dealing.of(
             config, replace(options, train_target=("decoder",), cache_audio_features=True), CPU, F32, None, 3
         )
+        once = replace(options, train_target=("decoder",), cache_audio_features=True, num_epochs=1)
+        ignored = Dealing.of(config, once, CPU, F32, None, 3)
+        dropping = MiDashengLMConfig.from_pretrained(MODEL)
+        dropping.parts[1].attention_dropout = 0.1
+        drops = Dealing.of(dropping, options, CPU, F32, None, 3)
         on_gpu = Dealing.of(config, options, torch.device("cuda"), F32, None, 3)
         torch.set_num_threads(3)
         odd = Dealing.of(config, options, CPU, F32, None, 3)
@@ -235,5 +257,5 @@ def test_arithmetic_is_that_of_the_matrices():
         for part in (model.decoder.model.layers, model.audio_encoder.blocks)
     )
     assert found == Dealing(2, 2 * layers, 2 * blocks / (audio.hop_length * audio.patch_frames), 3)
-    assert (frozen.sample, cached.sample) == (found.sample / 2, 0.0)
-    assert on_gpu == odd == WHOLE
+    assert (frozen.sample, cached.sample, ignored.sample) == (found.sample / 2, 0.0, frozen.sample)
+    assert on_gpu == odd == drops == WHOLE

@@ -230,8 +230,8 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Together:
-    """Parts of one batch that are computed side by side.
+class Lanes:
+    """A batch in parts that are computed side by side.
 
     Attributes:
         parts: of the same run, at least one.

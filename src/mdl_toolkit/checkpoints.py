@@ -100,6 +100,25 @@ def save(
         shutil.rmtree(output / WORK, ignore_errors=True)
 
 
+def save_state(output: Path, checkpoint: "Checkpoint", state: Mapping[str, Any]) -> Path:
+    """Put a checkpoint into a run's folder as it is, but for its state.
+
+    Raises:
+        OSError: the disk does not take it; what was there before is untouched.
+    """
+    work = output / WORK / f"checkpoint-{checkpoint.step}"
+    try:
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.copytree(checkpoint.folder, work)
+        (work / CHECKSUMS).unlink()
+        (work / STATE).write_text(json.dumps({**checkpoint.state, **state}, indent=1), encoding="utf-8")
+        _seal(work)
+        return _put_in_place(work, output)
+    finally:
+        put_back(output)
+        shutil.rmtree(output / WORK, ignore_errors=True)
+
+
 def _seal(folder: Path) -> None:
     """Write down sizes and checksums, and wait until all is on the disk."""
     sums = {}

@@ -85,6 +85,7 @@ def _arithmetic(config: MiDashengLMConfig, options: TrainOptions) -> tuple[float
     query, key = text.num_attention_heads * head, text.num_key_value_heads * head
     layer = text.hidden_size * (2 * query + 2 * key + 3 * text.intermediate_size)
     block = audio.embed_dim**2 * (4 + 2 * audio.mlp_ratio)
-    passes = 0 if options.cache_audio_features else 2 if "encoder" in options.train_target else 1
+    is_kept = options.cache_audio_features and options.num_epochs > 1  # features of each row
+    passes = 0 if is_kept else 2 if "encoder" in options.train_target else 1
     per_sample = passes * audio.depth * block / (audio.hop_length * audio.patch_frames)
     return 2.0 * text.num_hidden_layers * layer, per_sample

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mdl_toolkit.activations import FLOAT, Integers, Step, Together
+from mdl_toolkit.activations import FLOAT, Integers, Lanes, Step
 from mdl_toolkit.dealing import WHOLE, Dealing
 from mdl_toolkit.distributed import BUCKET
 from mdl_toolkit.errors import ModelError
@@ -169,7 +169,7 @@ def plan_memory(
     settings = (model.config, options, dtype.itemsize, device.type == "cuda", quantization, gradients)
     dealing = Dealing.of(model.config, options, device, dtype, quantization, beginning)
     steps = [
-        Together(tuple(
+        Lanes(tuple(
             Step(*settings, sampling.lengths[rows], sampling.supervised[rows], samples[rows], beginning)
             for rows in (batch[lane] for lane in dealing.deal(sampling.lengths[batch], samples[batch]))
         ))
@@ -186,7 +186,7 @@ def plan_memory(
     return MemoryPlan(parts, total, total, 2 * total, peak - total, free, remedies, kept, blocks, dealing)
 
 
-def _kept(steps: list[Together], least: int, rest: int) -> Kept:
+def _kept(steps: list[Lanes], least: int, rest: int) -> Kept:
     """Blocks whose activations fit into a share of the memory that would be left without them.
 
     Args:

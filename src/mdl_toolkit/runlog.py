@@ -106,16 +106,13 @@ class RunLog:
         self._rows, self._audio, self._waited, self._has_warned = 0, 0.0, 0.0, False
         self._began = self._mark = time.monotonic()
 
-    def begin(self, step: int, *, is_evaluated: bool = True) -> None:
-        """Go on after a step, and after its evaluation; what was logged later, and is lost, is dropped."""
+    def begin(self, step: int) -> None:
+        """Go on after a step; what was logged of later ones, and lost with them, is dropped."""
         self._shown.begin(step)
         if is_first_process() and self._file.exists():
-            last = {True: step if is_evaluated else step - 1, False: step}
-            kept = [line for line in read_log(self._file) if line["step"] <= last["eval_loss" in line]]
-            work = self._file.with_suffix(".partial")
+            kept = [line for line in read_log(self._file) if line["step"] <= step]
             with writing(str(self._file), InputError):
-                work.write_text("".join(map(_line, kept)), encoding="utf-8")
-                work.replace(self._file)
+                self._rewrite(kept)
             self._watch.losses[:] = [line["loss"] for line in kept if "loss" in line]
         self._began = self._mark = time.monotonic()
 
@@ -149,7 +146,7 @@ class RunLog:
             )
 
     def evaluation(self, step: int, loss: float, tokens: int, scores: dict[str, float]) -> None:
-        """Log an evaluation; `scores` are other metrics by name."""
+        """Log an evaluation, in place of an earlier one of its step; `scores` are other metrics by name."""
         values = {"eval_loss": loss, "eval_tokens": tokens, **scores, "epoch": step / self._epoch}
         self._write(step, values)
         self._trackers.log(step, values)
@@ -173,10 +170,24 @@ class RunLog:
         if not is_first_process():
             return
         try:
-            with self._file.open("a", encoding="utf-8") as file:
-                file.write(_line({"step": step, **values}))
+            if "eval_loss" in values and (others := self._without_evaluation(step)) is not None:
+                self._rewrite([*others, {"step": step, **values}])
+            else:
+                with self._file.open("a", encoding="utf-8") as file:
+                    file.write(_line({"step": step, **values}))
         except OSError as problem:
             self._warn_once(problem.strerror or str(problem))
+
+    def _without_evaluation(self, step: int) -> list[dict[str, Any]] | None:
+        """The lines without evaluations of a step; None if there are none of these."""
+        lines = read_log(self._file) if self._file.exists() else []
+        others = [line for line in lines if line["step"] != step or "eval_loss" not in line]
+        return others if len(others) < len(lines) else None
+
+    def _rewrite(self, lines: list[dict[str, Any]]) -> None:
+        work = self._file.with_suffix(".partial")
+        work.write_text("".join(map(_line, lines)), encoding="utf-8")
+        work.replace(self._file)
 
     def _warn_once(self, reason: str) -> None:
         if not self._has_warned:

@@ -70,6 +70,7 @@ class SideBySide:
         """The first part in this thread; none is under way any more when it returns or fails."""
 
         def alone(part: Given) -> Found:
+            torch.get_num_threads()  # a thread's first look takes the process's number
             torch.set_num_threads(max(1, self._threads // len(parts)))  # of this thread's operations
             return compute(part)
 
@@ -77,6 +78,8 @@ class SideBySide:
         try:
             first = alone(parts[0])
         finally:
-            wait(others)
-            torch.set_num_threads(self._threads)
+            try:
+                wait(others)
+            finally:
+                torch.set_num_threads(self._threads)
         return [first, *(other.result() for other in others)]

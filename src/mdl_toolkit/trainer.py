@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mdl_toolkit.batching import Batch, Readable, split
-from mdl_toolkit.checkpoints import Checkpoint, delete_oldest, save
+from mdl_toolkit.checkpoints import Checkpoint, delete_oldest, save, save_state
 from mdl_toolkit.console import say, warn
 from mdl_toolkit.dealing import WHOLE, Dealing
 from mdl_toolkit.distributed import World
@@ -100,7 +100,7 @@ class Trainer:
         what = Text("the same effective batch", "有效批次大小不变")
         self.at_once = AtOnce(self.options.batch_size, self.forward.device, what)
         self.request, self.must_stop = StopRequest(), False
-        self.resumed: Path | None = None
+        self.resumed: Checkpoint | None = None
         self.loader = Loader.beside(
             self.forward.device, lambda rows: self.forward.batch(self.train_set, rows)
         )
@@ -144,8 +144,12 @@ class Trainer:
     def _make_up_for_evaluation(self) -> None:
         """What the run was stopped before; the checkpoint that was left then has it from now on."""
         self._evaluate()
-        if not self.must_stop:
-            self.save(is_needed=False)
+        if self.must_stop or self.resumed is None or not self.world.is_first:
+            return
+        try:
+            save_state(self.output, self.resumed, self.validation.state())
+        except OSError as problem:
+            self._warn_unsaved(problem)
 
     def _do_what_is_due(self) -> None:
         is_to_evaluate, is_to_save = self.validation.is_due(self.step), self.step in self.schedule.saving
@@ -264,16 +268,22 @@ class Trainer:
                 optimizer=self.trained.optimizer_state(), state=state, settings=to_yaml(self.options),
             ))  # fmt: skip
         except OSError as problem:
-            reason = problem.strerror or str(problem)
-            en, zh = (
-                f"checkpoint-{self.step} cannot be saved: {reason}",
-                f"无法保存 checkpoint-{self.step}：{reason}",
-            )
             if is_needed:
-                raise ToolkitError(en, zh) from problem
-            warn(f"{en}; training goes on", f"{zh}；训练继续")
+                raise ToolkitError(*self._unsaved(problem)) from problem
+            self._warn_unsaved(problem)
             return
         self._delete_oldest()
+
+    def _unsaved(self, problem: OSError) -> tuple[str, str]:
+        reason = problem.strerror or str(problem)
+        return (
+            f"checkpoint-{self.step} cannot be saved: {reason}",
+            f"无法保存 checkpoint-{self.step}：{reason}",
+        )
+
+    def _warn_unsaved(self, problem: OSError) -> None:
+        en, zh = self._unsaved(problem)
+        warn(f"{en}; training goes on", f"{zh}；训练继续")
 
     def _save_with_room(self, attempt: Callable[[], Path]) -> None:
         """On a full disk, with one less of the checkpoints that may be deleted."""
@@ -286,7 +296,7 @@ class Trainer:
 
     def _delete_oldest(self, spared: int = 0) -> int:
         """How many went; `spared` more than `--save-total-limit` asks for, but never the last."""
-        kept, limit = [self.resumed] if self.resumed else [], self.options.save_total_limit
+        kept, limit = [self.resumed.folder] if self.resumed else [], self.options.save_total_limit
         if self.options.keep_best and (best := self.validation.best.step) is not None:
             kept.append(self.output / f"checkpoint-{best}")
         return 0 if limit is None else delete_oldest(self.output, limit - spared, frozenset(kept))
@@ -310,7 +320,7 @@ class Trainer:
                 f"{checkpoint.folder}: it does not fit {self.options.model_name}; resume with the same model",
                 f"{checkpoint.folder}：与 {self.options.model_name} 不匹配；请使用原来的模型恢复训练",
             ) from problem
-        self.step, self.resumed = checkpoint.step, checkpoint.folder
+        self.step, self.resumed = checkpoint.step, checkpoint
         self.validation.resume(checkpoint)
         # Older ones do not have them.
         before = {"losses": 0.0, "since": checkpoint.step, "most_rows": self.at_once.most, **checkpoint.state}

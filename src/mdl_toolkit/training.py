@@ -109,7 +109,8 @@ def train(options: TrainOptions) -> TrainResult:
     # Of several processes the first one writes.
     with Interruption(), claimed(output) if is_first_process() else nullcontext():
         if is_first_process():
-            put_back(output)
+            with writing(f"--output {output}", InputError):
+                put_back(output)
         return _prepare_and_run(options, output / PRIVATE)
 
 
@@ -264,7 +265,7 @@ def _train(run: _Run, plan: MemoryPlan) -> tuple[Outcome, Pace]:
             trainer.resume(run.resume)
             warn_finished(run.resume, schedule.total, validation.best, options.early_stopping_patience)
         _prepare_output(run)
-        log.begin(trainer.step, is_evaluated=not validation.is_owed(trainer.step))
+        log.begin(trainer.step)
         done = trainer.run()
         log.close()
         return done, log.pace
