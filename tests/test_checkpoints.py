@@ -195,6 +195,16 @@ def test_a_new_one_takes_the_place_of_one_of_the_same_step(tmp_path):
     assert damage(output / "checkpoint-4") is None
 
 
+@pytest.mark.parametrize(("given", "hint"), [(4, r"; did you mean .*/checkpoint-2\?$"), (2, r"missing\)$")])
+def test_a_damaged_checkpoint_is_not_suggested(tmp_path, given, hint):
+    make(tmp_path, 2, 4)
+    (tmp_path / "checkpoint-4/state.json").unlink()
+    if given == 2:
+        (tmp_path / "checkpoint-2/state.json").unlink()
+    with pytest.raises(ModelError, match=hint):
+        to_resume(tmp_path, str(tmp_path / f"checkpoint-{given}"))
+
+
 def test_a_checkpoint_stays_where_a_newer_one_cannot_take_its_place(tmp_path, monkeypatch):
     make(tmp_path, 4)
     before, rename = (tmp_path / "checkpoint-4/optimizer.safetensors").stat().st_ino, Path.rename

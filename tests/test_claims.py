@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -35,6 +36,18 @@ def test_a_second_training_in_the_same_folder_is_refused_and_changes_nothing(tmp
         assert first.end() == 0, first.said()
     assert [line["step"] for line in read_log(output / "log.jsonl")] == [*range(1, 9)]
     assert not (output / "previous-1").exists()
+
+
+@pytest.mark.parametrize("name", ["checkpoint-2", "final"])
+@pytest.mark.parametrize("merge", [True, False])
+def test_a_checkpoint_or_a_result_is_no_folder_for_a_run(tmp_path, name, merge):
+    """It would be whole no longer."""
+    options = train_options(make_csv(tmp_path, 8), MODEL, tmp_path / "run", merge_lora=merge)
+    train(options)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=f"run/{name}: a checkpoint or a model is there; give the folder"):
+        train(replace(options, output=str(tmp_path / "run" / name)))
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
 def test_a_killed_run_holds_nothing(tmp_path):

@@ -243,9 +243,10 @@ def to_resume(output: Path, resume: bool | str | None) -> Checkpoint | None:
 
 
 def _hint(path: Path) -> tuple[str, str]:
-    """The newest checkpoint of the run whose folder, or result, was given in its place."""
+    """The newest whole checkpoint of the run whose folder, result or other checkpoint was given."""
     found = checkpoints(path) or checkpoints(path.resolve().parent)
-    return (f"; did you mean {found[-1]}?", f"；是否想写 {found[-1]}？") if found else ("", "")
+    whole = next((each for each in reversed(found) if damage(each) is None), None)
+    return (f"; did you mean {whole}?", f"；是否想写 {whole}？") if whole else ("", "")
 
 
 def _open(path: Path) -> Checkpoint:

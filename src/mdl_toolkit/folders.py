@@ -13,7 +13,7 @@ from typing import Any
 from mdl_toolkit.errors import ModelError
 
 MODEL_TYPE = "midashenglm"
-ADAPTER_CONFIG = "adapter_config.json"
+MODEL_CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 FINAL = "final"  # in the output of a training: its result
 BASE_NAME = "base_model_name_or_path"  # in an adapter's configuration
@@ -38,7 +38,7 @@ def find_model(name: str, *, from_modelscope: bool, weights: bool, revision: str
     """
     local = Path(name).expanduser()
     if local.is_dir():
-        check_is_no_run(local, "config.json", ADAPTER_CONFIG)
+        check_is_no_run(local, MODEL_CONFIG, ADAPTER_CONFIG)
         folder = local
     elif local.exists() or name.startswith((".", "~", "/")) or name.count("/") > 1:
         raise _nowhere(name, "there is no such folder", "没有该目录")
@@ -121,12 +121,12 @@ def check_trainable(folder: Path, *, quantization: str | None, merge: bool) -> N
 
 def quantized_by(folder: Path) -> str | None:
     """The method by which a folder's weights are quantised, or None."""
-    config = read_json(folder / "config.json").get("quantization_config")
+    config = read_json(folder / MODEL_CONFIG).get("quantization_config")
     return None if config is None else str(config.get("quant_method") if isinstance(config, dict) else config)
 
 
 def _check_folder(folder: Path, *, weights: bool) -> None:
-    config = read_json(folder / "config.json")
+    config = read_json(folder / MODEL_CONFIG)
     kind = config.get("model_type")
     if kind != MODEL_TYPE:
         raise ModelError(

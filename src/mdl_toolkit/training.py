@@ -34,7 +34,16 @@ from mdl_toolkit.dataset import ConvertedDataset
 from mdl_toolkit.distributed import PeerLostError, World, joined
 from mdl_toolkit.errors import DatasetError, InputError, ToolkitError
 from mdl_toolkit.features import FeatureCache, check_frozen
-from mdl_toolkit.folders import BITSANDBYTES, FINAL, check_trainable, find_model, lasting_name, need
+from mdl_toolkit.folders import (
+    ADAPTER_CONFIG,
+    BITSANDBYTES,
+    FINAL,
+    MODEL_CONFIG,
+    check_trainable,
+    find_model,
+    lasting_name,
+    need,
+)
 from mdl_toolkit.forward import Forward
 from mdl_toolkit.language import Text
 from mdl_toolkit.legacy import AnyDataset, LegacyDataset, is_legacy
@@ -304,6 +313,11 @@ def _questions(
 def _check_places(output: Path, options: TrainOptions) -> None:
     if output.is_file():
         raise InputError(f"--output {output}: a file is there", f"--output {output}：该位置是一个文件")
+    if any((output / name).exists() for name in (ADAPTER_CONFIG, MODEL_CONFIG)):
+        raise InputError(
+            f"--output {output}: a checkpoint or a model is there; give the folder of a run, or a new one",
+            f"--output {output}：该位置是检查点或模型；请指定训练的输出目录或新目录",
+        )
     if Path(options.model_name).is_dir():
         check_apart(output, Path(options.model_name))
     for option in ("train_dataset", "eval_dataset"):
