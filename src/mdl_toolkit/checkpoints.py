@@ -10,7 +10,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def save(
     optimizer: Mapping[str, Tensor],
     state: Mapping[str, Any],
     settings: str,
-) -> Path:
+) -> None:
     """Write `checkpoint-STEP` into a run's folder, whole or not at all.
 
     Args:
@@ -78,45 +79,50 @@ def save(
     Raises:
         OSError: the disk does not take it; what was there before is untouched.
     """
-    work = output / WORK / f"checkpoint-{step}"
     try:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        adapter(work)
-        save_file(dict(optimizer), work / OPTIMIZER)
-        (work / STATE).write_text(json.dumps({**state, "step": step}, indent=1), encoding="utf-8")
-        (work / SETTINGS_FILE).write_text(settings, encoding="utf-8")
-        if (output / PROVENANCE_FILE).is_file():  # of all the run's checkpoints
-            shutil.copyfile(output / PROVENANCE_FILE, work / PROVENANCE_FILE)
-        _seal(work)
-        return _put_in_place(work, output)
+        with _becoming(output / f"checkpoint-{step}") as work:
+            adapter(work)
+            save_file(dict(optimizer), work / OPTIMIZER)
+            _write_state(work, {**state, "step": step})
+            (work / SETTINGS_FILE).write_text(settings, encoding="utf-8")
+            if (output / PROVENANCE_FILE).is_file():  # of all the run's checkpoints
+                shutil.copyfile(output / PROVENANCE_FILE, work / PROVENANCE_FILE)
     except SafetensorError as problem:  # how safetensors tells of a full disk
         number = re.search(r"os error (\d+)", str(problem))
         raise (
             OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(problem))
         ) from problem
-    finally:
-        put_back(output)
-        shutil.rmtree(output / WORK, ignore_errors=True)
 
 
-def save_state(output: Path, checkpoint: "Checkpoint", state: Mapping[str, Any]) -> Path:
+def save_state(output: Path, checkpoint: "Checkpoint", state: Mapping[str, Any]) -> None:
     """Put a checkpoint into a run's folder as it is, but for its state.
 
     Raises:
         OSError: the disk does not take it; what was there before is untouched.
     """
-    work = output / WORK / f"checkpoint-{checkpoint.step}"
+    with _becoming(output / f"checkpoint-{checkpoint.step}") as work:
+        shutil.copytree(checkpoint.folder, work, dirs_exist_ok=True)
+        (work / CHECKSUMS).unlink()
+        _write_state(work, {**checkpoint.state, **state})
+
+
+@contextmanager
+def _becoming(target: Path) -> Iterator[Path]:
+    """A folder to be filled, which becomes this checkpoint if nothing goes wrong."""
+    output, work = target.parent, target.parent / WORK / target.name
     try:
         shutil.rmtree(work, ignore_errors=True)
-        shutil.copytree(checkpoint.folder, work)
-        (work / CHECKSUMS).unlink()
-        (work / STATE).write_text(json.dumps({**checkpoint.state, **state}, indent=1), encoding="utf-8")
+        work.mkdir(parents=True)
+        yield work
         _seal(work)
-        return _put_in_place(work, output)
+        _put_in_place(work, target)
     finally:
         put_back(output)
         shutil.rmtree(output / WORK, ignore_errors=True)
+
+
+def _write_state(folder: Path, state: Mapping[str, Any]) -> None:
+    (folder / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
 
 
 def _seal(folder: Path) -> None:
@@ -130,13 +136,11 @@ def _seal(folder: Path) -> None:
     to_disk(folder / CHECKSUMS)
 
 
-def _put_in_place(work: Path, output: Path) -> Path:
-    target = output / work.name
+def _put_in_place(work: Path, target: Path) -> None:
     if target.exists():
         target.rename(work.with_suffix(AWAY))
     work.rename(target)
-    to_disk(output)
-    return target
+    to_disk(target.parent)
 
 
 def put_back(output: Path) -> None:

@@ -285,7 +285,7 @@ class Trainer:
         en, zh = self._unsaved(problem)
         warn(f"{en}; training goes on", f"{zh}；训练继续")
 
-    def _save_with_room(self, attempt: Callable[[], Path]) -> None:
+    def _save_with_room(self, attempt: Callable[[], None]) -> None:
         """On a full disk, with one less of the checkpoints that may be deleted."""
         try:
             attempt()
