@@ -149,6 +149,21 @@ def test_one_without_its_checksums_is_not_whole(tmp_path, capsys, spoil):
         to_resume(output, str(output / "checkpoint-6"))
 
 
+def test_what_is_damaged_is_said_in_chinese_too(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("LANGUAGE", "zh_CN")
+    output = make(tmp_path, 5, 6, 7)
+    flip_a_byte(output / "checkpoint-6/optimizer.safetensors")
+    (output / "checkpoint-7/state.json").unlink()
+    assert to_resume(output, True).folder == output / "checkpoint-5"
+    assert capsys.readouterr().err.splitlines() == [
+        f"警告：跳过 {output}/checkpoint-7：缺少 state.json",
+        f"警告：跳过 {output}/checkpoint-6：optimizer.safetensors 已损坏",
+    ]
+    with pytest.raises(ModelError) as refused:
+        to_resume(output, str(output / "checkpoint-7"))
+    assert "不是完整的检查点（缺少 state.json）；是否想写" in str(refused.value)
+
+
 def test_all_damaged_is_a_fresh_start(tmp_path, capsys):
     output = make(tmp_path, 5, 6)
     for step in (5, 6):
@@ -294,13 +309,23 @@ def test_a_disk_that_is_full_at_the_end_is_an_error(tmp_path, monkeypatch, probl
     options = train_options(csv, MODEL, output, save_steps=3, save_total_limit=1)
     with monkeypatch.context() as patch:
         failing_at(patch, {2}, problem)
-        with pytest.raises(ToolkitError, match="checkpoint-4 cannot be saved: .*No space left on device"):
+        with pytest.raises(
+            ToolkitError, match="checkpoint-4 cannot be saved: .*No space left on device"
+        ) as why:
             train(options)
+    remedy = f"make room, and go on with --resume-from-checkpoint {output / 'checkpoint-3'}"
+    assert str(why.value).endswith(f"; {remedy}")
     assert names(output) == ["checkpoint-3", "log.jsonl", "mdl-toolkit.json", "mdl-toolkit.yaml"]
     assert damage(output / "checkpoint-3") is None
     again = train(train_options(csv, MODEL, output, save_steps=3, resume_from_checkpoint=True))
     whole = train(train_options(csv, MODEL, tmp_path / "whole"))
     assert same_weights(again.final, whole.final)
+
+
+def test_a_disk_that_never_had_room_is_an_error(tmp_path, monkeypatch):
+    failing_at(monkeypatch, {1}, FULL[0])
+    with pytest.raises(ToolkitError, match="; make room, and start again$"):
+        train(train_options(make_csv(tmp_path, 16), MODEL, tmp_path / "run", save_steps=0))
 
 
 @pytest.mark.parametrize("problem", FULL, ids=["safetensors", "system"])

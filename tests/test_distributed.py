@@ -14,7 +14,7 @@ import torch
 
 from commands import children
 from fleet import fleet, free_port, start_ranks, wait_for
-from mdl_toolkit import cli, conversion, distributed, training
+from mdl_toolkit import cli, conversion, distributed, training, training_data
 from mdl_toolkit.checkpoints import Checkpoint, checkpoints, damage
 from mdl_toolkit.distributed import PeerLostError, World
 from mdl_toolkit.runlog import read_log
@@ -80,7 +80,7 @@ def figures(output):
 def only_the_first_converts_and_buckets_are_small():
     distributed.BUCKET = 1000  # numbers; several tensors in one, some larger ones alone
     if os.environ["RANK"] != "0":
-        conversion.convert_rows = training.convert_rows = None
+        conversion.convert_rows = training_data.convert_rows = None
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_a_process_that_nobody_joins_says_so(place, tmp_path, start, rank):
     assert job.said().splitlines()[-1].endswith("start them together")
 
 
-@pytest.mark.parametrize("moment", ["_open_data", "_trainable_model"])
+@pytest.mark.parametrize("moment", ["open_data", "_trainable_model"])
 def test_a_process_that_fails_before_the_first_step_ends_the_other_one(place, tmp_path, start, moment):
     """Whatever it is that fails: here a bug."""
     jobs = start_ranks(start, command(place, tmp_path / "run"), before=partial(fail_in_second, moment))

@@ -339,7 +339,7 @@ def test_a_disk_that_fills_up_meanwhile(place, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("epochs", [0.5, 1])
 def test_where_nothing_is_read_twice_the_option_is_ignored(place, tmp_path, capsys, epochs):
-    train(options_of(place, tmp_path / "run", num_epochs=epochs, eval_dataset=None))
+    train(options_of(place, tmp_path / "run", num_epochs=epochs, eval_dataset=None, eval_steps=500))
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
     assert said == ["warning: every row is computed only once: --cache-audio-features ignored"]
 

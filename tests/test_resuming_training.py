@@ -203,7 +203,9 @@ def check_close(output, expected, tolerance):
 @pytest.mark.parametrize(
     ("changes", "rows"), [({"batch_size": 3}, 6), ({"gradient_accumulation_steps": 1}, 2)]
 )
-def test_another_effective_batch_is_refused_and_nothing_changes(place, tmp_path, monkeypatch, changes, rows):
+def test_another_effective_batch_is_refused_and_nothing_changes(
+    place, tmp_path, monkeypatch, capsys, changes, rows
+):
     output = tmp_path / "run"
     for name in ("checkpoint-4", "checkpoint-5", "log.jsonl", "mdl-toolkit.yaml"):
         copy(place / "whole" / name, output / name)
@@ -211,6 +213,7 @@ def test_another_effective_batch_is_refused_and_nothing_changes(place, tmp_path,
     monkeypatch.setattr(training, "load_model", None)  # nor are weights loaded
     with pytest.raises(ToolkitError, match=f"checkpoint-4: its steps had 4 rows, now it would be {rows}; "):
         train(options_of(place, output, resume_from_checkpoint=str(output / "checkpoint-4"), **changes))
+    assert "the new ones hold" not in capsys.readouterr().err
     assert bytes_below(output) == before
 
 
@@ -222,8 +225,9 @@ def test_changed_options_are_named_and_win(place, tmp_path, capsys):
         resume_from_checkpoint=True, merge_lora=False, download_cache="elsewhere",
     )  # fmt: skip
     train(options)
-    said = [line for line in capsys.readouterr().err.splitlines() if "differ" in line]
-    assert said == [
+    lines = capsys.readouterr().err.splitlines()
+    assert f"going on after step 7 of 12, from {output / 'checkpoint-7'}" in lines
+    assert [line for line in lines if "differ" in line] == [
         "warning: options differ from the interrupted run's, and the new ones hold: --lr 0.002 (was 0.01), "
         "--num-epochs 4 (was 3), --eval-dataset null (was " + str(place / "eval.csv") + "), "
         "--save-steps 0 (was 1)"

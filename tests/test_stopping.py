@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fleet import die_before, fleet, slow_steps, start_ranks, wait_for
-from mdl_toolkit import stopping, trainer, training
+from mdl_toolkit import stopping, trainer, training, training_data
 from mdl_toolkit.checkpoints import checkpoints, damage, to_resume
 from mdl_toolkit.runlog import read_log
 from mdl_toolkit.settings import as_command
@@ -145,7 +145,7 @@ def test_in_another_thread_signals_are_left_alone():
 
 
 @BOTH
-def test_the_step_under_way_is_the_last(place, tmp_path, monkeypatch, number):
+def test_the_step_under_way_is_the_last(place, tmp_path, monkeypatch, capsys, number):
     compute, calls = training.Forward.loss, []
 
     def compute_and_signal(self, *words):
@@ -160,6 +160,8 @@ def test_the_step_under_way_is_the_last(place, tmp_path, monkeypatch, number):
         train(options)
     assert steps_in(tmp_path, "run") == [1, 2, 3]
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-3"]
+    told = f"stopped after step 3 of 8; to go on: --resume-from-checkpoint {tmp_path / 'run/checkpoint-3'}"
+    assert told in capsys.readouterr().err.splitlines()
 
 
 def test_an_evaluation_is_given_up_and_made_later(place, tmp_path, monkeypatch):
@@ -284,11 +286,14 @@ def test_a_stopped_run_goes_on_bit_for_bit(place, tmp_path, start, number):
     assert job.until(lambda: len(steps_in(tmp_path, "run")) >= 2)
     job.signal(number)
     assert job.end() == 130
-    kept = f"what was converted stays in {tmp_path}/run/.dataset, for the next run with this --output"
-    assert job.said().splitlines()[-3:] == [ASKED, kept, "interrupted"]
-    usual = ("device", "memory", "training", "steps")
-    assert [line for line in job.said().splitlines()[:-3] if not line.startswith(usual)] == []
     step = steps_in(tmp_path, "run")[-1]
+    stopped = (
+        f"stopped after step {step} of 8; to go on: --resume-from-checkpoint {tmp_path}/run/checkpoint-{step}"
+    )
+    kept = f"what was converted stays in {tmp_path}/run/.dataset, for the next run with this --output"
+    assert job.said().splitlines()[-4:] == [ASKED, stopped, kept, "interrupted"]
+    usual = ("device", "memory", "training", "steps")
+    assert [line for line in job.said().splitlines()[:-4] if not line.startswith(usual)] == []
     assert 2 <= step < 8
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
         ".dataset", f"checkpoint-{step}", "log.jsonl", "mdl-toolkit.json", "mdl-toolkit.yaml"
@@ -347,7 +352,7 @@ def in_the_beginning(sign, name):
         sign.touch()
         time.sleep(600)
 
-    setattr(training, name, stay)
+    setattr(training_data if name == "convert_rows" else training, name, stay)
 
 
 @BOTH

@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from mdl_toolkit import memory, training
+from mdl_toolkit import memory, training, training_data
 from mdl_toolkit.batching import Collator
 from mdl_toolkit.conversion import convert_dataset
 from mdl_toolkit.dataset import ConvertedDataset
@@ -341,7 +341,7 @@ def test_a_finished_run_can_be_given_back(model, tmp_path, capsys, output):
     checkpoint = tmp_path / "run/checkpoint-1"
     options = train_options(csv, model, tmp_path / output, eval_dataset=str(csv))
     again = train(replace(options, resume_from_checkpoint=str(checkpoint)))
-    assert "nothing was left to train" in capsys.readouterr().err
+    assert "nothing is left to train" in capsys.readouterr().err
     assert again.eval_loss == pytest.approx(done.eval_loss, rel=1e-5)
     expected, got = weights(done.final), weights(again.final)
     assert all(torch.equal(expected[name], got[name]) for name in expected)
@@ -359,14 +359,23 @@ def test_what_a_killed_run_converted_is_not_used(model, tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "named"),
-    [({"lora_rank": 8}, "--lora-rank"), ({"train_target": ("decoder", "lm_head")}, "--train-target")],
+    [
+        ({"lora_rank": 8}, "--lora-rank 4"),
+        (
+            {"train_target": ("decoder", "lm_head")},
+            "--train-target encoder --train-target projector --train-target embed_tokens",
+        ),
+    ],
 )
 def test_resuming_with_an_adapter_of_another_shape_is_refused(model, tmp_path, changes, named):
     csv = make_csv(tmp_path, 4)
-    train(train_options(csv, model, tmp_path / "run"))
-    before = files_below(tmp_path)
-    with pytest.raises(ModelError, match=f"another {named}; give the same"):
-        train(train_options(csv, model, tmp_path / "run", resume_from_checkpoint=True, **changes))
+    options = train_options(
+        csv, model, tmp_path / "run", train_target=("encoder", "projector", "embed_tokens")
+    )
+    train(options)
+    before, other = files_below(tmp_path), replace(options, resume_from_checkpoint=True, **changes)
+    with pytest.raises(ModelError, match=f"it was trained with {named}; give the same"):
+        train(other)
     assert files_below(tmp_path) == before
 
 
@@ -384,9 +393,9 @@ def test_a_model_that_does_not_fit_leaves_an_earlier_run_alone(model, tmp_path):
 
 
 def test_bad_evaluation_rows_are_known_before_the_training_rows_are_converted(model, tmp_path, monkeypatch):
-    converted, real = [], training.convert_rows
+    converted, real = [], training_data.convert_rows
     monkeypatch.setattr(
-        training, "convert_rows", lambda *w, **m: converted.append(w[1].name) or real(*w, **m)
+        training_data, "convert_rows", lambda *w, **m: converted.append(w[1].name) or real(*w, **m)
     )
     rows = make_rows(tmp_path / "audio", 2)
     rows[1]["audio"] = "missing.wav"
@@ -409,8 +418,10 @@ def test_after_a_lack_of_memory_nothing_is_converted_again(model, tmp_path, monk
     (data,) = (tmp_path / "run/.dataset/train").glob("*.arrow")
     before = data.stat().st_ino
     opened = []
-    real = training.ConvertedDataset
-    monkeypatch.setattr(training, "ConvertedDataset", lambda p: opened.append(data.stat().st_ino) or real(p))
+    real = training_data.ConvertedDataset
+    monkeypatch.setattr(
+        training_data, "ConvertedDataset", lambda p: opened.append(data.stat().st_ino) or real(p)
+    )
     train(options)
     assert opened == [before]
     assert not (tmp_path / "run/.dataset").exists()
@@ -564,6 +575,15 @@ def test_conversion_options_with_converted_data_are_warned_of(model, tmp_path, c
     data = convert(make_csv(tmp_path, 4), model, tmp_path / "data")
     train(train_options(data, model, tmp_path / "run", user_prompt="ignored", base_dir=str(tmp_path)))
     assert "converted already: --user-prompt, --base-dir ignored" in capsys.readouterr().err
+
+
+def test_evaluation_options_without_evaluation_data_are_warned_of(model, tmp_path, capsys):
+    options = train_options(make_csv(tmp_path, 4), model, tmp_path / "run", report_to=("tensorboard",))
+    train(options)
+    assert "ignored" not in capsys.readouterr().err
+    train(replace(options, keep_best=True, early_stopping_patience=2, eval_steps=1))
+    told = "there is no --eval-dataset: --eval-steps, --keep-best, --early-stopping-patience ignored"
+    assert f"warning: {told}" in capsys.readouterr().err.splitlines()
 
 
 def test_answers_of_the_fixture_differ_in_length():

@@ -23,6 +23,7 @@ from torch import Tensor
 from mdl_toolkit.console import warn
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FINAL, read_json
+from mdl_toolkit.language import Text
 from mdl_toolkit.outputs import to_disk
 from mdl_toolkit.provenance import PROVENANCE_FILE
 from mdl_toolkit.settings import SETTINGS_FILE
@@ -187,24 +188,28 @@ class Checkpoint:
         return load_file(self.folder / OPTIMIZER)
 
 
-def damage(folder: Path) -> str | None:
+def damage(folder: Path) -> Text | None:
     """What is wrong with a checkpoint, or None: missing files, sizes, checksums."""
     if not (folder / CHECKSUMS).is_file():
-        return f"{CHECKSUMS} is missing"
+        return _missing(CHECKSUMS)
     try:
         sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
         for name in _NEEDED:
             if name not in sums:
-                return f"{name} is missing"
+                return _missing(name)
         for name, expected in sums.items():
             file = folder / Path(name).name
             if not file.is_file():
-                return f"{name} is missing"
+                return _missing(name)
             if file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
-                return f"{name} is damaged"
+                return Text(f"{name} is damaged", f"{name} 已损坏")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
-        return f"{CHECKSUMS}: {problem}"
+        return Text(f"{CHECKSUMS}: {problem}", f"{CHECKSUMS}：{problem}")
     return None
+
+
+def _missing(name: str) -> Text:
+    return Text(f"{name} is missing", f"缺少 {name}")
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -234,13 +239,13 @@ def to_resume(output: Path, resume: bool | str | None) -> Checkpoint | None:
         if reason := damage(path):
             en, zh = _hint(path)
             raise ModelError(
-                f"--resume-from-checkpoint {path}: not a complete checkpoint ({reason}){en}",
-                f"--resume-from-checkpoint {path}：不是完整的检查点（{reason}）{zh}",
+                f"--resume-from-checkpoint {path}: not a complete checkpoint ({reason.en}){en}",
+                f"--resume-from-checkpoint {path}：不是完整的检查点（{reason.zh}）{zh}",
             )
         return _open(path)
     for path in reversed(checkpoints(output)):
         if reason := damage(path):
-            warn(f"{path} is skipped: {reason}", f"跳过 {path}：{reason}")
+            warn(f"{path} is skipped: {reason.en}", f"跳过 {path}：{reason.zh}")
         else:
             return _open(path)
     return None

@@ -84,17 +84,18 @@ def check_resumable(checkpoint: Path, targets: tuple[str, ...], rank: int) -> No
         ModelError: --lora-rank or --train-target differs.
     """
     config = read_json(checkpoint / ADAPTER_CONFIG)
-    same = {
-        "--lora-rank": config.get("r") == rank,
-        "--train-target": config.get("target_modules") == _pattern(targets)
-        and sorted(config.get("modules_to_save") or [])
-        == sorted(_full_modules(targets, bool(config.get("ensure_weight_tying")))),
-    }
-    different = ", ".join(name for name, is_same in same.items() if not is_same)
-    if different:
+    pattern, full = str(config.get("target_modules")), config.get("modules_to_save") or []
+    wanted = _full_modules(targets, bool(config.get("ensure_weight_tying")))
+    before = [] if config.get("r") == rank else [f"--lora-rank {config.get('r')}"]
+    if pattern != _pattern(targets) or sorted(full) != sorted(wanted):
+        found = [target for target, there in LORA_TARGETS.items() if there in pattern]
+        found += [target for target, there in FULL_TARGETS.items() if there in full]
+        before += [f"--train-target {target}" for target in found or ["?"]]
+    if before:
+        words = " ".join(before)
         raise ModelError(
-            f"{checkpoint}: it was trained with another {different}; give the same, or start afresh",
-            f"{checkpoint}：该检查点训练时的 {different} 与现在不同；请使用相同的值，或从头开始训练",
+            f"{checkpoint}: it was trained with {words}; give the same, or start afresh",
+            f"{checkpoint}：该检查点训练时使用 {words}；请使用相同的值，或从头开始训练",
         )
 
 

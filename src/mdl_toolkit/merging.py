@@ -86,7 +86,7 @@ def _find_adapter(options: MergeOptions) -> Path:
         )
     if (folder / CHECKSUMS).is_file() and (reason := damage(folder)):
         raise ModelError(
-            f"{folder}: not a complete checkpoint ({reason})", f"{folder}：不是完整的检查点（{reason}）"
+            f"{folder}: not a complete checkpoint ({reason.en})", f"{folder}：不是完整的检查点（{reason.zh}）"
         )
     return folder
 

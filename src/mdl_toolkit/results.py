@@ -109,8 +109,8 @@ def _check_whole(checkpoint: Path) -> None:
     """
     if reason := damage(checkpoint):
         raise ModelError(
-            f"{checkpoint}: {reason}, so no result is made of it; resume from another checkpoint",
-            f"{checkpoint}：{reason}，无法由其生成结果；请从其他检查点恢复训练",
+            f"{checkpoint}: {reason.en}, so no result is made of it; resume from another checkpoint",
+            f"{checkpoint}：{reason.zh}，无法由其生成结果；请从其他检查点恢复训练",
         )
 
 

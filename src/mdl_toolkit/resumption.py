@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mdl_toolkit.answering import Questions
 from mdl_toolkit.batching import Readable
 from mdl_toolkit.checkpoints import Checkpoint, checkpoint_at, damage
-from mdl_toolkit.console import warn
+from mdl_toolkit.console import say, warn
 from mdl_toolkit.distributed import World
 from mdl_toolkit.errors import InputError, ToolkitError
 from mdl_toolkit.language import Text
@@ -119,19 +119,24 @@ def is_judged_alike(resume: Checkpoint, judged: dict[str, Any] | None) -> bool:
     return bool(resume.state.get("judged", judged) == judged)
 
 
-def warn_finished(resume: Checkpoint, total: int, best: Best, patience: int | None) -> None:
-    """Say why nothing is left to train, where that is so."""
+def say_resumed(resume: Checkpoint, total: int, best: Best, patience: int | None) -> None:
+    """Say where the run goes on, or why nothing is left to train."""
     if resume.step >= total:
         warn(
-            f"{resume.folder} is the end of its run: nothing was left to train, its result is written again",
-            f"{resume.folder} 已是训练的终点：没有需要继续训练的步骤，仅重新输出结果",
+            f"{resume.folder} is the end of its run: nothing is left to train, its result is written",
+            f"{resume.folder} 已是训练的终点：没有需要继续训练的步骤，仅输出结果",
         )
     elif patience is not None and best.worse >= patience:
         warn(
             f"{resume.folder}: its run was stopped early, {best.worse} evaluations in a row were no "
-            "better; its result is written again; to go on, raise --early-stopping-patience",
-            f"{resume.folder}：该训练已提前停止（连续 {best.worse} 次评估没有改善），仅重新输出结果；"
+            "better; its result is written; to go on, raise --early-stopping-patience",
+            f"{resume.folder}：该训练已提前停止（连续 {best.worse} 次评估没有改善），仅输出结果；"
             "如需继续，请增大 --early-stopping-patience",
+        )
+    else:
+        say(
+            f"going on after step {resume.step:,} of {total:,}, from {resume.folder}",
+            f"从 {resume.folder} 继续：已完成 {resume.step:,} 步，共 {total:,} 步",
         )
 
 

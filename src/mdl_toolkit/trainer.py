@@ -7,6 +7,7 @@ the step, and all else that matters is in the checkpoint.
 
 import errno
 import math
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -101,6 +102,7 @@ class Trainer:
         self.at_once = AtOnce(self.options.batch_size, self.forward.device, what)
         self.request, self.must_stop = StopRequest(), False
         self.resumed: Checkpoint | None = None
+        self.newest: Path | None = None  # checkpoint that was saved, or resumed from
         self.loader = Loader.beside(
             self.forward.device, lambda rows: self.forward.batch(self.train_set, rows)
         )
@@ -132,6 +134,7 @@ class Trainer:
                 self._do_what_is_due()
             # All end together, when all is saved: a launcher ends those left behind.
             if float(self.world.sum(torch.tensor(float(self.request.is_made)))):
+                self._say_stopped()
                 raise KeyboardInterrupt
         best = self.validation.best
         if first < self.step < self.schedule.total:
@@ -140,6 +143,14 @@ class Trainer:
                 f"第 {self.step} 步后提前停止：连续 {best.worse} 次评估没有改善",
             )
         return Outcome(self.step, self.losses / max(self.step - self.since, 1), self.validation.loss, best)
+
+    def _say_stopped(self) -> None:
+        if self.newest is not None:
+            step, total, option = self.step, self.schedule.total, _resuming(self.newest)
+            say(
+                f"stopped after step {step:,} of {total:,}; to go on: {option}",
+                f"已在第 {step:,} 步（共 {total:,} 步）后停止；如需继续：{option}",
+            )
 
     def _make_up_for_evaluation(self) -> None:
         """What the run was stopped before; the checkpoint that was left then has it from now on."""
@@ -269,9 +280,12 @@ class Trainer:
             ))  # fmt: skip
         except OSError as problem:
             if is_needed:
-                raise ToolkitError(*self._unsaved(problem)) from problem
+                en, zh = self._unsaved(problem)
+                remedy = self._remedy()
+                raise ToolkitError(f"{en}; {remedy.en}", f"{zh}；{remedy.zh}") from problem
             self._warn_unsaved(problem)
             return
+        self.newest = self.output / f"checkpoint-{self.step}"
         self._delete_oldest()
 
     def _unsaved(self, problem: OSError) -> tuple[str, str]:
@@ -280,6 +294,13 @@ class Trainer:
             f"checkpoint-{self.step} cannot be saved: {reason}",
             f"无法保存 checkpoint-{self.step}：{reason}",
         )
+
+    def _remedy(self) -> Text:
+        """What to do when no checkpoint can be saved any more."""
+        if self.newest is None:
+            return Text("make room, and start again", "请腾出空间后重新开始")
+        option = _resuming(self.newest)
+        return Text(f"make room, and go on with {option}", f"请腾出空间，然后使用 {option} 继续")
 
     def _warn_unsaved(self, problem: OSError) -> None:
         en, zh = self._unsaved(problem)
@@ -320,9 +341,13 @@ class Trainer:
                 f"{checkpoint.folder}: it does not fit {self.options.model_name}; resume with the same model",
                 f"{checkpoint.folder}：与 {self.options.model_name} 不匹配；请使用原来的模型恢复训练",
             ) from problem
-        self.step, self.resumed = checkpoint.step, checkpoint
+        self.step, self.resumed, self.newest = checkpoint.step, checkpoint, checkpoint.folder
         self.validation.resume(checkpoint)
         # Older ones do not have them.
         before = {"losses": 0.0, "since": checkpoint.step, "most_rows": self.at_once.most, **checkpoint.state}
         self.losses, self.since = before["losses"], before["since"]
         self.at_once.most = min(self.at_once.most, before["most_rows"])
+
+
+def _resuming(checkpoint: Path) -> str:
+    return f"--resume-from-checkpoint {shlex.quote(str(checkpoint))}"

@@ -3,7 +3,6 @@
 How training itself goes is said in `trainer`.
 """
 
-import dataclasses
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -28,25 +27,22 @@ from mdl_toolkit.briefing import (
 )
 from mdl_toolkit.checkpoints import WORK, Checkpoint, put_back, set_aside, to_resume
 from mdl_toolkit.console import is_first_process, progress, say, warn
-from mdl_toolkit.conversion import convert_rows, read_rows
 from mdl_toolkit.curve import plot
-from mdl_toolkit.dataset import ConvertedDataset
 from mdl_toolkit.distributed import PeerLostError, World, joined
-from mdl_toolkit.errors import DatasetError, InputError, ToolkitError
+from mdl_toolkit.errors import InputError, ToolkitError
 from mdl_toolkit.features import FeatureCache, check_frozen
 from mdl_toolkit.folders import (
     ADAPTER_CONFIG,
     BITSANDBYTES,
     FINAL,
     MODEL_CONFIG,
-    check_trainable,
     find_model,
     lasting_name,
     need,
 )
 from mdl_toolkit.forward import Forward
 from mdl_toolkit.language import Text
-from mdl_toolkit.legacy import AnyDataset, LegacyDataset, is_legacy
+from mdl_toolkit.legacy import AnyDataset
 from mdl_toolkit.loader import Remembered
 from mdl_toolkit.loading import (
     best_device,
@@ -60,21 +56,20 @@ from mdl_toolkit.lora import TargetCount, add_adapters, check_resumable
 from mdl_toolkit.memory import MemoryPlan, plan_memory
 from mdl_toolkit.metrics import METRICS
 from mdl_toolkit.option import spelling
-from mdl_toolkit.options import ConversionOptions
 from mdl_toolkit.outputs import check_apart, claimed, writing
 from mdl_toolkit.provenance import Provenance
 from mdl_toolkit.report import report_training
 from mdl_toolkit.results import origin_of, write_result
-from mdl_toolkit.resumption import check_steps, warn_changed, warn_finished
+from mdl_toolkit.resumption import check_steps, say_resumed, warn_changed
 from mdl_toolkit.runlog import Pace, RunLog
 from mdl_toolkit.sampling import Sampling
 from mdl_toolkit.schedule import Schedule
 from mdl_toolkit.settings import SETTINGS_FILE, to_yaml
 from mdl_toolkit.stopping import Interruption
-from mdl_toolkit.text_files import TextFiles, read_text_files
 from mdl_toolkit.tokens import Encoder, looked_at
 from mdl_toolkit.trackers import Trackers, check_trackers
 from mdl_toolkit.trainer import Outcome, Trainer
+from mdl_toolkit.training_data import open_data
 from mdl_toolkit.training_options import TrainOptions
 from mdl_toolkit.validation import Validation
 
@@ -129,7 +124,7 @@ def _prepare_and_run(options: TrainOptions, private: Path) -> TrainResult:
         with _keeping_what_was_converted(private) if world.is_first else nullcontext():
             if not world.is_first:
                 world.wait()  # for the first one, which converts
-            files, train_set, eval_set = _open_data(options, private)
+            files, train_set, eval_set = open_data(options, private)
             if world.is_first:
                 advise(train_set, eval_set)
             base = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=True)
@@ -144,8 +139,8 @@ def _to_resume(options: TrainOptions, world: World) -> Checkpoint | None:
     resume = to_resume(Path(options.output), options.resume_from_checkpoint)
     if resume is not None:
         check_resumable(resume.folder, options.train_target, options.lora_rank)
-        warn_changed(resume, options)
         check_steps(resume, options, world)
+        warn_changed(resume, options)
     return resume
 
 
@@ -272,7 +267,7 @@ def _train(run: _Run, plan: MemoryPlan) -> tuple[Outcome, Pace]:
         )
         if run.resume is not None:
             trainer.resume(run.resume)
-            warn_finished(run.resume, schedule.total, validation.best, options.early_stopping_patience)
+            say_resumed(run.resume, schedule.total, validation.best, options.early_stopping_patience)
         _prepare_output(run)
         log.begin(trainer.step)
         done = trainer.run()
@@ -330,52 +325,6 @@ def _check_places(output: Path, options: TrainOptions) -> None:
         inside = Path(value).resolve()
         if inside == output.resolve() or inside in output.resolve().parents:
             check_apart(output, Path(value))
-
-
-def _open_data(options: TrainOptions, private: Path) -> tuple[TextFiles, AnyDataset, AnyDataset | None]:
-    """The model's text side and both datasets; a CSV is converted into the run's private folder."""
-    # Of a local folder everything is here to be checked at once; of a hub's, weights wait for the data.
-    is_local = Path(options.model_name).is_dir()
-    folder = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=is_local)
-    check_trainable(folder, quantization=options.quantization, merge=options.merge_lora)
-    files = read_text_files(folder)
-    _warn_ignored(options)
-    eval_set = None
-    if options.eval_dataset is not None:  # first: it is the smaller one, and its bad rows are soon known
-        eval_set = _open_set(options.eval_dataset, options, files, private / "eval")
-    train_set = _open_set(options.train_dataset, options, files, private / "train")
-    if not len(train_set):
-        raise DatasetError(f"{options.train_dataset}: no rows", f"{options.train_dataset}：没有任何行")
-    return files, train_set, eval_set
-
-
-def _open_set(path: str, options: TrainOptions, files: TextFiles, private: Path) -> AnyDataset:
-    if Path(path).is_dir():
-        if is_legacy(Path(path)):
-            return LegacyDataset(Path(path), Encoder(files))
-        dataset = ConvertedDataset(Path(path))
-        dataset.record.check_model(files, path)
-        return dataset
-    if is_first_process():
-        manifest = read_rows(path, options, needs_prediction=True)
-        convert_rows(manifest, private, Encoder(files), options, reuse=True)
-    return ConvertedDataset(private)
-
-
-def _warn_ignored(options: TrainOptions) -> None:
-    """Name conversion options that were given although all data are converted already (rule 24)."""
-    paths = [path for path in (options.train_dataset, options.eval_dataset) if path is not None]
-    if not all(Path(path).is_dir() for path in paths):
-        return
-    given = [
-        spelling(field.name)
-        for field in dataclasses.fields(ConversionOptions)
-        if field.name not in ("from_modelscope", "num_workers")
-        and getattr(options, field.name) != field.default
-    ]
-    if given:
-        names = ", ".join(given)
-        warn(f"the data are converted already: {names} ignored", f"数据已经转换：忽略 {names}")
 
 
 # --- the model and the run -----------------------------------------------------------------------------

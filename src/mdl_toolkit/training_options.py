@@ -126,8 +126,9 @@ class TrainOptions(ConversionOptions):
     )  # fmt: skip
     eval_steps: int | float = option(
         CADENCE, 500, EVALUATION,
-        "Evaluate every so many steps, or so often per epoch (0.5: twice an epoch); always at the end.",
-        "每隔多少步进行一次评估；(0, 1) 间的浮点数表示 epoch 的比例；结束时总会评估。",
+        "Evaluate every so many steps, or so often per epoch (0.5: twice an epoch), and always at the end; "
+        "0: only there.",
+        "每隔多少步进行一次评估；(0, 1) 间的浮点数表示 epoch 的比例；结束时总会评估，0 表示仅在结束时评估。",
     )  # fmt: skip
     eval_batch_size: int | None = option(
         COUNT, None, EVALUATION,
