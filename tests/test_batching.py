@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mdl_toolkit.batching import Collator, items_of, split
+from mdl_toolkit.batching import Collator, items_of, pinned, split
 from mdl_toolkit.dataset import Sample
 
 LENGTHS = [(12, 9_000), (5, 16_000), (9, 3_200), (12, 4_000), (7, 33_000)]  # positions, samples
@@ -19,6 +19,17 @@ def samples() -> list[Sample]:
         labels = np.where(np.arange(positions) < positions - 3, -100, ids).astype(np.int32)
         made.append(Sample(ids, labels, random.normal(0, 0.1, samples).astype(np.float32)))
     return made
+
+
+def test_a_batch_that_cannot_be_pinned_stays_as_it_is(samples, monkeypatch):
+    """A lack of pinned memory is none of the GPU's, which fewer rows at once would help."""
+
+    def fail(_):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", fail)
+    batch = Collator(7)(samples)
+    assert pinned(batch) is batch
 
 
 def test_text_is_padded_on_the_left_and_audio_on_the_right(samples):

@@ -82,10 +82,10 @@ def test_the_same_rows_are_answered_every_time():
 
         positions = torch.arange(50).numpy()
 
-    rows = Questions.drawn(Rows(), 10, 3)
+    rows = Questions.draw(Rows(), 10, 3)
     assert len(set(rows.tolist())) == 10
-    assert rows.tolist() == Questions.drawn(Rows(), 10, 3).tolist() == sorted(rows, reverse=True)
-    assert sorted(Questions.drawn(Rows(), 99, 3)) == [*range(50)]
+    assert rows.tolist() == Questions.draw(Rows(), 10, 3).tolist() == sorted(rows, reverse=True)
+    assert sorted(Questions.draw(Rows(), 99, 3)) == [*range(50)]
 
 
 def test_unknown_metrics_are_refused():

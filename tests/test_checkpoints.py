@@ -313,9 +313,9 @@ def test_a_disk_that_is_full_at_the_end_is_an_error(tmp_path, monkeypatch, probl
             ToolkitError, match="checkpoint-4 cannot be saved: .*No space left on device"
         ) as why:
             train(options)
-    remedy = f"make room, and go on with --resume-from-checkpoint {output / 'checkpoint-3'}"
-    assert str(why.value).endswith(f"; {remedy}")
-    assert names(output) == ["checkpoint-3", "log.jsonl", "mdl-toolkit.json", "mdl-toolkit.yaml"]
+    assert str(why.value).endswith("; make room, and go on with --resume-from-checkpoint true")
+    left = ["checkpoint-3", "log.jsonl", "mdl-toolkit.json", "mdl-toolkit.yaml"]
+    assert names(output) == [".dataset", *left]
     assert damage(output / "checkpoint-3") is None
     again = train(train_options(csv, MODEL, output, save_steps=3, resume_from_checkpoint=True))
     whole = train(train_options(csv, MODEL, tmp_path / "whole"))
@@ -379,6 +379,23 @@ def test_a_log_that_cannot_be_written_does_not_end_a_training(tmp_path, monkeypa
     assert said == ["warning: log.jsonl cannot be written: No space left on device; training goes on"]
 
 
+def test_a_line_that_a_full_disk_cut_off_does_not_spoil_the_next(tmp_path, monkeypatch):
+    real, left = Path.open, [3]
+
+    def nearly_full(self, mode="r", *args, **more):
+        if self.name == "log.jsonl" and mode == "a":
+            left[0] -= 1
+            if left[0] == 0:
+                with real(self, mode, *args, **more) as file:
+                    file.write('{"step": 3, "lo')
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(self, mode, *args, **more)
+
+    monkeypatch.setattr(Path, "open", nearly_full)
+    train(train_options(make_csv(tmp_path, 20), MODEL, tmp_path / "run"))
+    assert [line["step"] for line in read_log(tmp_path / "run/log.jsonl")] == [1, 2, 4, 5]
+
+
 # --- where there is none ----------------------------------------------------------------------------------
 
 
@@ -419,7 +436,7 @@ def test_a_limit_spares_the_one_resumed_from_and_counts_nothing_newer(tmp_path):
     changes = {"save_steps": 1, "save_total_limit": 1, "lr": 1e-3}
     train(train_options(csv, MODEL, output, resume_from_checkpoint=str(output / "checkpoint-2"), **changes))
     assert names(output) == sorted(["checkpoint-2", "checkpoint-5", *AT_THE_END, "previous-1"])
-    assert names(output / "previous-1") == ["checkpoint-3", "checkpoint-4", "checkpoint-5"]
+    assert names(output / "previous-1") == ["checkpoint-3", "checkpoint-4", "checkpoint-5", "log.jsonl"]
     lines = [line["step"] for line in read_log(output / "log.jsonl")]
     assert lines == [1, 2, 3, 4, 5]
 
@@ -450,7 +467,7 @@ def test_a_damaged_newest_one_is_not_counted_for_good_ones(tmp_path):
     options = train_options(csv, MODEL, output, save_steps=0, save_total_limit=1, resume_from_checkpoint=True)
     again = train(options)
     assert damage(output / "checkpoint-5") is None
-    assert names(output / "previous-1") == ["checkpoint-5"]
+    assert names(output / "previous-1") == ["checkpoint-5", "log.jsonl"]
     assert same_weights(again.final, whole.final)
 
 

@@ -1,6 +1,8 @@
 """Steps that cannot be computed as asked: too little memory, and numbers that are not finite any more."""
 
+import errno
 import math
+import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -8,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from mdl_toolkit import trainer
 from mdl_toolkit.answering import Answerer
-from mdl_toolkit.checkpoints import Checkpoint, checkpoints
+from mdl_toolkit.checkpoints import Checkpoint, checkpoints, damage
 from mdl_toolkit.conversion import convert_dataset
 from mdl_toolkit.dataset import ConvertedDataset
 from mdl_toolkit.errors import ModelError, ToolkitError
@@ -19,6 +22,7 @@ from mdl_toolkit.language import Text
 from mdl_toolkit.options import ConvertOptions
 from mdl_toolkit.runlog import read_log
 from mdl_toolkit.sampling import Sampling
+from mdl_toolkit.trained import Trained
 from mdl_toolkit.trainer import Trainer
 from mdl_toolkit.training import train
 from runs import evaluations, make_csv, train_options
@@ -258,6 +262,55 @@ def test_weights_that_are_not_finite_are_no_result(tmp_path, merge):
     with pytest.raises(ToolkitError, match="step 1: the trained weights are not finite any more; try"):
         train(options)
     assert checkpoints(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("cadence", [2, 0])
+def test_a_step_that_spoils_the_weights_costs_no_good_checkpoint(tmp_path, monkeypatch, cadence):
+    """The next one finds out; what was saved before is there, and nothing that is spoilt."""
+    real, csv, output = Trained.update, make_csv(tmp_path, 24), tmp_path / "run"
+    calls = []
+
+    def too_wide(self, rate):
+        real(self, rate)
+        calls.append(rate)
+        if len(calls) == 3:
+            self.parameters[0].data[:] = math.inf
+
+    monkeypatch.setattr(Trained, "update", too_wide)
+    with pytest.raises(
+        ToolkitError, match="step 3: the trained weights are not finite any more; try a small"
+    ):
+        train(train_options(csv, MODEL, output, save_steps=cadence, save_total_limit=1))
+    assert len(calls) == 3
+    assert [path.name for path in checkpoints(output)] == (["checkpoint-2"] if cadence else [])
+    assert not cadence or damage(output / "checkpoint-2") is None
+
+
+def test_a_failing_step_deletes_no_checkpoint(tmp_path, compute):
+    def fail(trained, _, loss):
+        return loss() * math.nan if trained.step == 3 else loss()
+
+    compute(fail)
+    options = train_options(make_csv(tmp_path, 24), MODEL, tmp_path / "run", save_steps=2, save_total_limit=1)
+    with pytest.raises(ToolkitError, match="step 4: the loss or its gradient is not finite"):
+        train(options)
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_a_failing_step_that_cannot_leave_a_checkpoint_does_not_say_that_it_goes_on(
+    tmp_path, compute, monkeypatch, capsys
+):
+    def fail(trained, _, loss):
+        return loss() * math.nan if trained.step == 2 else loss()
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    compute(fail)
+    monkeypatch.setattr(trainer, "save", full)
+    with pytest.raises(ToolkitError, match="step 3: the loss or its gradient is not finite"):
+        train(train_options(make_csv(tmp_path, 24), MODEL, tmp_path / "run", save_steps=0))
+    assert "goes on" not in capsys.readouterr().err
 
 
 class _Spoiling(torch.autograd.Function):

@@ -117,6 +117,55 @@ def test_a_best_checkpoint_stays_where_the_run_was(options, tmp_path, losses, ca
     assert (f"warning: {gone}" in warnings_in(capsys.readouterr().err)) != is_there
 
 
+def test_the_best_of_a_run_that_goes_on_elsewhere_outlives_an_interruption_there(
+    options, tmp_path, losses, capsys
+):
+    """And the result says how good it was, although another folder's log has that line."""
+    losses += [1.0, 2.0, 3.0, 4.0]
+    train(options)
+    other = tmp_path / "other"
+    start = str(tmp_path / "run/checkpoint-2")
+    losses[:] = [3.0, 4.0]
+    train(replace(options, output=str(other), resume_from_checkpoint=start))
+    shutil.rmtree(tmp_path / "run")
+    shutil.rmtree(other / "checkpoint-4")
+    best = other / "checkpoint-1"
+    capsys.readouterr()
+    done = train(replace(options, output=str(other), resume_from_checkpoint=True))
+    assert "does not count" not in capsys.readouterr().err
+    assert is_the_adapter_of(done.final, best)
+    metrics = read_json(done.final / "mdl-toolkit.json")["metrics"]
+    assert (metrics["steps"], metrics["eval_loss"]) == (1, 1.0)
+    assert [path.name for path in checkpoints(other)] == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]
+
+
+def test_a_best_checkpoint_that_cannot_be_copied_is_told_of(options, tmp_path, losses, monkeypatch, capsys):
+    losses += [1.0, 2.0, 3.0, 4.0]
+    train(options)
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(training, "save_state", fail)
+    losses[:] = [3.0, 4.0]
+    start = str(tmp_path / "run/checkpoint-2")
+    done = train(replace(options, output=str(tmp_path / "other"), resume_from_checkpoint=start))
+    assert is_the_adapter_of(done.final, tmp_path / "run/checkpoint-1")
+    told = (
+        f"warning: {tmp_path}/run/checkpoint-1, the best so far, cannot be copied: No space left on device; "
+    )
+    assert told in capsys.readouterr().err
+
+
+def test_what_is_dropped_from_the_log_is_set_aside_with_its_checkpoints(options, tmp_path):
+    train(options)
+    whole = (tmp_path / "run/log.jsonl").read_bytes()
+    train(replace(options, resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"), lr=0.5))
+    left = {path.name for path in (tmp_path / "run/previous-1").iterdir()}
+    assert left == {"checkpoint-3", "checkpoint-4", "log.jsonl"}
+    assert (tmp_path / "run/previous-1/log.jsonl").read_bytes() == whole
+
+
 def test_where_checkpoints_of_a_resumed_run_are(options, tmp_path):
     train(options)
     resumed = to_resume(tmp_path, str(tmp_path / "run/checkpoint-2"))
@@ -244,3 +293,24 @@ def test_processes_that_find_different_checkpoints_do_not_train(options, tmp_pat
             line = f"error: process {rank} would go on from step {step} of 4 with 8 rows, another one diff"
             assert jobs[rank].said().splitlines()[-1].startswith(line)
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-1", "checkpoint-2"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_answers_that_processes_share_unevenly_are_judged_as_before(options, tmp_path, processes):
+    """Three rows are two for one process and one for the other; to the run it is the same evaluation."""
+    questions = str(make_csv(tmp_path, 3, seed=40, name="questions.csv"))
+    one = replace(options, eval_dataset=questions, eval_metric="cer", early_stopping_patience=9)
+    two = as_command(replace(one, batch_size=2)).split()[1:]
+    with fleet(tmp_path) as start:
+        assert [job.end() for job in start_ranks(start, two)] == [0, 0]
+    whole = evaluations(tmp_path / "run")
+    for late in (3, 4):
+        shutil.rmtree(tmp_path / f"run/checkpoint-{late}")
+    again = replace(one, batch_size=4 // processes, resume_from_checkpoint=True)
+    with fleet(tmp_path) as start:
+        jobs = start_ranks(start, as_command(again).split()[1:], processes)
+        assert [job.end() for job in jobs] == [0] * processes, jobs[0].said()
+    assert "does not count" not in jobs[0].said()
+    for before, after in zip(whole, evaluations(tmp_path / "run"), strict=True):
+        assert (before["step"], before["eval_cer"]) == (after["step"], after["eval_cer"])
+        assert before["eval_loss"] == pytest.approx(after["eval_loss"], rel=1e-4)

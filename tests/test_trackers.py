@@ -14,6 +14,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fleet import fleet, slow_steps, start_ranks
+from mdl_toolkit.errors import ToolkitError
 from mdl_toolkit.runlog import read_log
 from mdl_toolkit.settings import as_command
 from mdl_toolkit.trackers import Trackers
@@ -121,6 +122,23 @@ def test_a_tracker_that_fails_does_not_end_a_training(options, tmp_path, monkeyp
     assert said == [
         "warning: --report-to: [Errno 28] No space left on device; nothing more is reported, training goes on"
     ]
+
+
+@pytest.mark.parametrize("event", ["__init__", "on_train_begin"])
+def test_a_tracker_that_cannot_begin_is_named_before_the_first_step(options, tmp_path, monkeypatch, event):
+    """One that wants to be logged in to, for example."""
+    from transformers.integrations import TensorBoardCallback
+
+    def fail(*_, **__):
+        raise ValueError("api_key not configured")
+
+    monkeypatch.setattr(TensorBoardCallback, event, fail)
+    with pytest.raises(ToolkitError) as refused:
+        train(options)
+    told = "--report-to tensorboard: api_key not configured; log in, choose its offline mode, or leave it out"
+    assert refused.value.text.en == told
+    assert refused.value.text.zh.startswith("--report-to tensorboard：api_key not configured；请登录")
+    assert not (tmp_path / "run/log.jsonl").exists()
 
 
 @pytest.mark.parametrize("names", [(), ("none",)])

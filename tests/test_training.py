@@ -2,6 +2,7 @@
 
 import math
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -377,6 +378,50 @@ def test_resuming_with_an_adapter_of_another_shape_is_refused(model, tmp_path, c
     with pytest.raises(ModelError, match=f"it was trained with {named}; give the same"):
         train(other)
     assert files_below(tmp_path) == before
+
+
+def test_the_order_of_targets_and_the_rank_of_none_do_not_matter_to_a_resumption(model, tmp_path):
+    csv = make_csv(tmp_path, 4)
+    options = train_options(csv, model, tmp_path / "run", train_target=("encoder", "decoder"))
+    train(options)
+    train(replace(options, train_target=("decoder", "encoder"), resume_from_checkpoint=True))
+    options = replace(options, train_target=("lm_head",), output=str(tmp_path / "full"))
+    train(options)
+    train(replace(options, lora_rank=8, resume_from_checkpoint=True))
+
+
+@pytest.mark.parametrize("slip", ["a model that is not there", "a bad evaluation row", "a loss that is NaN"])
+def test_what_an_interrupted_run_converted_outlives_a_slip(model, tmp_path, monkeypatch, slip):
+    """The message of the interruption promised it."""
+    options = train_options(make_csv(tmp_path, 8), model, tmp_path / "run", save_steps=1, num_epochs=2)
+    loss, calls = training.Forward.loss, []
+
+    def interrupted(self, *words):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss(self, *words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Forward, "loss", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(options)
+    left = files_below(tmp_path / "run/.dataset")
+    assert "train/state.json" in left
+    bad = make_rows(tmp_path / "audio", 2)
+    bad[1]["audio"] = "missing.wav"
+    wrong = {
+        "a model that is not there": {"model_name": str(tmp_path / "nowhere")},
+        "a bad evaluation row": {"eval_dataset": str(write_csv(tmp_path / "bad.csv", bad))},
+        "a loss that is NaN": {},
+    }[slip]
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Forward, "loss", lambda *words: loss(*words) * math.nan)
+        with pytest.raises(ToolkitError):
+            train(replace(options, resume_from_checkpoint=True, **wrong))
+    assert files_below(tmp_path / "run/.dataset") == left
+    train(replace(options, resume_from_checkpoint=True))
+    assert not (tmp_path / "run/.dataset").exists()
 
 
 def test_a_model_that_does_not_fit_leaves_an_earlier_run_alone(model, tmp_path):

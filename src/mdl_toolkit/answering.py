@@ -189,18 +189,20 @@ class Questions:
 
     Attributes:
         dataset: the rows, with labels.
-        rows: which of them, `[rows]`.
+        drawn: which of them, `[drawn]`.
+        rows: those that this process answers, `[rows]`.
         encoder: the model's tokenizer.
         metric: what is counted.
     """
 
     dataset: AnyDataset
+    drawn: np.ndarray
     rows: np.ndarray
     encoder: Encoder
     metric: Metric
 
     @staticmethod
-    def drawn(dataset: AnyDataset, count: int, seed: int) -> np.ndarray:
+    def draw(dataset: AnyDataset, count: int, seed: int) -> np.ndarray:
         """At most so many rows, always the same ones, the longest first."""
         rows = np.random.default_rng(seed).permutation(len(dataset))[:count]
         return rows[np.argsort(-dataset.positions[rows], kind="stable")]

@@ -135,8 +135,11 @@ def items_of(batch: Batch) -> Iterator[tuple[str, Tensor]]:
 
 
 def pinned(batch: Batch) -> Batch:
-    """The batch in memory from which a GPU copies while it computes."""
-    return Batch(**{name: tensor.pin_memory() for name, tensor in items_of(batch)})  # type: ignore[typeddict-item]
+    """The batch in memory from which a GPU copies while it computes; where there is none left, as it is."""
+    try:
+        return Batch(**{name: tensor.pin_memory() for name, tensor in items_of(batch)})  # type: ignore[typeddict-item]
+    except RuntimeError:
+        return batch
 
 
 def split(batch: Batch, most: int) -> Iterator[Batch]:

@@ -96,14 +96,13 @@ def save(
 
 
 def save_state(output: Path, checkpoint: "Checkpoint", state: Mapping[str, Any]) -> None:
-    """Put a checkpoint into a run's folder as it is, but for its state.
+    """Put a checkpoint, of this run or another one, into a run's folder as it is, but for its state.
 
     Raises:
         OSError: the disk does not take it; what was there before is untouched.
     """
     with _becoming(output / f"checkpoint-{checkpoint.step}") as work:
         shutil.copytree(checkpoint.folder, work, dirs_exist_ok=True)
-        (work / CHECKSUMS).unlink()
         _write_state(work, {**checkpoint.state, **state})
 
 
@@ -129,6 +128,7 @@ def _write_state(folder: Path, state: Mapping[str, Any]) -> None:
 def _seal(folder: Path) -> None:
     """Write down sizes and checksums, and wait until all is on the disk."""
     sums = {}
+    (folder / CHECKSUMS).unlink(missing_ok=True)  # of what it is a copy of
     for file in sorted(folder.iterdir()):
         file.chmod(0o644)  # safetensors lets nobody but the owner read
         to_disk(file)
@@ -173,6 +173,11 @@ class Checkpoint:
 
     folder: Path
     state: dict[str, Any]
+
+    @staticmethod
+    def at(folder: Path) -> "Checkpoint":
+        """One that is known to be whole."""
+        return Checkpoint(folder, read_json(folder / STATE))
 
     @property
     def step(self) -> int:
@@ -242,12 +247,12 @@ def to_resume(output: Path, resume: bool | str | None) -> Checkpoint | None:
                 f"--resume-from-checkpoint {path}: not a complete checkpoint ({reason.en}){en}",
                 f"--resume-from-checkpoint {path}：不是完整的检查点（{reason.zh}）{zh}",
             )
-        return _open(path)
+        return Checkpoint.at(path)
     for path in reversed(checkpoints(output)):
         if reason := damage(path):
             warn(f"{path} is skipped: {reason.en}", f"跳过 {path}：{reason.zh}")
         else:
-            return _open(path)
+            return Checkpoint.at(path)
     return None
 
 
@@ -256,10 +261,6 @@ def _hint(path: Path) -> tuple[str, str]:
     found = checkpoints(path) or checkpoints(path.resolve().parent)
     whole = next((each for each in reversed(found) if damage(each) is None), None)
     return (f"; did you mean {whole}?", f"；是否想写 {whole}？") if whole else ("", "")
-
-
-def _open(path: Path) -> Checkpoint:
-    return Checkpoint(path, read_json(path / STATE))
 
 
 def checkpoint_at(output: Path, step: int, resumed: Checkpoint | None) -> Path:
@@ -287,6 +288,8 @@ def set_aside(output: Path, resumed: Checkpoint | None = None) -> Path | None:
     place.mkdir()
     for path in left:
         path.rename(place / path.name)
+    if resumed is not None and not (place / LOG).exists() and (output / LOG).is_file():
+        shutil.copyfile(output / LOG, place / LOG)  # of whose lines the run keeps those before
     return place
 
 

@@ -85,11 +85,11 @@ def check_resumable(checkpoint: Path, targets: tuple[str, ...], rank: int) -> No
     """
     config = read_json(checkpoint / ADAPTER_CONFIG)
     pattern, full = str(config.get("target_modules")), config.get("modules_to_save") or []
+    low_rank = [target for target, there in LORA_TARGETS.items() if there in pattern]
+    before = [f"--lora-rank {config.get('r')}"] if low_rank and config.get("r") != rank else []
     wanted = _full_modules(targets, bool(config.get("ensure_weight_tying")))
-    before = [] if config.get("r") == rank else [f"--lora-rank {config.get('r')}"]
-    if pattern != _pattern(targets) or sorted(full) != sorted(wanted):
-        found = [target for target, there in LORA_TARGETS.items() if there in pattern]
-        found += [target for target, there in FULL_TARGETS.items() if there in full]
+    if set(low_rank) != LORA_TARGETS.keys() & set(targets) or sorted(full) != sorted(wanted):
+        found = low_rank + [target for target, there in FULL_TARGETS.items() if there in full]
         before += [f"--train-target {target}" for target in found or ["?"]]
     if before:
         words = " ".join(before)
@@ -102,7 +102,7 @@ def check_resumable(checkpoint: Path, targets: tuple[str, ...], rank: int) -> No
 def _pattern(targets: tuple[str, ...]) -> str:
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
-    patterns = [LORA_TARGETS[target] for target in targets if target in LORA_TARGETS]
+    patterns = [pattern for target, pattern in LORA_TARGETS.items() if target in targets]
     return "|".join(f"(?:{pattern})" for pattern in patterns) or str(DUMMY_TARGET_MODULES)
 
 

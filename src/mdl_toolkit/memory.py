@@ -285,12 +285,13 @@ def _remedies(
     options: TrainOptions, device: torch.device, dtype: torch.dtype, quantization: str | None
 ) -> tuple[tuple[str, str], ...]:
     """Options that lower the need, of those that lower the same thing the cheapest first."""
-    half = options.batch_size // 2
-    more = options.gradient_accumulation_steps * options.batch_size // max(half, 1)
+    rows = options.batch_size
+    less = next((each for each in range(rows // 2, 0, -1) if rows % each == 0), rows)
+    more = options.gradient_accumulation_steps * rows // less
     full = " ".join(target for target in options.train_target if target in FULL_TARGETS)
     possible = (
         (not options.gradient_checkpointing, "activations", "--gradient-checkpointing true"),
-        (half > 0, "activations", f"--batch-size {half} --gradient-accumulation-steps {more}"),
+        (less < rows, "activations", f"--batch-size {less} --gradient-accumulation-steps {more}"),
         (dtype == torch.float32 and device.type == "cuda", "weights", "--bf16 true"),
         (quantization is None, "weights", "--quantization 4bit"),
         (full != "", "trained", f"--train-target (- {full})"),

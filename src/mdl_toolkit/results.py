@@ -1,6 +1,7 @@
 """What a run leaves as its result: which checkpoint it is, where it comes from, and the folder `final/`."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -115,12 +116,25 @@ def _check_whole(checkpoint: Path) -> None:
 
 
 def _metrics(output: Path, step: int, checkpoint: Path, done: Outcome) -> dict[str, float]:
-    """Steps, the mean loss until then, and the last evaluation of the checkpoint, from the run's log."""
+    """Steps, the mean loss until then, and the last evaluation of the checkpoint, from the run's log.
+
+    Of a checkpoint whose steps another folder's log tells of, the checkpoint itself knows the evaluation.
+    """
     state = read_json(checkpoint / STATE)
     loss = state["losses"] / max(step - state["since"], 1) if "losses" in state else done.loss
     try:
         lines = [line for line in read_log(output / LOG) if "eval_loss" in line and line["step"] == step]
     except OSError:  # it could not be written, which was said
         lines = []
-    scores = {name: value for line in lines[-1:] for name, value in line.items() if name.startswith("eval_")}
+    line = lines[-1] if lines else _evaluation_in(state, step)
+    scores = {name: value for name, value in line.items() if name.startswith("eval_")}
     return {"steps": step, "training_loss": loss, **scores}
+
+
+def _evaluation_in(state: dict[str, Any], step: int) -> dict[str, float]:
+    """The evaluation after a checkpoint's step, if there was one: its loss, and the best one's metric."""
+    if state.get("evaluated") != step:
+        return {}
+    best, metric = state["best"], (state.get("judged") or {}).get("metric")
+    more = {f"eval_{metric}": best["value"]} if metric and best["step"] == step else {}
+    return {"eval_loss": state["eval_loss"], **more}

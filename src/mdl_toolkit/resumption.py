@@ -44,7 +44,9 @@ def judged_by(eval_set: Readable | None, questions: Questions | None) -> dict[st
     """What evaluations are made by, if there are any: figures of others cannot be compared with theirs."""
     if eval_set is None:
         return None
-    asked = {} if questions is None else {"metric": questions.metric.name, "answers": len(questions.rows)}
+    asked = {}
+    if questions is not None:
+        asked = {"metric": questions.metric.name, "answers": _digest(questions.drawn)}
     return {"rows": len(eval_set.positions), "lengths": _digest(eval_set.positions), **asked}
 
 
@@ -75,7 +77,7 @@ def check_together(world: World, step: int, identity: dict[str, Any], total: int
     Args:
         world: the processes.
         step: that this one goes on from.
-        identity: what the order of its rows comes from.
+        identity: what the order of its rows comes from, and its evaluations so far.
         total: steps of its run.
 
     Raises:

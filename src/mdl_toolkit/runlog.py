@@ -102,7 +102,7 @@ class RunLog:
         self._file, self._shown, self._trackers = output / LOG, shown, trackers
         self._seconds, self._epoch = seconds, sampling.steps_per_epoch
         self._watch, self._forecast = watch, Forecast(sampling, watch.total)
-        self._smooth = Smooth()
+        self._smooth, self._end_of_a_cut_line = Smooth(), ""
         self._rows, self._audio, self._waited, self._has_warned = 0, 0.0, 0.0, False
         self._began = self._mark = time.monotonic()
 
@@ -174,8 +174,10 @@ class RunLog:
                 self._rewrite([*others, {"step": step, **values}])
             else:
                 with self._file.open("a", encoding="utf-8") as file:
-                    file.write(_line({"step": step, **values}))
+                    file.write(f"{self._end_of_a_cut_line}{_line({'step': step, **values})}")
+            self._end_of_a_cut_line = ""
         except OSError as problem:
+            self._end_of_a_cut_line = "\n"
             self._warn_once(problem.strerror or str(problem))
 
     def _without_evaluation(self, step: int) -> list[dict[str, Any]] | None:

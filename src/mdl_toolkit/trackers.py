@@ -10,7 +10,11 @@ from mdl_toolkit.training_options import TrainOptions
 
 
 class Trackers:
-    """What was asked for with `--report-to`; in any but the first process, and without names, nothing."""
+    """What was asked for with `--report-to`; in any but the first process, and without names, nothing.
+
+    Raises:
+        ToolkitError: a tracker cannot begin.
+    """
 
     def __init__(self, options: TrainOptions, total: int) -> None:
         self._handler: Any = None
@@ -21,11 +25,18 @@ class Trackers:
         from transformers.trainer_callback import CallbackHandler
 
         names = "all" if options.report_to == ("all",) else list(options.report_to)
-        callbacks = [make() for make in get_reporting_integration_callbacks(names)]
         self._arguments, self._control = _arguments(options, total), TrainerControl()
         self._state = TrainerState(max_steps=total)
-        self._handler = CallbackHandler(callbacks, None, None, None, None)
-        self._handler.on_train_begin(self._arguments, self._state, self._control)
+        try:
+            callbacks = [make() for make in get_reporting_integration_callbacks(names)]
+            self._handler = CallbackHandler(callbacks, None, None, None, None)
+            self._handler.on_train_begin(self._arguments, self._state, self._control)
+        except Exception as problem:
+            name, reason = ", ".join(options.report_to), _reason(problem)
+            raise ToolkitError(
+                f"--report-to {name}: {reason}; log in, choose its offline mode, or leave it out",
+                f"--report-to {name}：{reason}；请登录，或选择其离线模式，或去掉该选项",
+            ) from problem
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Pass figures on."""
@@ -43,11 +54,16 @@ class Trackers:
         try:
             getattr(self._handler, event)(self._arguments, self._state, self._control, *values)
         except Exception as problem:  # noqa: BLE001 - whatever a tracker's library raises
-            self._handler, reason = None, " ".join(str(problem).split()) or type(problem).__name__
+            self._handler, reason = None, _reason(problem)
             warn(
                 f"--report-to: {reason}; nothing more is reported, training goes on",
                 f"--report-to：{reason}；此后不再上报，训练继续",
             )
+
+
+def _reason(problem: Exception) -> str:
+    """What a tracker's library says, in one line."""
+    return " ".join(str(problem).split()) or type(problem).__name__
 
 
 def _arguments(options: TrainOptions, total: int) -> Any:

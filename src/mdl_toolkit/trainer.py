@@ -8,10 +8,9 @@ the step, and all else that matters is in the checkpoint.
 import errno
 import math
 import shlex
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -121,7 +120,8 @@ class Trainer:
             for step in range(self.step, self.schedule.total)
             for rows in self.sampling.batches(step, self.world.rank)
         )
-        check_together(self.world, self.step, identity_of(self.sampling), self.schedule.total)
+        identity = {**identity_of(self.sampling), **self.validation.state()}
+        check_together(self.world, self.step, identity, self.schedule.total)
         self.forward.model.train()
         first = self.step
         if self.resumed is not None and self.world.is_first:
@@ -146,7 +146,7 @@ class Trainer:
 
     def _say_stopped(self) -> None:
         if self.newest is not None:
-            step, total, option = self.step, self.schedule.total, _resuming(self.newest)
+            step, total, option = self.step, self.schedule.total, self._resuming(self.newest)
             say(
                 f"stopped after step {step:,} of {total:,}; to go on: {option}",
                 f"已在第 {step:,} 步（共 {total:,} 步）后停止；如需继续：{option}",
@@ -201,13 +201,17 @@ class Trainer:
 
     @contextmanager
     def _leaving_a_checkpoint(self) -> Iterator[None]:
-        """What fails here has not touched the weights: the steps since the last checkpoint are not lost."""
+        """What fails here has not touched the weights: the steps since the last checkpoint are not lost.
+
+        Nothing is deleted for it: the trouble may have begun in these steps.
+        """
         try:
             yield
         except Exception:
-            if self.step > 0 and not (self.output / f"checkpoint-{self.step}").exists():
+            is_there = self.step == 0 or (self.output / f"checkpoint-{self.step}").exists()
+            if self.world.is_first and not is_there and self.trained.is_finite:
                 with suppress(Exception):  # what went wrong first is what is to be told
-                    self.save(is_needed=False)
+                    self._write()
             raise
 
     def _accumulate(self, batches: Iterator[Batch]) -> Tensor:
@@ -245,6 +249,7 @@ class Trainer:
     def _check_finite(self, loss: float, norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
             return
+        self._check_weights()  # of the step before, if they are why
         rows = ", ".join(str(row + 1) for row in sorted(self.sampling.rows(self.step))[:MOST_ROWS_NAMED])
         raise ToolkitError(
             f"step {self.step + 1}: the loss or its gradient is not finite; try a smaller --lr, or look at "
@@ -269,15 +274,8 @@ class Trainer:
         """
         if not self.world.is_first:
             return
-        state = {
-            "sampling": identity_of(self.sampling), **self.validation.state(),
-            "losses": self.losses, "since": self.since, "most_rows": self.at_once.most,
-        }  # fmt: skip
         try:
-            self._save_with_room(partial(
-                save, self.output, self.step, adapter=self.trained.save,
-                optimizer=self.trained.optimizer_state(), state=state, settings=to_yaml(self.options),
-            ))  # fmt: skip
+            self._save_with_room()
         except OSError as problem:
             if is_needed:
                 en, zh = self._unsaved(problem)
@@ -285,8 +283,18 @@ class Trainer:
                 raise ToolkitError(f"{en}; {remedy.en}", f"{zh}；{remedy.zh}") from problem
             self._warn_unsaved(problem)
             return
-        self.newest = self.output / f"checkpoint-{self.step}"
         self._delete_oldest()
+
+    def _write(self) -> None:
+        state = {
+            "sampling": identity_of(self.sampling), **self.validation.state(),
+            "losses": self.losses, "since": self.since, "most_rows": self.at_once.most,
+        }  # fmt: skip
+        save(
+            self.output, self.step, adapter=self.trained.save, optimizer=self.trained.optimizer_state(),
+            state=state, settings=to_yaml(self.options),
+        )  # fmt: skip
+        self.newest = self.output / f"checkpoint-{self.step}"
 
     def _unsaved(self, problem: OSError) -> tuple[str, str]:
         reason = problem.strerror or str(problem)
@@ -299,21 +307,26 @@ class Trainer:
         """What to do when no checkpoint can be saved any more."""
         if self.newest is None:
             return Text("make room, and start again", "请腾出空间后重新开始")
-        option = _resuming(self.newest)
+        option = self._resuming(self.newest)
         return Text(f"make room, and go on with {option}", f"请腾出空间，然后使用 {option} 继续")
+
+    def _resuming(self, checkpoint: Path) -> str:
+        """In the run's own folder the newest, whenever it is typed again."""
+        is_own = checkpoint.resolve().parent == self.output.resolve()
+        return f"--resume-from-checkpoint {'true' if is_own else shlex.quote(str(checkpoint))}"
 
     def _warn_unsaved(self, problem: OSError) -> None:
         en, zh = self._unsaved(problem)
         warn(f"{en}; training goes on", f"{zh}；训练继续")
 
-    def _save_with_room(self, attempt: Callable[[], None]) -> None:
+    def _save_with_room(self) -> None:
         """On a full disk, with one less of the checkpoints that may be deleted."""
         try:
-            attempt()
+            self._write()
         except OSError as problem:
             if problem.errno not in FULL or not self._delete_oldest(spared=1):
                 raise
-            attempt()
+            self._write()
 
     def _delete_oldest(self, spared: int = 0) -> int:
         """How many went; `spared` more than `--save-total-limit` asks for, but never the last."""
@@ -347,7 +360,3 @@ class Trainer:
         before = {"losses": 0.0, "since": checkpoint.step, "most_rows": self.at_once.most, **checkpoint.state}
         self.losses, self.since = before["losses"], before["since"]
         self.at_once.most = min(self.at_once.most, before["most_rows"])
-
-
-def _resuming(checkpoint: Path) -> str:
-    return f"--resume-from-checkpoint {shlex.quote(str(checkpoint))}"

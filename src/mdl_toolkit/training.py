@@ -4,8 +4,7 @@ How training itself goes is said in `trainer`.
 """
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,19 @@ from mdl_toolkit.briefing import (
     say_targets,
     warn_of_idle_gpus,
 )
-from mdl_toolkit.checkpoints import WORK, Checkpoint, put_back, set_aside, to_resume
+from mdl_toolkit.checkpoints import (
+    WORK,
+    Checkpoint,
+    checkpoint_at,
+    put_back,
+    save_state,
+    set_aside,
+    to_resume,
+)
 from mdl_toolkit.console import is_first_process, progress, say, warn
 from mdl_toolkit.curve import plot
-from mdl_toolkit.distributed import PeerLostError, World, joined
-from mdl_toolkit.errors import InputError, ToolkitError
+from mdl_toolkit.distributed import World, joined
+from mdl_toolkit.errors import InputError
 from mdl_toolkit.features import FeatureCache, check_frozen
 from mdl_toolkit.folders import (
     ADAPTER_CONFIG,
@@ -48,7 +55,6 @@ from mdl_toolkit.loading import (
     best_device,
     choose_dtype,
     explaining_memory,
-    lacks_memory,
     load_model,
     quiet_libraries,
 )
@@ -69,7 +75,7 @@ from mdl_toolkit.stopping import Interruption
 from mdl_toolkit.tokens import Encoder, looked_at
 from mdl_toolkit.trackers import Trackers, check_trackers
 from mdl_toolkit.trainer import Outcome, Trainer
-from mdl_toolkit.training_data import open_data
+from mdl_toolkit.training_data import FEATURES, PRIVATE, Converted, open_data
 from mdl_toolkit.training_options import TrainOptions
 from mdl_toolkit.validation import Validation
 
@@ -77,8 +83,6 @@ MEMORY_REMEDY = Text(
     "lower --batch-size and raise --gradient-accumulation-steps, or try --quantization 4bit",
     "请减小 --batch-size 并增大 --gradient-accumulation-steps，或使用 --quantization 4bit",
 )
-# In the output folder, until a run has come to its end: what its CSVs were converted to, and features of it.
-PRIVATE, FEATURES = ".dataset", "features"
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,8 @@ def train(options: TrainOptions) -> TrainResult:
 def _prepare_and_run(options: TrainOptions, private: Path) -> TrainResult:
     with joined() as world:
         resume = _to_resume(options, world)
-        with _keeping_what_was_converted(private) if world.is_first else nullcontext():
+        converted = Converted(private)
+        with converted.kept() if world.is_first else nullcontext():
             if not world.is_first:
                 world.wait()  # for the first one, which converts
             files, train_set, eval_set = open_data(options, private)
@@ -131,7 +136,9 @@ def _prepare_and_run(options: TrainOptions, private: Path) -> TrainResult:
             if world.is_first:
                 world.wait()
             with explaining_memory(MEMORY_REMEDY):
-                return _run(_plan(options, base, Encoder(files), train_set, eval_set, resume, world))
+                return _run(
+                    _plan(options, base, Encoder(files), train_set, eval_set, resume, world, converted)
+                )
 
 
 def _to_resume(options: TrainOptions, world: World) -> Checkpoint | None:
@@ -142,29 +149,6 @@ def _to_resume(options: TrainOptions, world: World) -> Checkpoint | None:
         check_steps(resume, options, world)
         warn_changed(resume, options)
     return resume
-
-
-@contextmanager
-def _keeping_what_was_converted(private: Path) -> Iterator[None]:
-    """For the next run with this output, if this one is interrupted; a refusal leaves nothing behind."""
-    try:
-        yield
-    except BaseException as problem:
-        shutil.rmtree(private / FEATURES if _is_interruption(problem) else private, ignore_errors=True)
-        if any(private.glob("*/state.json")):
-            say(
-                f"what was converted stays in {private}, for the next run with this --output",
-                f"转换结果保留在 {private}，供下次使用相同 --output 的训练使用",
-            )
-        raise
-    shutil.rmtree(private, ignore_errors=True)
-
-
-def _is_interruption(problem: BaseException) -> bool:
-    """Tell whether the same data will be asked for again: after a stop, a crash, or a lack of memory."""
-    is_refusal = isinstance(problem, ToolkitError) and not isinstance(problem, PeerLostError)
-    cause = problem.__cause__
-    return not is_refusal or (isinstance(cause, Exception) and lacks_memory(cause))
 
 
 @dataclass(frozen=True)
@@ -183,6 +167,7 @@ class _Run:
     schedule: Schedule
     device: torch.device
     dtype: torch.dtype
+    converted: Converted
 
 
 def _plan(
@@ -193,6 +178,7 @@ def _plan(
     eval_set: AnyDataset | None,
     resume: Checkpoint | None,
     world: World,
+    converted: Converted,
 ) -> _Run:
     sampling = Sampling(
         train_set.positions, train_set.supervised, options.batch_size, options.gradient_accumulation_steps,
@@ -202,7 +188,7 @@ def _plan(
     origin = origin_of(options, base, train_set, eval_set)
     return _Run(
         options, base, origin, encoder, train_set, eval_set, resume, world, sampling, schedule,
-        best_device(), choose_dtype(options.bf16),
+        best_device(), choose_dtype(options.bf16), converted,
     )  # fmt: skip
 
 
@@ -269,6 +255,8 @@ def _train(run: _Run, plan: MemoryPlan) -> tuple[Outcome, Pace]:
             trainer.resume(run.resume)
             say_resumed(run.resume, schedule.total, validation.best, options.early_stopping_patience)
         _prepare_output(run)
+        _bring_the_best(run, validation.best.step)
+        run.converted.is_wanted = True
         log.begin(trainer.step)
         done = trainer.run()
         log.close()
@@ -298,8 +286,8 @@ def _questions(
     """What `--eval-metric` asks for; each process answers a part of it."""
     if options.eval_metric is None or eval_set is None:
         return None
-    rows = Questions.drawn(eval_set, options.eval_samples, options.seed)[world.rank :: world.size]
-    return Questions(eval_set, rows, encoder, METRICS[options.eval_metric])
+    drawn = Questions.draw(eval_set, options.eval_samples, options.seed)
+    return Questions(eval_set, drawn, drawn[world.rank :: world.size], encoder, METRICS[options.eval_metric])
 
 
 # --- before any weight is loaded -----------------------------------------------------------------------
@@ -347,6 +335,24 @@ def _prepare_output(run: _Run) -> None:
             say(f"what an earlier run left is now in {place}", f"先前训练的产物已移至 {place}")
         (output / SETTINGS_FILE).write_text(to_yaml(options), encoding="utf-8")
         run.origin.write(output)
+
+
+def _bring_the_best(run: _Run, step: int | None) -> None:
+    """Copy the best checkpoint so far from where it is: a later resumption looks in this folder alone."""
+    output, resume = Path(run.options.output), run.resume
+    if not run.world.is_first or resume is None or step is None or not run.options.keep_best:
+        return
+    there = checkpoint_at(output, step, resume)
+    if there.resolve() == (output / f"checkpoint-{step}").resolve():
+        return
+    try:
+        save_state(output, Checkpoint.at(there), {})
+    except OSError as problem:
+        reason = problem.strerror or str(problem)
+        warn(
+            f"{there}, the best so far, cannot be copied: {reason}; after an interruption it does not count",
+            f"无法复制目前最好的检查点 {there}：{reason}；若本次训练中断，它将不再计入",
+        )
 
 
 def _clear(output: Path) -> None:

@@ -1,19 +1,27 @@
 """What a run learns from: CSVs or converted datasets, opened before any weight is loaded."""
 
 import dataclasses
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mdl_toolkit.console import is_first_process, warn
+from mdl_toolkit.console import is_first_process, say, warn
 from mdl_toolkit.conversion import convert_rows, read_rows
 from mdl_toolkit.dataset import ConvertedDataset
-from mdl_toolkit.errors import DatasetError
+from mdl_toolkit.distributed import PeerLostError
+from mdl_toolkit.errors import DatasetError, ToolkitError
 from mdl_toolkit.folders import check_trainable, find_model
 from mdl_toolkit.legacy import AnyDataset, LegacyDataset, is_legacy
+from mdl_toolkit.loading import lacks_memory
 from mdl_toolkit.option import setting_of, spelling
 from mdl_toolkit.options import ConversionOptions
 from mdl_toolkit.text_files import TextFiles, read_text_files
 from mdl_toolkit.tokens import Encoder
 from mdl_toolkit.training_options import EVALUATION, TrainOptions
+
+# In the output folder, until a run has come to its end: what its CSVs were converted to, and features of it.
+PRIVATE, FEATURES = ".dataset", "features"
 
 
 def open_data(options: TrainOptions, private: Path) -> tuple[TextFiles, AnyDataset, AnyDataset | None]:
@@ -73,3 +81,53 @@ def _given(options: TrainOptions, names: set[str]) -> str:
     return ", ".join(
         spelling(field.name) for field in fields if getattr(options, field.name) != field.default
     )
+
+
+# --- what is left of it ----------------------------------------------------------------------------------
+
+
+class Converted:
+    """What a run's CSVs are converted to, which outlives an interruption, for the next run with its output.
+
+    A refusal takes away only what this run has converted.
+
+    Args:
+        private: the folder.
+
+    Attributes:
+        is_wanted: the next run needs it, whatever ends this one: there are steps to go on from.
+    """
+
+    def __init__(self, private: Path) -> None:
+        self._private, self.is_wanted = private, False
+        self._before = {*private.glob("*")}
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """While this context lasts, the run is on; after a good end nothing is kept."""
+        try:
+            yield
+        except BaseException as problem:
+            shutil.rmtree(self._private / FEATURES, ignore_errors=True)
+            if not self.is_wanted and not _is_interruption(problem):
+                self._take_away()
+            if any(self._private.glob("*/state.json")):
+                say(
+                    f"what was converted stays in {self._private}, for the next run with this --output",
+                    f"转换结果保留在 {self._private}，供下次使用相同 --output 的训练使用",
+                )
+            raise
+        shutil.rmtree(self._private, ignore_errors=True)
+
+    def _take_away(self) -> None:
+        for each in {*self._private.glob("*")} - self._before:
+            shutil.rmtree(each, ignore_errors=True)
+        with suppress(OSError):  # it is not there, or something stays in it
+            self._private.rmdir()
+
+
+def _is_interruption(problem: BaseException) -> bool:
+    """Tell whether the same data will be asked for again: after a stop, a crash, or a lack of memory."""
+    is_refusal = isinstance(problem, ToolkitError) and not isinstance(problem, PeerLostError)
+    cause = problem.__cause__
+    return not is_refusal or (isinstance(cause, Exception) and lacks_memory(cause))
