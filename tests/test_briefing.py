@@ -69,6 +69,7 @@ def test_the_briefing(tmp_path, capsys):
 
 def test_the_briefing_in_chinese(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("LANG", "zh_CN.UTF-8")
+    monkeypatch.setattr(console, "PLAIN_INTERVAL", 0.0)
     csv = make_csv(tmp_path, 4)
     train(train_options(csv, MODEL, tmp_path / "run", eval_dataset=str(csv)))
     said = "\n".join(lines_of(capsys))
@@ -80,6 +81,8 @@ def test_the_briefing_in_chinese(tmp_path, capsys, monkeypatch):
         "共训练 ",
     ):
         assert text in said
+    note = r"损失 [\d.]+，学习率 0.01，每秒 [\d.e+]+ 个样本，[\d.e+]+x"
+    assert re.search(rf"训练中：1/1，{note}，剩余 0:00", said)
     for text in ("训练：1 步，1 轮；平滑损失：", "时间：0:0", "评估 ", "  最佳"):
         assert text in said
 

@@ -396,6 +396,14 @@ def test_a_line_that_a_full_disk_cut_off_does_not_spoil_the_next(tmp_path, monke
     assert [line["step"] for line in read_log(tmp_path / "run/log.jsonl")] == [1, 2, 4, 5]
 
 
+def test_a_half_written_log_of_a_killed_run_is_removed(tmp_path):
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "log.partial").write_text('{"step": 1}')
+    train(train_options(make_csv(tmp_path, 4), MODEL, output))
+    assert names(output) == ["checkpoint-1", *AT_THE_END]
+
+
 # --- where there is none ----------------------------------------------------------------------------------
 
 

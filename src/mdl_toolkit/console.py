@@ -66,10 +66,10 @@ class _Lines:
 
     def _write(self, elapsed: float) -> None:
         left = clock(elapsed / max(self._done - self._before, 1) * (self._total - self._done))
-        more = f", {self._note}" if self._note else ""
+        en, zh = (f", {self._note}", f"，{self._note}") if self._note else ("", "")
         say(
-            f"{self._title.en}: {self._done}/{self._total}{more}, {left} left",
-            f"{self._title.zh}：{self._done}/{self._total}{more}，剩余 {left}",
+            f"{self._title.en}: {self._done}/{self._total}{en}, {left} left",
+            f"{self._title.zh}：{self._done}/{self._total}{zh}，剩余 {left}",
         )
 
 

@@ -17,6 +17,7 @@ from mdl_toolkit.advice import LossWatch
 from mdl_toolkit.checkpoints import LOG
 from mdl_toolkit.console import PLAIN_INTERVAL, Progress, clock, is_first_process, say, warn
 from mdl_toolkit.errors import InputError
+from mdl_toolkit.language import Text
 from mdl_toolkit.outputs import writing
 from mdl_toolkit.sampling import Rows, Sampling
 from mdl_toolkit.trackers import Trackers
@@ -128,11 +129,12 @@ class RunLog:
             {**values, "rows": len(rows), "elapsed": round(elapsed, 3), "waited": round(waited / elapsed, 5)},
         )
         self._trackers.log(step, values)
-        self._shown.advance(
-            1,
-            f"loss {smooth:.4f}, lr {rate:.2g}, {self._rows / elapsed:.2g} samples/s, "
-            f"{self._audio / elapsed:.3g}x",
+        speed, times = f"{self._rows / elapsed:.2g}", f"{self._audio / elapsed:.3g}x"
+        note = Text(
+            f"loss {smooth:.4f}, lr {rate:.2g}, {speed} samples/s, {times}",
+            f"损失 {smooth:.4f}，学习率 {rate:.2g}，每秒 {speed} 个样本，{times}",
         )
+        self._shown.advance(1, str(note))
         self._watch.see(step, loss)
         self._say_forecast(elapsed, self._forecast.step(step, rows, now - self._mark, elapsed))
         self._mark = time.monotonic()

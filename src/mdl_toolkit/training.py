@@ -25,6 +25,7 @@ from mdl_toolkit.briefing import (
     warn_of_idle_gpus,
 )
 from mdl_toolkit.checkpoints import (
+    LOG,
     WORK,
     Checkpoint,
     checkpoint_at,
@@ -362,6 +363,7 @@ def _clear(output: Path) -> None:
             away.rename(output / FINAL)
     for left in (output / WORK, *output.glob(f".{FINAL}.*-*")):
         shutil.rmtree(left, ignore_errors=True)
+    (output / LOG).with_suffix(".partial").unlink(missing_ok=True)
 
 
 def _trainable_model(
