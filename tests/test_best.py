@@ -1,6 +1,8 @@
 """Answers while training: the metric, the best checkpoint, and stopping early."""
 
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mdl_toolkit import trainer
 from mdl_toolkit.answering import Questions
-from mdl_toolkit.checkpoints import CHECKSUMS, STATE, _seal
-from mdl_toolkit.errors import UsageError
+from mdl_toolkit.checkpoints import CHECKSUMS, STATE, _seal, checkpoints
+from mdl_toolkit.errors import ToolkitError, UsageError
 from mdl_toolkit.inference import infer
 from mdl_toolkit.metrics import LOSS, METRICS, Best, normalized
 from mdl_toolkit.report_run import run_values
@@ -120,6 +123,25 @@ def test_a_resumed_run_remembers_the_best(model, tmp_path, losses):
     again = train(replace(options, resume_from_checkpoint=str(output / "checkpoint-3")))
     final = load_file(again.final / "adapter_model.safetensors")
     assert all(torch.equal(best[name], final[name]) for name in best)
+
+
+def test_the_best_so_far_stays_until_a_better_one_is_saved(model, tmp_path, losses, monkeypatch):
+    losses += [2.0, 3.0, 1.0]
+    real, csv = trainer.save, str(make_csv(tmp_path, 12))
+
+    def full_at_last(output, step, **more):
+        if step == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(output, step, **more)
+
+    monkeypatch.setattr(trainer, "save", full_at_last)
+    options = train_options(
+        csv, model, tmp_path / "run", eval_dataset=csv, eval_steps=1, save_steps=1, keep_best=True,
+        save_total_limit=1,
+    )  # fmt: skip
+    with pytest.raises(ToolkitError, match="checkpoint-3 cannot be saved"):
+        train(options)
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-1", "checkpoint-2"]
 
 
 def test_too_many_evaluations_without_a_better_one_end_the_run(model, tmp_path, losses):

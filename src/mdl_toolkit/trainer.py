@@ -102,6 +102,7 @@ class Trainer:
         self.request, self.must_stop = StopRequest(), False
         self.resumed: Checkpoint | None = None
         self.newest: Path | None = None  # checkpoint that was saved, or resumed from
+        self.best_there: int | None = None  # its step, of those that are saved
         self.loader = Loader.beside(
             self.forward.device, lambda rows: self.forward.batch(self.train_set, rows)
         )
@@ -283,6 +284,7 @@ class Trainer:
                 raise ToolkitError(f"{en}; {remedy.en}", f"{zh}；{remedy.zh}") from problem
             self._warn_unsaved(problem)
             return
+        self.best_there = self.validation.best.step
         self._delete_oldest()
 
     def _write(self) -> None:
@@ -331,8 +333,10 @@ class Trainer:
     def _delete_oldest(self, spared: int = 0) -> int:
         """How many went; `spared` more than `--save-total-limit` asks for, but never the last."""
         kept, limit = [self.resumed.folder] if self.resumed else [], self.options.save_total_limit
-        if self.options.keep_best and (best := self.validation.best.step) is not None:
-            kept.append(self.output / f"checkpoint-{best}")
+        if self.options.keep_best:
+            kept += [
+                self.output / f"checkpoint-{step}" for step in (self.best_there, self.validation.best.step)
+            ]
         return 0 if limit is None else delete_oldest(self.output, limit - spared, frozenset(kept))
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -356,6 +360,7 @@ class Trainer:
             ) from problem
         self.step, self.resumed, self.newest = checkpoint.step, checkpoint, checkpoint.folder
         self.validation.resume(checkpoint)
+        self.best_there = self.validation.best.step
         # Older ones do not have them.
         before = {"losses": 0.0, "since": checkpoint.step, "most_rows": self.at_once.most, **checkpoint.state}
         self.losses, self.since = before["losses"], before["since"]
