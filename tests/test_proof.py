@@ -135,7 +135,7 @@ def test_a_training_is_proven_without_the_model_it_trained(
     assert same == 3
 
 
-def test_a_training_whose_merging_went_wrong_keeps_the_checkpoint_alone(golden, tmp_path, monkeypatch):
+def test_a_training_whose_merging_went_wrong_keeps_what_another_attempt_needs(golden, tmp_path, monkeypatch):
     model = copy_checkpoint(golden, "A-small", tmp_path)
     files = export.weight_files
 
@@ -149,7 +149,7 @@ def test_a_training_whose_merging_went_wrong_keeps_the_checkpoint_alone(golden, 
     with pytest.raises(ModelError, match=r"stays in .*run/checkpoint-6"):
         train(options)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        "checkpoint-6", "log.jsonl", "mdl-toolkit.json", "mdl-toolkit.yaml",
+        ".dataset", "checkpoint-6", "log.jsonl", "mdl-toolkit.json", "mdl-toolkit.yaml",
     }  # fmt: skip
     assert "adapter_model.safetensors" in files_below(tmp_path / "run/checkpoint-6")
 
