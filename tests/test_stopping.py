@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -117,6 +118,34 @@ def test_what_a_launcher_passes_on_after_the_end_is_the_same_request(number, mon
         assert signal.getsignal(number) is hear
     finally:
         signal.signal(number, before)
+
+
+def test_an_interruption_that_a_callback_swallowed_is_not_lost(monkeypatch):
+    monkeypatch.setattr(stopping, "SAME", 0.0)
+    stopping.end_if_asked()
+    with Interruption():
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            stopping.end_if_asked()
+    stopping.end_if_asked()
+
+
+@pytest.mark.parametrize("moment", ["convert_rows", "read_rows"])
+def test_a_training_ends_although_a_callback_swallowed_the_signal(place, tmp_path, monkeypatch, moment):
+    """As soundfile's does, while a recording is read."""
+    monkeypatch.setattr(stopping, "SAME", 0.0)
+    real = getattr(training_data, moment)
+
+    def swallowing(*words, **more):
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        return real(*words, **more)
+
+    monkeypatch.setattr(training_data, moment, swallowing)
+    with pytest.raises(KeyboardInterrupt):
+        train(options_of(place, tmp_path / "run"))
+    assert steps_in(tmp_path, "run") == []
 
 
 def test_all_is_as_before_afterwards():
@@ -363,6 +392,8 @@ def test_a_signal_outside_the_steps_ends_the_run_tidily(place, tmp_path, start, 
     job.signal(number)
     assert job.end() == 130
     assert job.said().splitlines()[-1] == "interrupted"
+    told = "every step is made and saved; to write the result: the same with --resume-from-checkpoint true"
+    assert (told in job.said().splitlines()) == (moment == "write_result")
     left = {path.name for path in (tmp_path / "run").iterdir()} if (tmp_path / "run").exists() else set()
     written = {"checkpoint-1", "log.jsonl", "mdl-toolkit.json", "mdl-toolkit.yaml"}
     expected = {

@@ -30,6 +30,7 @@ from mdl_toolkit.outputs import check_apart, removing_empty, writing
 from mdl_toolkit.plan import Plan, Shard, rows_of, survey
 from mdl_toolkit.settings import SETTINGS_FILE, to_yaml
 from mdl_toolkit.shards import Job, ShardTask, Step
+from mdl_toolkit.stopping import end_if_asked
 from mdl_toolkit.summary import Tally, say_summary, warn_of
 from mdl_toolkit.text_files import read_text_files
 from mdl_toolkit.tokens import Encoder
@@ -376,7 +377,12 @@ class _Shown:
         self._shown, self._seconds, self._began = shown, 0.0, time.monotonic()
 
     def add(self, step: Step) -> None:
-        """Show one step more."""
+        """Show one step more.
+
+        Raises:
+            KeyboardInterrupt: somebody asked for the end.
+        """
+        end_if_asked()
         self._seconds += step.samples / SAMPLE_RATE
         speed = self._seconds / max(time.monotonic() - self._began, 1e-3)
         self._shown.advance(step.rows, f"{self._seconds / 3600:.2f} h, {speed:.0f}x")

@@ -30,6 +30,7 @@ from mdl_toolkit.model import MiDashengLMConfig
 from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.outputs import writing
 from mdl_toolkit.sampling import Rows
+from mdl_toolkit.stopping import end_if_asked
 from mdl_toolkit.training_options import TrainOptions
 
 FROZEN = ("encoder", "projector")
@@ -187,6 +188,7 @@ class FeatureCache:
                 for features in self._computed(model, batch):
                     sink.write(features.to("cpu", self._dtype).contiguous().view(torch.uint8).numpy().data)
                 shown.advance(len(wanted))
+                end_if_asked()
 
     @torch.no_grad()
     def _computed(self, model: Any, batch: Batch) -> Iterator[Tensor]:

@@ -36,7 +36,7 @@ from mdl_toolkit.provenance import read_provenance
 from mdl_toolkit.report import report_answers
 from mdl_toolkit.result_options import InferenceOptions
 from mdl_toolkit.settings import SETTINGS_FILE, to_yaml
-from mdl_toolkit.stopping import Interruption
+from mdl_toolkit.stopping import Interruption, end_if_asked
 from mdl_toolkit.text_files import read_text_files
 from mdl_toolkit.tokens import Encoder
 
@@ -214,6 +214,7 @@ class _Inference:
                 for number, cells in engine.answers(questions):
                     pen.add(number, cells)
                     shown.advance()
+                    end_if_asked()
 
     # --- after ---
 

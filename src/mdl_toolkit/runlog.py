@@ -152,10 +152,10 @@ class RunLog:
         values = {"eval_loss": loss, "eval_tokens": tokens, **scores, "epoch": step / self._epoch}
         self._write(step, values)
         self._trackers.log(step, values)
-        more = "".join(f", {name.removeprefix('eval_')} {value:.4f}" for name, value in scores.items())
+        more = [f"{name.removeprefix('eval_')} {value:.4f}" for name, value in scores.items()]
         say(
-            f"evaluation at step {step}: loss {loss:.4f} over {tokens} tokens{more}",
-            f"第 {step} 步评估：{tokens} 个词元的损失为 {loss:.4f}{more}",
+            ", ".join([f"evaluation at step {step}: loss {loss:.4f} over {tokens} tokens", *more]),
+            "，".join([f"第 {step} 步评估：{tokens} 个词元的损失为 {loss:.4f}", *more]),
         )
         self._mark = time.monotonic()
 

@@ -72,7 +72,31 @@ class StopRequest:
 class Interruption(StopRequest):
     """While this context lasts, the first SIGINT or SIGTERM raises KeyboardInterrupt, for work that keeps all
     it has finished; the next has its usual effect.
+
+    Where that is lost, as in a callback of a C library, `end_if_asked` raises it again.
     """
 
+    def __enter__(self) -> "Interruption":
+        super().__enter__()
+        _OPEN.append(self)
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        _OPEN.remove(self)
+        super().__exit__(*raised)
+
     def _answer(self) -> None:
+        raise KeyboardInterrupt
+
+
+_OPEN: list[Interruption] = []
+
+
+def end_if_asked() -> None:
+    """Called now and then in long work: a request to end must not be lost.
+
+    Raises:
+        KeyboardInterrupt: a signal came in an `Interruption` that is still open.
+    """
+    if any(each.is_made for each in _OPEN):
         raise KeyboardInterrupt

@@ -4,7 +4,8 @@ How training itself goes is said in `trainer`.
 """
 
 import shutil
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ from mdl_toolkit.runlog import Pace, RunLog
 from mdl_toolkit.sampling import Sampling
 from mdl_toolkit.schedule import Schedule
 from mdl_toolkit.settings import SETTINGS_FILE, to_yaml
-from mdl_toolkit.stopping import Interruption
+from mdl_toolkit.stopping import Interruption, end_if_asked
 from mdl_toolkit.tokens import Encoder, looked_at
 from mdl_toolkit.trackers import Trackers, check_trackers
 from mdl_toolkit.trainer import Outcome, Trainer
@@ -209,7 +210,9 @@ def _run(run: _Run) -> TrainResult:
     done, pace = _train(run, plan)
     # From here on the model that was trained is gone: what is written may be loaded to be looked at.
     if run.world.is_first:
-        write_result(options, run.base, run.origin, done, run.resume, run.train_set)
+        with _saying_how_to_go_on():
+            end_if_asked()
+            write_result(options, run.base, run.origin, done, run.resume, run.train_set)
         say_results(output, done.best.step, pace)
         plot(output)
         report_training(output)
@@ -220,6 +223,19 @@ def _run(run: _Run) -> TrainResult:
         f"完成：{done.steps} 步；结果位于 {final}",
     )
     return TrainResult(final, done.steps, done.loss, done.eval_loss)
+
+
+@contextmanager
+def _saying_how_to_go_on() -> Iterator[None]:
+    """When what is trained does not become a result: none of it need be trained again."""
+    try:
+        yield
+    except BaseException:
+        say(
+            "every step is made and saved; to write the result: the same with --resume-from-checkpoint true",
+            "所有训练步骤均已完成并保存；要输出结果，请在原命令后加上 --resume-from-checkpoint true",
+        )
+        raise
 
 
 def _train(run: _Run, plan: MemoryPlan) -> tuple[Outcome, Pace]:
@@ -259,6 +275,7 @@ def _train(run: _Run, plan: MemoryPlan) -> tuple[Outcome, Pace]:
         _bring_the_best(run, validation.best.step)
         run.converted.is_wanted = True
         log.begin(trainer.step)
+        end_if_asked()
         done = trainer.run()
         log.close()
         return done, log.pace
