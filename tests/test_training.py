@@ -622,14 +622,6 @@ def test_conversion_options_with_converted_data_are_warned_of(model, tmp_path, c
     assert "converted already: --user-prompt, --base-dir ignored" in capsys.readouterr().err
 
 
-def test_prompts_that_only_evaluation_rows_get_are_warned_of(model, tmp_path, capsys):
-    csv = make_csv(tmp_path, 4)
-    data = convert(csv, model, tmp_path / "data")
-    train(train_options(data, model, tmp_path / "run", eval_dataset=str(csv), system_prompt="other"))
-    told = "the training data are converted already: --system-prompt hold for the evaluation data alone"
-    assert f"warning: {told}" in capsys.readouterr().err.splitlines()
-
-
 def test_evaluation_options_without_evaluation_data_are_warned_of(model, tmp_path, capsys):
     options = train_options(make_csv(tmp_path, 4), model, tmp_path / "run", report_to=("tensorboard",))
     train(options)

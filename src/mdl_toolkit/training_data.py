@@ -69,11 +69,6 @@ def _warn_ignored(options: TrainOptions) -> None:
     names = _given(options, converting - {"from_modelscope", "num_workers"})
     if names and all(Path(path).is_dir() for path in paths):
         warn(f"the data are converted already: {names} ignored", f"数据已经转换：忽略 {names}")
-    elif names and Path(options.train_dataset).is_dir():
-        warn(
-            f"the training data are converted already: {names} hold for the evaluation data alone",
-            f"训练数据已经转换：{names} 仅用于评估数据",
-        )
     evaluating = {f.name for f in dataclasses.fields(options) if setting_of(f).group == EVALUATION}
     names = _given(options, evaluating - {"report_to"})
     if names and options.eval_dataset is None:
