@@ -32,19 +32,16 @@ from mdl_toolkit.batching import Batch, Collator
 from mdl_toolkit.conversion import convert_dataset
 from mdl_toolkit.dataset import ConvertedDataset, Sample
 from mdl_toolkit.demo import make_tiny_model
-from mdl_toolkit.forward import Forward
 from mdl_toolkit.loading import load_model
 from mdl_toolkit.lora import add_adapters
-from mdl_toolkit.memory import MemoryPlan, plan_memory
+from mdl_toolkit.memory import plan_memory
 from mdl_toolkit.model import MiDashengLMConfig, MiDashengLMModel
 from mdl_toolkit.options import ConvertOptions
-from mdl_toolkit.recomputing import recompute
+from mdl_toolkit.recomputing import Kept, recompute
 from mdl_toolkit.runlog import read_log
 from mdl_toolkit.sampling import Sampling
-from mdl_toolkit.side_by_side import SideBySide
 from mdl_toolkit.text_files import read_text_files
 from mdl_toolkit.tokens import Encoder
-from mdl_toolkit.trained import Trained
 from mdl_toolkit.trainer import Trainer
 from mdl_toolkit.training import train
 from mdl_toolkit.training_options import TrainOptions
@@ -180,9 +177,8 @@ def _of_one_step(folder: Path, data: ConvertedDataset, speed: Speed, checkpointi
     model = load_model(folder, dtype=torch.float32, device=torch.device("cpu"))
     loaded = sum(tensor.nbytes for tensor in model.state_dict().values())
     wrapped, _ = add_adapters(model, TARGETS, rank=RANK, alpha=RANK, dropout=0.0, base_name=str(folder))
-    plan = _plan(folder, data, checkpointing)
     if checkpointing:
-        recompute(wrapped, plan.kept)
+        recompute(wrapped, _kept(folder, data))
     wrapped.train()
     sampling, collate = _sampling(data), Collator(0)
     batches = [collate([data[int(row)] for row in sampling.rows(step)]) for step in range(CLIPS // BATCH)]
@@ -193,10 +189,7 @@ def _of_one_step(folder: Path, data: ConvertedDataset, speed: Speed, checkpointi
             wrapped(**batch).loss.backward()
     done = counter.get_total_flops() / CLIPS * speed.samples / 1e9
     wrapped.zero_grad(set_to_none=True)
-    computed, device = Forward(wrapped, collate, torch.device("cpu"), torch.float32), torch.device("cpu")
-    lanes = SideBySide(computed, Trained(wrapped, device), plan.dealing).dealt(batches[0])
-    # Of each lane apart: the most that there can be at once.
-    most = sum(peak_bytes(lambda part=part: wrapped(**part).loss.backward()) for part in lanes)
+    most = peak_bytes(lambda: wrapped(**batches[0]).loss.backward())
     name = _named(checkpointing)
     return [
         Figure(
@@ -219,17 +212,21 @@ def _by_onednn(left: torch.Size, right: torch.Size, *_: Any, **__: Any) -> int:
     return 2 * left[0] * left[1] * right[0]
 
 
-def _plan(folder: Path, data: ConvertedDataset, checkpointing: bool) -> MemoryPlan:
-    """What the command finds out before it trains."""
+def _kept(folder: Path, data: ConvertedDataset) -> Kept:
+    """Return the blocks that the command's gradient checkpointing leaves alone."""
     options = TrainOptions(
-        train_dataset="data", output="run", batch_size=BATCH, gradient_checkpointing=checkpointing,
-        lora_rank=RANK, train_target=TARGETS,
-    )  # fmt: skip
+        train_dataset="data",
+        output="run",
+        batch_size=BATCH,
+        gradient_checkpointing=True,
+        lora_rank=RANK,
+        train_target=TARGETS,
+    )
     encoder = Encoder(read_text_files(folder))
     beginning = encoder.common_beginning(data.tokens(row).input_ids for row in range(len(data)))
     return plan_memory(
         folder, options, _sampling(data), data.samples, beginning, torch.device("cpu"), torch.float32
-    )
+    ).kept
 
 
 def _padding(data: ConvertedDataset) -> Figure:

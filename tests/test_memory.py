@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch.autograd.profiler import profile
 
-from mdl_toolkit import dealing, low_rank
 from mdl_toolkit import free_memory as free_memory_room
+from mdl_toolkit import low_rank
 from mdl_toolkit import memory as memory_room
-from mdl_toolkit.activations import Lanes, Step
 from mdl_toolkit.batching import Collator
 from mdl_toolkit.dataset import Sample
 from mdl_toolkit.free_memory import free_memory
@@ -164,40 +163,6 @@ def test_what_attention_keeps_is_predicted(base, rows, monkeypatch):
     predicted, measured = growth(base, long, monkeypatch, attention, "LONGEST", limits)
     assert predicted == pytest.approx(measured, rel=0.25)
     assert predicted > 10**6
-
-
-def test_what_lanes_need_is_predicted(base, rows, monkeypatch):
-    """Each may be at its most while the others are; measured one by one, as the profiler hears one thread."""
-    has_free(monkeypatch, None)
-    monkeypatch.setattr(dealing, "WORTH", 10.0)
-    torch.set_num_threads(2)
-    try:
-        plans = [
-            plan(base, rows, options_of(gradient_checkpointing=False, gradient_accumulation_steps=count))
-            for count in (1, 2)
-        ]
-    finally:
-        torch.set_num_threads(1)
-    found, lengths = plans[0], np.array([len(row.input_ids) for row in rows])
-    lanes = found.dealing.deal(lengths, np.array([len(row.waveform) for row in rows]))
-    model, measured = adapted(base, options_of(gradient_checkpointing=False), F32, Kept()), []
-    for lane in lanes:
-        model.zero_grad(set_to_none=True)
-        batch = Collator(0)([rows[row] for row in lane])
-        measured.append(peak_bytes(lambda batch=batch: model(**batch).loss.backward()))
-    assert [*map(len, lanes)] == [2, 2]
-    assert found.activations + found.gradients == pytest.approx(sum(measured), rel=0.25)
-    assert plans[1].activations >= found.activations + found.gradients
-
-
-def test_gradients_of_earlier_batches_are_there_beside_those_of_lanes(monkeypatch):
-    monkeypatch.setattr(Step, "peak", 1000)
-    peaks = []
-    for count, lanes in ((1, 2), (2, 2), (2, 1)):
-        options = options_of(gradient_accumulation_steps=count)
-        part = Step(None, options, 4, False, None, {"decoder": 7, "encoder": 5}, *[None] * 3, 0)
-        peaks.append(Lanes((part,) * lanes).peak(Kept()))
-    assert peaks == [2000, 2012, 1000]  # one part alone counts them itself
 
 
 def growth(base, rows, monkeypatch, room, name, values):

@@ -58,6 +58,18 @@ class Step:
     beginning: int
     kept: Kept = NONE
 
+    def keeping(self, most: int) -> Kept:
+        """As many blocks as `most` bytes allow: decoder layers first, of which a byte saves more time."""
+        every, found = self.blocks, NONE
+        for wanted in (
+            *(Kept(0, count) for count in range(1, every.decoder + 1)),
+            *(Kept(count, every.decoder) for count in range(1, every.encoder + 1)),
+        ):
+            if replace(self, kept=wanted).peak > most:
+                break
+            found = wanted
+        return found
+
     @property
     def blocks(self) -> Kept:
         """All that there are."""
@@ -227,32 +239,3 @@ class Step:
         copy = head // 2 * casts
         states = self.number * supervised * text.hidden_size * (1 if head else 2)
         return int(states + max(numbers, self.number * logits + head) + copy)
-
-
-@dataclass(frozen=True)
-class Lanes:
-    """A batch in parts that are computed side by side.
-
-    Attributes:
-        parts: of the same run, at least one.
-    """
-
-    parts: tuple[Step, ...]
-
-    def peak(self, kept: Kept) -> int:
-        """The most at once; gradients of earlier batches, and of each part, are apart then."""
-        earlier = self.parts[0].options.gradient_accumulation_steps > 1 and len(self.parts) > 1
-        gradients = sum(self.parts[0].gradients.values())
-        return sum(replace(part, kept=kept).peak for part in self.parts) + earlier * gradients
-
-    def keeping(self, most: int) -> Kept:
-        """As many blocks as `most` bytes allow: decoder layers first, of which a byte saves more time."""
-        every, found = self.parts[0].blocks, NONE
-        for wanted in (
-            *(Kept(0, count) for count in range(1, every.decoder + 1)),
-            *(Kept(count, every.decoder) for count in range(1, every.encoder + 1)),
-        ):
-            if self.peak(wanted) > most:
-                break
-            found = wanted
-        return found

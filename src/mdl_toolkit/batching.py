@@ -148,21 +148,15 @@ def split(batch: Batch, most: int) -> Iterator[Batch]:
     if rows <= most:
         yield batch
         return
+    first = 0  # of the audio tokens
     for start in range(0, rows, most):
-        yield part_of(batch, slice(start, start + most))
-
-
-def part_of(batch: Batch, rows: slice | Tensor) -> Batch:
-    """Some rows of a batch, without the padding that they do not need; `rows` `[part]` int64, or a slice."""
-    part = {name: tensor[rows] for name, tensor in items_of(batch) if name != "audio_features"}
-    width, longest = int(part["attention_mask"].sum(1).max()), int(part["audio_length"].max())
-    for name in ("input_ids", "attention_mask", "labels"):
-        part[name] = part[name][:, -width:]
-    if "audio_features" in batch:
-        counts = [*map(audio_token_count, batch["audio_length"].tolist())]
-        features = batch["audio_features"].split(counts)
-        chosen = torch.arange(len(counts))[rows].tolist()
-        part["audio_features"] = torch.cat([features[row] for row in chosen])
-    else:
-        part["input_values"] = part["input_values"][:, :longest]
-    return Batch(**part)  # type: ignore[typeddict-item]
+        part = {name: tensor[start : start + most] for name, tensor in items_of(batch)}
+        width, longest = int(part["attention_mask"].sum(1).max()), int(part["audio_length"].max())
+        for name in ("input_ids", "attention_mask", "labels"):
+            part[name] = part[name][:, -width:]
+        if "audio_features" in batch:
+            stop = first + sum(map(audio_token_count, part["audio_length"].tolist()))
+            part["audio_features"], first = batch["audio_features"][first:stop], stop
+        else:
+            part["input_values"] = part["input_values"][:, :longest]
+        yield Batch(**part)  # type: ignore[typeddict-item]

@@ -9,15 +9,14 @@ evaluation, batches that are read ahead, eager attention.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from mdl_toolkit.activations import FLOAT, Integers, Lanes, Step
-from mdl_toolkit.dealing import WHOLE, Dealing
+from mdl_toolkit.activations import FLOAT, Integers, Step
 from mdl_toolkit.distributed import BUCKET
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.folders import read_json
@@ -58,7 +57,6 @@ class MemoryPlan:
         remedies: figures of this plan, each with words of the command line that lower it.
         kept: blocks whose activations gradient checkpointing need not give up.
         blocks: that there are; None without gradient checkpointing.
-        dealing: which rows of a batch are computed side by side.
     """
 
     parts: dict[tuple[str, str], int]
@@ -70,7 +68,6 @@ class MemoryPlan:
     remedies: tuple[tuple[str, str], ...]
     kept: Kept = NONE
     blocks: Kept | None = None
-    dealing: Dealing = WHOLE
 
     @property
     def weights(self) -> int:
@@ -167,26 +164,22 @@ def plan_memory(
     parts, widest = _weights(model, dtype, quantization)
     sizes, gradients = _trained(model, options)
     settings = (model.config, options, dtype.itemsize, device.type == "cuda", quantization, gradients)
-    dealing = Dealing.of(model.config, options, device, dtype, quantization, beginning)
     steps = [
-        Lanes(tuple(
-            Step(*settings, sampling.lengths[rows], sampling.supervised[rows], samples[rows], beginning)
-            for rows in (batch[lane] for lane in dealing.deal(sampling.lengths[batch], samples[batch]))
-        ))
-        for batch in largest_batches(sampling, samples)
-    ]  # fmt: skip
+        Step(*settings, sampling.lengths[rows], sampling.supervised[rows], samples[rows], beginning)
+        for rows in largest_batches(sampling, samples)
+    ]
     total, free, held = FLOAT * sum(sizes), free_memory(device), widest * dtype.itemsize
     least = total + _update(sizes, sampling.processes)
     kept = NONE
     if options.gradient_checkpointing and free is not None:
         kept = _kept(steps, least, free - sum(parts.values()) - 3 * total - held)
-    peak = max(*(step.peak(kept) for step in steps), least) + held
+    peak = max(*(replace(step, kept=kept).peak for step in steps), least) + held
     remedies = _remedies(options, device, dtype, quantization)
-    blocks = steps[0].parts[0].blocks if options.gradient_checkpointing else None
-    return MemoryPlan(parts, total, total, 2 * total, peak - total, free, remedies, kept, blocks, dealing)
+    blocks = steps[0].blocks if options.gradient_checkpointing else None
+    return MemoryPlan(parts, total, total, 2 * total, peak - total, free, remedies, kept, blocks)
 
 
-def _kept(steps: list[Lanes], least: int, rest: int) -> Kept:
+def _kept(steps: list[Step], least: int, rest: int) -> Kept:
     """Blocks whose activations fit into a share of the memory that would be left without them.
 
     Args:
@@ -194,7 +187,7 @@ def _kept(steps: list[Lanes], least: int, rest: int) -> Kept:
         least: bytes that an optimizer step needs whatever is kept.
         rest: bytes that are free for both.
     """
-    needed = max(*(step.peak(NONE) for step in steps), least)
+    needed = max(*(step.peak for step in steps), least)
     most = needed + int(KEPT_SHARE * max(0, rest - needed))
     return min((step.keeping(most) for step in steps), key=lambda kept: (kept.decoder, kept.encoder))
 

@@ -1,6 +1,5 @@
 """What a run changes: a model's trainable parameters and their optimizer, also to a checkpoint and back."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +21,6 @@ class Trained:
     def parameters(self) -> list[torch.nn.Parameter]:
         """All of them, in the model's order."""
         return [*self._named.values()]
-
-    def gradients(self, loss: Tensor) -> Sequence[Tensor | None]:
-        """Of a loss, for each parameter; added to none of them, so that several threads may compute some."""
-        return torch.autograd.grad(loss, self.parameters, allow_unused=True)
-
-    def add(self, gradients: Sequence[Tensor | None]) -> None:
-        """Add to the gradients; each keeps the layout of its parameter."""
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            if gradient is None:
-                continue
-            if parameter.grad is None:
-                parameter.grad = torch.empty_like(parameter).copy_(gradient)
-            else:
-                parameter.grad += gradient
 
     def clip(self, most: float) -> float:
         """Scale gradients down to a norm of at most so much; the norm that they had."""

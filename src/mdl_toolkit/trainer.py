@@ -19,7 +19,6 @@ from torch import Tensor
 from mdl_toolkit.batching import Batch, Readable, split
 from mdl_toolkit.checkpoints import Checkpoint, delete_oldest, save, save_state
 from mdl_toolkit.console import say, warn
-from mdl_toolkit.dealing import WHOLE, Dealing
 from mdl_toolkit.distributed import World
 from mdl_toolkit.errors import ModelError, ToolkitError
 from mdl_toolkit.forward import Forward
@@ -33,7 +32,6 @@ from mdl_toolkit.runlog import RunLog
 from mdl_toolkit.sampling import Sampling
 from mdl_toolkit.schedule import Schedule
 from mdl_toolkit.settings import to_yaml
-from mdl_toolkit.side_by_side import SideBySide
 from mdl_toolkit.stopping import StopRequest
 from mdl_toolkit.trained import Trained
 from mdl_toolkit.training_options import TrainOptions
@@ -75,7 +73,6 @@ class Trainer:
         world: the processes.
         log: what is said and written while it runs.
         kept: blocks that gradient checkpointing, if it is on, leaves alone.
-        dealing: which rows of a batch are computed side by side.
     """
 
     options: TrainOptions
@@ -87,12 +84,10 @@ class Trainer:
     world: World
     log: RunLog
     kept: Kept = NONE
-    dealing: Dealing = WHOLE
 
     def __post_init__(self) -> None:
         self.output = Path(self.options.output)
         self.trained = Trained(self.forward.model, self.forward.device)
-        self.lanes = SideBySide(self.forward, self.trained, self.dealing)
         if self.options.gradient_checkpointing:
             recompute(self.forward.model, self.kept)
         self.step = 0
@@ -127,7 +122,7 @@ class Trainer:
         first = self.step
         if self.resumed is not None and self.world.is_first:
             self._delete_oldest()
-        with self.request, closing(self.lanes), closing(self.loader.batches(wanted)) as batches:
+        with self.request, closing(self.loader.batches(wanted)) as batches:
             if self.validation.is_owed(self.step):
                 self._make_up_for_evaluation()
             while self.step < self.schedule.total and not self.must_stop and not self.validation.is_enough:
@@ -238,7 +233,9 @@ class Trainer:
         for number, batch in enumerate(made):
             torch.manual_seed(self.sampling.dropout_seed(self.step, number, self.world.rank))
             for part in split(batch, most):
-                total += self.lanes.backward(part, tokens)
+                loss = self.forward.loss(part, tokens)
+                loss.backward()
+                total += loss.detach()
         return total
 
     def _let_go(self) -> None:

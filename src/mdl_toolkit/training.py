@@ -61,11 +61,12 @@ from mdl_toolkit.loading import (
     quiet_libraries,
 )
 from mdl_toolkit.lora import TargetCount, add_adapters, check_resumable
-from mdl_toolkit.memory import MemoryPlan, plan_memory
+from mdl_toolkit.memory import plan_memory
 from mdl_toolkit.metrics import METRICS
 from mdl_toolkit.option import spelling
 from mdl_toolkit.outputs import check_apart, claimed, writing
 from mdl_toolkit.provenance import Provenance
+from mdl_toolkit.recomputing import Kept
 from mdl_toolkit.report import report_training
 from mdl_toolkit.results import origin_of, write_result
 from mdl_toolkit.resumption import check_steps, say_resumed, warn_changed
@@ -207,7 +208,7 @@ def _run(run: _Run) -> TrainResult:
         run.base, options, run.sampling, run.train_set.samples, beginning, run.device, run.dtype
     )
     say_memory(plan)
-    done, pace = _train(run, plan)
+    done, pace = _train(run, plan.kept)
     # From here on the model that was trained is gone: what is written may be loaded to be looked at.
     if run.world.is_first:
         with _saying_how_to_go_on():
@@ -238,7 +239,7 @@ def _saying_how_to_go_on() -> Iterator[None]:
         raise
 
 
-def _train(run: _Run, plan: MemoryPlan) -> tuple[Outcome, Pace]:
+def _train(run: _Run, kept: Kept) -> tuple[Outcome, Pace]:
     """Load the model and train it; neither it nor its optimizer outlives the call."""
     options, output, schedule = run.options, Path(run.options.output), run.schedule
     repeated = _repeated(options, schedule, run.train_set, run.eval_set)
@@ -256,18 +257,7 @@ def _train(run: _Run, plan: MemoryPlan) -> tuple[Outcome, Pace]:
             rows = Remembered.of(run.train_set)
         forward = Forward(model, Collator(run.encoder.pad_id), run.device, run.dtype)
         validation = Validation(options, schedule, forward, eval_rows, questions, run.world, log)
-        trainer = Trainer(
-            options,
-            schedule,
-            run.sampling,
-            rows,
-            forward,
-            validation,
-            run.world,
-            log,
-            plan.kept,
-            plan.dealing,
-        )
+        trainer = Trainer(options, schedule, run.sampling, rows, forward, validation, run.world, log, kept)
         if run.resume is not None:
             trainer.resume(run.resume)
             say_resumed(run.resume, schedule.total, validation.best, options.early_stopping_patience)
