@@ -3,12 +3,10 @@
 import threading
 import time
 
-import numpy as np
 import pytest
 
 from fleet import wait_for
-from mdl_toolkit.dataset import Sample
-from mdl_toolkit.loader import Loader, Remembered
+from mdl_toolkit.loader import Loader
 
 
 class Kitchen:
@@ -124,37 +122,3 @@ def test_what_is_ready_is_not_waited_for():
     for number, _ in enumerate(loader.batches(range(5))):
         wait_for(lambda number=number: len(kitchen.done) >= min(5, number + 2))
     assert loader.waited < 0.1  # half of what making them takes
-
-
-# --- what is remembered ----------------------------------------------------------------------------------
-
-
-class Shelf:
-    """Rows of 100 samples; says which were decoded."""
-
-    positions = np.arange(4)
-
-    def __init__(self):
-        self.read = []
-
-    def __getitem__(self, index):
-        self.read.append(index)
-        return Sample(np.zeros(1, np.int32), np.zeros(1, np.int32), np.full(100, index, np.float32))
-
-
-def test_rows_are_decoded_once_as_long_as_there_is_room():
-    shelf = Shelf()
-    rows = Remembered(shelf, 2 * 408)  # bytes of two of them
-    for epoch in range(3):
-        for index in (2, 0, 3, 1):
-            assert rows[index].waveform.tolist() == [index] * 100
-        assert shelf.read == [2, 0, 3, 1, *[3, 1] * epoch]
-    assert rows.positions is shelf.positions
-
-
-def test_threads_that_decode_the_same_row_take_its_room_once():
-    rows = Remembered(Shelf(), 408 * 4)
-    wanted = [np.array([index]) for _ in range(50) for index in range(4)]
-    made = Loader(lambda each: rows[int(each[0])], 4).batches(wanted)
-    assert [int(sample.waveform[0]) for sample in made] == [0, 1, 2, 3] * 50
-    assert rows._room == 0

@@ -1,4 +1,4 @@
-"""Batches ahead of time: threads read, decode and collate what comes next, and what has come before is kept.
+"""Batches ahead of time: threads read, decode and collate what comes next.
 
 Threads, not processes: FLAC decoding and numpy's copies let other threads run meanwhile, nothing has to be
 sent between processes, and a forked child of a process that has used torch's own threads may hang.
@@ -10,58 +10,16 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from threading import Lock
 from typing import Generic, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from mdl_toolkit.dataset import Sample
-from mdl_toolkit.free_memory import free_memory
-from mdl_toolkit.legacy import AnyDataset
 from mdl_toolkit.sampling import Rows
 
 Made = TypeVar("Made")
 
-SHARE = 16  # of free memory, for decoded rows: one part of so many
-GPU_THREADS = 4  # that decode ahead; on a CPU one will do, as decoding is nothing beside a step
-
-
-class Remembered:
-    """Rows of a dataset, decoded once: they stay in memory as long as there is room for more of them.
-
-    On a CPU decoding takes its time from computing: 1.5 % of a step (`benchmarks/HISTORY.md`).
-
-    Args:
-        rows: the dataset.
-        room: bytes for samples.
-    """
-
-    def __init__(self, rows: AnyDataset, room: int) -> None:
-        self._rows, self._room, self._kept = rows, room, dict[int, Sample]()
-        self._lock = Lock()
-
-    @staticmethod
-    def of(rows: AnyDataset) -> "Remembered":
-        """In a small part of the memory that is free now."""
-        return Remembered(rows, (free_memory(torch.device("cpu")) or 0) // SHARE)
-
-    @property
-    def positions(self) -> NDArray[np.int64]:
-        """Positions of every row in the decoder, `[rows]`."""
-        return self._rows.positions
-
-    def __getitem__(self, index: int, /) -> Sample:
-        """One row."""
-        found = self._kept.get(index)
-        if found is None:
-            found = self._rows[index]
-            size = found.waveform.nbytes + found.input_ids.nbytes + found.labels.nbytes
-            with self._lock:
-                if size <= self._room and index not in self._kept:
-                    self._kept[index], self._room = found, self._room - size
-        return found
+# Threads that decode ahead; on a CPU one will do, as decoding takes 1.5 % of a step there.
+GPU_THREADS = 4
 
 
 @dataclass

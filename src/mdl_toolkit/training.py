@@ -52,7 +52,6 @@ from mdl_toolkit.folders import (
 from mdl_toolkit.forward import Forward
 from mdl_toolkit.language import Text
 from mdl_toolkit.legacy import AnyDataset
-from mdl_toolkit.loader import Remembered
 from mdl_toolkit.loading import (
     best_device,
     choose_dtype,
@@ -253,8 +252,6 @@ def _train(run: _Run, kept: Kept) -> tuple[Outcome, Pace]:
         watch = LossWatch(schedule.total, schedule.warmup, options.lr)
         log = RunLog(output, shown, trackers, run.sampling, run.train_set.samples / SAMPLE_RATE, watch)
         questions = _questions(options, run.eval_set, run.encoder, run.world)
-        if rows is run.train_set and schedule.total > schedule.per_epoch:
-            rows = Remembered.of(run.train_set)
         forward = Forward(model, Collator(run.encoder.pad_id), run.device, run.dtype)
         validation = Validation(options, schedule, forward, eval_rows, questions, run.world, log)
         trainer = Trainer(options, schedule, run.sampling, rows, forward, validation, run.world, log, kept)
