@@ -17,7 +17,7 @@ from mdl_toolkit.free_memory import free_memory
 from mdl_toolkit.loading import load_model
 from mdl_toolkit.lora import add_adapters
 from mdl_toolkit.memory import MemoryPlan, plan_memory
-from mdl_toolkit.model import MiDashengLMConfig, MiDashengLMModel, attention
+from mdl_toolkit.model import MiDashengLMConfig, MiDashengLMModel
 from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.recomputing import Kept, recompute
 from mdl_toolkit.sampling import Sampling
@@ -157,14 +157,6 @@ def test_weights_with_adapters_added_are_predicted(base, rows, monkeypatch):
     assert predicted > 10**6
 
 
-def test_what_attention_keeps_is_predicted(base, rows, monkeypatch):
-    long = [longer(row, 4 + number) for number, row in enumerate(rows)]
-    limits = 0, 512  # torch's own; by products
-    predicted, measured = growth(base, long, monkeypatch, attention, "LONGEST", limits)
-    assert predicted == pytest.approx(measured, rel=0.25)
-    assert predicted > 10**6
-
-
 def growth(base, rows, monkeypatch, room, name, values):
     """By how many bytes a step needs more with the second value of a constant: predicted, and measured."""
     has_free(monkeypatch, None)
@@ -177,15 +169,6 @@ def growth(base, rows, monkeypatch, room, name, values):
         measured = peak_bytes(lambda m=model, t=trained, b=batch: step(m, t, b, F32))
         found.append((plan(base, rows, options).activations, measured))
     return (after - before for before, after in zip(*found, strict=True))
-
-
-def longer(row, word):
-    """With 250 words more, which are no other row's, after the beginning."""
-    ids, labels = (
-        np.concatenate([part[:BEGINNING], np.full(250, filler), part[BEGINNING:]])
-        for part, filler in ((row.input_ids, word), (row.labels, -100))
-    )
-    return Sample(ids, labels, row.waveform)
 
 
 # --- what gradient checkpointing keeps ---------------------------------------------------------------------

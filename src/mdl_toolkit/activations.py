@@ -143,22 +143,12 @@ class Step:
         head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         query, key = text.num_attention_heads * head, text.num_key_value_heads * head
         before = self._stream + self._inputs(text.hidden_size, 3 * text.hidden_size)
-        attended = self._attended(query, key, text.num_attention_heads)
+        attended = self.number * len(self.lengths) * int(self.lengths.max()) * 2 * (query + key)
         wide, hidden, merged = text.intermediate_size, text.hidden_size, 0
         if "decoder" in self.gradients and self.quantization is None:
             inner = [(query, hidden), (key, hidden), (key, hidden)], [(hidden, query)]
             merged = self._merged(self._positions, *inner, [(wide, hidden)] * 2, [(hidden, wide)])
         return int(self._positions * (before + self._inputs(query, query) + self._after) + attended + merged)
-
-    def _attended(self, query: int, key: int, heads: int) -> int:
-        """Padded q, k and v of these widths, and the result or, on a CPU, what softmax found."""
-        from mdl_toolkit.model.attention import LONGEST, kept_scores
-
-        rows, longest = len(self.lengths), int(self.lengths.max())
-        is_plain = not self.on_gpu and self.number == FLOAT and not self.config.parts[1].attention_dropout
-        is_kept = is_plain and longest <= LONGEST  # as `by_products` decides
-        result = heads * kept_scores(longest) if is_kept else longest * query
-        return self.number * rows * (longest * (query + 2 * key) + result)
 
     @property
     def _after(self) -> int:

@@ -20,8 +20,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
-from mdl_toolkit.model.attention import by_products, causal_attention
-
 
 @dataclass(frozen=True)
 class Places:
@@ -43,18 +41,6 @@ class Places:
         number = torch.zeros_like(self.scatter)
         number[only] = torch.arange(len(only), device=only.device)
         return Places(number[self.gather], self.scatter[only], None)
-
-    def of_heads(self, count: int) -> "Places":
-        """Rows `[rows * heads, longest]` of what each of so many heads has, `[positions * heads, ...]`."""
-        head, longest = torch.arange(count, device=self.gather.device), self.gather.shape[1]
-
-        def spread(places: Tensor) -> Tensor:
-            row, column = places.unsqueeze(1) // longest, places.unsqueeze(1) % longest
-            return ((row * count + head) * longest + column).flatten()
-
-        gather = self.gather.unsqueeze(1) * count + head.unsqueeze(1)
-        again = None if self.again is None else spread(self.again)
-        return Places(gather.flatten(0, 1), spread(self.scatter), again)
 
 
 @dataclass(frozen=True)
@@ -149,8 +135,6 @@ class PackedLayer(nn.Module):
         q, k, v = self._asked(x, cos, sin, only)
         asking = Places(rows.gather, rows.scatter, None) if only is None else rows.places_of(only)
         dropout = attention.attention_dropout if self.training else 0.0
-        if not dropout and by_products(q, rows.gather.shape[1]):
-            return _of_short_rows(q, k, v, asking, rows, attention.scaling)
         attend = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
         placed = _placed(q, asking), _placed(k, rows), _placed(v, rows)
         words = (part.transpose(1, 2) for part in placed)
@@ -172,15 +156,6 @@ class PackedLayer(nn.Module):
         if hasattr(attention, "q_norm"):
             q, k = normed(attention.q_norm, q), normed(attention.k_norm, k)
         return _Rotated.apply(q, *turn), _Rotated.apply(k, cos, sin), v
-
-
-def _of_short_rows(q: Tensor, k: Tensor, v: Tensor, asking: Places, rows: Places, scaling: float) -> Tensor:
-    """`[positions, heads, head_dim]` to `[positions, width]`; query heads of one key head side by side."""
-    heads = k.shape[1]
-    asking, rows = asking.of_heads(heads), rows.of_heads(heads)
-    query = _placed(q.view(len(q) * heads, -1), asking)
-    key, value = (_placed(part.flatten(0, 1), rows) for part in (k, v))
-    return _Taken.apply(causal_attention(query, key, value, scaling), asking.scatter).view(len(q), -1)
 
 
 def _placed(x: Tensor, places: Places) -> Tensor:
