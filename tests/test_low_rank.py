@@ -7,7 +7,6 @@ import torch
 from peft.tuners.lora.layer import Linear
 from torch.nn import functional
 
-from mdl_toolkit import low_rank
 from mdl_toolkit.loading import load_model
 from mdl_toolkit.lora import add_adapters
 from mdl_toolkit.low_rank import LowRankLinear
@@ -94,30 +93,15 @@ def test_as_pefts_own_layer(golden, name, targets):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("worth", [0, 10**9], ids=["in a copy of the weight", "to each row"])
 @pytest.mark.parametrize("large", [0, 2**60], ids=["by oneDNN", "by MKL"])
-def test_wherever_adapters_are_added(golden, worth, large, checkpointing, monkeypatch):
+def test_as_pefts_own_layer_whoever_multiplies(golden, large, checkpointing, monkeypatch):
     model = adapted(golden, "A-small")
     batch = batch_of(model)
     if checkpointing:
         recompute(model)
-    monkeypatch.setattr(low_rank, "WORTH", worth)
     monkeypatch.setattr(products, "LARGE", large)
     fast = learnt(model, batch)
     assert_same(fast, learnt(plainly(model), batch), 1e-5)
-
-
-@pytest.mark.parametrize("width", [32, 48, 64])
-def test_the_gradient_of_a_matrix_whichever_way_round(width):
-    torch.manual_seed(0)
-    wide, narrow = torch.randn(200, width), torch.randn(200, 8)
-    torch.testing.assert_close(low_rank._turned(wide, narrow), torch.einsum("nw,nr->wr", wide, narrow))
-
-
-def test_adapters_are_added_to_weights_where_that_costs_less():
-    # 3 x (256 x 1024) / (256 + 1024) = 614.4
-    assert [low_rank.merges(rows, [(1024, 256)]) for rows in (614, 615)] == [False, True]
-    assert [low_rank.merges(rows, [(512, 512), (128, 512)]) for rows in (590, 591)] == [False, True]
 
 
 @pytest.mark.parametrize("targets", CHOICES, ids="+".join)

@@ -9,7 +9,6 @@ import torch
 from torch.autograd.profiler import profile
 
 from mdl_toolkit import free_memory as free_memory_room
-from mdl_toolkit import low_rank
 from mdl_toolkit import memory as memory_room
 from mdl_toolkit.batching import Collator
 from mdl_toolkit.dataset import Sample
@@ -148,27 +147,6 @@ def test_a_step_needs_what_was_predicted_within_a_quarter(base, rows, changes, d
     states = [t for n, t in trained.optimizer_state().items() if not n.endswith("/step")]
     assert found.optimizer == sum(tensor.nbytes for tensor in states)
     assert found.adapters == found.gradients == sum(p.nbytes for p in trained.parameters)
-
-
-def test_weights_with_adapters_added_are_predicted(base, rows, monkeypatch):
-    worths = 10**9, 0  # nowhere; in every layer
-    predicted, measured = growth(base, rows, monkeypatch, low_rank, "WORTH", worths)
-    assert predicted == pytest.approx(measured, rel=0.15)
-    assert predicted > 10**6
-
-
-def growth(base, rows, monkeypatch, room, name, values):
-    """By how many bytes a step needs more with the second value of a constant: predicted, and measured."""
-    has_free(monkeypatch, None)
-    options, found = options_of(gradient_checkpointing=False), []
-    for value in values:
-        monkeypatch.setattr(room, name, value)
-        model, batch = adapted(base, options, F32, Kept()), Collator(0)(rows)
-        trained = Trained(model, CPU)
-        step(model, trained, batch, F32)
-        measured = peak_bytes(lambda m=model, t=trained, b=batch: step(m, t, b, F32))
-        found.append((plan(base, rows, options).activations, measured))
-    return (after - before for before, after in zip(*found, strict=True))
 
 
 # --- what gradient checkpointing keeps ---------------------------------------------------------------------

@@ -109,8 +109,7 @@ class Step:
         dim, hidden = audio.embed_dim, int(audio.embed_dim * audio.mlp_ratio)
         patch = norm * 2 * dim + self.number * (3 * dim + 2 * hidden)
         patch += self._copies(is_quantized=False) * (3 * dim + hidden)
-        merged = self._merged(patches, [(3 * dim, dim)], [(dim, dim)], [(hidden, dim)], [(dim, hidden)])
-        return merged + patches * patch + padded * self.number * 4 * dim
+        return patches * patch + padded * self.number * 4 * dim
 
     @cached_property
     def _patches(self) -> tuple[int, int]:
@@ -128,10 +127,7 @@ class Step:
         if not {"encoder", "projector"} & {*self.gradients}:
             return 0
         width = audio.embed_dim + 2 * hidden // self.config.subsample_factor
-        kept, factor = self._patches[0] * self.number * width, self.config.subsample_factor
-        if "projector" in self.gradients:
-            layers = [(hidden, audio.embed_dim * factor)], [(hidden, hidden)]
-            kept += self._merged(self._patches[0] // factor, *layers)
+        kept = self._patches[0] * self.number * width
         return kept + self._kept(*self._blocks, self._patches[0] * self.number * audio.embed_dim)
 
     @property
@@ -144,11 +140,7 @@ class Step:
         query, key = text.num_attention_heads * head, text.num_key_value_heads * head
         before = self._stream + self._inputs(text.hidden_size, 3 * text.hidden_size)
         attended = self.number * len(self.lengths) * int(self.lengths.max()) * 2 * (query + key)
-        wide, hidden, merged = text.intermediate_size, text.hidden_size, 0
-        if "decoder" in self.gradients and self.quantization is None:
-            inner = [(query, hidden), (key, hidden), (key, hidden)], [(hidden, query)]
-            merged = self._merged(self._positions, *inner, [(wide, hidden)] * 2, [(hidden, wide)])
-        return int(self._positions * (before + self._inputs(query, query) + self._after) + attended + merged)
+        return int(self._positions * (before + self._inputs(query, query) + self._after) + attended)
 
     @property
     def _after(self) -> int:
@@ -157,14 +149,6 @@ class Step:
         wide, hidden = text.intermediate_size, text.hidden_size
         inputs = self._inputs(hidden, 2 * hidden) + self._inputs(wide, wide)
         return int(self._stream + self.number * 2 * wide + inputs)
-
-    def _merged(self, rows: int, *groups: list[tuple[int, int]]) -> int:
-        """Bytes of weights `(out, in)` with adapters added, of layers that do so; groups have one input."""
-        from mdl_toolkit.low_rank import merges
-
-        if self.number < FLOAT or self.options.lora_dropout > 0:
-            return 0
-        return sum(FLOAT * out * width for group in groups if merges(rows, group) for out, width in group)
 
     def _inputs(self, together: int, apart: int) -> int:
         """Bytes of linear layers' inputs: kept together, by 8-bit layers, and for each adapter apart."""

@@ -1,13 +1,11 @@
 """A linear layer and its LoRA adapter in one: y = x W' + b + (x A') B' * alpha / rank.
 
 PEFT adds the adapter's output to the layer's, which passes over tensors of full width three times more, and
-as often again for the gradients. Here products of rank width add up in place, or for many rows once for all
-in a copy of the weight; layers with the same input are computed together: one product with all A, and one
-gradient of the input. With gradient checkpointing, a block's last layer is not computed again: nothing that
-the backward pass needs comes from its output.
+as often again for the gradients. Here products of rank width add up in place; layers with the same input are
+computed together: one product with all A, and one gradient of the input. With gradient checkpointing, a
+block's last layer is not computed again: nothing that the backward pass needs comes from its output.
 """
 
-import math
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
@@ -21,7 +19,6 @@ from mdl_toolkit.recomputing import is_again
 
 ADAPTER = "default"
 LAST = ("mlp.fc2", "mlp.down_proj")  # layers whose output is only added up, in encoder and decoder blocks
-WORTH = 3  # times the cost of adding adapters to weights: less is not gained for certain (it moves memory)
 PARTS = 5  # of a layer, as `_LowRank` takes them
 
 
@@ -68,15 +65,6 @@ def quicken(model: nn.Module) -> None:
             module.is_last = name.endswith(LAST)
 
 
-def merges(rows: int, shapes: Sequence[tuple[int, ...]]) -> bool:
-    """Tell whether float32 layers `(out, in)` of one input add their adapters to copies of their weights.
-
-    It costs `rank * in * out`, once; to add them to outputs and gradients, `rank * (in + out)` for each row.
-    The sums are the same but for rounding, which would be too much in 16 bits.
-    """
-    return rows * sum(map(sum, shapes)) > WORTH * sum(map(math.prod, shapes))
-
-
 class _LowRank(torch.autograd.Function):
     """Layers of one input, in the dtype of the frozen weight, as autocast would.
 
@@ -92,10 +80,6 @@ class _LowRank(torch.autograd.Function):
         ups = [_scaled(b.to(dtype), scale) for b, scale in zip(wide, scales, strict=True)]
         ranks = [up.shape[1] for up in ups]
         lows = torch.split(flat @ down.T, ranks, 1)
-        shapes = [weight.shape for weight in weights]
-        ctx.is_merged = dtype == torch.float32 and merges(len(flat), shapes)
-        if ctx.is_merged:
-            weights = tuple(map(torch.addmm, weights, ups, torch.split(down, ranks)))
         kept = weights if ctx.needs_input_grad[0] else ()
         ctx.save_for_backward(flat, down, *ups, *lows, *kept)
         ctx.scales, ctx.dtypes = scales, (x.dtype, downs[0].dtype, wide[0].dtype)
@@ -103,9 +87,8 @@ class _LowRank(torch.autograd.Function):
         if not is_needed:  # not a number: if anything did use it, the loss would say so
             return tuple(flat.new_full((1,), torch.nan).expand(shape) for shape in outs)
         found = [product(flat, *pair) for pair in zip(weights, biases, strict=True)]
-        if not ctx.is_merged:
-            for out, low, up in zip(found, lows, ups, strict=True):
-                out.addmm_(low, up.T)
+        for out, low, up in zip(found, lows, ups, strict=True):
+            out.addmm_(low, up.T)
         return tuple(out.view(shape) for out, shape in zip(found, outs, strict=True))
 
     @staticmethod
@@ -123,25 +106,13 @@ class _LowRank(torch.autograd.Function):
             to_x = product(wide[0], weights[0].T)
             for gradient, weight in zip(wide[1:], weights[1:], strict=True):
                 add_product(to_x, gradient, weight.T)
-            if not ctx.is_merged:
-                to_x.addmm_(narrow, down)
+            to_x.addmm_(narrow, down)
             to_x = to_x.view(*gradients[0].shape[:-1], to_x.shape[-1]).to(x_dtype)
         found: list[Tensor | None] = [to_x, None]
-        to_a = torch.split(_turned(flat, narrow).T.to(a_dtype), ranks)
+        to_a = torch.split((narrow.T @ flat).to(a_dtype), ranks)
         for each, gradient, low, scale in zip(to_a, wide, lows, ctx.scales, strict=True):
-            found += [None, None, each, _scaled(_turned(gradient, low), scale).to(b_dtype), None]
+            found += [None, None, each, _scaled(gradient.T @ low, scale).to(b_dtype), None]
         return tuple(found)
-
-
-def _turned(wide: Tensor, narrow: Tensor) -> Tensor:
-    """`wide.T @ narrow`, `[rows, width]` and `[rows, rank]` to `[width, rank]`, the faster way round.
-
-    Columns of a matrix whose rows are a power of two long share few lines of a CPU's cache: for 128 to 1,024
-    the product is 1.2 to 1.3 times as fast the other way, for 768, 1,280 and 1,408 up to 1.25 times as slow.
-    """
-    if wide.shape[1].bit_count() == 1:
-        return (narrow.T @ wide).T
-    return wide.T @ narrow
 
 
 def _scaled(matrix: Tensor, scale: float) -> Tensor:
