@@ -25,8 +25,8 @@ from mdl_toolkit.answering import Answerer, Question
 from mdl_toolkit.batching import Collator
 from mdl_toolkit.dataset import Sample
 from mdl_toolkit.loading import load_model
+from mdl_toolkit.model.kernels.matmul import PrepackedLinear, prepack
 from mdl_toolkit.model.lengths import audio_token_count
-from mdl_toolkit.model.prepacked import PrepackedLinear, prepack
 from mdl_toolkit.text_files import read_text_files
 from mdl_toolkit.tokens import Encoder
 

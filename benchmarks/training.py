@@ -183,8 +183,7 @@ def _of_one_step(folder: Path, data: ConvertedDataset, speed: Speed, checkpointi
     sampling, collate = _sampling(data), Collator(0)
     batches = [collate([data[int(row)] for row in sampling.rows(step)]) for step in range(CLIPS // BATCH)]
     # The counter does not know of itself what these products cost.
-    more = {torch.ops.aten.addmm_: _added, torch.ops.mkldnn._linear_pointwise: _by_onednn}
-    with FlopCounterMode(display=False, custom_mapping=more) as counter:
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _added}) as counter:
         for batch in batches:
             wrapped(**batch).loss.backward()
     done = counter.get_total_flops() / CLIPS * speed.samples / 1e9
@@ -206,10 +205,6 @@ def _of_one_step(folder: Path, data: ConvertedDataset, speed: Speed, checkpointi
 def _added(_: torch.Size, left: torch.Size, right: torch.Size, **__: Any) -> int:
     """Operations of a matrix product."""
     return 2 * left[0] * left[1] * right[1]
-
-
-def _by_onednn(left: torch.Size, right: torch.Size, *_: Any, **__: Any) -> int:
-    return 2 * left[0] * left[1] * right[0]
 
 
 def _kept(folder: Path, data: ConvertedDataset) -> Kept:

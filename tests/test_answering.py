@@ -14,10 +14,10 @@ from mdl_toolkit.batching import prompts_of
 from mdl_toolkit.dataset import Sample
 from mdl_toolkit.folders import find_model
 from mdl_toolkit.loading import load_model
-from mdl_toolkit.model import prepacked
 from mdl_toolkit.model.generation import GROWTH, DecodingBatch
+from mdl_toolkit.model.kernels import matmul
+from mdl_toolkit.model.kernels.matmul import PrepackedLinear, prepack
 from mdl_toolkit.model.lengths import audio_token_count
-from mdl_toolkit.model.prepacked import PrepackedLinear, prepack
 from mdl_toolkit.text_files import read_text_files
 from mdl_toolkit.tokens import Encoder
 from waves import wave
@@ -277,7 +277,7 @@ def test_weights_laid_out_once_give_the_same_answers(golden, name):
 
 def test_where_the_operations_are_not_there_layers_stay_as_they_are(golden, monkeypatch):
     model, _ = load(golden, "A-small")
-    monkeypatch.setattr(prepacked, "PrepackedLinear", lambda _: torch.ops.mkldnn.no_such_operation)
+    monkeypatch.setattr(matmul, "PrepackedLinear", lambda _: torch.ops.mkldnn.no_such_operation)
     prepack(model)
     assert not any(isinstance(module, PrepackedLinear) for module in model.modules())
 

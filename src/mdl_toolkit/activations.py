@@ -200,14 +200,14 @@ class Step:
     @property
     def _loss(self) -> int:
         """Supervised positions' states and gradients, and float32 logits; then a trained head's gradient."""
-        from mdl_toolkit.model.cross_entropy import MOST_LOGITS, slice_rows
+        from mdl_toolkit.model.kernels.cross_entropy import MOST_LOGITS, slice_rows
 
         text, head = self.config.parts[1], self.gradients.get("lm_head", 0)
         supervised, casts = int(self.supervised.sum()), self.number < FLOAT
         if head:
             rows = min(supervised, max(1, MOST_LOGITS // text.vocab_size))
         else:
-            rows = slice_rows(supervised, text.vocab_size, on_cpu=not self.on_gpu)
+            rows = slice_rows(supervised, text.vocab_size)
         logits = rows * text.vocab_size
         numbers = logits * (FLOAT + self.number * casts)
         copy = head // 2 * casts

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
+from torch.nn import functional
 
-from mdl_toolkit.model.products import add_product, product
 from mdl_toolkit.recomputing import is_again
 
 ADAPTER = "default"
@@ -86,7 +86,7 @@ class _LowRank(torch.autograd.Function):
         outs = [(*x.shape[:-1], len(weight)) for weight in weights]
         if not is_needed:  # not a number: if anything did use it, the loss would say so
             return tuple(flat.new_full((1,), torch.nan).expand(shape) for shape in outs)
-        found = [product(flat, *pair) for pair in zip(weights, biases, strict=True)]
+        found = [functional.linear(flat, *pair) for pair in zip(weights, biases, strict=True)]
         for out, low, up in zip(found, lows, ups, strict=True):
             out.addmm_(low, up.T)
         return tuple(out.view(shape) for out, shape in zip(found, outs, strict=True))
@@ -103,9 +103,9 @@ class _LowRank(torch.autograd.Function):
             torch.mm(*words, out=part)
         to_x = None
         if ctx.needs_input_grad[0]:
-            to_x = product(wide[0], weights[0].T)
+            to_x = wide[0] @ weights[0]
             for gradient, weight in zip(wide[1:], weights[1:], strict=True):
-                add_product(to_x, gradient, weight.T)
+                to_x.addmm_(gradient, weight)
             to_x.addmm_(narrow, down)
             to_x = to_x.view(*gradients[0].shape[:-1], to_x.shape[-1]).to(x_dtype)
         found: list[Tensor | None] = [to_x, None]

@@ -1,0 +1,8 @@
+"""Hold the operations of the model that torch's plain ones are much slower or larger at, a module for each.
+
+- `cross_entropy`: sum the loss over a large vocabulary (`head_loss`, `summed_cross_entropy`) in the memory of
+  a few logits, on any device.
+- `matmul`: lay weights out once (`prepack`) for answering on a CPU in float32.
+
+Each stands beside the plain way in a test. Other kernels for CPUs were measured and gained under 3 %.
+"""
