@@ -1,4 +1,4 @@
-"""A linear layer and its LoRA adapter in one: y = x W' + b + (x A') B' * alpha / rank.
+"""Compute a linear layer and its LoRA adapter in one: y = x W' + b + (x A') B' * alpha / rank.
 
 PEFT adds the adapter's output to the layer's, which passes over tensors of full width three times more, and
 as often again for the gradients. Here products of rank width add up in place; layers with the same input are
@@ -18,17 +18,19 @@ from torch.nn import functional
 from mdl_toolkit.recomputing import is_again
 
 ADAPTER = "default"
-LAST = ("mlp.fc2", "mlp.down_proj")  # layers whose output is only added up, in encoder and decoder blocks
-PARTS = 5  # of a layer, as `_LowRank` takes them
+# Layers whose output is only added up, in encoder and decoder blocks.
+LAST = ("mlp.fc2", "mlp.down_proj")
+# Arguments of each layer, as `_LowRank` takes them.
+PARTS = 5
 
 
 class LowRankLinear(Linear):
-    """PEFT's layer with a faster way of the same results; the plain way where dropout acts on the input."""
+    """Compute PEFT's layer faster, with its results; in PEFT's way where dropout acts on the input."""
 
     is_last = False
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """`[..., in]` to `[..., out]`, as `peft.tuners.lora.Linear`."""
+        """Map `[..., in]` to `[..., out]`, as `peft.tuners.lora.Linear`."""
         if args or kwargs or not self._is_plain:
             plain: Tensor = super().forward(x, *args, **kwargs)
             return plain
@@ -36,7 +38,7 @@ class LowRankLinear(Linear):
         return _LowRank.apply(x, is_needed, *self._parts)[0]  # type: ignore[no-any-return, no-untyped-call]
 
     def together(self, x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...] | None:
-        """`[..., in]` to the `[..., out]` of several layers; None if one of them needs a way of its own."""
+        """Map `[..., in]` to the `[..., out]` of several layers; None if one of them needs PEFT's way."""
         parts = [layer._parts for layer in layers if isinstance(layer, LowRankLinear) and layer._is_plain]
         if len(parts) < len(layers):
             return None
@@ -44,7 +46,7 @@ class LowRankLinear(Linear):
 
     @property
     def _parts(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float]:
-        """Weight, bias, A, B, and by how much the adapter is scaled."""
+        """Return weight, bias, A, B, and by how much the adapter is scaled."""
         base, a, b = self.get_base_layer(), self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
         return base.weight, base.bias, a, b, self.scaling[ADAPTER]
 
@@ -66,7 +68,7 @@ def quicken(model: nn.Module) -> None:
 
 
 class _LowRank(torch.autograd.Function):
-    """Layers of one input, in the dtype of the frozen weight, as autocast would.
+    """Compute layers of one input, in the dtype of the frozen weight, as autocast would.
 
     Gradients have the dtype of what they are of. Products of rank width are made for all layers at once.
     """
@@ -84,7 +86,8 @@ class _LowRank(torch.autograd.Function):
         ctx.save_for_backward(flat, down, *ups, *lows, *kept)
         ctx.scales, ctx.dtypes = scales, (x.dtype, downs[0].dtype, wide[0].dtype)
         outs = [(*x.shape[:-1], len(weight)) for weight in weights]
-        if not is_needed:  # not a number: if anything did use it, the loss would say so
+        # Not a number: if anything did use it, the loss would say so.
+        if not is_needed:
             return tuple(flat.new_full((1,), torch.nan).expand(shape) for shape in outs)
         found = [functional.linear(flat, *pair) for pair in zip(weights, biases, strict=True)]
         for out, low, up in zip(found, lows, ups, strict=True):

@@ -1,4 +1,4 @@
-"""Gradient checkpointing by blocks: those whose activations fit keep them, the others are computed again.
+"""Checkpoint gradients by blocks: those whose activations fit keep them, the others are computed again.
 
 A block that is computed again keeps its input alone. What comes of it is the same, bit for bit.
 """
@@ -9,12 +9,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-_state = threading.local()  # of the thread that is computing a block again
+# Of the thread that is computing a block again.
+_state = threading.local()
 
 
 @dataclass(frozen=True)
 class Kept:
-    """How many blocks keep their activations: the last ones, which the backward pass needs first.
+    """Count the blocks that keep their activations: the last ones, which the backward pass needs first.
 
     Attributes:
         encoder: of its blocks.
@@ -44,7 +45,7 @@ def is_again() -> bool:
 
 
 def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """For `torch.utils.checkpoint`: what a block is computed in, and in what it is computed again."""
+    """Return the contexts in which `torch.utils.checkpoint` computes a block, and computes it again."""
     return nullcontext(), _again()
 
 

@@ -1,4 +1,4 @@
-"""MiDashengLM, native: taking any name from this room registers the model with transformers' Auto classes.
+"""Offer MiDashengLM natively; taking any name from here registers it with transformers' Auto classes.
 
 `AutoConfig`, `AutoModelForCausalLM`, `AutoProcessor` and `AutoTokenizer` then open a published folder
 without remote code. Until then nothing is loaded: `lengths` can be imported without torch.

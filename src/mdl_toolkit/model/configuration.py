@@ -1,4 +1,4 @@
-"""Configuration of MiDashengLM: audio encoder, projector, text decoder.
+"""Configure MiDashengLM: audio encoder, projector, text decoder.
 
 Defaults are the ones that the published code uses for an absent key; the text part is transformers' own.
 """
@@ -12,7 +12,7 @@ TEXT_MODEL_TYPES = ("qwen2_5_omni_text", "qwen2", "qwen3")
 
 
 class MiDashengEncoderConfig(PreTrainedConfig):
-    """The Dasheng audio encoder: a vision transformer over log-mel patches of 64 bins x 40 ms."""
+    """Configure the Dasheng audio encoder: a vision transformer over log-mel patches of 64 bins x 40 ms."""
 
     model_type = "midashenglm_dasheng_encoder"
 
@@ -40,12 +40,12 @@ class MiDashengEncoderConfig(PreTrainedConfig):
 
     @property
     def patch_frames(self) -> int:
-        """Frames in a patch."""
+        """Return the frames in a patch."""
         return _pair(self.patch_stride)[1]
 
     @property
     def chunk_patches(self) -> int:
-        """Patches in a whole encoder chunk: 252, or 10.08 s."""
+        """Return the patches in a whole encoder chunk: 252, or 10.08 s."""
         return self.target_length // self.patch_frames
 
     def check(self) -> None:
@@ -66,7 +66,7 @@ class MiDashengEncoderConfig(PreTrainedConfig):
 
 
 class MiDashengLMConfig(PreTrainedConfig):
-    """The whole model; `text_config` says which Qwen the decoder is (by its `model_type`)."""
+    """Configure the whole model; `text_config` says which Qwen the decoder is (by its `model_type`)."""
 
     model_type = "midashenglm"
     sub_configs_defaults: ClassVar[dict[str, Any]] = {
@@ -99,7 +99,7 @@ class MiDashengLMConfig(PreTrainedConfig):
 
     @property
     def parts(self) -> tuple[MiDashengEncoderConfig, PreTrainedConfig]:
-        """The audio encoder's and the text decoder's configuration."""
+        """Return the audio encoder's and the text decoder's configuration."""
         audio, text = self.audio_encoder_config, self.text_config
         assert isinstance(audio, MiDashengEncoderConfig)
         assert isinstance(text, PreTrainedConfig)

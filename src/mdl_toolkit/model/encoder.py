@@ -1,4 +1,4 @@
-"""The Dasheng audio encoder and the projector, over the real patches of a batch and nothing else.
+"""Encode and project audio: the Dasheng encoder and the projector, over real patches only.
 
 All patches of all clips lie in one row, `[patches, embed_dim]`. Only attention sees chunks of 10.08 s,
 each on its own. Padding is never computed: a clip's numbers do not depend on the company it keeps.
@@ -24,7 +24,7 @@ LAYER_NORM_EPS = 1e-6
 
 @dataclass(frozen=True)
 class Packing:
-    """Which patches there are, and which of them see each other.
+    """Hold which patches there are, and which of them see each other.
 
     Attributes:
         clips: patches of each clip.
@@ -55,51 +55,51 @@ class Packing:
 
     @property
     def is_even(self) -> bool:
-        """All chunks have one length and every patch can be seen: no mask is needed."""
+        """Tell whether no mask is needed: chunks have one length and every patch can be seen."""
         return len(set(self.chunks)) <= 1 and self.chunks == self.keys
 
     @cached_property
     def positions(self) -> Tensor:
-        """Place of every patch in its chunk, `[patches]`."""
+        """Return the place of every patch in its chunk, `[patches]`."""
         return torch.cat([torch.arange(n) for n in self.chunks]).to(self.device)
 
     @cached_property
     def gather(self) -> Tensor:
-        """Where the patches of each chunk lie in the row, `[chunks, longest]`; 0 where there is none."""
+        """Return where the patches of each chunk lie, `[chunks, longest]`; 0 where there is none."""
         starts = torch.tensor((0, *self.chunks[:-1])).cumsum(0).unsqueeze(1)
         place = torch.arange(max(self.chunks)).unsqueeze(0)
         return ((starts + place) * (place < torch.tensor(self.chunks).unsqueeze(1))).to(self.device)
 
     @cached_property
     def scatter(self) -> Tensor:
-        """Where every patch lies in a flattened `[chunks, longest]`; `[patches]`."""
+        """Return where every patch lies in a flattened `[chunks, longest]`; `[patches]`."""
         longest = max(self.chunks)
         rows = torch.repeat_interleave(torch.arange(len(self.chunks)), torch.tensor(self.chunks))
         return rows.to(self.device) * longest + self.positions
 
     @cached_property
     def mask(self) -> Tensor:
-        """True where a key can be seen, `[chunks, 1, 1, longest]`."""
+        """Return True where a key can be seen, `[chunks, 1, 1, longest]`."""
         place = torch.arange(max(self.chunks))
         seen = place < torch.tensor(self.keys).unsqueeze(1)
         return seen[:, None, None, :].to(self.device)
 
     @cached_property
     def visible(self) -> Tensor:
-        """Index of every patch that is a key, `[keys]`."""
+        """Return the index of every patch that is a key, `[keys]`."""
         starts = accumulate(self.chunks[:-1], initial=0)
         kept = [torch.arange(start, start + n) for start, n in zip(starts, self.keys, strict=True)]
         return torch.cat(kept).to(self.device)
 
     @cached_property
     def bounds(self) -> tuple[Tensor, Tensor]:
-        """Where chunks begin and end among the queries and among the keys, each `[chunks + 1]` int32."""
+        """Return where chunks begin and end among queries and among keys, each `[chunks + 1]` int32."""
         queries, keys = (torch.tensor((0, *n)).cumsum(0).to(torch.int32) for n in (self.chunks, self.keys))
         return queries.to(self.device), keys.to(self.device)
 
 
 class FrozenBatchNorm(nn.BatchNorm2d):
-    """BatchNorm over the mel bins with its stored statistics, always, in float32."""
+    """Normalise mel bins with BatchNorm's stored statistics, always, in float32."""
 
     def train(self, mode: bool = True) -> "FrozenBatchNorm":  # noqa: ARG002 - the signature of nn.Module
         """Stay in evaluation mode: in batch mode the loss of the golden batches is 0.5 to 0.8 off."""
@@ -115,7 +115,7 @@ class FrozenBatchNorm(nn.BatchNorm2d):
 
 
 class PatchEmbed(nn.Module):
-    """A convolution whose kernel is its stride: a linear map of each patch."""
+    """Embed patches by a convolution whose kernel is its stride: a linear map of each patch."""
 
     def __init__(self, config: MiDashengEncoderConfig) -> None:
         super().__init__()
@@ -124,7 +124,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         """Embed `[patches, bins, frames]` as `[patches, embed_dim]`."""
-        if type(self.proj) is not nn.Conv2d:  # an adapter of another tool
+        # An adapter of another tool.
+        if type(self.proj) is not nn.Conv2d:
             return self.proj(patches.unsqueeze(1).to(self.proj.weight.dtype)).flatten(1)
         weight = self.proj.weight.flatten(1)
         return functional.linear(patches.flatten(1).to(weight.dtype), weight, self.proj.bias)
@@ -139,7 +140,7 @@ def eager_attention(
     scaling: float,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention in plain operations; `attention_mask` True where a key can be seen."""
+    """Attend in plain operations; `attention_mask` is True where a key can be seen."""
     scores = torch.matmul(query, key.transpose(-1, -2)) * scaling
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
@@ -148,7 +149,7 @@ def eager_attention(
 
 
 class Attention(nn.Module):
-    """Self-attention in both directions within each chunk."""
+    """Attend in both directions within each chunk."""
 
     is_causal = False
 
@@ -174,7 +175,7 @@ class Attention(nn.Module):
         return self.proj(out.reshape(-1, self.heads * self.head_dim))
 
     def _attend_apart(self, qkv: Tensor, packing: Packing) -> Tensor:
-        """Chunk by chunk, without padding: on a CPU a call costs nothing beside what padding costs."""
+        """Attend chunk by chunk: on a CPU a call costs nothing beside what padding costs."""
         parts = (part.transpose(0, 1).unsqueeze(0).split(packing.chunks, 2) for part in qkv.unbind(1))
         found = []
         for q, k, v, keys in zip(*parts, packing.keys, strict=True):
@@ -193,7 +194,7 @@ class Attention(nn.Module):
         return out.flatten(0, 1).index_select(0, packing.scatter)
 
     def _attend_flat(self, qkv: Tensor, packing: Packing, name: str) -> Tensor:
-        """Flash attention over sequences of different lengths: no padding here either."""
+        """Attend by flash attention over sequences of different lengths, without padding."""
         query = qkv[:, 0]
         key, value = qkv.index_select(0, packing.visible)[:, 1:].unbind(1)
         q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in (query, key, value))
@@ -207,7 +208,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers around an exact GELU."""
+    """Apply two linear layers around an exact GELU."""
 
     def __init__(self, config: MiDashengEncoderConfig) -> None:
         super().__init__()
@@ -221,7 +222,7 @@ class Mlp(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learned factor per channel; present only when `init_values` is set."""
+    """Scale each channel by a learned factor; present only when `init_values` is set."""
 
     def __init__(self, dim: int, init: float) -> None:
         super().__init__()
@@ -233,7 +234,7 @@ class LayerScale(nn.Module):
 
 
 class MiDashengEncoderBlock(GradientCheckpointingLayer):
-    """One transformer block: x + Attn(LN x); x + MLP(LN x)."""
+    """Compute one transformer block: x + Attn(LN x); x + MLP(LN x)."""
 
     def __init__(self, config: MiDashengEncoderConfig) -> None:
         super().__init__()
@@ -253,7 +254,7 @@ class MiDashengEncoderBlock(GradientCheckpointingLayer):
 
 
 class MiDashengEncoder(nn.Module):
-    """Waveforms to one vector per 40 ms."""
+    """Encode waveforms as one vector per 40 ms."""
 
     def __init__(self, config: MiDashengEncoderConfig) -> None:
         super().__init__()
@@ -278,7 +279,8 @@ class MiDashengEncoder(nn.Module):
         """
         packing = Packing.of(lengths, self.config, waveforms.device)
         mel = log_mel(waveforms, lengths, self.config)
-        if not packing.chunks:  # clips of under 480 samples have no patch
+        # Clips of under 480 samples have no patch.
+        if not packing.chunks:
             return self.norm.weight.new_zeros(0, self.config.embed_dim), packing
         patches = self._cut(mel, packing)
         x = self.patch_embed(self.init_bn(patches)) + self._positions(packing)
@@ -301,7 +303,7 @@ class MiDashengEncoder(nn.Module):
 
 
 class AudioProjector(nn.Module):
-    """Five consecutive patches side by side, then two linear layers around an exact GELU."""
+    """Join five consecutive patches to an audio token: two linear layers around an exact GELU."""
 
     def __init__(self, embed_dim: int, hidden_size: int, subsample_factor: int) -> None:
         super().__init__()
@@ -317,7 +319,7 @@ class AudioProjector(nn.Module):
         return self.net(x.index_select(0, self._used(packing)).unflatten(0, (-1, self.k)).flatten(1))
 
     def _used(self, packing: Packing) -> Tensor:
-        """Index of every patch that belongs to a whole group: a clip's last `patches mod 5` do not."""
+        """Return the index of every patch in a whole group: a clip's last `patches mod 5` are in none."""
         starts = accumulate(packing.clips[:-1], initial=0)
         used = [
             torch.arange(start, start + n // self.k * self.k)

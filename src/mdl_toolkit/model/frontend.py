@@ -1,4 +1,4 @@
-"""Waveforms to log-mel spectrograms, in float32 whatever the model's dtype.
+"""Turn waveforms into log-mel spectrograms, in float32 whatever the model's dtype.
 
 There is nothing to load and nothing to cast: window and filters are constants made when first needed.
 """
@@ -12,12 +12,14 @@ from torch import Tensor
 from mdl_toolkit.model.configuration import MiDashengEncoderConfig
 from mdl_toolkit.model.lengths import MIN_SAMPLES, frame_count
 
-FLOOR_POWER = 1e-10  # -100 dB
-DYNAMIC_RANGE_DB = 120.0  # below the loudest bin of the same clip
+# -100 dB.
+FLOOR_POWER = 1e-10
+# Below the loudest bin of the same clip.
+DYNAMIC_RANGE_DB = 120.0
 
 
 def log_mel(waveforms: Tensor, lengths: list[int], config: MiDashengEncoderConfig) -> Tensor:
-    """Log-mel spectrograms in dB, each clip computed as if it were alone.
+    """Compute log-mel spectrograms in dB, each clip as if it were alone.
 
     Args:
         waveforms: `[clips, longest]`, zero-padded on the right.
@@ -83,7 +85,7 @@ def _key(config: MiDashengEncoderConfig) -> _Key:
 
 @lru_cache(maxsize=8)
 def _constants(key: _Key, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The periodic Hann window `[win_length]` and the mel filters `[n_fft // 2 + 1, n_mels]`."""
+    """Return the periodic Hann window `[win_length]` and the mel filters `[n_fft // 2 + 1, n_mels]`."""
     n_fft, win_length, n_mels, sample_rate, f_min, f_max = key
     with torch.inference_mode(False), torch.device("cpu"):
         window = torch.hann_window(win_length, periodic=True, dtype=torch.float32)
@@ -92,7 +94,7 @@ def _constants(key: _Key, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def mel_filters(n_freqs: int, n_mels: int, sample_rate: int, f_min: float, f_max: float) -> Tensor:
-    """Triangular filters on the HTK mel scale, 2595 log10(1 + f / 700), not normalised by area.
+    """Return triangular filters on the HTK mel scale, 2595 log10(1 + f / 700), not normalised by area.
 
     In float32 throughout, as the published model was trained.
 

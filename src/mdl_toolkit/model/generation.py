@@ -1,4 +1,4 @@
-"""Rows that a decoder is answering, side by side: they come when there is room and leave when they are done.
+"""Decode a batch whose rows come when a place is free and leave when their answer is complete.
 
 transformers' `generate` decodes every row of a batch until the longest answer is complete, and copies all
 keys and values to add a position. Here each row has a place in one store of keys and values, at its own
@@ -13,30 +13,34 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.models.qwen2.modeling_qwen2 import rotate_half
 
+from mdl_toolkit.model.kernels.cross_entropy import MOST_LOGITS
 from mdl_toolkit.model.packed import Rows
 
-Rotary = tuple[Tensor, Tensor]  # cosines and sines, each `[rows or 1, positions, head size]`
-GROWTH = 64  # positions; the store grows by at least so many
-TOKENS_AT_ONCE = 512  # of choices that are scored
-MOST_LOGITS = 2**26  # that exist at once meanwhile: 256 MiB in float32
+# Cosines and sines, each `[rows or 1, positions, head size]`.
+Rotary = tuple[Tensor, Tensor]
+# Positions by which the store grows, at least.
+GROWTH = 64
+# Tokens of choices that are scored together.
+TOKENS_AT_ONCE = 512
 
 
 class DecodingBatch:
-    """The rows that are being answered together.
+    """Hold the rows that are being answered together.
 
     Attributes:
         lengths: positions of each row so far.
     """
 
     def __init__(self, decoder: Any) -> None:
-        """Start with none.
+        """Start without rows.
 
         Args:
             decoder: the causal language model of a MiDashengLM, with or without adapters.
         """
         self._decoder = decoder
         self._layers: list[Any] = list(decoder.model.layers)
-        self._stores: list[tuple[Tensor, Tensor]] = []  # keys, values: [places, heads, capacity, head size]
+        # Keys and values, each `[places, heads, capacity, head size]`.
+        self._stores: list[tuple[Tensor, Tensor]] = []
         self.lengths: list[int] = []
 
     def __len__(self) -> int:
@@ -77,7 +81,7 @@ class DecodingBatch:
         return self._answered(layer, x[0, last], (rotary[0][0, last], rotary[1][0, last]), ends - 1, k, v)
 
     def _answered(self, layer: Any, x: Tensor, rotary: Rotary, place: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The last layer for each row's last position, `[rows, 1, hidden_size]`, at a place `[rows, 1]`."""
+        """Compute the last layer at each row's last `place` `[rows, 1]`: `[rows, 1, hidden_size]`."""
         q = _queries(layer, layer.input_layernorm(x), rotary)
         seen = _seen(place, torch.arange(k.shape[2], device=x.device), _window(layer))
         return self._head(_finish(layer, x, _attend(q, k, v, _additive(seen, q.dtype)))[:, 0])
@@ -129,7 +133,7 @@ class DecodingBatch:
 
     @torch.inference_mode()
     def score(self, logits: Tensor, choices: Sequence[Sequence[int]]) -> Tensor:
-        """Log-probability of each choice as the continuation of each row; the rows stay as they are.
+        """Return each choice's log-probability as the continuation of each row; the rows stay as they are.
 
         Args:
             logits: of each row's next token, as `admit` gave them.
@@ -148,7 +152,7 @@ class DecodingBatch:
         return scores
 
     def _log_probabilities(self, states: Tensor, targets: Tensor) -> Tensor:
-        """Of each target at its state, `[rows, tokens]`."""
+        """Return the log-probability of each target at its state, `[rows, tokens]`."""
         at_once = max(1, MOST_LOGITS // (len(states) * self._decoder.config.vocab_size))
         parts = []
         for some, wanted in zip(states.split(at_once, 1), targets.split(at_once), strict=True):
@@ -158,7 +162,7 @@ class DecodingBatch:
         return torch.cat(parts, 1)
 
     def _continue(self, pieces: Sequence[Sequence[int]]) -> Tensor:
-        """States of continuations, each of which sees its row and itself: `[rows, tokens, hidden_size]`."""
+        """Return states of continuations, each seeing its row and itself: `[rows, tokens, hidden_size]`."""
         device, rows, width = self._stores[0][0].device, len(self), max(self.lengths)
         ids, owner, offset = _laid_out(pieces, device)
         ends = torch.tensor(self.lengths, device=device)
@@ -187,7 +191,7 @@ class DecodingBatch:
         return logits
 
     def _masks(self, ends: Tensor, dtype: torch.dtype) -> dict[int | None, Tensor | None]:
-        """By window, what each row's new token sees: `[rows, 1, 1, positions]`, None for everything."""
+        """Return, by window, what each row's new token sees: `[rows, 1, 1, positions]` or None (all)."""
         longest = max(self.lengths) + 1
         place, last = torch.arange(longest, device=ends.device), ends.unsqueeze(1)
         masks: dict[int | None, Tensor | None] = {}
@@ -227,7 +231,7 @@ class DecodingBatch:
 
 
 def _project(layer: Any, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values, each `[rows, heads, positions, head size]`."""
+    """Return queries, keys and values, each `[rows, heads, positions, head size]`."""
     normed = layer.input_layernorm(x)
     return _queries(layer, normed, rotary), *_keys_values(layer, normed, rotary)
 
@@ -243,34 +247,35 @@ def _keys_values(layer: Any, normed: Tensor, rotary: Rotary) -> tuple[Tensor, Te
 def _heads(layer: Any, normed: Tensor, name: str) -> Tensor:
     attention = layer.self_attn
     split = getattr(attention, f"{name}_proj")(normed).unflatten(-1, (-1, attention.head_dim))
-    norm = getattr(attention, f"{name}_norm", None)  # Qwen3 has two
+    # Qwen3 has two.
+    norm = getattr(attention, f"{name}_norm", None)
     return (split if norm is None else norm(split)).transpose(1, 2)
 
 
 def _spread(x: Tensor, rows: Rows) -> Tensor:
-    """`[1, heads, positions, head size]` of several rows to `[rows, heads, longest, head size]`."""
+    """Lay `[1, heads, positions, head size]` of several rows out as `[rows, heads, longest, head size]`."""
     return x[0].index_select(1, rows.gather.flatten()).unflatten(1, tuple(rows.gather.shape)).transpose(0, 1)
 
 
 def _collected(x: Tensor, rows: Rows) -> Tensor:
-    """The way back."""
+    """Undo `_spread`."""
     return x.transpose(0, 1).flatten(1, 2).index_select(1, rows.scatter).unsqueeze(0)
 
 
 def _turned(x: Tensor, rotary: Rotary) -> Tensor:
-    """Turned by the angles of their positions (RoFormer, arXiv 2104.09864)."""
+    """Rotate by the angles of the positions (RoFormer, arXiv 2104.09864)."""
     cos, sin = rotary
     return x * cos.unsqueeze(1) + rotate_half(x) * sin.unsqueeze(1)
 
 
 def _finish(layer: Any, x: Tensor, attended: Tensor) -> Tensor:
-    """The rest of a layer; `attended` as `[rows, heads, positions, head size]`."""
+    """Compute the rest of a layer; `attended` as `[rows, heads, positions, head size]`."""
     x = x + layer.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
     return x + layer.mlp(layer.post_attention_layernorm(x))
 
 
 def _attend_causally(layer: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention among a row's own positions: padding on the right is seen by nobody before it."""
+    """Attend among a row's own positions; no earlier one sees padding on the right."""
     window, width = _window(layer), q.shape[2]
     if window is None or width <= window:
         groups = q.shape[1] // k.shape[1]
@@ -281,13 +286,13 @@ def _attend_causally(layer: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _seen(query: Tensor, key: Tensor, window: int | None) -> Tensor:
-    """Whether positions `[rows, queries]` see positions `[keys]`: `[rows, 1, queries, keys]`."""
+    """Tell whether positions `[rows, queries]` see positions `[keys]`: `[rows, 1, queries, keys]`."""
     behind = query[:, None, :, None] - key
     return behind >= 0 if window is None else (behind >= 0) & (behind < window)
 
 
 def _window(layer: Any) -> int | None:
-    """How far back a layer sees; None for everything."""
+    """Return how far back a layer sees; None for everything."""
     return getattr(layer.self_attn, "sliding_window", None)
 
 
@@ -296,7 +301,7 @@ def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention in which the query heads that share a key head are further queries of it: no copy of keys.
+    """Attend with the query heads that share a key head as further queries of it: no copy of keys.
 
     Args:
         q: `[rows, heads, queries, head size]`.
@@ -312,7 +317,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _parts(choices: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """The numbers of choices of more than one token, about `TOKENS_AT_ONCE` tokens together."""
+    """Return the numbers of choices of more than one token, about `TOKENS_AT_ONCE` tokens together."""
     part: list[int] = []
     for owner, choice in enumerate(choices):
         if len(choice) > 1:
@@ -325,6 +330,6 @@ def _parts(choices: Sequence[Sequence[int]]) -> Iterator[list[int]]:
 
 
 def _laid_out(pieces: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Pieces side by side: tokens, the piece that each is of, and its place there, each `[tokens]`."""
+    """Lay pieces side by side: tokens, the piece that each is of, and its place there, each `[tokens]`."""
     flat = [(token, owner, i) for owner, piece in enumerate(pieces) for i, token in enumerate(piece)]
     return tuple(torch.tensor(flat, device=device).unbind(1))  # type: ignore[return-value]

@@ -1,27 +1,31 @@
-"""How long a clip is at each stage: samples, frames, patches, audio tokens. Plain integers only.
+"""Count how long a clip is at each stage: samples, frames, patches, audio tokens. No torch.
 
 The formulas stand here once; the golden table `tests/golden/audio_tokens.npz` holds them to the published
 model.
 """
 
-HOP_LENGTH = 160  # samples between two frames: 10 ms at 16 kHz
-PATCH_STRIDE = 4  # frames in a patch: 40 ms
-SUBSAMPLE_FACTOR = 5  # patches in an audio token: 200 ms
-MIN_SAMPLES = 257  # reflect padding of n_fft / 2 = 256 samples needs one sample more
+# Samples between two frames: 10 ms at 16 kHz.
+HOP_LENGTH = 160
+# Frames in a patch: 40 ms.
+PATCH_STRIDE = 4
+# Patches in an audio token: 200 ms.
+SUBSAMPLE_FACTOR = 5
+# Reflect padding of n_fft / 2 = 256 samples needs one sample more.
+MIN_SAMPLES = 257
 
 
 def frame_count(samples: int, hop_length: int = HOP_LENGTH) -> int:
-    """Frames of a centred STFT over `samples` samples."""
+    """Return the frames of a centred STFT over `samples` samples."""
     return 1 + samples // hop_length
 
 
 def patch_count(samples: int, hop_length: int = HOP_LENGTH, patch_stride: int = PATCH_STRIDE) -> int:
-    """Whole patches in the frames of a clip; frames left over are dropped."""
+    """Return the whole patches in the frames of a clip; frames left over are dropped."""
     return frame_count(samples, hop_length) // patch_stride
 
 
 def visible_patch_count(samples: int, hop_length: int = HOP_LENGTH, patch_stride: int = PATCH_STRIDE) -> int:
-    """Patches that serve as attention keys; `patch_count` may be one more."""
+    """Return the patches that serve as attention keys; `patch_count` may be one more."""
     return samples // (hop_length * patch_stride)
 
 
@@ -31,5 +35,5 @@ def audio_token_count(
     patch_stride: int = PATCH_STRIDE,
     subsample_factor: int = SUBSAMPLE_FACTOR,
 ) -> int:
-    """Audio tokens that a clip of `samples` samples becomes in the decoder: 5 per second."""
+    """Return the audio tokens that a clip of `samples` samples becomes: 5 per second."""
     return patch_count(samples, hop_length, patch_stride) // subsample_factor

@@ -1,4 +1,4 @@
-"""MiDashengLM: audio encoder, projector and Qwen decoder as one transformers model.
+"""Compute MiDashengLM: audio encoder, projector and Qwen decoder as one transformers model.
 
 The decoder and its generation loop are transformers' own. Nothing here reads files beyond what
 `from_pretrained` does, and no code from a checkpoint is ever run.
@@ -32,12 +32,12 @@ IGNORE_INDEX = -100
 
 
 class CheckpointError(ValueError):
-    """A checkpoint whose tensors are not the model's; the message names them."""
+    """Say that a checkpoint's tensors are not the model's; the message names them."""
 
 
 @dataclass
 class MiDashengLMOutput(CausalLMOutputWithPast):
-    """What a forward pass gives.
+    """Hold what a forward pass returns.
 
     Attributes:
         loss: cross entropy over the supervised positions; with `labels` only.
@@ -47,7 +47,7 @@ class MiDashengLMOutput(CausalLMOutputWithPast):
 
 
 class MiDashengLMPreTrainedModel(PreTrainedModel):
-    """What transformers needs to know of the model."""
+    """Tell transformers what it needs to know of the model."""
 
     config_class = MiDashengLMConfig
     base_model_prefix = ""
@@ -75,7 +75,7 @@ class MiDashengLMPreTrainedModel(PreTrainedModel):
 
 
 class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
-    """The audio-language model.
+    """Answer prompts that hold audio: the audio-language model.
 
     The interface is the published one: `input_ids` and `attention_mask` `[batch, positions]`, padded on
     the left, with one `<|AUDIO|>` token per audio token; `input_values` `[clips, longest]`, zero-padded on
@@ -94,7 +94,8 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
         self.decoder = (Qwen3ForCausalLM if text.model_type == "qwen3" else Qwen2ForCausalLM)(text)
         for layer in self.decoder.model.layers:
             layer.__class__ = PACKED[type(layer)]
-        self.decoder.generation_config = GenerationConfig()  # the whole model's settings are the only ones
+        # The whole model's settings are the only ones.
+        self.decoder.generation_config = GenerationConfig()
         self.post_init()
 
     @classmethod
@@ -114,7 +115,7 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
         return (model, info) if wants_info else model
 
     def get_input_embeddings(self) -> nn.Module:
-        """The decoder's word embeddings."""
+        """Return the decoder's word embeddings."""
         return self.decoder.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
@@ -122,7 +123,7 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
         self.decoder.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
-        """The decoder's output head."""
+        """Return the decoder's output head."""
         return self.decoder.get_output_embeddings()
 
     def set_output_embeddings(self, value: nn.Module) -> None:
@@ -143,7 +144,7 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
         audio_length: Tensor | None,
         audio_features: Tensor | None = None,
     ) -> Tensor:
-        """Word embeddings with audio features in the placeholders' places, `[batch, positions, hidden_size]`.
+        """Put audio features into the placeholders' word embeddings, `[batch, positions, hidden_size]`.
 
         Features that are given are taken as they are, in place of the clips'.
 
@@ -170,7 +171,7 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
         )
 
     def shareable(self, ids: Tensor, apart: Tensor | None = None) -> Tensor:
-        """By which rows find what they have in common: ids, and unique negative numbers for audio.
+        """Return ids, with unique negative numbers for audio, that tell which prefix rows share.
 
         Args:
             ids: `[batch, positions]`.
@@ -239,7 +240,7 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
 
     @property
     def _cache_name(self) -> str:
-        """What the decoder calls its cache: transformers 5.24 gave it a new name."""
+        """Return what the decoder calls its cache: transformers 5.24 gave it a new name."""
         parameters = inspect.signature(type(self.decoder.model).forward).parameters
         return "cache" if "cache" in parameters else "past_key_values"
 
@@ -258,7 +259,7 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
         labels: Tensor,
         divisor: int | Tensor | None,
     ) -> Tensor:
-        """As `_loss`; the decoder computes nothing of padding, and at last nothing that is not supervised."""
+        """Compute `_loss` without padding, and in the last layer at supervised positions only."""
         following = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).to(embeddings.device)
         supervised = following != IGNORE_INDEX
         real = torch.ones_like(supervised) if mask is None else mask.bool()
@@ -270,13 +271,13 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
         return self._mean_loss(states, following[supervised], divisor)
 
     def _loss(self, hidden: Tensor, labels: Tensor, divisor: int | Tensor | None) -> Tensor:
-        """Cross entropy in float32 over the supervised positions, which alone meet the output head."""
+        """Compute the cross entropy over the supervised positions, which alone meet the output head."""
         targets = labels[:, 1:].to(hidden.device)
         supervised = targets != IGNORE_INDEX
         return self._mean_loss(hidden[:, :-1][supervised], targets[supervised], divisor)
 
     def _mean_loss(self, states: Tensor, targets: Tensor, divisor: int | Tensor | None) -> Tensor:
-        """Of supervised states `[supervised, hidden_size]` and their words; divided by their number or so."""
+        """Sum the loss of states `[supervised, hidden_size]`, divided by `divisor` or their number."""
         head: Any = self.decoder.lm_head
         is_linear = type(head) is nn.Linear
         if is_linear and head.bias is None and not head.weight.requires_grad:
@@ -307,7 +308,7 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Answer: as transformers' `generate` of the decoder; returns the new tokens only.
+        """Answer as transformers' `generate` of the decoder does, but return the new tokens only.
 
         What counts is, as there: keywords, then `generation_config`, then the model's own settings.
         """

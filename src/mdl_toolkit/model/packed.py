@@ -1,4 +1,4 @@
-"""The decoder over the real positions of a batch and nothing else: how the loss is computed.
+"""Compute the decoder's states for the loss, over the real positions of a batch and nothing else.
 
 All positions of all rows lie in one row, `[positions, hidden_size]`. Only attention sees rows, padded on the
 right: causal attention needs no mask then. The last layer goes on with the positions that are asked for.
@@ -23,7 +23,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 @dataclass(frozen=True)
 class Places:
-    """Where attention finds positions.
+    """Hold where attention finds positions.
 
     Attributes:
         gather: positions of each row from the left, `[rows, longest]`; any one where there is none.
@@ -37,7 +37,7 @@ class Places:
     again: Tensor | None
 
     def places_of(self, only: Tensor) -> "Places":
-        """Of these positions alone; where there was another, there is any one."""
+        """Return the places of these positions alone; where there was another, there is any one."""
         number = torch.zeros_like(self.scatter)
         number[only] = torch.arange(len(only), device=only.device)
         return Places(number[self.gather], self.scatter[only], None)
@@ -45,7 +45,7 @@ class Places:
 
 @dataclass(frozen=True)
 class Rows(Places):
-    """Which positions there are, and where attention finds them.
+    """Hold which positions there are, and where attention finds them.
 
     Attributes:
         real: place of each position in a flattened `[rows, length]` batch, `[positions]`.
@@ -57,7 +57,7 @@ class Rows(Places):
 
     @staticmethod
     def of(mask: Tensor, words: Tensor | None = None) -> "Rows":
-        """The positions that are true in `[rows, length]`.
+        """Return the positions that are true in `[rows, length]`.
 
         Rows share those up to which they have the same `words`, `[rows, length]`; negative ones are unique.
         """
@@ -73,7 +73,7 @@ class Rows(Places):
         return rows if words is None else rows._sharing(words.flatten()[real], there, mask.shape[1])
 
     def _sharing(self, words: Tensor, there: Tensor, length: int) -> "Rows":
-        """Of `words` `[positions]`; `there` is true where `gather` has a position."""
+        """Share prefixes of equal `words` `[positions]`; `there` is true where `gather` has a position."""
         found = torch.where(words < 0, words, words * length + self.columns)
         read = _by_owners(torch.where(there, found[self.gather], -1), self.gather)
         own = (read == self.gather) & there
@@ -83,12 +83,12 @@ class Rows(Places):
 
 
 def _places(mask: Tensor) -> Tensor:
-    """Where it is true, when it is flattened."""
+    """Return where a mask is true, when it is flattened."""
     return mask.flatten().nonzero().squeeze(1)
 
 
 def _by_owners(words: Tensor, gather: Tensor) -> Tensor:
-    """Positions of rows, with those of one row in place of the same words in others that begin alike.
+    """Return positions of rows, with one row's own in place of those of a shared prefix in others.
 
     Sorted, rows with the same beginning are neighbours; the first of them owns it.
 
@@ -99,7 +99,8 @@ def _by_owners(words: Tensor, gather: Tensor) -> Tensor:
     until = max(1, int(((words < 0).cumsum(1) == 0).sum(1).max()))
     head = words[:, :until]
     order = torch.unique(head, dim=0, return_inverse=True)[1].argsort(stable=True)
-    alike = (head[order[1:]] == head[order[:-1]]).cumprod(1)  # with the neighbour before
+    # With the neighbour before.
+    alike = (head[order[1:]] == head[order[:-1]]).cumprod(1)
     number = torch.arange(len(head), device=head.device).unsqueeze(1).repeat(1, until)
     number[1:].masked_fill_(alike.bool(), 0)
     owner = torch.empty_like(head).index_copy_(0, order, order[number.cummax(0).values])
@@ -107,7 +108,7 @@ def _by_owners(words: Tensor, gather: Tensor) -> Tensor:
 
 
 class PackedLayer(nn.Module):
-    """A decoder layer of transformers that can also be given positions of several rows."""
+    """Compute a decoder layer of transformers, also for positions of several rows in one."""
 
     input_layernorm: Any
     post_attention_layernorm: Any
@@ -122,7 +123,7 @@ class PackedLayer(nn.Module):
         return self._packed(hidden_states, rows, *args, **kwargs)
 
     def _packed(self, x: Tensor, rows: Rows, cos: Tensor, sin: Tensor, only: Tensor | None) -> Tensor:
-        """`cos` and `sin` `[positions, 1, head_dim]`; `only` names the positions to go on with."""
+        """Compute the layer; `cos`, `sin` `[positions, 1, head_dim]`, `only` the positions to go on with."""
         found = self._attended(normed(self.input_layernorm, x), rows, cos, sin, only)
         if only is not None:
             x = x.index_select(0, only)
@@ -144,7 +145,7 @@ class PackedLayer(nn.Module):
     def _asked(
         self, x: Tensor, cos: Tensor, sin: Tensor, only: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of the positions to go on with, keys and values of all: `[positions, heads, head_dim]`."""
+        """Return queries of `only`, keys and values of all positions: `[positions, heads, head_dim]`."""
         attention, turn = self.self_attn, (cos, sin)
         layers = [attention.q_proj, attention.k_proj, attention.v_proj]
         if only is None:
@@ -159,17 +160,17 @@ class PackedLayer(nn.Module):
 
 
 def _placed(x: Tensor, places: Places) -> Tensor:
-    """`[positions, ...]` to `[rows, longest, ...]`; places that nobody reads hold anything."""
+    """Lay `[positions, ...]` out as `[rows, longest, ...]`; places that nobody reads hold anything."""
     found: Tensor = _Placed.apply(x, places.gather, places.scatter, places.again)
     return found
 
 
 class PackedQwen2Layer(PackedLayer, Qwen2DecoderLayer):
-    """Of Qwen2."""
+    """Compute a layer of Qwen2."""
 
 
 class PackedQwen3Layer(PackedLayer, Qwen3DecoderLayer):
-    """Of Qwen3."""
+    """Compute a layer of Qwen3."""
 
 
 PACKED = {Qwen2DecoderLayer: PackedQwen2Layer, Qwen3DecoderLayer: PackedQwen3Layer}
@@ -191,7 +192,7 @@ def is_random(model: Any) -> bool:
 def packed_states(
     model: Any, embeddings: Tensor, needed: Tensor, wanted: Tensor, words: Tensor | None = None
 ) -> Tensor:
-    """The decoder's last states at the wanted positions alone, `[wanted, hidden_size]`, row after row.
+    """Return the decoder's last states at the wanted positions alone, `[wanted, hidden_size]`, row after row.
 
     Args:
         model: transformers' decoder without its head; its layers are packed ones.
@@ -212,7 +213,8 @@ def packed_states(
     *others, last = model.layers
     for layer in others:
         x = layer(x, cos, sin, None, rows=rows)
-    if not len(only):  # attention would have nobody who asks
+    # Attention would have no query.
+    if not len(only):
         return normed(model.norm, last(x, cos, sin, None, rows=rows)).index_select(0, only)
     return normed(model.norm, last(x, cos, sin, only, rows=rows))
 
@@ -221,7 +223,7 @@ def packed_states(
 
 
 def together(x: Tensor, *layers: Any) -> Sequence[Tensor]:
-    """What linear layers make of one input; in one go, where they know how."""
+    """Compute linear layers of one input; in one go, where they can."""
     found: Sequence[Tensor] | None = None
     if hasattr(layers[0], "together"):
         found = layers[0].together(x, layers)
@@ -229,21 +231,21 @@ def together(x: Tensor, *layers: Any) -> Sequence[Tensor]:
 
 
 def normed(norm: Any, x: Tensor) -> Tensor:
-    """What an RMS norm of Qwen makes of `[..., width]`."""
+    """Compute an RMS norm of Qwen of `[..., width]`."""
     if norm.weight.requires_grad:
         return norm(x)
     return _Normed.apply(x, norm.weight, norm.variance_epsilon)
 
 
 def gated(activation: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
-    """activation(gate) * up."""
+    """Compute activation(gate) * up."""
     if not isinstance(activation, nn.SiLU | SiLUActivation):
         return activation(gate) * up
     return _Gated.apply(gate, up)
 
 
 class _Normed(torch.autograd.Function):
-    """y = x / sqrt(mean(x^2) + eps), rounded to the dtype of x, times a frozen weight."""
+    """Compute x / sqrt(mean(x^2) + eps), rounded to the dtype of x, times a frozen weight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -263,12 +265,12 @@ class _Normed(torch.autograd.Function):
 
 
 def _times(weight: Tensor, x: Tensor) -> Tensor:
-    """Their product, in place where its dtype is that of `x`."""
+    """Multiply them, in place where the product's dtype is that of `x`."""
     return x.mul_(weight) if weight.dtype == x.dtype else weight * x
 
 
 class _Gated(torch.autograd.Function):
-    """silu(gate) * up; silu(gate) is computed again rather than kept."""
+    """Compute silu(gate) * up; silu(gate) is computed again rather than kept."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -284,7 +286,7 @@ class _Gated(torch.autograd.Function):
 
 
 class _Rotated(torch.autograd.Function):
-    """x cos + (-second half of x, first half of x) sin; both halves of cos and of sin are the same."""
+    """Rotate: x cos + (-second half of x, first half of x) sin; both halves of cos and sin are the same."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -306,7 +308,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
 
 
 class _Placed(torch.autograd.Function):
-    """`[positions, ...]` to `[rows, longest, ...]`; nobody reads what is padding.
+    """Lay `[positions, ...]` out as `[rows, longest, ...]`; nobody reads what is padding.
 
     Gradients are taken from `scatter`, and added to from the places `again`, if anyone reads these.
     """
@@ -322,14 +324,15 @@ class _Placed(torch.autograd.Function):
         flat = gradient.flatten(0, 1)
         found = flat.index_select(0, scatter)
         if again is not None and len(again):
-            wide = found.to(torch.promote_types(found.dtype, torch.float32))  # a GPU rounds each sum
+            # In float32 at least, as a GPU rounds each sum.
+            wide = found.to(torch.promote_types(found.dtype, torch.float32))
             wide.index_add_(0, gather.flatten()[again], flat.index_select(0, again).to(wide.dtype))
             found = wide.to(found.dtype)
         return found, None, None, None
 
 
 class _Taken(torch.autograd.Function):
-    """`[rows, longest, width]` to `[positions, width]`."""
+    """Take `[positions, width]` from `[rows, longest, width]`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scatter: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Text and audio to the tensors that the model reads, as the published processor gives them.
+"""Turn text and audio into the tensors that the model reads, as the published processor does.
 
 The toolkit's own data path builds ids and labels itself (rooms `conversation` and `tokens`); this class is
 for those who use the model through transformers.
@@ -14,7 +14,7 @@ from mdl_toolkit.model.lengths import audio_token_count
 
 
 class MiDashengLMProcessor(ProcessorMixin):
-    """A tokenizer and a feature extractor that only pads."""
+    """Join a tokenizer and a feature extractor that only pads."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class MiDashengLMProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """Names of the model's inputs."""
+        """Return the names of the model's inputs."""
         return ["input_ids", "attention_mask", "input_values", "audio_length"]
 
     def _check_rate(self, rate: int | None) -> None:
@@ -89,7 +89,7 @@ class MiDashengLMProcessor(ProcessorMixin):
         return [pattern.sub(lambda match: self._repeat(match, next(counts)), text) for text in texts]
 
     def _repeat(self, match: "re.Match[str]", count: int) -> str:
-        """`count` placeholders; beginning and end marks are added where neither is there."""
+        """Return `count` placeholders, with beginning and end marks where neither is there."""
         body = self.audio_token * count
         if match[1] or match[3]:
             return (match[1] or "") + body + (match[3] or "")

@@ -1,4 +1,4 @@
-"""The model's classes made known to transformers' Auto classes.
+"""Make the model's classes known to transformers' Auto classes.
 
 Their own mappings come before a folder's `auto_map`, so remote code is neither needed nor asked for.
 """

@@ -1,4 +1,4 @@
-"""Cross entropy over a large vocabulary, in the memory of a few logits.
+"""Compute the cross entropy over a large vocabulary in the memory of a few logits.
 
 loss = logsumexp(z) - z[target]; its gradient is softmax(z) - onehot(target). torch keeps log-probabilities,
 makes a dense gradient of them, then one of the logits; here the logits become the gradient in place. With a
