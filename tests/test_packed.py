@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm, apply_rotary_pos_emb
 
-from mdl_toolkit.model import encoder, modeling, packed
+from mdl_toolkit.model import modeling, packed
 from mdl_toolkit.recomputing import is_again, recompute
 from test_low_rank import CHECKPOINTS, CHOICES, adapted, assert_same, batch_of, distance, learnt
 
@@ -13,10 +13,8 @@ BF16 = torch.bfloat16
 
 
 def padded(monkeypatch):
-    """Let transformers compute rows, and attention of the encoder see padded chunks."""
+    """Let transformers compute rows."""
     monkeypatch.setattr(modeling, "can_pack", lambda _: False)
-    attend = encoder.Attention._attend_padded
-    monkeypatch.setattr(encoder.Attention, "_attend_apart", lambda *words: attend(*words, "sdpa"))
 
 
 @pytest.mark.parametrize("targets", CHOICES, ids="+".join)

@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mdl_toolkit.model.configuration import MiDashengEncoderConfig
 from mdl_toolkit.model.frontend import log_mel
+from mdl_toolkit.model.kernels.attention import chunked_attention
 from mdl_toolkit.model.lengths import patch_count, visible_patch_count
 
 LAYER_NORM_EPS = 1e-6
@@ -169,20 +170,10 @@ class Attention(nn.Module):
         if "flash" in name:
             out = self._attend_flat(qkv, packing, name)
         elif name == "sdpa" and qkv.device.type == "cpu":
-            out = self._attend_apart(qkv, packing)
+            out = chunked_attention(qkv, packing.chunks, packing.keys, self.scaling)
         else:
             out = self._attend_padded(qkv, packing, name)
         return self.proj(out.reshape(-1, self.heads * self.head_dim))
-
-    def _attend_apart(self, qkv: Tensor, packing: Packing) -> Tensor:
-        """Attend chunk by chunk: on a CPU a call costs nothing beside what padding costs."""
-        parts = (part.transpose(0, 1).unsqueeze(0).split(packing.chunks, 2) for part in qkv.unbind(1))
-        found = []
-        for q, k, v, keys in zip(*parts, packing.keys, strict=True):
-            seen = (k, v) if keys == k.shape[2] else (k[:, :, :keys], v[:, :, :keys])
-            out = functional.scaled_dot_product_attention(q, *seen, scale=self.scaling)
-            found.append(out[0].transpose(0, 1))
-        return torch.cat(found)
 
     def _attend_padded(self, qkv: Tensor, packing: Packing, name: str) -> Tensor:
         chunks, longest = packing.gather.shape
