@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mdl_toolkit.dataset import Sample
+from mdl_toolkit.dataset import ConvertedDataset, Sample
 from mdl_toolkit.free_memory import free_memory
-from mdl_toolkit.legacy import AnyDataset
 from mdl_toolkit.sampling import Rows
 
 Made = TypeVar("Made")
@@ -38,12 +37,12 @@ class Remembered:
         room: bytes for samples.
     """
 
-    def __init__(self, rows: AnyDataset, room: int) -> None:
+    def __init__(self, rows: ConvertedDataset, room: int) -> None:
         self._rows, self._room, self._kept = rows, room, dict[int, Sample]()
         self._lock = Lock()
 
     @staticmethod
-    def of(rows: AnyDataset) -> "Remembered":
+    def of(rows: ConvertedDataset) -> "Remembered":
         """In a small part of the memory that is free now."""
         return Remembered(rows, (free_memory(torch.device("cpu")) or 0) // SHARE)
 
