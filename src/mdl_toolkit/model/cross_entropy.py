@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mdl_toolkit.model.constants import MOST_LOGITS
 from mdl_toolkit.model.products import product
 
-# Logits that exist at once: 2**26 float32 are 256 MiB, or 441 positions of 152,064 words.
-MOST_LOGITS = 2**26
 MOST_ON_CPU = 512  # positions of a slice
 IN_CACHE = 2**22  # logits of one tensor on a CPU, 16 MiB
 

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.models.qwen2.modeling_qwen2 import rotate_half
 
+from mdl_toolkit.model.constants import MOST_LOGITS
 from mdl_toolkit.model.packed import Rows
 
 Rotary = tuple[Tensor, Tensor]  # cosines and sines, each `[rows or 1, positions, head size]`
 GROWTH = 64  # positions; the store grows by at least so many
 TOKENS_AT_ONCE = 512  # of choices that are scored
-MOST_LOGITS = 2**26  # that exist at once meanwhile: 256 MiB in float32
 
 
 class DecodingBatch:

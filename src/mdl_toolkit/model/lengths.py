@@ -7,7 +7,8 @@ model.
 HOP_LENGTH = 160  # samples between two frames: 10 ms at 16 kHz
 PATCH_STRIDE = 4  # frames in a patch: 40 ms
 SUBSAMPLE_FACTOR = 5  # patches in an audio token: 200 ms
-MIN_SAMPLES = 257  # reflect padding of n_fft / 2 = 256 samples needs one sample more
+# Of one audio token: 3,200, or 0.2 s. Shorter clips are padded to it; vLLM pads to the same.
+MIN_SAMPLES = HOP_LENGTH * PATCH_STRIDE * SUBSAMPLE_FACTOR
 
 
 def frame_count(samples: int, hop_length: int = HOP_LENGTH) -> int:
