@@ -12,7 +12,7 @@ from mdl_toolkit.dataset import ConvertedDataset
 from mdl_toolkit.distributed import PeerLostError
 from mdl_toolkit.errors import DatasetError, ToolkitError
 from mdl_toolkit.folders import check_trainable, find_model
-from mdl_toolkit.loading import lacks_memory
+from mdl_toolkit.loading import lack_of_memory
 from mdl_toolkit.option import setting_of, spelling
 from mdl_toolkit.options import ConversionOptions
 from mdl_toolkit.text_files import TextFiles, read_text_files
@@ -127,4 +127,4 @@ def _is_interruption(problem: BaseException) -> bool:
     """Tell whether the same data will be asked for again: after a stop, a crash, or a lack of memory."""
     is_refusal = isinstance(problem, ToolkitError) and not isinstance(problem, PeerLostError)
     cause = problem.__cause__
-    return not is_refusal or (isinstance(cause, Exception) and lacks_memory(cause))
+    return not is_refusal or (cause is not None and lack_of_memory(cause) is not None)
