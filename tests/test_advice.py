@@ -8,13 +8,11 @@ from mdl_toolkit import advice, dataset
 from mdl_toolkit.advice import LossWatch, advise, find_leaks
 from mdl_toolkit.conversion import convert_dataset
 from mdl_toolkit.dataset import ConvertedDataset
-from mdl_toolkit.legacy import LegacyDataset
 from mdl_toolkit.options import ConvertOptions
 from mdl_toolkit.runlog import read_log
 from mdl_toolkit.text_files import read_text_files
 from mdl_toolkit.tokens import Encoder
 from mdl_toolkit.training import train
-from old_version import old_rows, save
 from runs import make_csv, make_rows, train_options, write_csv
 from test_trackers import MODEL
 from waves import wave
@@ -88,15 +86,6 @@ def test_answers_of_the_same_length_that_differ(tmp_path):
     data = convert(tmp_path, with_answers(rows, ["a", "a", "b"]))
     assert np.ptp(data.supervised) == 0
     assert not advice.warn_of_identical_answers(data)
-
-
-@pytest.mark.parametrize(("answers", "expected"), [(["rain"] * 4, True), (["a", "a", "a", "b"], False)])
-def test_a_dataset_of_the_old_version(tmp_path, answers, expected):
-    rows = with_answers(make_rows(tmp_path / "audio", 4), answers)
-    rows = [{**row, "system_prompt": "You listen."} for row in rows]
-    legacy = LegacyDataset(save(tmp_path / "old", old_rows(rows)), Encoder(read_text_files(MODEL)))
-    assert advice.warn_of_identical_answers(legacy) == expected
-    assert not advice.warn_of_leaks(legacy, legacy)  # not looked at
 
 
 # --- leaks ----------------------------------------------------------------------------------------------

@@ -68,6 +68,33 @@ def test_every_module_says_what_it_is_for(module):
     assert len(docstring.splitlines()) <= 20
 
 
+# Numbers that several modules must agree on, and where each is defined.
+SHARED = {
+    "SAMPLE_RATE": "model/constants",
+    "IGNORE_INDEX": "model/constants",
+    "MOST_LOGITS": "model/constants",
+    "MIN_SAMPLES": "model/lengths",
+}
+
+
+def constants_of(module: str) -> set[str]:
+    """The capital names that a module gives a value to, as it is imported."""
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+    targets = [
+        target
+        for node in tree.body
+        for target in (node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)])
+    ]
+    return {
+        name.id for target in targets if target for name in ast.walk(target) if isinstance(name, ast.Name)
+    }
+
+
+@pytest.mark.parametrize(("name", "home"), SHARED.items())
+def test_a_number_that_modules_must_agree_on_is_defined_once(name, home):
+    assert [module for module in MODULES if name in constants_of(module)] == [home]
+
+
 def test_every_hop_is_a_function_in_the_file_named():
     hops = re.findall(r"^\| \d \| .* \| `(\w+)` \| `([\w/.]+)` \|$", WAY, re.MULTILINE)
     assert len(hops) == 6

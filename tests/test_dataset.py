@@ -4,7 +4,9 @@ import io
 import json
 import os
 import pickle
+import re
 import resource
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mdl_toolkit import dataset as room
+from mdl_toolkit.cli import run
 from mdl_toolkit.dataset import (
     RECORD_FILE,
     ConvertedDataset,
@@ -35,9 +38,10 @@ from mdl_toolkit.outputs import check_apart, replacing
 from mdl_toolkit.packing import PackedAudio, pack_audio, unpack_audio
 from mdl_toolkit.text_files import TextFiles
 from mdl_toolkit.tokens import Tokens
-from runs import files_below
+from runs import files_below, make_csv
 from waves import wave
 
+MODEL = Path(__file__).parent / "golden/checkpoints/A-small"
 RECORD = Record("0123456789abcdef", "fedcba9876543210", "Be brief.", None, toolkit="1.0")
 BESIDE = {"state.json", "dataset_info.json", "mdl-toolkit.json"}
 
@@ -579,6 +583,75 @@ def test_outputs_apart_from_inputs(tmp_path, monkeypatch, output, source, fine):
                 check_apart(Path(first), Path(second))
             assert caught.value.text.en.startswith(f"--output {first}: ")
             assert second in caught.value.text.en
+
+
+# --- datasets of 0.1.0 -----------------------------------------------------------------------------------
+
+
+def save_as_0_1_0(folder: Path) -> Path:
+    """Write two padded rows as mdl-toolkit 0.1.0 did, with `datasets` and these columns."""
+    import datasets
+    from datasets import List, Value
+
+    datasets.disable_progress_bars()
+    columns = datasets.Features(
+        input_ids=List(Value("int64")),
+        attention_mask=List(Value("int64")),
+        input_values=List(Value("float32")),
+        audio_length=Value("int64"),
+        labels=List(Value("int64")),
+    )
+    row = {"attention_mask": [0, 1, 1], "input_values": [0.5] * 3200, "labels": [-100, -100, 7]}
+    rows = [{**row, "input_ids": [0, 6, word], "audio_length": 3200} for word in (7, 8)]
+    datasets.Dataset.from_list(rows, features=columns).save_to_disk(folder)
+    return folder
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_dataset_of_0_1_0_is_refused_with_the_command_that_converts_its_csv_again(tmp_path, capsys):
+    """The command is run as it stands there, with names in place of its three capital words."""
+    old, csv = save_as_0_1_0(tmp_path / "old"), make_csv(tmp_path, 2)
+    before = contents(old)
+    words = [
+        "train",
+        "--train-dataset",
+        str(old),
+        "--model-name",
+        str(MODEL),
+        "--output",
+        str(tmp_path / "run"),
+    ]
+    assert run(words) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == said.count("convert its CSV again") == said.count(str(old)) == 1
+    assert "mdl-toolkit 0.1.0" in said
+    assert contents(old) == before
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(DatasetError) as caught:
+        ConvertedDataset(old)
+    texts = (caught.value.text.en, caught.value.text.zh)
+    (command,) = {re.split("[:：]", text)[-1].strip() for text in texts}
+    given = {"CSV": csv, "NEW": tmp_path / "new", "MODEL": MODEL}
+    program, *words = [str(given.get(word, word)) for word in shlex.split(command)]
+    assert program == "mdl-toolkit"
+    assert run(words) == 0
+    assert len(ConvertedDataset(tmp_path / "new")) == 2
+
+
+@pytest.mark.parametrize(
+    "content", [None, "", "null", "[]", "{}", '{"features": null}', '{"features": {"labels": {}}}']
+)
+def test_other_folders_are_not_taken_for_one_of_0_1_0(tmp_path, content):
+    if content is not None:
+        (tmp_path / "dataset_info.json").write_text(content, encoding="utf-8")
+    with pytest.raises(DatasetError, match="not a complete dataset written by convert-dataset"):
+        ConvertedDataset(tmp_path)
+
+
+# --- outputs ---------------------------------------------------------------------------------------------
 
 
 def test_outputs_that_may_be_replaced(folder, tmp_path):

@@ -4,7 +4,6 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 
@@ -21,7 +20,6 @@ from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.options import ConvertOptions
 from mdl_toolkit.settings import as_command
 from mdl_toolkit.training import train
-from old_version import old_rows, recordings, save
 from runs import LENGTHS, files_below, history, make_csv, train_options
 from test_checkpoints import same_weights
 
@@ -130,21 +128,6 @@ def test_where_no_rows_share_a_batch_not_even_rounding_differs(place, tmp_path, 
 def test_every_clip_is_encoded_once(place, tmp_path, encoded, changes, clips):
     train(options_of(place, tmp_path / "run", **changes))
     assert sum(encoded) == clips
-
-
-def test_a_dataset_of_the_old_version(place, tmp_path, encoded):
-    """Also clips that get their only audio token when they are padded."""
-    datasets.disable_progress_bars()
-    data = save(tmp_path / "old", old_rows(recordings(tmp_path)))
-    for name, is_cached in (("plain", False), ("run", True)):
-        encoded.clear()
-        train(
-            options_of(
-                place, tmp_path / name, train_dataset=data, eval_dataset=None, cache_audio_features=is_cached
-            )
-        )
-    assert sum(encoded) == 10
-    check_follows(tmp_path / "run", tmp_path / "plain")
 
 
 @pytest.mark.parametrize("most", [1, 3])

@@ -108,6 +108,23 @@ def test_batches_are_halved_until_they_fit_and_the_steps_stay_what_they_were(
     check_same(tmp_path / "run", tmp_path / "undisturbed")
 
 
+def test_on_a_cpu_batches_are_halved_too_and_it_is_the_machine_that_lacks_memory(tmp_path, compute, capsys):
+    """The first step needs more than a process can address, until two rows are computed at once."""
+
+    def scarce(_, rows, loss):
+        if rows > 2:
+            torch.empty(2**60)
+        return loss()
+
+    compute(scarce)
+    train(train_options(make_csv(tmp_path, 8), MODEL, tmp_path / "run", merge_lora=False))
+    said = capsys.readouterr().err
+    assert (
+        "warning: the machine ran out of memory: 2 rows at once from now on, the same effective batch" in said
+    )
+    assert "GPU" not in said
+
+
 def test_one_row_that_does_not_fit_is_the_end(tmp_path, compute, capsys):
     def scarce(trained, rows, loss):
         if trained.step == 2:

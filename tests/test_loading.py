@@ -7,10 +7,12 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from mdl_toolkit.cli import run
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.folders import find_model, need, read_json
-from mdl_toolkit.loading import best_device, choose_dtype, lacks_memory, load_model
+from mdl_toolkit.language import Text
+from mdl_toolkit.loading import best_device, choose_dtype, explaining_memory, lack_of_memory, load_model
 from mdl_toolkit.text_files import read_text_files
 from mdl_toolkit.tokens import Encoder
 from runs import copy_checkpoint, files_below, make_rows, write_csv
@@ -371,18 +374,49 @@ def test_device(monkeypatch, environment, count, device):
     assert best_device() == torch.device(device)
 
 
+GPU_LACK = Text("the GPU ran out of memory", "显存不足")
+MACHINE_LACK = Text("the machine ran out of memory", "内存不足")
+
+
 @pytest.mark.parametrize(
     ("problem", "expected"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory"), True),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
-        (RuntimeError("CUDA error: out of memory"), True),
-        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
-        (ValueError("CUDA error: out of memory"), False),
+        (torch.OutOfMemoryError("CUDA out of memory"), GPU_LACK),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+            GPU_LACK,
+        ),
+        (RuntimeError("CUDA error: out of memory"), GPU_LACK),
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you "
+                "tried to allocate 8000000000000 bytes. Error code 12 (Cannot allocate memory)"
+            ),
+            MACHINE_LACK,
+        ),
+        (
+            RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+            MACHINE_LACK,
+        ),
+        (RuntimeError("std::bad_alloc"), MACHINE_LACK),
+        (MemoryError(), MACHINE_LACK),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
+        (ValueError("CUDA error: out of memory"), None),
     ],
 )
 def test_a_lack_of_memory_whoever_says_so(problem, expected):
-    assert lacks_memory(problem) == expected
+    assert lack_of_memory(problem) == expected
+
+
+@pytest.mark.parametrize("make", [torch.empty, partial(np.empty, dtype=np.float32)])
+def test_what_the_machine_cannot_give_is_a_lack_of_its_memory(make):
+    """A real request of 4 EiB, more than a process can address."""
+    with (
+        pytest.raises(ModelError, match="^the machine ran out of memory; lower --batch-size$") as caught,
+        explaining_memory(Text("lower --batch-size", "请减小 --batch-size")),
+    ):
+        make(2**60)
+    assert caught.value.text.zh == "内存不足；请减小 --batch-size"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -90,7 +90,7 @@ REFERENCE = {
 }
 GROUPS = {
     "convert-dataset": ["通用选项", "数据集选项", "输入和输出"],
-    "train": ["训练选项", "显存选项", "评估选项", "检查点与输出选项", "通用选项", "数据集选项"],
+    "train": ["训练选项", "内存与显存选项", "评估选项", "检查点与输出选项", "通用选项", "数据集选项"],
     "inference": ["推理选项", "通用选项", "数据集选项"],
 }
 ROWS = [(command, name, default) for command, rows in REFERENCE.items() for name, default in rows.items()]

@@ -200,7 +200,8 @@ class Step:
     @property
     def _loss(self) -> int:
         """Supervised positions' states and gradients, and float32 logits; then a trained head's gradient."""
-        from mdl_toolkit.model.kernels.cross_entropy import MOST_LOGITS, slice_rows
+        from mdl_toolkit.model.constants import MOST_LOGITS
+        from mdl_toolkit.model.kernels.cross_entropy import slice_rows
 
         text, head = self.config.parts[1], self.gradients.get("lm_head", 0)
         supervised, casts = int(self.supervised.sum()), self.number < FLOAT

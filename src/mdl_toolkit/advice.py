@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from mdl_toolkit.console import warn
 from mdl_toolkit.dataset import ConvertedDataset
-from mdl_toolkit.legacy import AnyDataset
 from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.tokens import IGNORE_INDEX
 
@@ -27,7 +26,7 @@ FALL = 0.02  # of the loss: less is no fall
 Rows = NDArray[np.int64]
 
 
-def advise(train_set: AnyDataset, eval_set: AnyDataset | None) -> None:
+def advise(train_set: ConvertedDataset, eval_set: ConvertedDataset | None) -> None:
     """Warn of what the data have that is seldom meant."""
     warn_of_long_answers(train_set)
     warn_of_identical_answers(train_set)
@@ -38,7 +37,7 @@ def advise(train_set: AnyDataset, eval_set: AnyDataset | None) -> None:
 # --- the rows to learn ---------------------------------------------------------------------------------
 
 
-def warn_of_long_answers(dataset: AnyDataset) -> bool:
+def warn_of_long_answers(dataset: ConvertedDataset) -> bool:
     """Warn if answers have more tokens than prompts, audio apart, on average; tell whether they have."""
     if not len(dataset):
         return False
@@ -55,7 +54,7 @@ def warn_of_long_answers(dataset: AnyDataset) -> bool:
     return is_long
 
 
-def warn_of_identical_answers(dataset: AnyDataset) -> bool:
+def warn_of_identical_answers(dataset: ConvertedDataset) -> bool:
     """Warn if all rows have one answer; tell whether they have. Reading ends with the first other one."""
     if len(dataset) < 2 or np.ptp(dataset.supervised):
         return False
@@ -70,7 +69,7 @@ def warn_of_identical_answers(dataset: AnyDataset) -> bool:
     return True
 
 
-def _answer(dataset: AnyDataset, row: int) -> NDArray[np.int32]:
+def _answer(dataset: ConvertedDataset, row: int) -> NDArray[np.int32]:
     labels = dataset.tokens(row).labels
     answer: NDArray[np.int32] = labels[labels != IGNORE_INDEX]
     return answer
@@ -147,13 +146,8 @@ def _sort_in(
         leaks.answers.append(row)
 
 
-def warn_of_leaks(train_set: AnyDataset, eval_set: AnyDataset) -> bool:
-    """Warn of evaluation rows whose recording is also trained on; tell whether there are any.
-
-    Datasets of 0.1.0 hold their recordings in another form, and are not looked at.
-    """
-    if not isinstance(train_set, ConvertedDataset) or not isinstance(eval_set, ConvertedDataset):
-        return False
+def warn_of_leaks(train_set: ConvertedDataset, eval_set: ConvertedDataset) -> bool:
+    """Warn of evaluation rows whose recording is also trained on; tell whether there are any."""
     leaks = find_leaks(train_set, eval_set)
     if not leaks.count:
         return False

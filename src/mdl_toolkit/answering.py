@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from mdl_toolkit.batching import Featured, PromptBatch, prompts_of
-from mdl_toolkit.dataset import Sample
-from mdl_toolkit.legacy import AnyDataset
+from mdl_toolkit.dataset import ConvertedDataset, Sample
 from mdl_toolkit.metrics import Metric
 from mdl_toolkit.model.generation import DecodingBatch
 from mdl_toolkit.tokens import IGNORE_INDEX, Encoder
@@ -195,14 +194,14 @@ class Questions:
         metric: what is counted.
     """
 
-    dataset: AnyDataset
+    dataset: ConvertedDataset
     drawn: np.ndarray
     rows: np.ndarray
     encoder: Encoder
     metric: Metric
 
     @staticmethod
-    def draw(dataset: AnyDataset, count: int, seed: int) -> np.ndarray:
+    def draw(dataset: ConvertedDataset, count: int, seed: int) -> np.ndarray:
         """At most so many rows, always the same ones, the longest first."""
         rows = np.random.default_rng(seed).permutation(len(dataset))[:count]
         return rows[np.argsort(-dataset.positions[rows], kind="stable")]

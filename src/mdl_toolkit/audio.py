@@ -17,9 +17,9 @@ from mdl_toolkit.decoding import Decoded, Floats, decode
 from mdl_toolkit.errors import AudioError
 from mdl_toolkit.integrity import examine
 from mdl_toolkit.language import Text
+from mdl_toolkit.model.constants import SAMPLE_RATE as SAMPLE_RATE
+from mdl_toolkit.model.lengths import MIN_SAMPLES
 
-SAMPLE_RATE = 16_000  # Hz, what the model's mel front end takes
-MIN_SAMPLES = 3_200  # one audio token: 160 (hop) x 4 (patch) x 5 (subsampling); vLLM pads to the same
 SILENCE = 1e-4  # -80 dBFS; the dither of 16-bit files stays below -90 dBFS
 FULL_SCALE = 32767 / 32768  # the largest 16-bit sample
 CLIPPED = 3  # samples in a row at full scale; a healthy peak touches it once or twice

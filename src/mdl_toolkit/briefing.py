@@ -8,8 +8,8 @@ import torch
 from mdl_toolkit.audio import SAMPLE_RATE
 from mdl_toolkit.checkpoints import LOG
 from mdl_toolkit.console import clock, say, warn
+from mdl_toolkit.dataset import ConvertedDataset
 from mdl_toolkit.language import Text
-from mdl_toolkit.legacy import AnyDataset
 from mdl_toolkit.lora import TargetCount
 from mdl_toolkit.memory import MemoryPlan
 from mdl_toolkit.runlog import Pace, Smooth, read_log
@@ -48,7 +48,7 @@ def say_machine(device: torch.device, dtype: torch.dtype, quantization: str | No
     )
 
 
-def say_data(train_set: AnyDataset, eval_set: AnyDataset | None) -> None:
+def say_data(train_set: ConvertedDataset, eval_set: ConvertedDataset | None) -> None:
     """Say how much there is to learn, and to evaluate on."""
     amount = _amount(train_set)
     en, zh = f"training data: {amount.en}", f"训练数据：{amount.zh}"
@@ -58,7 +58,7 @@ def say_data(train_set: AnyDataset, eval_set: AnyDataset | None) -> None:
     say(en, zh)
 
 
-def _amount(dataset: AnyDataset) -> Text:
+def _amount(dataset: ConvertedDataset) -> Text:
     rows, seconds = len(dataset), float(dataset.samples.sum()) / SAMPLE_RATE
     hours = f"{seconds / HOUR:.2f}" if seconds >= 0.1 * HOUR else f"{seconds / HOUR:.2g}"
     return Text(f"{rows:,} rows, {hours} hours of audio", f"{rows:,} 行，{hours} 小时音频")

@@ -26,6 +26,7 @@ from mdl_toolkit.text_files import TextFiles
 from mdl_toolkit.tokens import IGNORE_INDEX, Tokens
 
 RECORD_FILE = "mdl-toolkit.json"
+COLUMNS_OF_0_1_0 = {"input_ids", "attention_mask", "input_values", "audio_length", "labels"}
 FORMAT = 1
 # An Arrow batch ends with whichever comes first. Small ones cost memory when the dataset is opened, as a look
 # at a batch's head maps 64 KiB; large ones when it is written, as a batch is kept until it is complete.
@@ -311,6 +312,7 @@ class ConvertedDataset:
 
     def __post_init__(self) -> None:
         if not is_converted(self.folder):
+            self._refuse_version_0_1_0()
             raise DatasetError(
                 f"{self.folder}: not a complete dataset written by convert-dataset; convert again",
                 f"{self.folder}：不是 convert-dataset 输出的完整数据集；请重新转换",
@@ -322,6 +324,25 @@ class ConvertedDataset:
             raise self._damaged(str(problem)) from problem
         if rows != self.record.rows:
             raise self._damaged(f"{rows} rows, {self.record.rows} recorded")
+
+    def _refuse_version_0_1_0(self) -> None:
+        """Refuse a dataset that mdl-toolkit 0.1.0 converted, whose columns tell it from any other one.
+
+        Raises:
+            DatasetError: naming the command that converts its CSV again.
+        """
+        try:
+            info = json.loads((self.folder / "dataset_info.json").read_text(encoding="utf-8"))
+            columns = set(info["features"])
+        except (OSError, ValueError, TypeError, KeyError):
+            return
+        if columns >= COLUMNS_OF_0_1_0:
+            command = "mdl-toolkit convert-dataset CSV --output NEW --model-name MODEL"
+            raise DatasetError(
+                f"{self.folder}: converted by mdl-toolkit 0.1.0, which this version does not read; "
+                f"convert its CSV again: {command}",
+                f"{self.folder}：由 mdl-toolkit 0.1.0 转换，本版本无法读取；请重新转换其 CSV：{command}",
+            )
 
     def __len__(self) -> int:
         return self.record.rows

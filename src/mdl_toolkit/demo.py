@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from mdl_toolkit.audio import load
+from mdl_toolkit.audio import SAMPLE_RATE, load
 from mdl_toolkit.checkpoints import REPORT
 from mdl_toolkit.console import say
 from mdl_toolkit.conversion import convert_dataset, read_rows
@@ -259,7 +259,9 @@ def make_tiny_model(folder: Path, phrases: Path, *, seed: int) -> None:
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
     model.generation_config.pad_token_id = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     model.save_pretrained(folder)
-    extractor = Wav2Vec2FeatureExtractor(sampling_rate=16_000, do_normalize=False, return_attention_mask=True)
+    extractor = Wav2Vec2FeatureExtractor(
+        sampling_rate=SAMPLE_RATE, do_normalize=False, return_attention_mask=True
+    )
     MiDashengLMProcessor(extractor, tokenizer, chat_template=CHAT_TEMPLATE).save_pretrained(folder)
 
 

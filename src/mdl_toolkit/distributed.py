@@ -19,6 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from mdl_toolkit.console import warn
 from mdl_toolkit.errors import ToolkitError, UsageError
+from mdl_toolkit.loading import lack_of_memory
 from mdl_toolkit.workers import Ranks
 
 BUCKET = 2**24  # numbers that travel together: 64 MiB of float32
@@ -166,7 +167,7 @@ def _warn_dividing() -> None:
             f"the launcher asks for {name}, which is not used: every process holds the whole model; where "
             "memory is short, use --quantization 4bit",
             f"启动器要求使用 {name}，但本工具不使用：每个进程都保存完整的模型；"
-            "显存不足时请使用 --quantization 4bit",
+            "显存或内存不足时请使用 --quantization 4bit",
         )
 
 
@@ -185,7 +186,8 @@ def _buckets(parameters: Sequence[torch.nn.Parameter]) -> Iterator[list[torch.nn
 def _noticing_loss() -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as problem:  # what gloo and NCCL raise when a connection ends
+    except RuntimeError as problem:
+        if lack_of_memory(problem):
+            raise
+        # What gloo and NCCL raise when a connection ends.
         raise PeerLostError(problem) from problem

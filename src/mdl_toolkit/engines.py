@@ -16,12 +16,12 @@ from mdl_toolkit.dataset import Sample
 from mdl_toolkit.errors import ModelError, UsageError
 from mdl_toolkit.folders import ADAPTER_CONFIG, find_model, need
 from mdl_toolkit.loading import load_for_inference
+from mdl_toolkit.model.constants import SAMPLE_RATE
 from mdl_toolkit.model.kernels.matmul import prepack
 from mdl_toolkit.result_options import InferenceOptions
 from mdl_toolkit.tokens import Encoder
 
 VLLM = "vllm"
-SAMPLE_RATE = 16_000
 
 
 class Engine(Protocol):

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from mdl_toolkit.batching import Batch, Collator, Featured
 from mdl_toolkit.console import progress, say
+from mdl_toolkit.dataset import ConvertedDataset
 from mdl_toolkit.distributed import World
 from mdl_toolkit.errors import DatasetError, InputError, UsageError
 from mdl_toolkit.halving import AtOnce
 from mdl_toolkit.language import Text
-from mdl_toolkit.legacy import AnyDataset
 from mdl_toolkit.loader import Loader
 from mdl_toolkit.loading import best_device, choose_dtype
 from mdl_toolkit.memory import size
@@ -69,7 +69,7 @@ class FeaturedSet:
         samples: of a row's waveform, `[rows]`.
     """
 
-    dataset: AnyDataset
+    dataset: ConvertedDataset
     parts: list[Tensor]
     part: Rows
     starts: Rows
@@ -107,7 +107,12 @@ class FeatureCache:
     """
 
     def __init__(
-        self, folder: Path, options: TrainOptions, base: Path, world: World, datasets: Sequence[AnyDataset]
+        self,
+        folder: Path,
+        options: TrainOptions,
+        base: Path,
+        world: World,
+        datasets: Sequence[ConvertedDataset],
     ) -> None:
         self._folder, self._batch_size, self._world = folder, options.batch_size, world
         self._datasets, self._dtype, self._device = datasets, choose_dtype(options.bf16), best_device()
@@ -136,7 +141,7 @@ class FeatureCache:
             )
         say(en, zh)
 
-    def featured(self, dataset: AnyDataset, model: Any) -> AnyDataset | FeaturedSet:
+    def featured(self, dataset: ConvertedDataset, model: Any) -> ConvertedDataset | FeaturedSet:
         """The dataset with its features, if they are to be kept; all processes together.
 
         Args:
@@ -157,7 +162,7 @@ class FeatureCache:
         self._world.wait()
         return self._opened(dataset, shares, files)
 
-    def _opened(self, dataset: AnyDataset, shares: list[Rows], files: list[Path]) -> FeaturedSet:
+    def _opened(self, dataset: ConvertedDataset, shares: list[Rows], files: list[Path]) -> FeaturedSet:
         counts = _counts(dataset)
         part, starts = np.zeros_like(counts), np.zeros_like(counts)
         for rank, rows in enumerate(shares):
@@ -178,7 +183,7 @@ class FeatureCache:
         flat = torch.from_file(str(file), shared=False, size=numbers, dtype=self._dtype)
         return flat.view(tokens, self._hidden)
 
-    def _write(self, file: Path, dataset: AnyDataset, rows: Rows, model: Any) -> None:
+    def _write(self, file: Path, dataset: ConvertedDataset, rows: Rows, model: Any) -> None:
         batches = [rows[start : start + self._batch_size] for start in range(0, len(rows), self._batch_size)]
         loader = Loader.beside(
             self._device, lambda wanted: Collator(0)([dataset[int(row)] for row in wanted])
@@ -211,6 +216,6 @@ class FeatureCache:
         return features
 
 
-def _counts(dataset: AnyDataset) -> Rows:
+def _counts(dataset: ConvertedDataset) -> Rows:
     """Audio tokens of every row, `[rows]`."""
     return np.array([audio_token_count(samples) for samples in dataset.samples.tolist()], dtype=np.int64)

@@ -107,7 +107,7 @@ def check_trainable(folder: Path, *, quantization: str | None, merge: bool) -> N
             f"{folder}: its weights are quantised already ({method}), and no gradients go through that; "
             "train the bfloat16 or float32 model, with --quantization if memory is short",
             f"{folder}：其权重已经量化（{method}），梯度无法通过；请训练 bfloat16 或 float32 模型，"
-            "显存不足时使用 --quantization",
+            "显存或内存不足时使用 --quantization",
         )
     need(BITSANDBYTES, "quantization", f"{folder} ({BITSANDBYTES})")
     if quantization is not None or merge:

@@ -7,7 +7,7 @@ import torch
 
 from mdl_toolkit.console import warn
 from mdl_toolkit.language import Text
-from mdl_toolkit.loading import lacks_memory
+from mdl_toolkit.loading import OUT_OF_MEMORY, lack_of_memory
 
 Computed = TypeVar("Computed")
 
@@ -36,24 +36,25 @@ class AtOnce:
             before_again: called before it is computed again.
 
         Raises:
-            RuntimeError: it is not for lack of memory, or not even one row fits.
+            RuntimeError, MemoryError: it is not for lack of memory, or not even one row fits.
         """
         while True:
             try:
                 return compute(self.most)
-            except RuntimeError as problem:
-                if min(self.most, rows) <= 1 or not lacks_memory(problem):
+            except OUT_OF_MEMORY as problem:
+                lack = lack_of_memory(problem)
+                if lack is None or min(self.most, rows) <= 1:
                     raise
             # Here, where what had been computed is let go of.
             if before_again is not None:
                 before_again()
-            self._halve(rows)
+            self._halve(rows, lack)
 
-    def _halve(self, rows: int) -> None:
+    def _halve(self, rows: int, lack: Text) -> None:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         self.most = (min(self.most, rows) + 1) // 2
         warn(
-            f"the GPU ran out of memory: {self.most} rows at once from now on, {self._what.en}",
-            f"显存不足：此后每次计算 {self.most} 行（{self._what.zh}）",
+            f"{lack.en}: {self.most} rows at once from now on, {self._what.en}",
+            f"{lack.zh}：此后每次计算 {self.most} 行（{self._what.zh}）",
         )

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 # Quantised by bitsandbytes: the decoder's linear layers only (rule 33).
 NOT_QUANTIZED = ("audio_encoder", "audio_projector", "embed_tokens", "lm_head")
+# The kinds of errors that tell of a lack of memory, and words of those that also tell of other things.
+OUT_OF_MEMORY = (RuntimeError, MemoryError)
+_GPU_LACKS = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+_CPU_LACKS = ("DefaultCPUAllocator: ", "std::bad_alloc")
 
 
 def choose_dtype(bf16: bool | None) -> "torch.dtype":
@@ -103,31 +107,39 @@ def best_device() -> "torch.device":
     return torch.device("cuda", int(number) % torch.cuda.device_count())
 
 
-def lacks_memory(problem: Exception) -> bool:
-    """Tell whether a device ran out of memory, whichever library says so."""
+def lack_of_memory(problem: BaseException) -> Text | None:
+    """Return what ran out of memory, the GPU or the machine, in words; None for any other error.
+
+    Args:
+        problem: an error of torch, of a library that it calls, or of Python or numpy.
+    """
     import torch
 
-    words = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
-    is_told = isinstance(problem, RuntimeError) and any(word in str(problem) for word in words)
-    return isinstance(problem, torch.OutOfMemoryError) or is_told
+    is_error, said = isinstance(problem, RuntimeError), str(problem)
+    if isinstance(problem, torch.OutOfMemoryError) or (is_error and any(each in said for each in _GPU_LACKS)):
+        return Text("the GPU ran out of memory", "显存不足")
+    if isinstance(problem, MemoryError) or (is_error and any(each in said for each in _CPU_LACKS)):
+        return Text("the machine ran out of memory", "内存不足")
+    return None
 
 
 @contextmanager
 def explaining_memory(remedy: Text) -> Iterator[None]:
-    """Turn CUDA's out-of-memory error into one for the user.
+    """Turn an out-of-memory error into one for the user.
 
     Args:
         remedy: what to do.
 
     Raises:
-        ModelError: the GPU has not enough memory.
+        ModelError: the device has not enough memory.
     """
     try:
         yield
-    except RuntimeError as problem:
-        if not lacks_memory(problem):
+    except OUT_OF_MEMORY as problem:
+        lack = lack_of_memory(problem)
+        if lack is None:
             raise
-        raise ModelError(f"the GPU ran out of memory; {remedy.en}", f"显存不足；{remedy.zh}") from problem
+        raise ModelError(f"{lack.en}; {remedy.en}", f"{lack.zh}；{remedy.zh}") from problem
 
 
 @contextmanager

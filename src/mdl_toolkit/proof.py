@@ -21,9 +21,8 @@ from mdl_toolkit.audio import SAMPLE_RATE
 from mdl_toolkit.batching import Collator
 from mdl_toolkit.console import say
 from mdl_toolkit.conversation import Message
-from mdl_toolkit.dataset import Sample
+from mdl_toolkit.dataset import ConvertedDataset, Sample
 from mdl_toolkit.errors import ModelError
-from mdl_toolkit.legacy import AnyDataset
 from mdl_toolkit.loading import best_device, load_model, with_adapter
 from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.provenance import Prompts
@@ -191,7 +190,7 @@ def _comparable(one: Sequence[int], other: Sequence[int]) -> int:
 # --- rows ------------------------------------------------------------------------------------------------
 
 
-def some_rows(dataset: AnyDataset) -> list[Sample]:
+def some_rows(dataset: ConvertedDataset) -> list[Sample]:
     """A few rows of a dataset, always the same ones: the shortest, one at a quarter, and the median."""
     order = dataset.positions.argsort(kind="stable")
     places = sorted({0, len(order) // 4, len(order) // 2})[:ROWS]

@@ -13,9 +13,8 @@ from mdl_toolkit.dataset import ConvertedDataset
 from mdl_toolkit.errors import InputError, ModelError
 from mdl_toolkit.export import export_adapter, export_merged
 from mdl_toolkit.folders import FINAL, lasting_name, read_json
-from mdl_toolkit.legacy import AnyDataset
 from mdl_toolkit.proof import some_rows
-from mdl_toolkit.provenance import Base, Prompts, Provenance
+from mdl_toolkit.provenance import Base, Provenance
 from mdl_toolkit.runlog import read_log
 from mdl_toolkit.settings import SETTINGS_FILE, read_settings, to_yaml
 from mdl_toolkit.trainer import Outcome
@@ -25,7 +24,7 @@ HOUR = 3600.0
 
 
 def origin_of(
-    options: TrainOptions, base: Path, train_set: AnyDataset, eval_set: AnyDataset | None
+    options: TrainOptions, base: Path, train_set: ConvertedDataset, eval_set: ConvertedDataset | None
 ) -> Provenance:
     """Where a run's checkpoints and result come from.
 
@@ -35,10 +34,10 @@ def origin_of(
     data = _amount(train_set, "")
     if eval_set is not None:
         data |= _amount(eval_set, "evaluation_")
-    return Provenance(Base.of(base, lasting_name(options.model_name, base)), _prompts_of(train_set), data)
+    return Provenance(Base.of(base, lasting_name(options.model_name, base)), train_set.record.prompts, data)
 
 
-def _amount(dataset: AnyDataset, prefix: str) -> dict[str, float]:
+def _amount(dataset: ConvertedDataset, prefix: str) -> dict[str, float]:
     seconds, tokens = dataset.samples / SAMPLE_RATE, dataset.positions
     amounts: dict[str, float] = {"rows": len(dataset), "hours": float(f"{seconds.sum() / HOUR:.4g}")}
     if len(dataset):
@@ -51,18 +50,13 @@ def _amount(dataset: AnyDataset, prefix: str) -> dict[str, float]:
     return {f"{prefix}{name}": value for name, value in amounts.items()}
 
 
-def _prompts_of(dataset: AnyDataset) -> Prompts:
-    """Of a dataset that 0.1.0 converted nothing is known."""
-    return dataset.record.prompts if isinstance(dataset, ConvertedDataset) else Prompts()
-
-
 def write_result(
     options: TrainOptions,
     base: Path,
     origin: Provenance,
     done: Outcome,
     resume: Checkpoint | None,
-    train_set: AnyDataset,
+    train_set: ConvertedDataset,
 ) -> Path:
     """Write `final/`, merged or not.
 

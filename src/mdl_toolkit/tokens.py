@@ -17,9 +17,9 @@ from tokenizers import Tokenizer
 from mdl_toolkit.conversation import AudioMarks, ChatTemplate, Segment, messages_of
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.manifest import Row
+from mdl_toolkit.model.constants import IGNORE_INDEX as IGNORE_INDEX
 from mdl_toolkit.text_files import TextFiles
 
-IGNORE_INDEX = -100
 LOOKED_AT = 1000  # rows whose common beginning is taken for that of all
 SEED = 0  # of the choice among more
 

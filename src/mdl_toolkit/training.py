@@ -37,6 +37,7 @@ from mdl_toolkit.checkpoints import (
 )
 from mdl_toolkit.console import is_first_process, progress, say, warn
 from mdl_toolkit.curve import plot
+from mdl_toolkit.dataset import ConvertedDataset
 from mdl_toolkit.distributed import World, joined
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.features import FeatureCache, check_frozen
@@ -51,7 +52,6 @@ from mdl_toolkit.folders import (
 )
 from mdl_toolkit.forward import Forward
 from mdl_toolkit.language import Text
-from mdl_toolkit.legacy import AnyDataset
 from mdl_toolkit.loading import (
     best_device,
     choose_dtype,
@@ -161,8 +161,8 @@ class _Run:
     base: Path
     origin: Provenance
     encoder: Encoder
-    train_set: AnyDataset
-    eval_set: AnyDataset | None
+    train_set: ConvertedDataset
+    eval_set: ConvertedDataset | None
     resume: Checkpoint | None
     world: World
     sampling: Sampling
@@ -176,8 +176,8 @@ def _plan(
     options: TrainOptions,
     base: Path,
     encoder: Encoder,
-    train_set: AnyDataset,
-    eval_set: AnyDataset | None,
+    train_set: ConvertedDataset,
+    eval_set: ConvertedDataset | None,
     resume: Checkpoint | None,
     world: World,
     converted: Converted,
@@ -269,8 +269,8 @@ def _train(run: _Run, kept: Kept) -> tuple[Outcome, Pace]:
 
 
 def _repeated(
-    options: TrainOptions, schedule: Schedule, train_set: AnyDataset, eval_set: AnyDataset | None
-) -> list[AnyDataset]:
+    options: TrainOptions, schedule: Schedule, train_set: ConvertedDataset, eval_set: ConvertedDataset | None
+) -> list[ConvertedDataset]:
     """Of what `--cache-audio-features` keeps features: whatever is read more than once."""
     if not options.cache_audio_features:
         return []
@@ -286,7 +286,7 @@ def _repeated(
 
 
 def _questions(
-    options: TrainOptions, eval_set: AnyDataset | None, encoder: Encoder, world: World
+    options: TrainOptions, eval_set: ConvertedDataset | None, encoder: Encoder, world: World
 ) -> Questions | None:
     """What `--eval-metric` asks for; each process answers a part of it."""
     if options.eval_metric is None or eval_set is None:

@@ -12,8 +12,7 @@ from mdl_toolkit.dataset import ConvertedDataset
 from mdl_toolkit.distributed import PeerLostError
 from mdl_toolkit.errors import DatasetError, ToolkitError
 from mdl_toolkit.folders import check_trainable, find_model
-from mdl_toolkit.legacy import AnyDataset, LegacyDataset, is_legacy
-from mdl_toolkit.loading import lacks_memory
+from mdl_toolkit.loading import lack_of_memory
 from mdl_toolkit.option import setting_of, spelling
 from mdl_toolkit.options import ConversionOptions
 from mdl_toolkit.text_files import TextFiles, read_text_files
@@ -24,7 +23,9 @@ from mdl_toolkit.training_options import EVALUATION, TrainOptions
 PRIVATE, FEATURES = ".dataset", "features"
 
 
-def open_data(options: TrainOptions, private: Path) -> tuple[TextFiles, AnyDataset, AnyDataset | None]:
+def open_data(
+    options: TrainOptions, private: Path
+) -> tuple[TextFiles, ConvertedDataset, ConvertedDataset | None]:
     """The model's text side and both datasets, all that can be checked before any weight is loaded.
 
     Args:
@@ -49,10 +50,8 @@ def open_data(options: TrainOptions, private: Path) -> tuple[TextFiles, AnyDatas
     return files, train_set, eval_set
 
 
-def _open_set(path: str, options: TrainOptions, files: TextFiles, private: Path) -> AnyDataset:
+def _open_set(path: str, options: TrainOptions, files: TextFiles, private: Path) -> ConvertedDataset:
     if Path(path).is_dir():
-        if is_legacy(Path(path)):
-            return LegacyDataset(Path(path), Encoder(files))
         dataset = ConvertedDataset(Path(path))
         dataset.record.check_model(files, path)
         return dataset
@@ -130,4 +129,4 @@ def _is_interruption(problem: BaseException) -> bool:
     """Tell whether the same data will be asked for again: after a stop, a crash, or a lack of memory."""
     is_refusal = isinstance(problem, ToolkitError) and not isinstance(problem, PeerLostError)
     cause = problem.__cause__
-    return not is_refusal or (isinstance(cause, Exception) and lacks_memory(cause))
+    return not is_refusal or (cause is not None and lack_of_memory(cause) is not None)

@@ -22,7 +22,7 @@ from mdl_toolkit.option import REQUIRED, option
 from mdl_toolkit.options import COMMON, DATASET, DEFAULT_MODEL, MODEL_HELP, VERIFY_HELP, ConversionOptions
 
 TRAINING = Text("Training options", "训练选项")
-MEMORY = Text("Memory options", "显存选项")
+MEMORY = Text("Memory options", "内存与显存选项")
 EVALUATION = Text("Evaluation options", "评估选项")
 CHECKPOINTS = Text("Checkpoint and output options", "检查点与输出选项")
 
@@ -95,7 +95,7 @@ class TrainOptions(ConversionOptions):
     gradient_checkpointing: bool = option(
         BOOLEAN, True, MEMORY,
         "Compute activations again in the backward pass: much less memory, some more time.",
-        "是否启用梯度检查点：大幅节省显存，增加少量计算。",
+        "是否启用梯度检查点：大幅节省显存或内存，增加少量计算。",
     )  # fmt: skip
     cache_audio_features: bool = option(
         BOOLEAN, False, MEMORY,

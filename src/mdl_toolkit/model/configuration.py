@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from mdl_toolkit.model.constants import SAMPLE_RATE
+
 TEXT_MODEL_TYPES = ("qwen2_5_omni_text", "qwen2", "qwen3")
 
 
@@ -35,7 +37,7 @@ class MiDashengEncoderConfig(PreTrainedConfig):
     n_mels: int = 64
     f_min: float = 0.0
     f_max: float = 8000.0
-    sample_rate: int = 16000
+    sample_rate: int = SAMPLE_RATE
     center: bool = True
 
     @property

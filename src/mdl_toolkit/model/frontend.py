@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mdl_toolkit.model.configuration import MiDashengEncoderConfig
-from mdl_toolkit.model.lengths import MIN_SAMPLES, frame_count
+from mdl_toolkit.model.lengths import frame_count
 
 # -100 dB.
 FLOOR_POWER = 1e-10
@@ -32,7 +32,7 @@ def log_mel(waveforms: Tensor, lengths: list[int], config: MiDashengEncoderConfi
     Raises:
         ValueError: a clip is longer than its row or too short for one frame.
     """
-    _check(waveforms, lengths)
+    _check(waveforms, lengths, config.n_fft)
     device = waveforms.device
     with torch.autocast(device.type, enabled=False):
         padded = _reflect(waveforms.float(), lengths, config.n_fft // 2)
@@ -47,14 +47,16 @@ def log_mel(waveforms: Tensor, lengths: list[int], config: MiDashengEncoderConfi
         return _floor(decibels, lengths, config.hop_length)
 
 
-def _check(waveforms: Tensor, lengths: list[int]) -> None:
+def _check(waveforms: Tensor, lengths: list[int], n_fft: int) -> None:
+    # A reflection of n_fft / 2 samples needs one sample more to be reflected at.
+    least = n_fft // 2 + 1
     if waveforms.ndim != 2 or len(lengths) != len(waveforms):
         shape = list(waveforms.shape)
         raise ValueError(f"input_values {shape} do not match {len(lengths)} audio lengths")
     for clip, length in enumerate(lengths):
-        if not MIN_SAMPLES <= length <= waveforms.shape[1]:
+        if not least <= length <= waveforms.shape[1]:
             raise ValueError(
-                f"clip {clip} has {length} samples; from {MIN_SAMPLES} to {waveforms.shape[1]} are possible"
+                f"clip {clip} has {length} samples; from {least} to {waveforms.shape[1]} are possible"
             )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.models.qwen2.modeling_qwen2 import rotate_half
 
-from mdl_toolkit.model.kernels.cross_entropy import MOST_LOGITS
+from mdl_toolkit.model.constants import MOST_LOGITS
 from mdl_toolkit.model.packed import Rows
 
 # Cosines and sines, each `[rows or 1, positions, head size]`.

@@ -10,8 +10,8 @@ HOP_LENGTH = 160
 PATCH_STRIDE = 4
 # Patches in an audio token: 200 ms.
 SUBSAMPLE_FACTOR = 5
-# Reflect padding of n_fft / 2 = 256 samples needs one sample more.
-MIN_SAMPLES = 257
+# Samples of one audio token, 0.2 s: shorter clips are padded to it; vLLM pads to the same.
+MIN_SAMPLES = HOP_LENGTH * PATCH_STRIDE * SUBSAMPLE_FACTOR
 
 
 def frame_count(samples: int, hop_length: int = HOP_LENGTH) -> int:

@@ -24,11 +24,10 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mdl_toolkit.model.configuration import MiDashengLMConfig
+from mdl_toolkit.model.constants import IGNORE_INDEX, MOST_LOGITS
 from mdl_toolkit.model.encoder import AudioProjector, LayerScale, MiDashengEncoder
-from mdl_toolkit.model.kernels.cross_entropy import MOST_LOGITS, head_loss, summed_cross_entropy
+from mdl_toolkit.model.kernels.cross_entropy import head_loss, summed_cross_entropy
 from mdl_toolkit.model.packed import PACKED, can_pack, is_random, packed_states
-
-IGNORE_INDEX = -100
 
 
 class CheckpointError(ValueError):

@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-# Logits that exist at once: 2**26 float32 are 256 MiB, or 441 positions of 152,064 words.
-MOST_LOGITS = 2**26
+from mdl_toolkit.model.constants import MOST_LOGITS
 
 
 def head_loss(states: Tensor, head: Tensor, targets: Tensor) -> Tensor:
