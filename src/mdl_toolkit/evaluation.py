@@ -18,7 +18,16 @@ from mdl_toolkit.metrics import CHARACTER, WORD
 from mdl_toolkit.outputs import check_apart, check_file, removing_empty, replacing_file
 from mdl_toolkit.pairs import SCORE, Grouping, Pairs, grouped, read_pairs
 from mdl_toolkit.report_rows import evaluation_values
-from mdl_toolkit.resampling import Measure, difference_of, interval_of, mcnemar, resampled, value_of
+from mdl_toolkit.resampling import (
+    Interval,
+    Statistic,
+    bootstrap_distribution,
+    mcnemar_test,
+    percentile_interval,
+    permutation_test,
+    value_of,
+    wilson_interval,
+)
 from mdl_toolkit.result_options import EvaluateOptions
 from mdl_toolkit.scoreboard import (
     Comparison,
@@ -40,6 +49,7 @@ from mdl_toolkit.scores import (
     is_match,
     is_same_set,
     listed_labels,
+    stacked,
     versions,
 )  # fmt: skip
 from mdl_toolkit.settings import SETTINGS_FILE, to_yaml
@@ -47,7 +57,7 @@ from mdl_toolkit.settings import SETTINGS_FILE, to_yaml
 MOST_LABELS = 50  # distinct references beyond which they are texts, unless a metric for labels is asked for
 MOST_CONFUSED = 200  # labels beyond which there is no confusion table
 ON_LABELS = ("accuracy", "macro-f1")
-PAIRED = ("accuracy", "exact-match")  # rows are right or wrong, so McNemar's test applies
+WILSON, PERCENTILE = "Wilson score", "expanded percentile bootstrap"
 
 
 def evaluate(options: EvaluateOptions) -> Evaluation:
@@ -132,70 +142,94 @@ def _check_scores(pairs: Pairs, options: EvaluateOptions, manner: Manner) -> Non
 
 def _computed(pairs: Pairs, manner: Manner, names: Sequence[str], options: EvaluateOptions) -> Evaluation:
     groupings = [grouped(pairs, name) for name in options.group_by]
-    measures = {name: SCORES[name].build(pairs.answers, manner) for name in names}
-    others = {name: SCORES[name].build(pairs.other, manner) for name in names} if pairs.other else {}
-    figures, comparisons = _figures(measures, others, len(pairs.table), options)
+    rows = len(pairs.table)
+    if pairs.other is None:
+        metrics = {name: SCORES[name].build(pairs.answers, manner) for name in names}
+        figures, comparisons = _figures(metrics, rows, options), ()
+    else:
+        both = stacked(pairs.answers, pairs.other, manner)
+        of_both = {name: SCORES[name].build(both, manner) for name in names}
+        metrics, others = (
+            {name: metric.of(np.arange(start, start + rows)) for name, metric in of_both.items()}
+            for start in (0, rows)
+        )
+        figures, comparisons = _compared(metrics, others, of_both, rows, options)
     kind, right = _right(pairs.answers, manner, names)
-    unit, counts = _edits(pairs.answers, manner, measures)
+    unit, counts = _edits(pairs.answers, manner, metrics)
     return Evaluation(
         rows=_rows(pairs, right, counts, groupings),
         figures=figures,
         comparisons=comparisons,
-        groups=tuple(group for each in groupings for group in _groups(each, measures, options)),
+        groups=tuple(group for each in groupings for group in _groups(each, metrics, options)),
         confusion=_confusion(pairs.answers, names),
-        settings=_settings(options, manner, kind, unit),
+        settings=_settings(options, manner, kind, unit, names),
         notes=(*pairs.notes, *_notes(options, names, manner, pairs.answers)),
     )
 
 
-def _figures(
-    measures: Mapping[str, Measure], others: Mapping[str, Measure], rows: int, options: EvaluateOptions
-) -> tuple[tuple[Figure, ...], tuple[Comparison, ...]]:
-    """Each metric with its interval; with another system's, also how they differ."""
-    everything = [*measures.values(), *others.values()]
-    samples = resampled(everything, rows, options.bootstrap, options.seed)
-    values = [value_of(measure, rows) for measure in everything]
-    figures = [
-        _figure(name, *each) for name, *each in zip([*measures, *others], values, samples, strict=True)
-    ]
-    count = len(measures)
-    pairs = zip(figures, figures[count:], samples, samples[count:], strict=False)
-    return tuple(figures[:count]), tuple(_comparison(*pair, measures, others) for pair in pairs)
+def _figures(metrics: Mapping[str, Any], rows: int, options: EvaluateOptions) -> tuple[Figure, ...]:
+    """Compute each metric with its confidence interval."""
+    distributions = bootstrap_distribution([*metrics.values()], rows, options.bootstrap, options.seed)
+    pairs = zip(metrics.items(), distributions, strict=True)
+    return tuple(_figure(name, metric, rows, distribution) for (name, metric), distribution in pairs)
 
 
-def _figure(name: str, value: float, samples: np.ndarray) -> Figure:
-    return Figure(name, _known(value), *(interval_of(samples, value) or (None, None)))
+def _figure(name: str, metric: Any, rows: int, distribution: np.ndarray) -> Figure:
+    """Give a metric's interval: Wilson's of a proportion, else the bootstrap's; none without resamples."""
+    interval: Interval | None = percentile_interval(distribution, rows)
+    if SCORES[name].is_proportion and len(distribution):
+        interval = wilson_interval(int(metric.statistics[:, 0].sum()), rows)
+    return Figure(name, _known(value_of(metric, rows)), *(interval or (None, None)))
 
 
 def _known(value: float) -> float | None:
     return value if np.isfinite(value) else None
 
 
-def _comparison(
-    ours: Figure,
-    other: Figure,
-    samples: np.ndarray,
-    other_samples: np.ndarray,
-    measures: Mapping[str, Any],
+def _compared(
+    metrics: Mapping[str, Any],
     others: Mapping[str, Any],
-) -> Comparison:
-    name, found = ours.metric, difference_of(samples, other_samples)
-    difference = None if ours.value is None or other.value is None else ours.value - other.value
-    low, high = found.interval if found else (None, None)
-    exact = None
-    if name in PAIRED:
-        right, also = (each[name].statistics[:, 0] > 0 for each in (measures, others))
-        exact = mcnemar(int((right & ~also).sum()), int((also & ~right).sum()))
-    return Comparison(other, Figure(name, difference, low, high), found.p_value if found else None, exact)
+    of_both: Mapping[str, Statistic],
+    rows: int,
+    options: EvaluateOptions,
+) -> tuple[tuple[Figure, ...], tuple[Comparison, ...]]:
+    """Compute each metric of two systems, and how they differ.
+
+    Args:
+        metrics: of the first system.
+        others: the same of the second.
+        of_both: the same over the rows of both, the first system's and then the second's.
+        rows: of each system.
+        options: how many resamples, and their seed.
+    """
+    systems = [*metrics.values(), *others.values()]
+    distributions = bootstrap_distribution(systems, rows, options.bootstrap, options.seed)
+    p_values = np.full(len(metrics), np.nan)
+    if options.bootstrap:
+        p_values = permutation_test([*of_both.values()], rows, options.bootstrap, options.seed)
+    figures, comparisons = [], []
+    for number, name in enumerate(metrics):
+        ours, theirs = distributions[number], distributions[len(metrics) + number]
+        figure = _figure(name, metrics[name], rows, ours)
+        other = _figure(name, others[name], rows, theirs)
+        value = None if figure.value is None or other.value is None else figure.value - other.value
+        interval = percentile_interval(ours - theirs, rows)
+        mcnemar = None
+        if SCORES[name].is_proportion:
+            is_right, is_other_right = (each[name].statistics[:, 0] > 0 for each in (metrics, others))
+            mcnemar = mcnemar_test(int((is_right & ~is_other_right).sum()), int((is_other_right & ~is_right).sum()))
+        difference = Figure(name, value, *(interval or (None, None)))
+        figures.append(figure)
+        comparisons.append(Comparison(other, difference, _known(float(p_values[number])), mcnemar))
+    return tuple(figures), tuple(comparisons)
 
 
-def _groups(grouping: Grouping, measures: Mapping[str, Measure], options: EvaluateOptions) -> list[Group]:
+def _groups(grouping: Grouping, metrics: Mapping[str, Statistic], options: EvaluateOptions) -> list[Group]:
     groups = []
     for code, name in enumerate(grouping.names):
         rows = np.flatnonzero(grouping.codes == code)
-        parts = {metric: measure.of(rows) for metric, measure in measures.items()}
-        figures, _ = _figures(parts, {}, len(rows), options)
-        groups.append(Group(grouping.title, name, len(rows), figures))
+        parts = {metric: statistic.of(rows) for metric, statistic in metrics.items()}
+        groups.append(Group(grouping.title, name, len(rows), _figures(parts, len(rows), options)))
     return groups
 
 
@@ -251,7 +285,9 @@ def _rows(
 # --- what is told --------------------------------------------------------------------------------------
 
 
-def _settings(options: EvaluateOptions, manner: Manner, right: str, unit: str) -> dict[str, Any]:
+def _settings(
+    options: EvaluateOptions, manner: Manner, right: str, unit: str, names: Sequence[str]
+) -> dict[str, Any]:
     return {
         "input": options.input,
         "reference": options.reference,
@@ -262,6 +298,8 @@ def _settings(options: EvaluateOptions, manner: Manner, right: str, unit: str) -
         "errors_in": unit,
         "bootstrap": options.bootstrap,
         "seed": options.seed,
+        "intervals": {name: WILSON if SCORES[name].is_proportion else PERCENTILE for name in names},
+        "paired_test": "permutation",
         "versions": versions(),
     }
 

@@ -43,7 +43,7 @@ class Comparison:
     Attributes:
         other: the figure of `--compare`.
         difference: ours minus the other's; its interval is that of the paired bootstrap.
-        p_value: of the paired bootstrap, None without one.
+        p_value: of the paired permutation test, None without one.
         mcnemar: p-value of McNemar's exact test, None where rows are not right or wrong.
     """
 

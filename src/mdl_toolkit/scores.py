@@ -1,7 +1,6 @@
 """The metrics of `evaluate`: what each row contributes, and the figure over any rows. No files.
 
-Edits come from jiwer, statistics and formulas of BLEU and chrF from sacrebleu, label tables from
-scikit-learn. What is ours is to keep the rows apart, so that intervals and groups cost next to nothing.
+Edits come from jiwer, n-grams and the formula of BLEU from sacrebleu, label tables from scikit-learn. What is ours is to keep the rows apart, so that intervals and groups cost next to nothing.
 """
 
 import re
@@ -17,7 +16,7 @@ from mdl_toolkit.metrics import CHARACTER, METRICS, WORD, edits, normalized
 
 CHINESE = re.compile("[\u3400-\u9fff\uf900-\ufaff]")
 LETTER = re.compile(r"[^\W\d_]")
-LIBRARIES = ("jiwer", "rapidfuzz", "sacrebleu", "scikit-learn", "numpy")
+LIBRARIES = ("jiwer", "rapidfuzz", "sacrebleu", "scikit-learn", "scipy", "numpy")
 
 
 @dataclass(frozen=True)
@@ -341,26 +340,78 @@ def listed_labels(answers: Answers, row: int, manner: Manner) -> dict[str, float
     return dict(sorted(zip(labels, scores, strict=True), key=itemgetter(1)))
 
 
+def stacked(first: Answers, second: Answers, manner: Manner) -> Answers:
+    """Return the rows of two systems, one below the other; labels without scores get 1 if the other has scores."""
+    scores = None
+    if first.scores is not None or second.scores is not None:
+        separator = manner.separator or ";"
+        scores = tuple(
+            cell
+            for each in (first, second)
+            for cell in each.scores
+            or (separator.join("1" for _ in labels_of(text, manner)) for text in each.predictions)
+        )
+    return Answers(
+        references=first.references + second.references,
+        predictions=first.predictions + second.predictions,
+        lines=first.lines + second.lines,
+        failed=np.concatenate([first.failed, second.failed]),
+        scores=scores,
+    )
+
+
 def _bleu(answers: Answers, manner: Manner) -> Sums:
     from sacrebleu.metrics import BLEU
 
-    return _by_sacrebleu(BLEU(tokenize=manner.tokenize, force=True), answers)
+    metric = BLEU(tokenize=manner.tokenize, effective_order=True)
+    pairs = zip(answers.predictions, answers.references, strict=True)
+    rows = [metric.sentence_score(prediction, [reference]) for prediction, reference in pairs]
+    statistics = [[row.sys_len, row.ref_len, *row.counts, *row.totals] for row in rows]
+
+    def formula(sums: np.ndarray) -> np.ndarray:
+        orders = metric.max_ngram_order
+        return np.array(
+            [
+                BLEU.compute_bleu(
+                    counts[:orders], counts[orders:], int(predicted), int(expected), smooth_method="exp"
+                ).score
+                for predicted, expected, *counts in sums.tolist()
+            ]
+        )
+
+    return Sums(np.array(statistics, dtype=float), formula)
 
 
 def _chrf(answers: Answers, _manner: Manner) -> Sums:
+    """Count character n-grams as sacrebleu finds them, `[rows, 3 * orders]`: predicted, expected, in both."""
     from sacrebleu.metrics import CHRF
+    from sacrebleu.metrics.helpers import extract_all_char_ngrams
 
-    return _by_sacrebleu(CHRF(), answers)
+    def counts(reference: str, prediction: str) -> list[list[int]]:
+        sides = (extract_all_char_ngrams(text, CHRF.CHAR_ORDER) for text in (prediction, reference))
+        return [
+            [given.total() if expected else 0, expected.total(), (given & expected).total()]
+            for given, expected in zip(*sides, strict=True)
+        ]
+
+    rows = [counts(*pair) for pair in zip(answers.references, answers.predictions, strict=True)]
+    return Sums(np.array(rows, dtype=float).reshape(len(rows), -1), _chrf_of_counts)
 
 
-def _by_sacrebleu(metric: Any, answers: Answers) -> Sums:
-    """A figure of sacrebleu's, through the statistics that its own bootstrap uses."""
-    statistics = metric._extract_corpus_statistics(answers.predictions, [answers.references])
+def _chrf_of_counts(sums: np.ndarray) -> np.ndarray:
+    """Return chrF2 (Popović 2015) of n-gram counts, `[samples, 3 * orders]` to `[samples]`.
 
-    def formula(sums: np.ndarray) -> np.ndarray:
-        return np.array([metric._compute_score_from_stats(row).score for row in sums.tolist()])
-
-    return Sums(np.array(statistics, dtype=float), formula)
+    Precision and recall are means over the orders that both sides have; recall counts `beta` = 2 times as much.
+    """
+    given, expected, both = np.moveaxis(sums.reshape(len(sums), -1, 3), -1, 0)
+    has_order = (given > 0) & (expected > 0)
+    orders = np.maximum(has_order.sum(axis=1), 1)
+    precision, recall = (
+        np.where(has_order, both / np.maximum(count, 1), 0).sum(axis=1) / orders for count in (given, expected)
+    )
+    total = 4 * precision + recall
+    score: np.ndarray = 100 * 5 * precision * recall / np.where(total > 0, total, 1)
+    return score
 
 
 Builder = Callable[[Answers, Manner], Any]
@@ -375,17 +426,20 @@ class Score:
         build: answers to the figure over their rows.
         more_is_better: whether a larger value is the better one.
         is_share: the value is a share, shown in percent; else it is out of 100 already.
+        is_proportion: the value is the share of rows that are right: the statistics are one column with 1 for
+            each right row, and one of ones.
     """
 
     title: str
     build: Builder
     more_is_better: bool = True
     is_share: bool = True
+    is_proportion: bool = False
 
 
 SCORES = {
-    "accuracy": Score("accuracy", _shares(is_exact)),
-    "exact-match": Score("exact match", _shares(is_match)),
+    "accuracy": Score("accuracy", _shares(is_exact), is_proportion=True),
+    "exact-match": Score("exact match", _shares(is_match), is_proportion=True),
     "macro-f1": Score("macro F1", _macro_f1),
     "wer": Score("WER", _error_rate(WORD), more_is_better=False),
     "cer": Score("CER", _error_rate(CHARACTER), more_is_better=False),
