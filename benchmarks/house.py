@@ -45,7 +45,7 @@ LIMITS = {
     NO_EXAMPLE: 0,
 }
 # The promises that do not hold yet. `tests/test_house.py` fails where one of them does: then it comes off this list.
-NOT_YET = {FULLEST, USED_ONCE, FRAGMENTS, LONG_FUNCTIONS}
+NOT_YET = {FULLEST, USED_ONCE, FRAGMENTS, LONG_FILES, LONG_FUNCTIONS}
 
 # The functions of the Python API that are not in the `__all__` of the package, by module.
 ALSO_API = {"check": "check", "CheckOptions": "options", "load": "audio", "register": "model/registration"}
@@ -54,13 +54,13 @@ VERBS = frozenset(
     """
     accept accumulate acquire add adjust advance align allocate allow analyse analyze announce answer append apply
     arrange ask assemble assert assign attach attend average await back begin bind block book bound break bring
-    broadcast build bundle cache calculate call cancel cast catch change check choose chunk claim clamp classify clean
+    broadcast build bundle cache calculate call cancel carry cast catch change check choose chunk claim clamp classify clean
     clear clip close collapse collate collect combine come compare compile complete compose compress compute
     concatenate configure confirm connect consume continue contract convert copy correct count cover create crop cut
     deal decide declare decode decompress decrease deduplicate delete deliver derive describe deserialize detach
     detect determine discard dispatch display distribute divide do download drain draw drop dump embed empty enable
     encode end enforce enqueue ensure enter enumerate escape estimate evaluate exclude execute exit expand expect
-    explain export expose extend extract fail fall feed fetch fill filter find finish fit flag flatten flush fold
+    explain export expose extend extract fail fall feed fetch fill filter find fine-tune finish fit flag flatten flush fold
     follow forbid force forecast forget fork format forward free freeze gather generate get give go group grow guard
     guess halve hand handle hash hide hold identify ignore implement import include increase index infer inform
     initialise initialize inject insert inspect install instruct interpolate interpret interrupt invert invoke issue

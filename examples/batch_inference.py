@@ -6,7 +6,6 @@ An interrupted run goes on behind its last answer when it is started again.
 """
 
 import argparse
-import csv
 import sys
 from pathlib import Path
 
@@ -16,39 +15,33 @@ from mdl_toolkit import InferenceOptions, ToolkitError, infer
 PHRASES = Path(mdl_toolkit.__file__).parent / "phrases" / "audio"
 
 
-def main() -> int:
-    """Answer all recordings; a recording that cannot be used leaves its answer empty."""
-    words = argparse.ArgumentParser(description="Ask one question about each recording in a folder.")
-    words.add_argument("recordings", type=Path, nargs="?", default=PHRASES, help="folder, or pattern like 'a/*.wav'")
-    words.add_argument("--model-name", default="mispeech/midashenglm-7b")
-    words.add_argument("--prompt", default="Which language is spoken?")
-    words.add_argument("--batch-size", type=int, default=32)
-    words.add_argument("--max-new-tokens", type=int, default=64)
-    words.add_argument("--output", type=Path, default=Path("answers.csv"))
-    chosen = words.parse_args()
+def main() -> None:
+    """Answer all recordings; one that cannot be used gets no answer, but a reason in the column `error`."""
+    parser = argparse.ArgumentParser(description="Ask one question about each recording in a folder.")
+    parser.add_argument("recordings", type=Path, nargs="?", default=PHRASES, help="folder, or pattern like 'a/*.wav'")
+    parser.add_argument("--model-name", default="mispeech/midashenglm-7b")
+    parser.add_argument("--prompt", default="Which language is spoken?")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--output", type=Path, default=Path("answers.csv"))
+    args = parser.parse_args()
     options = InferenceOptions(
-        input=str(chosen.recordings),
-        output=str(chosen.output),
-        model_name=chosen.model_name,
-        user_prompt=chosen.prompt,
-        batch_size=chosen.batch_size,
-        max_new_tokens=chosen.max_new_tokens,
+        input=str(args.recordings),
+        output=str(args.output),
+        model_name=args.model_name,
+        user_prompt=args.prompt,
+        batch_size=args.batch_size,
+        max_new_tokens=args.max_new_tokens,
         on_error="keep",
     )
     try:
-        infer(options)
+        answers = infer(options)
     except ToolkitError as error:
-        # With `keep` the CSV is written all the same if only some recordings cannot be used.
-        print(error, file=sys.stderr)
-        if not chosen.output.exists():
-            return error.exit_status
-    with chosen.output.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    failed = sum(bool(row.get("error")) for row in rows)
-    print(f"{chosen.output}: {len(rows) - failed} recordings answered, {failed} without an answer")
-    return 0
+        # With `keep`, the CSV is there all the same if only some recordings cannot be used.
+        sys.exit(str(error))
+    print(f"{args.output}: {len(answers)} recordings answered")
 
 
 # Recordings are read by several processes, which import this file: only the first one may ask.
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

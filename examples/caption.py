@@ -18,30 +18,30 @@ PHRASES = Path(mdl_toolkit.__file__).parent / "phrases"
 
 def main() -> None:
     """Train, answer, evaluate, and print some of the answers."""
-    words = argparse.ArgumentParser(description="Fine-tune a model that answers in free text.")
-    words.add_argument("--model-name", default="mispeech/midashenglm-7b")
-    words.add_argument("--data", type=Path, default=PHRASES, help="folder with train.csv and test.csv")
-    words.add_argument("--text-column", default="transcript", help="the column with the text to learn")
-    words.add_argument("--prompt", default="Write down what is said.")
-    words.add_argument("--num-epochs", type=float, default=3)
-    words.add_argument("--max-new-tokens", type=int, default=128)
-    words.add_argument("--output", type=Path, default=Path("caption-output"))
-    chosen = words.parse_args()
-    chosen.output.mkdir(parents=True, exist_ok=True)
+    parser = argparse.ArgumentParser(description="Fine-tune a model that answers in free text.")
+    parser.add_argument("--model-name", default="mispeech/midashenglm-7b")
+    parser.add_argument("--data", type=Path, default=PHRASES, help="folder with train.csv and test.csv")
+    parser.add_argument("--text-column", default="transcript", help="the column with the text to learn")
+    parser.add_argument("--prompt", default="Write down what is said.")
+    parser.add_argument("--num-epochs", type=float, default=3)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--output", type=Path, default=Path("caption-output"))
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
     train_csv, test_csv = (
-        with_text(chosen.data / name, chosen.output / name, chosen.text_column)
+        with_text(args.data / name, args.output / name, args.text_column)
         for name in ("train.csv", "test.csv")
     )
-    answers = chosen.output / "answers.csv"
+    answers = args.output / "answers.csv"
 
     result = train(
         TrainOptions(
             train_dataset=str(train_csv),
-            output=str(chosen.output / "run"),
-            model_name=chosen.model_name,
-            base_dir=str(chosen.data),
-            user_prompt=chosen.prompt,
-            num_epochs=chosen.num_epochs,
+            output=str(args.output / "run"),
+            model_name=args.model_name,
+            base_dir=str(args.data),
+            user_prompt=args.prompt,
+            num_epochs=args.num_epochs,
             lora_rank=32,
         )
     )
@@ -50,8 +50,8 @@ def main() -> None:
             input=str(test_csv),
             output=str(answers),
             model_name=str(result.final),
-            base_dir=str(chosen.data),
-            max_new_tokens=chosen.max_new_tokens,
+            base_dir=str(args.data),
+            max_new_tokens=args.max_new_tokens,
         )
     )
     evaluation = evaluate(

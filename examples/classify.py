@@ -1,4 +1,4 @@
-"""Fine-tune on recordings with one label each, answer other recordings, and say how many answers are right.
+"""Fine-tune on recordings with one label each, answer other recordings, and say how many are right.
 
     python examples/classify.py --output classify-output
 
@@ -17,48 +17,48 @@ PHRASES = Path(mdl_toolkit.__file__).parent / "phrases"
 
 def main() -> None:
     """Train, answer, evaluate."""
-    words = argparse.ArgumentParser(description="Fine-tune a classifier of recordings.")
-    words.add_argument("--model-name", default="mispeech/midashenglm-7b")
-    words.add_argument("--data", type=Path, default=PHRASES, help="folder with train.csv and test.csv")
-    words.add_argument("--prompt", default="Which language is spoken?")
-    words.add_argument("--num-epochs", type=float, default=3)
-    words.add_argument("--lr", type=float, default=1e-4)
-    words.add_argument("--output", type=Path, default=Path("classify-output"))
-    chosen = words.parse_args()
-    answers = chosen.output / "answers.csv"
+    parser = argparse.ArgumentParser(description="Fine-tune a classifier of recordings.")
+    parser.add_argument("--model-name", default="mispeech/midashenglm-7b")
+    parser.add_argument("--data", type=Path, default=PHRASES, help="folder with train.csv and test.csv")
+    parser.add_argument("--prompt", default="Which language is spoken?")
+    parser.add_argument("--num-epochs", type=float, default=3)
+    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--output", type=Path, default=Path("classify-output"))
+    args = parser.parse_args()
+    answers = args.output / "answers.csv"
 
     result = train(
         TrainOptions(
-            train_dataset=str(chosen.data / "train.csv"),
-            output=str(chosen.output / "run"),
-            model_name=chosen.model_name,
-            base_dir=str(chosen.data),
-            user_prompt=chosen.prompt,
-            num_epochs=chosen.num_epochs,
-            lr=chosen.lr,
+            train_dataset=str(args.data / "train.csv"),
+            output=str(args.output / "run"),
+            model_name=args.model_name,
+            base_dir=str(args.data),
+            user_prompt=args.prompt,
+            num_epochs=args.num_epochs,
+            lr=args.lr,
             lora_rank=16,
         )
     )
     # The result knows the prompt it was trained with, so none is given here.
     infer(
         InferenceOptions(
-            input=str(chosen.data / "test.csv"),
+            input=str(args.data / "test.csv"),
             output=str(answers),
             model_name=str(result.final),
-            base_dir=str(chosen.data),
+            base_dir=str(args.data),
             max_new_tokens=16,
         )
     )
     evaluation = evaluate(
         EvaluateOptions(
             input=str(answers),
-            reference=str(chosen.data / "test.csv"),
+            reference=str(args.data / "test.csv"),
             metric=("accuracy", "macro-f1"),
-            output=(str(chosen.output / "evaluation.json"),),
+            output=(str(args.output / "evaluation.json"),),
         )
     )
     for figure in evaluation.figures:
-        print(f"{figure.metric}: {figure.value:.3f} (95 % interval {figure.low:.3f} to {figure.high:.3f})")
+        print(f"{figure.metric}: {figure.value:.3f}")
 
 
 # A CSV is converted by several processes, which import this file: only the first one may train.

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,11 +42,13 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
+def start(name, folder, *words):
+    command = [sys.executable, str(EXAMPLES / name), *map(str, words)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=120)
+
+
 def run(name, folder, *words):
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *map(str, words)],
-        cwd=folder, capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
+    done = start(name, folder, *words)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -72,14 +75,28 @@ def test_caption_learns_the_text_column(tmp_path, model, data):
     assert f"reference: {references[0]['transcript']}" in said
 
 
-def test_batch_inference_answers_a_folder_and_leaves_out_what_is_no_recording(tmp_path, model, data):
+@pytest.fixture
+def recordings(tmp_path, data):
+    """The six phrases of the test as files in one folder."""
     folder = tmp_path / "recordings"
     folder.mkdir()
     for row in rows(data / "test.csv"):
-        (folder / Path(row["audio"]).name).write_bytes(Path(row["audio"]).read_bytes())
-    (folder / "broken.flac").write_bytes(b"no recording")
-    said = run("batch_inference.py", tmp_path, folder, "--model-name", model, "--max-new-tokens", 4)
+        shutil.copy(row["audio"], folder)
+    return folder
+
+
+def test_batch_inference_answers_a_folder(tmp_path, model, recordings):
+    said = run("batch_inference.py", tmp_path, recordings, "--model-name", model, "--max-new-tokens", 4)
     answers = rows(tmp_path / "answers.csv")
-    assert {Path(row["audio"]).name for row in answers} == {path.name for path in folder.iterdir()}
+    assert {Path(row["audio"]).name for row in answers} == {path.name for path in recordings.iterdir()}
+    assert "answers.csv: 6 recordings answered" in said
+
+
+def test_batch_inference_says_which_recording_cannot_be_used(tmp_path, model, recordings):
+    (recordings / "broken.flac").write_bytes(b"no recording")
+    done = start("batch_inference.py", tmp_path, recordings, "--model-name", model, "--max-new-tokens", 4)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("answers.csv: written")
+    answers = rows(tmp_path / "answers.csv")
+    assert len(answers) == 7
     assert [Path(row["audio"]).name for row in answers if row["error"]] == ["broken.flac"]
-    assert "6 recordings answered, 1 without" in said
