@@ -4,11 +4,12 @@ Everything is read with `ast`, nothing is imported. The figures are those of `sr
 
 - a **module** is a `.py` file other than `__init__.py`;
 - a **function's length** is its lines with signature and docstring, without decorators;
-- a **private function used once** begins with one underscore and its module names it once, beside its definition;
-- a **public docstring** is that of a function or method that can be reached without an underscore. It begins as a
-  **fragment** unless its first word is a verb of `VERBS` ("Return", "Returns"), not followed by "of" ("Count of rows");
-  a property may be named by a noun phrase instead ("The number of rows"). Classes are counted apart;
-- an **API function** is a function or class of `API`; its docstring has an `Example:` with code.
+- a **private function used once** begins with one underscore and is named once in its module, beside its
+  definition;
+- a **public docstring** is that of a function or method that is reached without an underscore. It begins as a
+  **fragment** unless its first word is a verb of `verbs.txt` ("Return", "Returns"), not followed by "of"
+  ("Count of rows"); a property may be named by a noun phrase instead. Classes are counted apart;
+- an **API function** is a function or class that the package offers by its name, or one of `ALSO_API`.
 """
 
 import argparse
@@ -44,45 +45,13 @@ LIMITS = {
     LONG_FUNCTIONS: 0,
     NO_EXAMPLE: 0,
 }
-# The promises that do not hold yet. `tests/test_house.py` fails where one of them does: then it comes off this list.
+# The promises that do not hold yet. A test fails where one of them does: then it comes off this list.
 NOT_YET = {FULLEST, USED_ONCE, FRAGMENTS, LONG_FILES, LONG_FUNCTIONS}
 
 # The functions of the Python API that are not in the `__all__` of the package, by module.
 ALSO_API = {"check": "check", "CheckOptions": "options", "load": "audio", "register": "model/registration"}
 
-VERBS = frozenset(
-    """
-    accept accumulate acquire add adjust advance align allocate allow analyse analyze announce answer append apply
-    arrange ask assemble assert assign attach attend average await back begin bind block book bound break bring
-    broadcast build bundle cache calculate call cancel carry cast catch change check choose chunk claim clamp classify clean
-    clear clip close collapse collate collect combine come compare compile complete compose compress compute
-    concatenate configure confirm connect consume continue contract convert copy correct count cover create crop cut
-    deal decide declare decode decompress decrease deduplicate delete deliver derive describe deserialize detach
-    detect determine discard dispatch display distribute divide do download drain draw drop dump embed empty enable
-    encode end enforce enqueue ensure enter enumerate escape estimate evaluate exclude execute exit expand expect
-    explain export expose extend extract fail fall feed fetch fill filter find fine-tune finish fit flag flatten flush fold
-    follow forbid force forecast forget fork format forward free freeze gather generate get give go group grow guard
-    guess halve hand handle hash hide hold identify ignore implement import include increase index infer inform
-    initialise initialize inject insert inspect install instruct interpolate interpret interrupt invert invoke issue
-    iterate join judge jump keep key kill label launch lay lead learn leave let lift limit link list load localise
-    localize locate lock log look loop lower make manage map mark mask match mean measure merge mirror mix model
-    modify monitor move multiply name normalise normalize note notice notify number observe offer omit open order
-    output overlap override pack pad parse partition pass patch pause peek perform permute pick pin place plan play
-    plot point poll pop populate position post predict prefetch prefix prepare prepend present preserve press print
-    probe process produce profile project propagate protect prove provide prune publish pull push put quantise
-    quantize query queue quiet quit quote raise rank reach react read rearrange rebuild receive recompute reconstruct
-    record recover reduce refer refresh refuse register reject relate release reload remain remember remove rename
-    render repack repair repeat replace reply report represent require reserve reset reshape resize resolve respond
-    restart restore restrict resume retain retrieve retry return reuse reverse rewind rewrite roll rotate round route
-    run sample save say scale scan schedule score search see seek seem select send separate serialise serialize serve
-    set settle shard share shift ship shorten show shrink shuffle shut signal silence simulate sit skip sleep slice
-    sort space spawn specify spell split spread stack stand start state stay step stop store stream stretch strip
-    subtract suggest sum summarise summarize supply support suppress swap switch synchronise synchronize take tear
-    tell terminate test throw tidy tile time toggle tokenise tokenize touch trace track train transcribe transfer
-    transform translate transpose traverse treat trim truncate try tune turn unfreeze unlock unpack unwrap update
-    upload use validate verify view visit wait walk warm warn watch weigh wipe work wrap write yield zero zip
-    """.split()
-)  # fmt: skip
+VERBS = frozenset((Path(__file__).parent / "verbs.txt").read_text(encoding="utf-8").split())
 
 VERBS_WITH_OF = ("dispose", "tell", "think", "warn")
 
@@ -243,7 +212,9 @@ def _docstrings(public: list[Definition]) -> dict[str, Figure]:
         FRAGMENTS: _fragments([one for one in functions if not one.is_property], len(functions)),
         CLASS_FRAGMENTS: _fragments(classes, len(classes)),
         "public docstrings with Args": Figure(1 - len(without) / len(functions)),
-        "public docstrings with an example": Figure(len(examples) / len(functions), tuple(map(str, examples))),
+        "public docstrings with an example": Figure(
+            len(examples) / len(functions), tuple(map(str, examples))
+        ),
     }
 
 
@@ -313,7 +284,9 @@ def kept(name: str, figure: Figure) -> bool:
 def main() -> int:
     """Print the table, or with `--list` what is behind the figures whose names hold a word."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.house", description="Measure the source.")
-    parser.add_argument("--list", metavar="WHAT", help="list what is behind each figure with this word in its name")
+    parser.add_argument(
+        "--list", metavar="WHAT", help="list what is behind each figure with this word in its name"
+    )
     wanted = parser.parse_args().list
     figures = measure()
     if wanted is None:

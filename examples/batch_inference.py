@@ -18,7 +18,9 @@ PHRASES = Path(mdl_toolkit.__file__).parent / "phrases" / "audio"
 def main() -> None:
     """Answer all recordings; one that cannot be used gets no answer, but a reason in the column `error`."""
     parser = argparse.ArgumentParser(description="Ask one question about each recording in a folder.")
-    parser.add_argument("recordings", type=Path, nargs="?", default=PHRASES, help="folder, or pattern like 'a/*.wav'")
+    parser.add_argument(
+        "recordings", type=Path, nargs="?", default=PHRASES, help="folder, or pattern like 'a/*.wav'"
+    )
     parser.add_argument("--model-name", default="mispeech/midashenglm-7b")
     parser.add_argument("--prompt", default="Which language is spoken?")
     parser.add_argument("--batch-size", type=int, default=32)

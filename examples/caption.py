@@ -2,8 +2,8 @@
 
     python examples/caption.py --output caption-output
 
-learns to write down what is said in the phrases that come with the package. Captions, summaries or translations
-are trained in the same way: `--data FOLDER --text-column caption --prompt "What can be heard?"`.
+learns to write down what is said in the phrases that come with the package. Captions, summaries or
+translations are trained in the same way: `--data FOLDER --text-column caption --prompt "What can be heard?"`.
 """
 
 import argparse

@@ -54,7 +54,9 @@ def run(name, folder, *words):
 
 
 def test_classify_trains_answers_and_evaluates(tmp_path, model, data):
-    said = run("classify.py", tmp_path, "--model-name", model, "--data", data, "--num-epochs", 1, "--output", "out")
+    said = run(
+        "classify.py", tmp_path, "--model-name", model, "--data", data, "--num-epochs", 1, "--output", "out"
+    )
     MiDashengLMModel.from_pretrained(tmp_path / "out/run/final")
     answers, references = rows(tmp_path / "out/answers.csv"), rows(data / "test.csv")
     assert [row["audio"] for row in answers] == [row["audio"] for row in references]
@@ -64,13 +66,13 @@ def test_classify_trains_answers_and_evaluates(tmp_path, model, data):
 
 
 def test_caption_learns_the_text_column(tmp_path, model, data):
-    said = run(
-        "caption.py", tmp_path, "--model-name", model, "--data", data, "--num-epochs", 1, "--max-new-tokens", 8,
-        "--output", "out",
-    )  # fmt: skip
+    options = ("--num-epochs", 1, "--max-new-tokens", 8, "--output", "out")
+    said = run("caption.py", tmp_path, "--model-name", model, "--data", data, *options)
     MiDashengLMModel.from_pretrained(tmp_path / "out/run/final")
     references = rows(data / "test.csv")
-    assert [row["prediction"] for row in rows(tmp_path / "out/test.csv")] == [row["transcript"] for row in references]
+    assert [row["prediction"] for row in rows(tmp_path / "out/test.csv")] == [
+        row["transcript"] for row in references
+    ]
     assert len(rows(tmp_path / "out/answers.csv")) == 6
     assert f"reference: {references[0]['transcript']}" in said
 

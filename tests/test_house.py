@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from benchmarks import house
 
 ROOT = Path(house.__file__).parents[1]
@@ -109,13 +108,16 @@ def test_the_longest_function_is_found(small):
 
 
 @pytest.mark.parametrize(
-    "line", ["Return it.", "Returns it.", "Carries it.", "Pushes it.", "Fine-tune it.", "Warn of it.", "Tell if."]
+    "line",
+    ["Return it.", "Returns it.", "Carries it.", "Pushes it.", "Fine-tune it.", "Warn of it.", "Tell if."],
 )
 def test_a_first_line_with_a_verb_is_no_fragment(line):
     assert not house.is_fragment(line)
 
 
-@pytest.mark.parametrize("line", ["The rows.", "Count of rows.", "Rows of a CSV.", "`[rows]` figures.", "What is."])
+@pytest.mark.parametrize(
+    "line", ["The rows.", "Count of rows.", "Rows of a CSV.", "`[rows]` figures.", "What is."]
+)
 def test_a_first_line_without_a_verb_is_a_fragment(line):
     assert house.is_fragment(line)
 
@@ -123,7 +125,11 @@ def test_a_first_line_without_a_verb_is_a_fragment(line):
 def test_the_table_and_the_lists_are_printed():
     def printed(*words):
         return subprocess.run(
-            [sys.executable, "-m", "benchmarks.house", *words], cwd=ROOT, capture_output=True, text=True, check=False
+            [sys.executable, "-m", "benchmarks.house", *words],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
         )
 
     table = printed().stdout

@@ -65,8 +65,8 @@ def infer(options: InferenceOptions) -> list[str]:
 
         answers = infer(
             InferenceOptions(
-                input="test.csv", output="predictions.csv", model_name="midashenglm-7b", base_dir="recordings",
-                max_new_tokens=16,
+                input="test.csv", output="predictions.csv", model_name="midashenglm-7b",
+                base_dir="recordings", max_new_tokens=16,
             )
         )
         print(answers[0])

@@ -121,7 +121,8 @@ class ConvertOptions(ConversionOptions):
         from mdl_toolkit import ConvertOptions
 
         options = ConvertOptions(
-            input="train.csv", output="train-dataset", base_dir="recordings", user_prompt="Which language is spoken?"
+            input="train.csv", output="train-dataset", base_dir="recordings",
+            user_prompt="Which language is spoken?",
         )
         ```
     """

@@ -257,7 +257,9 @@ class EvaluateOptions(ScoringOptions):
         ```python
         from mdl_toolkit import EvaluateOptions
 
-        options = EvaluateOptions(input="predictions.csv", reference="test.csv", metric=("accuracy", "macro-f1"))
+        options = EvaluateOptions(
+            input="predictions.csv", reference="test.csv", metric=("accuracy", "macro-f1")
+        )
         ```
     """
 
@@ -295,7 +297,9 @@ class ReportOptions(ScoringOptions):
         ```python
         from mdl_toolkit import ReportOptions
 
-        options = ReportOptions(input="run", predictions="predictions.csv", reference="test.csv", png="figures")
+        options = ReportOptions(
+            input="run", predictions="predictions.csv", reference="test.csv", png="figures"
+        )
         ```
     """
 

@@ -37,7 +37,9 @@ class TrainOptions(ConversionOptions):
         ```python
         from mdl_toolkit import TrainOptions
 
-        options = TrainOptions(train_dataset="train.csv", output="run", lora_rank=16, num_epochs=2, batch_size=4)
+        options = TrainOptions(
+            train_dataset="train.csv", output="run", lora_rank=16, num_epochs=2, batch_size=4
+        )
         ```
     """
 
