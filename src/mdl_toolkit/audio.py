@@ -66,6 +66,14 @@ def load(path: str | Path, *, allow_truncated: bool = False) -> Clip:
     Raises:
         AudioError: the file cannot be opened, is empty, is no recording, is damaged, was cut off, or holds
             NaN, infinity or no samples at all. The message does not name the file.
+
+    Example:
+        ```python
+        from mdl_toolkit.audio import load
+
+        clip = load("recordings/0001.flac")
+        print(clip.samples.shape, clip.source_seconds, clip.source_rate)
+        ```
     """
     try:
         plain = io.FileIO(path)

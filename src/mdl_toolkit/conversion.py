@@ -55,6 +55,18 @@ def convert_dataset(options: ConvertOptions) -> Record | None:
 
     Raises:
         ToolkitError: bad rows (all of them in one message), a bad output folder, no model.
+
+    Example:
+        ```python
+        from mdl_toolkit import ConvertOptions, convert_dataset
+
+        record = convert_dataset(
+            ConvertOptions(
+                input="train.csv", output="train-dataset", model_name="midashenglm-7b", base_dir="recordings"
+            )
+        )
+        print(record.rows, record.seconds)
+        ```
     """
     output, ranks = Path(options.output), Ranks.from_environment()
     _check_places(output, options)

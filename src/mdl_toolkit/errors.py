@@ -22,7 +22,18 @@ MOST_ROWS_SHOWN = 50  # rule 12: at most the first 50 and a count
 
 
 class ToolkitError(Exception):
-    """What went wrong, where, and what to do, in one sentence and both languages."""
+    """What went wrong, where, and what to do, in one sentence and both languages.
+
+    Example:
+        ```python
+        from mdl_toolkit import ToolkitError, TrainOptions, train
+
+        try:
+            train(TrainOptions(train_dataset="missing.csv", output="run"))
+        except ToolkitError as error:
+            print(error)
+        ```
+    """
 
     exit_status = 1
 

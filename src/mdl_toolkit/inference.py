@@ -58,6 +58,19 @@ def infer(options: InferenceOptions) -> list[str]:
     Raises:
         ToolkitError: bad rows, rows that are too long (all of them in one message), no model. With
             `--on-error keep`, rows without an answer: then the output is in place all the same.
+
+    Example:
+        ```python
+        from mdl_toolkit import InferenceOptions, infer
+
+        answers = infer(
+            InferenceOptions(
+                input="test.csv", output="predictions.csv", model_name="midashenglm-7b",
+                base_dir="recordings", max_new_tokens=16,
+            )
+        )
+        print(answers[0])
+        ```
     """
     check_engine(options)
     output = Path(options.output)

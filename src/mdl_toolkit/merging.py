@@ -34,6 +34,14 @@ def merge_adapter(options: MergeOptions) -> Path:
 
     Raises:
         ToolkitError: adapter or base are not to be had, do not belong together, or give another result.
+
+    Example:
+        ```python
+        from mdl_toolkit import MergeOptions, merge_adapter
+
+        merged = merge_adapter(MergeOptions(adapter="run/final", output="merged"))
+        print(sorted(path.name for path in merged.iterdir()))
+        ```
     """
     output = Path(options.output)
     _check_output(output)

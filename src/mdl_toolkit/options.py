@@ -114,7 +114,18 @@ INPUT_HELP = ("The CSV file.", "输入数据集的 CSV 文件路径。")
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions(ConversionOptions):
-    """Options of `convert-dataset`."""
+    """Options of `convert-dataset`.
+
+    Example:
+        ```python
+        from mdl_toolkit import ConvertOptions
+
+        options = ConvertOptions(
+            input="train.csv", output="train-dataset", base_dir="recordings",
+            user_prompt="Which language is spoken?",
+        )
+        ```
+    """
 
     COMMAND = "convert-dataset"
     SUMMARY = Text(
@@ -134,7 +145,15 @@ class ConvertOptions(ConversionOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckOptions(ConversionOptions):
-    """Options of `check`."""
+    """Options of `check`.
+
+    Example:
+        ```python
+        from mdl_toolkit.options import CheckOptions
+
+        options = CheckOptions(input=("train.csv", "test.csv"), base_dir="recordings")
+        ```
+    """
 
     COMMAND = "check"
     SUMMARY = Text(

@@ -33,6 +33,18 @@ def report(options: ReportOptions) -> Path:
     Raises:
         UsageError: references, but no predictions.
         InputError: there is nothing to show, or it cannot be read, joined or written.
+
+    Example:
+        ```python
+        from mdl_toolkit import ReportOptions, report
+
+        page = report(
+            ReportOptions(
+                input="run", predictions="predictions.csv", reference="test.csv", output="report.html"
+            )
+        )
+        print(page)
+        ```
     """
     source = Path(options.input)
     folder = source if source.is_dir() else None

@@ -29,7 +29,17 @@ PAGE = Text("Report options", "报告选项")
 
 @dataclass(frozen=True, kw_only=True)
 class InferenceOptions(ConversionOptions):
-    """Options of `inference`."""
+    """Options of `inference`.
+
+    Example:
+        ```python
+        from mdl_toolkit import InferenceOptions
+
+        options = InferenceOptions(
+            input="test.csv", output="predictions.csv", model_name="run/final", max_new_tokens=64
+        )
+        ```
+    """
 
     COMMAND = "inference"
     SUMMARY = Text(
@@ -121,7 +131,15 @@ class InferenceOptions(ConversionOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions(HubOptions):
-    """Options of `merge`."""
+    """Options of `merge`.
+
+    Example:
+        ```python
+        from mdl_toolkit import MergeOptions
+
+        options = MergeOptions(adapter="run/checkpoint-500", output="merged", dtype="bfloat16")
+        ```
+    """
 
     COMMAND = "merge"
     SUMMARY = Text(
@@ -233,7 +251,17 @@ class ScoringOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(ScoringOptions):
-    """Options of `evaluate`."""
+    """Options of `evaluate`.
+
+    Example:
+        ```python
+        from mdl_toolkit import EvaluateOptions
+
+        options = EvaluateOptions(
+            input="predictions.csv", reference="test.csv", metric=("accuracy", "macro-f1")
+        )
+        ```
+    """
 
     COMMAND = "evaluate"
     SUMMARY = Text(
@@ -263,7 +291,17 @@ class EvaluateOptions(ScoringOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions(ScoringOptions):
-    """Options of `report`."""
+    """Options of `report`.
+
+    Example:
+        ```python
+        from mdl_toolkit import ReportOptions
+
+        options = ReportOptions(
+            input="run", predictions="predictions.csv", reference="test.csv", png="figures"
+        )
+        ```
+    """
 
     COMMAND = "report"
     SUMMARY = Text(

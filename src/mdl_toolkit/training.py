@@ -109,6 +109,18 @@ def train(options: TrainOptions) -> TrainResult:
 
     Raises:
         ToolkitError: anything the user can put right, before weights are loaded wherever that is possible.
+
+    Example:
+        ```python
+        from mdl_toolkit import TrainOptions, train
+
+        result = train(
+            TrainOptions(
+                train_dataset="train.csv", output="run", model_name="midashenglm-7b", base_dir="recordings"
+            )
+        )
+        print(result.final, result.train_loss)
+        ```
     """
     check_trackers(options.report_to)
     check_frozen(options)

@@ -31,7 +31,17 @@ DYNAMIC_BF16 = Text("true where CUDA supports bfloat16", "CUDA 支持 bfloat16 �
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(ConversionOptions):
-    """Options of `train`."""
+    """Options of `train`.
+
+    Example:
+        ```python
+        from mdl_toolkit import TrainOptions
+
+        options = TrainOptions(
+            train_dataset="train.csv", output="run", lora_rank=16, num_epochs=2, batch_size=4
+        )
+        ```
+    """
 
     COMMAND = "train"
     SUMMARY = Text(

@@ -21,7 +21,18 @@ __all__ = [
 
 
 def register() -> None:
-    """Make the classes known; what imports this module need not call it again."""
+    """Make the classes known; what imports this module need not call it again.
+
+    Example:
+        ```python
+        from transformers import AutoModelForCausalLM
+
+        from mdl_toolkit.model.registration import register
+
+        register()
+        model = AutoModelForCausalLM.from_pretrained("midashenglm-7b", dtype="auto")
+        ```
+    """
     AutoConfig.register(MiDashengEncoderConfig.model_type, MiDashengEncoderConfig, exist_ok=True)
     AutoConfig.register(MiDashengLMConfig.model_type, MiDashengLMConfig, exist_ok=True)
     AutoModelForCausalLM.register(MiDashengLMConfig, MiDashengLMModel, exist_ok=True)
