@@ -156,7 +156,7 @@ def _computed(pairs: Pairs, manner: Manner, names: Sequence[str], options: Evalu
     rows = len(pairs.table)
     if pairs.other is None:
         metrics = {name: SCORES[name].build(pairs.answers, manner) for name in names}
-        figures, comparisons = _figures(metrics, rows, options), ()
+        figures, comparisons = _figures(metrics, rows, options), tuple[Comparison, ...]()
     else:
         both = stacked(pairs.answers, pairs.other, manner)
         of_both = {name: SCORES[name].build(both, manner) for name in names}
@@ -228,7 +228,9 @@ def _compared(
         mcnemar = None
         if SCORES[name].is_proportion:
             is_right, is_other_right = (each[name].statistics[:, 0] > 0 for each in (metrics, others))
-            mcnemar = mcnemar_test(int((is_right & ~is_other_right).sum()), int((is_other_right & ~is_right).sum()))
+            mcnemar = mcnemar_test(
+                int((is_right & ~is_other_right).sum()), int((is_other_right & ~is_right).sum())
+            )
         difference = Figure(name, value, *(interval or (None, None)))
         figures.append(figure)
         comparisons.append(Comparison(other, difference, _known(float(p_values[number])), mcnemar))

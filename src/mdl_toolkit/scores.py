@@ -407,7 +407,8 @@ def _chrf_of_counts(sums: np.ndarray) -> np.ndarray:
     has_order = (given > 0) & (expected > 0)
     orders = np.maximum(has_order.sum(axis=1), 1)
     precision, recall = (
-        np.where(has_order, both / np.maximum(count, 1), 0).sum(axis=1) / orders for count in (given, expected)
+        np.where(has_order, both / np.maximum(count, 1), 0).sum(axis=1) / orders
+        for count in (given, expected)
     )
     total = 4 * precision + recall
     score: np.ndarray = 100 * 5 * precision * recall / np.where(total > 0, total, 1)
