@@ -145,7 +145,7 @@ def clear_up(folder: Path, *names: str) -> None:
         with suppress(BlockingIOError), held(lock, BlockingIOError(), remove=True) as is_held:
             if not is_held:
                 continue
-            if work.exists() and old.exists() and not target.exists():
+            if old.exists() and not target.exists():
                 old.rename(target)
             _remove(work)
             _remove(old)
