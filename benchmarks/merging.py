@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from benchmarks import Figure, timed
 from mdl_toolkit.export import merge
-from mdl_toolkit.outputs import to_disk
+from mdl_toolkit.files import fsync
 
 RUNS = 5
 WIDTH, SHARDS, PER_SHARD, RANK = 3584, 3, 10, 32  # shards of 257 MB; the 7B's width
@@ -74,7 +74,7 @@ def _peak() -> int:
 
 def _to_disk(folder: Path) -> None:
     for file in folder.iterdir():
-        to_disk(file)
+        fsync(file)
 
 
 def _prepared(place: Path) -> tuple[Path, Path, Path]:

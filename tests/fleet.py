@@ -7,6 +7,7 @@ may have something done in the process before the command begins, such as dying 
 import gc
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -64,11 +65,11 @@ def nothing() -> None:
     """What is done before most commands."""
 
 
-def die_before(event: str, text: str) -> None:
-    """Kill the process right before an audit event, such as `os.rename`, of a file whose name has a text."""
+def die_before(event: str, pattern: str) -> None:
+    """Kill the process right before an audit event, such as `os.rename`, of a file whose name matches."""
 
     def hear(happens: str, words: tuple[Any, ...]) -> None:
-        if happens == event and text in str(words[0]):
+        if happens == event and re.search(pattern, str(words[0])):
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hear)

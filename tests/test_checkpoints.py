@@ -225,7 +225,7 @@ def test_a_checkpoint_stays_where_a_newer_one_cannot_take_its_place(tmp_path, mo
     before, rename = (tmp_path / "checkpoint-4/optimizer.safetensors").stat().st_ino, Path.rename
 
     def fail(self, target):
-        if self == tmp_path / ".saving/checkpoint-4":
+        if self.name.startswith(".checkpoint-4.partial-"):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return rename(self, target)
 
@@ -244,15 +244,19 @@ def test_a_kill_right_before_the_renaming(tmp_path, moment):
     whole = train(options)
     command = [*as_command(options).split()[1:], "--output", str(tmp_path / "run")]
     with fleet(tmp_path) as start:
-        assert start(command, partial(die_before, "os.rename", f".saving/checkpoint-{moment}")).end() == -9
-        left = {*names(tmp_path / "run")} - {".dataset", "log.jsonl", "mdl-toolkit.json", "mdl-toolkit.yaml"}
-        assert left == {".saving"} | ({"checkpoint-1"} if moment == 2 else set())
-        assert set(names(tmp_path / f"run/.saving/checkpoint-{moment}")) == OF_A_RUN
+        assert (
+            start(command, partial(die_before, "os.rename", rf"/\.checkpoint-{moment}\.partial-")).end() == -9
+        )
+        left = {name for name in names(tmp_path / "run") if "checkpoint" in name}
+        (saved,) = (tmp_path / "run").glob(f".checkpoint-{moment}.partial-*")
+        (lock,) = (tmp_path / "run").glob(f".checkpoint-{moment}.lock-*")
+        assert left == {saved.name, lock.name} | ({"checkpoint-1"} if moment == 2 else set())
+        assert set(names(saved)) == OF_A_RUN
         assert moment == 1 or damage(tmp_path / "run/checkpoint-1") is None
         job = start([*command, "--resume-from-checkpoint", "true"])
         assert job.end() == 0
     assert ("starting afresh" in job.said()) == (moment == 1)
-    assert not {".dataset", ".saving"} & {*names(tmp_path / "run")}
+    assert not [name for name in names(tmp_path / "run") if name.startswith(".")]
     assert same_weights(tmp_path / "run/final", whole.final)
 
 

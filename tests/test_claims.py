@@ -1,5 +1,7 @@
 """One run at a time writes into an output folder."""
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -10,9 +12,8 @@ from pathlib import Path
 import pytest
 
 from fleet import fleet, slow_steps
-from mdl_toolkit import outputs
 from mdl_toolkit.errors import InputError
-from mdl_toolkit.outputs import claimed
+from mdl_toolkit.files import claim_folder
 from mdl_toolkit.runlog import read_log
 from mdl_toolkit.settings import as_command
 from mdl_toolkit.training import train
@@ -54,32 +55,30 @@ def test_a_killed_run_holds_nothing(tmp_path):
     code = f"""
 import os
 from pathlib import Path
-from mdl_toolkit.outputs import claimed
-with claimed(Path({str(tmp_path / "run")!r})):
+from mdl_toolkit.files import claim_folder
+with claim_folder(Path({str(tmp_path / "run")!r})):
     os.kill(os.getpid(), 9)
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == -9
-    with claimed(tmp_path / "run"):
+    with claim_folder(tmp_path / "run"):
         pass
 
 
 def test_a_folder_that_nothing_was_written_into_goes(tmp_path):
-    with claimed(tmp_path / "a/b"):
+    with claim_folder(tmp_path / "a/b"):
         assert (tmp_path / "a/b").is_dir()
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("problem", ["no locks", "no such platform"])
-def test_where_folders_cannot_be_locked_nothing_is_refused(tmp_path, monkeypatch, problem):
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_where_files_cannot_be_locked_nothing_is_refused(tmp_path, monkeypatch, number):
     def fail(*_):
-        raise OSError(95, os.strerror(95))
+        raise OSError(number, os.strerror(number))
 
-    if problem == "no locks":
-        monkeypatch.setattr(outputs.fcntl, "flock", fail)
-    else:
-        monkeypatch.setattr(outputs, "HAS_LOCKS", False)
-    with claimed(tmp_path / "run"), claimed(tmp_path / "run"):
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with claim_folder(tmp_path / "run"), claim_folder(tmp_path / "run"):
         (tmp_path / "run/file").touch()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["file"]
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="no /proc")

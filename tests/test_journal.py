@@ -1,6 +1,7 @@
 """The work folder: what counts as finished, what is cleared away, who is kept out, and what a kill leaves."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -16,7 +17,6 @@ from typing import Any
 
 import pytest
 
-from mdl_toolkit import journal
 from mdl_toolkit.dataset import shard_name
 from mdl_toolkit.errors import DatasetError, InputError, Problems
 from mdl_toolkit.journal import WorkFolder
@@ -137,7 +137,7 @@ def test_each_rank_may_be_there_once(output):
 
 def test_a_look_at_the_lock_locks_nobody_out(output, monkeypatch):
     """Ranks see by locking for a moment whether another one is there."""
-    real, calls = journal.fcntl.lockf, []
+    real, calls = fcntl.lockf, []
 
     def lockf(*words):
         calls.append(words)
@@ -145,7 +145,7 @@ def test_a_look_at_the_lock_locks_nobody_out(output, monkeypatch):
             raise OSError(errno.EAGAIN, "for a moment")
         return real(*words)
 
-    monkeypatch.setattr(journal.fcntl, "lockf", lockf)
+    monkeypatch.setattr(fcntl, "lockf", lockf)
     with WorkFolder(output):
         pass
     assert len(calls) == 4
@@ -162,7 +162,7 @@ def test_a_folder_that_is_removed_while_it_is_locked(output, partial, monkeypatc
             shutil.rmtree(partial)
         return descriptor
 
-    monkeypatch.setattr(journal.os, "open", open_and_remove)
+    monkeypatch.setattr(os, "open", open_and_remove)
     with WorkFolder(output):
         assert (partial / "lock").exists()
         process = subprocess.run(
@@ -175,7 +175,7 @@ def test_where_there_are_no_locks(output, monkeypatch):
     def lockf(*_):
         raise OSError(errno.ENOLCK, "no locks available")
 
-    monkeypatch.setattr(journal.fcntl, "lockf", lockf)
+    monkeypatch.setattr(fcntl, "lockf", lockf)
     with WorkFolder(output) as first, WorkFolder(output, 1) as second:
         assert not second.join(PLAN)
         first.begin(PLAN)

@@ -112,12 +112,12 @@ def has_logged(output, step):
 @pytest.mark.parametrize(
     ("event", "text"),
     [
-        ("os.mkdir", ".saving/checkpoint-5"),
-        ("open", ".saving/checkpoint-5/state.json"),
-        ("open", ".saving/checkpoint-5/checksums.json"),
-        ("os.rename", ".saving/checkpoint-5"),
-        ("os.mkdir", "run/.final.partial"),
-        ("os.rename", "run/.final.partial"),
+        ("os.mkdir", r"run/\.checkpoint-5\.partial-"),
+        ("open", r"run/\.checkpoint-5\.partial-\w+/state\.json"),
+        ("open", r"run/\.checkpoint-5\.partial-\w+/checksums\.json"),
+        ("os.rename", r"run/\.checkpoint-5\.partial-"),
+        ("os.mkdir", r"run/\.final\.partial-"),
+        ("os.rename", r"run/\.final\.partial-"),
     ],
 )
 def test_killed_at_an_exact_moment(place, tmp_path, start, event, text):
@@ -141,11 +141,12 @@ def test_killed_while_the_log_is_rewritten(place, tmp_path, start):
     job = start(words)
     assert job.until(partial(has_logged, output, 3))
     job.kill()
-    for text in ("log.partial", "run/log.partial"):
-        assert start([*words, *RESUME], partial(die_before, "os.rename", text)).end() == -9
+    for _ in range(2):
+        job = start([*words, *RESUME], partial(die_before, "os.rename", r"run/\.log\.jsonl\.partial-"))
+        assert job.end() == -9
     assert start([*words, *RESUME]).end() == 0
     check_same_end(output, place)
-    assert not (output / "log.partial").exists()
+    assert not [*output.glob(".*")]
 
 
 # --- otherwise than before ----------------------------------------------------------------------------------
@@ -360,6 +361,19 @@ def test_a_thing_of_the_past_is_gone(place, tmp_path, start):
         "mdl-toolkit.yaml", "notes.txt", "report.html",
     ]  # fmt: skip
     check_same_end(output, place)
+
+
+def test_a_checkpoint_that_was_away_when_an_earlier_version_was_killed_is_put_back(place, tmp_path):
+    """It saved under `.saving`, and rewrote the log as `log.partial`."""
+    output = tmp_path / "run"
+    copy(place / "whole/checkpoint-8", output / ".saving/checkpoint-8.old")
+    copy(place / "whole/checkpoint-8", output / ".saving/checkpoint-8")
+    copy(place / "whole/log.jsonl", output / "log.jsonl")
+    (output / "log.partial").touch()
+    train(options_of(place, output, resume_from_checkpoint=True))
+    check_same_end(output, place)
+    assert not {".saving", "log.partial"} & {path.name for path in output.iterdir()}
+    assert not [*output.glob("previous-*")]
 
 
 def test_a_result_that_was_away_when_a_run_was_killed_is_not_lost(place, tmp_path):

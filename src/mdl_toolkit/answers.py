@@ -20,15 +20,9 @@ from pathlib import Path
 from typing import IO
 
 from mdl_toolkit.errors import InputError
+from mdl_toolkit.files import replace_file, writing
+from mdl_toolkit.locks import held
 from mdl_toolkit.manifest import Row
-from mdl_toolkit.outputs import replacing_file, writing
-
-try:
-    import fcntl
-except ImportError:  # no such locks on this platform: two runs into one output are not told apart
-    fcntl = None  # type: ignore[assignment]
-
-HAS_LOCKS: bool = fcntl is not None
 
 
 class Journal:
@@ -49,23 +43,12 @@ class Journal:
         """
         with writing(f"--output {self.output}", InputError):
             self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / "lock").open("w", encoding="utf-8")
-        with file:
-            self._take(file)
+        busy = InputError(
+            f"--output {self.output}: another inference is writing it; wait for its end",
+            f"--output {self.output}：另一个推理正在写入该文件；请等待其结束",
+        )
+        with held(self.path / "lock", busy):
             yield
-
-    def _take(self, file: IO[str]) -> None:
-        if not HAS_LOCKS:
-            return
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"--output {self.output}: another inference is writing it; wait for its end",
-                f"--output {self.output}：另一个推理正在写入该文件；请等待其结束",
-            ) from None
-        except OSError:
-            return  # a file system without locks
 
     # --- what is known already ---
 
@@ -148,7 +131,11 @@ def write_table(
     """
     names = [*columns, *(name for name in new if name not in columns)]
     places = [names.index(name) for name in new]
-    with replacing_file(output) as work, work.open("w", encoding="utf-8", newline="") as file:
+    with (
+        writing(f"--output {output}", InputError),
+        replace_file(output) as work,
+        work.open("w", encoding="utf-8", newline="") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(names)
         for row, cells in rows:

@@ -21,12 +21,12 @@ from mdl_toolkit.conversation import messages_of
 from mdl_toolkit.conversion import FEW_ROWS, read_rows
 from mdl_toolkit.download import Downloads
 from mdl_toolkit.errors import InputError, ModelError, RowProblem
+from mdl_toolkit.files import check_apart, replace_file, writing
 from mdl_toolkit.findings import Figures, Findings, audio_tokens
 from mdl_toolkit.folders import check_trainable, find_model
 from mdl_toolkit.inspection import Facts, Inspection
 from mdl_toolkit.manifest import Manifest, Row
 from mdl_toolkit.options import CheckOptions
-from mdl_toolkit.outputs import check_apart, replacing_file
 from mdl_toolkit.recordings import Recordings
 from mdl_toolkit.settings import SETTINGS_FILE, from_mapping, read_settings, to_yaml
 from mdl_toolkit.text_files import read_text_files
@@ -274,11 +274,11 @@ def _write_fixed(output: Path, manifest: Manifest, found: Findings, options: Che
     """
     lines = set(found.bad)
     if found.rows:
-        with replacing_file(output, "--write-fixed") as work, work.open("wb") as file:
-            manifest.copy_without(lines, file)
-        settings = output.with_name(f"{output.name}.{SETTINGS_FILE}")
-        with replacing_file(settings, "--write-fixed") as work:
-            work.write_text(to_yaml(options), encoding="utf-8")
+        with writing(f"--write-fixed {output}", InputError):
+            with replace_file(output) as work, work.open("wb") as file:
+                manifest.copy_without(lines, file)
+            with replace_file(output.with_name(f"{output.name}.{SETTINGS_FILE}")) as work:
+                work.write_text(to_yaml(options), encoding="utf-8")
     return {"path": str(output), "rows": found.rows, "left_out": len(lines)}
 
 
@@ -291,7 +291,11 @@ def _tell(figures: Figures, place: bool | str | None) -> None:
         _write_json(figures, sys.stdout)
         return
     if isinstance(place, str):
-        with replacing_file(Path(place), "--json") as work, work.open("w", encoding="utf-8") as file:
+        with (
+            writing(f"--json {place}", InputError),
+            replace_file(Path(place)) as work,
+            work.open("w", encoding="utf-8") as file,
+        ):
             _write_json(figures, file)
     for line in report_lines(figures, coloured=sys.stdout.isatty()):
         sys.stdout.write(f"{line}\n")

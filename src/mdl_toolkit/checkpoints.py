@@ -10,8 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,16 +21,15 @@ from torch import Tensor
 
 from mdl_toolkit.console import warn
 from mdl_toolkit.errors import ModelError
+from mdl_toolkit.files import fsync, remove_folder, replace_folder
 from mdl_toolkit.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FINAL, read_json
 from mdl_toolkit.language import Text
-from mdl_toolkit.outputs import to_disk
 from mdl_toolkit.provenance import PROVENANCE_FILE
 from mdl_toolkit.settings import SETTINGS_FILE
 
 LOG = "log.jsonl"
 PLOT = "loss.png"
 REPORT = "report.html"
-WORK, AWAY = ".saving", ".old"
 STATE, OPTIMIZER, CHECKSUMS = "state.json", "optimizer.safetensors", "checksums.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _NEEDED = (STATE, OPTIMIZER, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
@@ -81,13 +79,14 @@ def save(
         OSError: the disk does not take it; what was there before is untouched.
     """
     try:
-        with _becoming(output / f"checkpoint-{step}") as work:
+        with replace_folder(output / f"checkpoint-{step}") as work:
             adapter(work)
             save_file(dict(optimizer), work / OPTIMIZER)
             _write_state(work, {**state, "step": step})
             (work / SETTINGS_FILE).write_text(settings, encoding="utf-8")
             if (output / PROVENANCE_FILE).is_file():  # of all the run's checkpoints
                 shutil.copyfile(output / PROVENANCE_FILE, work / PROVENANCE_FILE)
+            _seal(work)
     except SafetensorError as problem:  # how safetensors tells of a full disk
         number = re.search(r"os error (\d+)", str(problem))
         raise (
@@ -101,24 +100,10 @@ def save_state(output: Path, checkpoint: "Checkpoint", state: Mapping[str, Any])
     Raises:
         OSError: the disk does not take it; what was there before is untouched.
     """
-    with _becoming(output / f"checkpoint-{checkpoint.step}") as work:
+    with replace_folder(output / f"checkpoint-{checkpoint.step}") as work:
         shutil.copytree(checkpoint.folder, work, dirs_exist_ok=True)
         _write_state(work, {**checkpoint.state, **state})
-
-
-@contextmanager
-def _becoming(target: Path) -> Iterator[Path]:
-    """A folder to be filled, which becomes this checkpoint if nothing goes wrong."""
-    output, work = target.parent, target.parent / WORK / target.name
-    try:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        yield work
         _seal(work)
-        _put_in_place(work, target)
-    finally:
-        put_back(output)
-        shutil.rmtree(output / WORK, ignore_errors=True)
 
 
 def _write_state(folder: Path, state: Mapping[str, Any]) -> None:
@@ -131,24 +116,10 @@ def _seal(folder: Path) -> None:
     (folder / CHECKSUMS).unlink(missing_ok=True)  # of what it is a copy of
     for file in sorted(folder.iterdir()):
         file.chmod(0o644)  # safetensors lets nobody but the owner read
-        to_disk(file)
+        fsync(file)
         sums[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
-    to_disk(folder / CHECKSUMS)
-
-
-def _put_in_place(work: Path, target: Path) -> None:
-    if target.exists():
-        target.rename(work.with_suffix(AWAY))
-    work.rename(target)
-    to_disk(target.parent)
-
-
-def put_back(output: Path) -> None:
-    """Give a checkpoint its place again that was away for a newer one of its step when a run was killed."""
-    for away in (output / WORK).glob(f"checkpoint-*{AWAY}"):
-        if not (target := output / away.stem).exists():
-            away.rename(target)
+    fsync(folder / CHECKSUMS)
 
 
 def _sha256(file: Path) -> str:
@@ -310,12 +281,9 @@ def delete_oldest(output: Path, limit: int, keep: frozenset[Path]) -> int:
 
 
 def _delete(checkpoint: Path) -> bool:
-    """Whole or not at all: under its name there is never a part of it. Tell whether it is gone."""
-    work = checkpoint.parent / WORK / checkpoint.name
+    """Delete a checkpoint; tell whether it is gone."""
     try:
-        work.parent.mkdir(exist_ok=True)
-        checkpoint.rename(work)
-        shutil.rmtree(work.parent)
+        remove_folder(checkpoint)
     except OSError as problem:
         reason = problem.strerror or str(problem)
         warn(f"{checkpoint} cannot be deleted: {reason}", f"无法删除 {checkpoint}：{reason}")

@@ -22,11 +22,11 @@ from mdl_toolkit.console import Progress, progress, say, warn
 from mdl_toolkit.dataset import FORMAT, ConvertedDataset, Record, check_output, write_metadata
 from mdl_toolkit.download import Downloads
 from mdl_toolkit.errors import MOST_ROWS_SHOWN, DatasetError, Problems, RowProblem, RowsError
+from mdl_toolkit.files import check_apart, removing_empty, writing
 from mdl_toolkit.folders import find_model
 from mdl_toolkit.journal import WorkFolder
 from mdl_toolkit.manifest import Manifest, Row, is_url, read_manifest
 from mdl_toolkit.options import ConversionOptions, ConvertOptions
-from mdl_toolkit.outputs import check_apart, removing_empty, writing
 from mdl_toolkit.plan import Plan, Shard, rows_of, survey
 from mdl_toolkit.settings import SETTINGS_FILE, to_yaml
 from mdl_toolkit.shards import Job, ShardTask, Step

@@ -1,15 +1,15 @@
 """A run's curves to `loss.png`, and a confusion matrix to a picture, for a paper; neither ends a training."""
 
-import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mdl_toolkit.checkpoints import LOG, PLOT, WORK
+from mdl_toolkit.checkpoints import LOG, PLOT
 from mdl_toolkit.console import warn
+from mdl_toolkit.errors import InputError
+from mdl_toolkit.files import replace_file, writing
 from mdl_toolkit.metrics import METRICS
-from mdl_toolkit.outputs import replacing_file
 from mdl_toolkit.runlog import Smooth, read_log, series
 
 SIZE, DOTS = (9.0, 5.0), 120  # inches, and dots in an inch
@@ -23,7 +23,7 @@ def plot(output: Path) -> None:
     """Draw `loss.png` into a run's folder, whole or not at all; why it cannot be drawn is only warned of."""
     try:
         if (lines := _lines(output)) is not None:
-            _put_in_place(_figure(lines), output)
+            _save(_figure(lines), output / PLOT)
     except Exception as problem:  # noqa: BLE001 - a library for pictures ends no run, whatever it raises
         warn(f"{PLOT} cannot be drawn: {problem}", f"无法绘制 {PLOT}：{problem}")
 
@@ -45,19 +45,14 @@ def _lines(run: Path) -> list[dict[str, Any]] | None:
 
 
 def _saved(figure: Any, path: Path) -> Path:
-    with replacing_file(path, "--png") as work:
-        figure.savefig(work, format="png")
+    with writing(f"--png {path}", InputError):
+        _save(figure, path)
     return path
 
 
-def _put_in_place(figure: Any, output: Path) -> None:
-    work = output / WORK / PLOT
-    try:
-        work.parent.mkdir(exist_ok=True)
+def _save(figure: Any, path: Path) -> None:
+    with replace_file(path) as work:
         figure.savefig(work, format="png")
-        work.replace(output / PLOT)
-    finally:
-        shutil.rmtree(work.parent, ignore_errors=True)
 
 
 def _empty_figure(width: float, height: float) -> Any:

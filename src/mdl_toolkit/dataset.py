@@ -19,7 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mdl_toolkit.errors import DatasetError, InputError
-from mdl_toolkit.outputs import to_disk, writing
+from mdl_toolkit.files import fsync, writing
 from mdl_toolkit.packing import PackedAudio, unpack_audio
 from mdl_toolkit.provenance import Prompts
 from mdl_toolkit.text_files import TextFiles
@@ -173,7 +173,7 @@ class ShardWriter:
         with self._writing():
             self._stream.close()
             self._sink.close()
-            to_disk(self._file)
+            fsync(self._file)
             return self._file.stat().st_size
 
     def discard(self) -> None:

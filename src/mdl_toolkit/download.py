@@ -5,28 +5,20 @@ For each address the cache's folder holds, named by the address's SHA-256:
     HASH            the content, whole
     HASH.json       the record: for which run it was asked for last, and what the server said of the content
     HASH.lock       locked by whoever is at it; never removed
-    HASH.*.part     being written; what a killed process leaves is in nobody's way
+    .HASH.partial-* being written; what a killed process leaves is in nobody's way
 
 How a server is asked is for `fetching` to know.
 """
 
 import json
-import secrets
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO
 
 from mdl_toolkit.errors import AudioError
 from mdl_toolkit.fetching import MEGABYTE, FetchError, Limits, Version, digest, fetch, origin, refusal
+from mdl_toolkit.files import partial_name, writing
 from mdl_toolkit.language import Text
-from mdl_toolkit.outputs import writing
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from mdl_toolkit.locks import held
 
 MOST_HOSTS = 1_000  # hosts out of reach that are remembered
 
@@ -57,7 +49,7 @@ class Downloads:
         content = self._content(url)
         with writing(str(self._folder), AudioError):
             self._folder.mkdir(parents=True, exist_ok=True)
-            with _locked(content.with_suffix(".lock")):
+            with held(content.with_suffix(".lock")):
                 record = self._record(url, content)
         if record.en:
             raise refusal(url, Text(record.en, record.zh))
@@ -79,7 +71,7 @@ class Downloads:
         """Bring the content of an address up to date, and say what is known of it then."""
         host, content = origin(url), self._content(url)
         limits = Limits(self._max_mb, tries=1 if host in self._unreached else Limits.tries)
-        with _partial(content) as partial:
+        with partial_name(content) as partial:
             try:
                 found = fetch(url, partial, limits, known)
             except FetchError as failure:
@@ -129,37 +121,9 @@ def _read_record(content: Path) -> _Record:
 
 
 def _write_record(content: Path, record: _Record) -> None:
-    with _partial(content) as partial:
+    with partial_name(content) as partial:
         partial.write_text(json.dumps(asdict(record)), encoding="utf-8")
         partial.replace(content.with_suffix(".json"))
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Keep out other threads, processes and machines, where platform and file system have locks."""
-    with ExitStack() as stack:
-        if fcntl is not None:
-            with suppress(OSError):
-                file = stack.enter_context(path.open("ab"))
-                fcntl.flock(file, fcntl.LOCK_EX)
-                stack.callback(_unlock, file)
-        yield
-
-
-def _unlock(file: IO[bytes]) -> None:
-    """Closing would not do where a forked process has the file open too."""
-    with suppress(OSError):
-        fcntl.flock(file, fcntl.LOCK_UN)
-
-
-@contextmanager
-def _partial(content: Path) -> Iterator[Path]:
-    """A name that nobody else has; nothing has it in the end."""
-    path = content.with_suffix(f".{secrets.token_hex(8)}.part")
-    try:
-        yield path
-    finally:
-        path.unlink(missing_ok=True)
 
 
 def _size(path: Path) -> int | None:

@@ -11,11 +11,11 @@ import numpy as np
 
 from mdl_toolkit.audio_links import folder_of
 from mdl_toolkit.console import say
-from mdl_toolkit.errors import RowProblem, RowsError, UsageError
+from mdl_toolkit.errors import InputError, RowProblem, RowsError, UsageError
+from mdl_toolkit.files import check_apart, check_file, removing_empty, replace_file, writing
 from mdl_toolkit.html_page import write_page
 from mdl_toolkit.language import Text
 from mdl_toolkit.metrics import CHARACTER, WORD
-from mdl_toolkit.outputs import check_apart, check_file, removing_empty, replacing_file
 from mdl_toolkit.pairs import SCORE, Grouping, Pairs, grouped, read_pairs
 from mdl_toolkit.report_rows import evaluation_values
 from mdl_toolkit.resampling import (
@@ -350,6 +350,6 @@ def _write(output: Path, evaluation: Evaluation, options: EvaluateOptions) -> No
             (output, text),
             (output.with_name(f"{output.name}.{SETTINGS_FILE}"), to_yaml(options)),
         ):
-            with replacing_file(path) as work:
+            with writing(f"--output {path}", InputError), replace_file(path) as work:
                 work.write_text(content, encoding="utf-8", newline="")
     say(f"written: {output}", f"已写入：{output}")

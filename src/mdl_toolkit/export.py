@@ -18,8 +18,8 @@ from mdl_toolkit.card import About, card
 from mdl_toolkit.console import warn
 from mdl_toolkit.dataset import Sample
 from mdl_toolkit.errors import InputError, ModelError
+from mdl_toolkit.files import replace_folder, writing
 from mdl_toolkit.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, quantized_by, read_json
-from mdl_toolkit.outputs import replacing, writing
 from mdl_toolkit.proof import prove
 from mdl_toolkit.provenance import PROVENANCE_FILE
 from mdl_toolkit.settings import SETTINGS_FILE
@@ -66,10 +66,9 @@ def export_merged(
             answer as base and adapter do.
         InputError: the disk does not take it.
     """
-    with replacing(output) as work:
-        with writing(f"--output {output}", InputError):
-            merge(base, adapter, work, dtype)
-            _describe(work, base, about, is_adapter=False)
+    with writing(f"--output {output}", InputError), replace_folder(output) as work:
+        merge(base, adapter, work, dtype)
+        _describe(work, base, about, is_adapter=False)
         if samples:
             prove(base, adapter, work, samples)
 
@@ -80,7 +79,7 @@ def export_adapter(base: Path, adapter: Path, output: Path, about: About) -> Non
     Raises:
         InputError: the disk does not take it.
     """
-    with replacing(output) as work, writing(f"--output {output}", InputError):
+    with writing(f"--output {output}", InputError), replace_folder(output) as work:
         for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
             shutil.copyfile(adapter / name, work / name)
         for pattern in _BESIDE_ADAPTER:

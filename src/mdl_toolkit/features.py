@@ -21,6 +21,7 @@ from mdl_toolkit.console import progress, say
 from mdl_toolkit.dataset import ConvertedDataset
 from mdl_toolkit.distributed import World
 from mdl_toolkit.errors import DatasetError, InputError, UsageError
+from mdl_toolkit.files import writing
 from mdl_toolkit.halving import AtOnce
 from mdl_toolkit.language import Text
 from mdl_toolkit.loader import Loader
@@ -28,7 +29,6 @@ from mdl_toolkit.loading import best_device, choose_dtype
 from mdl_toolkit.memory import size
 from mdl_toolkit.model import MiDashengLMConfig
 from mdl_toolkit.model.lengths import audio_token_count
-from mdl_toolkit.outputs import writing
 from mdl_toolkit.sampling import Rows
 from mdl_toolkit.stopping import end_if_asked
 from mdl_toolkit.training_options import TrainOptions

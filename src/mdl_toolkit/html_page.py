@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mdl_toolkit import __version__
-from mdl_toolkit.outputs import replacing_file
+from mdl_toolkit.errors import InputError
+from mdl_toolkit.files import replace_file, writing
 
 SCRIPTS = ("words", "differences", "charts", "rows", "filters", "start")  # in the order in which they run
 # Nothing is fetched but recordings; style and script are the ones in the file, known by their hash.
@@ -39,7 +40,7 @@ def write_page(path: Path, name: str, values: Mapping[str, Any], option: str = "
     """
     made = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     text = _page({"name": name, "toolkit": __version__, "made": made, **values})
-    with replacing_file(path, option) as work:
+    with writing(f"{option} {path}", InputError), replace_file(path) as work:
         work.write_text(text, encoding="utf-8", newline="\n")
 
 

@@ -24,6 +24,7 @@ from mdl_toolkit.conversion import PLAN_FILE, read_rows
 from mdl_toolkit.distributed import PeerLostError, World, joined
 from mdl_toolkit.engines import check_engine, make_engine
 from mdl_toolkit.errors import InputError
+from mdl_toolkit.files import check_apart, check_file, removing_empty
 from mdl_toolkit.folders import ADAPTER_CONFIG, find_model
 from mdl_toolkit.inputs import KEEP, Inputs, Room, convert_inputs, open_inputs, prompted
 from mdl_toolkit.language import Text
@@ -31,7 +32,6 @@ from mdl_toolkit.listing import is_listing, list_recordings, write_listing
 from mdl_toolkit.loader import Loader
 from mdl_toolkit.loading import base_of, explaining_memory
 from mdl_toolkit.manifest import Manifest, Row
-from mdl_toolkit.outputs import check_apart, check_file, removing_empty
 from mdl_toolkit.provenance import read_provenance
 from mdl_toolkit.report import report_answers
 from mdl_toolkit.result_options import InferenceOptions

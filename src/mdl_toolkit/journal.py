@@ -14,7 +14,6 @@ A shard counts as finished when its line in the journal is on the disk, and that
 itself is. Whatever a killed run leaves is therefore either finished or not looked at.
 """
 
-import errno
 import json
 import os
 import secrets
@@ -24,23 +23,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from mdl_toolkit.dataset import shard_name
 from mdl_toolkit.errors import DatasetError, InputError
-from mdl_toolkit.outputs import put_in_place, to_disk, writing
+from mdl_toolkit.files import fsync, put_in_place, write_text, writing
+from mdl_toolkit.locks import TRIES, ByteLocks
 from mdl_toolkit.plan import Plan, Shard
 from mdl_toolkit.summary import Tally
 
-try:
-    import fcntl
-except ImportError:  # no such locks on this platform: two conversions into one output are not told apart
-    fcntl = None  # type: ignore[assignment]
-
-_RANKS = 1 << 20  # byte r of the lock file stands for rank r, byte _RANKS + n for shard n
-_BEGUN = _RANKS - 1  # the first rank has made its plan known
-_LOOKS = 10  # how often a lock is tried that others may have for a moment
-_PAUSE = 0.02  # seconds between
+# Byte r of the lock file stands for rank r, byte _RANKS + n for shard n; _BEGUN: the plan is made known.
+_RANKS = 1 << 20
+_BEGUN = _RANKS - 1
 
 
 @dataclass(frozen=True)
@@ -76,11 +69,11 @@ class WorkFolder:
         self._previous = self.path / "previous"
         self.run = secrets.token_hex(8)  # a name of this run, the same in all ranks
         self._count, self._began = 0, 0.0
-        self._has_locks = fcntl is not None
 
     def __enter__(self) -> "WorkFolder":
         with writing(f"--output {self.output}", InputError):
-            while not self._lock():  # a run that just ended has removed the folder in between
+            # A run that just ended may remove the folder in between.
+            while not self._lock():
                 pass
             if self.rank == 0:
                 self._plan.unlink(missing_ok=True)
@@ -88,7 +81,7 @@ class WorkFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *more: BaseException | TracebackType | None) -> None:
-        os.close(self._descriptor)
+        self._locks.close()
 
     # --- the plan ---
 
@@ -103,8 +96,8 @@ class WorkFolder:
             names = {shard_name(number, self._count) for number in kept}
             _keep_only(self._entries, {f"{number}.json" for number in kept})
             _keep_only(self.dataset, names)
-            _write(self._plan, {"fingerprint": plan.fingerprint, "run": self.run})
-        self._lock_soon(_BEGUN)
+            write_text(self._plan, json.dumps({"fingerprint": plan.fingerprint, "run": self.run}))
+        self._locks.try_acquire(_BEGUN, TRIES)
         return sum(shard.rows for shard in kept.values())
 
     def join(self, plan: Plan) -> bool:
@@ -140,17 +133,14 @@ class WorkFolder:
 
     def is_free(self, shard: Shard) -> bool:
         """Tell whether nobody is at a shard."""
-        if not self._try_lock(_RANKS + shard.number):
-            return False
-        self._unlock(_RANKS + shard.number)
-        return True
+        return self._locks.is_free(_RANKS + shard.number)
 
     def claim(self, shard: Shard) -> bool:
         """Take a shard for this process, if nobody else is at it or has finished it."""
-        if not self._try_lock(_RANKS + shard.number):
+        if not self._locks.try_acquire(_RANKS + shard.number):
             return False
         if self.entry(shard) is not None:
-            self._unlock(_RANKS + shard.number)
+            self._locks.release(_RANKS + shard.number)
             return False
         return True
 
@@ -173,10 +163,10 @@ class WorkFolder:
         with writing(str(self.dataset), DatasetError):
             if is_stored:
                 file.replace(self._shard(shard))
-                to_disk(self.dataset)
+                fsync(self.dataset)
             entry = {"fingerprint": shard.fingerprint, "tally": tally.to_json(), "is_stored": is_stored}
-            _write(self._entries / f"{shard.number}.json", entry)
-        self._unlock(_RANKS + shard.number)
+            write_text(self._entries / f"{shard.number}.json", json.dumps(entry))
+        self._locks.release(_RANKS + shard.number)
 
     def _shard(self, shard: Shard) -> Path:
         return self.dataset / shard_name(shard.number, self._count)
@@ -211,7 +201,7 @@ class WorkFolder:
 
     def leave(self) -> None:
         """Remove the folder if nothing in it is finished and no other process works for the first rank."""
-        if self._lock_soon(0) and not any(self._entries.glob("*.json")):
+        if self._locks.try_acquire(0, TRIES) and not any(self._entries.glob("*.json")):
             self.remove()
 
     def _restore(self) -> None:
@@ -223,56 +213,30 @@ class WorkFolder:
 
     def is_held(self, rank: int) -> bool:
         """Tell whether another process works for a rank; where there are no locks, it may be."""
-        if not self._try_lock(rank):
-            return True
-        self._unlock(rank)
-        return not self._has_locks
+        return not self._locks.is_free(rank) or not self._locks.are_there
 
     def _lock(self) -> bool:
         """Lock the folder for this rank; False if the folder was removed meanwhile."""
         self.path.mkdir(parents=True, exist_ok=True)
         place = self.path / "lock"
         try:
-            self._descriptor = os.open(place, os.O_RDWR | os.O_CREAT, 0o666)
+            self._locks = ByteLocks(place)
         except FileNotFoundError:
             return False
-        if not self._lock_soon(self.rank):
-            os.close(self._descriptor)
+        if not self._locks.try_acquire(self.rank, TRIES):
+            self._locks.close()
             raise InputError(
                 f"--output {self.output}: another conversion is writing it; wait for its end",
                 f"--output {self.output}：另一个转换正在写入该位置；请等待其结束",
             )
         with suppress(OSError):
-            os.utime(place)  # by the clock of whoever keeps the files
+            # By the clock of whoever keeps the files.
+            os.utime(place)
             self._began = place.stat().st_mtime - _age()
-            if place.stat().st_ino == os.fstat(self._descriptor).st_ino:
+            if self._locks.is_in_place():
                 return True
-        os.close(self._descriptor)
+        self._locks.close()
         return False
-
-    def _lock_soon(self, byte: int) -> bool:
-        """Lock a byte; others may have it for the moment in which they look whether it is locked."""
-        for _ in range(_LOOKS):
-            if self._try_lock(byte):
-                return True
-            time.sleep(_PAUSE)
-        return False
-
-    def _try_lock(self, byte: int) -> bool:
-        if not self._has_locks:
-            return True
-        try:
-            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
-        except OSError as problem:
-            if problem.errno in (errno.EACCES, errno.EAGAIN):
-                return False
-            self._has_locks = False  # the file system has none: double work is the worst that happens
-        return True
-
-    def _unlock(self, byte: int) -> None:
-        if self._has_locks:
-            with suppress(OSError):
-                fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, byte)
 
 
 def _age() -> float:
@@ -287,12 +251,3 @@ def _keep_only(folder: Path, names: set[str]) -> None:
     for path in folder.iterdir():
         if path.name not in names:
             path.unlink()
-
-
-def _write(path: Path, value: Any) -> None:
-    """Write JSON, whole or not at all, and wait until it is on the disk."""
-    work = path.with_suffix(f".{secrets.token_hex(4)}")
-    work.write_text(json.dumps(value), encoding="utf-8")
-    to_disk(work)
-    work.replace(path)
-    to_disk(path.parent)

@@ -7,6 +7,7 @@ from mdl_toolkit.checkpoints import CHECKSUMS, damage
 from mdl_toolkit.console import say
 from mdl_toolkit.errors import InputError, ModelError
 from mdl_toolkit.export import export_merged
+from mdl_toolkit.files import check_apart
 from mdl_toolkit.folders import (
     ADAPTER_CONFIG,
     BASE_NAME,
@@ -16,7 +17,6 @@ from mdl_toolkit.folders import (
     read_json,
 )
 from mdl_toolkit.loading import base_of, quiet_libraries
-from mdl_toolkit.outputs import check_apart
 from mdl_toolkit.proof import invented_rows
 from mdl_toolkit.provenance import Base, Provenance, read_provenance
 from mdl_toolkit.result_options import MergeOptions

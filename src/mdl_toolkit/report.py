@@ -10,10 +10,10 @@ from mdl_toolkit.console import say, warn
 from mdl_toolkit.curve import draw_confusion, draw_run
 from mdl_toolkit.errors import UsageError
 from mdl_toolkit.evaluation import evaluate, page_values
+from mdl_toolkit.files import check_file
 from mdl_toolkit.html_page import write_page
 from mdl_toolkit.listing import is_listing
 from mdl_toolkit.manifest import PREDICTION
-from mdl_toolkit.outputs import check_file
 from mdl_toolkit.pairs import REFERENCE
 from mdl_toolkit.report_rows import table_values
 from mdl_toolkit.report_run import run_values

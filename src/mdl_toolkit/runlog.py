@@ -17,8 +17,8 @@ from mdl_toolkit.advice import LossWatch
 from mdl_toolkit.checkpoints import LOG
 from mdl_toolkit.console import PLAIN_INTERVAL, Progress, clock, is_first_process, say, warn
 from mdl_toolkit.errors import InputError
+from mdl_toolkit.files import write_text, writing
 from mdl_toolkit.language import Text
-from mdl_toolkit.outputs import writing
 from mdl_toolkit.sampling import Rows, Sampling
 from mdl_toolkit.trackers import Trackers
 
@@ -113,7 +113,7 @@ class RunLog:
         if is_first_process() and self._file.exists():
             kept = [line for line in read_log(self._file) if line["step"] <= step]
             with writing(str(self._file), InputError):
-                self._rewrite(kept)
+                write_text(self._file, "".join(map(_line, kept)))
             self._watch.losses[:] = [line["loss"] for line in kept if "loss" in line]
         self._began = self._mark = time.monotonic()
 
@@ -173,7 +173,7 @@ class RunLog:
             return
         try:
             if "eval_loss" in values and (others := self._without_evaluation(step)) is not None:
-                self._rewrite([*others, {"step": step, **values}])
+                write_text(self._file, "".join(map(_line, [*others, {"step": step, **values}])))
             else:
                 with self._file.open("a", encoding="utf-8") as file:
                     file.write(f"{self._end_of_a_cut_line}{_line({'step': step, **values})}")
@@ -187,11 +187,6 @@ class RunLog:
         lines = read_log(self._file) if self._file.exists() else []
         others = [line for line in lines if line["step"] != step or "eval_loss" not in line]
         return others if len(others) < len(lines) else None
-
-    def _rewrite(self, lines: list[dict[str, Any]]) -> None:
-        work = self._file.with_suffix(".partial")
-        work.write_text("".join(map(_line, lines)), encoding="utf-8")
-        work.replace(self._file)
 
     def _warn_once(self, reason: str) -> None:
         if not self._has_warned:

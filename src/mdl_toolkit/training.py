@@ -27,10 +27,10 @@ from mdl_toolkit.briefing import (
 )
 from mdl_toolkit.checkpoints import (
     LOG,
-    WORK,
+    PLOT,
+    REPORT,
     Checkpoint,
     checkpoint_at,
-    put_back,
     save_state,
     set_aside,
     to_resume,
@@ -41,6 +41,7 @@ from mdl_toolkit.dataset import ConvertedDataset
 from mdl_toolkit.distributed import World, joined
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.features import FeatureCache, check_frozen
+from mdl_toolkit.files import check_apart, claim_folder, clear_up, writing
 from mdl_toolkit.folders import (
     ADAPTER_CONFIG,
     BITSANDBYTES,
@@ -63,7 +64,6 @@ from mdl_toolkit.lora import TargetCount, add_adapters, check_resumable
 from mdl_toolkit.memory import plan_memory
 from mdl_toolkit.metrics import METRICS
 from mdl_toolkit.option import spelling
-from mdl_toolkit.outputs import check_apart, claimed, writing
 from mdl_toolkit.provenance import Provenance
 from mdl_toolkit.recomputing import Kept
 from mdl_toolkit.report import report_training
@@ -129,10 +129,10 @@ def train(options: TrainOptions) -> TrainResult:
     output = Path(options.output)
     _check_places(output, options)
     # Of several processes the first one writes.
-    with Interruption(), claimed(output) if is_first_process() else nullcontext():
+    with Interruption(), claim_folder(output) if is_first_process() else nullcontext():
         if is_first_process():
             with writing(f"--output {output}", InputError):
-                put_back(output)
+                _clear_up(output)
         return _prepare_and_run(options, output / PRIVATE)
 
 
@@ -340,8 +340,6 @@ def _prepare_output(run: _Run) -> None:
     options, output = run.options, Path(run.options.output)
     if not run.world.is_first:
         return
-    with writing(f"--output {output}", InputError):
-        _clear(output)
     if options.resume_from_checkpoint is True and run.resume is None:
         warn(
             f"no complete checkpoint in {output}: starting afresh",
@@ -372,14 +370,15 @@ def _bring_the_best(run: _Run, step: int | None) -> None:
         )
 
 
-def _clear(output: Path) -> None:
-    """Remove what a killed run left half-written; a result that was away for a new one is put back."""
-    for away in output.glob(f".{FINAL}.old-*"):
-        if not (output / FINAL).exists():
-            away.rename(output / FINAL)
-    for left in (output / WORK, *output.glob(f".{FINAL}.*-*")):
-        shutil.rmtree(left, ignore_errors=True)
-    (output / LOG).with_suffix(".partial").unlink(missing_ok=True)
+def _clear_up(output: Path) -> None:
+    """Remove what a killed run left half-written; what was away for something new is put back."""
+    clear_up(output, FINAL, LOG, PLOT, REPORT, "checkpoint-*")
+    # As versions before 2026-12 left it.
+    for away in output.glob(".saving/checkpoint-*.old"):
+        if not (output / away.stem).exists():
+            away.rename(output / away.stem)
+    shutil.rmtree(output / ".saving", ignore_errors=True)
+    (output / "log.partial").unlink(missing_ok=True)
 
 
 def _trainable_model(

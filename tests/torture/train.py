@@ -77,7 +77,7 @@ class Training(Attempt):
     def check_broken(self) -> None:
         """Checkpoints are whole, and so is the result if it is there."""
         self.resumed = f"checkpoint-{self.kept()}/"
-        self.counts.found["a checkpoint half saved"] += (self.out / ".saving").exists()
+        self.counts.found["a checkpoint half saved"] += any(self.out.glob(".checkpoint-*.partial-*"))
         for path in checkpoints(self.out):
             if reason := damage(path):
                 raise FailedError(f"{path.name}: {reason}")
