@@ -16,6 +16,7 @@ from fleet import fleet, slowly, start_ranks
 from mdl_toolkit import conversion, engines, inference, plan
 from mdl_toolkit.answering import Answerer
 from mdl_toolkit.answers import Journal, Pen
+from mdl_toolkit.choices import Chooser
 from mdl_toolkit.errors import InputError, ModelError, RowsError, UsageError
 from mdl_toolkit.inference import infer
 from mdl_toolkit.inputs import WINDOW
@@ -42,9 +43,9 @@ def table(path):
         return list(csv.DictReader(file))
 
 
-def stop_after(monkeypatch, count, problem=KeyboardInterrupt):
+def stop_after(monkeypatch, count, problem=KeyboardInterrupt, kind=Answerer):
     """Let the engine fail when it has given so many answers; what it was asked is kept."""
-    asked, answers = [], Answerer.answers
+    asked, answers = [], kind.answers
 
     def some(self, questions):
         def noted():
@@ -57,7 +58,7 @@ def stop_after(monkeypatch, count, problem=KeyboardInterrupt):
                 raise problem
             yield answer
 
-    monkeypatch.setattr(Answerer, "answers", some)
+    monkeypatch.setattr(kind, "answers", some)
     return asked
 
 
@@ -110,6 +111,98 @@ def test_answers_of_another_run_are_not_taken_over(model, tmp_path, monkeypatch,
     asked = stop_after(monkeypatch, 99)
     infer(later)
     assert sorted(asked) == [*range(6)]
+
+
+def stopped(monkeypatch, count, options, kind=Answerer):
+    with monkeypatch.context() as context:
+        stop_after(context, count, kind=kind)
+        with pytest.raises(KeyboardInterrupt):
+            infer(options)
+
+
+PATHS = {"input": "in.csv", "model_name": "A-small", "output": "out.csv", "choices": "choices.txt"}
+SPELLINGS = {  # the current directory, what stands before each path, and where recordings are looked for
+    "a dot": (".", "./", None),
+    "there and back": (".", "audio/../", None),
+    "a link": (".", "link/", "link"),
+    "another directory": ("audio", "../", ".."),
+    "absolute paths": (".", "{}/", "{}"),
+    "absolute paths by a link": ("audio", "{}/link/", "{}/link"),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_the_same_work_spelt_otherwise_goes_on(model, tmp_path, monkeypatch, spelling):
+    make_rows(tmp_path / "audio", 6)
+    write_csv(tmp_path / "in.csv", [{"audio": f"audio/clip-0-{n}.wav", "user_prompt": "?"} for n in range(6)])
+    (tmp_path / "choices.txt").write_text("rain\nclick\n", encoding="utf-8")
+    (tmp_path / "link").symlink_to(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    first = replace(options("in.csv", model, "out.csv"), **PATHS)
+    stopped(monkeypatch, 3, first, Chooser)
+    folder, before, base_dir = (each and each.format(tmp_path) for each in SPELLINGS[spelling])
+    monkeypatch.chdir(folder)
+    asked = stop_after(monkeypatch, 99, kind=Chooser)
+    infer(replace(first, base_dir=base_dir, **{name: before + path for name, path in PATHS.items()}))
+    assert len(asked) == 3
+    assert len(table(tmp_path / "out.csv")) == 6
+    assert not [*tmp_path.glob("*previous*")]
+
+
+def test_prompts_that_say_the_same_go_on_and_an_input_that_is_spelt_otherwise(model, tmp_path, monkeypatch):
+    """A prompt by its option or in the cells: the same question."""
+    rows = make_rows(tmp_path / "audio", 6)
+    write_csv(tmp_path / "in.csv", rows)
+    stopped(monkeypatch, 3, options(tmp_path / "in.csv", model, tmp_path / "out.csv"))
+    write_csv(tmp_path / "other.csv", [{**row, "user_prompt": "null"} for row in rows])
+    asked = stop_after(monkeypatch, 99)
+    infer(options(tmp_path / "other.csv", model, tmp_path / "out.csv", user_prompt="What is it?"))
+    assert len(asked) == 3
+
+
+def test_answers_of_other_work_are_set_aside_and_taken_up_again(model, tmp_path, monkeypatch, capsys):
+    source, output = make_csv(tmp_path, 6), tmp_path / "out.csv"
+    whole = infer(options(source, model, tmp_path / "whole.csv"))
+    stopped(monkeypatch, 4, options(source, model, output))
+    (kept,) = [file.read_bytes() for file in (tmp_path / ".out.csv.partial").glob("answers-*.jsonl")]
+    capsys.readouterr()
+    infer(options(source, model, output, system_prompt="Listen."))
+    place = tmp_path / "out.csv.previous-1"
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if str(place) in line]
+    assert "4 answers" in line
+    assert [file.read_bytes() for file in place.glob("answers-*.jsonl")] == [kept]
+    assert len(table(output)) == 6
+    asked = stop_after(monkeypatch, 99)
+    assert infer(options(source, model, output)) == whole
+    assert len(asked) == 2
+    assert "4 of 6 rows are answered already" in capsys.readouterr().err
+    assert not place.exists()
+
+
+def test_answers_are_set_aside_beside_earlier_ones(model, tmp_path, monkeypatch):
+    source, output = make_csv(tmp_path, 4), tmp_path / "out.csv"
+    for seed in range(3):
+        stopped(monkeypatch, 2, options(source, model, output, seed=seed))
+    infer(options(source, model, output, seed=3))
+    places = sorted(path.name for path in tmp_path.glob("out.csv.previous-*"))
+    assert places == [f"out.csv.previous-{number}" for number in (1, 2, 3)]
+    assert all(len([*(tmp_path / name).glob("answers-*.jsonl")]) == 1 for name in places)
+
+
+def test_answers_of_another_model_with_names_sizes_and_times_alike_are_not_taken_over(
+    model, tmp_path, monkeypatch
+):
+    """As of two results of one training that were unpacked from an archive."""
+    source, output = make_csv(tmp_path, 4), tmp_path / "out.csv"
+    stopped(monkeypatch, 2, options(source, model, output))
+    file = model / "model.safetensors"
+    times, content = file.stat(), bytearray(file.read_bytes())
+    content[-4:] = b"\0\0\0\0"
+    file.write_bytes(content)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    asked = stop_after(monkeypatch, 99)
+    infer(options(source, model, output))
+    assert sorted(asked) == [*range(4)]
 
 
 def test_a_line_that_was_not_finished_is_answered_again(model, tmp_path, monkeypatch):

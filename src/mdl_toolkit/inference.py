@@ -21,6 +21,7 @@ from mdl_toolkit.briefing import warn_of_idle_gpus
 from mdl_toolkit.choices import columns_of, read_choices
 from mdl_toolkit.console import progress, say
 from mdl_toolkit.conversion import PLAN_FILE, read_rows
+from mdl_toolkit.csvfile import stamp_of
 from mdl_toolkit.distributed import PeerLostError, World, joined
 from mdl_toolkit.engines import check_engine, make_engine
 from mdl_toolkit.errors import InputError
@@ -32,7 +33,7 @@ from mdl_toolkit.loader import Loader
 from mdl_toolkit.loading import base_of, explaining_memory
 from mdl_toolkit.manifest import Manifest, Row
 from mdl_toolkit.outputs import check_apart, check_file, removing_empty
-from mdl_toolkit.provenance import read_provenance
+from mdl_toolkit.provenance import fingerprint, read_provenance
 from mdl_toolkit.report import report_answers
 from mdl_toolkit.result_options import InferenceOptions
 from mdl_toolkit.settings import SETTINGS_FILE, to_yaml
@@ -43,10 +44,17 @@ from mdl_toolkit.tokens import Encoder
 MEMORY_REMEDY = Text("lower --batch-size", "请减小 --batch-size")
 ERROR = "error"  # column of --on-error keep
 THREADS = 2  # that read and decode what comes next
-# What may differ when a killed run is taken up again: the answers do not depend on it.
+# Options that may differ when a killed run is taken up again, since the answers do not depend on them.
 ANY_TIME = frozenset(
     {"batch_size", "num_workers", "tokenizing_batch_size", "download_cache", "max_download_mb", "report"}
 )
+# Options of whose content the answers come: the fingerprint covers that, so that no spelling matters.
+BY_CONTENT = frozenset(
+    {
+        "input", "output", "base_dir", "system_prompt", "user_prompt", "allow_empty_prediction",
+        "model_name", "from_modelscope", "choices",
+    }
+)  # fmt: skip
 
 
 def infer(options: InferenceOptions) -> list[str]:
@@ -124,6 +132,8 @@ class _Inference:
         """Check, convert, answer and write: the predictions, and how many rows have none."""
         manifest = self._manifest()
         if not any(True for _ in manifest):
+            if self.world.is_first:
+                self.journal.begin("no rows")
             return (self._write(manifest, None) if self.world.is_first else []), 0
         # Of a local folder everything is here to be checked at once; of a hub's, weights wait for the rows.
         folder = self._find(weights=Path(self.options.model_name).is_dir())
@@ -176,26 +186,35 @@ class _Inference:
         return open_inputs(manifest, place, self.options, room)
 
     def _begin(self, inputs: Inputs) -> None:
-        if answered := self.journal.begin(self._fingerprint()):
+        if answered := self.journal.begin(self._fingerprint(inputs)):
             say(
                 f"going on from an earlier run: {answered} of {len(inputs.lines)} rows are answered already",
                 f"从先前的运行继续：{len(inputs.lines)} 行中已有 {answered} 行回答完毕",
             )
 
-    def _fingerprint(self) -> str:
-        """Of all that the answers come from."""
-        used = {name: value for name, value in vars(self.options).items() if name not in ANY_TIME}
+    def _fingerprint(self, inputs: Inputs) -> str:
+        """Return a digest of all that the answers come from: content, and never how a path is spelt."""
+        used = {
+            name: value for name, value in vars(self.options).items() if name not in ANY_TIME | BY_CONTENT
+        }
         plan = (self.journal.dataset / PLAN_FILE).read_text(encoding="utf-8")
-        values = [__version__, used, self.choices, plan, *self._weights()]
+        # Which rows of the CSV are in the dataset: not all, where some could not be fetched.
+        rows = [hashlib.sha256(array).hexdigest() for array in (inputs.lines, inputs.dataset.positions)]
+        values = [__version__, used, self.choices, plan, *rows, *self._weights()]
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
-    def _weights(self) -> list[tuple[str, int, int]]:
-        """Names, sizes and times of the model's files, and of those of an adapter's base."""
+    def _weights(self) -> list[tuple[str, list[tuple[str, int, int]]]]:
+        """Return a digest of the weights and each file's size and time, for the model and a base."""
         folder = self._find(weights=True)
         is_adapter = (folder / ADAPTER_CONFIG).is_file()
         base = [base_of(folder, from_modelscope=self.options.from_modelscope)] if is_adapter else []
-        files = [file for each in (folder, *base) for file in sorted(each.iterdir()) if file.is_file()]
-        return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return [
+            (
+                fingerprint(each),
+                [(file.name, *stamp_of(file.stat())) for file in sorted(each.iterdir()) if file.is_file()],
+            )
+            for each in (folder, *base)
+        ]
 
     # --- the answers ---
 
