@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
 from mdl_toolkit.console import warn
@@ -52,10 +51,12 @@ class World:
     Attributes:
         rank: of this process; 0 speaks and writes.
         size: number of processes.
+        group: the process group of torch that sums travel in; None for the default one.
     """
 
     rank: int = 0
     size: int = 1
+    group: distributed.ProcessGroup | None = None
 
     @property
     def is_first(self) -> bool:
@@ -70,7 +71,7 @@ class World:
         """
         if self.size > 1:
             with _noticing_loss():
-                distributed.all_reduce(tensor)
+                distributed.all_reduce(tensor, group=self.group)
         return tensor
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
@@ -121,10 +122,11 @@ def joined() -> Iterator[World]:
     with _noticing_loss():
         # Connecting is a part of the meeting: who has ended since would be waited for without a word.
         distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=MEETING)
-    _set_pg_timeout(PATIENCE)
+        # A group's patience is fixed when it is made: all that are here now make one with more.
+        group = distributed.new_group(timeout=PATIENCE)
     store.set_timeout(PATIENCE)
     try:
-        yield World(distributed.get_rank(), distributed.get_world_size())
+        yield World(rank, size, group)
     except BaseException:
         if not _end_together():  # it would wait for others that wait for it, before it has said why
             distributed.destroy_process_group()

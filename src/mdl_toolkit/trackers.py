@@ -1,4 +1,15 @@
-"""The trackers of `--report-to`, each through the integration that transformers has for it."""
+"""The trackers of `--report-to`, each through the integration that transformers has for it.
+
+Every name that transformers knows is accepted. For that this module, and no other, leans on inner parts of
+transformers, which a new version may move:
+
+    integrations.get_reporting_integration_callbacks    the callback classes of some names
+    integrations.integration_utils                      INTEGRATION_TO_CALLBACK, which has all names, and
+                                                        get_available_reporting_integrations
+    trainer_callback.CallbackHandler                    calls on_train_begin, on_log and on_train_end
+
+Whoever breaks them breaks `--report-to` alone: they are imported when it is given, and only then.
+"""
 
 import difflib
 from pathlib import Path

@@ -10,12 +10,11 @@ import os
 import pickle
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
-from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -39,6 +38,23 @@ class WorkerDiedError(ToolkitError):
             "a worker process was ended by the system (out of memory?); try a smaller --num-workers",
             "工作进程被系统终止（内存不足？）；请减小 --num-workers",
         )
+
+
+class RemoteTraceback(Exception):  # noqa: N818 - no error itself, but what an error of a worker comes from
+    """Show, as the cause of an exception, the lines of a worker process where it was raised."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Carry what a task raised from a worker process to the parent.
+
+    Attributes:
+        problem: the exception, such that it can be pickled.
+        trace: the lines where it was raised.
+    """
+
+    problem: Exception
+    trace: str
 
 
 @dataclass(frozen=True)
@@ -120,7 +136,11 @@ class _Pool(Generic[Job, Message]):
     """Worker processes and the pipes to them."""
 
     def __init__(self, count: int) -> None:
-        context = multiprocessing.get_context("spawn")  # forked children of a process with threads may hang
+        # Forked children of a process with threads may hang.
+        context = multiprocessing.get_context("spawn")
+        # The first lock or process starts the one that tracks shared resources, which undoes a signal mask.
+        with suppress(OSError, ImportError):
+            context.Lock()
         self._pipes: list[Any] = []
         self._processes: list[Any] = []
         for _ in range(count):
@@ -167,7 +187,6 @@ def _interrupted_later() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    resource_tracker.ensure_running()  # would be started with the first process, and undo the mask
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -185,8 +204,8 @@ def _through(use_pipe: Callable[..., Any], *words: Any) -> Any:
         answer = use_pipe(*words)
     except (EOFError, OSError) as problem:
         raise WorkerDiedError from problem
-    if isinstance(answer, Exception):
-        raise answer
+    if isinstance(answer, Failure):
+        raise answer.problem from RemoteTraceback(answer.trace)
     return answer
 
 
@@ -203,18 +222,18 @@ def _serve(pipe: Any) -> None:
                     pipe.send(message)
                 answer = _END
             except Exception as problem:  # noqa: BLE001 - the parent raises it
-                answer = _sendable(problem)
+                answer = _failure(problem)
             pipe.send(answer)
 
 
-def _sendable(problem: Exception) -> Any:
-    """What arrives as this exception, with the place where it was raised as its cause."""
-    trace = problem.__traceback__
+def _failure(problem: Exception) -> Failure:
+    """Return an exception with its traceback as text; one that cannot be pickled becomes a RuntimeError."""
+    trace = "".join(traceback.format_exception(problem))
     try:
         pickle.dumps(copy.copy(problem))  # made anew as the parent would
     except Exception:  # noqa: BLE001 - whatever its own methods raise
         problem = RuntimeError(f"{type(problem).__name__}: {problem}")
-    return ExceptionWithTraceback(problem, trace)
+    return Failure(problem, f"\n{trace}")
 
 
 def _end_with_parent() -> None:
