@@ -1,4 +1,4 @@
-"""Questions to answers: each row with its own budget of new tokens, none decoded further than its end.
+"""Generate answers in batches, each row with its own budget of new tokens and up to its own end.
 
 A row joins the others when there is room and leaves when its answer is complete, so that there is always
 work for a whole batch. What a row is answered does not depend on the others: greedily it is the most likely
@@ -21,14 +21,15 @@ from mdl_toolkit.metrics import Metric
 from mdl_toolkit.model.generation import DecodingBatch
 from mdl_toolkit.tokens import IGNORE_INDEX, Encoder
 
-ROOM = 16  # new tokens that an answer may have beyond twice its reference's
+# An answer may have so many new tokens beyond twice its reference's.
+ROOM = 16
 # Rows join when a quarter of the places is free: taking one in costs about as much as a step for all.
 JOINING = 4
 
 
 @dataclass(frozen=True)
 class Question:
-    """A row to answer.
+    """Hold a row to answer.
 
     Attributes:
         key: by which its answer is told from others.
@@ -43,7 +44,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Picking:
-    """How the next token is chosen.
+    """Choose the next token, greedily or by sampling.
 
     Attributes:
         temperature: 0 takes the most likely one; otherwise logits are divided by it and one is drawn.
@@ -56,11 +57,11 @@ class Picking:
     seed: int = 42
 
     def source(self, key: int) -> np.random.Generator:
-        """Random numbers of one row, the same whatever the batch."""
+        """Return the random numbers of one row, the same whatever the batch."""
         return np.random.Generator(np.random.Philox(key=[self.seed, key]))
 
     def pick(self, logits: Tensor, sources: list[np.random.Generator]) -> list[int]:
-        """One token for each row of `[rows, vocabulary]`."""
+        """Choose one token for each row of logits, `[rows, vocabulary]`."""
         if not self.temperature:
             return [*map(int, logits.argmax(-1).tolist())]
         chances, tokens = (logits.float() / self.temperature).softmax(-1).sort(-1, descending=True)
@@ -73,7 +74,7 @@ class Picking:
 
 @dataclass
 class _Answer:
-    """An answer under way."""
+    """Hold an answer under way."""
 
     key: int
     budget: int
@@ -82,14 +83,14 @@ class _Answer:
 
 
 class Answerer:
-    """A model that answers questions.
+    """Answer questions with a model, as many rows at once as the batch size.
 
     Attributes:
         ends: tokens that end an answer.
     """
 
     def __init__(self, model: Any, encoder: Encoder, batch_size: int, picking: Picking = Picking()) -> None:
-        """Prepare.
+        """Prepare a model for answering.
 
         Args:
             model: a MiDashengLM in evaluation mode, with or without adapters.
@@ -104,7 +105,7 @@ class Answerer:
         self._running: list[_Answer] = []
 
     def answers(self, questions: Iterable[Question]) -> Iterator[tuple[int, str]]:
-        """The key and the answer of each question, as they become complete.
+        """Yield the key and the answer of each question, as they become complete.
 
         They are taken as there is room; neighbours of like length are computed with the least padding.
         """
@@ -153,13 +154,13 @@ class Answerer:
 
 
 def base_model(model: Any) -> Any:
-    """The MiDashengLM itself, its layers with the adapters that they have."""
+    """Return the MiDashengLM itself, its layers with the adapters that they have."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @torch.inference_mode()
 def embedded(model: Any, prompts: PromptBatch) -> Tensor:
-    """PromptBatch with their recordings' features, `[rows, longest, hidden_size]`, padded on the right."""
+    """Return prompts with their recordings' features, `[rows, longest, hidden_size]`, padded right."""
     there = {name: value.to(model.device) for name, value in prompts.tensors.items()}
     embeddings: Tensor = model.fuse(
         there["input_ids"], there.get("input_values"), there["audio_length"], there.get("audio_features")
@@ -168,13 +169,13 @@ def embedded(model: Any, prompts: PromptBatch) -> Tensor:
 
 
 def admit(rows: DecodingBatch, model: Any, prompts: PromptBatch, places: int, need: int) -> Tensor:
-    """As `DecodingBatch.admit`; with recordings, and what prompts begin with only once."""
+    """Admit prompts with recordings to a batch; a prefix that all share is computed once."""
     words = model.shareable(prompts.tensors["input_ids"].to(model.device))
     return rows.admit(embedded(model, prompts), prompts.lengths, places, need, words)
 
 
 def end_ids(model: Any, encoder: Encoder) -> set[int]:
-    """The tokens that end an answer: the model's own, and the one that closes a turn."""
+    """Return the tokens that end an answer: the model's own, and the one that closes a turn."""
     ends = model.generation_config.eos_token_id
     listed = ends if isinstance(ends, list) else [ends] if ends is not None else []
     return {*listed, encoder.end_id}
@@ -185,7 +186,7 @@ def end_ids(model: Any, encoder: Encoder) -> set[int]:
 
 @dataclass
 class Questions:
-    """Rows of a dataset whose answers are compared with their references.
+    """Compare the answers to rows of a dataset with their references.
 
     Attributes:
         dataset: the rows, with labels.
@@ -203,12 +204,12 @@ class Questions:
 
     @staticmethod
     def draw(dataset: AnyDataset, count: int, seed: int) -> np.ndarray:
-        """At most so many rows, always the same ones, the longest first."""
+        """Draw at most so many rows, always the same ones, the longest first."""
         rows = np.random.default_rng(seed).permutation(len(dataset))[:count]
         return rows[np.argsort(-dataset.positions[rows], kind="stable")]
 
     def count(self, model: Any, batch_size: int, is_stopped: Callable[[], bool]) -> tuple[float, float]:
-        """Numerator and denominator of the metric over all rows, or over those before a stop.
+        """Return numerator and denominator of the metric over all rows, or over those before a stop.
 
         Args:
             model: in evaluation mode.
@@ -238,7 +239,7 @@ class Questions:
 
 
 def prompt_of(sample: Sample) -> Sample:
-    """A row without its answer, if it has one."""
+    """Return a row without its answer, if it has one."""
     answered = np.flatnonzero(sample.labels != IGNORE_INDEX)
     end = int(answered[0]) if len(answered) else len(sample.labels)
     return replace(sample, input_ids=sample.input_ids[:end], labels=sample.labels[:end])

@@ -1,4 +1,4 @@
-"""Answers as they come, kept in a journal, and the CSV that they become (rule 39).
+"""Keep answers in a journal as they come, and write the CSV that they become.
 
 Beside the output lies `.NAME.partial` while it is made:
 
@@ -28,7 +28,8 @@ from mdl_toolkit.outputs import replacing_file, writing
 
 try:
     import fcntl
-except ImportError:  # no such locks on this platform: two runs into one output are not told apart
+# Without such locks, as on Windows, two runs into one output are not told apart.
+except ImportError:
     fcntl = None  # type: ignore[assignment]
 
 RUN = "run.json"
@@ -36,7 +37,7 @@ HAS_LOCKS: bool = fcntl is not None
 
 
 class Journal:
-    """The work folder of one output."""
+    """Keep the work folder of one output."""
 
     def __init__(self, output: Path) -> None:
         self._target = output.resolve()
@@ -68,7 +69,8 @@ class Journal:
                 f"--output {self.output}：另一个推理正在写入该文件；请等待其结束",
             ) from None
         except OSError:
-            return  # a file system without locks
+            # The file system has no locks.
+            return
 
     # --- what is known already ---
 
@@ -110,11 +112,12 @@ class Journal:
         return {int(match[1]): path for match, path in found if match}
 
     def answers(self) -> dict[int, list[str]]:
-        """The cells of every row that is answered, by its number in the dataset."""
+        """Read the cells of every row that is answered, by its number in the dataset."""
         found: dict[int, list[str]] = {}
         for file in _answers_in(self.path):
             for line in file.read_text(encoding="utf-8").splitlines():
-                with suppress(ValueError, TypeError):  # the line at which a run was killed
+                # The last line is broken where a run was killed.
+                with suppress(ValueError, TypeError):
                     row, cells = json.loads(line)
                     found[row] = cells
         return found
@@ -123,9 +126,10 @@ class Journal:
 
     @contextmanager
     def writer(self, rank: int) -> Iterator["Pen"]:
-        """What writes the answers of one process down."""
+        """Open what writes the answers of one process down."""
         with (self.path / f"answers-{rank}.jsonl").open("a", encoding="utf-8", newline="\n") as file:
-            file.write("\n")  # ends a line that a killed run has not finished
+            # End a line that a killed run has not finished.
+            file.write("\n")
             yield Pen(file)
 
     # --- the end ---
@@ -155,7 +159,7 @@ def _fingerprint_in(folder: Path) -> str | None:
 
 
 class Pen:
-    """Writes answers down, each at once: what is handed to the system survives the process."""
+    """Write answers down, each at once: what is handed to the system survives the process."""
 
     def __init__(self, file: IO[str]) -> None:
         self._file = file

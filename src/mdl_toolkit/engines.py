@@ -1,4 +1,4 @@
-"""What computes answers, chosen by the options: greedily or by drawing, by beams, by choices, or vLLM."""
+"""Choose what computes answers by the options: decoding, beam search, choices, or vLLM."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,10 +25,10 @@ SAMPLE_RATE = 16_000
 
 
 class Engine(Protocol):
-    """Answers questions."""
+    """Answer questions."""
 
     def answers(self, questions: Iterable[Question]) -> Iterator[tuple[int, list[str]]]:
-        """The key and the cells of each question, as they become complete."""
+        """Yield the key and the cells of each question, as they become complete."""
 
 
 def check_engine(options: InferenceOptions) -> None:
@@ -88,7 +88,7 @@ def make_engine(options: InferenceOptions, encoder: Encoder, choices: Sequence[s
 
 @dataclass(frozen=True)
 class Single:
-    """Answers of one text each."""
+    """Answer with one text each, greedily or by sampling."""
 
     answerer: Answerer
 
@@ -99,8 +99,9 @@ class Single:
 
 @dataclass(frozen=True)
 class Beams:
-    """transformers' beam search, over rows of one length at a time: nothing is padded, so that no row's
-    answer depends on its neighbours, and all have one budget.
+    """Answer by transformers' beam search, over rows of one length and one budget at a time.
+
+    Nothing is padded, so that no row's answer depends on its neighbours.
     """
 
     model: Any
@@ -120,16 +121,19 @@ class Beams:
         model = base_model(self.model)
         embeddings = embedded(model, prompts_of([each.sample for each in batch], self.encoder.pad_id))
         settings = GenerationConfig(
-            do_sample=False, num_beams=self.beams, max_new_tokens=batch[0].budget,
-            eos_token_id=sorted(end_ids(self.model, self.encoder)), pad_token_id=self.encoder.pad_id,
-        )  # fmt: skip
+            do_sample=False,
+            num_beams=self.beams,
+            max_new_tokens=batch[0].budget,
+            eos_token_id=sorted(end_ids(self.model, self.encoder)),
+            pad_token_id=self.encoder.pad_id,
+        )
         attended = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
         found = model.generate(inputs_embeds=embeddings, attention_mask=attended, generation_config=settings)
         return [[*map(int, row)] for row in found.tolist()]
 
 
 class Vllm:
-    """vLLM on a whole model; thin, and not run by this project's tests, which have no GPU.
+    """Run vLLM on a whole model; this project's tests, which have no GPU, do not run it.
 
     Our classes are registered in vLLM's processes by an entry point, so that no code of the folder is run.
     """
@@ -156,7 +160,7 @@ class Vllm:
                 yield question.key, [output.outputs[0].text]
 
     def _prompt(self, question: Question) -> dict[str, Any]:
-        """One audio token stands for the recording; vLLM makes as many of it as are needed."""
+        """Return a prompt with one audio token for the recording; vLLM makes as many as are needed."""
         assert isinstance(question.sample, Sample)
         audio = self._encoder.id_of(dict(self._encoder.files.specials)["audio_token"])
         ids = [
@@ -173,6 +177,9 @@ class Vllm:
         from vllm import SamplingParams
 
         return SamplingParams(
-            max_tokens=question.budget, temperature=self._picking.temperature, top_p=self._picking.top_p,
-            seed=self._picking.seed + question.key, stop_token_ids=[self._encoder.end_id],
-        )  # fmt: skip
+            max_tokens=question.budget,
+            temperature=self._picking.temperature,
+            top_p=self._picking.top_p,
+            seed=self._picking.seed + question.key,
+            stop_token_ids=[self._encoder.end_id],
+        )

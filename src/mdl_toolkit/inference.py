@@ -1,4 +1,4 @@
-"""Recordings to predictions: every row is checked first, then answered, and its answer written down at once.
+"""Predict an answer for every recording: check all rows first, then write each answer down at once.
 
 Answers do not depend on the batch: every clip is computed as if alone, and each row has its own budget of
 new tokens. That holds in float32; in bfloat16 rounding can turn a word that is a near tie.
@@ -42,8 +42,10 @@ from mdl_toolkit.text_files import read_text_files
 from mdl_toolkit.tokens import Encoder
 
 MEMORY_REMEDY = Text("lower --batch-size", "请减小 --batch-size")
-ERROR = "error"  # column of --on-error keep
-THREADS = 2  # that read and decode what comes next
+# The column that --on-error keep adds.
+ERROR = "error"
+# So many threads read and decode what comes next.
+THREADS = 2
 # Options that may differ when a killed run is taken up again, since the answers do not depend on them.
 ANY_TIME = frozenset(
     {"batch_size", "num_workers", "tokenizing_batch_size", "download_cache", "max_download_mb", "report"}
@@ -70,7 +72,8 @@ def infer(options: InferenceOptions) -> list[str]:
     check_engine(options)
     output = Path(options.output)
     lists = [] if options.choices is None else [options.choices]
-    check_file(output, lists)  # the input may be replaced: nothing is read of it any more
+    # The input itself may be replaced, as it is read before.
+    check_file(output, lists)
     if options.report is not None:
         check_file(Path(options.report), [options.input, *lists], "--report")
         check_apart(Path(options.report), output, "--report", "--output")
@@ -79,7 +82,8 @@ def infer(options: InferenceOptions) -> list[str]:
         journal = Journal(output)
         with _at_work(journal, world):
             predictions, problems = _Inference(options, choices, journal, world).run()
-            if options.report is not None and world.is_first:  # the answers stay until it is written
+            # The answers are kept until the report is written.
+            if options.report is not None and world.is_first:
                 report_answers(options)
     if problems:
         raise InputError(
@@ -121,7 +125,7 @@ def _leave(journal: Journal, *, is_stopped: bool) -> None:
 
 @dataclass(frozen=True)
 class _Inference:
-    """One process's part in an inference."""
+    """Run one process's part in an inference."""
 
     options: InferenceOptions
     choices: Sequence[str] | None
@@ -129,7 +133,7 @@ class _Inference:
     world: World
 
     def run(self) -> tuple[list[str], int]:
-        """Check, convert, answer and write: the predictions, and how many rows have none."""
+        """Check, convert, answer and write; return the predictions, and how many rows have none."""
         manifest = self._manifest()
         if not any(True for _ in manifest):
             if self.world.is_first:
@@ -145,7 +149,8 @@ class _Inference:
             self._begin(inputs)
         self.world.wait()
         order = inputs.order({*self.journal.answers()}, self.options.batch_size)
-        self.world.wait()  # before the first of them writes an answer more
+        # No process writes another answer before all know what is left.
+        self.world.wait()
         self._answer(inputs, encoder, order[self.world.rank :: self.world.size])
         self.world.wait()
         return (self._write(manifest, inputs) if self.world.is_first else []), len(inputs.problems)
@@ -153,7 +158,7 @@ class _Inference:
     # --- before ---
 
     def _manifest(self) -> Manifest:
-        """The input as a CSV."""
+        """Open the input as a CSV, which is made first of a folder or pattern."""
         options = self.options
         if not is_listing(options.input):
             return read_rows(options.input, options, needs_prediction=False)
@@ -173,7 +178,7 @@ class _Inference:
         return folder
 
     def _inputs(self, manifest: Manifest, encoder: Encoder) -> Inputs:
-        """The rows, converted by the first process for all."""
+        """Open the rows, which the first process converts for all."""
         place, room = self.journal.dataset, Room()
         if self.choices is not None:
             room = Room.of_choices(self.choices, encoder, self.options)
@@ -238,7 +243,7 @@ class _Inference:
     # --- after ---
 
     def _write(self, manifest: Manifest, inputs: Inputs | None) -> list[str]:
-        """Write the output and its settings; the predictions."""
+        """Write the output and its settings, and return the predictions."""
         output, answers = Path(self.options.output), self.journal.answers()
         names = ["prediction"] if self.choices is None else columns_of(len(self.choices), self.options.top_k)
         columns = [*names, ERROR] if self.options.on_error == KEEP else names

@@ -1,4 +1,4 @@
-"""Work in several processes: how many, and what happens when one of them dies.
+"""Run jobs in several worker processes, and report the death of one of them.
 
 Each process sits at a pipe of its own. When it is killed its pipe ends, even in the middle of an answer.
 (With the shared queue of `ProcessPoolExecutor` the parent would then wait for the other half for ever.)
@@ -27,11 +27,12 @@ CPU_QUOTAS = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))
 
 Job = TypeVar("Job")
 Message = TypeVar("Message")
-_END = None  # what a worker sends when a job is done, and what no job may report
+# A worker sends this when a job is done; no job may report it.
+_END = None
 
 
 class WorkerDiedError(ToolkitError):
-    """A worker process is gone; what it was at is lost."""
+    """Report that a worker process is gone, and with it the job that it had."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -59,14 +60,14 @@ class Failure:
 
 @dataclass(frozen=True)
 class Ranks:
-    """One process among those that work together."""
+    """Hold the rank of this process among those that a launcher started."""
 
     rank: int = 0
     count: int = 1
 
     @classmethod
     def from_environment(cls) -> "Ranks":
-        """What a launcher such as torchrun says.
+        """Read rank and count from the environment that a launcher such as torchrun sets.
 
         Raises:
             UsageError: RANK or WORLD_SIZE is nonsense.
@@ -84,20 +85,21 @@ class Ranks:
 
 
 def default_workers() -> int:
-    """Half the CPUs that this process may use, at least 1, at most 32 (rule 20)."""
+    """Return half the CPUs that this process may use, at least 1 and at most 32."""
     return max(1, min(MOST_WORKERS, available_cpus() // 2))
 
 
 def available_cpus() -> int:
-    """CPUs that this process may use: by affinity and by cgroup quota."""
+    """Return the number of CPUs that this process may use, by affinity and cgroup quota."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([count, *_granted()]))
 
 
 def _granted() -> Iterator[int]:
-    """CPUs that this container's cgroup grants, if there is a limit."""
+    """Yield the CPUs that this container's cgroup grants, if there is a limit."""
     for files in CPU_QUOTAS:
-        with suppress(OSError, ValueError):  # no such file, or the word `max`
+        # There is no such file, or it holds the word `max`.
+        with suppress(OSError, ValueError):
             text = " ".join((CGROUP / file).read_text(encoding="ascii") for file in files)
             quota, period = map(int, text.split())
             if quota > 0:
@@ -110,7 +112,7 @@ def _granted() -> Iterator[int]:
 def work_through(
     jobs: Iterator[Job], task: Callable[[Job], Iterator[Message]], count: int
 ) -> Generator[Message, None, None]:
-    """Do all jobs in so many processes, and pass on what is reported as it comes, in no order.
+    """Do all jobs in some processes, and yield what they report as it comes, in no order.
 
     Args:
         jobs: taken one by one, whenever a process is idle; must be picklable.
@@ -133,7 +135,7 @@ def work_through(
 
 
 class _Pool(Generic[Job, Message]):
-    """Worker processes and the pipes to them."""
+    """Hold worker processes and the pipes to them."""
 
     def __init__(self, count: int) -> None:
         # Forked children of a process with threads may hang.
@@ -155,7 +157,8 @@ class _Pool(Generic[Job, Message]):
     def work_through(
         self, jobs: Iterator[Job], task: Callable[[Job], Iterator[Message]]
     ) -> Iterator[Message]:
-        words = pickle.dumps(task)  # an argument of `_serve` would keep each from starting before the last
+        # As an argument of `_serve`, the task would keep each process from starting before the last one has.
+        words = pickle.dumps(task)
         for pipe in self._pipes:
             _through(pipe.send_bytes, words)
         idle, busy = [*self._pipes], set[Any]()
@@ -183,7 +186,7 @@ class _Pool(Generic[Job, Message]):
 
 @contextmanager
 def _interrupted_later() -> Iterator[None]:
-    """Put off SIGINT; a process that is started meanwhile never gets it, and so says nothing of it."""
+    """Block SIGINT for the context; a process that is started in it never gets the signal."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -195,7 +198,8 @@ def _interrupted_later() -> Iterator[None]:
 
 
 def _first(count: int, jobs: Iterator[Job]) -> Iterator[Job]:
-    for _, job in zip(range(count), jobs, strict=False):  # a full count takes no job from the iterator
+    # The range comes first, so that a full count takes no job from the iterator.
+    for _, job in zip(range(count), jobs, strict=False):
         yield job
 
 
@@ -210,8 +214,9 @@ def _through(use_pipe: Callable[..., Any], *words: Any) -> Any:
 
 
 def _serve(pipe: Any) -> None:
-    """What a worker process does, until the parent closes the pipe or is gone: a task, then its jobs."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends this process
+    """Receive a task, then jobs to do with it, until the parent closes the pipe or is gone."""
+    # The parent is interrupted too, and ends this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with suppress(EOFError, OSError):
         task = pipe.recv()
@@ -230,14 +235,15 @@ def _failure(problem: Exception) -> Failure:
     """Return an exception with its traceback as text; one that cannot be pickled becomes a RuntimeError."""
     trace = "".join(traceback.format_exception(problem))
     try:
-        pickle.dumps(copy.copy(problem))  # made anew as the parent would
+        # Pickling a copy makes it anew, as the parent will.
+        pickle.dumps(copy.copy(problem))
     except Exception:  # noqa: BLE001 - whatever its own methods raise
         problem = RuntimeError(f"{type(problem).__name__}: {problem}")
     return Failure(problem, f"\n{trace}")
 
 
 def _end_with_parent() -> None:
-    """A killed parent's workers end with it, also in the middle of a long job."""
+    """End this process as soon as its parent is gone, also in the middle of a long job."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
