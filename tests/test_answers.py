@@ -15,7 +15,7 @@ import pytest
 from fleet import fleet, slowly, start_ranks
 from mdl_toolkit import conversion, engines, inference, plan
 from mdl_toolkit.answering import Answerer
-from mdl_toolkit.answers import Journal, Pen
+from mdl_toolkit.answers import AnswerJournal, Pen
 from mdl_toolkit.choices import Chooser
 from mdl_toolkit.errors import InputError, ModelError, RowsError, UsageError
 from mdl_toolkit.inference import infer
@@ -73,7 +73,7 @@ def test_a_run_goes_on_where_it_stopped_and_computes_no_row_twice(model, tmp_pat
         with pytest.raises(KeyboardInterrupt):
             infer(options(source, model, tmp_path / "out.csv"))
     assert not (tmp_path / "out.csv").exists()
-    kept = set(Journal(tmp_path / "out.csv").answers())
+    kept = set(AnswerJournal(tmp_path / "out.csv").answers())
     assert len(kept) == 5
     assert "5 rows are answered" in capsys.readouterr().err
     asked = stop_after(monkeypatch, 99)
@@ -189,6 +189,16 @@ def test_answers_are_set_aside_beside_earlier_ones(model, tmp_path, monkeypatch)
     assert all(len([*(tmp_path / name).glob("answers-*.jsonl")]) == 1 for name in places)
 
 
+def test_answers_outlive_an_input_without_rows(model, tmp_path, monkeypatch):
+    source, output = make_csv(tmp_path, 4), tmp_path / "out.csv"
+    stopped(monkeypatch, 2, options(source, model, output))
+    (tmp_path / "empty.csv").write_text("audio\n", encoding="utf-8")
+    assert infer(options(tmp_path / "empty.csv", model, output)) == []
+    asked = stop_after(monkeypatch, 99)
+    infer(options(source, model, output))
+    assert len(asked) == 2
+
+
 def test_answers_of_another_model_with_names_sizes_and_times_alike_are_not_taken_over(
     model, tmp_path, monkeypatch
 ):
@@ -212,7 +222,7 @@ def test_a_line_that_was_not_finished_is_answered_again(model, tmp_path, monkeyp
         stop_after(context, 4)
         with pytest.raises(KeyboardInterrupt):
             infer(options(source, model, tmp_path / "out.csv"))
-    (file,) = Journal(tmp_path / "out.csv").path.glob("answers-*.jsonl")
+    (file,) = AnswerJournal(tmp_path / "out.csv").path.glob("answers-*.jsonl")
     text = file.read_text(encoding="utf-8").rstrip("\n")
     file.write_text(text[:-5], encoding="utf-8")
     asked = stop_after(monkeypatch, 99)
@@ -221,7 +231,7 @@ def test_a_line_that_was_not_finished_is_answered_again(model, tmp_path, monkeyp
 
 
 def test_two_runs_into_one_output(model, tmp_path):
-    journal = Journal(tmp_path / "out.csv")
+    journal = AnswerJournal(tmp_path / "out.csv")
     with journal.locked(), pytest.raises(InputError, match="another inference is writing it"):
         infer(options(make_csv(tmp_path, 2), model, tmp_path / "out.csv"))
     assert journal.path.exists()
@@ -268,7 +278,7 @@ def test_an_output_that_a_killed_run_has_half_written_is_removed(model, tmp_path
 def test_a_signal_stops_it_and_it_says_how_to_go_on(model, tmp_path, number, ranks):
     whole = infer(options(make_csv(tmp_path, 9), model, tmp_path / "whole.csv"))
     words = shlex.split(as_command(options(tmp_path / "train.csv", model, tmp_path / "out.csv")))[1:]
-    journal = Journal(tmp_path / "out.csv")
+    journal = AnswerJournal(tmp_path / "out.csv")
     with fleet(tmp_path) as start:
         jobs = start_ranks(start, words, ranks, slow_answers) if ranks > 1 else [start(words, slow_answers)]
         assert jobs[0].until(journal.answers)
@@ -298,7 +308,7 @@ def test_converted_rows_are_kept_when_it_is_stopped_before_the_first_answer(
         stop_after(context, 0)
         with pytest.raises(KeyboardInterrupt):
             infer(given)
-    journal = Journal(tmp_path / "out.csv")
+    journal = AnswerJournal(tmp_path / "out.csv")
     assert f"all rows are converted (in {journal.path})" in capsys.readouterr().err
     monkeypatch.setattr(conversion, "write_metadata", None)  # nothing is converted any more
     infer(given)
@@ -378,7 +388,7 @@ def test_kept_rows_are_not_decoded_again_when_a_run_goes_on(model, tmp_path, mon
         stop_after(context, 2)
         with pytest.raises(KeyboardInterrupt):
             infer(kept)
-    journal = Journal(tmp_path / "out.csv")
+    journal = AnswerJournal(tmp_path / "out.csv")
     stamp = (journal.dataset / "state.json").stat().st_mtime_ns
     stop_after(monkeypatch, 3, RuntimeError)  # three are left, and this would be the fourth
     with pytest.raises(InputError, match="4 of its rows"):
@@ -396,7 +406,7 @@ def test_a_run_that_was_killed_while_it_removed_its_dataset(model, tmp_path, mon
         stop_after(context, 2)
         with pytest.raises(KeyboardInterrupt):
             infer(given)
-    (Journal(tmp_path / "out.csv").dataset / conversion.LEFT_OUT_FILE).unlink()
+    (AnswerJournal(tmp_path / "out.csv").dataset / conversion.LEFT_OUT_FILE).unlink()
     with pytest.raises(InputError, match="4 of its rows"):
         infer(given)
 

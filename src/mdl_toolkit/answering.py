@@ -22,7 +22,7 @@ from mdl_toolkit.model.generation import DecodingBatch
 from mdl_toolkit.tokens import IGNORE_INDEX, Encoder
 
 # An answer may have so many new tokens beyond twice its reference's.
-ROOM = 16
+EXTRA_TOKENS = 16
 # Rows join when a quarter of the places is free: taking one in costs about as much as a step for all.
 JOINING = 4
 
@@ -43,7 +43,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Picking:
+class SamplingParams:
     """Choose the next token, greedily or by sampling.
 
     Attributes:
@@ -89,17 +89,19 @@ class Answerer:
         ends: tokens that end an answer.
     """
 
-    def __init__(self, model: Any, encoder: Encoder, batch_size: int, picking: Picking = Picking()) -> None:
+    def __init__(
+        self, model: Any, encoder: Encoder, batch_size: int, sampling: SamplingParams = SamplingParams()
+    ) -> None:
         """Prepare a model for answering.
 
         Args:
             model: a MiDashengLM in evaluation mode, with or without adapters.
             encoder: its tokenizer.
             batch_size: most rows at once.
-            picking: how tokens are chosen.
+            sampling: how tokens are chosen.
         """
         self._model = base_model(model)
-        self._encoder, self._picking, self._places = encoder, picking, batch_size
+        self._encoder, self._sampling, self._places = encoder, sampling, batch_size
         self.ends = end_ids(model, encoder)
         self._rows = DecodingBatch(self._model.decoder)
         self._running: list[_Answer] = []
@@ -116,7 +118,8 @@ class Answerer:
                 yield from self._finished(self._admit([*islice(waiting, free)]))
             if not self._running:
                 return
-            yield from self._finished(self._step())
+            last = torch.tensor([answer.ids[-1] for answer in self._running], device=self._model.device)
+            yield from self._finished(self._rows.step(last))
 
     def _admit(self, questions: list[Question]) -> Tensor | None:
         if not questions:
@@ -124,29 +127,26 @@ class Answerer:
         prompts = prompts_of([question.sample for question in questions], self._encoder.pad_id)
         need = max(n + question.budget for n, question in zip(prompts.lengths, questions, strict=True))
         logits = admit(self._rows, self._model, prompts, self._places, need)
-        self._running += [_Answer(q.key, q.budget, self._picking.source(q.key), []) for q in questions]
+        self._running += [_Answer(q.key, q.budget, self._sampling.source(q.key), []) for q in questions]
         return logits
-
-    def _step(self) -> Tensor:
-        last = torch.tensor([answer.ids[-1] for answer in self._running], device=self._model.device)
-        return self._rows.step(last)
 
     def _finished(self, logits: Tensor | None) -> Iterator[tuple[int, str]]:
         """Add a token to those rows, the last ones, that have logits; let go what is complete."""
         if logits is None:
             return
         mine = self._running[-len(logits) :]
-        tokens = self._picking.pick(logits, [answer.source for answer in mine])
+        tokens = self._sampling.pick(logits, [answer.source for answer in mine])
         for answer, token in zip(mine, tokens, strict=True):
             answer.ids.append(token)
-        done = [place for place, answer in enumerate(self._running) if self._is_complete(answer)]
+        done = [
+            place
+            for place, answer in enumerate(self._running)
+            if answer.ids[-1] in self.ends or len(answer.ids) == answer.budget
+        ]
         if done:
             complete = [self._running[place] for place in done]
             self._running = [self._running[place] for place in self._rows.release(done)]
             yield from ((answer.key, self._text(answer)) for answer in complete)
-
-    def _is_complete(self, answer: _Answer) -> bool:
-        return answer.ids[-1] in self.ends or len(answer.ids) == answer.budget
 
     def _text(self, answer: _Answer) -> str:
         ends_itself = answer.ids[-1] in self.ends
@@ -232,7 +232,7 @@ class Questions:
                 sample = self.dataset[row]
                 reference = sample.labels[sample.labels != IGNORE_INDEX]
                 references[row] = self.encoder.decode(reference.tolist())
-                yield Question(row, prompt_of(sample), 2 * len(reference) + ROOM)
+                yield Question(row, prompt_of(sample), 2 * len(reference) + EXTRA_TOKENS)
 
         for row, text in Answerer(model, self.encoder, batch_size).answers(questions()):
             yield references.pop(row), text

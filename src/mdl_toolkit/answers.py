@@ -36,7 +36,7 @@ RUN = "run.json"
 HAS_LOCKS: bool = fcntl is not None
 
 
-class Journal:
+class AnswerJournal:
     """Keep the work folder of one output."""
 
     def __init__(self, output: Path) -> None:

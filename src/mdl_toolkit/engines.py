@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from transformers import GenerationConfig
 
-from mdl_toolkit.answering import Answerer, Picking, Question, base_model, embedded, end_ids
+from mdl_toolkit.answering import Answerer, Question, SamplingParams, base_model, embedded, end_ids
 from mdl_toolkit.batching import prompts_of
 from mdl_toolkit.choices import Chooser
 from mdl_toolkit.dataset import Sample
@@ -72,10 +72,10 @@ def make_engine(options: InferenceOptions, encoder: Encoder, choices: Sequence[s
     Raises:
         ModelError: the model is not to be had, or vLLM cannot use it.
     """
-    picking = Picking(options.temperature, options.top_p, options.seed)
+    sampling = SamplingParams(options.temperature, options.top_p, options.seed)
     if options.engine == VLLM:
         folder = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=True)
-        return Vllm(folder, encoder, picking, options.batch_size)
+        return Vllm(folder, encoder, sampling, options.batch_size)
     model = load_for_inference(options.model_name, from_modelscope=options.from_modelscope)
     if model.device.type == "cpu":
         prepack(model)
@@ -83,7 +83,7 @@ def make_engine(options: InferenceOptions, encoder: Encoder, choices: Sequence[s
         return Chooser(model, encoder, choices, options.batch_size, options.top_k, options.normalize_scores)
     if options.num_beams > 1:
         return Beams(model, encoder, options.batch_size, options.num_beams)
-    return Single(Answerer(model, encoder, options.batch_size, picking))
+    return Single(Answerer(model, encoder, options.batch_size, sampling))
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Vllm:
     Our classes are registered in vLLM's processes by an entry point, so that no code of the folder is run.
     """
 
-    def __init__(self, folder: Path, encoder: Encoder, picking: Picking, batch_size: int) -> None:
+    def __init__(self, folder: Path, encoder: Encoder, sampling: SamplingParams, batch_size: int) -> None:
         if (folder / ADAPTER_CONFIG).is_file():
             raise ModelError(
                 f"{folder}: --engine vllm needs a whole model; make one with `mdl-toolkit merge`",
@@ -146,7 +146,7 @@ class Vllm:
             )
         from vllm import LLM
 
-        self._encoder, self._picking, self._batch_size = encoder, picking, batch_size
+        self._encoder, self._sampling, self._batch_size = encoder, sampling, batch_size
         self._model = LLM(model=str(folder), max_num_seqs=batch_size, trust_remote_code=False)
 
     def answers(self, questions: Iterable[Question]) -> Iterator[tuple[int, list[str]]]:
@@ -174,12 +174,12 @@ class Vllm:
         }
 
     def _settings(self, question: Question) -> Any:
-        from vllm import SamplingParams
+        import vllm
 
-        return SamplingParams(
+        return vllm.SamplingParams(
             max_tokens=question.budget,
-            temperature=self._picking.temperature,
-            top_p=self._picking.top_p,
-            seed=self._picking.seed + question.key,
+            temperature=self._sampling.temperature,
+            top_p=self._sampling.top_p,
+            seed=self._sampling.seed + question.key,
             stop_token_ids=[self._encoder.end_id],
         )

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mdl_toolkit import __version__
 from mdl_toolkit.answering import JOINING
-from mdl_toolkit.answers import Journal, write_table
+from mdl_toolkit.answers import AnswerJournal, write_table
 from mdl_toolkit.briefing import warn_of_idle_gpus
 from mdl_toolkit.choices import columns_of, read_choices
 from mdl_toolkit.console import progress, say
@@ -26,7 +26,7 @@ from mdl_toolkit.distributed import PeerLostError, World, joined
 from mdl_toolkit.engines import check_engine, make_engine
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.folders import ADAPTER_CONFIG, find_model
-from mdl_toolkit.inputs import KEEP, Inputs, Room, convert_inputs, open_inputs, prompted
+from mdl_toolkit.inputs import KEEP, Inputs, TokenBudget, convert_inputs, open_inputs, prompted
 from mdl_toolkit.language import Text
 from mdl_toolkit.listing import is_listing, list_recordings, write_listing
 from mdl_toolkit.loader import Loader
@@ -79,7 +79,7 @@ def infer(options: InferenceOptions) -> list[str]:
         check_apart(Path(options.report), output, "--report", "--output")
     choices = None if options.choices is None else read_choices(Path(options.choices))
     with Interruption(), joined() as world, removing_empty(output.resolve().parent):
-        journal = Journal(output)
+        journal = AnswerJournal(output)
         with _at_work(journal, world):
             predictions, problems = _Inference(options, choices, journal, world).run()
             # The answers are kept until the report is written.
@@ -94,7 +94,7 @@ def infer(options: InferenceOptions) -> list[str]:
 
 
 @contextmanager
-def _at_work(journal: Journal, world: World) -> Iterator[None]:
+def _at_work(journal: AnswerJournal, world: World) -> Iterator[None]:
     """Keep what is finished if the work does not come to its end, and nothing otherwise."""
     with journal.locked() if world.is_first else nullcontext():
         try:
@@ -107,7 +107,7 @@ def _at_work(journal: Journal, world: World) -> Iterator[None]:
             journal.remove()
 
 
-def _leave(journal: Journal, *, is_stopped: bool) -> None:
+def _leave(journal: AnswerJournal, *, is_stopped: bool) -> None:
     """Keep answers always, converted rows if somebody has stopped it, and what a conversion says it keeps."""
     if answered := len(journal.answers()):
         say(
@@ -129,7 +129,7 @@ class _Inference:
 
     options: InferenceOptions
     choices: Sequence[str] | None
-    journal: Journal
+    journal: AnswerJournal
     world: World
 
     def run(self) -> tuple[list[str], int]:
@@ -179,16 +179,16 @@ class _Inference:
 
     def _inputs(self, manifest: Manifest, encoder: Encoder) -> Inputs:
         """Open the rows, which the first process converts for all."""
-        place, room = self.journal.dataset, Room()
+        place, required = self.journal.dataset, TokenBudget()
         if self.choices is not None:
-            room = Room.of_choices(self.choices, encoder, self.options)
+            required = TokenBudget.of_choices(self.choices, encoder, self.options)
         if self.world.is_first:
             convert_inputs(manifest, place, encoder, self.options)
-            inputs = open_inputs(manifest, place, self.options, room)
+            inputs = open_inputs(manifest, place, self.options, required)
             self.world.wait()
             return inputs
         self.world.wait()
-        return open_inputs(manifest, place, self.options, room)
+        return open_inputs(manifest, place, self.options, required)
 
     def _begin(self, inputs: Inputs) -> None:
         if answered := self.journal.begin(self._fingerprint(inputs)):
@@ -204,7 +204,9 @@ class _Inference:
         }
         plan = (self.journal.dataset / PLAN_FILE).read_text(encoding="utf-8")
         # Which rows of the CSV are in the dataset: not all, where some could not be fetched.
-        rows = [hashlib.sha256(array).hexdigest() for array in (inputs.lines, inputs.dataset.positions)]
+        rows = [
+            hashlib.sha256(array.tobytes()).hexdigest() for array in (inputs.lines, inputs.dataset.positions)
+        ]
         values = [__version__, used, self.choices, plan, *rows, *self._weights()]
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 

@@ -78,7 +78,7 @@ def convert_inputs(manifest: Manifest, place: Path, encoder: Encoder, options: I
 
 
 @dataclass(frozen=True)
-class Room:
+class TokenBudget:
     """Hold how many new tokens every row must have room for.
 
     Attributes:
@@ -90,7 +90,7 @@ class Room:
     choice: str | None = None
 
     @classmethod
-    def of_choices(cls, choices: Sequence[str], encoder: Encoder, options: InferenceOptions) -> "Room":
+    def of_choices(cls, choices: Sequence[str], encoder: Encoder, options: InferenceOptions) -> "TokenBudget":
         """Return what the longest choice takes.
 
         Raises:
@@ -118,14 +118,14 @@ class Room:
         )
 
 
-def open_inputs(manifest: Manifest, place: Path, options: InferenceOptions, room: Room) -> Inputs:
+def open_inputs(manifest: Manifest, place: Path, options: InferenceOptions, required: TokenBudget) -> Inputs:
     """Open the converted rows, and find those without room for an answer.
 
     Args:
         manifest: the CSV.
         place: the dataset that `convert_inputs` has made of it.
         options: the inference's.
-        room: what every row must have.
+        required: what every row must have room for.
 
     Raises:
         RowsError: all rows that have no room, or whose cells are wrong.
@@ -138,7 +138,7 @@ def open_inputs(manifest: Manifest, place: Path, options: InferenceOptions, room
         manifest.check(Problems(wrong, len(wrong)))
     kept = np.array([line for line in lines if line not in problems], dtype=np.int64)
     inputs = Inputs(manifest, dataset, kept, _budgets(dataset, options), problems)
-    tight = [*_tight(inputs, options.max_length, room)]
+    tight = [*_tight(inputs, options.max_length, required)]
     if tight and not keeps_going:
         manifest.check(Problems(tight, len(tight)))
     problems.update((each.line, each) for each in tight)
@@ -151,23 +151,23 @@ def _budgets(dataset: ConvertedDataset, options: InferenceOptions) -> NDArray[np
     return options.max_length - dataset.positions
 
 
-def _tight(inputs: Inputs, max_length: int, room: Room) -> Iterator[RowProblem]:
+def _tight(inputs: Inputs, max_length: int, required: TokenBudget) -> Iterator[RowProblem]:
     """Yield a problem for each row without room for an answer."""
     short = {
         int(line): int(inputs.dataset.positions[n])
         for n, line in enumerate(inputs.lines)
-        if inputs.budgets[n] < room.tokens
+        if inputs.budgets[n] < required.tokens
     }
     for row in inputs.manifest.rows_unseen() if short else ():
         if row.line in short:
-            yield RowProblem(row.line, "audio", row.shown, room.lacking(short[row.line], max_length))
+            yield RowProblem(row.line, "audio", row.shown, required.lacking(short[row.line], max_length))
 
 
 # --- the prompts of the training -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Kind:
+class PromptKind:
     """Name one of the two prompts: in the record of a training, as a column, and for users."""
 
     name: str
@@ -175,15 +175,15 @@ class Kind:
     text: Text
 
 
-KINDS = (
-    Kind("system", SYSTEM, Text("system prompt", "系统提示词")),
-    Kind("user", USER, Text("user prompt", "用户提示词")),
+PROMPT_KINDS = (
+    PromptKind("system", SYSTEM, Text("system prompt", "系统提示词")),
+    PromptKind("user", USER, Text("user prompt", "用户提示词")),
 )
 
 
 def prompted(manifest: Manifest, trained: Prompts) -> Manifest:
     """Return the rows with the training's prompts where none are given, and warn of others."""
-    for kind in KINDS:
+    for kind in PROMPT_KINDS:
         prompt, given = getattr(trained, kind.name), getattr(manifest.defaults, kind.column)
         if given is None and kind.column not in manifest.columns and prompt:
             say(
@@ -196,7 +196,7 @@ def prompted(manifest: Manifest, trained: Prompts) -> Manifest:
     return manifest
 
 
-def _warn_other(manifest: Manifest, kind: Kind, prompt: str | None) -> None:
+def _warn_other(manifest: Manifest, kind: PromptKind, prompt: str | None) -> None:
     others = [
         row for row in manifest.rows_unseen() if (getattr(row, kind.column) or None) != (prompt or None)
     ]

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -163,7 +164,7 @@ class _Pool(Generic[Job, Message]):
             _through(pipe.send_bytes, words)
         idle, busy = [*self._pipes], set[Any]()
         while True:
-            for job in _first(len(idle), jobs):
+            for job in islice(jobs, len(idle)):
                 busy.add(pipe := idle.pop())
                 _through(pipe.send, job)
             if not busy:
@@ -195,12 +196,6 @@ def _interrupted_later() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _first(count: int, jobs: Iterator[Job]) -> Iterator[Job]:
-    # The range comes first, so that a full count takes no job from the iterator.
-    for _, job in zip(range(count), jobs, strict=False):
-        yield job
 
 
 def _through(use_pipe: Callable[..., Any], *words: Any) -> Any:
