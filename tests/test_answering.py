@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 from transformers import GenerationConfig
 
-from mdl_toolkit.answering import Answerer, Picking, Question, admit, embedded
+from mdl_toolkit.answering import Answerer, Question, SamplingParams, admit, embedded
 from mdl_toolkit.batching import prompts_of
 from mdl_toolkit.dataset import Sample
 from mdl_toolkit.folders import find_model
@@ -22,7 +22,7 @@ from mdl_toolkit.text_files import read_text_files
 from mdl_toolkit.tokens import Encoder
 from waves import wave
 
-GREEDY = Picking()
+GREEDY = SamplingParams()
 CHECKPOINTS = ["A-small", "B-small", "B-small-tied"]
 
 
@@ -56,12 +56,12 @@ def generated(model, question, **settings):
     return ids[0].tolist()
 
 
-def ids_of(model, encoder, asked, batch_size, picking=GREEDY, ends=()):
+def ids_of(model, encoder, asked, batch_size, sampling=GREEDY, ends=()):
     """The ids that an answerer comes to, by key."""
     echo = SimpleNamespace(
         decode=lambda ids: tuple(ids), end_id=-1, pad_id=encoder.pad_id
     )  # text would hide differences
-    answerer = Answerer(model, echo, batch_size, picking)
+    answerer = Answerer(model, echo, batch_size, sampling)
     answerer.ends = {*ends}
     return {key: list(ids) for key, ids in answerer.answers(asked)}
 
@@ -196,10 +196,10 @@ def generated_slowly(model, question, window):
 
 def test_draws_do_not_depend_on_the_batch(golden):
     model, encoder = load(golden, "A-small")
-    asked, picking = [*questions(model, 8)], Picking(temperature=1.3, top_p=0.9, seed=5)
-    alone = ids_of(model, encoder, asked, 1, picking)
-    assert ids_of(model, encoder, asked[::-1], 5, picking) == alone
-    assert ids_of(model, encoder, asked, 5, Picking(1.3, 0.9, 6)) != alone
+    asked, sampling = [*questions(model, 8)], SamplingParams(temperature=1.3, top_p=0.9, seed=5)
+    alone = ids_of(model, encoder, asked, 1, sampling)
+    assert ids_of(model, encoder, asked[::-1], 5, sampling) == alone
+    assert ids_of(model, encoder, asked, 5, SamplingParams(1.3, 0.9, 6)) != alone
     assert ids_of(model, encoder, asked, 5) != alone
 
 
@@ -213,9 +213,9 @@ def test_draws_follow_the_probabilities(top_p):
         if mass < top_p:
             kept[token] = chances[token]
         mass += chances[token]
-    picking = Picking(0.8, top_p, 3)
-    sources = [picking.source(key) for key in range(20_000)]
-    drawn = picking.pick(logits.expand(20_000, -1), sources)
+    sampling = SamplingParams(0.8, top_p, 3)
+    sources = [sampling.source(key) for key in range(20_000)]
+    drawn = sampling.pick(logits.expand(20_000, -1), sources)
     for token in range(5):
         share = kept.get(token, 0.0) / sum(kept.values())
         assert drawn.count(token) / 20_000 == pytest.approx(share, abs=0.015)

@@ -15,7 +15,8 @@ import pytest
 from fleet import fleet, slowly, start_ranks
 from mdl_toolkit import conversion, engines, inference, plan
 from mdl_toolkit.answering import Answerer
-from mdl_toolkit.answers import Journal, Pen
+from mdl_toolkit.answers import AnswerJournal, Pen
+from mdl_toolkit.choices import Chooser
 from mdl_toolkit.errors import InputError, ModelError, RowsError, UsageError
 from mdl_toolkit.inference import infer
 from mdl_toolkit.inputs import WINDOW
@@ -42,9 +43,9 @@ def table(path):
         return list(csv.DictReader(file))
 
 
-def stop_after(monkeypatch, count, problem=KeyboardInterrupt):
+def stop_after(monkeypatch, count, problem=KeyboardInterrupt, kind=Answerer):
     """Let the engine fail when it has given so many answers; what it was asked is kept."""
-    asked, answers = [], Answerer.answers
+    asked, answers = [], kind.answers
 
     def some(self, questions):
         def noted():
@@ -57,7 +58,7 @@ def stop_after(monkeypatch, count, problem=KeyboardInterrupt):
                 raise problem
             yield answer
 
-    monkeypatch.setattr(Answerer, "answers", some)
+    monkeypatch.setattr(kind, "answers", some)
     return asked
 
 
@@ -72,7 +73,7 @@ def test_a_run_goes_on_where_it_stopped_and_computes_no_row_twice(model, tmp_pat
         with pytest.raises(KeyboardInterrupt):
             infer(options(source, model, tmp_path / "out.csv"))
     assert not (tmp_path / "out.csv").exists()
-    kept = set(Journal(tmp_path / "out.csv").answers())
+    kept = set(AnswerJournal(tmp_path / "out.csv").answers())
     assert len(kept) == 5
     assert "5 rows are answered" in capsys.readouterr().err
     asked = stop_after(monkeypatch, 99)
@@ -112,6 +113,108 @@ def test_answers_of_another_run_are_not_taken_over(model, tmp_path, monkeypatch,
     assert sorted(asked) == [*range(6)]
 
 
+def stopped(monkeypatch, count, options, kind=Answerer):
+    with monkeypatch.context() as context:
+        stop_after(context, count, kind=kind)
+        with pytest.raises(KeyboardInterrupt):
+            infer(options)
+
+
+PATHS = {"input": "in.csv", "model_name": "A-small", "output": "out.csv", "choices": "choices.txt"}
+SPELLINGS = {  # the current directory, what stands before each path, and where recordings are looked for
+    "a dot": (".", "./", None),
+    "there and back": (".", "audio/../", None),
+    "a link": (".", "link/", "link"),
+    "another directory": ("audio", "../", ".."),
+    "absolute paths": (".", "{}/", "{}"),
+    "absolute paths by a link": ("audio", "{}/link/", "{}/link"),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_the_same_work_spelt_otherwise_goes_on(model, tmp_path, monkeypatch, spelling):
+    make_rows(tmp_path / "audio", 6)
+    write_csv(tmp_path / "in.csv", [{"audio": f"audio/clip-0-{n}.wav", "user_prompt": "?"} for n in range(6)])
+    (tmp_path / "choices.txt").write_text("rain\nclick\n", encoding="utf-8")
+    (tmp_path / "link").symlink_to(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    first = replace(options("in.csv", model, "out.csv"), **PATHS)
+    stopped(monkeypatch, 3, first, Chooser)
+    folder, before, base_dir = (each and each.format(tmp_path) for each in SPELLINGS[spelling])
+    monkeypatch.chdir(folder)
+    asked = stop_after(monkeypatch, 99, kind=Chooser)
+    infer(replace(first, base_dir=base_dir, **{name: before + path for name, path in PATHS.items()}))
+    assert len(asked) == 3
+    assert len(table(tmp_path / "out.csv")) == 6
+    assert not [*tmp_path.glob("*previous*")]
+
+
+def test_prompts_that_say_the_same_go_on_and_an_input_that_is_spelt_otherwise(model, tmp_path, monkeypatch):
+    """A prompt by its option or in the cells: the same question."""
+    rows = make_rows(tmp_path / "audio", 6)
+    write_csv(tmp_path / "in.csv", rows)
+    stopped(monkeypatch, 3, options(tmp_path / "in.csv", model, tmp_path / "out.csv"))
+    write_csv(tmp_path / "other.csv", [{**row, "user_prompt": "null"} for row in rows])
+    asked = stop_after(monkeypatch, 99)
+    infer(options(tmp_path / "other.csv", model, tmp_path / "out.csv", user_prompt="What is it?"))
+    assert len(asked) == 3
+
+
+def test_answers_of_other_work_are_set_aside_and_taken_up_again(model, tmp_path, monkeypatch, capsys):
+    source, output = make_csv(tmp_path, 6), tmp_path / "out.csv"
+    whole = infer(options(source, model, tmp_path / "whole.csv"))
+    stopped(monkeypatch, 4, options(source, model, output))
+    (kept,) = [file.read_bytes() for file in (tmp_path / ".out.csv.partial").glob("answers-*.jsonl")]
+    capsys.readouterr()
+    infer(options(source, model, output, system_prompt="Listen."))
+    place = tmp_path / "out.csv.previous-1"
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if str(place) in line]
+    assert "4 answers" in line
+    assert [file.read_bytes() for file in place.glob("answers-*.jsonl")] == [kept]
+    assert len(table(output)) == 6
+    asked = stop_after(monkeypatch, 99)
+    assert infer(options(source, model, output)) == whole
+    assert len(asked) == 2
+    assert "4 of 6 rows are answered already" in capsys.readouterr().err
+    assert not place.exists()
+
+
+def test_answers_are_set_aside_beside_earlier_ones(model, tmp_path, monkeypatch):
+    source, output = make_csv(tmp_path, 4), tmp_path / "out.csv"
+    for seed in range(3):
+        stopped(monkeypatch, 2, options(source, model, output, seed=seed))
+    infer(options(source, model, output, seed=3))
+    places = sorted(path.name for path in tmp_path.glob("out.csv.previous-*"))
+    assert places == [f"out.csv.previous-{number}" for number in (1, 2, 3)]
+    assert all(len([*(tmp_path / name).glob("answers-*.jsonl")]) == 1 for name in places)
+
+
+def test_answers_outlive_an_input_without_rows(model, tmp_path, monkeypatch):
+    source, output = make_csv(tmp_path, 4), tmp_path / "out.csv"
+    stopped(monkeypatch, 2, options(source, model, output))
+    (tmp_path / "empty.csv").write_text("audio\n", encoding="utf-8")
+    assert infer(options(tmp_path / "empty.csv", model, output)) == []
+    asked = stop_after(monkeypatch, 99)
+    infer(options(source, model, output))
+    assert len(asked) == 2
+
+
+def test_answers_of_another_model_with_names_sizes_and_times_alike_are_not_taken_over(
+    model, tmp_path, monkeypatch
+):
+    """As of two results of one training that were unpacked from an archive."""
+    source, output = make_csv(tmp_path, 4), tmp_path / "out.csv"
+    stopped(monkeypatch, 2, options(source, model, output))
+    file = model / "model.safetensors"
+    times, content = file.stat(), bytearray(file.read_bytes())
+    content[-4:] = b"\0\0\0\0"
+    file.write_bytes(content)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    asked = stop_after(monkeypatch, 99)
+    infer(options(source, model, output))
+    assert sorted(asked) == [*range(4)]
+
+
 def test_a_line_that_was_not_finished_is_answered_again(model, tmp_path, monkeypatch):
     source = make_csv(tmp_path, 6)
     whole = infer(options(source, model, tmp_path / "whole.csv"))
@@ -119,7 +222,7 @@ def test_a_line_that_was_not_finished_is_answered_again(model, tmp_path, monkeyp
         stop_after(context, 4)
         with pytest.raises(KeyboardInterrupt):
             infer(options(source, model, tmp_path / "out.csv"))
-    (file,) = Journal(tmp_path / "out.csv").path.glob("answers-*.jsonl")
+    (file,) = AnswerJournal(tmp_path / "out.csv").path.glob("answers-*.jsonl")
     text = file.read_text(encoding="utf-8").rstrip("\n")
     file.write_text(text[:-5], encoding="utf-8")
     asked = stop_after(monkeypatch, 99)
@@ -128,7 +231,7 @@ def test_a_line_that_was_not_finished_is_answered_again(model, tmp_path, monkeyp
 
 
 def test_two_runs_into_one_output(model, tmp_path):
-    journal = Journal(tmp_path / "out.csv")
+    journal = AnswerJournal(tmp_path / "out.csv")
     with journal.locked(), pytest.raises(InputError, match="another inference is writing it"):
         infer(options(make_csv(tmp_path, 2), model, tmp_path / "out.csv"))
     assert journal.path.exists()
@@ -175,7 +278,7 @@ def test_an_output_that_a_killed_run_has_half_written_is_removed(model, tmp_path
 def test_a_signal_stops_it_and_it_says_how_to_go_on(model, tmp_path, number, ranks):
     whole = infer(options(make_csv(tmp_path, 9), model, tmp_path / "whole.csv"))
     words = shlex.split(as_command(options(tmp_path / "train.csv", model, tmp_path / "out.csv")))[1:]
-    journal = Journal(tmp_path / "out.csv")
+    journal = AnswerJournal(tmp_path / "out.csv")
     with fleet(tmp_path) as start:
         jobs = start_ranks(start, words, ranks, slow_answers) if ranks > 1 else [start(words, slow_answers)]
         assert jobs[0].until(journal.answers)
@@ -205,7 +308,7 @@ def test_converted_rows_are_kept_when_it_is_stopped_before_the_first_answer(
         stop_after(context, 0)
         with pytest.raises(KeyboardInterrupt):
             infer(given)
-    journal = Journal(tmp_path / "out.csv")
+    journal = AnswerJournal(tmp_path / "out.csv")
     assert f"all rows are converted (in {journal.path})" in capsys.readouterr().err
     monkeypatch.setattr(conversion, "write_metadata", None)  # nothing is converted any more
     infer(given)
@@ -285,7 +388,7 @@ def test_kept_rows_are_not_decoded_again_when_a_run_goes_on(model, tmp_path, mon
         stop_after(context, 2)
         with pytest.raises(KeyboardInterrupt):
             infer(kept)
-    journal = Journal(tmp_path / "out.csv")
+    journal = AnswerJournal(tmp_path / "out.csv")
     stamp = (journal.dataset / "state.json").stat().st_mtime_ns
     stop_after(monkeypatch, 3, RuntimeError)  # three are left, and this would be the fourth
     with pytest.raises(InputError, match="4 of its rows"):
@@ -303,7 +406,7 @@ def test_a_run_that_was_killed_while_it_removed_its_dataset(model, tmp_path, mon
         stop_after(context, 2)
         with pytest.raises(KeyboardInterrupt):
             infer(given)
-    (Journal(tmp_path / "out.csv").dataset / conversion.LEFT_OUT_FILE).unlink()
+    (AnswerJournal(tmp_path / "out.csv").dataset / conversion.LEFT_OUT_FILE).unlink()
     with pytest.raises(InputError, match="4 of its rows"):
         infer(given)
 

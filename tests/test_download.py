@@ -494,6 +494,17 @@ def test_the_next_run_fetches_only_what_has_changed(server, tmp_path, headers, c
     assert resource.conditions[4][0] in (None, f"{condition[0]}2")
 
 
+def test_a_cache_whose_folder_is_spelt_otherwise_is_the_same(server, tmp_path, monkeypatch):
+    server.answers["/a"] = resource = Resource(ETag='"one"')
+    (tmp_path / "link").symlink_to("cache")
+    monkeypatch.chdir(tmp_path)
+    for run, folder in enumerate(
+        (tmp_path / "cache", Path("cache"), Path("cache/../link"), tmp_path / "link")
+    ):
+        assert cached(f"{server.url}/a", folder, str(run)) == BODY
+    assert resource.sent == len(BODY)
+
+
 def test_conditions_are_repeated_at_every_try(server, tmp_path, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda _: None)
     resource = Resource(ETag='"one"')

@@ -389,8 +389,8 @@ MACHINE_LACK = Text("the machine ran out of memory", "内存不足")
         (RuntimeError("CUDA error: out of memory"), GPU_LACK),
         (
             RuntimeError(
-                "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you "
-                "tried to allocate 8000000000000 bytes. Error code 12 (Cannot allocate memory)"
+                "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: "
+                "you tried to allocate 8000000000000 bytes. Error code 12 (Cannot allocate memory)"
             ),
             MACHINE_LACK,
         ),

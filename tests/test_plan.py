@@ -233,7 +233,9 @@ def csv_of(line: Callable[[int], str], header: str = "audio,prediction") -> str:
     return "\n".join([header, *map(line, range(12))]) + "\n"
 
 
-@pytest.mark.parametrize("way", ["other columns", "absolute paths", "a base folder", "another encoding"])
+@pytest.mark.parametrize(
+    "way", ["other columns", "absolute paths", "a base folder", "a link", "another encoding"]
+)
 def test_what_does_not_matter(place, way):
     plain = csv_of(lambda n: f"{n}.wav,text {n}")
     expected = plan_of(manifest_of(plain))
@@ -244,10 +246,26 @@ def test_what_does_not_matter(place, way):
         text = csv_of(lambda n: f'{place}/{n}.wav,"text {n}"')
     elif way == "a base folder":
         text, base_dir = plain, f"../{place.name}"
+    elif way == "a link":
+        (place / "link").symlink_to(place)
+        text, base_dir = plain, "link/./link"
     else:
         text = "\ufeff" + plain.replace("\n", "\r\n")
     assert plan_of(manifest_of(text, base_dir)) == expected
     assert expected.rows == 12
+
+
+def test_two_folders_that_a_shortened_path_would_confuse(place):
+    """`link/..` is where the link leads, and not where it lies."""
+    (place / "far/away").mkdir(parents=True)
+    (place / "link").symlink_to("far/away")
+    for folder in (place, place / "far"):
+        (folder / "0.wav").write_bytes(b"x")
+        os.utime(folder / "0.wav", ns=(1, 1))
+    text = "audio,prediction\n0.wav,x\n"
+    here, far, same = (plan_of(manifest_of(text, base_dir)) for base_dir in (".", "link/..", "far"))
+    assert here.fingerprint != far.fingerprint
+    assert far.fingerprint == same.fingerprint
 
 
 # --- the second reading ----------------------------------------------------------------------------------

@@ -261,6 +261,38 @@ def test_what_is_changed_is_converted_anew(killed_place, unbroken, what):
     assert ([data.get(name) for name in shards] != [unbroken[name] for name in shards]) == is_other
 
 
+SPELLINGS = {  # the current directory, what stands before each path, and where recordings are looked for
+    "a dot": (".", "./", None),
+    "a link": (".", "link/", "link"),
+    "another directory": ("audio", "../", ".."),
+    "absolute paths": (".", "{}/", "{}/link"),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_the_same_work_spelt_otherwise_goes_on(killed_place, unbroken, monkeypatch, capsys, spelling):
+    before = finished(killed_place)
+    (killed_place / "link").symlink_to(killed_place)
+    folder, start, base_dir = (each and each.format(killed_place) for each in SPELLINGS[spelling])
+    rows = [{**row, "audio": os.path.relpath(row["audio"], killed_place)} for row in rows_of_csv()]
+    write_csv(Path("rows.csv"), rows)
+    monkeypatch.chdir(folder)
+    model = os.path.relpath(MODEL)
+    data = convert_here(f"{start}out", input=f"{start}rows.csv", base_dir=base_dir, model_name=model)
+    assert data == unbroken
+    after = marks(killed_place / "out", before.keys() & data.keys())
+    assert {name: after[name] for name in before} == before
+    said = capsys.readouterr().err
+    assert going_on(4) in said
+    assert "removed" not in said
+
+
+def test_finished_shards_of_other_work_are_removed_with_a_word(killed_place, capsys):
+    convert_here("out", system_prompt="Kurz.")
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "removed" in line]
+    assert line.startswith(f"{killed_place / '.out.partial'}: 4 shards of an earlier run are ")
+
+
 VERSIONS = {
     "toolkit": lambda patch: patch.setattr(conversion, "__version__", "0"),
     "a library": lambda patch: patch.setattr(conversion, "version", lambda name: name),

@@ -1,6 +1,7 @@
 """A run that is killed at any moment and goes on ends as the unbroken one does, bit for bit (rule 30)."""
 
 import itertools
+import os
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -236,6 +237,18 @@ def test_changed_options_are_named_and_win(place, tmp_path, capsys):
     last = history(output)[-1]
     assert last["step"] == 12
     assert history(output)[0]["learning_rate"] == pytest.approx(2e-3 * (12 - 7) / (12 - 2))
+
+
+def test_paths_that_are_spelt_otherwise_are_not_named(place, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "run"
+    copy(place / "whole/checkpoint-8", output / "checkpoint-8")
+    (tmp_path / "link").symlink_to(place)
+    monkeypatch.chdir(tmp_path)
+    options = options_of(place, output, resume_from_checkpoint=True)
+    names = ("train_dataset", "eval_dataset", "model_name")
+    spelt = {name: os.path.relpath(getattr(options, name), place) for name in names}
+    train(replace(options, **{name: f"./link/{path}" for name, path in spelt.items()}))
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_the_same_options_are_not_named(place, tmp_path, capsys):

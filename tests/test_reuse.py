@@ -43,6 +43,24 @@ def test_the_same_is_not_converted_again(place):
     assert names(place) == {"audio", "rows.csv", "out"}
 
 
+@pytest.mark.parametrize(("folder", "before"), [(".", "./audio/../"), ("audio", "../"), (".", "link/")])
+def test_the_same_spelt_otherwise_is_not_converted_again(place, monkeypatch, capsys, folder, before):
+    (place / "link").symlink_to(place)
+    rows = Path("rows.csv").read_text(encoding="utf-8")
+    Path("rows.csv").write_text(rows.replace(f"{place}/", ""), encoding="utf-8")
+    use_or_convert()
+    made = inodes(place / "out")
+    monkeypatch.chdir(folder)
+    options = ConvertOptions(
+        model_name=os.path.relpath(MODEL), input=f"{before}rows.csv", output=f"{before}out", base_dir=before
+    )
+    manifest = read_rows(options.input, options, needs_prediction=True)
+    encoder = Encoder(read_text_files(Path(options.model_name)))
+    convert_rows(manifest, Path(options.output), encoder, options, reuse=True)
+    assert inodes(place / "out") == made
+    assert "converted anew" not in capsys.readouterr().err
+
+
 def change_a_row() -> None:
     text = Path("rows.csv").read_text(encoding="utf-8")
     Path("rows.csv").write_text(text.replace("click", "clack", 1), encoding="utf-8")
@@ -65,12 +83,15 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_anything_else_is_converted_anew(place, change):
+def test_anything_else_is_converted_anew(place, capsys, change):
     before = inodes(place / "out")["out"]
     CHANGES[change]()
     record = use_or_convert()
     assert ConvertedDataset(Path("out")).record == record
     assert inodes(place / "out")["out"] != before
+    assert ("out: damaged, or converted from other" in capsys.readouterr().err) == (
+        change != "the plan is missing"
+    )
     made = data_of(place / "out")
     shutil.rmtree("out")
     use_or_convert()

@@ -1,4 +1,4 @@
-"""Questions to answers: each row with its own budget of new tokens, none decoded further than its end.
+"""Generate answers in batches, each row with its own budget of new tokens and up to its own end.
 
 A row joins the others when there is room and leaves when its answer is complete, so that there is always
 work for a whole batch. What a row is answered does not depend on the others: greedily it is the most likely
@@ -20,14 +20,15 @@ from mdl_toolkit.metrics import Metric
 from mdl_toolkit.model.generation import DecodingBatch
 from mdl_toolkit.tokens import IGNORE_INDEX, Encoder
 
-ROOM = 16  # new tokens that an answer may have beyond twice its reference's
+# An answer may have so many new tokens beyond twice its reference's.
+EXTRA_TOKENS = 16
 # Rows join when a quarter of the places is free: taking one in costs about as much as a step for all.
 JOINING = 4
 
 
 @dataclass(frozen=True)
 class Question:
-    """A row to answer.
+    """Hold a row to answer.
 
     Attributes:
         key: by which its answer is told from others.
@@ -41,8 +42,8 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Picking:
-    """How the next token is chosen.
+class SamplingParams:
+    """Choose the next token, greedily or by sampling.
 
     Attributes:
         temperature: 0 takes the most likely one; otherwise logits are divided by it and one is drawn.
@@ -55,11 +56,11 @@ class Picking:
     seed: int = 42
 
     def source(self, key: int) -> np.random.Generator:
-        """Random numbers of one row, the same whatever the batch."""
+        """Return the random numbers of one row, the same whatever the batch."""
         return np.random.Generator(np.random.Philox(key=[self.seed, key]))
 
     def pick(self, logits: Tensor, sources: list[np.random.Generator]) -> list[int]:
-        """One token for each row of `[rows, vocabulary]`."""
+        """Choose one token for each row of logits, `[rows, vocabulary]`."""
         if not self.temperature:
             return [*map(int, logits.argmax(-1).tolist())]
         chances, tokens = (logits.float() / self.temperature).softmax(-1).sort(-1, descending=True)
@@ -72,7 +73,7 @@ class Picking:
 
 @dataclass
 class _Answer:
-    """An answer under way."""
+    """Hold an answer under way."""
 
     key: int
     budget: int
@@ -81,29 +82,31 @@ class _Answer:
 
 
 class Answerer:
-    """A model that answers questions.
+    """Answer questions with a model, as many rows at once as the batch size.
 
     Attributes:
         ends: tokens that end an answer.
     """
 
-    def __init__(self, model: Any, encoder: Encoder, batch_size: int, picking: Picking = Picking()) -> None:
-        """Prepare.
+    def __init__(
+        self, model: Any, encoder: Encoder, batch_size: int, sampling: SamplingParams = SamplingParams()
+    ) -> None:
+        """Prepare a model for answering.
 
         Args:
             model: a MiDashengLM in evaluation mode, with or without adapters.
             encoder: its tokenizer.
             batch_size: most rows at once.
-            picking: how tokens are chosen.
+            sampling: how tokens are chosen.
         """
         self._model = base_model(model)
-        self._encoder, self._picking, self._places = encoder, picking, batch_size
+        self._encoder, self._sampling, self._places = encoder, sampling, batch_size
         self.ends = end_ids(model, encoder)
         self._rows = DecodingBatch(self._model.decoder)
         self._running: list[_Answer] = []
 
     def answers(self, questions: Iterable[Question]) -> Iterator[tuple[int, str]]:
-        """The key and the answer of each question, as they become complete.
+        """Yield the key and the answer of each question, as they become complete.
 
         They are taken as there is room; neighbours of like length are computed with the least padding.
         """
@@ -114,7 +117,8 @@ class Answerer:
                 yield from self._finished(self._admit([*islice(waiting, free)]))
             if not self._running:
                 return
-            yield from self._finished(self._step())
+            last = torch.tensor([answer.ids[-1] for answer in self._running], device=self._model.device)
+            yield from self._finished(self._rows.step(last))
 
     def _admit(self, questions: list[Question]) -> Tensor | None:
         if not questions:
@@ -122,29 +126,26 @@ class Answerer:
         prompts = prompts_of([question.sample for question in questions], self._encoder.pad_id)
         need = max(n + question.budget for n, question in zip(prompts.lengths, questions, strict=True))
         logits = admit(self._rows, self._model, prompts, self._places, need)
-        self._running += [_Answer(q.key, q.budget, self._picking.source(q.key), []) for q in questions]
+        self._running += [_Answer(q.key, q.budget, self._sampling.source(q.key), []) for q in questions]
         return logits
-
-    def _step(self) -> Tensor:
-        last = torch.tensor([answer.ids[-1] for answer in self._running], device=self._model.device)
-        return self._rows.step(last)
 
     def _finished(self, logits: Tensor | None) -> Iterator[tuple[int, str]]:
         """Add a token to those rows, the last ones, that have logits; let go what is complete."""
         if logits is None:
             return
         mine = self._running[-len(logits) :]
-        tokens = self._picking.pick(logits, [answer.source for answer in mine])
+        tokens = self._sampling.pick(logits, [answer.source for answer in mine])
         for answer, token in zip(mine, tokens, strict=True):
             answer.ids.append(token)
-        done = [place for place, answer in enumerate(self._running) if self._is_complete(answer)]
+        done = [
+            place
+            for place, answer in enumerate(self._running)
+            if answer.ids[-1] in self.ends or len(answer.ids) == answer.budget
+        ]
         if done:
             complete = [self._running[place] for place in done]
             self._running = [self._running[place] for place in self._rows.release(done)]
             yield from ((answer.key, self._text(answer)) for answer in complete)
-
-    def _is_complete(self, answer: _Answer) -> bool:
-        return answer.ids[-1] in self.ends or len(answer.ids) == answer.budget
 
     def _text(self, answer: _Answer) -> str:
         ends_itself = answer.ids[-1] in self.ends
@@ -152,13 +153,13 @@ class Answerer:
 
 
 def base_model(model: Any) -> Any:
-    """The MiDashengLM itself, its layers with the adapters that they have."""
+    """Return the MiDashengLM itself, its layers with the adapters that they have."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @torch.inference_mode()
 def embedded(model: Any, prompts: PromptBatch) -> Tensor:
-    """PromptBatch with their recordings' features, `[rows, longest, hidden_size]`, padded on the right."""
+    """Return prompts with their recordings' features, `[rows, longest, hidden_size]`, padded right."""
     there = {name: value.to(model.device) for name, value in prompts.tensors.items()}
     embeddings: Tensor = model.fuse(
         there["input_ids"], there.get("input_values"), there["audio_length"], there.get("audio_features")
@@ -167,13 +168,13 @@ def embedded(model: Any, prompts: PromptBatch) -> Tensor:
 
 
 def admit(rows: DecodingBatch, model: Any, prompts: PromptBatch, places: int, need: int) -> Tensor:
-    """As `DecodingBatch.admit`; with recordings, and what prompts begin with only once."""
+    """Admit prompts with recordings to a batch; a prefix that all share is computed once."""
     words = model.shareable(prompts.tensors["input_ids"].to(model.device))
     return rows.admit(embedded(model, prompts), prompts.lengths, places, need, words)
 
 
 def end_ids(model: Any, encoder: Encoder) -> set[int]:
-    """The tokens that end an answer: the model's own, and the one that closes a turn."""
+    """Return the tokens that end an answer: the model's own, and the one that closes a turn."""
     ends = model.generation_config.eos_token_id
     listed = ends if isinstance(ends, list) else [ends] if ends is not None else []
     return {*listed, encoder.end_id}
@@ -184,7 +185,7 @@ def end_ids(model: Any, encoder: Encoder) -> set[int]:
 
 @dataclass
 class Questions:
-    """Rows of a dataset whose answers are compared with their references.
+    """Compare the answers to rows of a dataset with their references.
 
     Attributes:
         dataset: the rows, with labels.
@@ -202,12 +203,12 @@ class Questions:
 
     @staticmethod
     def draw(dataset: ConvertedDataset, count: int, seed: int) -> np.ndarray:
-        """At most so many rows, always the same ones, the longest first."""
+        """Draw at most so many rows, always the same ones, the longest first."""
         rows = np.random.default_rng(seed).permutation(len(dataset))[:count]
         return rows[np.argsort(-dataset.positions[rows], kind="stable")]
 
     def count(self, model: Any, batch_size: int, is_stopped: Callable[[], bool]) -> tuple[float, float]:
-        """Numerator and denominator of the metric over all rows, or over those before a stop.
+        """Return numerator and denominator of the metric over all rows, or over those before a stop.
 
         Args:
             model: in evaluation mode.
@@ -230,14 +231,14 @@ class Questions:
                 sample = self.dataset[row]
                 reference = sample.labels[sample.labels != IGNORE_INDEX]
                 references[row] = self.encoder.decode(reference.tolist())
-                yield Question(row, prompt_of(sample), 2 * len(reference) + ROOM)
+                yield Question(row, prompt_of(sample), 2 * len(reference) + EXTRA_TOKENS)
 
         for row, text in Answerer(model, self.encoder, batch_size).answers(questions()):
             yield references.pop(row), text
 
 
 def prompt_of(sample: Sample) -> Sample:
-    """A row without its answer, if it has one."""
+    """Return a row without its answer, if it has one."""
     answered = np.flatnonzero(sample.labels != IGNORE_INDEX)
     end = int(answered[0]) if len(answered) else len(sample.labels)
     return replace(sample, input_ids=sample.input_ids[:end], labels=sample.labels[:end])

@@ -1,4 +1,4 @@
-"""Answers as they come, kept in a journal, and the CSV that they become (rule 39).
+"""Keep answers in a journal as they come, and write the CSV that they become.
 
 Beside the output lies `.NAME.partial` while it is made:
 
@@ -8,31 +8,35 @@ Beside the output lies `.NAME.partial` while it is made:
     dataset/        the rows, converted
     answers-R.jsonl the answers of process R, one line each, written as soon as it is complete
 
-A killed run's answers are taken over by the next one with the same fingerprint.
+A killed run's answers are taken over by the next one with the same fingerprint. Those of other work are set
+aside in `NAME.previous-N`, with their fingerprint, and taken over from there when it is asked for again.
 """
 
 import csv
 import json
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from mdl_toolkit.console import say
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.files import replace_file, writing
 from mdl_toolkit.locks import held
 from mdl_toolkit.manifest import Row
 
+RUN = "run.json"
 
-class Journal:
-    """The work folder of one output."""
+
+class AnswerJournal:
+    """Keep the work folder of one output."""
 
     def __init__(self, output: Path) -> None:
-        target = output.resolve()
-        self.output, self.path = output, target.with_name(f".{target.name}.partial")
+        self._target = output.resolve()
+        self.output, self.path = output, self._target.with_name(f".{self._target.name}.partial")
         self.listing, self.dataset = self.path / "input.csv", self.path / "dataset"
-        self._run = self.path / "run.json"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -58,36 +62,56 @@ class Journal:
         return self.dataset.with_name(f".{self.dataset.name}.partial").exists()
 
     def begin(self, fingerprint: str) -> int:
-        """Forget the answers of another run; how many there are of this one."""
-        with suppress(OSError, ValueError):
-            if json.loads(self._run.read_text(encoding="utf-8")) == fingerprint:
-                return len(self.answers())
-        for file in self._files():
-            file.unlink()
-        with writing(f"--output {self.output}", InputError):
-            self._run.write_text(json.dumps(fingerprint), encoding="utf-8")
-        return 0
+        """Set the answers of other work aside, take up those of this one, and return how many there are."""
+        if _fingerprint_in(self.path) != fingerprint:
+            with writing(f"--output {self.output}", InputError):
+                self._set_aside()
+                for place in self._previous().values():
+                    if _fingerprint_in(place) == fingerprint:
+                        _move_answers(place, self.path)
+                        break
+                (self.path / RUN).write_text(json.dumps(fingerprint), encoding="utf-8")
+        return len(self.answers())
+
+    def _set_aside(self) -> None:
+        """Move the answers that are here to a folder beside the output, if there are any, and say so."""
+        if answered := len(self.answers()):
+            number = max(self._previous(), default=0) + 1
+            place = self._target.with_name(f"{self._target.name}.previous-{number}")
+            place.mkdir()
+            _move_answers(self.path, place)
+            say(
+                f"{answered} answers here are of other work (another input, model, options or version): they "
+                f"are set aside in {place}, and used when that is asked for again",
+                f"此处的 {answered} 条回答属于其他任务（输入、模型、选项或版本不同）：已移至 {place}，"
+                "再次运行该任务时会继续使用",
+            )
+
+    def _previous(self) -> dict[int, Path]:
+        """Return the folders of what was set aside, by number."""
+        name = re.compile(re.escape(self._target.name) + r"\.previous-(\d+)")
+        found = ((name.fullmatch(path.name), path) for path in sorted(self._target.parent.iterdir()))
+        return {int(match[1]): path for match, path in found if match}
 
     def answers(self) -> dict[int, list[str]]:
-        """The cells of every row that is answered, by its number in the dataset."""
+        """Read the cells of every row that is answered, by its number in the dataset."""
         found: dict[int, list[str]] = {}
-        for file in self._files():
+        for file in _answers_in(self.path):
             for line in file.read_text(encoding="utf-8").splitlines():
-                with suppress(ValueError, TypeError):  # the line at which a run was killed
+                # The last line is broken where a run was killed.
+                with suppress(ValueError, TypeError):
                     row, cells = json.loads(line)
                     found[row] = cells
         return found
-
-    def _files(self) -> list[Path]:
-        return sorted(self.path.glob("answers-*.jsonl"))
 
     # --- more answers ---
 
     @contextmanager
     def writer(self, rank: int) -> Iterator["Pen"]:
-        """What writes the answers of one process down."""
+        """Open what writes the answers of one process down."""
         with (self.path / f"answers-{rank}.jsonl").open("a", encoding="utf-8", newline="\n") as file:
-            file.write("\n")  # ends a line that a killed run has not finished
+            # End a line that a killed run has not finished.
+            file.write("\n")
             yield Pen(file)
 
     # --- the end ---
@@ -97,8 +121,27 @@ class Journal:
         shutil.rmtree(self.path, ignore_errors=True)
 
 
+def _answers_in(folder: Path) -> list[Path]:
+    return sorted(folder.glob("answers-*.jsonl"))
+
+
+def _move_answers(source: Path, target: Path) -> None:
+    """Move answers and their fingerprint to another folder; an emptied one goes."""
+    for file in (*_answers_in(source), source / RUN):
+        with suppress(FileNotFoundError):
+            file.replace(target / file.name)
+    with suppress(OSError):
+        source.rmdir()
+
+
+def _fingerprint_in(folder: Path) -> str | None:
+    with suppress(OSError, ValueError):
+        return str(json.loads((folder / RUN).read_text(encoding="utf-8")))
+    return None
+
+
 class Pen:
-    """Writes answers down, each at once: what is handed to the system survives the process."""
+    """Write answers down, each at once: what is handed to the system survives the process."""
 
     def __init__(self, file: IO[str]) -> None:
         self._file = file

@@ -1,4 +1,4 @@
-"""The answer as one of given texts, the most likely one to the model, for classification.
+"""Answer with the most likely of given texts, for classification.
 
 Each row's recording and prompt are computed once; all choices continue from there together.
 """
@@ -19,7 +19,7 @@ from mdl_toolkit.tokens import Encoder
 
 
 def read_choices(path: Path) -> list[str]:
-    """The choices of a text file, one on each line; blank lines are left out.
+    """Read the choices of a text file, one on each line; blank lines are left out.
 
     Raises:
         InputError: it cannot be read, or holds fewer than two choices, or one twice.
@@ -44,7 +44,7 @@ def read_choices(path: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Chooser:
-    """A model that chooses.
+    """Choose among given texts with a model.
 
     Attributes:
         model: a MiDashengLM in evaluation mode, with or without adapters.
@@ -64,7 +64,7 @@ class Chooser:
     by_length: bool
 
     def answers(self, questions: Iterable[Question]) -> Iterator[tuple[int, list[str]]]:
-        """For each question its key, and the best choices, each followed by its log-probability."""
+        """Yield each question's key and its best choices, each followed by its log-probability."""
         model, waiting = base_model(self.model), iter(questions)
         tokens = [self.encoder.answer_ids(choice) for choice in self.choices]
         lengths = torch.tensor([len(each) if self.by_length else 1 for each in tokens])
@@ -87,6 +87,6 @@ class Chooser:
 
 
 def columns_of(choices: int, most: int) -> list[str]:
-    """Columns for the best choices: `prediction`, `score`, `prediction_2`, `score_2` and so on."""
+    """Return columns for the best choices: `prediction`, `score`, `prediction_2`, `score_2` and so on."""
     numbered = [(f"prediction_{place}", f"score_{place}") for place in range(2, min(choices, most) + 1)]
     return ["prediction", "score", *(name for pair in numbered for name in pair)]

@@ -1,4 +1,4 @@
-"""What a person sees while it works: lines, warnings and progress, all on standard error.
+"""Write lines, warnings and progress for a person to standard error.
 
 In a terminal progress is a bar; in a pipe or a log file it is a plain line now and then. Of several
 processes that work together only the first speaks.
@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 from mdl_toolkit.language import Text
 
-PLAIN_INTERVAL = 10.0  # seconds between two plain progress lines
+# Seconds between two plain progress lines.
+PLAIN_INTERVAL = 10.0
 
 
 def is_first_process() -> bool:
@@ -23,7 +24,7 @@ def is_first_process() -> bool:
 
 
 def say(en: str, zh: str) -> None:
-    """Write one line."""
+    """Write one line, in the first process."""
     if not is_first_process():
         return
     sys.stderr.write(f"{Text(en, zh)}\n")
@@ -36,17 +37,17 @@ def warn(en: str, zh: str) -> None:
 
 
 class Progress(Protocol):
-    """How far a piece of work has come."""
+    """Show how far a piece of work has come."""
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Count parts as done; a note, such as the loss, stays until the next one."""
 
     def begin(self, done: int) -> None:
-        """So many parts were done before: they say nothing of how long the others will take."""
+        """Count parts as done before, so that they are no part of the estimate of the time that is left."""
 
 
 class _Lines:
-    """Plain lines, not more than one in ten seconds."""
+    """Show progress as plain lines, not more than one in ten seconds."""
 
     def __init__(self, title: Text, total: int) -> None:
         self._title, self._total = title, total
@@ -91,7 +92,8 @@ def _bar(title: Text, total: int) -> Iterator[Progress]:
     from rich.table import Column
 
     console = Console(stderr=True)
-    note = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # what is left of the line: all else is whole
+    # The note takes what is left of the line; all else is whole.
+    note = Column(ratio=1, no_wrap=True, overflow="ellipsis")
     columns = (
         rich_progress.TextColumn("{task.description}"),
         rich_progress.BarColumn(max(8, min(40, console.width - 100))),
@@ -106,7 +108,7 @@ def _bar(title: Text, total: int) -> Iterator[Progress]:
 
 
 class _Bar:
-    """A task of rich's."""
+    """Show progress as a task of rich's."""
 
     def __init__(self, shown: Any, task: Any) -> None:
         self._shown, self._task = shown, task
@@ -121,12 +123,12 @@ class _Bar:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as hours, minutes and seconds."""
+    """Format seconds as hours, minutes and seconds."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def width_of(text: str) -> int:
-    """How many columns of a terminal a text takes; a Chinese character takes two."""
+    """Return how many columns of a terminal a text takes; a Chinese character takes two."""
     return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)

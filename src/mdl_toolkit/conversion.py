@@ -175,7 +175,7 @@ def _identity(encoder: Encoder, options: ConversionOptions, with_answer: bool, k
 
 
 def _already(output: Path, plan: Plan, keeps_going: bool) -> Record | None:
-    """The record of what is at the output, if it was made by the same plan and is whole."""
+    """Return the record of what is at the output if the same plan made it and it is whole, else say so."""
     if (
         plan.problems.count and not keeps_going
     ):  # rows that are in no shard: the plan's fingerprint does not know of them
@@ -185,6 +185,12 @@ def _already(output: Path, plan: Plan, keeps_going: bool) -> Record | None:
             if keeps_going:
                 left_out(output)  # a run that was killed while it removed the dataset may have got so far
             return ConvertedDataset(output).record
+    if (output / PLAN_FILE).exists():
+        say(
+            f"{output}: damaged, or converted from other rows or recordings, with other options or by "
+            "another version; it is converted anew",
+            f"{output}：已损坏，或来自其他的行、音频、选项或版本；将重新转换",
+        )
     return None
 
 

@@ -1,4 +1,4 @@
-"""Several processes that train together: who this one is, and how sums travel between them.
+"""Join the processes that train together, and sum tensors over them.
 
 Launchers (torchrun, accelerate launch, or any other that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT)
 start the processes. Every process holds the whole model; gradients are summed once per step.
@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
 from mdl_toolkit.console import warn
@@ -22,9 +21,12 @@ from mdl_toolkit.errors import ToolkitError, UsageError
 from mdl_toolkit.loading import lack_of_memory
 from mdl_toolkit.workers import Ranks
 
-BUCKET = 2**24  # numbers that travel together: 64 MiB of float32
-MEETING = timedelta(minutes=15)  # for all processes to be there: some machines begin later than others
-PATIENCE = timedelta(days=2)  # while the first one converts; the usual ten minutes would not do
+# So many numbers travel together: 64 MiB of float32.
+BUCKET = 2**24
+# Time for all processes to be there: some machines begin later than others.
+MEETING = timedelta(minutes=15)
+# Time for the first process to convert; the usual ten minutes would not do.
+PATIENCE = timedelta(days=2)
 
 # What gloo and the store say of a process that has gone.
 CLOSED = ("onnection closed by peer", "onnection reset by peer", "Broken pipe", "onnection refused", "imeout")
@@ -34,7 +36,7 @@ DIVIDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpee
 
 
 class PeerLostError(ToolkitError):
-    """Another process has ended; why is for that one to say."""
+    """Report that another process of the run has ended; that one says why."""
 
     def __init__(self, problem: RuntimeError) -> None:
         reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
@@ -48,15 +50,17 @@ class PeerLostError(ToolkitError):
 
 @dataclass(frozen=True)
 class World:
-    """One process among all.
+    """Hold this process's place among all, and sum over them.
 
     Attributes:
         rank: of this process; 0 speaks and writes.
         size: number of processes.
+        group: the process group of torch that sums travel in; None for the default one.
     """
 
     rank: int = 0
     size: int = 1
+    group: distributed.ProcessGroup | None = None
 
     @property
     def is_first(self) -> bool:
@@ -71,7 +75,7 @@ class World:
         """
         if self.size > 1:
             with _noticing_loss():
-                distributed.all_reduce(tensor)
+                distributed.all_reduce(tensor, group=self.group)
         return tensor
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
@@ -89,11 +93,10 @@ class World:
                 gradient.copy_(part.view_as(gradient))
 
     def agrees(self, text: str) -> bool:
-        """Tell whether all processes say the same."""
+        """Tell whether all processes give the same text."""
         said = torch.zeros(self.size, dtype=torch.float64)
-        said[self.rank] = int.from_bytes(
-            hashlib.sha256(text.encode()).digest()[:6], "big"
-        )  # exact in float64
+        # Six bytes are exact in float64.
+        said[self.rank] = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
         return len(set(self.sum(said).tolist())) == 1
 
     def wait(self) -> None:
@@ -122,12 +125,14 @@ def joined() -> Iterator[World]:
     with _noticing_loss():
         # Connecting is a part of the meeting: who has ended since would be waited for without a word.
         distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=MEETING)
-    _set_pg_timeout(PATIENCE)
+        # A group's patience is fixed when it is made: all that are here now make one with more.
+        group = distributed.new_group(timeout=PATIENCE)
     store.set_timeout(PATIENCE)
     try:
-        yield World(distributed.get_rank(), distributed.get_world_size())
+        yield World(rank, size, group)
     except BaseException:
-        if not _end_together():  # it would wait for others that wait for it, before it has said why
+        # NCCL would wait here for others that wait for this one, before it has said why.
+        if not _end_together():
             distributed.destroy_process_group()
         raise
     distributed.destroy_process_group()
@@ -148,7 +153,7 @@ def _check_environment() -> None:
 
 
 def _meet() -> tuple[Any, int, int]:
-    """Where the processes leave word for each other, this one's rank, and how many they are."""
+    """Meet all processes, and return their store, the rank of this one and their number."""
     try:
         store, rank, size = next(rendezvous("env://", timeout=MEETING))
     except RuntimeError as problem:
@@ -186,8 +191,8 @@ def _buckets(parameters: Sequence[torch.nn.Parameter]) -> Iterator[list[torch.nn
 def _noticing_loss() -> Iterator[None]:
     try:
         yield
+    # Gloo and NCCL raise this when a connection ends.
     except RuntimeError as problem:
         if lack_of_memory(problem):
             raise
-        # What gloo and NCCL raise when a connection ends.
         raise PeerLostError(problem) from problem

@@ -1,4 +1,4 @@
-"""What computes answers, chosen by the options: greedily or by drawing, by beams, by choices, or vLLM."""
+"""Choose what computes answers by the options: decoding, beam search, choices, or vLLM."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from transformers import GenerationConfig
 
-from mdl_toolkit.answering import Answerer, Picking, Question, base_model, embedded, end_ids
+from mdl_toolkit.answering import Answerer, Question, SamplingParams, base_model, embedded, end_ids
 from mdl_toolkit.batching import prompts_of
 from mdl_toolkit.choices import Chooser
 from mdl_toolkit.dataset import Sample
@@ -25,10 +25,10 @@ VLLM = "vllm"
 
 
 class Engine(Protocol):
-    """Answers questions."""
+    """Answer questions."""
 
     def answers(self, questions: Iterable[Question]) -> Iterator[tuple[int, list[str]]]:
-        """The key and the cells of each question, as they become complete."""
+        """Yield the key and the cells of each question, as they become complete."""
 
 
 def check_engine(options: InferenceOptions) -> None:
@@ -72,10 +72,10 @@ def make_engine(options: InferenceOptions, encoder: Encoder, choices: Sequence[s
     Raises:
         ModelError: the model is not to be had, or vLLM cannot use it.
     """
-    picking = Picking(options.temperature, options.top_p, options.seed)
+    sampling = SamplingParams(options.temperature, options.top_p, options.seed)
     if options.engine == VLLM:
         folder = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=True)
-        return Vllm(folder, encoder, picking, options.batch_size)
+        return Vllm(folder, encoder, sampling, options.batch_size)
     model = load_for_inference(options.model_name, from_modelscope=options.from_modelscope)
     if model.device.type == "cpu":
         prepack(model)
@@ -83,12 +83,12 @@ def make_engine(options: InferenceOptions, encoder: Encoder, choices: Sequence[s
         return Chooser(model, encoder, choices, options.batch_size, options.top_k, options.normalize_scores)
     if options.num_beams > 1:
         return Beams(model, encoder, options.batch_size, options.num_beams)
-    return Single(Answerer(model, encoder, options.batch_size, picking))
+    return Single(Answerer(model, encoder, options.batch_size, sampling))
 
 
 @dataclass(frozen=True)
 class Single:
-    """Answers of one text each."""
+    """Answer with one text each, greedily or by sampling."""
 
     answerer: Answerer
 
@@ -99,8 +99,9 @@ class Single:
 
 @dataclass(frozen=True)
 class Beams:
-    """transformers' beam search, over rows of one length at a time: nothing is padded, so that no row's
-    answer depends on its neighbours, and all have one budget.
+    """Answer by transformers' beam search, over rows of one length and one budget at a time.
+
+    Nothing is padded, so that no row's answer depends on its neighbours.
     """
 
     model: Any
@@ -120,21 +121,24 @@ class Beams:
         model = base_model(self.model)
         embeddings = embedded(model, prompts_of([each.sample for each in batch], self.encoder.pad_id))
         settings = GenerationConfig(
-            do_sample=False, num_beams=self.beams, max_new_tokens=batch[0].budget,
-            eos_token_id=sorted(end_ids(self.model, self.encoder)), pad_token_id=self.encoder.pad_id,
-        )  # fmt: skip
+            do_sample=False,
+            num_beams=self.beams,
+            max_new_tokens=batch[0].budget,
+            eos_token_id=sorted(end_ids(self.model, self.encoder)),
+            pad_token_id=self.encoder.pad_id,
+        )
         attended = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
         found = model.generate(inputs_embeds=embeddings, attention_mask=attended, generation_config=settings)
         return [[*map(int, row)] for row in found.tolist()]
 
 
 class Vllm:
-    """vLLM on a whole model; thin, and not run by this project's tests, which have no GPU.
+    """Run vLLM on a whole model; this project's tests, which have no GPU, do not run it.
 
     Our classes are registered in vLLM's processes by an entry point, so that no code of the folder is run.
     """
 
-    def __init__(self, folder: Path, encoder: Encoder, picking: Picking, batch_size: int) -> None:
+    def __init__(self, folder: Path, encoder: Encoder, sampling: SamplingParams, batch_size: int) -> None:
         if (folder / ADAPTER_CONFIG).is_file():
             raise ModelError(
                 f"{folder}: --engine vllm needs a whole model; make one with `mdl-toolkit merge`",
@@ -142,7 +146,7 @@ class Vllm:
             )
         from vllm import LLM
 
-        self._encoder, self._picking, self._batch_size = encoder, picking, batch_size
+        self._encoder, self._sampling, self._batch_size = encoder, sampling, batch_size
         self._model = LLM(model=str(folder), max_num_seqs=batch_size, trust_remote_code=False)
 
     def answers(self, questions: Iterable[Question]) -> Iterator[tuple[int, list[str]]]:
@@ -156,7 +160,7 @@ class Vllm:
                 yield question.key, [output.outputs[0].text]
 
     def _prompt(self, question: Question) -> dict[str, Any]:
-        """One audio token stands for the recording; vLLM makes as many of it as are needed."""
+        """Return a prompt with one audio token for the recording; vLLM makes as many as are needed."""
         assert isinstance(question.sample, Sample)
         audio = self._encoder.id_of(dict(self._encoder.files.specials)["audio_token"])
         ids = [
@@ -170,9 +174,12 @@ class Vllm:
         }
 
     def _settings(self, question: Question) -> Any:
-        from vllm import SamplingParams
+        import vllm
 
-        return SamplingParams(
-            max_tokens=question.budget, temperature=self._picking.temperature, top_p=self._picking.top_p,
-            seed=self._picking.seed + question.key, stop_token_ids=[self._encoder.end_id],
-        )  # fmt: skip
+        return vllm.SamplingParams(
+            max_tokens=question.budget,
+            temperature=self._sampling.temperature,
+            top_p=self._sampling.top_p,
+            seed=self._sampling.seed + question.key,
+            stop_token_ids=[self._encoder.end_id],
+        )

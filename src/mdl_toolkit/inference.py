@@ -1,4 +1,4 @@
-"""Recordings to predictions: every row is checked first, then answered, and its answer written down at once.
+"""Predict an answer for every recording: check all rows first, then write each answer down at once.
 
 Answers do not depend on the batch: every clip is computed as if alone, and each row has its own budget of
 new tokens. That holds in float32; in bfloat16 rounding can turn a word that is a near tie.
@@ -16,23 +16,24 @@ from numpy.typing import NDArray
 
 from mdl_toolkit import __version__
 from mdl_toolkit.answering import JOINING
-from mdl_toolkit.answers import Journal, write_table
+from mdl_toolkit.answers import AnswerJournal, write_table
 from mdl_toolkit.briefing import warn_of_idle_gpus
 from mdl_toolkit.choices import columns_of, read_choices
 from mdl_toolkit.console import progress, say
 from mdl_toolkit.conversion import PLAN_FILE, read_rows
+from mdl_toolkit.csvfile import stamp_of
 from mdl_toolkit.distributed import PeerLostError, World, joined
 from mdl_toolkit.engines import check_engine, make_engine
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.files import check_apart, check_file, removing_empty
 from mdl_toolkit.folders import ADAPTER_CONFIG, find_model
-from mdl_toolkit.inputs import KEEP, Inputs, Room, convert_inputs, open_inputs, prompted
+from mdl_toolkit.inputs import KEEP, Inputs, TokenBudget, convert_inputs, open_inputs, prompted
 from mdl_toolkit.language import Text
 from mdl_toolkit.listing import is_listing, list_recordings, write_listing
 from mdl_toolkit.loader import Loader
 from mdl_toolkit.loading import base_of, explaining_memory
 from mdl_toolkit.manifest import Manifest, Row
-from mdl_toolkit.provenance import read_provenance
+from mdl_toolkit.provenance import fingerprint, read_provenance
 from mdl_toolkit.report import report_answers
 from mdl_toolkit.result_options import InferenceOptions
 from mdl_toolkit.settings import SETTINGS_FILE, to_yaml
@@ -41,12 +42,21 @@ from mdl_toolkit.text_files import read_text_files
 from mdl_toolkit.tokens import Encoder
 
 MEMORY_REMEDY = Text("lower --batch-size", "请减小 --batch-size")
-ERROR = "error"  # column of --on-error keep
-THREADS = 2  # that read and decode what comes next
-# What may differ when a killed run is taken up again: the answers do not depend on it.
+# The column that --on-error keep adds.
+ERROR = "error"
+# So many threads read and decode what comes next.
+THREADS = 2
+# Options that may differ when a killed run is taken up again, since the answers do not depend on them.
 ANY_TIME = frozenset(
     {"batch_size", "num_workers", "tokenizing_batch_size", "download_cache", "max_download_mb", "report"}
 )
+# Options of whose content the answers come: the fingerprint covers that, so that no spelling matters.
+BY_CONTENT = frozenset(
+    {
+        "input", "output", "base_dir", "system_prompt", "user_prompt", "allow_empty_prediction",
+        "model_name", "from_modelscope", "choices",
+    }
+)  # fmt: skip
 
 
 def infer(options: InferenceOptions) -> list[str]:
@@ -75,16 +85,18 @@ def infer(options: InferenceOptions) -> list[str]:
     check_engine(options)
     output = Path(options.output)
     lists = [] if options.choices is None else [options.choices]
-    check_file(output, lists)  # the input may be replaced: nothing is read of it any more
+    # The input itself may be replaced, as it is read before.
+    check_file(output, lists)
     if options.report is not None:
         check_file(Path(options.report), [options.input, *lists], "--report")
         check_apart(Path(options.report), output, "--report", "--output")
     choices = None if options.choices is None else read_choices(Path(options.choices))
     with Interruption(), joined() as world, removing_empty(output.resolve().parent):
-        journal = Journal(output)
+        journal = AnswerJournal(output)
         with _at_work(journal, world):
             predictions, problems = _Inference(options, choices, journal, world).run()
-            if options.report is not None and world.is_first:  # the answers stay until it is written
+            # The answers are kept until the report is written.
+            if options.report is not None and world.is_first:
                 report_answers(options)
     if problems:
         raise InputError(
@@ -95,7 +107,7 @@ def infer(options: InferenceOptions) -> list[str]:
 
 
 @contextmanager
-def _at_work(journal: Journal, world: World) -> Iterator[None]:
+def _at_work(journal: AnswerJournal, world: World) -> Iterator[None]:
     """Keep what is finished if the work does not come to its end, and nothing otherwise."""
     with journal.locked() if world.is_first else nullcontext():
         try:
@@ -108,7 +120,7 @@ def _at_work(journal: Journal, world: World) -> Iterator[None]:
             journal.remove()
 
 
-def _leave(journal: Journal, *, is_stopped: bool) -> None:
+def _leave(journal: AnswerJournal, *, is_stopped: bool) -> None:
     """Keep answers always, converted rows if somebody has stopped it, and what a conversion says it keeps."""
     if answered := len(journal.answers()):
         say(
@@ -126,17 +138,19 @@ def _leave(journal: Journal, *, is_stopped: bool) -> None:
 
 @dataclass(frozen=True)
 class _Inference:
-    """One process's part in an inference."""
+    """Run one process's part in an inference."""
 
     options: InferenceOptions
     choices: Sequence[str] | None
-    journal: Journal
+    journal: AnswerJournal
     world: World
 
     def run(self) -> tuple[list[str], int]:
-        """Check, convert, answer and write: the predictions, and how many rows have none."""
+        """Check, convert, answer and write; return the predictions, and how many rows have none."""
         manifest = self._manifest()
         if not any(True for _ in manifest):
+            if self.world.is_first:
+                self.journal.begin("no rows")
             return (self._write(manifest, None) if self.world.is_first else []), 0
         # Of a local folder everything is here to be checked at once; of a hub's, weights wait for the rows.
         folder = self._find(weights=Path(self.options.model_name).is_dir())
@@ -148,7 +162,8 @@ class _Inference:
             self._begin(inputs)
         self.world.wait()
         order = inputs.order({*self.journal.answers()}, self.options.batch_size)
-        self.world.wait()  # before the first of them writes an answer more
+        # No process writes another answer before all know what is left.
+        self.world.wait()
         self._answer(inputs, encoder, order[self.world.rank :: self.world.size])
         self.world.wait()
         return (self._write(manifest, inputs) if self.world.is_first else []), len(inputs.problems)
@@ -156,7 +171,7 @@ class _Inference:
     # --- before ---
 
     def _manifest(self) -> Manifest:
-        """The input as a CSV."""
+        """Open the input as a CSV, which is made first of a folder or pattern."""
         options = self.options
         if not is_listing(options.input):
             return read_rows(options.input, options, needs_prediction=False)
@@ -176,39 +191,50 @@ class _Inference:
         return folder
 
     def _inputs(self, manifest: Manifest, encoder: Encoder) -> Inputs:
-        """The rows, converted by the first process for all."""
-        place, room = self.journal.dataset, Room()
+        """Open the rows, which the first process converts for all."""
+        place, required = self.journal.dataset, TokenBudget()
         if self.choices is not None:
-            room = Room.of_choices(self.choices, encoder, self.options)
+            required = TokenBudget.of_choices(self.choices, encoder, self.options)
         if self.world.is_first:
             convert_inputs(manifest, place, encoder, self.options)
-            inputs = open_inputs(manifest, place, self.options, room)
+            inputs = open_inputs(manifest, place, self.options, required)
             self.world.wait()
             return inputs
         self.world.wait()
-        return open_inputs(manifest, place, self.options, room)
+        return open_inputs(manifest, place, self.options, required)
 
     def _begin(self, inputs: Inputs) -> None:
-        if answered := self.journal.begin(self._fingerprint()):
+        if answered := self.journal.begin(self._fingerprint(inputs)):
             say(
                 f"going on from an earlier run: {answered} of {len(inputs.lines)} rows are answered already",
                 f"从先前的运行继续：{len(inputs.lines)} 行中已有 {answered} 行回答完毕",
             )
 
-    def _fingerprint(self) -> str:
-        """Of all that the answers come from."""
-        used = {name: value for name, value in vars(self.options).items() if name not in ANY_TIME}
+    def _fingerprint(self, inputs: Inputs) -> str:
+        """Return a digest of all that the answers come from: content, and never how a path is spelt."""
+        used = {
+            name: value for name, value in vars(self.options).items() if name not in ANY_TIME | BY_CONTENT
+        }
         plan = (self.journal.dataset / PLAN_FILE).read_text(encoding="utf-8")
-        values = [__version__, used, self.choices, plan, *self._weights()]
+        # Which rows of the CSV are in the dataset: not all, where some could not be fetched.
+        rows = [
+            hashlib.sha256(array.tobytes()).hexdigest() for array in (inputs.lines, inputs.dataset.positions)
+        ]
+        values = [__version__, used, self.choices, plan, *rows, *self._weights()]
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
-    def _weights(self) -> list[tuple[str, int, int]]:
-        """Names, sizes and times of the model's files, and of those of an adapter's base."""
+    def _weights(self) -> list[tuple[str, list[tuple[str, int, int]]]]:
+        """Return a digest of the weights and each file's size and time, for the model and a base."""
         folder = self._find(weights=True)
         is_adapter = (folder / ADAPTER_CONFIG).is_file()
         base = [base_of(folder, from_modelscope=self.options.from_modelscope)] if is_adapter else []
-        files = [file for each in (folder, *base) for file in sorted(each.iterdir()) if file.is_file()]
-        return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return [
+            (
+                fingerprint(each),
+                [(file.name, *stamp_of(file.stat())) for file in sorted(each.iterdir()) if file.is_file()],
+            )
+            for each in (folder, *base)
+        ]
 
     # --- the answers ---
 
@@ -232,7 +258,7 @@ class _Inference:
     # --- after ---
 
     def _write(self, manifest: Manifest, inputs: Inputs | None) -> list[str]:
-        """Write the output and its settings; the predictions."""
+        """Write the output and its settings, and return the predictions."""
         output, answers = Path(self.options.output), self.journal.answers()
         names = ["prediction"] if self.choices is None else columns_of(len(self.choices), self.options.top_k)
         columns = [*names, ERROR] if self.options.on_error == KEEP else names

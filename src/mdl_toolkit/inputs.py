@@ -1,4 +1,4 @@
-"""What an inference is asked: the input's rows, converted, with room for an answer or a reason for none."""
+"""Convert the rows of an inference, each with a budget of new tokens or a reason for none."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,13 +19,15 @@ from mdl_toolkit.provenance import Prompts
 from mdl_toolkit.result_options import InferenceOptions
 from mdl_toolkit.tokens import Encoder
 
-KEEP = "keep"  # of --on-error
-WINDOW = 16  # batches whose rows are sorted by length; the first answers are there long before the last row
+# The value of --on-error.
+KEEP = "keep"
+# Rows are sorted by length within so many batches: the first answers need not wait for the last row.
+WINDOW = 16
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The rows of an inference.
+    """Hold the rows of an inference.
 
     Attributes:
         manifest: the CSV.
@@ -42,17 +44,17 @@ class Inputs:
     problems: dict[int, RowProblem]
 
     def __iter__(self) -> Iterator[tuple[Row, int | None]]:
-        """Every row of the CSV, with its number in the dataset, or None for one without an answer."""
+        """Yield every row of the CSV, with its number in the dataset, or None for one without an answer."""
         numbers = {int(line): number for number, line in enumerate(self.lines)}
         for row in self.manifest.rows_unseen():
             yield row, None if row.line in self.problems else numbers[row.line]
 
     def question(self, number: int) -> Question:
-        """A row of the dataset, read and decoded."""
+        """Read and decode a row of the dataset."""
         return Question(number, self.dataset[number], int(self.budgets[number]))
 
     def order(self, answered: set[int], batch_size: int) -> NDArray[np.int64]:
-        """The rows to answer; within each window the longest come first, and those of one length together."""
+        """Return the rows to answer: in each window the longest first, and those of one length together."""
         is_left = [
             number not in answered and int(line) not in self.problems
             for number, line in enumerate(self.lines)
@@ -76,8 +78,8 @@ def convert_inputs(manifest: Manifest, place: Path, encoder: Encoder, options: I
 
 
 @dataclass(frozen=True)
-class Room:
-    """What every row must have room for.
+class TokenBudget:
+    """Hold how many new tokens every row must have room for.
 
     Attributes:
         tokens: how many.
@@ -88,8 +90,8 @@ class Room:
     choice: str | None = None
 
     @classmethod
-    def of_choices(cls, choices: Sequence[str], encoder: Encoder, options: InferenceOptions) -> "Room":
-        """That of the longest choice.
+    def of_choices(cls, choices: Sequence[str], encoder: Encoder, options: InferenceOptions) -> "TokenBudget":
+        """Return what the longest choice takes.
 
         Raises:
             InputError: `--max-new-tokens` gives less to every row.
@@ -104,7 +106,7 @@ class Room:
         return cls(tokens, choice)
 
     def lacking(self, length: int, limit: int) -> Text:
-        """For a row whose prompt of so many tokens leaves too little (rule 37)."""
+        """Return what is wrong with a row whose prompt of so many tokens leaves too little."""
         if self.choice is None:
             return too_long(length, limit)
         whole = length + self.tokens
@@ -116,26 +118,27 @@ class Room:
         )
 
 
-def open_inputs(manifest: Manifest, place: Path, options: InferenceOptions, room: Room) -> Inputs:
-    """Look what room each converted row has.
+def open_inputs(manifest: Manifest, place: Path, options: InferenceOptions, required: TokenBudget) -> Inputs:
+    """Open the converted rows, and find those without room for an answer.
 
     Args:
         manifest: the CSV.
         place: the dataset that `convert_inputs` has made of it.
         options: the inference's.
-        room: what every row must have.
+        required: what every row must have room for.
 
     Raises:
-        RowsError: all rows that have no room (rule 37), or whose cells are wrong.
+        RowsError: all rows that have no room, or whose cells are wrong.
     """
     dataset, keeps_going = ConvertedDataset(place), options.on_error == KEEP
     problems = {each.line: each for each in left_out(place)} if keeps_going else {}
     lines = [row.line for row in manifest.rows_unseen()]
-    if wrong := [problems[line] for line in problems.keys() - {*lines}]:  # the cells are not to be told apart
+    # Such rows cannot be written: their cells cannot be told apart.
+    if wrong := [problems[line] for line in problems.keys() - {*lines}]:
         manifest.check(Problems(wrong, len(wrong)))
     kept = np.array([line for line in lines if line not in problems], dtype=np.int64)
     inputs = Inputs(manifest, dataset, kept, _budgets(dataset, options), problems)
-    tight = [*_tight(inputs, options.max_length, room)]
+    tight = [*_tight(inputs, options.max_length, required)]
     if tight and not keeps_going:
         manifest.check(Problems(tight, len(tight)))
     problems.update((each.line, each) for each in tight)
@@ -148,39 +151,39 @@ def _budgets(dataset: ConvertedDataset, options: InferenceOptions) -> NDArray[np
     return options.max_length - dataset.positions
 
 
-def _tight(inputs: Inputs, max_length: int, room: Room) -> Iterator[RowProblem]:
-    """The rows without room."""
+def _tight(inputs: Inputs, max_length: int, required: TokenBudget) -> Iterator[RowProblem]:
+    """Yield a problem for each row without room for an answer."""
     short = {
         int(line): int(inputs.dataset.positions[n])
         for n, line in enumerate(inputs.lines)
-        if inputs.budgets[n] < room.tokens
+        if inputs.budgets[n] < required.tokens
     }
     for row in inputs.manifest.rows_unseen() if short else ():
         if row.line in short:
-            yield RowProblem(row.line, "audio", row.shown, room.lacking(short[row.line], max_length))
+            yield RowProblem(row.line, "audio", row.shown, required.lacking(short[row.line], max_length))
 
 
 # --- the prompts of the training -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Kind:
-    """One of the two prompts: its name in the record of a training, its column, and what users call it."""
+class PromptKind:
+    """Name one of the two prompts: in the record of a training, as a column, and for users."""
 
     name: str
     column: str
     text: Text
 
 
-KINDS = (
-    Kind("system", SYSTEM, Text("system prompt", "系统提示词")),
-    Kind("user", USER, Text("user prompt", "用户提示词")),
+PROMPT_KINDS = (
+    PromptKind("system", SYSTEM, Text("system prompt", "系统提示词")),
+    PromptKind("user", USER, Text("user prompt", "用户提示词")),
 )
 
 
 def prompted(manifest: Manifest, trained: Prompts) -> Manifest:
-    """The rows with the training's prompts where none are given; others are warned of (rule 41)."""
-    for kind in KINDS:
+    """Return the rows with the training's prompts where none are given, and warn of others."""
+    for kind in PROMPT_KINDS:
         prompt, given = getattr(trained, kind.name), getattr(manifest.defaults, kind.column)
         if given is None and kind.column not in manifest.columns and prompt:
             say(
@@ -193,7 +196,7 @@ def prompted(manifest: Manifest, trained: Prompts) -> Manifest:
     return manifest
 
 
-def _warn_other(manifest: Manifest, kind: Kind, prompt: str | None) -> None:
+def _warn_other(manifest: Manifest, kind: PromptKind, prompt: str | None) -> None:
     others = [
         row for row in manifest.rows_unseen() if (getattr(row, kind.column) or None) != (prompt or None)
     ]

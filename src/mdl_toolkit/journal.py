@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from mdl_toolkit.console import say
 from mdl_toolkit.dataset import shard_name
 from mdl_toolkit.errors import DatasetError, InputError
 from mdl_toolkit.files import fsync, put_in_place, write_text, writing
@@ -86,7 +87,7 @@ class WorkFolder:
     # --- the plan ---
 
     def begin(self, plan: Plan) -> int:
-        """Remove what another plan left, make the plan known to other ranks; rows that are finished."""
+        """Remove what another plan left, saying so; announce this one; return how many rows are finished."""
         self._count = len(plan.shards)
         with writing(f"--output {self.output}", InputError):
             shutil.rmtree(self._writing, ignore_errors=True)
@@ -94,11 +95,21 @@ class WorkFolder:
                 folder.mkdir(exist_ok=True)
             kept = {shard.number: shard for shard in plan.shards if self._is_good(shard)}
             names = {shard_name(number, self._count) for number in kept}
+            self._say_stale(sum(file.name not in names for file in self.dataset.glob("*.arrow")))
             _keep_only(self._entries, {f"{number}.json" for number in kept})
             _keep_only(self.dataset, names)
             write_text(self._plan, json.dumps({"fingerprint": plan.fingerprint, "run": self.run}))
         self._locks.try_acquire(_BEGUN, TRIES)
         return sum(shard.rows for shard in kept.values())
+
+    def _say_stale(self, shards: int) -> None:
+        if shards:
+            say(
+                f"{self.path}: {shards} shards of an earlier run are damaged, or of other rows, recordings, "
+                "options or versions; they are removed, and converted anew where they are needed",
+                f"{self.path}：先前运行的 {shards} 个分片已损坏，或来自其他的行、音频、选项或版本；"
+                "将被删除，并在需要时重新转换",
+            )
 
     def join(self, plan: Plan) -> bool:
         """Tell whether the first rank has begun, on the same plan.

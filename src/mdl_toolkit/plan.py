@@ -11,6 +11,8 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
 
 from mdl_toolkit.errors import MOST_ROWS_SHOWN, InputError, Problems, RowProblem
 from mdl_toolkit.manifest import Manifest, Row, is_url
@@ -68,7 +70,7 @@ class _Piece:
 
     rows: int = 0
     bytes: int = 0
-    digest: "hashlib._Hash" = field(default_factory=hashlib.sha256)
+    digest: Any = field(default_factory=hashlib.sha256)
 
     def add(self, row: Row) -> None:
         self.rows += 1
@@ -163,9 +165,20 @@ def _shards(pieces: list[_Piece], identity: str) -> Iterator[Shard]:
 
 def _identity(row: Row) -> bytes:
     """Everything of a row that its sample, or a message about it, comes from."""
-    audio = row.audio if is_url(row.audio) else os.path.abspath(row.audio)  # noqa: PTH100 - faster
+    audio = row.audio if is_url(row.audio) else _location(row.audio)
     values = (row.line, audio, row.stamp, row.system_prompt, row.user_prompt, row.prediction)
     return json.dumps(values).encode()
+
+
+def _location(audio: str) -> str:
+    """Return a recording's path from the root with all links to folders followed, however it is spelt."""
+    folder, name = os.path.split(os.path.join(os.getcwd(), audio))  # noqa: PTH109, PTH118 - faster
+    return os.path.join(_real_folder(folder), name)  # noqa: PTH118
+
+
+@lru_cache(maxsize=1024)
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder)
 
 
 def _digest(*parts: str) -> str:

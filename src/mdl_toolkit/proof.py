@@ -1,4 +1,4 @@
-"""Proof that a merged folder is its base with the adapter: the same rows through both.
+"""Verify that a merged model answers as its base with the adapter, with the same rows through both.
 
 One model after the other, never two at once. Both are loaded in the dtype of the merged weights and asked
 greedily; as long as both have said the same, their logits are comparable, and these are what decides.
@@ -40,7 +40,7 @@ ROUNDINGS = 3.0
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model says to one row.
+    """Hold a model's greedy answer to one row.
 
     Attributes:
         ids: `[steps]`, greedily, at most `NEW_TOKENS`.
@@ -53,7 +53,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far two models' replies to the same rows are apart.
+    """Hold how far two models' replies to the same rows are apart.
 
     Attributes:
         logits: the largest difference, as long as the texts are the same.
@@ -76,7 +76,7 @@ class Difference:
 
 
 def prove(base: Path, adapter: Path, merged: Path, samples: Sequence[Sample]) -> None:
-    """Ask both models, and say what came of it.
+    """Ask both models, and say how far their logits are apart.
 
     Args:
         base: folder of the base model.
@@ -91,7 +91,8 @@ def prove(base: Path, adapter: Path, merged: Path, samples: Sequence[Sample]) ->
     device = best_device()
     try:
         found, size, allowed = _measure(base, adapter, merged, samples, encoder, dtype, device)
-    except torch.OutOfMemoryError:  # after a quantised training, for one
+    # After a quantised training the GPU may be too small.
+    except torch.OutOfMemoryError:
         found, size, allowed = _measure(base, adapter, merged, samples, encoder, dtype, torch.device("cpu"))
     shown = f"{found.logits:.2g}", f"{allowed:.2g}", f"{size:.3g}"
     if not found.logits <= allowed:
@@ -120,7 +121,7 @@ def _measure(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[Difference, float, float]:
-    """The difference, the largest logit, and the difference that is allowed."""
+    """Return the difference, the largest logit, and the difference that is allowed."""
     with _loaded(base, dtype, device) as plain:
         model = with_adapter(plain, adapter).eval()
         reference = _replies(model, samples, encoder)
@@ -139,7 +140,7 @@ def _measure(
 
 @contextmanager
 def _loaded(folder: Path, dtype: torch.dtype, device: torch.device) -> Iterator[Any]:
-    """A model that is gone afterwards, as all that were let go before are."""
+    """Load a model for the context, with the memory free before and after it."""
     _free()
     try:
         yield load_model(folder, dtype=dtype, device=device)
@@ -154,7 +155,7 @@ def _free() -> None:
 
 
 def _dtype_of(folder: Path) -> torch.dtype:
-    """The dtype that most of a model's numbers have; never more than float32."""
+    """Return the dtype that most of a model's numbers have; never more than float32."""
     sizes: dict[str, int] = {}
     for file in weight_files(folder):
         for entry in file.entries:
@@ -167,9 +168,13 @@ def _dtype_of(folder: Path) -> torch.dtype:
 @torch.inference_mode()
 def _replies(model: Any, samples: Sequence[Sample], encoder: Encoder) -> list[Reply]:
     settings = GenerationConfig(
-        do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=encoder.end_id, pad_token_id=encoder.pad_id,
-        return_dict_in_generate=True, output_logits=True,
-    )  # fmt: skip
+        do_sample=False,
+        max_new_tokens=NEW_TOKENS,
+        eos_token_id=encoder.end_id,
+        pad_token_id=encoder.pad_id,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
     collate, replies = Collator(encoder.pad_id), []
     for sample in samples:
         batch: dict[str, Any] = {**collate([prompt_of(sample)])}
@@ -182,7 +187,7 @@ def _replies(model: Any, samples: Sequence[Sample], encoder: Encoder) -> list[Re
 
 
 def _comparable(one: Sequence[int], other: Sequence[int]) -> int:
-    """Steps that both have made from the same beginning: up to and with the first that differs."""
+    """Return how many steps began alike in both: up to and with the first token that differs."""
     shared = min(len(one), len(other))
     return next((step + 1 for step in range(shared) if one[step] != other[step]), shared)
 
@@ -191,14 +196,14 @@ def _comparable(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def some_rows(dataset: ConvertedDataset) -> list[Sample]:
-    """A few rows of a dataset, always the same ones: the shortest, one at a quarter, and the median."""
+    """Return a few rows of a dataset, always the same: the shortest, one at a quarter, the median."""
     order = dataset.positions.argsort(kind="stable")
     places = sorted({0, len(order) // 4, len(order) // 2})[:ROWS]
     return [dataset[int(order[place])] for place in places]
 
 
 def invented_rows(encoder: Encoder, prompts: Prompts) -> list[Sample]:
-    """Rows where there are none: noise of 1, 2 and 3 s, asked as in training as far as that is known."""
+    """Invent rows where there are none: noise of 1, 2 and 3 s, asked as in training where that is known."""
     random = np.random.default_rng(0)
     system = () if prompts.system is None else (Message("system", prompts.system),)
     messages = (*system, Message("user", prompts.user, has_audio=True))

@@ -3,6 +3,7 @@
 What differs is said, or refused where going on would be another training than the one that was meant.
 """
 
+import dataclasses
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from mdl_toolkit.checkpoints import Checkpoint, checkpoint_at, damage
 from mdl_toolkit.console import say, warn
 from mdl_toolkit.distributed import World
 from mdl_toolkit.errors import InputError, ToolkitError
+from mdl_toolkit.kinds import NAME, PATH, Kind
 from mdl_toolkit.language import Text
 from mdl_toolkit.metrics import Best
-from mdl_toolkit.option import spelling
+from mdl_toolkit.option import setting_of, spelling
 from mdl_toolkit.sampling import Sampling
 from mdl_toolkit.settings import SETTINGS_FILE, read_settings
 from mdl_toolkit.training_options import TrainOptions
@@ -143,15 +145,17 @@ def say_resumed(resume: Checkpoint, total: int, best: Best, patience: int | None
 
 
 def warn_changed(resume: Checkpoint, options: TrainOptions) -> None:
-    """Name the options that differ from the interrupted run's (rule 30)."""
+    """Warn of the options that differ from the interrupted run's; a path spelt otherwise does not."""
     try:
         before = read_settings(resume.folder / SETTINGS_FILE, TrainOptions)
     except InputError:  # of a version with other options
         return
+    kinds = {field.name: setting_of(field).kind for field in dataclasses.fields(options)}
     changed = [
         (spelling(name), _shown(getattr(options, name)), _shown(value))
         for name, value in before.items()
-        if name not in ANY_TIME and getattr(options, name) != value
+        if name not in ANY_TIME
+        and _meaning(kinds[name], getattr(options, name)) != _meaning(kinds[name], value)
     ]
     if changed:
         en = ", ".join(f"{name} {now} (was {then})" for name, now, then in changed)
@@ -160,6 +164,12 @@ def warn_changed(resume: Checkpoint, options: TrainOptions) -> None:
             f"options differ from the interrupted run's, and the new ones hold: {en}",
             f"以下选项与被中断的训练不同，以新值为准：{zh}",
         )
+
+
+def _meaning(kind: Kind, value: Any) -> Any:
+    """Return an option's value such that a path has one spelling."""
+    is_path = value is not None and kind in (PATH, NAME)
+    return Path(value).expanduser().resolve() if is_path else value
 
 
 def _shown(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: a training after its step (rule 31), an inference at once."""
+"""Take signals as requests to stop: a training after its step, an inference at once."""
 
 import os
 import signal
@@ -10,11 +10,12 @@ from typing import Any
 from mdl_toolkit.console import warn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-SAME = 1.0  # seconds in which signals are one request: a launcher passes on what everybody has got already
+# Signals within so many seconds are one request: a launcher passes on what everybody has got already.
+SAME = 1.0
 
 
 class StopRequest:
-    """While this context lasts, the first SIGINT or SIGTERM is a request, and the next has its usual effect.
+    """Take the first SIGINT or SIGTERM in this context as a request; the next one has its usual effect.
 
     A next one that is usually ignored, as SIGINT by what a script starts with `&`, raises KeyboardInterrupt.
     What a launcher passes on is still the same request if it comes after this context.
@@ -28,18 +29,20 @@ class StopRequest:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        with suppress(ValueError):  # not in the main thread: signals are somebody else's
+        # Python refuses this outside the main thread, where signals are somebody else's.
+        with suppress(ValueError):
             for number in SIGNALS:
                 self._before[number] = signal.signal(number, self._take)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
         if not self.is_made or self._is_another:
-            self._restore()  # else the next signal that is another request does
+            # Otherwise the next signal that is another request restores the handlers.
+            self._restore()
 
     @property
     def _is_another(self) -> bool:
-        """Tell whether a signal that comes now is more than the first one passed on."""
+        """Tell whether a signal that comes now is another request, and not the first one passed on."""
         return time.monotonic() - self._asked > SAME
 
     def _take(self, number: int, _frame: FrameType | None) -> None:
@@ -64,16 +67,17 @@ class StopRequest:
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
-            if signal.getsignal(number) == self._take:  # else an inner one still waits for what is passed on
+            # Otherwise an inner context still waits for what is passed on.
+            if signal.getsignal(number) == self._take:
                 signal.signal(number, handler)
         self._before.clear()
 
 
 class Interruption(StopRequest):
-    """While this context lasts, the first SIGINT or SIGTERM raises KeyboardInterrupt, for work that keeps all
-    it has finished; the next has its usual effect.
+    """Raise KeyboardInterrupt at the first SIGINT or SIGTERM in this context; the next has its usual effect.
 
-    Where that is lost, as in a callback of a C library, `end_if_asked` raises it again.
+    It is for work that keeps all it has finished. Where the exception is lost, as in a callback of a C
+    library, `end_if_asked` raises it again.
     """
 
     def __enter__(self) -> "Interruption":
@@ -93,7 +97,7 @@ _OPEN: list[Interruption] = []
 
 
 def end_if_asked() -> None:
-    """Called now and then in long work: a request to end must not be lost.
+    """Raise KeyboardInterrupt again if a signal asked for the end; long work calls this now and then.
 
     Raises:
         KeyboardInterrupt: a signal came in an `Interruption` that is still open.

@@ -1,4 +1,15 @@
-"""The trackers of `--report-to`, each through the integration that transformers has for it."""
+"""Report to the trackers of `--report-to`, each through its integration in transformers.
+
+Every name that transformers knows is accepted. For that this module, and no other, leans on inner parts of
+transformers, which a new version may move:
+
+    integrations.get_reporting_integration_callbacks    the callback classes of some names
+    integrations.integration_utils                      INTEGRATION_TO_CALLBACK, which has all names, and
+                                                        get_available_reporting_integrations
+    trainer_callback.CallbackHandler                    calls on_train_begin, on_log and on_train_end
+
+Whoever breaks them breaks `--report-to` alone: they are imported when it is given, and only then.
+"""
 
 import difflib
 from pathlib import Path
@@ -10,7 +21,7 @@ from mdl_toolkit.training_options import TrainOptions
 
 
 class Trackers:
-    """What was asked for with `--report-to`; in any but the first process, and without names, nothing.
+    """Report figures to the trackers that were asked for, in the first process only.
 
     Raises:
         ToolkitError: a tracker cannot begin.
@@ -39,18 +50,18 @@ class Trackers:
             ) from problem
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """Pass figures on."""
+        """Report the figures of a step."""
         if self._handler is not None:
             self._state.global_step, self._state.epoch = step, values.get("epoch")
             self._tell("on_log", dict(values))
 
     def close(self) -> None:
-        """The run is over."""
+        """Tell the trackers that the run is over."""
         if self._handler is not None:
             self._tell("on_train_end")
 
     def _tell(self, event: str, *values: Any) -> None:
-        """A tracker that fails, with a full disk or no network, is not worth a training: it is left out."""
+        """Pass an event on; a tracker that fails, with no network for one, is left out from then on."""
         try:
             getattr(self._handler, event)(self._arguments, self._state, self._control, *values)
         except Exception as problem:  # noqa: BLE001 - whatever a tracker's library raises
@@ -62,24 +73,30 @@ class Trackers:
 
 
 def _reason(problem: Exception) -> str:
-    """What a tracker's library says, in one line."""
+    """Return what a tracker's library says, in one line."""
     return " ".join(str(problem).split()) or type(problem).__name__
 
 
 def _arguments(options: TrainOptions, total: int) -> Any:
-    """The settings in the form that the integrations record."""
+    """Return the settings in the form that the integrations record."""
     from transformers import TrainingArguments
 
     return TrainingArguments(
-        output_dir=str(Path(options.output)), learning_rate=options.lr, max_steps=total,
-        num_train_epochs=options.num_epochs, warmup_steps=options.warmup_steps, seed=options.seed,
+        output_dir=str(Path(options.output)),
+        learning_rate=options.lr,
+        max_steps=total,
+        num_train_epochs=options.num_epochs,
+        warmup_steps=options.warmup_steps,
+        seed=options.seed,
         per_device_train_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.gradient_accumulation_steps, report_to="none", use_cpu=True,
-    )  # fmt: skip
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        report_to="none",
+        use_cpu=True,
+    )
 
 
 def check_trackers(names: tuple[str, ...]) -> None:
-    """Refuse trackers that transformers does not know or that are not installed (rule 34).
+    """Refuse trackers that transformers does not know or that are not installed.
 
     Raises:
         UsageError: a name is unknown, or `all` or `none` do not stand alone.

@@ -1,4 +1,4 @@
-"""Work in several processes: how many, and what happens when one of them dies.
+"""Run jobs in several worker processes, and report the death of one of them.
 
 Each process sits at a pipe of its own. When it is killed its pipe ends, even in the middle of an answer.
 (With the shared queue of `ProcessPoolExecutor` the parent would then wait for the other half for ever.)
@@ -10,12 +10,12 @@ import os
 import pickle
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
+from itertools import islice
 from multiprocessing.connection import wait
-from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -28,11 +28,12 @@ CPU_QUOTAS = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))
 
 Job = TypeVar("Job")
 Message = TypeVar("Message")
-_END = None  # what a worker sends when a job is done, and what no job may report
+# A worker sends this when a job is done; no job may report it.
+_END = None
 
 
 class WorkerDiedError(ToolkitError):
-    """A worker process is gone; what it was at is lost."""
+    """Report that a worker process is gone, and with it the job that it had."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -41,16 +42,33 @@ class WorkerDiedError(ToolkitError):
         )
 
 
+class RemoteTraceback(Exception):  # noqa: N818 - no error itself, but what an error of a worker comes from
+    """Show, as the cause of an exception, the lines of a worker process where it was raised."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Carry what a task raised from a worker process to the parent.
+
+    Attributes:
+        problem: the exception, such that it can be pickled.
+        trace: the lines where it was raised.
+    """
+
+    problem: Exception
+    trace: str
+
+
 @dataclass(frozen=True)
 class Ranks:
-    """One process among those that work together."""
+    """Hold the rank of this process among those that a launcher started."""
 
     rank: int = 0
     count: int = 1
 
     @classmethod
     def from_environment(cls) -> "Ranks":
-        """What a launcher such as torchrun says.
+        """Read rank and count from the environment that a launcher such as torchrun sets.
 
         Raises:
             UsageError: RANK or WORLD_SIZE is nonsense.
@@ -68,20 +86,21 @@ class Ranks:
 
 
 def default_workers() -> int:
-    """Half the CPUs that this process may use, at least 1, at most 32 (rule 20)."""
+    """Return half the CPUs that this process may use, at least 1 and at most 32."""
     return max(1, min(MOST_WORKERS, available_cpus() // 2))
 
 
 def available_cpus() -> int:
-    """CPUs that this process may use: by affinity and by cgroup quota."""
+    """Return the number of CPUs that this process may use, by affinity and cgroup quota."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([count, *_granted()]))
 
 
 def _granted() -> Iterator[int]:
-    """CPUs that this container's cgroup grants, if there is a limit."""
+    """Yield the CPUs that this container's cgroup grants, if there is a limit."""
     for files in CPU_QUOTAS:
-        with suppress(OSError, ValueError):  # no such file, or the word `max`
+        # There is no such file, or it holds the word `max`.
+        with suppress(OSError, ValueError):
             text = " ".join((CGROUP / file).read_text(encoding="ascii") for file in files)
             quota, period = map(int, text.split())
             if quota > 0:
@@ -94,7 +113,7 @@ def _granted() -> Iterator[int]:
 def work_through(
     jobs: Iterator[Job], task: Callable[[Job], Iterator[Message]], count: int
 ) -> Generator[Message, None, None]:
-    """Do all jobs in so many processes, and pass on what is reported as it comes, in no order.
+    """Do all jobs in some processes, and yield what they report as it comes, in no order.
 
     Args:
         jobs: taken one by one, whenever a process is idle; must be picklable.
@@ -117,10 +136,14 @@ def work_through(
 
 
 class _Pool(Generic[Job, Message]):
-    """Worker processes and the pipes to them."""
+    """Hold worker processes and the pipes to them."""
 
     def __init__(self, count: int) -> None:
-        context = multiprocessing.get_context("spawn")  # forked children of a process with threads may hang
+        # Forked children of a process with threads may hang.
+        context = multiprocessing.get_context("spawn")
+        # The first lock or process starts the one that tracks shared resources, which undoes a signal mask.
+        with suppress(OSError, ImportError):
+            context.Lock()
         self._pipes: list[Any] = []
         self._processes: list[Any] = []
         for _ in range(count):
@@ -135,12 +158,13 @@ class _Pool(Generic[Job, Message]):
     def work_through(
         self, jobs: Iterator[Job], task: Callable[[Job], Iterator[Message]]
     ) -> Iterator[Message]:
-        words = pickle.dumps(task)  # an argument of `_serve` would keep each from starting before the last
+        # As an argument of `_serve`, the task would keep each process from starting before the last one has.
+        words = pickle.dumps(task)
         for pipe in self._pipes:
             _through(pipe.send_bytes, words)
         idle, busy = [*self._pipes], set[Any]()
         while True:
-            for job in _first(len(idle), jobs):
+            for job in islice(jobs, len(idle)):
                 busy.add(pipe := idle.pop())
                 _through(pipe.send, job)
             if not busy:
@@ -163,11 +187,10 @@ class _Pool(Generic[Job, Message]):
 
 @contextmanager
 def _interrupted_later() -> Iterator[None]:
-    """Put off SIGINT; a process that is started meanwhile never gets it, and so says nothing of it."""
+    """Block SIGINT for the context; a process that is started in it never gets the signal."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    resource_tracker.ensure_running()  # would be started with the first process, and undo the mask
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -175,24 +198,20 @@ def _interrupted_later() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _first(count: int, jobs: Iterator[Job]) -> Iterator[Job]:
-    for _, job in zip(range(count), jobs, strict=False):  # a full count takes no job from the iterator
-        yield job
-
-
 def _through(use_pipe: Callable[..., Any], *words: Any) -> Any:
     try:
         answer = use_pipe(*words)
     except (EOFError, OSError) as problem:
         raise WorkerDiedError from problem
-    if isinstance(answer, Exception):
-        raise answer
+    if isinstance(answer, Failure):
+        raise answer.problem from RemoteTraceback(answer.trace)
     return answer
 
 
 def _serve(pipe: Any) -> None:
-    """What a worker process does, until the parent closes the pipe or is gone: a task, then its jobs."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends this process
+    """Receive a task, then jobs to do with it, until the parent closes the pipe or is gone."""
+    # The parent is interrupted too, and ends this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with suppress(EOFError, OSError):
         task = pipe.recv()
@@ -203,22 +222,23 @@ def _serve(pipe: Any) -> None:
                     pipe.send(message)
                 answer = _END
             except Exception as problem:  # noqa: BLE001 - the parent raises it
-                answer = _sendable(problem)
+                answer = _failure(problem)
             pipe.send(answer)
 
 
-def _sendable(problem: Exception) -> Any:
-    """What arrives as this exception, with the place where it was raised as its cause."""
-    trace = problem.__traceback__
+def _failure(problem: Exception) -> Failure:
+    """Return an exception with its traceback as text; one that cannot be pickled becomes a RuntimeError."""
+    trace = "".join(traceback.format_exception(problem))
     try:
-        pickle.dumps(copy.copy(problem))  # made anew as the parent would
+        # Pickling a copy makes it anew, as the parent will.
+        pickle.dumps(copy.copy(problem))
     except Exception:  # noqa: BLE001 - whatever its own methods raise
         problem = RuntimeError(f"{type(problem).__name__}: {problem}")
-    return ExceptionWithTraceback(problem, trace)
+    return Failure(problem, f"\n{trace}")
 
 
 def _end_with_parent() -> None:
-    """A killed parent's workers end with it, also in the middle of a long job."""
+    """End this process as soon as its parent is gone, also in the middle of a long job."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
