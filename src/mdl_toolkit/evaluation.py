@@ -143,9 +143,10 @@ def _check_scores(pairs: Pairs, options: EvaluateOptions, manner: Manner) -> Non
 def _computed(pairs: Pairs, manner: Manner, names: Sequence[str], options: EvaluateOptions) -> Evaluation:
     groupings = [grouped(pairs, name) for name in options.group_by]
     rows = len(pairs.table)
+    comparisons: tuple[Comparison, ...] = ()
     if pairs.other is None:
         metrics = {name: SCORES[name].build(pairs.answers, manner) for name in names}
-        figures, comparisons = _figures(metrics, rows, options), ()
+        figures = _figures(metrics, rows, options)
     else:
         both = stacked(pairs.answers, pairs.other, manner)
         of_both = {name: SCORES[name].build(both, manner) for name in names}
@@ -217,7 +218,9 @@ def _compared(
         mcnemar = None
         if SCORES[name].is_proportion:
             is_right, is_other_right = (each[name].statistics[:, 0] > 0 for each in (metrics, others))
-            mcnemar = mcnemar_test(int((is_right & ~is_other_right).sum()), int((is_other_right & ~is_right).sum()))
+            mcnemar = mcnemar_test(
+                int((is_right & ~is_other_right).sum()), int((is_other_right & ~is_right).sum())
+            )
         difference = Figure(name, value, *(interval or (None, None)))
         figures.append(figure)
         comparisons.append(Comparison(other, difference, _known(float(p_values[number])), mcnemar))

@@ -1,6 +1,7 @@
 """The metrics of `evaluate`: what each row contributes, and the figure over any rows. No files.
 
-Edits come from jiwer, n-grams and the formula of BLEU from sacrebleu, label tables from scikit-learn. What is ours is to keep the rows apart, so that intervals and groups cost next to nothing.
+Edits come from jiwer, n-grams and the formula of BLEU from sacrebleu, label tables from scikit-learn. What is
+ours is to keep the rows apart, so that intervals and groups cost next to nothing.
 """
 
 import re
@@ -341,7 +342,7 @@ def listed_labels(answers: Answers, row: int, manner: Manner) -> dict[str, float
 
 
 def stacked(first: Answers, second: Answers, manner: Manner) -> Answers:
-    """Return the rows of two systems, one below the other; labels without scores get 1 if the other has scores."""
+    """Return the rows of two systems, one below the other; labels without scores get 1 if others have."""
     scores = None
     if first.scores is not None or second.scores is not None:
         separator = manner.separator or ";"
@@ -401,13 +402,14 @@ def _chrf(answers: Answers, _manner: Manner) -> Sums:
 def _chrf_of_counts(sums: np.ndarray) -> np.ndarray:
     """Return chrF2 (Popović 2015) of n-gram counts, `[samples, 3 * orders]` to `[samples]`.
 
-    Precision and recall are means over the orders that both sides have; recall counts `beta` = 2 times as much.
+    Precision and recall are means over the orders that both sides have; recall counts 2 times as much.
     """
     given, expected, both = np.moveaxis(sums.reshape(len(sums), -1, 3), -1, 0)
     has_order = (given > 0) & (expected > 0)
     orders = np.maximum(has_order.sum(axis=1), 1)
     precision, recall = (
-        np.where(has_order, both / np.maximum(count, 1), 0).sum(axis=1) / orders for count in (given, expected)
+        np.where(has_order, both / np.maximum(count, 1), 0).sum(axis=1) / orders
+        for count in (given, expected)
     )
     total = 4 * precision + recall
     score: np.ndarray = 100 * 5 * precision * recall / np.where(total > 0, total, 1)
