@@ -62,7 +62,7 @@ def labels(generator, rows):
 
 @pytest.mark.parametrize("kind", [proportions, word_errors, labels])
 def test_intervals_hold_the_truth_as_often_as_they_say(kind):
-    """Of 1000 samples of 100 rows, 93 to 97 % of the intervals hold the value that rows were drawn from."""
+    """Of 1000 samples of 100 rows, 93 to 97 % give intervals with the value that they were drawn from."""
     generator, held = np.random.default_rng(4), 0
     for seed in range(1000):
         statistic, truth = kind(generator, 100)

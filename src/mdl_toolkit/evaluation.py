@@ -154,9 +154,10 @@ def _check_scores(pairs: Pairs, options: EvaluateOptions, manner: Manner) -> Non
 def _computed(pairs: Pairs, manner: Manner, names: Sequence[str], options: EvaluateOptions) -> Evaluation:
     groupings = [grouped(pairs, name) for name in options.group_by]
     rows = len(pairs.table)
+    comparisons: tuple[Comparison, ...] = ()
     if pairs.other is None:
         metrics = {name: SCORES[name].build(pairs.answers, manner) for name in names}
-        figures, comparisons = _figures(metrics, rows, options), tuple[Comparison, ...]()
+        figures = _figures(metrics, rows, options)
     else:
         both = stacked(pairs.answers, pairs.other, manner)
         of_both = {name: SCORES[name].build(both, manner) for name in names}

@@ -18,7 +18,7 @@ class Statistic(Protocol):
     """A metric over rows."""
 
     def values(self, weights: np.ndarray) -> np.ndarray:
-        """Return the metric for each column of weights, `[rows, samples]` to `[samples]`."""
+        """Return the metric by columns of weights, `[rows, samples]` to `[samples]`; NaN if undefined."""
 
     def of(self, rows: np.ndarray) -> "Statistic":
         """Return the same metric over some of the rows, which are given by ascending numbers."""
@@ -68,8 +68,8 @@ def percentile_interval(distribution: np.ndarray, rows: int) -> Interval | None:
 
     It lies between two values of the distribution, so it never leaves the metric's range. Plain percentiles
     give intervals that are too short by a factor of `sqrt((rows - 1) / rows)` and by the difference between
-    the normal and the t distribution; percentiles are moved out by as much (Hesterberg 2015, "What Teachers
-    Should Know About the Bootstrap", section 5.2). From some hundred rows on the two are the same.
+    the normal and the t distribution; the percentiles are moved out by as much (Hesterberg 2015, "What
+    Teachers Should Know About the Bootstrap"). From some hundred rows on the two are the same.
 
     Returns:
         None for a single row, and where all values are undefined.
@@ -110,7 +110,7 @@ def permutation_test(statistics: Sequence[Statistic], rows: int, resamples: int,
     from scipy import stats
 
     def differences(first: np.ndarray, _second: np.ndarray, axis: int) -> np.ndarray:
-        """Subtract the second system's metrics; rows are `[..., rows]`, the result `[..., metrics]`."""
+        """Subtract metrics, `[..., statistics]`, given the rows that count for the first, `[..., rows]`."""
         assert axis == -1
         is_own = (first.reshape(-1, rows) < rows).T
         weights = np.concatenate([is_own, ~is_own]).astype(np.float64)

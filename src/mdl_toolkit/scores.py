@@ -342,7 +342,7 @@ def listed_labels(answers: Answers, row: int, manner: Manner) -> dict[str, float
 
 
 def stacked(first: Answers, second: Answers, manner: Manner) -> Answers:
-    """Return the rows of two systems, one below the other; labels without scores get 1 if others have some."""
+    """Return the rows of two systems, one below the other; labels without scores get 1 if others have."""
     scores = None
     if first.scores is not None or second.scores is not None:
         separator = manner.separator or ";"
@@ -402,7 +402,7 @@ def _chrf(answers: Answers, _manner: Manner) -> Sums:
 def _chrf_of_counts(sums: np.ndarray) -> np.ndarray:
     """Return chrF2 (Popović 2015) of n-gram counts, `[samples, 3 * orders]` to `[samples]`.
 
-    Precision and recall are means over the orders that both sides have; recall counts `beta` = 2 times.
+    Precision and recall are means over the orders that both sides have; recall counts 2 times as much.
     """
     given, expected, both = np.moveaxis(sums.reshape(len(sums), -1, 3), -1, 0)
     has_order = (given > 0) & (expected > 0)
