@@ -471,7 +471,7 @@ def test_the_door_imports_nothing_heavy():
     )
     done = python("-c", code)
     assert (done.returncode, done.stderr) == (0, "")
-    heavy = {"torch", "transformers", "datasets", "numpy", "rich", "peft", "pyarrow", "huggingface_hub"}
+    heavy = {"torch", "transformers", "datasets", "numpy", "rich", "peft", "pyarrow", "huggingface_hub", "httpx"}
     assert heavy.isdisjoint(done.stdout.splitlines()[-1].split())
 
 

@@ -177,7 +177,7 @@ def test_a_body_shorter_than_promised(server, tmp_path):
     server.answers["/a"] = in_turn(reply(length=len(BODY) + 1), reply())
     assert get(f"{server.url}/a", tmp_path).read_bytes() == BODY
     server.answers["/b"] = reply(length=len(BODY) + 1)
-    assert "256000 of 256001 bytes came" in refuse(f"{server.url}/b", tmp_path)
+    assert "received 256000 bytes, expected 256001" in refuse(f"{server.url}/b", tmp_path)
 
 
 def test_a_connection_that_breaks_off(server, tmp_path):
@@ -218,6 +218,50 @@ def test_a_server_that_drips(server, tmp_path):
     assert "takes too long" in refuse(f"{server.url}/a", tmp_path, deadline_s=0.3)
     assert time.monotonic() - started < 2
     assert len(server.asked) == 1
+
+
+ENDLESS = {
+    "headers": b"HTTP/1.1 200 OK\r\nX-Long: ",
+    "interim answers": b"",
+    "a chunk's size": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_a_server_that_drips_what_is_no_content(server, tmp_path, name):
+    """Each byte comes in time, and none of them reaches the file."""
+
+    def drip(handler: BaseHTTPRequestHandler) -> None:
+        handler.wfile.write(ENDLESS[name])
+        while not server.stop.wait(0.02):
+            handler.wfile.write(b"0" if ENDLESS[name] else b"HTTP/1.1 102 Processing\r\n\r\n")
+
+    server.answers["/a"] = drip
+    started = time.monotonic()
+    assert "takes too long" in refuse(f"{server.url}/a", tmp_path, deadline_s=0.3)
+    assert time.monotonic() - started < 2
+    assert len(server.asked) == 1
+
+
+def test_bytes_are_kept_as_they_are_sent(server, tmp_path):
+    """A server that compresses unasked sends what it sends: a size limit of decompressed bytes comes too late."""
+    server.answers["/a"] = reply(Content_Encoding="gzip")
+    assert get(f"{server.url}/a", tmp_path).read_bytes() == BODY
+
+
+@pytest.mark.parametrize("proxy", ["socks://127.0.0.1:1", "http://127.0.0.1:port"])
+def test_a_proxy_that_cannot_be_used(server, tmp_path, monkeypatch, proxy):
+    monkeypatch.setenv("http_proxy", proxy)
+    assert "the proxy settings of the environment cannot be used (" in refuse(f"{server.url}/a", tmp_path)
+
+
+def test_a_proxy_of_the_environment_is_asked(server, other, tmp_path, monkeypatch):
+    monkeypatch.setenv("http_proxy", other.url)
+    other.answers["http://example.org/a"] = reply()
+    assert get("http://example.org/a", tmp_path).read_bytes() == BODY
+    server.answers["/a"] = reply()
+    assert get(f"{server.url}/a", tmp_path).read_bytes() == BODY
+    assert (len(server.asked), len(other.asked)) == (1, 1)
 
 
 def test_no_server_at_all(server, tmp_path):
@@ -276,12 +320,22 @@ def test_a_password_in_a_redirection_is_used_where_it_points(server, other, tmp_
     assert other.asked == [("/c", basic("you:there"))]
 
 
-def test_a_password_is_never_shown(server, tmp_path):
+def test_passwords_of_a_netrc_file_are_not_sent(server, tmp_path, monkeypatch):
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password secret")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    server.answers["/a"] = reply()
+    get(f"{server.url}/a", tmp_path)
+    assert server.asked == [("/a", None)]
+
+
+def test_a_password_is_never_shown(server, tmp_path, caplog):
+    caplog.set_level(0)
     server.answers["/a"] = reply(401)
     with pytest.raises(AudioError) as caught:
         get(f"http://me:secret@{server.host}/a", tmp_path)
     assert str(caught.value).startswith(f"{server.url}/a: the server answered 401 Unauthorized; ")
-    assert "secret" not in repr(caught.value) + repr(caught.value.__cause__)
+    assert "secret" not in repr(caught.value) + repr(caught.value.__cause__) + caplog.text
+    assert server.url in caplog.text
 
 
 # --- each address once in a run ----------------------------------------------------------------------------

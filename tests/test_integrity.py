@@ -1,7 +1,9 @@
 """The structure of files is followed to the end: sizes, pages and frames, as the standards say."""
 
 import io
+import itertools
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -245,3 +247,67 @@ def test_real_encoders_agree():
         assert found.missing is None
         assert found.is_counted == (write_xing == "1")
     assert of(by_ffmpeg(samples, 44_100, "adts", "aac")) == WHOLE
+
+
+# --- memory ----------------------------------------------------------------------------------------------
+
+MEGABYTE = 1_000_000
+LONG = {  # what a file of at least 16 MB is repeated from, what is in front of it and behind it
+    "MPEG": (FRAME, b"", b""),
+    "zeros behind MPEG": (bytes(MEGABYTE), FRAME * 50, b""),
+    "zeros in front of MPEG": (bytes(MEGABYTE), b"ID3\4\0\0" + bytes(4), FRAME * 50),
+    "tag in front of MPEG": (b"\xff\xfb" * 1000, b"ID3\4\0\0" + bytes([7, 127, 127, 127]), FRAME * 50),
+    "false starts behind MPEG": (b"\xff\xfb\x90\x00" + bytes(8), FRAME * 50, b""),
+    "bytes behind Ogg": (b"OggR" * 1000, page(7, 0, FIRST | LAST), b""),
+}
+
+
+def peak_of(path) -> tuple[Finding, int]:
+    """What is found in a file, and the most bytes of memory that this took at once."""
+    tracemalloc.start()
+    try:
+        with path.open("rb") as file:
+            return examine(file), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_memory_does_not_grow_with_the_file(tmp_path, name):
+    unit, before, after = LONG[name]
+    path = tmp_path / "long"
+    with path.open("wb") as file:
+        file.write(before)
+        for _ in range(16 * MEGABYTE // len(unit) + 1):
+            file.write(unit)
+        file.write(after)
+    found, peak = peak_of(path)
+    assert found.missing is None
+    assert peak < 2 * MEGABYTE
+
+
+def test_memory_does_not_grow_with_ogg(tmp_path):
+    path = tmp_path / "long"
+    large = [page(7, number, body=bytes(254 * 255)) for number in range(1, 24)]
+    path.write_bytes(b"".join([page(7, 0, FIRST), *large, page(7, 24, LAST)]))
+    found, peak = peak_of(path)
+    assert found == WHOLE
+    assert peak < path.stat().st_size / 2
+
+
+def test_where_blocks_meet_is_nothing_special():
+    """Tags, damage and ends, at each place around the end of the first block that is read."""
+    for size, offset in itertools.product((417, 418), range(-12, 12)):
+        filling = bytes(65_536 + offset - 100 * 417)
+        plain = b"ID3\4\0\0" + bytes(4)
+        assert of(plain + filling + FRAME * 200).least_samples == of(FRAME * 200).least_samples
+        frames = FRAME * (65_536 // 417)
+        tag = b"TAG" + bytes(65_536 - len(frames) + offset)
+        assert of(frames + tag + FRAME * 30) == of(frames + FRAME * 30)
+        assert "no frame" in damage(frames + tag[1:] + FRAME * 30)
+        assert "incomplete" in missing(frames + tag + FRAME * 30 + FRAME[: size - 400])
+    whole = page(7, 0, FIRST) + page(7, 1, LAST)
+    for offset in range(-12, 12):
+        filling = bytes(65_536 - len(whole) + offset)
+        assert of(whole + filling) == WHOLE
+        assert "no page" in damage(whole + filling + b"OggS")

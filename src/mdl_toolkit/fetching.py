@@ -1,33 +1,39 @@
-"""An http(s) address asked for: time and size limits, retries, and no password where it is not due.
+"""Fetch what is at an http(s) address into a file, within limits of size and time, with retries.
 
-Proxies and certificates are those of Python's standard library, and so of the environment. What a file
-holds is not looked at; `download` keeps what comes.
+httpx speaks the protocol: redirections, basic authentication, the proxies of the environment, time-outs.
+Certificates are those of the machine (or of `SSL_CERT_FILE`), as a company's own are there. What a file holds
+is not looked at; `download` keeps what comes.
 """
 
-import base64
 import hashlib
-import http.client
 import re
 import ssl
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
-from urllib import error, request
-from urllib.parse import quote, unquote, urlsplit
+from socket import SHUT_RDWR, socket
+from typing import TYPE_CHECKING, Any
 
 from mdl_toolkit import __version__
 from mdl_toolkit.errors import AudioError
 from mdl_toolkit.language import Text
-from mdl_toolkit.manifest import is_url, without_credentials
+from mdl_toolkit.manifest import without_credentials
+
+if TYPE_CHECKING:
+    import httpx
 
 MEGABYTE = 1_000_000  # bytes
-MOST_REDIRECTS = 5
-PIECE = 1 << 16  # bytes read at once
-PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})  # HTTP statuses that may be gone at the next try
-LONGEST_PAUSE = 60.0  # seconds between two tries, whatever the server asks for
-_SAFE = "%/:@!$&'()*+,;=~-._"  # RFC 3986: what a path holds unquoted; % as addresses come quoted already
-_HEADER = re.compile(r"[\x20-\x7e\x80-\xff]{0,1000}")  # ETags and times that are kept, and sent back
+MAX_REDIRECTS = 5
+# HTTP statuses that may be gone at the next try.
+TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
+# Seconds between two tries, whatever the server asks for.
+LONGEST_PAUSE = 60.0
+# ETags and times that are kept, and sent back.
+_HEADER = re.compile(r"[\x20-\x7e\x80-\xff]{0,1000}")
 
 
 @dataclass(frozen=True)
@@ -140,80 +146,159 @@ def fetch(url: str, target: Path, limits: Limits, known: Version = NOTHING) -> V
     Raises:
         FetchError: what the server said, or how the connection failed, at the last try.
     """
-    fetching = _Fetching(url, target, limits, known, time.monotonic() + limits.deadline_s)
-    attempt = 1
-    while True:
-        try:
-            return fetching.once()
-        except FetchError as failure:
-            pause = max(limits.pause_s * 2 ** (attempt - 1), min(failure.pause_s, LONGEST_PAUSE))
-            if failure.is_final or attempt >= limits.tries or time.monotonic() + pause > fetching.ends:
-                raise
-        time.sleep(pause)
-        attempt += 1
+    ends = time.monotonic() + limits.deadline_s
+    with _client(limits.timeout_s) as client, _cut_off_at(ends) as watch:
+        transfer = _Transfer(client, watch, url, target, limits, known, ends)
+        attempt = 1
+        while True:
+            try:
+                return transfer.try_once()
+            except FetchError as failure:
+                pause = max(limits.pause_s * 2 ** (attempt - 1), min(failure.pause_s, LONGEST_PAUSE))
+                if failure.is_final or attempt >= limits.tries or time.monotonic() + pause > ends:
+                    raise
+            time.sleep(pause)
+            attempt += 1
+
+
+@contextmanager
+def _cut_off_at(ends: float) -> Iterator[Callable[[str, dict[str, Any]], None]]:
+    """Shut connections down when the time is over; gives the callback by which httpx tells of them.
+
+    httpx's time-outs are for a single read: a server that drips headers or chunk sizes would never meet them.
+    """
+    connections: list[socket] = []
+
+    def cut() -> None:
+        for connection in list(connections):
+            with suppress(OSError):
+                connection.shutdown(SHUT_RDWR)
+
+    def watch(event: str, info: dict[str, Any]) -> None:
+        if event.endswith("connect_tcp.complete"):
+            # A duplicate, as TLS takes the original over.
+            connections.append(info["return_value"].get_extra_info("socket").dup())
+            if time.monotonic() > ends:
+                cut()
+
+    timer = threading.Timer(ends - time.monotonic(), cut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield watch
+    finally:
+        timer.cancel()
+        for connection in connections:
+            connection.close()
+
+
+@lru_cache(maxsize=1)
+def _certificates() -> ssl.SSLContext:
+    return ssl.create_default_context()
+
+
+def _client(timeout_s: float) -> "httpx.Client":
+    """Return an HTTP client that uses the proxies of the environment.
+
+    Raises:
+        FetchError: there is a proxy that httpx cannot use.
+    """
+    import httpx
+
+    # Bytes are kept as they are: what is compressed on the way only has no size that could be checked.
+    headers = {"User-Agent": f"mdl-toolkit/{__version__}", "Accept-Encoding": "identity"}
+    try:
+        return httpx.Client(headers=headers, timeout=timeout_s, verify=_certificates())
+    except (ImportError, ValueError, httpx.InvalidURL) as problem:
+        en = f"the proxy settings of the environment cannot be used ({problem})"
+        raise FetchError(Text(en, f"环境中的代理设置无法使用（{problem}）"), is_final=True) from problem
 
 
 @dataclass(frozen=True)
-class _Fetching:
-    """One address under its limits; `ends` is when, by the monotonic clock, patience is over."""
+class _Transfer:
+    """Fetches one address; `ends` is when, by the monotonic clock, the time is over."""
 
+    client: "httpx.Client"
+    watch: Callable[[str, dict[str, Any]], None]
     url: str
     target: Path
     limits: Limits
     known: Version
     ends: float
 
-    def once(self) -> Version | None:
-        """Try once.
+    def try_once(self) -> Version | None:
+        """Ask once, and store the answer; None if nothing has changed.
 
         Raises:
-            FetchError: with the reason.
+            FetchError: it failed.
         """
-        try:
-            response = self._open()
-            return None if response is None else self._store(response)
-        except (http.client.HTTPException, OSError) as problem:
-            raise _disturbed(problem) from problem
+        import httpx
 
-    def _open(self) -> Any:
-        """The server's answer, after redirections; None if the content is what is known already."""
         try:
-            opener = request.build_opener(_Redirects(self.known))
-            return opener.open(_request(self.url, self.known), timeout=self.limits.timeout_s)
-        except error.HTTPError as answer:
-            with answer:
-                if answer.code == 304 and self.known.condition(answer.geturl()):
+            with closing(self._ask()) as response:
+                response.headers.encoding = "latin-1"
+                if response.status_code == 304 and self.known.condition(_address(response.url)):
                     return None
-                raise _answered(answer) from answer
-        except (ValueError, http.client.InvalidURL) as problem:
+                if not response.is_success:
+                    raise _refused(response)
+                return self._store(response)
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol) as problem:
             raise FetchError(Text("the address is not valid", "地址无效"), is_final=True) from problem
+        except (httpx.HTTPError, OSError) as problem:
+            self._check_time()
+            raise _connection_error(problem) from problem
 
-    def _store(self, response: Any) -> Version:
+    def _ask(self) -> "httpx.Response":
+        """Send the request and follow redirections, to http(s) only."""
+        request = self.client.build_request("GET", self.url, extensions={"trace": self.watch})
+        for _ in range(MAX_REDIRECTS + 1):
+            self._check_time()
+            response = self._send(request)
+            if response.next_request is None:
+                return response
+            response.close()
+            request = response.next_request
+            if request.url.scheme not in ("http", "https"):
+                break
+        en = "the server redirects in a circle, too often, or to something else than http(s)"
+        raise FetchError(Text(en, "服务器重定向成环、次数过多，或指向非 http(s) 地址"), is_final=True)
+
+    def _send(self, request: "httpx.Request") -> "httpx.Response":
+        """Send a request, with the password of its own address and the condition that is due there."""
+        login = (request.url.username, request.url.password)
+        # httpx logs addresses.
+        request.url = request.url.copy_with(userinfo=b"")
+        request.headers.encoding = "latin-1"
+        for name in ("If-None-Match", "If-Modified-Since"):
+            request.headers.pop(name, None)
+        for name, value in self.known.condition(_address(request.url)).items():
+            request.headers[name] = value
+        return self.client.send(request, stream=True, auth=login if any(login) else None)
+
+    def _store(self, response: "httpx.Response") -> Version:
         """Write an answer's body down."""
+        promised = response.headers.get("Content-Length", "")
+        self._check_size(int(promised) if promised.isdecimal() else 0)
+        size = 0
         try:
-            with response, self.target.open("wb") as file:
-                size = self._copy(response, file)
+            with self.target.open("wb") as file:
+                for piece in response.iter_raw():
+                    size += len(piece)
+                    self._check_size(size)
+                    self._check_time()
+                    file.write(piece)
+            # A connection that was cut off looks like the end of a body of unknown length.
+            self._check_time()
         except BaseException:
             self.target.unlink(missing_ok=True)
             raise
-        etag, modified = (_header(response, name) for name in ("ETag", "Last-Modified"))
-        return Version(size, etag, modified, digest(response.geturl()))
+        headers = [response.headers.get(name, "") for name in ("ETag", "Last-Modified")]
+        etag, modified = (text if _HEADER.fullmatch(text) else "" for text in headers)
+        return Version(size, etag, modified, digest(_address(response.url)))
 
-    def _copy(self, response: Any, file: IO[bytes]) -> int:
-        """Write the body; gives its size in bytes."""
-        promised = _length(response)
-        size = 0
-        self._check_size(promised or 0)
-        while piece := response.read1(PIECE):
-            size += len(piece)
-            self._check_size(size)
-            if time.monotonic() > self.ends:
-                raise FetchError(Text("it takes too long", "下载耗时过长"), is_final=True)
-            file.write(piece)
-        if promised is not None and size < promised:
-            en, zh = f"{size} of {promised} bytes came", f"{promised} 字节中只收到 {size} 字节"
-            raise FetchError(Text(en, zh))
-        return size
+    def _check_time(self) -> None:
+        if time.monotonic() > self.ends:
+            raise FetchError(Text("it takes too long", "下载耗时过长"), is_final=True)
 
     def _check_size(self, size: int) -> None:
         most = self.limits.max_mb
@@ -222,78 +307,36 @@ class _Fetching:
             raise FetchError(Text(en, f"文件大于 {most:g} MB（--max-download-mb）"), is_final=True)
 
 
-class _Redirects(request.HTTPRedirectHandler):
-    """Follows redirections to http(s) only, and takes a password along only to where it was given for."""
-
-    max_redirections = MOST_REDIRECTS
-    http_error_308 = request.HTTPRedirectHandler.http_error_302  # Python 3.10 does not know it
-
-    def __init__(self, known: Version) -> None:
-        self._known = known
-
-    def redirect_request(
-        self, req: request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
-    ) -> request.Request | None:
-        """The next request; see the standard library."""
-        if not is_url(newurl):
-            raise error.HTTPError(newurl, code, msg, headers, fp)
-        following = _request(newurl, self._known)
-        password = req.get_header("Authorization")
-        if password and origin(newurl) == origin(req.full_url):
-            following.add_unredirected_header("Authorization", password)
-        return following
+def _address(url: "httpx.URL") -> str:
+    """Return an address as a server sees it: without user, password and fragment."""
+    return f"{url.scheme}://{url.netloc.decode()}{url.raw_path.decode()}"
 
 
-def _request(url: str, known: Version) -> request.Request:
-    """A request for an address, which may hold a user name and password, spaces and any script.
+def _refused(response: "httpx.Response") -> FetchError:
+    """Return the error for an answer that is not the file."""
+    from httpx import codes
 
-    What is known already is not asked for again.
-
-    Raises:
-        ValueError: it is no address.
-    """
-    parts = urlsplit(url)
-    host = parts.netloc.rpartition("@")[2]
-    if not host.isascii():
-        host = host.encode("idna").decode()
-    query = f"?{quote(parts.query, safe=_SAFE + '?')}" if parts.query else ""
-    address = f"{parts.scheme}://{host}{quote(parts.path, safe=_SAFE) or '/'}{query}"
-    headers = {"User-Agent": f"mdl-toolkit/{__version__}", **known.condition(address)}
-    asked = request.Request(address, headers=headers)
-    if parts.username is not None:
-        pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-        token = base64.b64encode(pair.encode()).decode()
-        asked.add_unredirected_header("Authorization", f"Basic {token}")
-    return asked
+    words = f"{response.status_code} {codes.get_reason_phrase(response.status_code)}".strip()
+    wait = response.headers.get("Retry-After", "")
+    return FetchError(
+        Text(f"the server answered {words}", f"服务器返回 {words}"),
+        is_final=response.status_code not in TRANSIENT,
+        pause_s=float(wait) if wait.isdecimal() else 0,
+    )
 
 
-def _length(response: Any) -> int | None:
-    text = response.headers.get("Content-Length", "")
-    return int(text) if text.isdecimal() else None
+def _connection_error(problem: Exception) -> FetchError:
+    """Return the error for a connection that failed."""
+    import httpx
 
-
-def _header(response: Any, name: str) -> str:
-    text = response.headers.get(name, "")
-    return text if _HEADER.fullmatch(text) else ""
-
-
-def _answered(answer: error.HTTPError) -> FetchError:
-    """What an answer means that is not the file."""
-    if 300 <= answer.code < 400 and answer.code != 304:
-        en = "the server redirects in a circle, too often, or to something else than http(s)"
-        return FetchError(Text(en, "服务器重定向成环、次数过多，或指向非 http(s) 地址"), is_final=True)
-    words = f"{answer.code} {http.client.responses.get(answer.code, '')}".strip()
-    reason = Text(f"the server answered {words}", f"服务器返回 {words}")
-    wait = answer.headers.get("Retry-After", "")
-    return FetchError(reason, answer.code not in PASSING, pause_s=float(wait) if wait.isdecimal() else 0)
-
-
-def _disturbed(problem: Exception) -> FetchError:
-    """What an error of the connection means."""
-    cause = problem.reason if isinstance(problem, error.URLError) else problem
-    if isinstance(cause, TimeoutError):
+    if isinstance(problem, httpx.TimeoutException):
         return FetchError(Text("the server does not answer in time", "服务器响应超时"), is_answered=False)
+    cause: BaseException = problem
+    while cause.__cause__:
+        cause = cause.__cause__
     words = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
-    reason = Text(f"it cannot be fetched ({words})", f"无法下载（{words}）")
-    is_final = isinstance(cause, ssl.SSLCertVerificationError)
-    return FetchError(reason, is_final, is_answered=not isinstance(problem, error.URLError))
+    return FetchError(
+        Text(f"it cannot be fetched ({words})", f"无法下载（{words}）"),
+        is_final=isinstance(cause, ssl.SSLCertVerificationError),
+        is_answered=not isinstance(problem, (httpx.ConnectError, httpx.ProxyError)),
+    )

@@ -1,7 +1,8 @@
 """Whether all of a recording is there: what headers, pages and frames promise, against the bytes.
 
 Decoders return cut-off or damaged files shortened, without a word. What can be told from the structure of a
-file is told here, for WAV, RF64, W64, AIFF, AU, NIST Sphere, Ogg and MPEG audio; nothing is decoded.
+file is told here, for WAV, RF64, W64, AIFF, AU, NIST Sphere, Ogg and MPEG audio; nothing is decoded. Files
+are read in blocks, so that memory does not grow with them.
 """
 
 import re
@@ -14,6 +15,10 @@ from typing import BinaryIO, NamedTuple
 
 from mdl_toolkit.errors import AudioError
 from mdl_toolkit.language import Text
+
+
+# Bytes read at once; an Ogg page has at most 65,307.
+BLOCK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -54,9 +59,38 @@ def examine(file: BinaryIO) -> Finding:
     if head[:8] == b"NIST_1A\n":
         return _sized(_nist_promise(file))
     if head[:4] == b"OggS":
-        file.seek(0)
-        return _ogg(file.read())
-    return _mpeg(file) if head[:3] == b"ID3" or _frame_at(head, 0) else Finding()
+        return _ogg(_Blocks(file))
+    return _mpeg(_Blocks(file)) if head[:3] == b"ID3" or _frame(head[:4]) else Finding()
+
+
+class _Blocks:
+    """Gives slices of a file and finds bytes in it, with one block of it in memory; `size` is in bytes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.size = _size(file)
+        self._file = file
+        self._start, self._block = 0, b""
+
+    def at(self, position: int, count: int) -> bytes:
+        """Return some bytes from a position on; fewer where the file ends."""
+        self._load(position, count)
+        return self._block[position - self._start : position - self._start + count]
+
+    def find(self, wanted: bytes, position: int) -> int:
+        """Return the first place from a position on where these bytes are; -1 if there is none."""
+        while self._load(position, len(wanted)):
+            offset = self._block.find(wanted, position - self._start)
+            if offset >= 0:
+                return self._start + offset
+            position = self._start + len(self._block) - len(wanted) + 1
+        return -1
+
+    def _load(self, position: int, count: int) -> bool:
+        """Make the block hold some bytes, and tell whether all of them are in the file."""
+        if position < self._start or position + count > self._start + len(self._block):
+            self._file.seek(position)
+            self._start, self._block = position, self._file.read(max(count, BLOCK))
+        return position + count <= self._start + len(self._block)
 
 
 # --- formats with a size in the header -------------------------------------------------------------------
@@ -107,14 +141,12 @@ def _promise(file: BinaryIO, promised: int) -> _Promise | None:
 def _chunked(file: BinaryIO, order: str, wanted: bytes) -> Finding:
     promise = _chunk_promise(file, order, wanted)
     if promise and promise.promised == 0 and promise.present:
-        return Finding(is_streamed=not _is_chunk(file.read(8), order, promise.present))
+        # Either another chunk starts here, or sound that came from a pipe.
+        head = file.read(8)
+        is_named = len(head) == 8 and head[:4].rstrip().isalnum()
+        is_chunk = is_named and struct.unpack(f"{order}I", head[4:])[0] + 8 <= promise.present
+        return Finding(is_streamed=not is_chunk)
     return _sized(promise)
-
-
-def _is_chunk(head: bytes, order: str, present: int) -> bool:
-    """Whether a chunk starts here, rather than sound."""
-    is_named = len(head) == 8 and head[:4].rstrip().isalnum()
-    return is_named and struct.unpack(f"{order}I", head[4:])[0] + 8 <= present
 
 
 def _chunk_promise(file: BinaryIO, order: str, wanted: bytes) -> _Promise | None:
@@ -183,17 +215,22 @@ class _Page(NamedTuple):
     is_intact: bool  # its checksum fits
 
 
-def _ogg(data: bytes) -> Finding:
+def _ogg(data: _Blocks) -> Finding:
     """Follow the pages (RFC 3533) of all streams in the file to their ends."""
+    head = data.at(0, 40)
     expected: dict[int, int] = {}  # per stream: number of the next page
     open_streams: set[int] = set()
     position = end = 0
     for position, page in _pages(data):
-        if page.stream == int.from_bytes(data[14:18], "little"):
+        if page.stream == int.from_bytes(head[14:18], "little"):
             end = max(end, page.end)
         if page.flags & _FIRST:
             if expected and not open_streams:
-                raise _joined()
+                raise AudioError(
+                    "Ogg: several recordings are joined in this file and only the first would be read; "
+                    "convert it first, for example with: ffmpeg -i FILE new.flac",
+                    "Ogg：该文件由多个录音拼接而成，只能读到第一个；请先转换，例如：ffmpeg -i FILE new.flac",
+                )
             open_streams.add(page.stream)
         elif page.number != expected.get(page.stream):
             raise _damaged("Ogg", "pages are missing", "有页缺失", position)
@@ -203,43 +240,29 @@ def _ogg(data: bytes) -> Finding:
         if page.flags & _LAST:
             open_streams.discard(page.stream)
     is_cut = open_streams or not expected
-    return Finding(LAST_PAGE_MISSING if is_cut else None, opus_seconds=_opus_seconds(data[28:40], end))
+    missing = Text("the Ogg stream breaks off before its last page", "Ogg 流在最后一页之前中断")
+    # The first packet of Opus says how many samples are skipped (RFC 7845, section 5.1).
+    skipped = int.from_bytes(head[38:40], "little")
+    seconds = max(0, end - skipped) / 48_000 if head[28:36] == b"OpusHead" else 0.0
+    return Finding(missing if is_cut else None, opus_seconds=seconds)
 
 
-LAST_PAGE_MISSING = Text("the Ogg stream breaks off before its last page", "Ogg 流在最后一页之前中断")
-
-
-def _opus_seconds(head: bytes, end: int) -> float:
-    """By the first packet (RFC 7845, section 5.1), which says how many samples are skipped, and the end."""
-    skipped = int.from_bytes(head[10:12], "little")
-    return max(0, end - skipped) / 48_000 if head[:8] == b"OpusHead" else 0.0
-
-
-def _joined() -> AudioError:
-    return AudioError(
-        "Ogg: several recordings are joined in this file and only the first would be read; "
-        "convert it first, for example with: ffmpeg -i FILE new.flac",
-        "Ogg：该文件由多个录音拼接而成，只能读到第一个；请先转换，例如：ffmpeg -i FILE new.flac",
-    )
-
-
-def _pages(data: bytes) -> Iterator[tuple[int, _Page]]:
+def _pages(data: _Blocks) -> Iterator[tuple[int, _Page]]:
     """Each complete page and the byte where it starts; whatever follows the last one is left aside.
 
     Raises:
         AudioError: there are pages after bytes that are no page.
     """
     position = 0
-    while len(data) - position >= 27 and data[position : position + 4] == b"OggS":
-        flags, granule, stream, number, checksum, segments = struct.unpack_from("<5xBqIIIB", data, position)
-        body = position + 27 + segments
-        end = body + sum(data[position + 27 : body])
-        if end > len(data) or body > len(data):
+    while len(head := data.at(position, 27)) == 27 and head[:4] == b"OggS":
+        flags, granule, stream, number, checksum, segments = struct.unpack("<5xBqIIIB", head)
+        size = 27 + segments + sum(data.at(position + 27, segments))
+        if position + size > data.size:
             return
-        is_intact = _ogg_checksum(data[position:end]) == checksum
+        is_intact = _ogg_checksum(data.at(position, size)) == checksum
         yield position, _Page(flags, granule, stream, number, is_intact)
-        position = end
-    if b"OggS" in data[position + 1 :]:
+        position += size
+    if data.find(b"OggS", position + 1) >= 0:
         raise _damaged("Ogg", "bytes that are no page", "有不属于任何页的数据", position)
 
 
@@ -275,8 +298,11 @@ class _Frame(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def _frame(header: int) -> _Frame | None:
-    """What a frame's 32 bits of header say; None if they are no header, or one of free format."""
+def _frame(head: bytes) -> _Frame | None:
+    """Read a frame's header of four bytes; None if they are no header, or one of free format."""
+    if len(head) < 4:
+        return None
+    header = int.from_bytes(head, "big")
     version, layer = header >> 19 & 3, 4 - (header >> 17 & 3)
     bitrate, rate, padding = header >> 12 & 15, header >> 10 & 3, header >> 9 & 1
     if header >> 21 != 0x7FF or version == 1 or layer == 4 or bitrate in (0, 15) or rate == 3:
@@ -289,85 +315,71 @@ def _frame(header: int) -> _Frame | None:
     return _Frame(header & _SAME, (bits // (8 * slot * hertz) + padding) * slot, samples)
 
 
-def _frame_at(data: bytes, position: int) -> _Frame | None:
-    header = data[position : position + 4]
-    return _frame(int.from_bytes(header, "big")) if len(header) == 4 else None
-
-
-def _mpeg(file: BinaryIO) -> Finding:
+def _mpeg(data: _Blocks) -> Finding:
     """Walk from frame to frame to the end, and compare with the table in the first frame, if there is one."""
-    file.seek(0)
-    data = file.read()
     start = _after_id3(data)
-    first = _frame_at(data, start)
+    first = _frame(data.at(start, 4))
     if first is None:
         return Finding()
     frames, is_cut = _walk(data, start, first)
-    head = data[start : start + first.length]
+    head = data.at(start, first.length)
     promised = _table(head)
     sounding = frames - (promised is not None)
     least = max(0, sounding * first.samples - GAPLESS_MOST)
     # Encoders disagree whether the frame with the table counts, so one frame is neither missing nor too many.
-    is_counted = promised is not None and sounding <= promised + 1 and not _is_fraunhofers(head)
+    is_counted = promised is not None and sounding <= promised + 1 and head[36:40] != b"VBRI"
+    missing = Text("the last MPEG frame is incomplete", "最后一个 MPEG 帧不完整") if is_cut else None
     if promised is not None and sounding < promised - 1:
-        return Finding(_frames_missing(promised, sounding), least, is_counted)
-    return Finding(LAST_FRAME_CUT if is_cut else None, least, is_counted)
+        en = f"the header promises {promised} MPEG frames, {sounding} are there"
+        missing = Text(en, f"文件头声明有 {promised} 个 MPEG 帧，实际只有 {sounding} 个")
+    return Finding(missing, least, is_counted)
 
 
-LAST_FRAME_CUT = Text("the last MPEG frame is incomplete", "最后一个 MPEG 帧不完整")
-
-
-def _frames_missing(promised: int, present: int) -> Text:
-    return Text(
-        f"the header promises {promised} MPEG frames, {present} are there",
-        f"文件头声明有 {promised} 个 MPEG 帧，实际只有 {present} 个",
-    )
-
-
-def _after_id3(data: bytes) -> int:
-    """Where the frames start: after ID3v2 tags (id3.org, section 3.1) and zeros."""
+def _after_id3(data: _Blocks) -> int:
+    """Return where the frames start: after ID3v2 tags (id3.org, section 3.1) and zeros."""
     position = 0
-    while data[position : position + 3] == b"ID3" and len(data) >= position + 10:
-        size = 0
-        for byte in data[position + 6 : position + 10]:
-            size = size << 7 | byte & 0x7F
-        position += size + (20 if data[position + 5] & 0x10 else 10)
-    while data[position : position + 1] == b"\0":
-        position += 1
+    while len(head := data.at(position, 10)) == 10 and head[:3] == b"ID3":
+        size = sum((byte & 0x7F) << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
+        position += size + (20 if head[5] & 0x10 else 10)
+    while block := data.at(position, BLOCK):
+        rest = block.lstrip(b"\0")
+        position += len(block) - len(rest)
+        if rest:
+            break
     return position
 
 
-def _walk(data: bytes, start: int, first: _Frame) -> tuple[int, bool]:
-    """The number of complete frames, and whether another one is cut off by the end of the file.
+def _walk(data: _Blocks, start: int, first: _Frame) -> tuple[int, bool]:
+    """Return the number of complete frames, and whether another one is cut off by the end of the file.
 
     Raises:
         AudioError: there are frames after bytes that are neither a frame nor a tag.
     """
     position, frames = start, 0
-    while position < len(data):
-        frame = _frame_at(data, position)
+    while head := data.at(position, max(map(len, _TAGS))):
+        frame = _frame(head[:4])
         if frame and frame.kind == first.kind:
-            if position + frame.length > len(data):
+            if position + frame.length > data.size:
                 return frames, True
             position, frames = position + frame.length, frames + 1
             continue
         following = _next_frame(data, position + 1, first)
         if following is None:
-            return frames, len(data) - position < 4 and data[position] == 0xFF
-        if not data.startswith(_TAGS, position):
+            return frames, len(head) < 4 and head[0] == 0xFF
+        if not head.startswith(_TAGS):
             raise _damaged("MPEG audio", "bytes that are no frame", "有不属于任何帧的数据", position)
         position = following
     return frames, False
 
 
-def _next_frame(data: bytes, position: int, first: _Frame) -> int | None:
-    """The next place where a frame like the first is followed by another one."""
-    sync = (first.kind >> 16).to_bytes(2, "big")[:1]
-    while (position := data.find(sync, position)) >= 0:
-        frame = _frame_at(data, position)
-        following = _frame_at(data, position + frame.length) if frame else None
-        if frame and following and frame.kind == following.kind == first.kind:
-            return position
+def _next_frame(data: _Blocks, position: int, first: _Frame) -> int | None:
+    """Return the next place where a frame like the first is followed by another one."""
+    while (position := data.find(b"\xff", position)) >= 0:
+        frame = _frame(data.at(position, 4))
+        if frame and frame.kind == first.kind:
+            following = _frame(data.at(position, frame.length + 4)[frame.length :])
+            if following and following.kind == first.kind:
+                return position
         position += 1
     return None
 
@@ -378,11 +390,7 @@ def _table(frame: bytes) -> int | None:
         place = frame.find(name)
         if 0 < place <= 40 and len(frame) >= place + 12 and frame[place + 7] & 1:
             return int.from_bytes(frame[place + 8 : place + 12], "big")
-    return int.from_bytes(frame[50:54], "big") if _is_fraunhofers(frame) else None
-
-
-def _is_fraunhofers(frame: bytes) -> bool:
-    return frame[36:40] == b"VBRI"
+    return int.from_bytes(frame[50:54], "big") if frame[36:40] == b"VBRI" else None
 
 
 def _damaged(name: str, en: str, zh: str, position: int) -> AudioError:
