@@ -26,8 +26,8 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable . --group dev
 	touch $@
 
-$(BROWSER_STAMP): tests/install_browser.sh $(STAMP)
-	sh tests/install_browser.sh
+$(BROWSER_STAMP): tests/support/install_browser.sh $(STAMP)
+	sh tests/support/install_browser.sh
 	touch $@
 
 $(DOCS_STAMP): pyproject.toml $(STAMP)
@@ -48,10 +48,10 @@ test-fast: $(STAMP) $(BROWSER_STAMP)
 	$(PYTEST) -m 'not slow'
 
 torture: $(STAMP)
-	$(BIN)/python -m tests.torture.convert --moments 200
-	$(BIN)/python -m tests.torture.train --tries 60
-	$(BIN)/python -m tests.torture.infer --tries 60
-	$(BIN)/python -m tests.torture.merge --tries 60
+	$(BIN)/python -m tests.stress.convert --moments 200
+	$(BIN)/python -m tests.stress.train --tries 60
+	$(BIN)/python -m tests.stress.infer --tries 60
+	$(BIN)/python -m tests.stress.merge --tries 60
 
 demo: $(STAMP)
 	$(BIN)/mdl-toolkit demo --output demo-output
@@ -69,7 +69,7 @@ bench-infer: $(STAMP)
 	$(BIN)/python -m benchmarks answering
 
 screenshots: $(STAMP) $(BROWSER_STAMP)
-	$(BIN)/python -m tests.screenshots
+	$(BIN)/python -m tests.support.screenshots
 
 docs: $(DOCS_STAMP)
 	$(BIN)/mkdocs build --strict

@@ -21,14 +21,14 @@ from transformers import GenerationConfig
 
 from benchmarks import Figure, alternate
 from benchmarks.training import make_model
-from mdl_toolkit.answering import Answerer, Question
-from mdl_toolkit.batching import Collator
-from mdl_toolkit.dataset import Sample
-from mdl_toolkit.loading import load_model
+from mdl_toolkit.data.collate import Collator
+from mdl_toolkit.data.dataset import Sample
+from mdl_toolkit.data.tokenization import Encoder
+from mdl_toolkit.inference.generate import Answerer, Question
 from mdl_toolkit.model.kernels.matmul import PrepackedLinear, prepack
 from mdl_toolkit.model.lengths import audio_token_count
-from mdl_toolkit.text_files import read_text_files
-from mdl_toolkit.tokens import Encoder
+from mdl_toolkit.weights.loading import load_model
+from mdl_toolkit.weights.tokenizer_files import read_text_files
 
 ROWS, BATCH, RUNS = 96, 16, 3
 SHORTEST, LONGEST, MOST_TOKENS = 1.0, 12.0, 60

@@ -28,14 +28,14 @@ import mdl_toolkit
 from benchmarks import Figure, timed
 from benchmarks.clips import PCM_BYTES, make_clips, write_csv
 from benchmarks.processes import Usage, toolkit
-from mdl_toolkit.audio import SAMPLE_RATE
-from mdl_toolkit.conversion import convert_rows, read_rows
-from mdl_toolkit.dataset import ConvertedDataset
+from mdl_toolkit.audio.loading import SAMPLE_RATE
+from mdl_toolkit.config.data import ConvertOptions
+from mdl_toolkit.data.convert.run import convert_rows, read_rows
+from mdl_toolkit.data.dataset import ConvertedDataset
+from mdl_toolkit.data.tokenization import Encoder
 from mdl_toolkit.demo import PROMPT, make_tiny_model
-from mdl_toolkit.loading import quiet_libraries
-from mdl_toolkit.options import ConvertOptions
-from mdl_toolkit.text_files import read_text_files
-from mdl_toolkit.tokens import Encoder
+from mdl_toolkit.weights.loading import quiet_libraries
+from mdl_toolkit.weights.tokenizer_files import read_text_files
 
 RUNS, LONG_RUNS, COMMAND_RUNS = 5, 3, 3
 LONG = 3  # times the rows, where starting processes weighs less

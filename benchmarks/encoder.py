@@ -12,8 +12,8 @@ from torch.nn import functional
 from benchmarks import Figure, timed
 from mdl_toolkit.model import MiDashengEncoderConfig
 from mdl_toolkit.model.encoder import Attention, MiDashengEncoder
-from mdl_toolkit.model.frontend import log_mel
 from mdl_toolkit.model.lengths import visible_patch_count
+from mdl_toolkit.model.mel import log_mel
 
 RUNS = 5
 CLIPS = 8

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks import Figure, timed
-from mdl_toolkit.export import merge
-from mdl_toolkit.files import fsync
+from mdl_toolkit.utils.files import fsync
+from mdl_toolkit.weights.merge import merge
 
 RUNS = 5
 WIDTH, SHARDS, PER_SHARD, RANK = 3584, 3, 10, 32  # shards of 257 MB; the 7B's width

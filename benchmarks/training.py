@@ -28,23 +28,23 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import Figure
 from benchmarks.loss import peak_bytes
-from mdl_toolkit.batching import Batch, Collator
-from mdl_toolkit.conversion import convert_dataset
-from mdl_toolkit.dataset import ConvertedDataset, Sample
+from mdl_toolkit.config.data import ConvertOptions
+from mdl_toolkit.config.train import TrainOptions
+from mdl_toolkit.data.collate import Batch, Collator
+from mdl_toolkit.data.convert.run import convert_dataset
+from mdl_toolkit.data.dataset import ConvertedDataset, Sample
+from mdl_toolkit.data.tokenization import Encoder
 from mdl_toolkit.demo import make_tiny_model
-from mdl_toolkit.loading import load_model
-from mdl_toolkit.lora import add_adapters
-from mdl_toolkit.memory import plan_memory
 from mdl_toolkit.model import MiDashengLMConfig, MiDashengLMModel
-from mdl_toolkit.options import ConvertOptions
-from mdl_toolkit.recomputing import Kept, recompute
-from mdl_toolkit.runlog import read_log
-from mdl_toolkit.sampling import Sampling
-from mdl_toolkit.text_files import read_text_files
-from mdl_toolkit.tokens import Encoder
-from mdl_toolkit.trainer import Trainer
-from mdl_toolkit.training import train
-from mdl_toolkit.training_options import TrainOptions
+from mdl_toolkit.training.gradient_checkpointing import Kept, recompute
+from mdl_toolkit.training.log import read_log
+from mdl_toolkit.training.lora import add_adapters
+from mdl_toolkit.training.memory.plan import plan_memory
+from mdl_toolkit.training.run import train
+from mdl_toolkit.training.sampler import Sampling
+from mdl_toolkit.training.trainer import Trainer
+from mdl_toolkit.weights.loading import load_model
+from mdl_toolkit.weights.tokenizer_files import read_text_files
 
 CLIPS, SHORTEST, LONGEST = 64, 1.0, 12.0  # seconds
 BATCH, EPOCHS, RANK = 8, 5, 32

@@ -36,8 +36,8 @@ def pytest_collection_finish() -> None:
 @pytest.fixture
 def losses(monkeypatch: pytest.MonkeyPatch) -> list[float | tuple[float, float]]:
     """Evaluations find what the test wants, a loss or loss and score; the real ones are done all the same."""
-    from mdl_toolkit.validation import Validation
-    from runs import evaluations
+    from mdl_toolkit.training.evaluator import Validation
+    from tests.support.runs import evaluations
 
     wanted: list[float | tuple[float, float]] = []
     judge = Validation._judge

@@ -1,6 +1,6 @@
 """Fine-tune MiDashengLM on your own recordings: convert, train, merge, predict.
 
-Importing this package imports nothing heavy; each name below brings its room along when first used.
+Importing this package imports nothing heavy; each name below brings its module along when first used.
 """
 
 import logging
@@ -8,23 +8,23 @@ from importlib import import_module
 
 __version__ = "0.2.0.dev0"
 
-_ROOM_OF = {
-    "ConvertOptions": "options",
-    "TrainOptions": "training_options",
-    "InferenceOptions": "result_options",
-    "MergeOptions": "result_options",
-    "EvaluateOptions": "result_options",
-    "ReportOptions": "result_options",
-    "convert_dataset": "conversion",
-    "train": "training",
-    "infer": "inference",
-    "merge_adapter": "merging",
-    "evaluate": "evaluation",
-    "report": "report",
+_MODULE_OF = {
+    "ConvertOptions": "config.data",
+    "TrainOptions": "config.train",
+    "InferenceOptions": "config.results",
+    "MergeOptions": "config.results",
+    "EvaluateOptions": "config.results",
+    "ReportOptions": "config.results",
+    "convert_dataset": "data.convert.run",
+    "train": "training.run",
+    "infer": "inference.run",
+    "merge_adapter": "training.merge",
+    "evaluate": "evaluation.evaluate",
+    "report": "reporting.report",
     "ToolkitError": "errors",
 }
 
-__all__ = ["__version__", *_ROOM_OF]
+__all__ = ["__version__", *_MODULE_OF]
 
 # bitsandbytes says on import that it did not find kernels of the hub; it works without them. It comes along
 # with transformers' Trainer, so this must be said before anything else is imported.
@@ -32,6 +32,6 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> object:
-    if name not in _ROOM_OF:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

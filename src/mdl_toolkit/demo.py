@@ -14,22 +14,22 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from mdl_toolkit.audio import SAMPLE_RATE, load
-from mdl_toolkit.checkpoints import REPORT
-from mdl_toolkit.console import say
-from mdl_toolkit.conversion import convert_dataset, read_rows
+from mdl_toolkit.audio.loading import SAMPLE_RATE, load
+from mdl_toolkit.config.data import ConvertOptions, DemoOptions
+from mdl_toolkit.config.options import Options
+from mdl_toolkit.config.results import EvaluateOptions, InferenceOptions, ReportOptions
+from mdl_toolkit.config.train import TrainOptions
+from mdl_toolkit.config.yaml import SETTINGS_FILE, as_command
+from mdl_toolkit.data.convert.run import convert_dataset, read_rows
 from mdl_toolkit.errors import InputError
-from mdl_toolkit.evaluation import evaluate
-from mdl_toolkit.inference import infer
-from mdl_toolkit.loading import quiet_libraries
-from mdl_toolkit.option import Options
-from mdl_toolkit.options import ConvertOptions, DemoOptions
-from mdl_toolkit.report import report
-from mdl_toolkit.result_options import EvaluateOptions, InferenceOptions, ReportOptions
-from mdl_toolkit.scoreboard import Evaluation, as_text
-from mdl_toolkit.settings import SETTINGS_FILE, as_command
-from mdl_toolkit.training import train
-from mdl_toolkit.training_options import TrainOptions
+from mdl_toolkit.evaluation.evaluate import evaluate
+from mdl_toolkit.evaluation.results import Evaluation, as_text
+from mdl_toolkit.inference.run import infer
+from mdl_toolkit.reporting.report import report
+from mdl_toolkit.training.checkpoints import REPORT
+from mdl_toolkit.training.run import train
+from mdl_toolkit.utils.console import say
+from mdl_toolkit.weights.loading import quiet_libraries
 
 PROMPT = "Which language is spoken?"
 EVAL_SHARE = 9  # every so many rows of each language of train.csv are held out to evaluate on
@@ -320,7 +320,7 @@ def _set_statistics(model: Any, phrases: Path, seed: int) -> None:
     """Give BatchNorm the mean and variance of the training recordings' log-mels, as pretraining would."""
     import torch
 
-    from mdl_toolkit.model.frontend import log_mel
+    from mdl_toolkit.model.mel import log_mel
 
     files = random.Random(seed).sample(_column(phrases / "train.csv", "audio"), 40)
     clips = [torch.from_numpy(load(phrases / file).samples) for file in files]

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from mdl_toolkit.language import Text
+from mdl_toolkit.i18n import Text
 
 MOST_ROWS_SHOWN = 50  # rule 12: at most the first 50 and a count
 

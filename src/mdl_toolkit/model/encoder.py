@@ -16,9 +16,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mdl_toolkit.model.configuration import MiDashengEncoderConfig
-from mdl_toolkit.model.frontend import log_mel
 from mdl_toolkit.model.kernels.attention import chunked_attention
 from mdl_toolkit.model.lengths import patch_count, visible_patch_count
+from mdl_toolkit.model.mel import log_mel
 
 LAYER_NORM_EPS = 1e-6
 

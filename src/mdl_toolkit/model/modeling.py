@@ -27,7 +27,7 @@ from mdl_toolkit.model.configuration import MiDashengLMConfig
 from mdl_toolkit.model.constants import IGNORE_INDEX, MOST_LOGITS
 from mdl_toolkit.model.encoder import AudioProjector, LayerScale, MiDashengEncoder
 from mdl_toolkit.model.kernels.cross_entropy import head_loss, summed_cross_entropy
-from mdl_toolkit.model.packed import PACKED, can_pack, is_random, packed_states
+from mdl_toolkit.model.packed_decoder import PACKED, can_pack, is_random, packed_states
 
 
 class CheckpointError(ValueError):

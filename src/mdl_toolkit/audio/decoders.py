@@ -1,0 +1,355 @@
+"""What libsndfile and FFmpeg make of a file: mono float32 samples at the file's own rate.
+
+libsndfile decodes what it knows. FFmpeg (by PyAV) decodes what libsndfile does not know; it is the lenient
+one, so every error it reports and every second it owes is looked at here.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+import soundfile
+
+from mdl_toolkit.audio.integrity import Finding
+from mdl_toolkit.errors import AudioError
+from mdl_toolkit.i18n import Text
+
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+
+BLOCK = 8_192  # samples per channel that libsndfile decodes at once
+UNKNOWN_LENGTH = 2**63 - 1  # libsndfile's number of frames for FLAC whose header does not say it
+# libsndfile's codes for: format not recognised, encoding not supported, format not implemented; bad resource
+# forks of the Mac. It looks for one where it recognises nothing, and takes any `._` or `.AppleDouble` in the
+# current directory for it.
+NOT_KNOWN = (1, 4, 18, *range(148, 155))
+OPUS_LEAST = 16_000  # Hz; libsndfile decodes Opus at no more than the rate in its header
+# What libsndfile decodes: where FFmpeg finds this in a file that libsndfile refused, the file is damaged.
+KNOWN = {("flac", "flac"), ("ogg", "vorbis"), ("ogg", "opus"), ("mp3", "mp3float")}
+KNOWN_CODECS = ("pcm_", "adpcm_ms", "adpcm_ima_wav")
+# FFmpeg's formats whose duration stands in the file, and is not its own guess: per stream, or per file, which
+# tells the length of the sound only if nothing else is in it.
+STREAM_LENGTH = ("mov,mp4,m4a,3gp,3g2,mj2", "caf", "wv", "tta", "ape")
+FILE_LENGTH = ("matroska,webm", "asf", "flv")
+# Encoder delay makes decoded and promised length differ: by up to 3 frames of AAC (2,112 samples of priming
+# and up to 1,023 of padding), by 1 frame of WMA. Codecs with a delay have frames of at most 2,048 samples.
+DELAY_FRAMES, DELAY_FRAME = 4, 2_048
+
+
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """What a decoder returned.
+
+    Attributes:
+        format: the name of the file's format.
+        samples: float32 `[n]`, the average of all channels.
+        rate: Hz.
+        channels: of the source.
+        missing: what was promised and did not come, of a file that was cut off.
+    """
+
+    format: str
+    samples: Floats
+    rate: int
+    channels: int
+    missing: Text | None
+
+
+def decode(file: BinaryIO, finding: Finding) -> Decoded:
+    """Decode by libsndfile, or by FFmpeg what libsndfile does not know or would read only in part.
+
+    Raises:
+        AudioError: the file is no recording, or damaged. An error at the very end counts as cut off.
+    """
+    file.seek(0)
+    try:
+        with soundfile.SoundFile(file) as sound:
+            decoded = _libsndfile(sound, file) if _in_full(sound, finding) else _ffmpeg(file, None)
+    except soundfile.LibsndfileError as refused:
+        decoded = _ffmpeg(file, refused)
+    if len(decoded.samples) < finding.least_samples and not decoded.missing:
+        raise _damaged(decoded.format, "decoder", "stopped early")
+    return decoded
+
+
+def _in_full(sound: Any, finding: Finding) -> bool:
+    """Whether libsndfile gives all the sound of a file that it knows.
+
+    It does not of MPEG audio without a right table of frames, where it stops at an estimate; of WAV that was
+    written into a pipe with the size left at 0; of Opus whose header names under 16 kHz, or 0, though that is
+    a mere remark on the source (RFC 7845, section 5.1); and of Opus that starts in the middle of a stream,
+    where it plays what is to be skipped, and ends as much too early.
+    """
+    if sound.subtype == "OPUS":
+        rate: int = sound.samplerate
+        lost: float = finding.opus_seconds - sound.frames / rate
+        return rate >= OPUS_LEAST and lost < 1 / rate
+    return not finding.is_streamed and (finding.is_counted or not sound.subtype.startswith("MPEG"))
+
+
+def _damaged(name: str, decoder: str, problem: object) -> AudioError:
+    words = _words(problem)
+    return AudioError(
+        f"{name}: {decoder} says: {words}; the file is damaged, get it again",
+        f"{name}：{decoder} 报告：{words}；文件已损坏，请重新获取",
+    )
+
+
+def _words(problem: object) -> str:
+    """What a decoder says, without what Python adds to it."""
+    words = getattr(problem, "error_string", None) or getattr(problem, "strerror", None) or problem
+    return str(words).rstrip(".")
+
+
+def _average(channels: Floats) -> Floats:
+    """Mono `[n]` of `[channels, n]`; added up one by one, so that every machine rounds alike."""
+    total: Floats = channels[0].copy()
+    with np.errstate(over="ignore", invalid="ignore"):  # infinity and NaN are found later
+        for channel in channels[1:]:
+            total += channel
+    total /= np.float32(len(channels))
+    return total
+
+
+def _join(blocks: list[Floats]) -> Floats:
+    return np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
+
+
+def _seconds_missing(promised: float, present: float) -> Text:
+    return Text(
+        f"the header promises {promised:.2f} s, {present:.2f} s are there",
+        f"文件头声明时长为 {promised:.2f} 秒，实际只有 {present:.2f} 秒",
+    )
+
+
+def _breaks_off(seconds: float, decoder: str, problem: object) -> Text:
+    return Text(
+        f"it breaks off after {seconds:.2f} s ({decoder} says: {_words(problem)})",
+        f"在 {seconds:.2f} 秒处中断（{decoder} 报告：{_words(problem)}）",
+    )
+
+
+# --- libsndfile ------------------------------------------------------------------------------------------
+
+
+def _libsndfile(sound: Any, file: BinaryIO) -> Decoded:
+    """Decode an open `soundfile.SoundFile` to its end, or up to an error at the end of the file."""
+    blocks: list[Floats] = []
+    problem = None
+    try:
+        for block in _blocks(sound):
+            blocks.append(_average(block.T))  # noqa: PERF401 - what came before an error is kept
+    except soundfile.LibsndfileError as error:
+        problem = error
+        if file.tell() < file.seek(0, 2):
+            raise _damaged(sound.format, "libsndfile", error) from error
+    samples = _join(blocks)
+    missing = _sndfile_missing(sound, len(samples), problem)
+    return Decoded(sound.format, samples, sound.samplerate, sound.channels, missing)
+
+
+def _blocks(sound: Any) -> Iterator[Floats]:
+    """The samples, `[n, channels]` at a time."""
+    # soundfile seeks after every block, at which libsndfile fails in FLAC of unknown length (from a pipe).
+    sound.seekable = lambda: False
+    while len(block := sound.read(BLOCK, dtype="float32", always_2d=True)):
+        yield block
+
+
+def _sndfile_missing(sound: Any, count: int, problem: Any) -> Text | None:
+    """What did not come: of MPEG audio the length is only an estimate, and shows nothing."""
+    if problem is not None:
+        return _breaks_off(count / sound.samplerate, "libsndfile", problem)
+    if sound.frames == UNKNOWN_LENGTH or count >= sound.frames or sound.subtype.startswith("MPEG"):
+        return None
+    return _seconds_missing(sound.frames / sound.samplerate, count / sound.samplerate)
+
+
+# --- FFmpeg ----------------------------------------------------------------------------------------------
+
+
+def _any_tags(version: str) -> dict[str, str]:
+    """Tags may be in any encoding: PyAV 19 takes them as they are, older ones must be told to."""
+    return {"metadata_errors": "replace"} if int(version.partition(".")[0]) < 19 else {}
+
+
+def _ffmpeg(file: BinaryIO, refused: Any) -> Decoded:
+    """Decode with FFmpeg what libsndfile refused, with the error `refused`, or would read only in part."""
+    import av
+
+    file.seek(0)
+    try:
+        # The file stands for itself alone: a playlist in it opens nothing else.
+        container = av.open(file, options={"protocol_whitelist": "none"}, **_any_tags(av.__version__))
+    except (av.FFmpegError, OSError, ValueError, LookupError) as error:
+        raise _no_recording(file, refused) from error
+    with container:
+        name, stream = container.format.long_name, container.streams.best("audio")
+        if stream is None:
+            raise _no_sound(file, name)
+        if stream.codec_context is None:
+            raise AudioError(
+                f"{name}: FFmpeg lacks its codec; {CONVERT.en}", f"{name}：FFmpeg 不支持其编码；{CONVERT.zh}"
+            )
+        codec = stream.codec_context.name
+        is_known = (container.format.name, codec) in KNOWN or codec.startswith(KNOWN_CODECS)
+        if refused and refused.code not in NOT_KNOWN and is_known:
+            raise _damaged(name, "libsndfile", refused)
+        return _Reader(container, stream).read(file)
+
+
+class _Reader:
+    """Decodes one stream with FFmpeg, strictly."""
+
+    def __init__(self, container: Any, stream: Any) -> None:
+        self.container = container
+        self.stream = stream
+        self.name = f"{container.format.long_name}, {stream.codec_context.name}"
+        self.blocks: list[Floats] = []
+        self.rate = self.channels = self.packets = self.longest = self.samples = 0
+        self.problem: object = None  # what went wrong in the last packet so far
+
+    def read(self, file: BinaryIO) -> Decoded:
+        """Decode to the end; an error after which nothing comes any more is a file that was cut off."""
+        import av
+
+        self._be_strict()
+        try:
+            for packet in self.container.demux(self.stream):
+                self._take(packet)
+        except (av.FFmpegError, OSError, ValueError, LookupError) as error:
+            self.problem = error
+            if file.tell() < file.seek(0, 2):
+                raise _damaged(self.name, "FFmpeg", self.problem) from error
+        if self.problem and not self.blocks:
+            raise _damaged(self.name, "FFmpeg", self.problem)
+        return Decoded(self.name, _join(self.blocks), self.rate, self.channels, self._missing())
+
+    def _be_strict(self) -> None:
+        """Have errors reported that FFmpeg would pass over: checksums, broken bit streams, short packets."""
+        from av.codec.context import Flags2
+
+        codec = self.stream.codec_context
+        codec.options = {"err_detect": "crccheck+bitstream+buffer+explode"}
+        if (self.container.format.name, codec.name) == ("caf", "alac"):
+            # FFmpeg 8 cuts the padding of the last frame off twice: 956 samples of 44,100 are lost.
+            codec.flags2 |= Flags2.skip_manual
+
+    def _take(self, packet: Any) -> None:
+        """Decode a packet; after a bad one only the empty packet at the end may come."""
+        import av
+
+        if self.problem and packet.size:
+            raise _damaged(self.name, "FFmpeg", self.problem)
+        self.packets += bool(packet.size)
+        # FFmpeg marks a packet that the file's end cuts short, and the last one of WAV of unknown length.
+        if packet.is_corrupt and self.container.format.name != "wav":
+            self.problem = "incomplete packet"
+        try:
+            for frame in packet.decode():
+                self._add(frame)
+        except (av.FFmpegError, OSError, ValueError, LookupError) as error:
+            self.problem = error
+
+    def _add(self, frame: Any) -> None:
+        if frame.is_corrupt:
+            self.problem = "incomplete frame"
+        if self.rate not in (0, frame.sample_rate):
+            raise AudioError(
+                f"{self.name}: the sampling rate changes in the middle; {CONVERT.en}",
+                f"{self.name}：采样率中途改变；{CONVERT.zh}",
+            )
+        channels = _floats(frame)
+        self.blocks.append(_average(channels))
+        self.rate, self.channels = frame.sample_rate, len(channels)
+        self.longest = max(self.longest, frame.samples)
+        self.samples += frame.samples
+
+    def _missing(self) -> Text | None:
+        present = self.samples / (self.rate or 1)
+        if self.problem:
+            return _breaks_off(present, "FFmpeg", self.problem)
+        promised = _promised_seconds(self.container, self.stream, self.packets)
+        tolerance = DELAY_FRAMES * min(self.longest, DELAY_FRAME) / (self.rate or 1)
+        return _seconds_missing(promised, present) if present < promised - tolerance else None
+
+
+def _floats(frame: Any) -> Floats:
+    """An FFmpeg frame as `[channels, n]` between -1 and 1."""
+    if frame.format.name.startswith("s64"):  # numpy arrays are not made of these
+        import av
+
+        (frame,) = av.AudioResampler("dblp").resample(frame)
+    samples = frame.to_ndarray()  # [channels, n] if planar, else [1, n * channels]
+    if not frame.format.is_planar:
+        samples = samples.reshape(frame.samples, -1).T
+    floats: Floats = samples.astype(np.float32)
+    if samples.dtype.kind == "u":
+        floats -= 128
+    if samples.dtype.kind in "iu":
+        floats /= np.float32(2 ** (8 * samples.itemsize - 1))
+    return floats
+
+
+def _promised_seconds(container: Any, stream: Any, packets: int) -> float:
+    """How long the file itself says that the sound is; 0 if it does not say, or if all it lists was read."""
+    name = container.format.name
+    if name in STREAM_LENGTH and stream.duration and not 0 < stream.frames <= packets:
+        return float(stream.duration * stream.time_base)
+    if name in FILE_LENGTH and container.duration and len(container.streams) == 1:
+        return float(container.duration / 1_000_000)
+    return 0.0
+
+
+# --- what is no recording --------------------------------------------------------------------------------
+
+CONVERT = Text(
+    "convert it first, for example with: ffmpeg -i FILE new.flac", "请先转换，例如：ffmpeg -i FILE new.flac"
+)
+LOOKS = {
+    b"\x89PNG": Text("a PNG image", "PNG 图像"),
+    b"\xff\xd8\xff": Text("a JPEG image", "JPEG 图像"),
+    b"GIF8": Text("a GIF image", "GIF 图像"),
+    b"%PDF": Text("a PDF document", "PDF 文档"),
+    b"PK\x03\x04": Text("a ZIP archive", "ZIP 压缩包"),
+    b"\x1f\x8b": Text("a gzip archive", "gzip 压缩包"),
+}
+
+
+def _no_recording(file: BinaryIO, refused: Any) -> AudioError:
+    """For a file that neither decoder can open."""
+    words = _words(refused) if refused else "there are no samples"
+    return _look(file) or AudioError(
+        f"neither libsndfile nor FFmpeg can read it (libsndfile says: {words}): no recording, or damaged, "
+        "or cut off; get it again",
+        f"libsndfile 与 FFmpeg 均无法读取（libsndfile 报告：{words}）：不是音频，或者已损坏；请重新获取",
+    )
+
+
+def _no_sound(file: BinaryIO, name: str) -> AudioError:
+    """For a file that FFmpeg opens without finding sound in it."""
+    return _look(file) or AudioError(
+        f"{name}: there is no sound track in it; give a file with sound",
+        f"{name}：没有音轨；请指定含有声音的文件",
+    )
+
+
+def _look(file: BinaryIO) -> AudioError | None:
+    """The error for a file that is something well known, by its first bytes."""
+    file.seek(0)
+    head = file.read(80)
+    looks = next((name for start, name in LOOKS.items() if head.startswith(start)), None) or _as_text(head)
+    if looks is None:
+        return None
+    return AudioError(
+        f"this is {looks.en}, not a recording; correct the path", f"{looks.zh}，不是音频；请更正路径"
+    )
+
+
+def _as_text(head: bytes) -> Text | None:
+    words = head.decode("utf-8", "ignore")
+    is_whole = len(words.encode()) > len(head) - 4  # the last character may be cut
+    if not is_whole or not all(character.isprintable() or character in "\r\n\t" for character in words):
+        return None
+    start = " ".join(words.split())[:40]
+    return Text(f"a text file that starts with {start!r}", f"以 {start!r} 开头的文本文件")

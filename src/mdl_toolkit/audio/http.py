@@ -1,0 +1,342 @@
+"""Fetch what is at an http(s) address into a file, within limits of size and time, with retries.
+
+httpx speaks the protocol: redirections, basic authentication, the proxies of the environment, time-outs.
+Certificates are those of the machine (or of `SSL_CERT_FILE`), as a company's own are there. What a file holds
+is not looked at; `download` keeps what comes.
+"""
+
+import hashlib
+import re
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from socket import SHUT_RDWR, socket
+from typing import TYPE_CHECKING, Any
+
+from mdl_toolkit import __version__
+from mdl_toolkit.data.manifest import without_credentials
+from mdl_toolkit.errors import AudioError
+from mdl_toolkit.i18n import Text
+
+if TYPE_CHECKING:
+    import httpx
+
+MEGABYTE = 1_000_000  # bytes
+MAX_REDIRECTS = 5
+# HTTP statuses that may be gone at the next try.
+TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
+# Seconds between two tries, whatever the server asks for.
+LONGEST_PAUSE = 60.0
+# ETags and times that are kept, and sent back.
+_HEADER = re.compile(r"[\x20-\x7e\x80-\xff]{0,1000}")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much, how long and how often.
+
+    Attributes:
+        max_mb: the most megabytes that are accepted.
+        timeout_s: seconds without a sign of life.
+        tries: how often it is tried, if the failure is of a passing kind.
+        pause_s: seconds before the second try; twice as long before each further one.
+        deadline_s: seconds for everything together.
+    """
+
+    max_mb: float
+    timeout_s: float = 30
+    tries: int = 3
+    pause_s: float = 1
+    deadline_s: float = 1_800
+
+
+@dataclass(frozen=True)
+class Version:
+    """Which content an address had; no part of the address itself, nor a password, is in it.
+
+    Attributes:
+        size: its bytes; -1 if there is none.
+        etag: its ETag as the server sent it, or nothing.
+        modified: its Last-Modified, likewise.
+        place: SHA-256 of the address that it came from in the end, after redirections.
+    """
+
+    size: int = -1
+    etag: str = ""
+    modified: str = ""
+    place: str = ""
+
+    def is_sound(self) -> bool:
+        """Whether all values are of their types, and those that are sent to a server can be sent."""
+        types = [type(value) for value in asdict(self).values()]
+        if types != [type(value) for value in asdict(type(self)()).values()]:
+            return False
+        return bool(_HEADER.fullmatch(self.etag) and _HEADER.fullmatch(self.modified))
+
+    def condition(self, address: str) -> dict[str, str]:
+        """The header by which a server sends the content only if it has changed.
+
+        There is none for an address that the content did not come from (redirections may lead elsewhere by
+        now): ETags and times of different addresses must not be compared.
+        """
+        if self.etag:
+            header = {"If-None-Match": self.etag}
+        else:
+            header = {"If-Modified-Since": self.modified} if self.modified else {}
+        return header if self.place == digest(address) else {}
+
+
+NOTHING = Version()
+
+
+@dataclass(eq=False)
+class FetchError(Exception):
+    """What is at an address was not to be had.
+
+    Attributes:
+        reason: why, without the address.
+        is_final: another try would not help.
+        is_answered: the server was reached.
+        pause_s: seconds after which the server wants to be asked again.
+    """
+
+    reason: Text
+    is_final: bool = False
+    is_answered: bool = True
+    pause_s: float = 0
+
+
+def refusal(url: str, reason: Text) -> AudioError:
+    """The error for a recording whose address failed, with the address but no password."""
+    shown = without_credentials(url)
+    return AudioError(
+        f"{shown}: {reason.en}; check the address, or fetch the file yourself and give its path",
+        f"{shown}：{reason.zh}；请检查地址，或自行下载后填写文件路径",
+    )
+
+
+def digest(text: str) -> str:
+    """What stands for an address on disk: its SHA-256."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def origin(url: str) -> str:
+    """Scheme, host and port of an address."""
+    scheme, _, rest = without_credentials(url).lower().partition("://")
+    return f"{scheme}://{re.split('[/?#]', rest)[0]}"
+
+
+def fetch(url: str, target: Path, limits: Limits, known: Version = NOTHING) -> Version | None:
+    """Fetch what is at an address into a file, unless it is known already.
+
+    Args:
+        url: an http(s) address; `user:password@` in it goes to that host only, as basic authentication.
+        target: the new file; in the end it is whole or not there.
+        limits: how much, how long and how often.
+        known: what is had already, and is not asked for again.
+
+    Returns:
+        What came; None if the address still has what is known.
+
+    Raises:
+        FetchError: what the server said, or how the connection failed, at the last try.
+    """
+    ends = time.monotonic() + limits.deadline_s
+    with _client(limits.timeout_s) as client, _cut_off_at(ends) as watch:
+        transfer = _Transfer(client, watch, url, target, limits, known, ends)
+        attempt = 1
+        while True:
+            try:
+                return transfer.try_once()
+            except FetchError as failure:
+                pause = max(limits.pause_s * 2 ** (attempt - 1), min(failure.pause_s, LONGEST_PAUSE))
+                if failure.is_final or attempt >= limits.tries or time.monotonic() + pause > ends:
+                    raise
+            time.sleep(pause)
+            attempt += 1
+
+
+@contextmanager
+def _cut_off_at(ends: float) -> Iterator[Callable[[str, dict[str, Any]], None]]:
+    """Shut connections down when the time is over; gives the callback by which httpx tells of them.
+
+    httpx's time-outs are for a single read: a server that drips headers or chunk sizes would never meet them.
+    """
+    connections: list[socket] = []
+
+    def cut() -> None:
+        for connection in connections:
+            with suppress(OSError):
+                connection.shutdown(SHUT_RDWR)
+
+    def watch(event: str, info: dict[str, Any]) -> None:
+        if event.endswith("connect_tcp.complete"):
+            # A duplicate, as TLS takes the original over.
+            connections.append(info["return_value"].get_extra_info("socket").dup())
+            if time.monotonic() > ends:
+                cut()
+
+    timer = threading.Timer(ends - time.monotonic(), cut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield watch
+    finally:
+        timer.cancel()
+        for connection in connections:
+            connection.close()
+
+
+@lru_cache(maxsize=1)
+def _certificates() -> ssl.SSLContext:
+    return ssl.create_default_context()
+
+
+def _client(timeout_s: float) -> "httpx.Client":
+    """Return an HTTP client that uses the proxies of the environment.
+
+    Raises:
+        FetchError: there is a proxy that httpx cannot use.
+    """
+    import httpx
+
+    # Bytes are kept as they are: what is compressed on the way only has no size that could be checked.
+    headers = {"User-Agent": f"mdl-toolkit/{__version__}", "Accept-Encoding": "identity"}
+    try:
+        return httpx.Client(headers=headers, timeout=timeout_s, verify=_certificates())
+    except (ImportError, ValueError, httpx.InvalidURL) as problem:
+        en = f"the proxy settings of the environment cannot be used ({problem})"
+        raise FetchError(Text(en, f"环境中的代理设置无法使用（{problem}）"), is_final=True) from problem
+
+
+@dataclass(frozen=True)
+class _Transfer:
+    """Fetches one address; `ends` is when, by the monotonic clock, the time is over."""
+
+    client: "httpx.Client"
+    watch: Callable[[str, dict[str, Any]], None]
+    url: str
+    target: Path
+    limits: Limits
+    known: Version
+    ends: float
+
+    def try_once(self) -> Version | None:
+        """Ask once, and store the answer; None if nothing has changed.
+
+        Raises:
+            FetchError: it failed.
+        """
+        import httpx
+
+        try:
+            with closing(self._ask()) as response:
+                response.headers.encoding = "latin-1"
+                if response.status_code == 304 and self.known.condition(_address(response.url)):
+                    return None
+                if not response.is_success:
+                    raise _refused(response)
+                return self._store(response)
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol) as problem:
+            raise FetchError(Text("the address is not valid", "地址无效"), is_final=True) from problem
+        except (httpx.HTTPError, OSError) as problem:
+            self._check_time()
+            raise _connection_error(problem) from problem
+
+    def _ask(self) -> "httpx.Response":
+        """Send the request and follow redirections, to http(s) only."""
+        request = self.client.build_request("GET", self.url, extensions={"trace": self.watch})
+        for _ in range(MAX_REDIRECTS + 1):
+            self._check_time()
+            response = self._send(request)
+            if response.next_request is None:
+                return response
+            response.close()
+            request = response.next_request
+            if request.url.scheme not in ("http", "https"):
+                break
+        en = "the server redirects in a circle, too often, or to something else than http(s)"
+        raise FetchError(Text(en, "服务器重定向成环、次数过多，或指向非 http(s) 地址"), is_final=True)
+
+    def _send(self, request: "httpx.Request") -> "httpx.Response":
+        """Send a request, with the password of its own address and the condition that is due there."""
+        login = (request.url.username, request.url.password)
+        # httpx logs addresses.
+        request.url = request.url.copy_with(userinfo=b"")
+        request.headers.encoding = "latin-1"
+        for name in ("If-None-Match", "If-Modified-Since"):
+            request.headers.pop(name, None)
+        for name, value in self.known.condition(_address(request.url)).items():
+            request.headers[name] = value
+        return self.client.send(request, stream=True, auth=login if any(login) else None)
+
+    def _store(self, response: "httpx.Response") -> Version:
+        """Write an answer's body down."""
+        promised = response.headers.get("Content-Length", "")
+        self._check_size(int(promised) if promised.isdecimal() else 0)
+        size = 0
+        try:
+            with self.target.open("wb") as file:
+                for piece in response.iter_raw():
+                    size += len(piece)
+                    self._check_size(size)
+                    self._check_time()
+                    file.write(piece)
+            # A connection that was cut off looks like the end of a body of unknown length.
+            self._check_time()
+        except BaseException:
+            self.target.unlink(missing_ok=True)
+            raise
+        headers = [response.headers.get(name, "") for name in ("ETag", "Last-Modified")]
+        etag, modified = (text if _HEADER.fullmatch(text) else "" for text in headers)
+        return Version(size, etag, modified, digest(_address(response.url)))
+
+    def _check_time(self) -> None:
+        if time.monotonic() > self.ends:
+            raise FetchError(Text("it takes too long", "下载耗时过长"), is_final=True)
+
+    def _check_size(self, size: int) -> None:
+        most = self.limits.max_mb
+        if size > most * MEGABYTE:
+            en = f"it is larger than {most:g} MB (--max-download-mb)"
+            raise FetchError(Text(en, f"文件大于 {most:g} MB（--max-download-mb）"), is_final=True)
+
+
+def _address(url: "httpx.URL") -> str:
+    """Return an address as a server sees it: without user, password and fragment."""
+    return f"{url.scheme}://{url.netloc.decode()}{url.raw_path.decode()}"
+
+
+def _refused(response: "httpx.Response") -> FetchError:
+    """Return the error for an answer that is not the file."""
+    from httpx import codes
+
+    words = f"{response.status_code} {codes.get_reason_phrase(response.status_code)}".strip()
+    wait = response.headers.get("Retry-After", "")
+    return FetchError(
+        Text(f"the server answered {words}", f"服务器返回 {words}"),
+        is_final=response.status_code not in TRANSIENT,
+        pause_s=float(wait) if wait.isdecimal() else 0,
+    )
+
+
+def _connection_error(problem: Exception) -> FetchError:
+    """Return the error for a connection that failed."""
+    import httpx
+
+    if isinstance(problem, httpx.TimeoutException):
+        return FetchError(Text("the server does not answer in time", "服务器响应超时"), is_answered=False)
+    cause: BaseException = problem
+    while cause.__cause__:
+        cause = cause.__cause__
+    words = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
+    return FetchError(
+        Text(f"it cannot be fetched ({words})", f"无法下载（{words}）"),
+        is_final=isinstance(cause, ssl.SSLCertVerificationError),
+        is_answered=not isinstance(problem, (httpx.ConnectError, httpx.ProxyError)),
+    )

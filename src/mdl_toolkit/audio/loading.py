@@ -1,0 +1,172 @@
+"""A file to mono float32 samples at the model's rate, or an error naming format and remedy.
+
+Nothing is cut, padded or clipped without a word. Addresses are fetched in `download`.
+"""
+
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import soxr
+from numpy.typing import NDArray
+
+from mdl_toolkit.audio.decoders import Decoded, Floats, decode
+from mdl_toolkit.audio.integrity import examine
+from mdl_toolkit.errors import AudioError
+from mdl_toolkit.i18n import Text
+from mdl_toolkit.model.constants import SAMPLE_RATE as SAMPLE_RATE
+from mdl_toolkit.model.lengths import MIN_SAMPLES
+
+SILENCE = 1e-4  # -80 dBFS; the dither of 16-bit files stays below -90 dBFS
+FULL_SCALE = 32767 / 32768  # the largest 16-bit sample
+CLIPPED = 3  # samples in a row at full scale; a healthy peak touches it once or twice
+RATES = range(1_000, 1_000_001)  # Hz; a rate beyond these is a damaged header, not a recording
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """A recording as the model takes it.
+
+    Attributes:
+        format: name of the source's format.
+        samples: float32 `[n]`, mono, at 16 kHz; n is the source's length * 16000 / rate, rounded, but at
+            least 3,200.
+        source_seconds: length of the source.
+        source_rate: Hz.
+        channels: of the source; all were averaged.
+        padded: zeros were added at the end, up to 3,200 samples.
+        silent: no sample of the mono mix reaches -80 dBFS.
+        clipped: three samples of the mono mix in a row are at full scale: it was recorded too loud.
+        full_scale: share of the mono mix's samples that are at full scale, 0 to 1.
+        truncated: what the file promised and what came; None if all of it came.
+    """
+
+    format: str
+    samples: Floats
+    source_seconds: float
+    source_rate: int
+    channels: int
+    padded: bool
+    silent: bool
+    clipped: bool
+    full_scale: float
+    truncated: Text | None
+
+
+def load(path: str | Path, *, allow_truncated: bool = False) -> Clip:
+    """Decode a local file (rules 14 to 16).
+
+    Args:
+        path: the file; its extension means nothing.
+        allow_truncated: accept a file that was cut off, with what is left of it.
+
+    Raises:
+        AudioError: the file cannot be opened, is empty, is no recording, is damaged, was cut off, or holds
+            NaN, infinity or no samples at all. The message does not name the file.
+
+    Example:
+        ```python
+        from mdl_toolkit.audio.loading import load
+
+        clip = load("recordings/0001.flac")
+        print(clip.samples.shape, clip.source_seconds, clip.source_rate)
+        ```
+    """
+    try:
+        plain = io.FileIO(path)
+    except (OSError, ValueError) as problem:
+        raise _unopened(problem) from problem
+    plain.name = ""  # without it, the decoders cannot go by the extension
+    with _File(plain) as file:
+        return _load(file, allow_truncated)
+
+
+class _File(io.BufferedReader):
+    """A file whose `seek` to an impossible place returns -1, as C's does.
+
+    Decoders try such places in damaged files, and an exception there would be printed with a traceback.
+    """
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        try:
+            return super().seek(offset, whence)
+        except (OSError, ValueError):
+            return -1
+
+
+def _unopened(problem: OSError | ValueError) -> AudioError:
+    reason = getattr(problem, "strerror", None) or problem
+    return AudioError(
+        f"the file cannot be opened ({reason}); correct the path or its permissions",
+        f"无法打开文件（{reason}）；请更正路径或权限",
+    )
+
+
+def _load(file: BinaryIO, allow_truncated: bool) -> Clip:
+    if not file.seek(0, 2):
+        raise AudioError("the file is empty (0 bytes); get it again", "文件为空（0 字节）；请重新获取")
+    finding = examine(file)
+    _check_complete(finding.missing, allow_truncated)
+    decoded = decode(file, finding)
+    missing = finding.missing or decoded.missing
+    _check_complete(missing, allow_truncated)
+    _check_samples(decoded)
+    return _clip(decoded, missing)
+
+
+def _check_complete(missing: Text | None, allow_truncated: bool) -> None:
+    if missing and not allow_truncated:
+        raise AudioError(
+            f"the file was cut off: {missing.en}; get all of it, or accept it with --allow-truncated",
+            f"文件不完整：{missing.zh}；请获取完整文件，或使用 --allow-truncated 接受",
+        )
+
+
+def _check_samples(decoded: Decoded) -> None:
+    """Raise AudioError if there are no samples, the rate is impossible, or a sample is NaN or infinite."""
+    name, rate = decoded.format, decoded.rate
+    if not len(decoded.samples):
+        raise AudioError(
+            f"{name}: there are no samples in it; get it again", f"{name}：没有任何采样；请重新获取"
+        )
+    if rate not in RATES:
+        raise AudioError(
+            f"{name}: {rate} Hz is no possible sampling rate; the header is damaged, get the file again",
+            f"{name}：采样率 {rate} Hz 不合理，文件头已损坏；请重新获取",
+        )
+    bad = np.flatnonzero(~np.isfinite(decoded.samples))
+    if len(bad):
+        raise AudioError(
+            f"{name}: NaN or infinite samples, the first at {bad[0] / rate:.3f} s; export it again",
+            f"{name}：含有 NaN 或无穷大的采样，首个位于 {bad[0] / rate:.3f} 秒；请重新导出",
+        )
+
+
+def _clip(decoded: Decoded, missing: Text | None) -> Clip:
+    """Resample, and pad what is too short for one audio token."""
+    mono, rate = decoded.samples, decoded.rate
+    # soxr's HQ: aliases below -100 dB. FFmpeg's own resampler leaves -62 dB at 9 kHz.
+    samples = mono if rate == SAMPLE_RATE else soxr.resample(mono, rate, SAMPLE_RATE, "HQ")
+    padding = max(0, MIN_SAMPLES - len(samples))
+    level = np.abs(mono)
+    loud = level >= FULL_SCALE
+    return Clip(
+        format=decoded.format,
+        samples=np.pad(samples, (0, padding)) if padding else samples,
+        source_seconds=len(mono) / rate,
+        source_rate=rate,
+        channels=decoded.channels,
+        padded=padding > 0,
+        silent=bool(np.max(level) < SILENCE),
+        clipped=_is_clipped(loud),
+        full_scale=float(np.mean(loud)),
+        truncated=missing,
+    )
+
+
+def _is_clipped(loud: NDArray[np.bool_]) -> bool:
+    runs = len(loud) - CLIPPED + 1
+    return runs > 0 and bool(np.logical_and.reduce([loud[i : i + runs] for i in range(CLIPPED)]).any())

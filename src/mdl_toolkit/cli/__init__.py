@@ -1,0 +1,6 @@
+"""The command line: `mdl-toolkit COMMAND ...`.
+
+Modules:
+    main            run a command; turn what went wrong into one line and an exit status
+    click_options   turn an options dataclass into a click command
+"""

@@ -1,0 +1,16 @@
+"""From a CSV to batches of tensors.
+
+Modules:
+    csv_reader      a CSV file to lines of cells
+    manifest        lines to `Row`s; every problem at once
+    listing         a folder or pattern of recordings as a CSV
+    chat_template   a row to messages and segments
+    tokenization    segments to `input_ids` and `labels`
+    dataset         the converted dataset on disk
+    collate         samples to one batch
+    prefetch        batches ahead of time, in threads
+    open_audio      rows to clips, addresses fetched ahead
+    warnings        what is most likely not meant: leaks, identical answers, long answers
+    convert/        `convert-dataset`
+    check/          `check`
+"""

@@ -1,0 +1,186 @@
+"""Rows to what `check` notes of each, in a worker process: as many bytes for every row."""
+
+import hashlib
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mdl_toolkit.audio.flac import pack_audio
+from mdl_toolkit.audio.loading import SAMPLE_RATE, Clip
+from mdl_toolkit.data.manifest import Row
+from mdl_toolkit.data.open_audio import Recordings
+from mdl_toolkit.data.tokenization import IGNORE_INDEX, Encoder
+from mdl_toolkit.errors import RowProblem
+from mdl_toolkit.i18n import Text
+from mdl_toolkit.model.lengths import audio_token_count
+
+FRAME = SAMPLE_RATE // 50  # 20 ms, over which loudness is measured
+AUDIBLE = 10 ** (-50 / 20)  # -50 dBFS, root mean square; the noise of a quiet room with a close microphone
+LEAST_AUDIBLE = 0.05  # share of a clip's frames; with less it is nearly empty
+# What a spreadsheet takes for a number or a day, and may write as another text.
+NUMBER = re.compile(r"[+-]?(\d[\d,]*\.?\d*|\.\d+)([eE][+-]?\d+)?")
+DAY = re.compile(r"\d{1,4}[-/]\d{1,2}([-/]\d{1,4})?")
+DIGITS = 15  # that it keeps of a number
+
+# One row. The three digests stand for the stored recording, the prompts and the answer; `text` counts what
+# is no audio, in tokens or, without a tokenizer, in characters; `stored` is bytes of the recording.
+FACTS = np.dtype(
+    [
+        ("line", "<i8"), ("clip", "<u8"), ("prompt", "<u8"), ("answer", "<u8"), ("samples", "<i8"),
+        ("text", "<i4"), ("supervised", "<i4"), ("stored", "<i4"), ("full_scale", "<f4"), ("flags", "<u2"),
+    ]
+)  # fmt: skip
+Facts = NDArray[Any]
+
+# Bits of `flags`.
+FLAGS = {
+    name: 1 << place
+    for place, name in enumerate(
+        (
+            "silent", "nearly_empty", "clipped", "padded", "truncated", "empty_answer", "number_answer",
+            "space_answer", "space_prompt",
+        )
+    )
+}  # fmt: skip
+
+
+@dataclass
+class Inspected:
+    """What is noted of some rows.
+
+    Attributes:
+        facts: of the usable ones, `[rows]` of `FACTS`.
+        problems: of the others.
+        sources: how often each rate (Hz), number of channels and format came.
+    """
+
+    facts: Facts
+    problems: list[RowProblem] = field(default_factory=list)
+    sources: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    @property
+    def rows(self) -> int:
+        """All of them."""
+        return len(self.facts) + len({problem.line for problem in self.problems})
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a worker process does with some rows.
+
+    Attributes:
+        recordings: opens them.
+        encoder: the model's tokenizer and template; None counts characters.
+        with_answer: for training; otherwise prompts alone.
+        limit: positions that leave a row unusable; None is no limit.
+        rows_per_step: how often is reported.
+    """
+
+    recordings: Recordings
+    encoder: Encoder | None
+    with_answer: bool
+    limit: int | None
+    rows_per_step: int
+
+    def __call__(self, rows: list[Row]) -> Iterator[Inspected]:
+        """Look at the rows, and report."""
+        clips = self.recordings.clips(rows)
+        while group := list(itertools.islice(clips, self.rows_per_step)):
+            yield self._inspected(group)
+
+    def _inspected(self, group: list[tuple[Row, Clip | RowProblem]]) -> Inspected:
+        facts, done = [], Inspected(np.zeros(0, FACTS))
+        for row, found in group:
+            noted = found if isinstance(found, RowProblem) else self._note(row, found)
+            if isinstance(noted, RowProblem):
+                done.problems.append(noted)
+                continue
+            facts.append(noted)
+            if isinstance(found, Clip):
+                done.sources.update(_sources(found))
+        done.facts = np.array(facts, FACTS)
+        return done
+
+    def _note(self, row: Row, clip: Clip) -> tuple[Any, ...] | RowProblem:
+        audio = audio_token_count(len(clip.samples))
+        text, supervised = self._text(row, audio)
+        if self.limit is not None and audio + text >= self.limit:
+            return RowProblem(row.line, "audio", row.shown, too_long(audio + text, self.limit))
+        packed = pack_audio(clip.samples)
+        return (
+            row.line, digest(packed.data, str(packed.scale), str(packed.length)), digest(*prompts_of(row)),
+            digest(row.prediction or ""), packed.length, text, supervised, len(packed.data),
+            clip.full_scale, _flags(row, clip),
+        )  # fmt: skip
+
+    def _text(self, row: Row, audio: int) -> tuple[int, int]:
+        """How much of a row is no audio, and how much of that is learnt."""
+        answer = row.prediction or "" if self.with_answer else ""
+        if self.encoder is None:
+            return len("".join(prompts_of(row))) + len(answer), len(answer)
+        tokens = self.encoder.encode_row(row, audio, with_answer=self.with_answer)
+        return len(tokens.input_ids) - audio, int(np.count_nonzero(tokens.labels != IGNORE_INDEX))
+
+
+def too_long(length: int, limit: int) -> Text:
+    """For a row whose prompt of so many tokens leaves no room for an answer (rule 37)."""
+    return Text(
+        f"the prompt alone takes {length} tokens; --max-length {limit} must be at least {length + 1}",
+        f"仅提示就有 {length} 个词元；--max-length {limit} 至少应为 {length + 1}",
+    )
+
+
+def prompts_of(row: Row) -> tuple[str, str]:
+    """System and user prompt, empty where there is none."""
+    return row.system_prompt or "", row.user_prompt or ""
+
+
+def digest(*parts: str | bytes) -> int:
+    """64 bits that tell contents apart: among a million, two are alike by chance once in 10^7 times."""
+    found = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        found.update(len(data).to_bytes(8, "little") + data)
+    return int.from_bytes(found.digest(), "little")
+
+
+def _sources(clip: Clip) -> Iterator[tuple[str, str]]:
+    yield "rates", str(clip.source_rate)
+    yield "channels", str(clip.channels)
+    yield "formats", clip.format
+
+
+def _flags(row: Row, clip: Clip) -> int:
+    answer = row.prediction
+    held = {
+        "silent": clip.silent,
+        "nearly_empty": not clip.silent and _audible(clip) < LEAST_AUDIBLE,
+        "clipped": clip.clipped,
+        "padded": clip.padded,
+        "truncated": clip.truncated is not None,
+        "empty_answer": answer == "",
+        "number_answer": answer is not None and looks_mangled(answer),
+        "space_answer": answer is not None and answer != answer.strip(),
+        "space_prompt": any(prompt != prompt.strip() for prompt in prompts_of(row)),
+    }
+    return sum(FLAGS[name] for name, holds in held.items() if holds)
+
+
+def _audible(clip: Clip) -> float:
+    """Share of a clip's 20 ms frames that are louder than -50 dBFS."""
+    whole = clip.samples[: len(clip.samples) // FRAME * FRAME].reshape(-1, FRAME)
+    return float(np.mean(np.mean(np.square(whole), axis=1) >= AUDIBLE**2))
+
+
+def looks_mangled(answer: str) -> bool:
+    """Whether a spreadsheet would write another text in its place: 0012, 1.0, +5, 1e3, 1,000, 3/4."""
+    word = answer.strip()
+    if DAY.fullmatch(word):
+        return True
+    return bool(NUMBER.fullmatch(word)) and f"{float(word.replace(',', '')):.{DIGITS}g}" != word

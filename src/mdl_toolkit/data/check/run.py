@@ -1,0 +1,320 @@
+"""A dry run over CSVs: decode every recording, render every conversation, and say what was found.
+
+No weights are loaded and no GPU is used. Memory grows by some 60 bytes with each row.
+"""
+
+import dataclasses
+import json
+import math
+import secrets
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from mdl_toolkit import __version__
+from mdl_toolkit.audio.download_cache import Downloads
+from mdl_toolkit.config.data import CheckOptions
+from mdl_toolkit.config.yaml import SETTINGS_FILE, from_mapping, read_settings, to_yaml
+from mdl_toolkit.data.chat_template import messages_of
+from mdl_toolkit.data.check.findings import Figures, Findings, audio_tokens
+from mdl_toolkit.data.check.rows import Facts, Inspection
+from mdl_toolkit.data.check.text import report_lines
+from mdl_toolkit.data.convert.run import FEW_ROWS, read_rows
+from mdl_toolkit.data.manifest import Manifest, Row
+from mdl_toolkit.data.open_audio import Recordings
+from mdl_toolkit.data.tokenization import Encoder, looked_at
+from mdl_toolkit.errors import InputError, ModelError, RowProblem
+from mdl_toolkit.utils.console import progress, warn
+from mdl_toolkit.utils.files import check_apart, replace_file, writing
+from mdl_toolkit.utils.worker_pool import default_workers, work_through
+from mdl_toolkit.weights.resolve import check_trainable, find_model
+from mdl_toolkit.weights.tokenizer_files import read_text_files
+
+if TYPE_CHECKING:
+    from mdl_toolkit.config.train import TrainOptions
+
+JOB_ROWS = 32  # that a worker is given at once
+PLANNED = ("total", "weights", "trained", "activations", "free")  # bytes of a `MemoryPlan`
+STANDARD_OUTPUT = True  # what `--json` alone means
+
+
+def check(options: CheckOptions) -> Figures:
+    """Look at all rows of all files and report on standard output.
+
+    Returns:
+        What was found, as the JSON has it.
+
+    Raises:
+        InputError: something would stop a training; or a CSV or a file to write cannot be used.
+        ModelError: the model's folder is here, and broken.
+
+    Example:
+        ```python
+        from mdl_toolkit.data.check.run import check
+        from mdl_toolkit.config.data import CheckOptions
+
+        found = check(CheckOptions(input="train.csv", model_name="midashenglm-7b", base_dir="recordings"))
+        print(found["files"][0]["rows"])
+        ```
+    """
+    _check_places(options)
+    training = None if options.for_inference else _train_options(options)
+    manifests = [
+        read_rows(path, options, needs_prediction=not options.for_inference) for path in options.input
+    ]
+    folder, encoder = _text_side(options)
+    found = _look(manifests, encoder, options)
+    figures = _figures(found, encoder, options)
+    if encoder is not None:
+        figures["sample"] = _sample(manifests[0], encoder, set(found[0].bad), options)
+    if folder is not None and training is not None:
+        beginning = 0 if encoder is None else _beginning(manifests[0], encoder, found[0])
+        figures["training"] = _forecast(folder, training, found[0].facts(), beginning)
+    if options.write_fixed is not None:
+        figures["fixed"] = _write_fixed(Path(options.write_fixed), manifests[0], found[0], options)
+    _tell(figures, options.json)
+    _judge(figures)
+    return figures
+
+
+def _check_places(options: CheckOptions) -> None:
+    """Refuse to write over an input, or two things to one place."""
+    named = (("--write-fixed", options.write_fixed), ("--json", options.json))
+    places = [(name, Path(place)) for name, place in named if isinstance(place, str)]
+    for name, place in places:
+        for path in options.input:
+            check_apart(place, Path(path), name)
+    if len(places) == 2:
+        check_apart(places[0][1], places[1][1], "--write-fixed", "--json")
+
+
+def _train_options(options: CheckOptions) -> "TrainOptions":
+    """The options of the training that is predicted; the files and the model are those of the check."""
+    from mdl_toolkit.config.train import TrainOptions
+
+    config = options.train_config
+    given = {} if config is None else read_settings(config, TrainOptions, "--train-config")
+    ours = {"train_dataset": options.input[0], "output": ".", "model_name": options.model_name}
+    return from_mapping(TrainOptions, {**given, **ours})
+
+
+def _text_side(options: CheckOptions) -> tuple[Path | None, Encoder | None]:
+    """The model's folder and its tokenizer and template; nothing if the model cannot be had."""
+    try:
+        folder = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=False)
+    except ModelError as problem:
+        if Path(options.model_name).expanduser().is_dir():
+            raise
+        warn(
+            "counting characters in place of tokens, with no look at --max-length and no forecast of memory: "
+            f"{problem.text.en}",
+            f"以字符数代替词元数，不检查 --max-length，也不预测内存占用：{problem.text.zh}",
+        )
+        return None, None
+    return folder, Encoder(read_text_files(folder))
+
+
+# --- all rows ------------------------------------------------------------------------------------------
+
+
+def _look(manifests: list[Manifest], encoder: Encoder | None, options: CheckOptions) -> list[Findings]:
+    """What is found in each file; recordings fetched from addresses are kept as long as that takes."""
+    with tempfile.TemporaryDirectory(prefix="mdl-toolkit-check-") as place:
+        cache = Path(options.download_cache or place).expanduser()
+        downloads = Downloads(cache, options.max_download_mb, secrets.token_hex(8))
+        task = Inspection(
+            Recordings(downloads, options.allow_truncated), encoder, not options.for_inference,
+            options.max_length if options.for_inference and encoder is not None else None,
+            options.tokenizing_batch_size,
+        )  # fmt: skip
+        return [_look_at(manifest, number, task, options) for number, manifest in enumerate(manifests)]
+
+
+def _look_at(manifest: Manifest, number: int, task: Inspection, options: CheckOptions) -> Findings:
+    """What is found in one file.
+
+    Raises:
+        InputError: there is no row in it, or it is no CSV from some line on.
+    """
+    role = "inference" if options.for_inference else "evaluation" if number else "training"
+    found, rows = Findings(str(manifest.path), role), sum(1 for _ in manifest.rows_unseen())
+    workers = options.num_workers or default_workers() if rows >= FEW_ROWS else 1
+    with progress("checking", "检查中", rows) as shown:
+        jobs = _jobs(manifest, found)
+        with closing(work_through(jobs, task, min(workers, -(-rows // JOB_ROWS) or 1))) as messages:
+            for message in messages:
+                found.add(message)
+                shown.advance(message.rows)
+    if not found.rows and not found.bad and not options.for_inference:
+        raise manifest.no_rows()
+    return found
+
+
+def _jobs(manifest: Manifest, found: Findings) -> Iterator[list[Row]]:
+    """The rows to inspect, some at a time; what is wrong without a look at recordings is noted."""
+    job: list[Row] = []
+    for item in manifest:
+        if isinstance(item, RowProblem):
+            found.reject(item)
+            continue
+        answer = None if found.role == "inference" else item.prediction
+        row = dataclasses.replace(item, cells=(), prediction=answer)
+        found.see(row)
+        job.append(row)
+        if len(job) == JOB_ROWS:
+            yield job
+            job = []
+    if job:
+        yield job
+
+
+# --- what follows from it ------------------------------------------------------------------------------
+
+
+def _figures(found: list[Findings], encoder: Encoder | None, options: CheckOptions) -> Figures:
+    warn_above = None if options.for_inference or encoder is None else options.max_length
+    learnt = found[0].facts() if found[0].role == "training" else None
+    return {
+        "toolkit": __version__,
+        "model": options.model_name,
+        "counted": "characters" if encoder is None else "tokens",
+        "max_length": options.max_length,
+        "files": [each.figures(learnt if each.role == "evaluation" else None, warn_above) for each in found],
+        "sample": None,
+        "training": None,
+        "fixed": None,
+    }
+
+
+def _sample(manifest: Manifest, encoder: Encoder, bad: set[int], options: CheckOptions) -> Figures | None:
+    """The first usable row, as the model sees it."""
+    row = next((row for row in manifest.rows() if row.line not in bad), None)
+    if row is None:
+        return None
+    segments = encoder.template.segments(messages_of(row, with_answer=not options.for_inference))
+    return {"line": row.line, "segments": [{"kind": each.kind, "text": each.text} for each in segments]}
+
+
+def _beginning(manifest: Manifest, encoder: Encoder, found: Findings) -> int:
+    """How many positions before the audio the usable rows have in common."""
+    bad, chosen = {*found.bad}, {*looked_at(found.rows)}
+    usable = (row for row in manifest.rows() if row.line not in bad)
+    rows = (row for number, row in enumerate(usable) if number in chosen)
+    return encoder.common_beginning(encoder.encode_row(row, 1, with_answer=True).input_ids for row in rows)
+
+
+def _forecast(folder: Path, options: "TrainOptions", facts: Facts, beginning: int) -> Figures | None:
+    """Memory, steps and arithmetic of a training; on a machine without a GPU, of one with a GPU.
+
+    How fast the GPU computes is not guessed: the arithmetic is given, and hours at a round speed.
+    All rows begin with so many positions, which are computed once a batch.
+    """
+    if not len(facts):
+        return None
+    try:
+        check_trainable(folder, quantization=options.quantization, merge=options.merge_lora)
+        return _predicted(folder, options, facts, beginning)
+    except ModelError as problem:
+        return {"problem": dataclasses.asdict(problem.text)}
+
+
+def _predicted(folder: Path, options: "TrainOptions", facts: Facts, beginning: int) -> Figures:
+    import torch
+
+    from mdl_toolkit.training.memory.activations import shared_positions
+    from mdl_toolkit.training.memory.plan import on_paper, plan_memory
+    from mdl_toolkit.training.sampler import Sampling
+    from mdl_toolkit.training.schedule import Schedule
+
+    lengths = (audio_tokens(facts) + facts["text"]).astype("int64")
+    sampling = Sampling(
+        lengths, facts["supervised"].astype("int64"), options.batch_size,
+        options.gradient_accumulation_steps, 1, options.seed,
+    )  # fmt: skip
+    dtype = torch.float32 if options.bf16 is False else torch.bfloat16
+    device = torch.device("cuda")
+    plan = plan_memory(folder, options, sampling, facts["samples"], beginning, device, dtype)
+    schedule, model = Schedule.of(sampling.steps_per_epoch, options), on_paper(folder)
+    shared = shared_positions(model.config, options, beginning)
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "bytes": {name: getattr(plan, name) for name in PLANNED},
+        "memory": [dataclasses.asdict(line) for line in plan.lines()],
+        "warning": None if (line := plan.warning()) is None else dataclasses.asdict(line),
+        "steps": schedule.total, "steps_per_epoch": schedule.per_epoch, "epochs": options.num_epochs,
+        "effective_batch": sampling.effective,
+        "operations": _operations(model, facts, options, shared),
+    }  # fmt: skip
+
+
+def _operations(model: Any, facts: Facts, options: "TrainOptions", shared: int) -> float:
+    """Floating-point operations of a training in the blocks' matrices, of which almost all consist.
+
+    A frozen matrix takes two for each number and position forwards, as many for the gradient of its input,
+    and as many again where checkpointing computes it anew. The encoder has five patches to a token. So many
+    positions are `shared` by the rows of a batch.
+    """
+    blocks = (model.decoder.model.layers, model.audio_encoder.blocks)
+    decoder, encoder = (sum(p.numel() for p in each.parameters() if p.ndim == 2) for each in blocks)
+    audio = audio_tokens(facts)
+    others = len(facts) - math.ceil(len(facts) / options.batch_size)  # rows that are not their batch's first
+    positions, patches = int((audio + facts["text"]).sum()) - shared * others, 5 * int(audio.sum())
+    passes = 3 if options.gradient_checkpointing else 2
+    return float(options.num_epochs * 2 * passes * (decoder * positions + encoder * patches))
+
+
+def _write_fixed(output: Path, manifest: Manifest, found: Findings, options: CheckOptions) -> Figures:
+    """Write a CSV without the rows that cannot be used, if any is left.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    lines = set(found.bad)
+    if found.rows:
+        with writing(f"--write-fixed {output}", InputError):
+            with replace_file(output) as work, work.open("wb") as file:
+                manifest.copy_without(lines, file)
+            with replace_file(output.with_name(f"{output.name}.{SETTINGS_FILE}")) as work:
+                work.write_text(to_yaml(options), encoding="utf-8")
+    return {"path": str(output), "rows": found.rows, "left_out": len(lines)}
+
+
+# --- the report ----------------------------------------------------------------------------------------
+
+
+def _tell(figures: Figures, place: bool | str | None) -> None:
+    """Write the report to standard output, as text or JSON, and the JSON to its file."""
+    if place is STANDARD_OUTPUT:
+        _write_json(figures, sys.stdout)
+        return
+    if isinstance(place, str):
+        with (
+            writing(f"--json {place}", InputError),
+            replace_file(Path(place)) as work,
+            work.open("w", encoding="utf-8") as file,
+        ):
+            _write_json(figures, file)
+    for line in report_lines(figures, coloured=sys.stdout.isatty()):
+        sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def _write_json(figures: Figures, file: TextIO) -> None:
+    json.dump(figures, file, ensure_ascii=False, indent=2, allow_nan=False)
+    file.write("\n")
+
+
+def _judge(figures: Figures) -> None:
+    """Raise InputError if something would stop a training or inference."""
+    bad = [(file["path"], file["bad"]["rows"]) for file in figures["files"] if file["bad"]["rows"]]
+    en = [f"{path}: {rows} rows cannot be used" for path, rows in bad]
+    zh = [f"{path}：{rows} 行无法使用" for path, rows in bad]
+    problem = (figures["training"] or {}).get("problem")
+    if problem:
+        en.append(problem["en"])
+        zh.append(problem["zh"])
+    if en:
+        raise InputError("; ".join(en), "；".join(zh))

@@ -1,0 +1,162 @@
+"""Samples to one batch of tensors: text padded on the left, audio on the right.
+
+Which samples go together is for others to say.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypedDict
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mdl_toolkit.data.dataset import Sample
+from mdl_toolkit.data.tokenization import IGNORE_INDEX
+from mdl_toolkit.model.lengths import audio_token_count
+
+
+@dataclass(frozen=True)
+class Featured:
+    """A row whose audio the encoder and the projector have been through already.
+
+    Attributes:
+        input_ids: `[positions]` int32.
+        labels: `[positions]` int32, -100 where nothing is to be learnt.
+        features: `[audio tokens, hidden_size]`.
+        samples: of its waveform.
+    """
+
+    input_ids: NDArray[np.int32]
+    labels: NDArray[np.int32]
+    features: Tensor
+    samples: int
+
+
+class Readable(Protocol):
+    """Rows that a collator takes."""
+
+    @property
+    def positions(self) -> NDArray[np.int64]:
+        """Positions of every row in the decoder, `[rows]`."""
+
+    def __getitem__(self, index: int, /) -> Sample | Featured:
+        """One row."""
+
+
+class _Text(TypedDict):
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    audio_length: Tensor
+
+
+class Batch(_Text, total=False):
+    """What the model's forward takes; of waveforms and features, one.
+
+    Attributes:
+        input_ids: `[batch, positions]` int64, padded on the left.
+        attention_mask: `[batch, positions]` int64, 0 at padding.
+        labels: `[batch, positions]` int64, -100 at padding and prompt.
+        input_values: `[batch, longest]` float32, zero-padded on the right.
+        audio_length: `[batch]` int64, in samples.
+        audio_features: `[audio tokens of the batch, hidden_size]`, row behind row.
+    """
+
+    input_values: Tensor
+    audio_features: Tensor
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Rows that are to be answered.
+
+    Attributes:
+        tensors: `input_ids` `[rows, longest]` int64, padded on the right; `audio_length`; `input_values` or
+            `audio_features`, as in a batch.
+        lengths: positions of each row.
+    """
+
+    tensors: dict[str, Tensor]
+    lengths: list[int]
+
+
+def prompts_of(samples: Sequence[Sample | Featured], pad_id: int) -> PromptBatch:
+    """Put rows together; nothing of the padding on the right is ever seen by what is before it."""
+    ids = [sample.input_ids for sample in samples]
+    padded = torch.from_numpy(_right(ids, np.int64, pad_id))
+    return PromptBatch({"input_ids": padded, **_audio(samples)}, [len(row) for row in ids])
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Make a batch; `pad_id` fills the ids of short rows."""
+
+    pad_id: int
+
+    def __call__(self, samples: Sequence[Sample | Featured]) -> Batch:
+        """Pad samples, all of one kind, to one length and stack them."""
+        ids = [sample.input_ids for sample in samples]
+        return Batch(
+            input_ids=_left(ids, self.pad_id),
+            attention_mask=_left([np.ones_like(row) for row in ids], 0),
+            labels=_left([sample.labels for sample in samples], IGNORE_INDEX),
+            **_audio(samples),  # type: ignore[typeddict-item]
+        )
+
+
+def _audio(samples: Sequence[Sample | Featured]) -> dict[str, Tensor]:
+    if featured := [sample for sample in samples if isinstance(sample, Featured)]:
+        lengths = torch.tensor([sample.samples for sample in featured])
+        return {"audio_features": torch.cat([each.features for each in featured]), "audio_length": lengths}
+    waveforms = [sample.waveform for sample in samples if isinstance(sample, Sample)]
+    padded = torch.from_numpy(_right(waveforms, np.float32, 0.0))
+    return {"input_values": padded, "audio_length": torch.tensor([len(w) for w in waveforms])}
+
+
+def _left(rows: Sequence[np.ndarray], filler: int) -> Tensor:
+    padded = np.full((len(rows), max(map(len, rows))), filler, dtype=np.int64)
+    for target, row in zip(padded, rows, strict=True):
+        target[len(target) - len(row) :] = row
+    return torch.from_numpy(padded)
+
+
+def _right(rows: Sequence[np.ndarray], dtype: type, filler: float) -> NDArray[Any]:
+    padded: NDArray[Any] = np.full((len(rows), max(map(len, rows))), filler, dtype=dtype)
+    for target, row in zip(padded, rows, strict=True):
+        target[: len(row)] = row
+    return padded
+
+
+def items_of(batch: Batch) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of a batch."""
+    yield from batch.items()  # type: ignore[misc]
+
+
+def pinned(batch: Batch) -> Batch:
+    """The batch in memory from which a GPU copies while it computes; where there is none left, as it is."""
+    try:
+        return Batch(**{name: tensor.pin_memory() for name, tensor in items_of(batch)})  # type: ignore[typeddict-item]
+    except RuntimeError:
+        return batch
+
+
+def split(batch: Batch, most: int) -> Iterator[Batch]:
+    """A batch in parts of at most so many rows, without the padding that a part does not need."""
+    rows = len(batch["input_ids"])
+    if rows <= most:
+        yield batch
+        return
+    first = 0  # of the audio tokens
+    for start in range(0, rows, most):
+        part = {name: tensor[start : start + most] for name, tensor in items_of(batch)}
+        width, longest = int(part["attention_mask"].sum(1).max()), int(part["audio_length"].max())
+        for name in ("input_ids", "attention_mask", "labels"):
+            part[name] = part[name][:, -width:]
+        if "audio_features" in batch:
+            stop = first + sum(map(audio_token_count, part["audio_length"].tolist()))
+            part["audio_features"], first = batch["audio_features"][first:stop], stop
+        else:
+            part["input_values"] = part["input_values"][:, :longest]
+        yield Batch(**part)  # type: ignore[typeddict-item]

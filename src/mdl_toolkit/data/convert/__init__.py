@@ -1,0 +1,9 @@
+"""`convert-dataset`: rows to shards, by several processes, interruptible.
+
+Modules:
+    run           the command
+    plan          rows to shards before any recording is opened
+    worker        one shard, in a worker process
+    work_folder   what is finished, what is stale, who is at work
+    stats         what a conversion counts and tells
+"""

@@ -1,0 +1,199 @@
+"""What a conversion counts: per shard, added up, told to the user, and kept in the dataset's record.
+
+Nothing here grows with the number of rows.
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mdl_toolkit import __version__
+from mdl_toolkit.audio.loading import SAMPLE_RATE, Clip
+from mdl_toolkit.config.data import ConversionOptions
+from mdl_toolkit.data.dataset import Record
+from mdl_toolkit.data.manifest import Row
+from mdl_toolkit.errors import Problems, RowProblem
+from mdl_toolkit.utils.console import say, warn
+from mdl_toolkit.weights.provenance import Prompts
+from mdl_toolkit.weights.tokenizer_files import TextFiles
+
+PCM_BYTES = 2  # a 16-bit sample
+DIFFERENT = 2  # prompts: as many as it takes to know that they are not all the same
+
+
+@dataclass
+class Tally:
+    """Counts of some rows.
+
+    Attributes:
+        rows: rows that are stored.
+        samples: of audio at 16 kHz.
+        shortest: samples of the shortest clip.
+        longest: samples of the longest clip.
+        audio_tokens: positions that are audio.
+        positions: how many rows have so many positions.
+        system_prompts: those of the rows, the first two different ones; empty and none are one.
+        user_prompts: likewise.
+        padded: clips padded to one audio token.
+        silent: clips with nothing to hear.
+        clipped: clips that were recorded too loud.
+        truncated: clips that are shorter than their files promise.
+        problems: rows that cannot be used.
+        bytes: on disk.
+    """
+
+    rows: int = 0
+    samples: int = 0
+    shortest: int = 0
+    longest: int = 0
+    audio_tokens: int = 0
+    positions: dict[int, int] = field(default_factory=dict)
+    system_prompts: list[str | None] = field(default_factory=list)
+    user_prompts: list[str | None] = field(default_factory=list)
+    padded: int = 0
+    silent: int = 0
+    clipped: int = 0
+    truncated: Problems = field(default_factory=Problems)
+    problems: Problems = field(default_factory=Problems)
+    bytes: int = 0
+
+    def add(self, row: Row, clip: Clip, positions: int, audio_tokens: int) -> None:
+        """Count one row."""
+        length = len(clip.samples)
+        one = Tally(
+            1, length, length, length, audio_tokens, {positions: 1}, [row.system_prompt or None],
+            [row.user_prompt or None], clip.padded, clip.silent, clip.clipped,
+        )  # fmt: skip
+        if clip.truncated is not None:
+            one.truncated.add(RowProblem(row.line, "audio", row.shown, clip.truncated))
+        self.merge(one)
+
+    def merge(self, other: "Tally") -> None:
+        """Add the counts of other rows."""
+        self.shortest = min(self.shortest or other.shortest, other.shortest or self.shortest)
+        self.longest = max(self.longest, other.longest)
+        for name in ("rows", "samples", "audio_tokens", "padded", "silent", "clipped", "bytes"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for length, rows in other.positions.items():
+            self.positions[length] = self.positions.get(length, 0) + rows
+        for name in ("system_prompts", "user_prompts"):
+            both = dict.fromkeys([*getattr(self, name), *getattr(other, name)])
+            setattr(self, name, [*both][:DIFFERENT])
+        self.truncated.merge(other.truncated)
+        self.problems.merge(other.problems)
+
+    def record(self, files: TextFiles, options: ConversionOptions) -> Record:
+        """The dataset's record."""
+        return Record(
+            tokenizer=files.tokenizer_fingerprint,
+            chat_template=files.template_fingerprint,
+            system_prompt=options.system_prompt,
+            user_prompt=options.user_prompt,
+            prompts=Prompts(
+                _only(self.system_prompts),
+                _only(self.user_prompts),
+                len(self.system_prompts) == DIFFERENT,
+                len(self.user_prompts) == DIFFERENT,
+            ),
+            rows=self.rows,
+            seconds=self.samples / SAMPLE_RATE,
+            shortest_seconds=self.shortest / SAMPLE_RATE,
+            longest_seconds=self.longest / SAMPLE_RATE,
+            text_tokens=sum(length * rows for length, rows in self.positions.items()) - self.audio_tokens,
+            audio_tokens=self.audio_tokens,
+            median_tokens=self._not_exceeded_by(50),
+            p95_tokens=self._not_exceeded_by(95),
+            most_tokens=self._not_exceeded_by(100),
+            padded=self.padded,
+            silent=self.silent,
+            clipped=self.clipped,
+            truncated=self.truncated.count,
+            bytes=self.bytes,
+            toolkit=__version__,
+        )
+
+    def _not_exceeded_by(self, percent: int) -> int:
+        """Positions that at least so many percent of the rows do not exceed (nearest rank)."""
+        seen = 0
+        for length in sorted(self.positions):
+            seen += self.positions[length]
+            if seen * 100 >= percent * self.rows:
+                return length
+        return 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values that `from_json` understands."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Tally":
+        """What `to_json` made.
+
+        Raises:
+            TypeError, ValueError, KeyError, AttributeError: these are other values.
+        """
+        positions = {int(length): int(rows) for length, rows in values["positions"].items()}
+        lists = {name: _problems(values[name]) for name in ("truncated", "problems")}
+        return cls(**{**values, "positions": positions, **lists})
+
+
+def _only(prompts: list[str | None]) -> str | None:
+    """The prompt of all rows, if it is one."""
+    return prompts[0] if len(prompts) == 1 else None
+
+
+def _problems(values: dict[str, Any]) -> Problems:
+    first = [*map(RowProblem.from_json, values["first"])]
+    return Problems(first, values["count"], values["most"])
+
+
+# --- told to the user ----------------------------------------------------------------------------------
+
+
+def warn_of(tally: Tally, *, is_list: bool = False) -> None:
+    """Say what a user should know of the recordings; of a list of files nobody has seen the lines."""
+    for each in tally.truncated.first:
+        en, zh = ("", "") if is_list else (f"line {each.line}: ", f"第 {each.line} 行：")
+        warn(f"{en}{each.value}: {each.reason.en}", f"{zh}{each.value}：{each.reason.zh}")
+    more = tally.truncated.count - len(tally.truncated.first)
+    if more:
+        warn(f"{more} more recordings were cut off", f"另有 {more} 个音频不完整")
+    if tally.padded:
+        warn(
+            f"{tally.padded} clips are shorter than 0.2 s and were padded to one audio token",
+            f"{tally.padded} 个音频短于 0.2 秒，已补零至一个音频词元",
+        )
+    if tally.silent:
+        warn(f"{tally.silent} clips are silent", f"{tally.silent} 个音频是静音")
+    if tally.clipped:
+        warn(
+            f"{tally.clipped} clips are clipped (recorded too loud)",
+            f"{tally.clipped} 个音频削波（录音过载）",
+        )
+
+
+def say_summary(output: Path, record: Record) -> None:
+    """Say what was converted."""
+    say(
+        f"{output}: {record.rows:,} rows, {record.seconds / 3600:,.2f} hours, "
+        f"{record.audio_tokens + record.text_tokens:,} tokens",
+        f"{output}：{record.rows:,} 行，{record.seconds / 3600:,.2f} 小时，"
+        f"{record.audio_tokens + record.text_tokens:,} 个词元",
+    )
+    say(
+        f"  tokens per row: median {record.median_tokens:,}, 95 % up to {record.p95_tokens:,}, "
+        f"longest {record.most_tokens:,}",
+        f"  每行词元数：中位数 {record.median_tokens:,}，95% 不超过 {record.p95_tokens:,}，"
+        f"最长 {record.most_tokens:,}",
+    )
+    say(
+        f"  clips: {record.shortest_seconds:.2f} s to {record.longest_seconds:.2f} s; "
+        f"padded {record.padded:,}, silent {record.silent:,}, clipped {record.clipped:,}",
+        f"  音频：最短 {record.shortest_seconds:.2f} 秒，最长 {record.longest_seconds:.2f} 秒；"
+        f"补零 {record.padded:,}，静音 {record.silent:,}，削波 {record.clipped:,}",
+    )
+    share = record.bytes / (PCM_BYTES * SAMPLE_RATE * record.seconds)
+    say(
+        f"  on disk: {record.bytes / 1e6:,.1f} MB, {share:.2f} times the audio as 16-bit PCM",
+        f"  磁盘占用：{record.bytes / 1e6:,.1f} MB，为 16 位 PCM 的 {share:.2f} 倍",
+    )

@@ -1,0 +1,101 @@
+"""One shard, in a worker process: rows to clips and tokens, and these to a file."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mdl_toolkit.audio.download_cache import Downloads
+from mdl_toolkit.audio.flac import pack_audio
+from mdl_toolkit.audio.loading import Clip
+from mdl_toolkit.data.convert.plan import Shard
+from mdl_toolkit.data.convert.stats import Tally
+from mdl_toolkit.data.dataset import ShardWriter
+from mdl_toolkit.data.manifest import Row
+from mdl_toolkit.data.open_audio import Recordings
+from mdl_toolkit.data.tokenization import Encoder
+from mdl_toolkit.errors import MOST_ROWS_SHOWN, Problems, RowProblem
+from mdl_toolkit.model.lengths import audio_token_count
+
+
+@dataclass(frozen=True)
+class Job:
+    """A shard to convert.
+
+    Attributes:
+        shard: which.
+        rows: its rows.
+        file: where it is to be written.
+        is_check: rows are known to be bad, so nothing will be written: only look at the recordings.
+    """
+
+    shard: Shard
+    rows: list[Row]
+    file: Path
+    is_check: bool
+
+
+@dataclass(frozen=True)
+class Step:
+    """So many rows more are done, with so many samples of audio."""
+
+    rows: int
+    samples: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A shard is done; its file is written unless a row was bad."""
+
+    shard: Shard
+    file: Path
+    tally: Tally
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """What a worker process does with a shard.
+
+    Attributes:
+        encoder: the model's tokenizer and template.
+        downloads: what fetches addresses.
+        allow_truncated: accept files that were cut off.
+        with_answer: for training; otherwise prompts alone, and no labels.
+        keeps_going: rows that cannot be used are left out, all of them reported; otherwise nothing is stored.
+        rows_per_step: how often progress is reported.
+    """
+
+    encoder: Encoder
+    downloads: Downloads
+    allow_truncated: bool
+    with_answer: bool
+    keeps_going: bool
+    rows_per_step: int
+
+    def __call__(self, job: Job) -> Iterator[Step | Finished]:
+        """Convert the shard, and report."""
+        tally = Tally(problems=Problems(most=None if self.keeps_going else MOST_ROWS_SHOWN))
+        writer = None if job.is_check else ShardWriter(job.file)
+        clips = self._clips(job.rows, tally)
+        while group := list(itertools.islice(clips, self.rows_per_step)):
+            for row, clip in group:
+                if clip is not None and writer is not None:
+                    self._store(row, clip, writer, tally)
+            if tally.problems.count and writer is not None and not self.keeps_going:
+                writer.discard()
+                writer = None
+            yield Step(len(group), sum(len(clip.samples) for _, clip in group if clip is not None))
+        tally.bytes = 0 if writer is None else writer.close()
+        yield Finished(job.shard, job.file, tally)
+
+    def _clips(self, rows: list[Row], tally: Tally) -> Iterator[tuple[Row, Clip | None]]:
+        for row, found in Recordings(self.downloads, self.allow_truncated).clips(rows):
+            if isinstance(found, RowProblem):
+                tally.problems.add(found)
+            yield row, None if isinstance(found, RowProblem) else found
+
+    def _store(self, row: Row, clip: Clip, writer: ShardWriter, tally: Tally) -> None:
+        count = audio_token_count(len(clip.samples))
+        tokens = self.encoder.encode_row(row, count, with_answer=self.with_answer)
+        writer.append(tokens, pack_audio(clip.samples))
+        tally.add(row, clip, len(tokens.input_ids), count)

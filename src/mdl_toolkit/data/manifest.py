@@ -1,0 +1,317 @@
+"""CSV to rows with their line numbers; base-dir, default prompts; every problem at once.
+
+Everything is text and stays as it was written. The file is read as a stream, so that memory does not grow
+with it. Recordings are looked for, never opened; nothing is fetched.
+"""
+
+import os
+import re
+import stat
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import urlsplit
+
+from mdl_toolkit.data.csv_reader import (
+    NUL_MARK,
+    Line,
+    bad,
+    check_columns,
+    copy_rows,
+    excess,
+    header_of,
+    lines_of,
+    no_rows,
+    opened,
+    stamp_of,
+)  # fmt: skip
+from mdl_toolkit.errors import InputError, Problems, RowProblem
+from mdl_toolkit.i18n import Text
+
+AUDIO, SYSTEM, USER, PREDICTION = "audio", "system_prompt", "user_prompt", "prediction"
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+EMPTY_PREDICTION = Text(
+    "empty; fill it in, or accept empty ones with --allow-empty-prediction",
+    "为空；请填写，或使用 --allow-empty-prediction 接受空值",
+)
+NUL_BYTE = Text("holds a NUL byte; remove it", "含有 NUL 字节；请删除")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a CSV.
+
+    Attributes:
+        line: line of the file where the row starts, counted from 1; the header is on line 1.
+        audio: a URL as written, or a path that is absolute or starts from the current directory.
+        audio_text: the cell `audio` as written.
+        system_prompt: the row's own, else the option's, else None.
+        user_prompt: likewise.
+        prediction: the cell as written; None if the CSV has no such column.
+        cells: the text of every cell, as many as there are columns.
+        stamp: size (bytes) and time of change (ns) of the recording when the row was read; zeros for a URL.
+    """
+
+    line: int
+    audio: str
+    audio_text: str
+    system_prompt: str | None
+    user_prompt: str | None
+    prediction: str | None
+    cells: tuple[str, ...]
+    stamp: tuple[int, int] = (0, 0)
+
+    @property
+    def shown(self) -> str:
+        """The cell `audio` as messages may show it: an address without its password."""
+        return without_credentials(self.audio_text)
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What the options say for rows that do not say it themselves."""
+
+    base_dir: str | Path | None
+    system_prompt: str | None
+    user_prompt: str | None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A CSV whose columns have been checked; going through it reads it as a stream, every time anew.
+
+    Attributes:
+        path: the file.
+        columns: its columns, in order.
+        defaults: what the options say.
+        fill_in: an empty prediction is a problem.
+        stamp: size (bytes) and time of change (ns) when it was opened first.
+        listed: the folder or pattern of recordings that the file is a list of, if it was made of one.
+    """
+
+    path: Path
+    columns: tuple[str, ...]
+    defaults: Defaults
+    fill_in: bool
+    stamp: tuple[int, int]
+    listed: str | None = None
+
+    def __iter__(self) -> Iterator[Row | RowProblem]:
+        """Each usable row, and each problem of the others, in the file's order.
+
+        Problems are: too many cells, a NUL byte, an empty cell, an audio path that is not a file with
+        something in it, an address that is not http or https.
+
+        Raises:
+            InputError: from some line on it is no CSV or not UTF-8, or it was changed in the meantime.
+        """
+        return self._read(_look_for)
+
+    def rows(self) -> Iterator[Row]:
+        """The usable rows, for those who know of the problems already."""
+        return (item for item in self if isinstance(item, Row))
+
+    def rows_unseen(self) -> Iterator[Row]:
+        """The rows without a look at their recordings, which may be gone by now; they have no stamps."""
+        return (item for item in self._read(lambda _: (0, 0)) if isinstance(item, Row))
+
+    def _read(self, look: Callable[[Row], tuple[int, int] | Text]) -> Iterator[Row | RowProblem]:
+        reader = _Reader(self, look)
+        with opened(self.path) as file, closing(lines_of(self.path, file)) as lines:
+            self._check_unchanged(os.fstat(file.fileno()))
+            next(lines)  # the header
+            for line in lines:
+                yield from reader.read(line)
+
+    def _check_unchanged(self, status: os.stat_result) -> None:
+        if stamp_of(status) != self.stamp:
+            en = "the file was changed while it was being read; start again when it is complete"
+            raise bad(self.path, en, "文件在读取过程中被修改；请在其写完后重新运行")
+
+    def copy_without(self, lines: Container[int], target: BinaryIO) -> None:
+        """Copy the file byte by byte, but for the rows that start on some lines.
+
+        Raises:
+            InputError: it was changed in the meantime.
+        """
+        copy_rows(self.path, target, lambda line: line not in lines)
+        self._check_unchanged(self.path.stat())
+
+    def checked(self) -> int:
+        """Go through it once and return the number of rows.
+
+        Raises:
+            RowsError: all rows that cannot be used.
+            InputError: there is no row.
+        """
+        problems, rows = Problems(), 0
+        for item in self:
+            if isinstance(item, RowProblem):
+                problems.add(item)
+            else:
+                rows += 1
+        self.check(problems)
+        if not rows:
+            raise self.no_rows()
+        return rows
+
+    @property
+    def source(self) -> str:
+        """What the user has given."""
+        return str(self.path) if self.listed is None else self.listed
+
+    def check(self, problems: Problems) -> None:
+        """Raise RowsError if there is any problem with the rows."""
+        problems.check(self.source, is_list=self.listed is not None)
+
+    def no_rows(self) -> InputError:
+        """The error for a CSV of column names alone."""
+        return no_rows(self.path)
+
+
+def read_manifest(
+    path: str | Path,
+    *,
+    base_dir: str | Path | None,
+    system_prompt: str | None,
+    user_prompt: str | None,
+    needs_prediction: bool,
+    allow_empty_prediction: bool = False,
+) -> Manifest:
+    """Open a CSV and check its columns (rules 8 to 13).
+
+    A row with fewer cells than the header is filled up with empty ones; blank lines are skipped.
+
+    Args:
+        path: the CSV file.
+        base_dir: where relative audio paths start; None is the current directory.
+        system_prompt: for rows whose own is empty or the word `null`.
+        user_prompt: likewise.
+        needs_prediction: the column `prediction` must be there and filled in (training).
+        allow_empty_prediction: an empty prediction is a prediction.
+
+    Returns:
+        The manifest, from which rows and problems can be read.
+
+    Raises:
+        InputError: the file cannot be read, its first line is no CSV or not UTF-8; a column is missing or
+            there twice.
+    """
+    path = Path(path)
+    with opened(path) as file, closing(lines_of(path, file)) as lines:
+        stamp = stamp_of(os.fstat(file.fileno()))
+        columns = header_of(path, lines)
+    check_columns(path, columns, (AUDIO, PREDICTION) if needs_prediction else (AUDIO,))
+    defaults = Defaults(base_dir, system_prompt, user_prompt)
+    return Manifest(path, columns, defaults, needs_prediction and not allow_empty_prediction, stamp)
+
+
+def is_url(audio: str) -> bool:
+    """Tell whether `Row.audio` is an address to fetch, rather than a path."""
+    return audio.lower().startswith(("http://", "https://"))
+
+
+def without_credentials(text: str) -> str:
+    """The address or path as messages may show it: without the `user:password@` of an address."""
+    return re.sub(r"(?i)^(https?://)[^/?#]*@", r"\1", text)
+
+
+class _Reader:
+    """Lines to rows, or to what is wrong with them."""
+
+    def __init__(self, manifest: Manifest, look: Callable[[Row], tuple[int, int] | Text]) -> None:
+        self.look = look
+        self.columns = manifest.columns
+        self.defaults = manifest.defaults
+        self.fill_in = manifest.fill_in
+
+    def read(self, line: Line) -> list[Row | RowProblem]:
+        """The row, or its problems."""
+        cells = line.cells + [""] * (len(self.columns) - len(line.cells))
+        row = self._row(line.number, dict(zip(self.columns, cells, strict=False)), cells)
+        problems = [*excess(self.columns, line), *_nul_bytes(self.columns, line)]
+        found = self.look(row)
+        if isinstance(found, Text):
+            problems.append(RowProblem(line.number, AUDIO, row.shown, found))
+        if self.fill_in and not row.prediction:
+            problems.append(RowProblem(line.number, PREDICTION, "", EMPTY_PREDICTION))
+        return [*problems] if problems or isinstance(found, Text) else [replace(row, stamp=found)]
+
+    def _row(self, number: int, named: dict[str, str], cells: list[str]) -> Row:
+        defaults = self.defaults
+        return Row(
+            line=number,
+            audio=_resolve(named[AUDIO], defaults.base_dir),
+            audio_text=named[AUDIO],
+            system_prompt=_prompt(named.get(SYSTEM), defaults.system_prompt),
+            user_prompt=_prompt(named.get(USER), defaults.user_prompt),
+            prediction=named.get(PREDICTION),
+            cells=tuple(cells),
+        )
+
+
+def _nul_bytes(columns: Sequence[str], line: Line) -> Iterator[RowProblem]:
+    for name, cell in zip(columns, line.cells, strict=False):
+        if NUL_MARK in cell:
+            yield RowProblem(line.number, name, cell.replace(NUL_MARK, "\0"), NUL_BYTE)
+
+
+def _prompt(cell: str | None, default: str | None) -> str | None:
+    """The cell, unless it says nothing: empty, or the word `null` (rule 10)."""
+    return default if cell in (None, "", "null") else cell
+
+
+def _resolve(audio: str, base_dir: str | Path | None) -> str:
+    """The cell as an address, or as a path that starts at the root or the current directory (rule 11)."""
+    if not audio or _SCHEME.match(audio):
+        return audio
+    return os.path.join(os.path.expanduser(base_dir or ""), os.path.expanduser(audio))  # noqa: PTH111, PTH118
+
+
+def _look_for(row: Row) -> tuple[int, int] | Text:
+    """The recording's stamp, or what is wrong with the cell without opening or fetching anything."""
+    if not row.audio_text:
+        return Text("empty; give a path or an http(s) address", "为空；请填写路径或 http(s) 地址")
+    if _SCHEME.match(row.audio):
+        return _address_problem(row.audio) or (0, 0)
+    try:
+        status = os.stat(row.audio)  # noqa: PTH116
+    except ValueError:
+        return 0, 0  # a NUL byte, which has its own message
+    except (FileNotFoundError, NotADirectoryError):
+        return Text(
+            f"not found (looked for {row.audio}); correct the path or --base-dir",
+            f"文件不存在（已查找 {row.audio}）；请更正路径或 --base-dir",
+        )
+    except OSError as problem:
+        return Text(
+            f"cannot be used ({problem.strerror}); correct it", f"无法使用（{problem.strerror}）；请更正"
+        )
+    return _file_problem(status) or stamp_of(status)
+
+
+def _file_problem(status: os.stat_result) -> Text | None:
+    if stat.S_ISDIR(status.st_mode):
+        return Text("this is a folder; give a file", "这是目录；请指定文件")
+    if not stat.S_ISREG(status.st_mode):
+        return Text("this is a device or pipe; give a file", "这是设备或管道；请指定文件")
+    if not status.st_size:
+        return Text("the file is empty (0 bytes); get it again", "文件为空（0 字节）；请重新获取")
+    return None
+
+
+def _address_problem(url: str) -> Text | None:
+    if not is_url(url):
+        return Text(
+            "this kind of address cannot be fetched; give a path or an http(s) address",
+            "不支持此类地址；请填写路径或 http(s) 地址",
+        )
+    try:
+        parts = urlsplit(url)
+        fine = parts.hostname and (parts.port is None or parts.port > 0)
+    except ValueError:
+        fine = False
+    return None if fine else Text("this is no valid address; correct it", "地址无效；请更正")

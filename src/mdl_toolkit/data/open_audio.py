@@ -1,0 +1,91 @@
+"""Rows to clips, in a worker process: addresses are fetched ahead, and what cannot be used is a problem."""
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mdl_toolkit.audio.download_cache import Downloads
+from mdl_toolkit.audio.loading import Clip, load
+from mdl_toolkit.data.csv_reader import stamp_of
+from mdl_toolkit.data.manifest import Row, is_url
+from mdl_toolkit.errors import AudioError, RowProblem
+
+FETCHED_AHEAD = 8  # recordings that a process fetches at the same time
+
+
+@dataclass(frozen=True)
+class Recordings:
+    """Opens the recordings of rows.
+
+    Attributes:
+        downloads: what fetches addresses.
+        allow_truncated: accept files that were cut off.
+    """
+
+    downloads: Downloads
+    allow_truncated: bool
+
+    def clips(self, rows: list[Row]) -> Iterator[tuple[Row, Clip | RowProblem]]:
+        """Each row with its recording, or with what is wrong with that."""
+        for row, file in self._fetched(rows):
+            yield row, self._look(row, file)
+
+    def _look(self, row: Row, file: "Path | _Fetch") -> Clip | RowProblem:
+        try:
+            place = file.result() if isinstance(file, _Fetch) else file
+            clip = load(place, allow_truncated=self.allow_truncated)
+            if not is_url(row.audio) and _stamp(place) != row.stamp:
+                raise AudioError(
+                    "the file was changed while it was being read; start again when it is complete",
+                    "文件在读取过程中被修改；请在其写完后重新运行",
+                )
+        except AudioError as problem:
+            return RowProblem(row.line, "audio", row.shown, problem.text)
+        return clip
+
+    def _fetched(self, rows: list[Row]) -> Iterator[tuple[Row, "Path | _Fetch"]]:
+        """Each row with its file; addresses are fetched ahead, some at a time."""
+        ahead: deque[tuple[Row, Path | _Fetch]] = deque()
+        for row in rows:
+            ahead.append((row, _Fetch(self.downloads, row.audio) if is_url(row.audio) else Path(row.audio)))
+            if len(ahead) == FETCHED_AHEAD:
+                yield ahead.popleft()
+        yield from ahead
+
+
+def _stamp(file: Path) -> tuple[int, int] | None:
+    try:
+        return stamp_of(file.stat())
+    except OSError:
+        return None
+
+
+class _Fetch(threading.Thread):
+    """A download under way; nobody waits for it when the process is interrupted."""
+
+    def __init__(self, downloads: Downloads, url: str) -> None:
+        super().__init__(daemon=True)
+        self._downloads, self._url = downloads, url
+        self._answer: list[Path | Exception] = []
+        self.start()
+
+    def run(self) -> None:
+        """Fetch; see `threading.Thread`."""
+        try:
+            self._answer.append(self._downloads.path_of(self._url))
+        except Exception as problem:  # noqa: BLE001 - raised where the file is wanted
+            self._answer.append(problem)
+
+    def result(self) -> Path:
+        """The local file.
+
+        Raises:
+            AudioError: it cannot be had.
+        """
+        self.join()
+        (answer,) = self._answer
+        if isinstance(answer, Exception):
+            raise answer
+        return answer

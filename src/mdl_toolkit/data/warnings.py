@@ -1,0 +1,222 @@
+"""Warnings that save a day: what is most likely not meant, said before hours are spent on it.
+
+None of them ends a run. Audio is not decoded for any of them, and lengths decide what is looked at.
+"""
+
+import hashlib
+import math
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mdl_toolkit.data.dataset import ConvertedDataset
+from mdl_toolkit.data.tokenization import IGNORE_INDEX
+from mdl_toolkit.model.lengths import audio_token_count
+from mdl_toolkit.utils.console import warn
+
+MOST_NAMED = 10  # rows
+EDGE = 1 << 16  # bytes of a recording's beginning, and of its end, that tell it from others of its size
+FEWEST = 50  # steps before the loss is judged
+WINDOW = 20  # steps whose losses are compared, at least
+SHARE = 0.2  # of all steps, after which the loss is judged
+FALL = 0.02  # of the loss: less is no fall
+
+Rows = NDArray[np.int64]
+
+
+def advise(train_set: ConvertedDataset, eval_set: ConvertedDataset | None) -> None:
+    """Warn of what the data have that is seldom meant."""
+    warn_of_long_answers(train_set)
+    warn_of_identical_answers(train_set)
+    if eval_set is not None:
+        warn_of_leaks(train_set, eval_set)
+
+
+# --- the rows to learn ---------------------------------------------------------------------------------
+
+
+def warn_of_long_answers(dataset: ConvertedDataset) -> bool:
+    """Warn if answers have more tokens than prompts, audio apart, on average; tell whether they have."""
+    if not len(dataset):
+        return False
+    audio = np.fromiter(map(audio_token_count, dataset.samples.tolist()), np.int64, len(dataset))
+    answer, prompt = dataset.supervised.mean(), (dataset.positions - dataset.supervised - audio).mean()
+    if is_long := bool(answer > prompt):
+        warn(
+            f"answers are longer than prompts: {answer:.1f} tokens to {prompt:.1f}, mean of {len(dataset)} "
+            "rows; if they are not meant to be (transcripts are), see whether user_prompt and prediction "
+            "have changed places",
+            f"回答比提示词长：{len(dataset)} 行平均为 {answer:.1f} 与 {prompt:.1f} 个词元；"
+            "若非有意为之（例如转写任务），请检查 user_prompt 与 prediction 两列是否颠倒",
+        )
+    return is_long
+
+
+def warn_of_identical_answers(dataset: ConvertedDataset) -> bool:
+    """Warn if all rows have one answer; tell whether they have. Reading ends with the first other one."""
+    if len(dataset) < 2 or np.ptp(dataset.supervised):
+        return False
+    first = _answer(dataset, 0)
+    if not all(np.array_equal(first, _answer(dataset, row)) for row in range(1, len(dataset))):
+        return False
+    warn(
+        f"all {len(dataset)} rows have the same answer: there is nothing to learn but that one; check the "
+        "column prediction",
+        f"全部 {len(dataset)} 行的回答都相同：除此之外学不到任何内容；请检查 prediction 列",
+    )
+    return True
+
+
+def _answer(dataset: ConvertedDataset, row: int) -> NDArray[np.int32]:
+    labels = dataset.tokens(row).labels
+    answer: NDArray[np.int32] = labels[labels != IGNORE_INDEX]
+    return answer
+
+
+# --- rows to evaluate on that are also learnt ----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Leaks:
+    """Rows of the evaluation set, from 0, whose recording is also learnt from.
+
+    Attributes:
+        same: prompt and answer are a training row's too.
+        prompts: the answer is a training row's, the prompt is not.
+        answers: no training row with this recording has this answer.
+    """
+
+    same: list[int] = field(default_factory=list)
+    prompts: list[int] = field(default_factory=list)
+    answers: list[int] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        """All of them."""
+        return len(self.same) + len(self.prompts) + len(self.answers)
+
+
+def find_leaks(train_set: ConvertedDataset, eval_set: ConvertedDataset) -> Leaks:
+    """Evaluation rows whose recording is stored in the training set, byte by byte.
+
+    Only recordings with as many samples and stored bytes as one of the other set are read, and of each of
+    these not more than 128 KiB.
+    """
+    known: dict[bytes, list[int]] = defaultdict(list)
+    for row in _of_common_size(train_set, eval_set):
+        known[_digest(train_set, row)].append(row)
+    leaks = Leaks()
+    for row in _of_common_size(eval_set, train_set):
+        if rows := known.get(_digest(eval_set, row)):
+            _sort_in(leaks, row, rows, train_set, eval_set)
+    return leaks
+
+
+def _of_common_size(dataset: ConvertedDataset, other: ConvertedDataset) -> list[int]:
+    """Rows with a recording as large as one of the other dataset; no recording is read."""
+    lengths = np.intersect1d(dataset.samples, other.samples)
+    ours, theirs = (np.flatnonzero(np.isin(each.samples, lengths)).tolist() for each in (dataset, other))
+    sizes = {_size(other, row) for row in theirs}
+    return [row for row in ours if _size(dataset, row) in sizes]
+
+
+def _size(dataset: ConvertedDataset, row: int) -> tuple[int, int]:
+    return int(dataset.samples[row]), len(dataset.stored(row))
+
+
+def _digest(dataset: ConvertedDataset, row: int) -> bytes:
+    stored = dataset.stored(row)
+    digest = hashlib.sha256(stored[:EDGE])
+    digest.update(stored[max(EDGE, len(stored) - EDGE) :])
+    digest.update(repr(_size(dataset, row)).encode())
+    return digest.digest()
+
+
+def _sort_in(
+    leaks: Leaks, row: int, rows: list[int], train_set: ConvertedDataset, eval_set: ConvertedDataset
+) -> None:
+    ids, answer = eval_set.tokens(row).input_ids, _answer(eval_set, row)
+    if any(np.array_equal(ids, train_set.tokens(other).input_ids) for other in rows):
+        leaks.same.append(row)
+    elif any(np.array_equal(answer, _answer(train_set, other)) for other in rows):
+        leaks.prompts.append(row)
+    else:
+        leaks.answers.append(row)
+
+
+def warn_of_leaks(train_set: ConvertedDataset, eval_set: ConvertedDataset) -> bool:
+    """Warn of evaluation rows whose recording is also trained on; tell whether there are any."""
+    leaks = find_leaks(train_set, eval_set)
+    if not leaks.count:
+        return False
+    parts = (
+        (leaks.same, "with the same prompt and answer", "提示词与回答均相同"),
+        (leaks.prompts, "with the same answer to another prompt", "回答相同、提示词不同"),
+        (leaks.answers, "with another answer", "回答不同"),
+    )
+    en = "; ".join(f"{len(rows)} {what} (rows {_named(rows)})" for rows, what, _ in parts if rows)
+    zh = "；".join(f"{len(rows)} 行{what_zh}（第 {_named(rows)} 行）" for rows, _, what_zh in parts if rows)
+    warn(
+        f"{leaks.count} of {len(eval_set)} evaluation rows have a recording that is also trained on: {en}; "
+        "the evaluation looks better than it is, so take them out of one of the two",
+        f"{len(eval_set)} 行评估数据中有 {leaks.count} 行的录音也在训练数据中：{zh}；"
+        "评估结果会偏高，请从其中一方删除",
+    )
+    return True
+
+
+def _named(rows: list[int]) -> str:
+    """Numbers of the first rows, from 1."""
+    shown = ", ".join(str(row + 1) for row in rows[:MOST_NAMED])
+    return f"{shown}, ..." if len(rows) > MOST_NAMED else shown
+
+
+# --- the loss ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class LossWatch:
+    """Warns once, when enough steps are made, if the loss has not fallen.
+
+    The median of the last losses, which no single bad step moves, is compared with the mean of the first 20,
+    which a loss that falls at once keeps high. Less than a fall by 2 % is none. It is judged after 50 steps,
+    a fifth of all, and 20 beyond the warm-up, whichever is latest; a shorter run is not judged.
+
+    Attributes:
+        total: steps of the run.
+        warmup: over which the learning rate rises.
+        rate: the learning rate, to be named.
+        losses: of the steps so far, from the first.
+    """
+
+    total: int
+    warmup: int
+    rate: float
+    losses: list[float] = field(default_factory=list)
+
+    @property
+    def due(self) -> int:
+        """The step after which it judges."""
+        return max(FEWEST, math.ceil(SHARE * self.total), self.warmup + WINDOW)
+
+    def see(self, step: int, loss: float) -> bool:
+        """Take the loss of the next step in; tell whether it was warned."""
+        self.losses.append(loss)
+        # Losses are missing if the log of a run that is gone on with is not there.
+        if step != self.due or len(self.losses) != step:
+            return False
+        count = max(WINDOW, min(step // 2, step - self.warmup))
+        first, last = float(np.mean(self.losses[:WINDOW])), float(np.median(self.losses[-count:]))
+        if last <= (1 - FALL) * first:
+            return False
+        warn(
+            f"the loss does not fall: {first:.4f} in the first {WINDOW} steps, {last:.4f} in the last "
+            f"{count} up to step {step} of {self.total}; try another --lr than {self.rate:g}, and "
+            "see whether the recordings decide the answers",
+            f"损失没有下降：前 {WINDOW} 步为 {first:.4f}，最近 {count} 步为 {last:.4f}"
+            f"（第 {step}/{self.total} 步）；请尝试其他 --lr（现为 {self.rate:g}），"
+            "并检查仅凭录音能否得出回答",
+        )
+        return True

@@ -1,0 +1,194 @@
+"""A whole CSV in memory, and which row of one CSV belongs to which row of another; recordings are not needed.
+
+Rows are joined by `audio` where that names each of them, else by their number; a mismatch is one sentence.
+"""
+
+import re
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from mdl_toolkit.data.csv_reader import NUL_MARK, check_columns, excess, header_of, lines_of, no_rows, opened
+from mdl_toolkit.data.manifest import AUDIO, without_credentials
+from mdl_toolkit.errors import InputError, Problems
+from mdl_toolkit.i18n import Text
+
+EXAMPLES = 3  # so many rows are named in a message
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of a CSV.
+
+    Attributes:
+        path: the file.
+        columns: their names.
+        lines: where each row starts, counted from 1, `[rows]`.
+        cells: the rows, each with as many cells as there are columns.
+    """
+
+    path: Path
+    columns: tuple[str, ...]
+    lines: tuple[int, ...]
+    cells: tuple[tuple[str, ...], ...]
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    def column(self, name: str) -> list[str]:
+        """The cells of one column, as they were written."""
+        place = self.columns.index(name)
+        return [row[place] for row in self.cells]
+
+    def need(self, name: str) -> None:
+        """Raise InputError if there is no such column."""
+        check_columns(self.path, self.columns, [name])
+
+
+def read_table(path: str | Path, needed: Sequence[str] = ()) -> Table:
+    """Read a CSV; rows with too few cells are filled up with empty ones. A model may have written NUL bytes.
+
+    Raises:
+        InputError: the file cannot be read, is no CSV, has no row, or lacks a column.
+        RowsError: rows with too many cells, all of them.
+    """
+    path, problems = Path(path), Problems()
+    numbers: list[int] = []
+    cells: list[tuple[str, ...]] = []
+    with opened(path) as file, closing(lines_of(path, file)) as lines:
+        columns = header_of(path, lines)
+        check_columns(path, columns, needed)
+        for line in lines:
+            for problem in excess(columns, line):
+                problems.add(problem)
+            numbers.append(line.number)
+            missing = [""] * (len(columns) - len(line.cells))
+            cells.append((*(cell.replace(NUL_MARK, "\0") for cell in line.cells), *missing))
+    problems.check(str(path))
+    if not cells:
+        raise no_rows(path)
+    return Table(path, columns, tuple(numbers), tuple(cells))
+
+
+# --- joining -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Join:
+    """Which row of another table belongs to each row of a table.
+
+    Attributes:
+        rows: numbers of the other's rows, counted from 0.
+        by: how they were found.
+    """
+
+    rows: tuple[int, ...]
+    by: Text
+
+
+def joined(left: Table, right: Table) -> Join:
+    """Find the row of `right` for each row of `left`; all of both are used.
+
+    By `audio`, if both have it, no two rows of either have the same, and at least one is written alike in
+    both. Else by number; then recordings, where both name them, must have the same file name in each row.
+
+    Raises:
+        InputError: rows without a counterpart, or another number of rows.
+    """
+    if AUDIO in left.columns and AUDIO in right.columns:
+        names = left.column(AUDIO), right.column(AUDIO)
+        is_unique = all(len(set(column)) == len(column) for column in names)
+        if is_unique and set(names[0]) & set(names[1]):
+            return _by_audio(left, right)
+    return _by_number(left, right)
+
+
+def _by_audio(left: Table, right: Table) -> Join:
+    places = {name: row for row, name in enumerate(right.column(AUDIO))}
+    _check_known(left, right)
+    _check_known(right, left)
+    by = Text("joined by the column audio", "按 audio 列对应")
+    return Join(tuple(places[name] for name in left.column(AUDIO)), by)
+
+
+def _check_known(table: Table, other: Table) -> None:
+    known = set(other.column(AUDIO))
+    lost = [row for row, name in enumerate(table.column(AUDIO)) if name not in known]
+    if lost:
+        shown = [_shown(table, row) for row in lost]
+        raise InputError(
+            f"{table.path}: {len(lost)} of {len(table)} recordings are not in {other.path} "
+            f"({_listed(shown, chinese=False)}); give files with the same rows.",
+            f"{table.path}：{len(table)} 条录音中有 {len(lost)} 条不在 {other.path} 中"
+            f"（{_listed(shown, chinese=True)}）；两个文件的行应相同。",
+        )
+
+
+def _by_number(left: Table, right: Table) -> Join:
+    if len(left) != len(right):
+        why = _no_audio(left, right)
+        raise InputError(
+            f"{left.path} has {len(left)} rows and {right.path} {len(right)}, and they cannot be joined by "
+            f"audio ({why.en}); give files with the same rows.",
+            f"{left.path} 有 {len(left)} 行，{right.path} 有 {len(right)} 行，且无法按 audio 对应"
+            f"（{why.zh}）；两个文件的行应相同。",
+        )
+    if AUDIO in left.columns and AUDIO in right.columns:
+        _check_file_names(left, right)
+    return Join(tuple(range(len(left))), Text("joined by row number", "按行号对应"))
+
+
+def _no_audio(left: Table, right: Table) -> Text:
+    """Why the column `audio` does not join two tables."""
+    for table in (left, right):
+        if AUDIO not in table.columns:
+            return Text(f"{table.path} has no such column", f"{table.path} 没有该列")
+        seen: dict[str, int] = {}
+        for line, name in zip(table.lines, table.column(AUDIO), strict=True):
+            if name in seen:
+                shown, first = without_credentials(name), seen[name]
+                return Text(
+                    f"{table.path} has {shown!r} on lines {first} and {line}",
+                    f"{table.path} 第 {first} 行和第 {line} 行都是 {shown!r}",
+                )
+            seen[name] = line
+    return Text(
+        f"none is written alike in both: {_shown(left, 0).en}, {_shown(right, 0).en}",
+        f"两者没有相同的写法：{_shown(left, 0).zh}，{_shown(right, 0).zh}",
+    )
+
+
+def _check_file_names(left: Table, right: Table) -> None:
+    pairs = enumerate(zip(left.column(AUDIO), right.column(AUDIO), strict=True))
+    wrong = [row for row, (one, other) in pairs if _file_name(one) != _file_name(other)]
+    if wrong:
+        shown = [
+            Text(
+                f"{_shown(left, row).en} is beside {_shown(right, row).en}",
+                f"{_shown(left, row).zh}对应{_shown(right, row).zh}",
+            )
+            for row in wrong
+        ]
+        raise InputError(
+            f"{left.path} and {right.path} name different recordings in {len(wrong)} of {len(left)} rows "
+            f"({_listed(shown, chinese=False)}); give files with the same rows in the same order.",
+            f"{left.path} 与 {right.path} 的 {len(left)} 行中有 {len(wrong)} 行录音不同"
+            f"（{_listed(shown, chinese=True)}）；两个文件的行和顺序应相同。",
+        )
+
+
+def _file_name(audio: str) -> str:
+    return re.split(r"[/\\]", audio)[-1]
+
+
+def _shown(table: Table, row: int) -> Text:
+    line, name = table.lines[row], without_credentials(table.column(AUDIO)[row])
+    return Text(f"{name!r} on line {line}", f"第 {line} 行 {name!r}")
+
+
+def _listed(shown: Sequence[Text], *, chinese: bool) -> str:
+    parts = [text.zh if chinese else text.en for text in shown[:EXAMPLES]]
+    if len(shown) > EXAMPLES:
+        parts.append("……" if chinese else "...")
+    return ("、" if chinese else ", ").join(parts)

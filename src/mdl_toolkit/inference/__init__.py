@@ -1,0 +1,11 @@
+"""Predictions for recordings, row by row.
+
+Modules:
+    run        `infer`: check, convert, answer, write the CSV
+    requests   the rows to answer, each with its token budget
+    engines    greedy, sampling, beams, choices or vLLM, as the options say
+    generate   prompts to answers: continuous batching over one key-value store
+    choices    the most likely of given texts
+    journal    finished answers on disk, from which a killed run goes on
+    verify     whether a merged model answers as base and adapter do
+"""

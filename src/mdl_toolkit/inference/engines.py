@@ -1,0 +1,185 @@
+"""Choose what computes answers by the options: decoding, beam search, choices, or vLLM."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import GenerationConfig
+
+from mdl_toolkit.config.results import InferenceOptions
+from mdl_toolkit.data.collate import prompts_of
+from mdl_toolkit.data.dataset import Sample
+from mdl_toolkit.data.tokenization import Encoder
+from mdl_toolkit.errors import ModelError, UsageError
+from mdl_toolkit.inference.choices import Chooser
+from mdl_toolkit.inference.generate import Answerer, Question, SamplingParams, base_model, embedded, end_ids
+from mdl_toolkit.model.constants import SAMPLE_RATE
+from mdl_toolkit.model.kernels.matmul import prepack
+from mdl_toolkit.weights.loading import load_for_inference
+from mdl_toolkit.weights.resolve import ADAPTER_CONFIG, find_model, need
+
+VLLM = "vllm"
+
+
+class Engine(Protocol):
+    """Answer questions."""
+
+    def answers(self, questions: Iterable[Question]) -> Iterator[tuple[int, list[str]]]:
+        """Yield the key and the cells of each question, as they become complete."""
+
+
+def check_engine(options: InferenceOptions) -> None:
+    """Refuse options that do not go together, and what is not installed.
+
+    Raises:
+        UsageError: they contradict each other, or one would do nothing.
+        ModelError: vLLM is not installed.
+    """
+    contradictions = [
+        ("--num-beams", "--temperature", options.num_beams > 1 and options.temperature > 0),
+        ("--choices", "--temperature", options.choices is not None and options.temperature > 0),
+        ("--choices", "--num-beams", options.choices is not None and options.num_beams > 1),
+        ("--engine vllm", "--choices", options.engine == VLLM and options.choices is not None),
+        ("--engine vllm", "--num-beams", options.engine == VLLM and options.num_beams > 1),
+    ]
+    for one, other, is_given in contradictions:
+        if is_given:
+            raise UsageError(
+                f"{one} and {other} do not go together; give one of them",
+                f"{one} 与 {other} 不能同时使用；请只指定其中一个",
+            )
+    lonely = [
+        ("--top-k", "--choices", options.top_k > 1 and options.choices is None),
+        ("--normalize-scores", "--choices", options.normalize_scores and options.choices is None),
+        ("--top-p", "--temperature", options.top_p < 1 and not options.temperature),
+    ]
+    for one, other, is_given in lonely:
+        if is_given:
+            raise UsageError(
+                f"{one} has no effect without {other}; give both, or neither",
+                f"没有 {other} 时 {one} 不起作用；请同时指定两者，或都不指定",
+            )
+    if options.engine == VLLM:
+        need(VLLM, VLLM, "--engine vllm")
+
+
+def make_engine(options: InferenceOptions, encoder: Encoder, choices: Sequence[str] | None) -> Engine:
+    """Load the model and make ready what the options ask for.
+
+    Raises:
+        ModelError: the model is not to be had, or vLLM cannot use it.
+    """
+    sampling = SamplingParams(options.temperature, options.top_p, options.seed)
+    if options.engine == VLLM:
+        folder = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=True)
+        return Vllm(folder, encoder, sampling, options.batch_size)
+    model = load_for_inference(options.model_name, from_modelscope=options.from_modelscope)
+    if model.device.type == "cpu":
+        prepack(model)
+    if choices is not None:
+        return Chooser(model, encoder, choices, options.batch_size, options.top_k, options.normalize_scores)
+    if options.num_beams > 1:
+        return Beams(model, encoder, options.batch_size, options.num_beams)
+    return Single(Answerer(model, encoder, options.batch_size, sampling))
+
+
+@dataclass(frozen=True)
+class Single:
+    """Answer with one text each, greedily or by sampling."""
+
+    answerer: Answerer
+
+    def answers(self, questions: Iterable[Question]) -> Iterator[tuple[int, list[str]]]:
+        """See `Engine`."""
+        return ((key, [text]) for key, text in self.answerer.answers(questions))
+
+
+@dataclass(frozen=True)
+class Beams:
+    """Answer by transformers' beam search, over rows of one length and one budget at a time.
+
+    Nothing is padded, so that no row's answer depends on its neighbours.
+    """
+
+    model: Any
+    encoder: Encoder
+    batch_size: int
+    beams: int
+
+    def answers(self, questions: Iterable[Question]) -> Iterator[tuple[int, list[str]]]:
+        """See `Engine`."""
+        for _, alike in groupby(questions, lambda each: (len(each.sample.input_ids), each.budget)):
+            while batch := [*islice(alike, self.batch_size)]:
+                for question, ids in zip(batch, self._search(batch), strict=True):
+                    yield question.key, [self.encoder.decode(ids)]
+
+    @torch.inference_mode()
+    def _search(self, batch: list[Question]) -> list[list[int]]:
+        model = base_model(self.model)
+        embeddings = embedded(model, prompts_of([each.sample for each in batch], self.encoder.pad_id))
+        settings = GenerationConfig(
+            do_sample=False,
+            num_beams=self.beams,
+            max_new_tokens=batch[0].budget,
+            eos_token_id=sorted(end_ids(self.model, self.encoder)),
+            pad_token_id=self.encoder.pad_id,
+        )
+        attended = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
+        found = model.generate(inputs_embeds=embeddings, attention_mask=attended, generation_config=settings)
+        return [[*map(int, row)] for row in found.tolist()]
+
+
+class Vllm:
+    """Run vLLM on a whole model; this project's tests, which have no GPU, do not run it.
+
+    Our classes are registered in vLLM's processes by an entry point, so that no code of the folder is run.
+    """
+
+    def __init__(self, folder: Path, encoder: Encoder, sampling: SamplingParams, batch_size: int) -> None:
+        if (folder / ADAPTER_CONFIG).is_file():
+            raise ModelError(
+                f"{folder}: --engine vllm needs a whole model; make one with `mdl-toolkit merge`",
+                f"{folder}：--engine vllm 需要完整的模型；请先用 `mdl-toolkit merge` 合并",
+            )
+        from vllm import LLM
+
+        self._encoder, self._sampling, self._batch_size = encoder, sampling, batch_size
+        self._model = LLM(model=str(folder), max_num_seqs=batch_size, trust_remote_code=False)
+
+    def answers(self, questions: Iterable[Question]) -> Iterator[tuple[int, list[str]]]:
+        """See `Engine`."""
+        waiting = iter(questions)
+        while batch := [*islice(waiting, 8 * self._batch_size)]:
+            found = self._model.generate(
+                [self._prompt(each) for each in batch], [self._settings(each) for each in batch]
+            )
+            for question, output in zip(batch, found, strict=True):
+                yield question.key, [output.outputs[0].text]
+
+    def _prompt(self, question: Question) -> dict[str, Any]:
+        """Return a prompt with one audio token for the recording; vLLM makes as many as are needed."""
+        assert isinstance(question.sample, Sample)
+        audio = self._encoder.id_of(dict(self._encoder.files.specials)["audio_token"])
+        ids = [
+            token
+            for token, run in groupby(question.sample.input_ids.tolist())
+            for _ in ([token] if token == audio else run)
+        ]
+        return {
+            "prompt_token_ids": ids,
+            "multi_modal_data": {"audio": (question.sample.waveform, SAMPLE_RATE)},
+        }
+
+    def _settings(self, question: Question) -> Any:
+        import vllm
+
+        return vllm.SamplingParams(
+            max_tokens=question.budget,
+            temperature=self._sampling.temperature,
+            top_p=self._sampling.top_p,
+            seed=self._sampling.seed + question.key,
+            stop_token_ids=[self._encoder.end_id],
+        )

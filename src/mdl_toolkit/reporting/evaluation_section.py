@@ -1,0 +1,196 @@
+"""An evaluation, or predictions without references, to the values that the report's page shows."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mdl_toolkit.data.manifest import AUDIO, PREDICTION
+from mdl_toolkit.evaluation.align import ERROR, SCORE
+from mdl_toolkit.evaluation.csv_table import Table
+from mdl_toolkit.evaluation.metrics import SCORES, in_order
+from mdl_toolkit.evaluation.results import Comparison, Confusion, Evaluation, Figure, RowResult
+from mdl_toolkit.evaluation.text_metrics import CHARACTER
+from mdl_toolkit.i18n import Text
+from mdl_toolkit.reporting.audio_links import audio_values
+
+WRONG, RIGHT, FAILED = range(3)
+
+
+def worst_first(rows: Sequence[RowResult], scores: Sequence[float | None]) -> list[int]:
+    """The rows' numbers: failed ones, then wrong ones, by share of errors and by how sure the answer was."""
+
+    def key(row: int) -> tuple[bool, bool, float, float, int]:
+        result, score = rows[row], scores[row]
+        share = result.errors / max(result.length, 1)
+        return result.is_right, not result.failed, -share, math.inf if score is None else -score, result.line
+
+    return sorted(range(len(rows)), key=key)
+
+
+def evaluation_values(
+    evaluation: Evaluation, base_dir: str | None, page: Path, *, score_column: str | None, embedded: int
+) -> dict[str, Any]:
+    """The parts `evaluation` and `rows` of an evaluation's page, rows the worst first.
+
+    Args:
+        evaluation: what is shown.
+        base_dir: folder that recordings' relative paths start from.
+        page: the HTML file.
+        score_column: the column with scores, `score` if None.
+        embedded: so many recordings of the first rows are put into the page.
+    """
+    scores = _scores([row.cells.get(score_column or SCORE, "") for row in evaluation.rows])
+    order = worst_first(evaluation.rows, scores)
+    rows = [evaluation.rows[row] for row in order]
+    settings = evaluation.settings
+    values = {
+        "line": [row.line for row in rows],
+        "reference": packed([row.reference for row in rows]),
+        "prediction": packed([row.prediction for row in rows]),
+        "error": _errors([row.cells.get(ERROR, "") if row.failed else "" for row in rows]),
+        "state": [FAILED if row.failed else RIGHT if row.is_right else WRONG for row in rows],
+        "errors": [row.errors for row in rows],
+        "length": [row.length for row in rows],
+        "score": _shown([scores[row] for row in order]),
+        "by_character": settings["errors_in"] == CHARACTER,
+        "normalize": settings["normalize"],
+        "groups": _groups(rows),
+        "audio": _audio([row.cells.get(AUDIO) for row in rows], base_dir, page, embedded),
+        **_coded(rows, evaluation.confusion),
+    }
+    return {"evaluation": _evaluation(evaluation), "rows": values}
+
+
+def table_values(
+    table: Table, base_dir: str | None, page: Path, *, score_column: str | None, embedded: int
+) -> dict[str, Any]:
+    """The part `rows` of the page of predictions alone, in the file's order."""
+    count = len(table)
+
+    def column(name: str) -> list[str] | None:
+        return table.column(name) if name in table.columns else None
+
+    values = {
+        "line": list(table.lines),
+        "reference": None,
+        "prediction": packed(table.column(PREDICTION)),
+        "error": _errors(column(ERROR) or [""] * count),
+        "score": _shown(_scores(column(score_column or SCORE) or [""] * count)),
+        "groups": [],
+        "audio": _audio(column(AUDIO) or [None] * count, base_dir, page, embedded),
+        **dict.fromkeys(("state", "errors", "length", "labels", "expected", "given")),
+    }
+    return {"evaluation": None, "rows": values}
+
+
+# --- columns -------------------------------------------------------------------------------------------
+
+
+def packed(cells: Sequence[str]) -> Any:
+    """The cells; as numbers of the different ones where that is shorter."""
+    different = list(dict.fromkeys(cells))
+    if 2 * len(different) > len(cells):
+        return list(cells)
+    number = {cell: place for place, cell in enumerate(different)}
+    return {"values": different, "codes": [number[cell] for cell in cells]}
+
+
+def _errors(cells: Sequence[str]) -> Any:
+    return packed(cells) if any(cells) else None
+
+
+def _scores(cells: Sequence[str]) -> list[float | None]:
+    """Finite numbers; None for anything else, such as the scores of several labels."""
+    return [_number(cell) for cell in cells]
+
+
+def _number(cell: str) -> float | None:
+    try:
+        number = float(cell)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _shown(scores: list[float | None]) -> list[float | None] | None:
+    return scores if any(score is not None for score in scores) else None
+
+
+def _audio(cells: Sequence[str | None], base_dir: str | None, page: Path, embedded: int) -> Any:
+    named = [cell or "" for cell in cells]
+    return audio_values(named, base_dir, page, embedded) if any(named) else None
+
+
+def _groups(rows: Sequence[RowResult]) -> list[dict[str, Any]]:
+    """The columns of `--group-by`."""
+    groups = []
+    for title in rows[0].groups:
+        names = in_order([row.groups[title] for row in rows])
+        number = {name: place for place, name in enumerate(names)}
+        groups.append({"title": title, "names": names, "codes": [number[row.groups[title]] for row in rows]})
+    return groups
+
+
+def _coded(rows: Sequence[RowResult], confusion: Confusion | None) -> dict[str, Any]:
+    """Both sides as numbers of the confusion's labels; None where the references are no labels."""
+    if confusion is None:
+        return dict.fromkeys(("labels", "expected", "given"))
+    number = {label: place for place, label in enumerate(confusion.labels)}
+    other = len(number)
+    given = [other if row.failed else number.get(row.prediction.strip(), other) for row in rows]
+    expected = [number[row.reference.strip()] for row in rows]
+    return {"labels": list(confusion.labels), "expected": expected, "given": given}
+
+
+# --- figures -------------------------------------------------------------------------------------------
+
+
+def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
+    compared = {pair.other.metric: pair for pair in evaluation.comparisons}
+    confusion = evaluation.confusion
+    return {
+        "figures": [_figure(figure, compared.get(figure.metric)) for figure in evaluation.figures],
+        "groups": [
+            {
+                "column": group.column,
+                "name": group.name,
+                "rows": group.rows,
+                "figures": [_figure(figure) for figure in group.figures],
+            }
+            for group in evaluation.groups
+        ],
+        "confusion": confusion and {"labels": confusion.labels, "counts": confusion.counts},
+        "notes": [_both(note) for note in (*evaluation.notes, *_right_by(evaluation))],
+    }
+
+
+def _figure(figure: Figure, comparison: Comparison | None = None) -> dict[str, Any]:
+    score = SCORES[figure.metric]
+    values = {"title": score.title, "is_share": score.is_share, "value": figure.value}
+    values |= {"low": figure.low, "high": figure.high}
+    if comparison is not None:
+        values |= {"other": comparison.other.value, "difference": comparison.difference.value}
+    return values
+
+
+def _right_by(evaluation: Evaluation) -> list[Text]:
+    """By which rule rows are right, and what errors count."""
+    settings = evaluation.settings
+    rule = {
+        "accuracy": Text("the answer is the reference to the letter", "回答与参考完全一致"),
+        "exact-match": Text("answer and reference are the same as compared", "比较时回答与参考相同"),
+        "same labels": Text("the answer has the reference's labels", "回答与参考的标签相同"),
+    }[settings["right_by"]]
+    is_character = settings["errors_in"] == CHARACTER
+    unit = Text("characters", "字符") if is_character else Text("words", "词")
+    return [
+        Text(
+            f"a row is right if {rule.en}; errors are counted in {unit.en}",
+            f"行正确的条件：{rule.zh}；错误按{unit.zh}计",
+        )
+    ]
+
+
+def _both(text: Text) -> dict[str, str]:
+    return {"en": text.en, "zh": text.zh}

@@ -1,0 +1,65 @@
+"""Values to one HTML file that needs nothing else: `reporting/page/` filled in, and a policy that forbids more.
+
+Texts from data are JSON in a block that is no script, and the page's script makes text of them, never markup.
+"""
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from mdl_toolkit import __version__
+from mdl_toolkit.errors import InputError
+from mdl_toolkit.utils.files import replace_file, writing
+
+SCRIPTS = ("words", "differences", "charts", "rows", "filters", "start")  # in the order in which they run
+# Nothing is fetched but recordings; style and script are the ones in the file, known by their hash.
+POLICY = (
+    "default-src 'none'; media-src file: data: http: https:; script-src 'sha256-{script}'; "
+    "style-src 'sha256-{style}'; base-uri 'none'; form-action 'none'"
+)
+
+
+def write_page(path: Path, name: str, values: Mapping[str, Any], option: str = "--output") -> None:
+    """Write a report, whole or not at all.
+
+    Args:
+        path: the HTML file; an existing one is replaced.
+        name: what it is about, for its title.
+        values: by part (`run`, `evaluation`, `rows`), as `reporting/page/start.js` shows them; None for a part
+            that is not there.
+        option: that gave the path.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    made = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    text = _page({"name": name, "toolkit": __version__, "made": made, **values})
+    with writing(f"{option} {path}", InputError), replace_file(path) as work:
+        work.write_text(text, encoding="utf-8", newline="\n")
+
+
+def _page(values: Mapping[str, Any]) -> str:
+    style = _part("style.css")
+    script = '"use strict";\n(() => {\n' + "\n".join(_part(f"{name}.js") for name in SCRIPTS) + "})();\n"
+    found = json.dumps(values, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    parts = {
+        "policy": POLICY.format(script=_hash(script), style=_hash(style)),
+        "style": style,
+        "script": script,
+        "values": found.replace("<", "\\u003c"),  # so that no `</script>` or `<!--` ends or hides the block
+    }
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _part("page.html"))
+
+
+def _part(name: str) -> str:
+    return (resources.files("mdl_toolkit.reporting") / "page" / name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

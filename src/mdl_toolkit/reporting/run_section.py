@@ -1,0 +1,171 @@
+"""A training's folder to what the report's page shows: settings, data, curves, evaluations, outcome."""
+
+import math
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from mdl_toolkit.config.options import fields_in_order, setting_of, spelling
+from mdl_toolkit.config.train import TrainOptions
+from mdl_toolkit.config.yaml import SETTINGS_FILE, read_settings, word_of
+from mdl_toolkit.errors import InputError, ModelError
+from mdl_toolkit.evaluation.text_metrics import LOSS, METRICS, Best, Metric
+from mdl_toolkit.i18n import Text
+from mdl_toolkit.training.checkpoints import LOG
+from mdl_toolkit.training.log import Smooth, read_log, series
+from mdl_toolkit.weights.provenance import read_provenance
+
+MOST_POINTS = 2000  # of a curve; of more, some in a row become their mean
+DIGITS = 6  # significant ones of a point
+TRAINED, EVALUATED = Text("training", "训练"), Text("evaluation", "评估")
+SYSTEM, USER = Text("system prompt", "系统提示词"), Text("user prompt", "用户提示词")
+FIGURES = {
+    "rows": Text("rows", "行数"),
+    "hours": Text("hours of audio", "音频时长（小时）"),
+    "shortest_seconds": Text("shortest recording, seconds", "最短录音（秒）"),
+    "longest_seconds": Text("longest recording, seconds", "最长录音（秒）"),
+    "median_tokens": Text("tokens of a row, median", "每行词元数，中位数"),
+    "most_tokens": Text("tokens of a row, most", "每行词元数，最多"),
+}
+
+
+# --- the data ------------------------------------------------------------------------------------------
+
+
+def _origin(folder: Path) -> dict[str, Any]:
+    """Base, prompts and data, as the run recorded them; nothing where that is missing."""
+    found = None
+    with suppress(ModelError):
+        found = read_provenance(folder)
+    if found is None:
+        return {"base": None, "prompts": [], "data": []}
+    prompts = [(SYSTEM, found.prompts.system), (USER, found.prompts.user)]
+    return {
+        "base": found.base and found.base.name,
+        "prompts": [{"title": vars(title), "text": text} for title, text in prompts if text],
+        "data": [
+            {"title": vars(title), "figures": figures}
+            for title, prefix in ((TRAINED, ""), (EVALUATED, "evaluation_"))
+            if (figures := _figures(found.data, prefix))
+        ],
+    }
+
+
+def _figures(data: dict[str, float], prefix: str) -> list[dict[str, Any]]:
+    return [
+        {"title": vars(title), "value": data[prefix + name]}
+        for name, title in FIGURES.items()
+        if prefix + name in data
+    ]
+
+
+# --- the run -------------------------------------------------------------------------------------------
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a training's output."""
+    return (folder / LOG).is_file() or (folder / SETTINGS_FILE).is_file()
+
+
+def run_values(folder: Path) -> dict[str, Any]:
+    """The part `run` of a page.
+
+    Raises:
+        InputError: the folder is no training's output.
+    """
+    if not is_run(folder):
+        raise InputError(
+            f"{folder}: neither {LOG} nor {SETTINGS_FILE} is in it; give the --output of a training",
+            f"{folder}：其中没有 {LOG} 或 {SETTINGS_FILE}；请指定 train 的 --output 目录",
+        )
+    lines = read_log(folder / LOG) if (folder / LOG).is_file() else []
+    evaluated = [line for line in lines if "eval_loss" in line]
+    metrics = [name for name in METRICS if any(f"eval_{name}" in line for line in evaluated)]
+    return {
+        "settings": _settings(folder),
+        **_origin(folder),
+        "curves": _curves(lines, metrics) if lines else None,
+        "evaluations": [_evaluation(line, metrics) for line in evaluated],
+        "outcome": _outcome(lines, metrics),
+    }
+
+
+def _settings(folder: Path) -> list[dict[str, Any]]:
+    """Every option, in the order of the reference; those that are not the default are marked."""
+    try:
+        values = read_settings(folder / SETTINGS_FILE, TrainOptions)
+    except InputError:  # of a version with other options
+        return []
+    return [
+        {
+            "name": spelling(field.name),
+            "value": _shown(values[field.name]),
+            "is_changed": values[field.name] != field.default,
+            "help": vars(setting_of(field).help),
+        }
+        for field in fields_in_order(TrainOptions)
+        if field.name in values
+    ]
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(map(word_of, value)) if isinstance(value, tuple) else word_of(value)
+
+
+def _curves(lines: Sequence[dict[str, Any]], metrics: Sequence[str]) -> dict[str, Any]:
+    steps, losses = series(lines, "loss")
+    smooth = Smooth()
+    return {
+        "loss": _points(steps, losses),
+        "smoothed": _points(steps, [smooth.add(loss) for loss in losses]),
+        "eval_loss": _points(*series(lines, "eval_loss")),
+        "learning_rate": _points(*series(lines, "learning_rate")),
+        "metrics": {name: _points(*series(lines, f"eval_{name}")) for name in metrics},
+    }
+
+
+def _points(steps: Sequence[int], values: Sequence[float]) -> dict[str, list[float]]:
+    """A curve with at most `MOST_POINTS` points; values that are not finite are left out."""
+    known = [(step, value) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
+    size = math.ceil(len(known) / MOST_POINTS) or 1
+    groups = [known[start : start + size] for start in range(0, len(known), size)]
+    means = [sum(value for _, value in group) / len(group) for group in groups]
+    return {"x": [group[-1][0] for group in groups], "y": [float(f"{mean:.{DIGITS}g}") for mean in means]}
+
+
+def _evaluation(line: dict[str, Any], metrics: Sequence[str]) -> dict[str, float]:
+    named = {"step": "step", "epoch": "epoch", "evalLoss": "eval_loss"}
+    named |= {name: f"eval_{name}" for name in metrics}
+    found = {name: line[key] for name, key in named.items() if key in line}
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def _outcome(lines: Sequence[dict[str, Any]], metrics: Sequence[str]) -> list[dict[str, Any]]:
+    """What the run came to: the last values, and the best ones of the evaluations."""
+    steps, losses = series(lines, "loss")
+    if not steps:
+        return []
+    smooth = Smooth()
+    last = [smooth.add(loss) for loss in losses][-1]
+    outcome: list[dict[str, Any]] = [
+        {"title": vars(Text("steps", "步数")), "value": steps[-1]},
+        {"title": vars(Text("training loss, smoothed", "训练损失（平滑）")), "value": last},
+    ]
+    for metric in (LOSS, *(METRICS[name] for name in metrics)):
+        outcome += _best(lines, metric)
+    return [each for each in outcome if math.isfinite(each["value"])]
+
+
+def _best(lines: Sequence[dict[str, Any]], metric: Metric) -> list[dict[str, Any]]:
+    name, best = f"eval_{metric.name}", Best()
+    evaluated = [line for line in lines if name in line]
+    for line in evaluated:
+        if math.isfinite(line[name]):
+            best = best.after(metric, line["step"], line[name], line["eval_loss"])
+    if best.step is None:
+        return []
+    title = Text(f"evaluation {metric.name}", f"评估 {metric.name}")
+    return [
+        {"title": vars(title), "value": evaluated[-1][name], "best": {"value": best.value, "step": best.step}}
+    ]

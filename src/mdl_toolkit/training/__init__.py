@@ -1,0 +1,24 @@
+"""Fine-tuning with LoRA: from options to a result that loads like the original.
+
+Modules:
+    run                      `train`: check everything, train, write the result
+    merge                    `merge_adapter`: an adapter and its base to one model
+    trainer                  the training loop
+    sampler                  which examples make an optimizer step, on which process
+    schedule                 steps, warm-up, learning rate, when to save and to evaluate
+    step                     one forward pass: examples to a batch, a batch to its loss
+    trainable_state          trainable parameters and their optimizer, to a checkpoint and back
+    gradient_checkpointing   which blocks are computed again in the backward pass
+    evaluator                evaluations while a run trains, and which was the best
+    checkpoints              save, verify, find, rotate checkpoints
+    resume                   compare a resumed run with the one it goes on from
+    log                      `log.jsonl`, the progress bar, smoothed loss
+    trackers                 `--report-to`: TensorBoard and others, through transformers
+    summary                  what a run says before its first step and after its last
+    datasets                 open the training and evaluation sets, converting CSVs
+    feature_cache            audio features of a frozen encoder, computed once
+    lora                     `--train-target` to modules; wrap a model with adapters
+    lora_layer               a linear layer and its LoRA adapter in one function
+    result                   write `final/`: from which checkpoint, in which form
+    memory/                  plan memory, and go on when it runs out
+"""

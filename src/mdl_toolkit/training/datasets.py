@@ -1,0 +1,132 @@
+"""What a run learns from: CSVs or converted datasets, opened before any weight is loaded."""
+
+import dataclasses
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from mdl_toolkit.config.data import ConversionOptions
+from mdl_toolkit.config.options import setting_of, spelling
+from mdl_toolkit.config.train import EVALUATION, TrainOptions
+from mdl_toolkit.data.convert.run import convert_rows, read_rows
+from mdl_toolkit.data.dataset import ConvertedDataset
+from mdl_toolkit.data.tokenization import Encoder
+from mdl_toolkit.errors import DatasetError, ToolkitError
+from mdl_toolkit.utils.console import is_first_process, say, warn
+from mdl_toolkit.utils.distributed import PeerLostError
+from mdl_toolkit.weights.loading import lack_of_memory
+from mdl_toolkit.weights.resolve import check_trainable, find_model
+from mdl_toolkit.weights.tokenizer_files import TextFiles, read_text_files
+
+# In the output folder, until a run has come to its end: what its CSVs were converted to, and features of it.
+PRIVATE, FEATURES = ".dataset", "features"
+
+
+def open_data(
+    options: TrainOptions, private: Path
+) -> tuple[TextFiles, ConvertedDataset, ConvertedDataset | None]:
+    """The model's text side and both datasets, all that can be checked before any weight is loaded.
+
+    Args:
+        options: the run's.
+        private: folder that a CSV is converted into, by the first process.
+
+    Raises:
+        ToolkitError: a bad row, a dataset of another model, a model that cannot be trained so.
+    """
+    # Of a local folder everything is here to be checked at once; of a hub's, weights wait for the data.
+    is_local = Path(options.model_name).is_dir()
+    folder = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=is_local)
+    check_trainable(folder, quantization=options.quantization, merge=options.merge_lora)
+    files = read_text_files(folder)
+    _warn_ignored(options)
+    eval_set = None
+    if options.eval_dataset is not None:  # first: it is the smaller one, and its bad rows are soon known
+        eval_set = _open_set(options.eval_dataset, options, files, private / "eval")
+    train_set = _open_set(options.train_dataset, options, files, private / "train")
+    if not len(train_set):
+        raise DatasetError(f"{options.train_dataset}: no rows", f"{options.train_dataset}：没有任何行")
+    return files, train_set, eval_set
+
+
+def _open_set(path: str, options: TrainOptions, files: TextFiles, private: Path) -> ConvertedDataset:
+    if Path(path).is_dir():
+        dataset = ConvertedDataset(Path(path))
+        dataset.record.check_model(files, path)
+        return dataset
+    if is_first_process():
+        manifest = read_rows(path, options, needs_prediction=True)
+        convert_rows(manifest, private, Encoder(files), options, reuse=True)
+    return ConvertedDataset(private)
+
+
+def _warn_ignored(options: TrainOptions) -> None:
+    """Name options that were given and have nothing to work on (rules 24, 28)."""
+    paths = [path for path in (options.train_dataset, options.eval_dataset) if path is not None]
+    converting = {field.name for field in dataclasses.fields(ConversionOptions)}
+    names = _given(options, converting - {"from_modelscope", "num_workers"})
+    if names and all(Path(path).is_dir() for path in paths):
+        warn(f"the data are converted already: {names} ignored", f"数据已经转换：忽略 {names}")
+    evaluating = {f.name for f in dataclasses.fields(options) if setting_of(f).group == EVALUATION}
+    names = _given(options, evaluating - {"report_to"})
+    if names and options.eval_dataset is None:
+        warn(f"there is no --eval-dataset: {names} ignored", f"未指定 --eval-dataset：忽略 {names}")
+
+
+def _given(options: TrainOptions, names: set[str]) -> str:
+    """Those of some options that are not at their defaults, as they are typed."""
+    fields = [field for field in dataclasses.fields(options) if field.name in names]
+    return ", ".join(
+        spelling(field.name) for field in fields if getattr(options, field.name) != field.default
+    )
+
+
+# --- what is left of it ----------------------------------------------------------------------------------
+
+
+class Converted:
+    """What a run's CSVs are converted to, which outlives an interruption, for the next run with its output.
+
+    A refusal takes away only what this run has converted.
+
+    Args:
+        private: the folder.
+
+    Attributes:
+        is_wanted: the next run needs it, whatever ends this one: there are steps to go on from.
+    """
+
+    def __init__(self, private: Path) -> None:
+        self._private, self.is_wanted = private, False
+        self._before = {*private.glob("*")}
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """While this context lasts, the run is on; after a good end nothing is kept."""
+        try:
+            yield
+        except BaseException as problem:
+            shutil.rmtree(self._private / FEATURES, ignore_errors=True)
+            if not self.is_wanted and not _is_interruption(problem):
+                self._take_away()
+            if any(self._private.glob("*/state.json")):
+                say(
+                    f"what was converted stays in {self._private}, for the next run with this --output",
+                    f"转换结果保留在 {self._private}，供下次使用相同 --output 的训练使用",
+                )
+            raise
+        shutil.rmtree(self._private, ignore_errors=True)
+
+    def _take_away(self) -> None:
+        for each in {*self._private.glob("*")} - self._before:
+            shutil.rmtree(each, ignore_errors=True)
+        with suppress(OSError):  # it is not there, or something stays in it
+            self._private.rmdir()
+
+
+def _is_interruption(problem: BaseException) -> bool:
+    """Tell whether the same data will be asked for again: after a stop, a crash, or a lack of memory."""
+    is_refusal = isinstance(problem, ToolkitError) and not isinstance(problem, PeerLostError)
+    cause = problem.__cause__
+    return not is_refusal or (cause is not None and lack_of_memory(cause) is not None)

@@ -1,0 +1,220 @@
+"""What a run tells while it trains: a line of JSON for each step, a bar with the loss, and trackers.
+
+Only the first process speaks and writes.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mdl_toolkit.data.warnings import LossWatch
+from mdl_toolkit.errors import InputError
+from mdl_toolkit.i18n import Text
+from mdl_toolkit.training.checkpoints import LOG
+from mdl_toolkit.training.sampler import Rows, Sampling
+from mdl_toolkit.training.trackers import Trackers
+from mdl_toolkit.utils.console import PLAIN_INTERVAL, Progress, clock, is_first_process, say, warn
+from mdl_toolkit.utils.files import write_text, writing
+
+SMOOTHING = 0.9  # weight of the past in the loss that is shown
+FORECAST_STEPS, FORECAST_SECONDS = 3, 20.0  # whichever comes first, then it is said how long all will take
+
+
+class Smooth:
+    """The mean of all losses so far, each with less weight the longer ago it was."""
+
+    def __init__(self) -> None:
+        self._sum, self._weight = 0.0, 0.0
+
+    def add(self, loss: float) -> float:
+        """Take one in; the mean with it."""
+        self._sum = SMOOTHING * self._sum + loss
+        self._weight = SMOOTHING * self._weight + 1
+        return self._sum / self._weight
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast a run was, from its beginning or its resumption on.
+
+    Attributes:
+        rows: learnt from, each as often as it came.
+        audio: seconds of audio in these.
+        seconds: that it took, evaluations and checkpoints included.
+        waited: of these, seconds spent waiting for data.
+    """
+
+    rows: int
+    audio: float
+    seconds: float
+    waited: float
+
+
+class Forecast:
+    """How long a run will take, by the time that a decoder position has taken so far.
+
+    The first step, which warms everything up, counts only when it is all there is.
+
+    Args:
+        sampling: the order of the rows.
+        total: steps of the run.
+    """
+
+    def __init__(self, sampling: Sampling, total: int) -> None:
+        self._lengths, self._total = sampling.lengths, total
+        self._mean = float(sampling.lengths.sum()) / sampling.steps_per_epoch  # positions of a step
+        self._steps: list[tuple[float, int]] = []  # seconds and positions
+        self._is_told = False
+
+    def step(self, step: int, rows: Rows, seconds: float, elapsed: float) -> float | None:
+        """Take a step in; once, when it can be told, the seconds that the steps left will take."""
+        if self._is_told:
+            return None
+        self._steps.append((seconds, int(self._lengths[rows].sum())))
+        if len(self._steps) < FORECAST_STEPS and elapsed < FORECAST_SECONDS:
+            return None
+        self._is_told = True
+        taken, positions = np.sum(self._steps[1:] or self._steps, axis=0).tolist()
+        return float(taken / max(positions, 1) * self._mean * (self._total - step))
+
+
+class RunLog:
+    """The log of one run.
+
+    Args:
+        output: the run's folder, in which `log.jsonl` is written.
+        shown: the bar.
+        trackers: where else the figures go.
+        sampling: the order of the rows.
+        seconds: of audio in every row, `[rows]`.
+        watch: looks at the losses.
+    """
+
+    def __init__(
+        self, output: Path, shown: Progress, trackers: Trackers, sampling: Sampling,
+        seconds: NDArray[np.float64], watch: LossWatch,
+    ) -> None:  # fmt: skip
+        self._file, self._shown, self._trackers = output / LOG, shown, trackers
+        self._seconds, self._epoch = seconds, sampling.steps_per_epoch
+        self._watch, self._forecast = watch, Forecast(sampling, watch.total)
+        self._smooth, self._end_of_a_cut_line = Smooth(), ""
+        self._rows, self._audio, self._waited, self._has_warned = 0, 0.0, 0.0, False
+        self._began = self._mark = time.monotonic()
+
+    def begin(self, step: int) -> None:
+        """Go on after a step; what was logged of later ones, and lost with them, is dropped."""
+        self._shown.begin(step)
+        if is_first_process() and self._file.exists():
+            kept = [line for line in read_log(self._file) if line["step"] <= step]
+            with writing(str(self._file), InputError):
+                write_text(self._file, "".join(map(_line, kept)))
+            self._watch.losses[:] = [line["loss"] for line in kept if "loss" in line]
+        self._began = self._mark = time.monotonic()
+
+    def step(self, step: int, *, loss: float, norm: float, rate: float, rows: Rows, waited: float) -> None:
+        """Log an optimizer step; `waited` are all seconds so far that were spent waiting for data."""
+        smooth = self._smooth.add(loss)
+        self._rows, self._audio = self._rows + len(rows), self._audio + float(self._seconds[rows].sum())
+        self._waited, now = waited, time.monotonic()
+        elapsed = max(now - self._began, 1e-9)
+        values = {"loss": loss, "grad_norm": norm, "learning_rate": rate, "epoch": step / self._epoch}
+        self._write(
+            step,
+            {**values, "rows": len(rows), "elapsed": round(elapsed, 3), "waited": round(waited / elapsed, 5)},
+        )
+        self._trackers.log(step, values)
+        speed, times = f"{self._rows / elapsed:.2g}", f"{self._audio / elapsed:.3g}x"
+        note = Text(
+            f"loss {smooth:.4f}, lr {rate:.2g}, {speed} samples/s, {times}",
+            f"损失 {smooth:.4f}，学习率 {rate:.2g}，每秒 {speed} 个样本，{times}",
+        )
+        self._shown.advance(1, str(note))
+        self._watch.see(step, loss)
+        self._say_forecast(elapsed, self._forecast.step(step, rows, now - self._mark, elapsed))
+        self._mark = time.monotonic()
+
+    def _say_forecast(self, elapsed: float, left: float | None) -> None:
+        if left is not None and left >= PLAIN_INTERVAL:
+            total, left_clock = clock(elapsed + left), clock(left)
+            say(
+                f"time: about {total}, of which {left_clock} are left; evaluations still to come not counted",
+                f"时间：共约 {total}，剩余 {left_clock}；不含之后的评估",
+            )
+
+    def evaluation(self, step: int, loss: float, tokens: int, scores: dict[str, float]) -> None:
+        """Log an evaluation, in place of an earlier one of its step; `scores` are other metrics by name."""
+        values = {"eval_loss": loss, "eval_tokens": tokens, **scores, "epoch": step / self._epoch}
+        self._write(step, values)
+        self._trackers.log(step, values)
+        more = [f"{name.removeprefix('eval_')} {value:.4f}" for name, value in scores.items()]
+        say(
+            ", ".join([f"evaluation at step {step}: loss {loss:.4f} over {tokens} tokens", *more]),
+            "，".join([f"第 {step} 步评估：{tokens} 个词元的损失为 {loss:.4f}", *more]),
+        )
+        self._mark = time.monotonic()
+
+    @property
+    def pace(self) -> Pace:
+        """How fast it was until now."""
+        return Pace(self._rows, self._audio, time.monotonic() - self._began, self._waited)
+
+    def close(self) -> None:
+        """The run is over."""
+        self._trackers.close()
+
+    def _write(self, step: int, values: dict[str, Any]) -> None:
+        if not is_first_process():
+            return
+        try:
+            if "eval_loss" in values and (others := self._without_evaluation(step)) is not None:
+                write_text(self._file, "".join(map(_line, [*others, {"step": step, **values}])))
+            else:
+                with self._file.open("a", encoding="utf-8") as file:
+                    file.write(f"{self._end_of_a_cut_line}{_line({'step': step, **values})}")
+            self._end_of_a_cut_line = ""
+        except OSError as problem:
+            self._end_of_a_cut_line = "\n"
+            self._warn_once(problem.strerror or str(problem))
+
+    def _without_evaluation(self, step: int) -> list[dict[str, Any]] | None:
+        """The lines without evaluations of a step; None if there are none of these."""
+        lines = read_log(self._file) if self._file.exists() else []
+        others = [line for line in lines if line["step"] != step or "eval_loss" not in line]
+        return others if len(others) < len(lines) else None
+
+    def _warn_once(self, reason: str) -> None:
+        if not self._has_warned:
+            warn(
+                f"{LOG} cannot be written: {reason}; training goes on", f"无法写入 {LOG}：{reason}；训练继续"
+            )
+        self._has_warned = True
+
+
+def read_log(file: Path) -> list[dict[str, Any]]:
+    """The lines of a log; one that was cut off, by a kill or a full disk, is left out."""
+    whole, _, _ = file.read_text(encoding="utf-8", errors="replace").rpartition("\n")
+    return [line for line in map(_parsed, whole.splitlines()) if line is not None]
+
+
+def series(lines: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """The steps at which a figure was logged, and its values."""
+    found = [line for line in lines if name in line]
+    return [line["step"] for line in found], [line[name] for line in found]
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) and isinstance(values.get("step"), int) else None
+
+
+def _line(values: dict[str, Any]) -> str:
+    return json.dumps(values) + "\n"

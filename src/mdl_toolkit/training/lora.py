@@ -1,0 +1,140 @@
+"""The words of `--train-target` to the modules they mean, and a model made ready for training.
+
+encoder, projector and decoder are trained by LoRA; embed_tokens and lm_head as full float32 copies.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mdl_toolkit.errors import ModelError
+from mdl_toolkit.weights.loading import quiet_peft
+from mdl_toolkit.weights.resolve import ADAPTER_CONFIG, read_json
+
+LORA_TARGETS = {
+    "encoder": r"audio_encoder\.blocks\.\d+\.(?:attn\.(?:qkv|proj)|mlp\.fc[12])",
+    "projector": r"audio_projector\.net\.[02]",
+    "decoder": r"decoder\.model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)",
+}
+FULL_TARGETS = {"embed_tokens": "decoder.model.embed_tokens", "lm_head": "decoder.lm_head"}
+
+
+@dataclass(frozen=True)
+class TargetCount:
+    """What one word of `--train-target` came to: layers matched and parameters trained."""
+
+    target: str
+    layers: int
+    parameters: int
+
+
+def add_adapters(
+    model: nn.Module,
+    targets: tuple[str, ...],
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    base_name: str,
+) -> tuple[Any, list[TargetCount]]:
+    """Wrap a MiDashengLM in PEFT so that exactly the targets train.
+
+    Args:
+        model: the base model; its own weights are frozen.
+        targets: words of `--train-target`.
+        rank: of the LoRA matrices.
+        alpha: the adapters are scaled by alpha / rank.
+        dropout: before the adapters.
+        base_name: recorded in the adapter, so that it finds its base again.
+
+    Returns:
+        The `PeftModel`, and the count of each target.
+
+    Raises:
+        ModelError: a target matches nothing.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    from mdl_toolkit.training.lora_layer import quicken
+
+    _check_targets(model, targets)
+    tied = bool(model.config.tie_word_embeddings)  # type: ignore[union-attr]
+    full = _full_modules(targets, tied)
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout,
+        target_modules=_pattern(targets), modules_to_save=full or None,
+        ensure_weight_tying=tied and bool(full), base_model_name_or_path=base_name,
+    )  # fmt: skip
+    with quiet_peft():
+        peft_model = get_peft_model(model, config, autocast_adapter_dtype=True)
+    peft_model.peft_config["default"].base_model_name_or_path = base_name
+    _raise_to_float32(peft_model)
+    quicken(peft_model)
+    return peft_model, [_count(peft_model, target, tied) for target in targets]
+
+
+def check_resumable(checkpoint: Path, targets: tuple[str, ...], rank: int) -> None:
+    """Refuse to resume with an adapter of another shape than the checkpoint's.
+
+    Raises:
+        ModelError: --lora-rank or --train-target differs.
+    """
+    config = read_json(checkpoint / ADAPTER_CONFIG)
+    pattern, full = str(config.get("target_modules")), config.get("modules_to_save") or []
+    low_rank = [target for target, there in LORA_TARGETS.items() if there in pattern]
+    before = [f"--lora-rank {config.get('r')}"] if low_rank and config.get("r") != rank else []
+    wanted = _full_modules(targets, bool(config.get("ensure_weight_tying")))
+    if set(low_rank) != LORA_TARGETS.keys() & set(targets) or sorted(full) != sorted(wanted):
+        found = low_rank + [target for target, there in FULL_TARGETS.items() if there in full]
+        before += [f"--train-target {target}" for target in found or ["?"]]
+    if before:
+        words = " ".join(before)
+        raise ModelError(
+            f"{checkpoint}: it was trained with {words}; give the same, or start afresh",
+            f"{checkpoint}：该检查点训练时使用 {words}；请使用相同的值，或从头开始训练",
+        )
+
+
+def _pattern(targets: tuple[str, ...]) -> str:
+    from peft.utils.constants import DUMMY_TARGET_MODULES
+
+    patterns = [pattern for target, pattern in LORA_TARGETS.items() if target in targets]
+    return "|".join(f"(?:{pattern})" for pattern in patterns) or str(DUMMY_TARGET_MODULES)
+
+
+def _full_modules(targets: tuple[str, ...], tied: bool) -> list[str]:
+    """Tied embeddings are one matrix: either word trains it, under the name of the input side."""
+    wanted = [module for target, module in FULL_TARGETS.items() if target in targets]
+    return [FULL_TARGETS["embed_tokens"]] if wanted and tied else wanted
+
+
+def _check_targets(model: nn.Module, targets: tuple[str, ...]) -> None:
+    names = [name for name, _ in model.named_modules()]
+    for target in targets:
+        pattern = re.compile(LORA_TARGETS.get(target) or re.escape(FULL_TARGETS[target]))
+        if not any(pattern.fullmatch(name) for name in names):
+            raise ModelError(
+                f"--train-target {target}: this model has nothing of that name",
+                f"--train-target {target}：该模型中没有对应的模块",
+            )
+
+
+def _raise_to_float32(model: nn.Module) -> None:
+    """Full copies keep the base dtype in PEFT; training them wants float32."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32)
+
+
+def _count(model: nn.Module, target: str, tied: bool) -> TargetCount:
+    if target in LORA_TARGETS:
+        pattern = re.compile(rf".*?({LORA_TARGETS[target]})\.lora_[AB]\..*")
+    else:
+        name = FULL_TARGETS["embed_tokens" if tied else target]
+        pattern = re.compile(rf".*?({re.escape(name)})\.modules_to_save\..*")
+    found = [(match[1], p) for n, p in model.named_parameters() if (match := pattern.fullmatch(n))]
+    return TargetCount(target, len({name for name, _ in found}), sum(p.numel() for _, p in found))

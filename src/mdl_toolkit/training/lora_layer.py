@@ -1,0 +1,126 @@
+"""Compute a linear layer and its LoRA adapter in one: y = x W' + b + (x A') B' * alpha / rank.
+
+PEFT adds the adapter's output to the layer's, which passes over tensors of full width three times more, and
+as often again for the gradients. Here products of rank width add up in place; layers with the same input are
+computed together: one product with all A, and one gradient of the input. With gradient checkpointing, a
+block's last layer is not computed again: nothing that the backward pass needs comes from its output.
+"""
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mdl_toolkit.training.gradient_checkpointing import is_again
+
+ADAPTER = "default"
+# Layers whose output is only added up, in encoder and decoder blocks.
+LAST = ("mlp.fc2", "mlp.down_proj")
+# Arguments of each layer, as `_LowRank` takes them.
+PARTS = 5
+
+
+class LowRankLinear(Linear):
+    """Compute PEFT's layer faster, with its results; in PEFT's way where dropout acts on the input."""
+
+    is_last = False
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Map `[..., in]` to `[..., out]`, as `peft.tuners.lora.Linear`."""
+        if args or kwargs or not self._is_plain:
+            plain: Tensor = super().forward(x, *args, **kwargs)
+            return plain
+        is_needed = not (self.is_last and is_again())
+        return _LowRank.apply(x, is_needed, *self._parts)[0]  # type: ignore[no-any-return, no-untyped-call]
+
+    def together(self, x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...] | None:
+        """Map `[..., in]` to the `[..., out]` of several layers; None if one of them needs PEFT's way."""
+        parts = [layer._parts for layer in layers if isinstance(layer, LowRankLinear) and layer._is_plain]
+        if len(parts) < len(layers):
+            return None
+        return _LowRank.apply(x, True, *chain(*parts))  # type: ignore[no-any-return, no-untyped-call]
+
+    @property
+    def _parts(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float]:
+        """Return weight, bias, A, B, and by how much the adapter is scaled."""
+        base, a, b = self.get_base_layer(), self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
+        return base.weight, base.bias, a, b, self.scaling[ADAPTER]
+
+    @property
+    def _is_plain(self) -> bool:
+        return not (self.disable_adapters or self.merged or self._drops)
+
+    @property
+    def _drops(self) -> bool:
+        return self.training and not isinstance(self.lora_dropout[ADAPTER], nn.Identity)
+
+
+def quicken(model: nn.Module) -> None:
+    """Let the plain LoRA layers of a `PeftModel` compute in the faster way; quantised ones stay."""
+    for name, module in model.named_modules():
+        if type(module) is Linear:
+            module.__class__ = LowRankLinear
+            module.is_last = name.endswith(LAST)
+
+
+class _LowRank(torch.autograd.Function):
+    """Compute layers of one input, in the dtype of the frozen weight, as autocast would.
+
+    Gradients have the dtype of what they are of. Products of rank width are made for all layers at once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, is_needed: bool, *parts: Any) -> tuple[Tensor, ...]:
+        weights, biases, downs, wide, scales = (parts[place::PARTS] for place in range(PARTS))
+        dtype = weights[0].dtype
+        flat = x.reshape(-1, x.shape[-1]).to(dtype)
+        down = _joined(downs).to(dtype)
+        ups = [_scaled(b.to(dtype), scale) for b, scale in zip(wide, scales, strict=True)]
+        ranks = [up.shape[1] for up in ups]
+        lows = torch.split(flat @ down.T, ranks, 1)
+        kept = weights if ctx.needs_input_grad[0] else ()
+        ctx.save_for_backward(flat, down, *ups, *lows, *kept)
+        ctx.scales, ctx.dtypes = scales, (x.dtype, downs[0].dtype, wide[0].dtype)
+        outs = [(*x.shape[:-1], len(weight)) for weight in weights]
+        # Not a number: if anything did use it, the loss would say so.
+        if not is_needed:
+            return tuple(flat.new_full((1,), torch.nan).expand(shape) for shape in outs)
+        found = [functional.linear(flat, *pair) for pair in zip(weights, biases, strict=True)]
+        for out, low, up in zip(found, lows, ups, strict=True):
+            out.addmm_(low, up.T)
+        return tuple(out.view(shape) for out, shape in zip(found, outs, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        flat, down, *rest = ctx.saved_tensors
+        count = len(gradients)
+        ups, lows, weights = rest[:count], rest[count : 2 * count], rest[2 * count :]
+        x_dtype, a_dtype, b_dtype = ctx.dtypes
+        wide = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
+        narrow, ranks = flat.new_empty(len(flat), len(down)), [up.shape[1] for up in ups]
+        for part, *words in zip(narrow.split(ranks, 1), wide, ups, strict=True):
+            torch.mm(*words, out=part)
+        to_x = None
+        if ctx.needs_input_grad[0]:
+            to_x = wide[0] @ weights[0]
+            for gradient, weight in zip(wide[1:], weights[1:], strict=True):
+                to_x.addmm_(gradient, weight)
+            to_x.addmm_(narrow, down)
+            to_x = to_x.view(*gradients[0].shape[:-1], to_x.shape[-1]).to(x_dtype)
+        found: list[Tensor | None] = [to_x, None]
+        to_a = torch.split((narrow.T @ flat).to(a_dtype), ranks)
+        for each, gradient, low, scale in zip(to_a, wide, lows, ctx.scales, strict=True):
+            found += [None, None, each, _scaled(gradient.T @ low, scale).to(b_dtype), None]
+        return tuple(found)
+
+
+def _scaled(matrix: Tensor, scale: float) -> Tensor:
+    return matrix if scale == 1 else matrix * scale
+
+
+def _joined(matrices: Sequence[Tensor]) -> Tensor:
+    return matrices[0] if len(matrices) == 1 else torch.cat([*matrices])

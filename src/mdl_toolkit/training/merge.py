@@ -1,0 +1,105 @@
+"""`merge`: an adapter that was trained before, or by others, and its base to one model."""
+
+from pathlib import Path
+
+from mdl_toolkit.config.results import MergeOptions
+from mdl_toolkit.config.yaml import SETTINGS_FILE, to_yaml
+from mdl_toolkit.data.tokenization import Encoder
+from mdl_toolkit.errors import InputError, ModelError
+from mdl_toolkit.inference.verify import invented_rows
+from mdl_toolkit.training.checkpoints import CHECKSUMS, damage
+from mdl_toolkit.training.result import training_of
+from mdl_toolkit.utils.console import say
+from mdl_toolkit.utils.files import check_apart
+from mdl_toolkit.weights.loading import base_of, quiet_libraries
+from mdl_toolkit.weights.merge import export_merged
+from mdl_toolkit.weights.model_card import About
+from mdl_toolkit.weights.provenance import Base, Provenance, read_provenance
+from mdl_toolkit.weights.resolve import (
+    ADAPTER_CONFIG,
+    BASE_NAME,
+    check_is_no_run,
+    find_model,
+    lasting_name,
+    read_json,
+)
+from mdl_toolkit.weights.tokenizer_files import read_text_files
+
+
+def merge_adapter(options: MergeOptions) -> Path:
+    """Merge an adapter into its base.
+
+    Returns:
+        The folder of the merged model.
+
+    Raises:
+        ToolkitError: adapter or base are not to be had, do not belong together, or give another result.
+
+    Example:
+        ```python
+        from mdl_toolkit import MergeOptions, merge_adapter
+
+        merged = merge_adapter(MergeOptions(adapter="run/final", output="merged"))
+        print(sorted(path.name for path in merged.iterdir()))
+        ```
+    """
+    output = Path(options.output)
+    _check_output(output)
+    adapter = _find_adapter(options)
+    check_apart(output, adapter)
+    base = base_of(adapter, from_modelscope=options.from_modelscope, name=options.model_name)
+    check_apart(output, base)
+    quiet_libraries()
+    origin = read_provenance(adapter) or _unknown(base, adapter, options)
+    about = About(origin, training_of(adapter), to_yaml(options))
+    samples = invented_rows(Encoder(read_text_files(base)), origin.prompts) if options.verify else ()
+    export_merged(base, adapter, output, about, samples=samples, dtype=options.dtype)
+    say(f"done: the merged model is in {output}", f"完成：合并后的模型位于 {output}")
+    return output
+
+
+def _check_output(output: Path) -> None:
+    """Refuse to replace what is not an earlier result.
+
+    Raises:
+        InputError: something else is there.
+    """
+    is_result = (output / SETTINGS_FILE).is_file() and (output / "config.json").is_file()
+    if output.exists() and not is_result and not (output.is_dir() and not any(output.iterdir())):
+        raise InputError(
+            f"--output {output}: something else than a merged model is there; choose another folder",
+            f"--output {output}：该位置已有其他内容（不是合并后的模型）；请选择其他目录",
+        )
+
+
+def _find_adapter(options: MergeOptions) -> Path:
+    """The adapter's folder.
+
+    Raises:
+        ModelError: it is not to be had, is no adapter, or is a damaged checkpoint.
+    """
+    local = Path(options.adapter).expanduser()
+    is_other = local.is_dir() and not (local / ADAPTER_CONFIG).is_file()
+    if is_other:
+        check_is_no_run(local, ADAPTER_CONFIG)
+    folder = (
+        local
+        if is_other
+        else find_model(options.adapter, from_modelscope=options.from_modelscope, weights=True)
+    )
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise ModelError(
+            f"{folder}: no adapter ({ADAPTER_CONFIG}); give an adapter's folder, for example checkpoint-500",
+            f"{folder}：不是适配器（没有 {ADAPTER_CONFIG}）；请指定适配器目录，例如 checkpoint-500",
+        )
+    if (folder / CHECKSUMS).is_file() and (reason := damage(folder)):
+        raise ModelError(
+            f"{folder}: not a complete checkpoint ({reason.en})", f"{folder}：不是完整的检查点（{reason.zh}）"
+        )
+    return folder
+
+
+def _unknown(base: Path, adapter: Path, options: MergeOptions) -> Provenance:
+    """Of an adapter that says nothing of its origin, only the base is known."""
+    name = options.model_name or read_json(adapter / ADAPTER_CONFIG)[BASE_NAME]
+    return Provenance(Base.of(base, lasting_name(name, base)))

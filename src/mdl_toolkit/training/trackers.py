@@ -1,0 +1,127 @@
+"""Report to the trackers of `--report-to`, each through its integration in transformers.
+
+Every name that transformers knows is accepted. For that this module, and no other, leans on inner parts of
+transformers, which a new version may move:
+
+    integrations.get_reporting_integration_callbacks    the callback classes of some names
+    integrations.integration_utils                      INTEGRATION_TO_CALLBACK, which has all names, and
+                                                        get_available_reporting_integrations
+    trainer_callback.CallbackHandler                    calls on_train_begin, on_log and on_train_end
+
+Whoever breaks them breaks `--report-to` alone: they are imported when it is given, and only then.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from mdl_toolkit.config.train import TrainOptions
+from mdl_toolkit.errors import ToolkitError, UsageError
+from mdl_toolkit.utils.console import is_first_process, warn
+
+
+class Trackers:
+    """Report figures to the trackers that were asked for, in the first process only.
+
+    Raises:
+        ToolkitError: a tracker cannot begin.
+    """
+
+    def __init__(self, options: TrainOptions, total: int) -> None:
+        self._handler: Any = None
+        if not options.report_to or options.report_to == ("none",) or not is_first_process():
+            return
+        from transformers import TrainerControl, TrainerState
+        from transformers.integrations import get_reporting_integration_callbacks
+        from transformers.trainer_callback import CallbackHandler
+
+        names = "all" if options.report_to == ("all",) else list(options.report_to)
+        self._arguments, self._control = _arguments(options, total), TrainerControl()
+        self._state = TrainerState(max_steps=total)
+        try:
+            callbacks = [make() for make in get_reporting_integration_callbacks(names)]
+            self._handler = CallbackHandler(callbacks, None, None, None, None)
+            self._handler.on_train_begin(self._arguments, self._state, self._control)
+        except Exception as problem:
+            name, reason = ", ".join(options.report_to), _reason(problem)
+            raise ToolkitError(
+                f"--report-to {name}: {reason}; log in, choose its offline mode, or leave it out",
+                f"--report-to {name}：{reason}；请登录，或选择其离线模式，或去掉该选项",
+            ) from problem
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Report the figures of a step."""
+        if self._handler is not None:
+            self._state.global_step, self._state.epoch = step, values.get("epoch")
+            self._tell("on_log", dict(values))
+
+    def close(self) -> None:
+        """Tell the trackers that the run is over."""
+        if self._handler is not None:
+            self._tell("on_train_end")
+
+    def _tell(self, event: str, *values: Any) -> None:
+        """Pass an event on; a tracker that fails, with no network for one, is left out from then on."""
+        try:
+            getattr(self._handler, event)(self._arguments, self._state, self._control, *values)
+        except Exception as problem:  # noqa: BLE001 - whatever a tracker's library raises
+            self._handler, reason = None, _reason(problem)
+            warn(
+                f"--report-to: {reason}; nothing more is reported, training goes on",
+                f"--report-to：{reason}；此后不再上报，训练继续",
+            )
+
+
+def _reason(problem: Exception) -> str:
+    """Return what a tracker's library says, in one line."""
+    return " ".join(str(problem).split()) or type(problem).__name__
+
+
+def _arguments(options: TrainOptions, total: int) -> Any:
+    """Return the settings in the form that the integrations record."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=str(Path(options.output)),
+        learning_rate=options.lr,
+        max_steps=total,
+        num_train_epochs=options.num_epochs,
+        warmup_steps=options.warmup_steps,
+        seed=options.seed,
+        per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        report_to="none",
+        use_cpu=True,
+    )
+
+
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Refuse trackers that transformers does not know or that are not installed.
+
+    Raises:
+        UsageError: a name is unknown, or `all` or `none` do not stand alone.
+        ToolkitError: a tracker's package is missing.
+    """
+    if not names:
+        return
+    from transformers.integrations import integration_utils
+
+    known = {*integration_utils.INTEGRATION_TO_CALLBACK, "all", "none"}
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            en, zh = (f"; did you mean {close[0]}?", f"；是否想写 {close[0]}？") if close else ("", "")
+            listed = ", ".join(sorted(known))
+            raise UsageError(
+                f"--report-to {name}: unknown tracker{en} (known: {listed})",
+                f"--report-to {name}：未知的平台{zh}（可用：{listed}）",
+            )
+    if len(names) > 1 and {"all", "none"} & set(names):
+        raise UsageError("--report-to: all and none stand alone", "--report-to：all 和 none 只能单独使用")
+    missing = set(names) - {"all", "none"} - set(integration_utils.get_available_reporting_integrations())
+    if missing:
+        listed = ", ".join(sorted(missing))
+        raise ToolkitError(
+            f"--report-to {listed}: not installed; pip install it, or leave it out",
+            f"--report-to {listed}：尚未安装；请先 pip install，或去掉该选项",
+        )

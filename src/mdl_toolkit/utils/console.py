@@ -1,0 +1,134 @@
+"""Write lines, warnings and progress for a person to standard error.
+
+In a terminal progress is a bar; in a pipe or a log file it is a plain line now and then. Of several
+processes that work together only the first speaks.
+"""
+
+import os
+import sys
+import time
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from mdl_toolkit.i18n import Text
+
+# Seconds between two plain progress lines.
+PLAIN_INTERVAL = 10.0
+
+
+def is_first_process() -> bool:
+    """Tell whether this is the process that speaks and writes (rank 0, or the only one)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(en: str, zh: str) -> None:
+    """Write one line, in the first process."""
+    if not is_first_process():
+        return
+    sys.stderr.write(f"{Text(en, zh)}\n")
+    sys.stderr.flush()
+
+
+def warn(en: str, zh: str) -> None:
+    """Write one line that asks for attention."""
+    say(f"warning: {en}", f"警告：{zh}")
+
+
+class Progress(Protocol):
+    """Show how far a piece of work has come."""
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Count parts as done; a note, such as the loss, stays until the next one."""
+
+    def begin(self, done: int) -> None:
+        """Count parts as done before, so that they are no part of the estimate of the time that is left."""
+
+
+class _Lines:
+    """Show progress as plain lines, not more than one in ten seconds."""
+
+    def __init__(self, title: Text, total: int) -> None:
+        self._title, self._total = title, total
+        self._done, self._before, self._note = 0, 0, ""
+        self._started = self._last = time.monotonic()
+
+    def begin(self, done: int) -> None:
+        self._done = self._before = done
+        self._started = time.monotonic()
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        self._done, self._note = self._done + count, note or self._note
+        now = time.monotonic()
+        if now - self._last >= PLAIN_INTERVAL:
+            self._last = now
+            self._write(now - self._started)
+
+    def _write(self, elapsed: float) -> None:
+        left = clock(elapsed / max(self._done - self._before, 1) * (self._total - self._done))
+        en, zh = (f", {self._note}", f"，{self._note}") if self._note else ("", "")
+        say(
+            f"{self._title.en}: {self._done}/{self._total}{en}, {left} left",
+            f"{self._title.zh}：{self._done}/{self._total}{zh}，剩余 {left}",
+        )
+
+
+@contextmanager
+def progress(en: str, zh: str, total: int) -> Iterator[Progress]:
+    """Show progress over `total` parts: a bar in a terminal, lines elsewhere."""
+    title = Text(en, zh)
+    if sys.stderr.isatty() and is_first_process():
+        with _bar(title, total) as bar:
+            yield bar
+    else:
+        yield _Lines(title, total)
+
+
+@contextmanager
+def _bar(title: Text, total: int) -> Iterator[Progress]:
+    from rich import progress as rich_progress
+    from rich.console import Console
+    from rich.table import Column
+
+    console = Console(stderr=True)
+    # The note takes what is left of the line; all else is whole.
+    note = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+    columns = (
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(max(8, min(40, console.width - 100))),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TextColumn("{task.fields[note]}", table_column=note),
+        rich_progress.TimeElapsedColumn(),
+        rich_progress.TimeRemainingColumn(),
+    )
+    with rich_progress.Progress(*columns, console=console, expand=True) as shown:
+        task = shown.add_task(str(title), total=total, note="")
+        yield _Bar(shown, task)
+
+
+class _Bar:
+    """Show progress as a task of rich's."""
+
+    def __init__(self, shown: Any, task: Any) -> None:
+        self._shown, self._task = shown, task
+
+    def begin(self, done: int) -> None:
+        self._shown.reset(self._task, completed=done)
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        self._shown.advance(self._task, count)
+        if note:
+            self._shown.update(self._task, note=note)
+
+
+def clock(seconds: float) -> str:
+    """Format seconds as hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def width_of(text: str) -> int:
+    """Return how many columns of a terminal a text takes; a Chinese character takes two."""
+    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)

@@ -1,0 +1,253 @@
+"""Files and folders: put in place whole or not at all, kept apart from inputs, no empty folders left behind.
+
+What is written becomes `.NAME.partial-MARK` beside its place first; for the moment between two renames the
+previous content is `.NAME.old-MARK`, and `.NAME.lock-MARK` is locked meanwhile. By that lock the next process
+tells the living from the dead, puts back what a killed one had moved away, and removes the rest.
+"""
+
+import fnmatch
+import glob
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from mdl_toolkit.errors import InputError, ToolkitError
+from mdl_toolkit.utils.locks import held
+
+_BESIDE = re.compile(r"\.(.+)\.(?:partial|old|lock)-([0-9a-f]{8})")
+
+
+@contextmanager
+def writing(place: str, error: type[ToolkitError]) -> Iterator[None]:
+    """Turn an operating system's refusal, such as a full disk, into an error that names the place."""
+    try:
+        yield
+    except OSError as problem:
+        reason = problem.strerror or problem
+        raise error(f"{place}: cannot be written: {reason}", f"{place}：无法写入：{reason}") from problem
+
+
+def fsync(path: Path) -> None:
+    """Wait until a written file or folder is on the disk, so that a power cut does not undo it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- put in place ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replace_folder(output: Path) -> Iterator[Path]:
+    """Give a new folder to fill; it takes the output's place when all went well, and is removed if not.
+
+    The previous content stays until then. A link is followed, and stays.
+
+    Raises:
+        OSError: the folder cannot be made or put in place.
+    """
+    target = output.resolve()
+    with removing_empty(target.parent), _beside(target) as (work, old):
+        work.mkdir()
+        yield work
+        put_in_place(work, target, old)
+        fsync(target.parent)
+
+
+@contextmanager
+def replace_file(output: Path) -> Iterator[Path]:
+    """Give the name of a file to write; it takes the output's place when all went well, else it is removed.
+
+    Permissions of a previous file stay. A link is followed, and stays.
+
+    Raises:
+        OSError: the file cannot be made or put in place.
+    """
+    target = output.resolve()
+    with removing_empty(target.parent), _beside(target) as (work, _):
+        work.touch()
+        yield work
+        if target.exists():
+            shutil.copymode(target, work)
+        work.replace(target)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder whole or not at all: under its name there is never a part of it.
+
+    Raises:
+        OSError: it cannot be moved away.
+    """
+    with _beside(folder) as (work, _):
+        folder.rename(work)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all, and wait until it is on the disk.
+
+    For files that only one process writes at a time: unlike `replace_file` it takes no lock, and does not
+    look for what killed processes left.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with partial_name(path) as work:
+        work.write_text(text, encoding="utf-8")
+        fsync(work)
+        work.replace(path)
+        fsync(path.parent)
+
+
+@contextmanager
+def partial_name(target: Path) -> Iterator[Path]:
+    """Give a name beside a target that nobody else has; whatever has it in the end is removed."""
+    work = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
+    try:
+        yield work
+    finally:
+        _remove(work)
+
+
+def put_in_place(work: Path, target: Path, old: Path) -> None:
+    """Give a folder the name `target`; what is there now becomes `old`."""
+    if target.exists():
+        target.rename(old)
+    try:
+        work.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+
+
+def clear_up(folder: Path, *names: str) -> None:
+    """Put back what a killed process had moved away for a moment, and remove all else that it left.
+
+    Args:
+        folder: in which it wrote.
+        names: of its outputs, as patterns; what stands beside others stays.
+
+    Raises:
+        OSError: the folder cannot be read, or an output not be put back.
+    """
+    beside = [found.groups() for path in folder.iterdir() if (found := _BESIDE.fullmatch(path.name))]
+    for name, mark in sorted(set(beside)):
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in names):
+            continue
+        target = folder / name
+        work, old, lock = _names(target, mark)
+        with suppress(BlockingIOError), held(lock, BlockingIOError(), remove=True) as is_held:
+            if not is_held:
+                continue
+            if old.exists() and not target.exists():
+                old.rename(target)
+            _remove(work)
+            _remove(old)
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[tuple[Path, Path]]:
+    """Give names for what becomes the target and for what it was; whatever has them in the end is removed."""
+    if not target.parent.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+    clear_up(target.parent, glob.escape(target.name))
+    work, old, lock = _names(target, secrets.token_hex(4))
+    with held(lock, remove=True):
+        try:
+            yield work, old
+        finally:
+            _remove(work)
+            _remove(old)
+
+
+def _names(target: Path, mark: str) -> tuple[Path, Path, Path]:
+    partial, old, lock = (
+        target.with_name(f".{target.name}.{kind}-{mark}") for kind in ("partial", "old", "lock")
+    )
+    return partial, old, lock
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
+# --- folders ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def claim_folder(folder: Path, option: str = "--output") -> Iterator[None]:
+    """Make a folder that one process alone writes into, for as long as the context lasts.
+
+    Raises:
+        InputError: it cannot be made, or another process writes into it.
+    """
+    busy = InputError(
+        f"{option} {folder}: another run writes into it; wait for its end, or give another folder",
+        f"{option} {folder}：另一个任务正在写入该目录；请等待其结束，或指定其他目录",
+    )
+    with removing_empty(folder):
+        with writing(f"{option} {folder}", InputError):
+            folder.mkdir(parents=True, exist_ok=True)
+        with held(folder / ".lock", busy, remove=True):
+            yield
+
+
+@contextmanager
+def removing_empty(folder: Path) -> Iterator[None]:
+    """Leave no folder behind that is new and empty: the given one or any of its parents."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    finally:
+        # They are not empty if all went well.
+        with suppress(OSError):
+            for path in new:
+                path.rmdir()
+
+
+# --- apart from inputs -----------------------------------------------------------------------------------
+
+
+def check_file(output: Path, inputs: Iterable[str | Path], option: str = "--output") -> None:
+    """Refuse a file to write whose name is a folder's, or that of an input.
+
+    Raises:
+        InputError: naming both.
+    """
+    if output.is_dir():
+        raise InputError(
+            f"{option} {output}: a folder is there; give the name of a file",
+            f"{option} {output}：该位置是目录；请指定文件名",
+        )
+    for path in inputs:
+        check_apart(output, Path(path), option)
+
+
+def check_apart(output: Path, path: Path, option: str = "--output", other: str | None = None) -> None:
+    """Refuse an output that is, holds or lies inside an input or another output.
+
+    Args:
+        output: where something is to be written.
+        path: the input or the other output.
+        option: by which `output` was given.
+        other: by which `path` was given; None for an input.
+
+    Raises:
+        InputError: naming both.
+    """
+    target, source = output.absolute().resolve(), path.absolute().resolve()
+    if target == source or target in source.parents or source in target.parents:
+        en, zh = ("the input", "输入") if other is None else (other, f" {other}")
+        raise InputError(
+            f"{option} {output}: it is, holds or lies inside {en} {path}; choose another place",
+            f"{option} {output}：与{zh} {path} 相同或互相包含；请选择其他位置",
+        )

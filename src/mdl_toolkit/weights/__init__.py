@@ -1,0 +1,12 @@
+"""Model folders and adapters.
+
+Modules:
+    resolve              a name or path to a model's folder
+    loading              a model with dtype, device and quantization; adapters on their base
+    tokenizer_files      tokenizer, chat template and special tokens of a folder
+    provenance           `mdl-toolkit.json`: where a result comes from
+    safetensors_stream   safetensors read and written tensor by tensor
+    adapter              what an adapter does to each tensor of its base
+    merge                adapter and base to a folder, verified before it is put in place
+    model_card           the README of a result
+"""

@@ -1,0 +1,118 @@
+"""CSVs without recordings, and which row of one belongs to which row of another."""
+
+import pytest
+
+from mdl_toolkit.errors import InputError, RowsError
+from mdl_toolkit.evaluation.csv_table import joined, read_table
+from tests.support.runs import write_csv
+
+
+def table(folder, name, audio=None, count=0):
+    rows = [{"audio": each, "x": "1"} for each in audio] if audio else [{"x": str(n)} for n in range(count)]
+    return read_table(write_csv(folder / name, rows))
+
+
+def test_cells_are_text_and_short_rows_are_filled_up(tmp_path):
+    (tmp_path / "a.csv").write_bytes('\ufeffa,b\r\n0012,"x\ny"\r\n\r\nNA\r\n'.encode())
+    read = read_table(tmp_path / "a.csv", ["b"])
+    assert read.columns == ("a", "b")
+    assert read.cells == (("0012", "x\ny"), ("NA", ""))
+    assert read.lines == (2, 5)
+    assert (len(read), read.column("a")) == (2, ["0012", "NA"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "the file is empty; a CSV starts with a line of column names"),
+        ("prediction\n", "there is no row below the column names; add one"),
+        ("predictions\nx\n", "the column 'prediction' is missing, the columns are 'predictions'; rename"),
+        ("prediction,a,a\nx,1,2\n", "there are 2 columns 'a'; rename or remove one"),
+    ],
+)
+def test_what_cannot_be_used(tmp_path, content, message):
+    (tmp_path / "a.csv").write_text(content)
+    with pytest.raises(InputError) as refused:
+        read_table(tmp_path / "a.csv", ["prediction"])
+    assert message in str(refused.value)
+
+
+def test_all_bad_rows_at_once(tmp_path):
+    (tmp_path / "a.csv").write_text("prediction\nx,y\nfine\na,b,c\n")
+    with pytest.raises(RowsError) as refused:
+        read_table(tmp_path / "a.csv")
+    assert [problem.line for problem in refused.value.problems] == [2, 4]
+
+
+def test_what_a_model_may_write_can_be_read(tmp_path):
+    path = write_csv(tmp_path / "a.csv", [{"prediction": 'b\0\r\n\x07\ufffd, "'}])
+    assert read_table(path).cells == (('b\0\r\n\x07\ufffd, "',),)
+
+
+# --- joining ---------------------------------------------------------------------------------------------
+
+
+def test_by_audio_in_any_order(tmp_path):
+    left, right = table(tmp_path, "l.csv", ["b", "a", "c"]), table(tmp_path, "r.csv", ["a", "b", "c"])
+    found = joined(left, right)
+    assert found.rows == (1, 0, 2)
+    assert found.by.en == "joined by the column audio"
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        (["a.wav", "a.wav"], ["a.wav", "a.wav"]),  # not unique
+        (["x/a.wav", "x/b.wav"], ["/data/a.wav", "C:\\y\\b.wav"]),  # spelled in another way
+        (None, ["a.wav", "b.wav"]),
+        (None, None),
+    ],
+)
+def test_by_number_otherwise(tmp_path, left, right):
+    found = joined(table(tmp_path, "l.csv", left, 2), table(tmp_path, "r.csv", right, 2))
+    assert found.rows == (0, 1)
+    assert found.by.en == "joined by row number"
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "message"),
+    [
+        (
+            ["a", "b", "c", "d", "e"],
+            ["a"],
+            "l.csv: 4 of 5 recordings are not in {}/r.csv ('b' on line 3, 'c' on line 4, 'd' on line 5, ...)",
+        ),
+        (
+            ["a"],
+            ["b", "a"],
+            "r.csv: 1 of 2 recordings are not in {}/l.csv ('b' on line 2); give files with the",
+        ),
+        (
+            ["a", "b", "a"],
+            ["a", "b"],
+            "and they cannot be joined by audio ({}/l.csv has 'a' on lines 2 and 4)",
+        ),
+        (
+            ["a", "b"],
+            None,
+            "l.csv has 2 rows and {0}/r.csv 3, and they cannot be joined by audio ({0}/r.csv has no",
+        ),
+        (
+            ["x/a", "x/b"],
+            ["y/a"],
+            "cannot be joined by audio (none is written alike in both: 'x/a' on line 2, 'y/a' on line 2)",
+        ),
+        (
+            ["x/a", "x/b"],
+            ["y/b", "y/a"],
+            "different recordings in 2 of 2 rows ('x/a' on line 2 is beside 'y/b' on line 2, 'x/b' on",
+        ),
+        (["https://me:secret@host/a", "b"], ["b", "c"], "'https://host/a' on line 2"),
+    ],
+)
+def test_a_mismatch_is_one_clear_sentence(tmp_path, left, right, message):
+    with pytest.raises(InputError) as refused:
+        joined(table(tmp_path, "l.csv", left, 3), table(tmp_path, "r.csv", right, 3))
+    assert message.format(tmp_path) in refused.value.text.en
+    assert len(refused.value.text.en.splitlines()) == len(refused.value.text.zh.splitlines()) == 1
+    assert "secret" not in f"{refused.value.text}"

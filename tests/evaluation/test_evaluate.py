@@ -1,0 +1,384 @@
+"""The command: what is compared with what, what is told, and what is written."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from mdl_toolkit.cli.main import run
+from mdl_toolkit.config.results import EvaluateOptions
+from mdl_toolkit.config.yaml import from_mapping, read_settings
+from mdl_toolkit.errors import InputError
+from mdl_toolkit.evaluation.evaluate import evaluate
+from mdl_toolkit.evaluation.results import aligned, as_text
+from mdl_toolkit.utils.console import width_of
+from tests.support.runs import files_below, write_csv
+
+TEXTS = [
+    ("a.wav", "The cat sat on the mat.", "the cat sat on a mat", "en", "1"),
+    ("b.wav", "Good morning, everyone!", "good morning everyone", "en", "2"),
+    ("c.wav", "What a day", "what day", "us", "1"),
+    ("d.wav", "nothing at all to say here", "", "us", "2"),
+]
+
+
+@pytest.fixture
+def place(tmp_path):
+    """Predictions and references of four texts, in different orders."""
+    write_csv(tmp_path / "p.csv", [{"audio": a, "prediction": p, "speaker": s} for a, _, p, _, s in TEXTS])
+    write_csv(
+        tmp_path / "r.csv", [{"audio": a, "prediction": r, "language": x} for a, r, _, x, _ in TEXTS[::-1]]
+    )
+    return tmp_path
+
+
+def options(place, **more):
+    return EvaluateOptions(
+        **{"input": str(place / "p.csv"), "reference": str(place / "r.csv"), "bootstrap": 50, **more}
+    )
+
+
+def labels(folder, answers, name="p.csv", references=None, **columns):
+    references = references or ["yes", "no"] * (len(answers) // 2)
+    rows = [
+        {"reference": reference, "prediction": answer, **{key: cells[row] for key, cells in columns.items()}}
+        for row, (reference, answer) in enumerate(zip(references, answers, strict=True))
+    ]
+    return str(write_csv(folder / name, rows))
+
+
+# --- what is compared ------------------------------------------------------------------------------------
+
+
+def test_answers_of_inference_against_the_csv_they_were_asked_from(place, capsys):
+    found = evaluate(options(place))
+    assert found.value("wer") == (1 + 0 + 1 + 6) / (6 + 3 + 3 + 6)
+    first = found.rows[0]
+    assert (first.line, first.reference, first.prediction) == (2, TEXTS[0][1], TEXTS[0][2])
+    assert (first.errors, first.length, first.is_right) == (1, 6, False)
+    assert first.cells == {"audio": "a.wav", "prediction": TEXTS[0][2], "speaker": "1", "language": "en"}
+    assert [row.is_right for row in found.rows] == [False, True, False, False]
+    assert [row.errors for row in found.rows] == [1, 0, 1, 6]
+    said = capsys.readouterr().err
+    assert "r.csv, joined by the column audio" in said
+    assert "metrics chosen from the data: wer, cer; --metric chooses others" in said
+    assert "empty predictions: 1" in said
+    assert "compared after NFKC, case folding" in said
+
+
+def test_a_column_of_the_same_file(tmp_path):
+    path = labels(tmp_path, ["yes", "no", "no", "no"])
+    found = evaluate(EvaluateOptions(input=path))
+    assert [figure.metric for figure in found.figures] == ["accuracy", "macro-f1"]
+    assert found.value("accuracy") == 0.75
+    assert found.confusion.labels == ("no", "yes")
+    assert found.confusion.counts == ((2, 0, 0), (1, 1, 0))
+    assert found.settings["right_by"] == "accuracy"
+
+
+def test_the_reference_column_by_name(place):
+    rows = [
+        {"prediction": "a", "gold": "a", "reference": "b"},
+        {"prediction": "b", "gold": "b", "reference": "c"},
+    ]
+    path = str(write_csv(place / "both.csv", rows))
+    asked = {"input": path, "reference": None, "metric": ("accuracy",)}
+    assert evaluate(options(place, **asked)).value("accuracy") == 0
+    assert evaluate(options(place, **asked, reference_column="gold")).value("accuracy") == 1
+    other = {**asked, "input": str(write_csv(place / "q.csv", [{"prediction": "b"}, {"prediction": "c"}]))}
+    assert evaluate(options(place, **{**other, "reference": path})).value("accuracy") == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            {"reference": None},
+            "there is no column 'reference' with references; name it with --reference-column",
+        ),
+        ({"reference": None, "reference_column": "prediction"}, "would be compared with itself"),
+        ({"reference": "p.csv"}, "would be compared with itself"),
+        ({"reference_column": "gold"}, "the column 'gold' is missing"),
+        ({"compare": "none.csv"}, "none.csv: there is no such file"),
+        ({"group_by": ("dialect",)}, "there is no such column; there are 'audio', 'prediction', 'language'"),
+        ({"score_column": "confidence"}, "the column 'confidence' is missing"),
+        ({"output": ("p.csv",)}, "inside the input"),
+        ({"output": ("folder.csv",)}, "a folder is there"),
+        ({"output": ("r.csv/x/y.json",)}, "inside the input"),
+        ({"report": "r.csv"}, "--report r.csv: it is, holds or lies inside the input "),
+        ({"output": ("x.csv",), "report": "x.csv"}, "it is, holds or lies inside --output x.csv;"),
+    ],
+)
+def test_what_cannot_be_done(place, monkeypatch, capsys, more, message):
+    (place / "folder.csv").mkdir()
+    monkeypatch.chdir(place)
+    with pytest.raises(InputError) as refused:
+        evaluate(options(place, **more))
+    assert message in str(refused.value)
+
+
+def test_exit_statuses(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    assert run(["evaluate", "p.csv", "--reference", "r.csv"]) == 0
+    assert run(["evaluate", "p.csv"]) == 1
+    assert run(["evaluate", "p.csv", "--reference", "r.csv", "--metric", "map"]) == 2
+    assert run(["evaluate", "p.csv", "--output", "x.txt"]) == 2
+    assert run(["evaluate"]) == 2
+    assert files_below(place) == {"p.csv", "r.csv"}
+
+
+def test_the_table_is_for_standard_output_and_all_else_is_not(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    run(["evaluate", "p.csv", "--reference", "r.csv", "--group-by", "speaker"])
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].split() == ["4", "rows", "value", "95", "%", "interval"]
+    assert out[1].split()[:2] == ["WER", "44.44%"]
+    assert out[4].split()[:3] == ["speaker", "rows", "WER"]
+
+
+def test_nothing_heavy_is_imported(place):
+    code = (
+        "import sys; from mdl_toolkit.cli.main import run; "
+        f"assert run(['evaluate', {str(place / 'p.csv')!r}, '--reference', {str(place / 'r.csv')!r}]) == 0; "
+        "assert not {'torch', 'transformers', 'sklearn', 'sacrebleu'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, capture_output=True)
+
+
+# --- metrics, normalisation, failures --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("references", "expected"),
+    [
+        (["yes", "no", "yes", "no"], ("accuracy", "macro-f1")),
+        (["one text", "another one", "and a third"], ("wer", "cer")),
+        (["今天天气很好", "明天见", "打开空调"], ("cer",)),
+        ([f"label {n}" for n in range(51)] * 2, ("wer", "cer")),
+    ],
+)
+def test_metrics_follow_from_the_data(tmp_path, references, expected):
+    path = labels(tmp_path, references, references=references)
+    found = evaluate(EvaluateOptions(input=path, bootstrap=0))
+    assert tuple(figure.metric for figure in found.figures) == expected
+    assert (found.confusion is not None) == (expected[0] == "accuracy")
+    assert all(figure.low is None for figure in found.figures)
+
+
+def test_normalisation_can_be_switched_off(place, capsys):
+    raw = evaluate(options(place, normalize=False, metric=("wer", "exact-match")))
+    assert raw.value("wer") == (3 + 3 + 2 + 6) / 18
+    assert raw.value("exact-match") == 0
+    assert raw.settings["normalize"] is False
+    assert "compared as they are" in capsys.readouterr().err
+    assert evaluate(options(place, metric=("exact-match",))).value("exact-match") == 0.25
+
+
+def test_rows_with_an_error_are_wrong_and_counted(tmp_path, capsys):
+    path = labels(
+        tmp_path, ["yes", "no", "yes", ""], references=["yes", "no", "yes", ""], error=["", " ", "lost", "x"]
+    )
+    found = evaluate(EvaluateOptions(input=path, metric=("accuracy", "exact-match", "wer")))
+    assert found.value("accuracy") == found.value("exact-match") == 0.5
+    assert found.value("wer") == 1 / 3
+    assert [(row.failed, row.is_right) for row in found.rows] == [(False, True)] * 2 + [(True, False)] * 2
+    said = capsys.readouterr().err
+    assert "rows with an error instead of an answer, counted as wrong: 2" in said
+    assert "empty references, where every predicted word is an error: 1" in said
+    assert "empty predictions" not in said
+    assert as_text(found).split("\n\n")[1].splitlines()[1].split() == ["(empty)", "no", "yes", "(other)"]
+
+
+def test_undefined_is_neither_zero_nor_an_error(tmp_path, capsys):
+    path = labels(tmp_path, ["a", ""], references=["", "。"])
+    found = evaluate(EvaluateOptions(input=path, metric=("wer",), output=(str(tmp_path / "o.json"),)))
+    assert found.figures[0] == found.figures[0].__class__("wer", None, None, None)
+    assert as_text(found).splitlines()[1].split() == ["WER", "–", "–"]
+    assert json.loads((tmp_path / "o.json").read_text())["metrics"]["wer"]["value"] is None
+
+
+def test_several_labels(tmp_path, capsys):
+    rows = [
+        {"prediction": "dog;rain", "reference": "rain; dog", "confidence": "0.9;0.2"},
+        {"prediction": "rain", "reference": "dog", "confidence": "0.8"},
+    ]
+    path = str(write_csv(tmp_path / "p.csv", rows))
+    asked = EvaluateOptions(input=path, label_separator=";", score_column="confidence", group_by=("length",))
+    found = evaluate(asked)
+    assert found.value("map") == pytest.approx(((1 / 2 + 1 / 2) + 1 / 2) / 2)
+    assert [row.is_right for row in found.rows] == [True, False]
+    rows[1]["confidence"] = "high"
+    rows[0]["confidence"] = "0.9"
+    write_csv(tmp_path / "p.csv", rows)
+    assert run(["evaluate", path, "--label-separator", ";", "--score-column", "confidence"]) == 1
+    said = capsys.readouterr().err
+    assert "2 bad row(s)" in said
+    assert "line 3, column confidence 'high': expected a number for each label, separated by ';'" in said
+
+
+def test_a_macro_f1_of_five_thousand_labels_still_works(tmp_path):
+    texts = [f"text {n}" for n in range(5000)]
+    path = labels(tmp_path, texts[::-1], references=texts)
+    found = evaluate(EvaluateOptions(input=path, metric=("macro-f1",), bootstrap=20))
+    assert found.value("macro-f1") == 0
+    assert found.confusion is None
+
+
+# --- groups ----------------------------------------------------------------------------------------------
+
+
+def test_groups_by_columns_of_both_files(place):
+    found = evaluate(options(place, group_by=("speaker", "language"), metric=("wer",)))
+    assert [(group.column, group.name, group.rows, group.figures[0].value) for group in found.groups] == [
+        ("speaker", "1", 2, (1 + 1) / (6 + 3)),
+        ("speaker", "2", 2, (0 + 6) / (3 + 6)),
+        ("language", "en", 2, 1 / 9),
+        ("language", "us", 2, 7 / 9),
+    ]
+    assert found.rows[2].groups == {"speaker": "1", "language": "us"}
+
+
+def test_a_group_has_the_interval_of_its_rows_alone(place, tmp_path):
+    (tmp_path / "alone").mkdir()
+    answers, group = ["yes", "no"] * 10 + ["yes"] * 20, ["a"] * 20 + ["b"] * 20
+    path = labels(tmp_path, answers, group=group)
+    found = evaluate(EvaluateOptions(input=path, group_by=("group",), bootstrap=200))
+    alone = labels(tmp_path / "alone", answers[20:], references=["yes", "no"] * 10)
+    assert found.groups[1].figures == evaluate(EvaluateOptions(input=alone, bootstrap=200)).figures
+
+
+def test_length_in_quarters_of_characters(tmp_path):
+    texts = ["a" * n for n in range(1, 101)]
+    path = labels(tmp_path, texts, references=texts)
+    groups = evaluate(EvaluateOptions(input=path, group_by=("length",), bootstrap=0)).groups
+    assert [(group.column, group.name, group.rows) for group in groups] == [
+        ("length (characters)", "1-25", 25),
+        ("length (characters)", "26-50", 25),
+        ("length (characters)", "51-75", 25),
+        ("length (characters)", "76-100", 25),
+    ]
+
+
+def test_length_in_seconds_where_they_are_known_and_as_it_is_where_it_is_a_column(tmp_path):
+    texts, seconds = ["a b", "c", "d e", "f"], ["0.5", "2.25", "0.5", "1e1"]
+    path = labels(tmp_path, texts, references=texts, seconds=seconds)
+    groups = evaluate(EvaluateOptions(input=path, group_by=("length",), bootstrap=0)).groups
+    assert [(group.column, group.name, group.rows) for group in groups] == [
+        ("length (seconds)", "0.5-0.5", 2),
+        ("length (seconds)", "2.25-2.25", 1),
+        ("length (seconds)", "10-10", 1),
+    ]
+    path = labels(tmp_path, texts, references=texts, seconds=seconds, length=["short", "", "short", "long"])
+    groups = evaluate(EvaluateOptions(input=path, group_by=("length",), bootstrap=0)).groups
+    assert [(group.name, group.rows) for group in groups] == [("", 1), ("long", 1), ("short", 2)]
+
+
+# --- two systems -----------------------------------------------------------------------------------------
+
+
+def test_a_comparison_of_the_same_rows(tmp_path, capsys):
+    """Of 40 rows, A alone has 8 right and B alone 2: McNemar's p is 2 * (1 + 10 + 45) / 1024."""
+    right = ["yes", "no"] * 20
+    wrong = ["no", "yes"] * 20
+    ours = [*right[:38], *wrong[38:]]
+    others = [*wrong[:8], *right[8:]]
+    found = evaluate(
+        EvaluateOptions(
+            input=labels(tmp_path, ours), compare=labels(tmp_path, others, "other.csv"),
+            metric=("accuracy", "macro-f1"), bootstrap=4000,
+        )
+    )  # fmt: skip
+    accuracy, macro = found.comparisons
+    assert accuracy.other.value == 0.8
+    assert accuracy.difference.value == pytest.approx(38 / 40 - 32 / 40)
+    assert accuracy.mcnemar == pytest.approx(2 * (1 + 10 + 45) / 1024)
+    assert macro.mcnemar is None
+    # The sum of 40 differences of 1 (8 of them) and -1 (2), drawn again, by a plain loop.
+    generator = np.random.default_rng(0)
+    plain = generator.choice([1] * 8 + [-1] * 2 + [0] * 30, size=(20_000, 40)).mean(axis=1)
+    low, high = np.percentile(plain, [2.5, 97.5])
+    assert (accuracy.difference.low, accuracy.difference.high) == pytest.approx((low, high), abs=0.026)
+    # Swapping rows at random gives each of the 10 that differ a sign: McNemar's test again.
+    assert accuracy.p_value == pytest.approx(accuracy.mcnemar, abs=0.025)
+    assert as_text(found).splitlines()[0].split()[-2:] == ["McNemar", "p"]
+
+
+def test_a_comparison_joins_by_audio_too(place, capsys):
+    rows = [{"audio": audio, "prediction": reference} for audio, reference, *_ in TEXTS[::-1]]
+    write_csv(place / "perfect.csv", rows)
+    found = evaluate(options(place, compare=str(place / "perfect.csv"), metric=("wer",)))
+    assert found.comparisons[0].other.value == 0
+    said = capsys.readouterr().err
+    assert "perfect.csv, joined by the column audio" in said
+    assert said.count("empty") == 1
+
+
+# --- what is shown and written ---------------------------------------------------------------------------
+
+
+def test_files(place, capsys):
+    paths = (str(place / "new/o.json"), str(place / "o.csv"))
+    (place / "o.csv").write_text("old")
+    found = evaluate(
+        options(place, output=paths, group_by=("language",), compare=str(place / "p.csv"), seed=7)
+    )
+    assert files_below(place) == {
+        "p.csv", "r.csv", "new/o.json", "new/o.json.mdl-toolkit.yaml", "o.csv", "o.csv.mdl-toolkit.yaml"
+    }  # fmt: skip
+    written = json.loads((place / "new/o.json").read_text(encoding="utf-8"))
+    assert written["metrics"]["wer"] == {
+        "value": found.value("wer"),
+        "low": found.figures[0].low,
+        "high": found.figures[0].high,
+    }
+    assert written["settings"]["normalize"] is True
+    assert written["settings"]["seed"] == 7
+    assert set(written["settings"]["versions"]) >= {"jiwer", "sacrebleu", "scikit-learn"}
+    assert written["comparison"]["wer"]["difference"]["value"] == 0
+    assert written["comparison"]["wer"]["p_value"] == 1
+    assert [group["group"] for group in written["groups"]] == ["en", "us"]
+    assert [(row["line"], row["errors"]) for row in written["rows"]] == [(2, 1), (3, 0), (4, 1), (5, 6)]
+    with (place / "o.csv").open(newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["column"], line["group"], line["metric"], line["rows"]) for line in lines] == [
+        ("", "", "wer", "4"), ("", "", "cer", "4"),
+        ("language", "en", "wer", "2"), ("language", "en", "cer", "2"),
+        ("language", "us", "wer", "2"), ("language", "us", "cer", "2"),
+    ]  # fmt: skip
+    assert float(lines[0]["value"]) == found.value("wer")
+    assert {(line["normalize"], line["seed"]) for line in lines} == {("true", "7")}
+    assert "jiwer=" in lines[0]["versions"]
+    again = from_mapping(EvaluateOptions, read_settings(place / "o.csv.mdl-toolkit.yaml", EvaluateOptions))
+    assert evaluate(again).figures == found.figures
+
+
+def test_a_file_that_cannot_be_written_leaves_what_was_there(place, monkeypatch, capsys):
+    (place / "o.json").write_text("old")
+    monkeypatch.setattr("mdl_toolkit.evaluation.evaluate.as_json", lambda _: "\ud800")
+    with pytest.raises(UnicodeEncodeError):
+        evaluate(options(place, output=(str(place / "o.json"),)))
+    assert (place / "o.json").read_text() == "old"
+    assert files_below(place) == {"p.csv", "r.csv", "o.json"}
+
+
+def test_columns_stand_below_each_other_in_chinese_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("LANGUAGE", "zh_CN")
+    path = labels(
+        tmp_path, ["狗在叫", "rain", "\x1b[31m红", "rain"], references=["狗在叫", "rain", "狗在叫", "rain"]
+    )
+    shown = as_text(evaluate(EvaluateOptions(input=path, bootstrap=20))).split("\n\n")
+    assert shown[0].startswith("4 行")
+    table = shown[1].splitlines()
+    assert table[0] == "各参考（行）的回答（列）"
+    assert table[1].split() == ["rain", "狗在叫", "(其他)"]
+    assert len({width_of(line) for line in table[1:]}) == 1
+
+
+def test_what_would_disturb_a_terminal_is_a_dot():
+    shown = aligned([["a\n\x1b[2J", "x" * 60], ["狗", "1"]])
+    assert "\x1b" not in shown
+    assert [width_of(line) for line in shown.splitlines()] == [6 + 2 + 40] * 2
+    assert shown.splitlines()[0].endswith("x…")

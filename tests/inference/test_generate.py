@@ -1,0 +1,290 @@
+"""Answers from the store of rows against transformers' own `generate`, one row at a time."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+from transformers import GenerationConfig
+
+from mdl_toolkit.data.collate import prompts_of
+from mdl_toolkit.data.dataset import Sample
+from mdl_toolkit.data.tokenization import Encoder
+from mdl_toolkit.inference.generate import Answerer, Question, SamplingParams, admit, embedded
+from mdl_toolkit.model.decoding_batch import GROWTH, DecodingBatch
+from mdl_toolkit.model.kernels import matmul
+from mdl_toolkit.model.kernels.matmul import PrepackedLinear, prepack
+from mdl_toolkit.model.lengths import audio_token_count
+from mdl_toolkit.weights.loading import load_model
+from mdl_toolkit.weights.resolve import find_model
+from mdl_toolkit.weights.tokenizer_files import read_text_files
+from tests.support.waves import wave
+
+GREEDY = SamplingParams()
+CHECKPOINTS = ["A-small", "B-small", "B-small-tied"]
+
+
+def load(golden, name, window=None, **changes):
+    folder = find_model(str(golden / "checkpoints" / name), from_modelscope=False, weights=True)
+    model = load_model(folder, dtype=torch.float32, device=torch.device("cpu")).eval()
+    for layer in model.decoder.model.layers[: None if window else 0 : 2]:
+        layer.self_attn.sliding_window = window
+    model.generation_config.eos_token_id = None  # every row is answered to its budget
+    return model, Encoder(read_text_files(folder))
+
+
+def questions(model, count, seed=0, longest=40):
+    """Prompts of noise: some text, a clip, some text; budgets from 1 on."""
+    rng = np.random.default_rng(seed)
+    for key in range(count):
+        clip = wave(int(rng.integers(3_200, 48_000)), seed=key)
+        before, after = (rng.integers(0, 400, rng.integers(1, longest)) for _ in range(2))
+        audio = np.full(audio_token_count(len(clip)), model.config.audio_token_id)
+        ids = np.concatenate([before, audio, after]).astype(np.int32)
+        yield Question(key, Sample(ids, np.full_like(ids, -100), clip), int(rng.integers(1, 30)))
+
+
+def generated(model, question, **settings):
+    """What transformers answers to the row alone, an end token included."""
+    prompts = prompts_of([question.sample], 0)
+    ids = model.generate(
+        inputs_embeds=embedded(model, prompts), attention_mask=torch.ones(1, prompts.lengths[0]),
+        generation_config=GenerationConfig(max_new_tokens=question.budget, **settings),
+    )  # fmt: skip
+    return ids[0].tolist()
+
+
+def ids_of(model, encoder, asked, batch_size, sampling=GREEDY, ends=()):
+    """The ids that an answerer comes to, by key."""
+    echo = SimpleNamespace(
+        decode=lambda ids: tuple(ids), end_id=-1, pad_id=encoder.pad_id
+    )  # text would hide differences
+    answerer = Answerer(model, echo, batch_size, sampling)
+    answerer.ends = {*ends}
+    return {key: list(ids) for key, ids in answerer.answers(asked)}
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_every_row_is_answered_as_if_alone(golden, name, batch_size):
+    model, encoder = load(golden, name)
+    asked = [*questions(model, 11)]
+    expected = {q.key: generated(model, q, do_sample=False) for q in asked}
+    assert ids_of(model, encoder, asked, batch_size) == expected
+    assert ids_of(model, encoder, asked[::-1], batch_size) == expected
+
+
+def test_attention_may_lay_its_output_out_as_on_a_gpu(golden, monkeypatch):
+    model, encoder = load(golden, "A-small")
+    asked = [*questions(model, 5)]
+    expected = ids_of(model, encoder, asked, 3)
+    attend = functional.scaled_dot_product_attention
+
+    def as_on_a_gpu(*tensors, **settings):
+        """Positions before heads in memory, as the memory-efficient kernel leaves them."""
+        return attend(*tensors, **settings).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", as_on_a_gpu)
+    assert ids_of(model, encoder, asked, 3) == expected
+
+
+@pytest.mark.parametrize("window", [None, 12])
+@pytest.mark.parametrize("full", [(), ("embed_tokens",), ("k_proj", "norm")], ids=str)
+def test_rows_join_one_another_under_autocast(golden, full, window):
+    model, encoder = load(golden, "A-small", window)
+    model.to(torch.bfloat16)
+    for name, parameter in model.named_parameters():  # what is trained stays in float32
+        if any(part in name for part in full):
+            parameter.data = parameter.data.float()
+    asked = [*questions(model, 9)]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ids_of(model, encoder, asked, 4)
+    assert {key: len(ids) for key, ids in found.items()} == {q.key: q.budget for q in asked}
+
+
+def test_rows_end_at_an_end_token(golden):
+    model, encoder = load(golden, "A-small")
+    asked = [*questions(model, 9)]
+    free = {q.key: generated(model, q, do_sample=False) for q in asked}
+    ends = {free[key][len(free[key]) // 2] for key in (0, 3, 6)}
+    cut = {
+        key: ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]
+        for key, ids in free.items()
+    }
+    assert ids_of(model, encoder, asked, 4, ends=ends) == cut
+    assert len({len(ids) for ids in cut.values()}) > 3
+
+
+def test_the_store_grows_and_stays_no_larger_than_needed(golden):
+    model, encoder = load(golden, "B-small")
+    long = [*questions(model, 5, longest=20)]
+    asked = [Question(q.key, q.sample, 2 * GROWTH + 9 * q.key) for q in long]
+    answerer = Answerer(model, encoder, 3)
+    answerer.ends = set()
+    rows, most = answerer._rows, 0
+    for _ in answerer.answers(asked):
+        most = max(most, rows._stores[0][0].shape[2])
+    longest = max(len(q.sample.input_ids) + q.budget for q in asked)
+    assert longest <= most + 1 <= longest + GROWTH + longest // 2
+    expected = {q.key: generated(model, q, do_sample=False) for q in asked}
+    assert ids_of(model, encoder, asked, 3) == expected
+
+
+@pytest.mark.parametrize(("name", "window"), [("A-small", None), ("B-small-tied", None), ("B-small", 9)])
+def test_what_prompts_begin_with_is_computed_once(golden, name, window):
+    model, encoder = load(golden, name, window)
+    system, other, counts = np.arange(10, 40), np.arange(10, 22), []
+    asked = [
+        Question(q.key, replace(q.sample, input_ids=np.concatenate([start, [41], q.sample.input_ids])), 12)
+        for q, start in zip(questions(model, 6), (system, system, other, system, other, other), strict=True)
+    ]
+    positions = [len(q.sample.input_ids) for q in asked]
+    apart = {}
+    for q in asked:
+        apart |= ids_of(model, encoder, [q], 1)
+    layer = model.decoder.model.layers[0]
+    layer.register_forward_pre_hook(lambda *_: pytest.fail("layers are called part by part"))
+    layer.self_attn.q_proj.register_forward_pre_hook(lambda _, given: counts.append(given[0].shape[1]))
+    assert ids_of(model, encoder, asked, 6) == apart
+    # 30 words of the system prompts once, 12 of them also for the others; 41 follows each of both
+    assert counts[0] == sum(positions) - 2 * 31 - 13 - 13 - 12
+    prompts, rows = prompts_of([q.sample for q in asked], 0), DecodingBatch(model.decoder)
+    logits = rows.admit(embedded(model, prompts), prompts.lengths, 6, 50)
+    assert counts[-1] == sum(positions)
+    shared = admit(DecodingBatch(model.decoder), model, prompts, 6, 50)
+    assert (logits - shared).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("window", [5, 24, 500])
+def test_layers_that_see_only_a_window(golden, window):
+    """Against one forward pass over the whole, with a mask made in plain loops."""
+    model, encoder = load(golden, "B-small", window)
+    asked = [*questions(model, 4)]
+    found = ids_of(model, encoder, asked, 3)
+    for q in asked:
+        ids = generated_slowly(model, q, window)
+        assert found[q.key] == ids
+
+
+def generated_slowly(model, question, window):
+    base = embedded(model, prompts_of([question.sample], 0))
+    ids = []
+    for _ in range(question.budget):
+        new = torch.tensor([ids], dtype=torch.long)
+        x = torch.cat([base, model.decoder.model.embed_tokens(new)], 1) if ids else base
+        n = x.shape[1]
+        full = torch.full((1, 1, n, n), float("-inf"))
+        near = full.clone()
+        for i in range(n):
+            for j in range(i + 1):
+                full[0, 0, i, j] = 0
+                if i - j < window:
+                    near[0, 0, i, j] = 0
+        rotary = model.decoder.model.rotary_emb(x, torch.arange(n).unsqueeze(0))
+        for layer in model.decoder.model.layers:
+            mask = full if layer.self_attn.sliding_window is None else near
+            x = layer(x, attention_mask=mask, position_embeddings=rotary)
+        logits = model.decoder.lm_head(model.decoder.model.norm(x[:, -1]))
+        ids.append(int(logits.argmax()))
+    return ids
+
+
+# --- drawing -------------------------------------------------------------------------------------------
+
+
+def test_draws_do_not_depend_on_the_batch(golden):
+    model, encoder = load(golden, "A-small")
+    asked, sampling = [*questions(model, 8)], SamplingParams(temperature=1.3, top_p=0.9, seed=5)
+    alone = ids_of(model, encoder, asked, 1, sampling)
+    assert ids_of(model, encoder, asked[::-1], 5, sampling) == alone
+    assert ids_of(model, encoder, asked, 5, SamplingParams(1.3, 0.9, 6)) != alone
+    assert ids_of(model, encoder, asked, 5) != alone
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.7, 1e-9])
+def test_draws_follow_the_probabilities(top_p):
+    """Frequencies of 20,000 draws against probabilities worked out by a plain loop."""
+    logits = torch.tensor([2.0, 0.5, 1.5, -1.0, 0.0])
+    chances = (logits / 0.8).softmax(-1).tolist()
+    kept, mass = {}, 0.0
+    for token in sorted(range(5), key=lambda i: -chances[i]):
+        if mass < top_p:
+            kept[token] = chances[token]
+        mass += chances[token]
+    sampling = SamplingParams(0.8, top_p, 3)
+    sources = [sampling.source(key) for key in range(20_000)]
+    drawn = sampling.pick(logits.expand(20_000, -1), sources)
+    for token in range(5):
+        share = kept.get(token, 0.0) / sum(kept.values())
+        assert drawn.count(token) / 20_000 == pytest.approx(share, abs=0.015)
+        assert bool(drawn.count(token)) == bool(share)
+
+
+# --- choices -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "window"), [("A-small", None), ("B-small-tied", None), ("B-small", 7)])
+def test_choices_are_scored_as_by_a_pass_over_each(golden, name, window):
+    model, _ = load(golden, name, window)
+    asked = [*questions(model, 3)]
+    choices = [[5], [5, 6], [5, 6, 7, 8], [9, 9, 9], [400, 3]]
+    prompts = prompts_of([q.sample for q in asked], 0)
+    rows = DecodingBatch(model.decoder)
+    with torch.inference_mode():
+        logits = rows.admit(embedded(model, prompts), prompts.lengths, 3, 0)
+        scores = rows.score(logits, choices)
+        again = rows.score(logits, choices)
+    assert torch.equal(scores, again)
+    for number, question in enumerate(asked):
+        for place, choice in enumerate(choices):
+            assert scores[number, place].item() == pytest.approx(
+                scored_slowly(model, question, choice), abs=2e-4
+            )
+
+
+def scored_slowly(model, question, choice):
+    total, ids = 0.0, []
+    for token in choice:
+        single = DecodingBatch(model.decoder)
+        with torch.inference_mode():
+            x = embedded(model, prompts_of([question.sample], 0))
+            if ids:
+                x = torch.cat([x, model.decoder.model.embed_tokens(torch.tensor([ids]))], 1)
+            logits = single.admit(x, [x.shape[1]], 1, 0)
+        total += logits[0].log_softmax(-1)[token].item()
+        ids.append(token)
+    return total
+
+
+# --- weights laid out once ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_weights_laid_out_once_give_the_same_answers(golden, name):
+    model, encoder = load(golden, name)
+    asked = [*questions(model, 7)]
+    prompts = prompts_of([q.sample for q in asked], 0)
+    plain = DecodingBatch(model.decoder).admit(embedded(model, prompts), prompts.lengths, 7, 0)
+    expected = ids_of(model, encoder, asked, 3)
+    prepack(model)
+    assert any(isinstance(module, PrepackedLinear) for module in model.modules())
+    fast = DecodingBatch(model.decoder).admit(embedded(model, prompts), prompts.lengths, 7, 0)
+    assert (fast - plain).abs().max() < 1e-4
+    assert ids_of(model, encoder, asked, 3) == expected
+
+
+def test_where_the_operations_are_not_there_layers_stay_as_they_are(golden, monkeypatch):
+    model, _ = load(golden, "A-small")
+    monkeypatch.setattr(matmul, "PrepackedLinear", lambda _: torch.ops.mkldnn.no_such_operation)
+    prepack(model)
+    assert not any(isinstance(module, PrepackedLinear) for module in model.modules())
+
+
+def test_the_shared_matrix_of_tied_embeddings_still_looks_words_up(golden):
+    model, _ = load(golden, "B-small-tied")
+    before = model.get_input_embeddings().weight.clone()
+    prepack(model)
+    assert torch.equal(model.get_input_embeddings().weight, before)
+    assert isinstance(model.get_output_embeddings(), PrepackedLinear)

@@ -1,0 +1,161 @@
+"""Proven before it says done: what differs by rounding alone passes, whatever else is refused."""
+
+import gc
+import re
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from mdl_toolkit.data.tokenization import Encoder
+from mdl_toolkit.errors import ModelError
+from mdl_toolkit.inference import verify as proof
+from mdl_toolkit.inference.verify import invented_rows, prove
+from mdl_toolkit.model import MiDashengLMModel
+from mdl_toolkit.training.run import train
+from mdl_toolkit.weights import merge as export
+from mdl_toolkit.weights.merge import merge
+from mdl_toolkit.weights.provenance import Prompts
+from mdl_toolkit.weights.tokenizer_files import read_text_files
+from tests.support.runs import copy_checkpoint, files_below, make_csv, train_options
+from tests.support.shards_of import tensors_of
+from tests.weights.test_merge import make_adapter
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LINE = re.compile(r"largest logit difference (\S+) \(allowed (\S+), largest logit (\S+)\), (\d) of 3 greedy")
+
+
+def living(kind):
+    gc.collect()
+    return [each for each in gc.get_objects() if issubclass(type(each), kind)]
+
+
+@pytest.fixture
+def one_at_a_time(monkeypatch):
+    """A model is loaded only when no other one is there, those aside that other tests have left."""
+    load, before = proof.load_model, {*map(id, living(MiDashengLMModel))}
+
+    def check(*words, **more):
+        assert {*map(id, living(MiDashengLMModel))} <= before
+        return load(*words, **more)
+
+    monkeypatch.setattr(proof, "load_model", check)
+
+
+@pytest.fixture(params=DTYPES)
+def parts(request, golden, tmp_path):
+    """Base in a dtype, adapter of all kinds of targets, and their merged folder."""
+    base = copy_checkpoint(golden, "A-small", tmp_path)
+    adapter = make_adapter(base, tmp_path / "adapter")
+    dtype = DTYPES[request.param]
+    tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors_of(base).items()}
+    save_file(tensors, base / "model.safetensors")
+    (merged := tmp_path / "merged").mkdir()
+    merge(base, adapter, merged)
+    gc.collect()
+    return base, adapter, merged
+
+
+def rows(base):
+    return invented_rows(Encoder(read_text_files(base)), Prompts("Be brief.", "What is it?"))
+
+
+@pytest.mark.usefixtures("one_at_a_time")
+def test_the_right_weights_pass(parts, capsys):
+    base, adapter, merged = parts
+    prove(base, adapter, merged, rows(base))
+    found, allowed, largest, same = map(float, LINE.search(capsys.readouterr().err).groups())
+    assert found <= allowed / 1.5
+    assert allowed <= 0.2 * largest
+    assert same >= 2
+
+
+# What could go wrong, the smallest last: one layer of 28 that was left as it was.
+MISTAKES = ("base", "scale", "one layer")
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_wrong_weights_are_refused(parts, mistake):
+    base, adapter, merged = parts
+    before, after = load_file(base / "model.safetensors"), load_file(merged / "model.safetensors")
+    if mistake == "base":
+        wrong = before
+    elif mistake == "scale":
+        wrong = {
+            name: tensor + (tensor - before[name]) if tensor.is_floating_point() else tensor
+            for name, tensor in after.items()
+        }
+    else:
+        name = "decoder.model.layers.1.mlp.down_proj.weight"
+        wrong = {**after, name: before[name]}
+    save_file(wrong, merged / "model.safetensors")
+    said = (
+        r"does not answer as base and adapter do: largest logit difference .* the adapter stays in .*adapter"
+    )
+    with pytest.raises(ModelError, match=said):
+        prove(base, adapter, merged, rows(base))
+
+
+def test_what_is_not_a_number_is_refused(golden, tmp_path):
+    base = copy_checkpoint(golden, "A-small", tmp_path)
+    adapter = make_adapter(base, tmp_path / "adapter")
+    (merged := tmp_path / "merged").mkdir()
+    merge(base, adapter, merged)
+    tensors = load_file(merged / "model.safetensors")
+    tensors["decoder.lm_head.weight"][5] = torch.nan
+    save_file(tensors, merged / "model.safetensors")
+    with pytest.raises(ModelError, match="largest logit difference inf"):
+        prove(base, adapter, merged, rows(base))
+
+
+# --- in a training ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quantization", [None, "4bit"])
+@pytest.mark.parametrize("name", ["A-small", "B-small-tied"])
+def test_a_training_is_proven_without_the_model_it_trained(
+    golden, tmp_path, monkeypatch, capsys, name, quantization
+):
+    model = copy_checkpoint(golden, name, tmp_path)
+    seen, before = [], {*map(id, living(PeftModel))}
+
+    def look(*words):
+        seen.extend(each for each in living(PeftModel) if id(each) not in before)
+        prove(*words)
+
+    monkeypatch.setattr(export, "prove", look)
+    options = train_options(
+        make_csv(tmp_path, 8), model, tmp_path / "run", quantization=quantization,
+        train_target=("decoder", "embed_tokens"),
+    )  # fmt: skip
+    train(options)
+    assert not seen
+    found, allowed, *_, same = map(float, LINE.search(capsys.readouterr().err).groups())
+    assert found < allowed / 10
+    assert same == 3
+
+
+def test_a_training_whose_merging_went_wrong_keeps_what_another_attempt_needs(golden, tmp_path, monkeypatch):
+    model = copy_checkpoint(golden, "A-small", tmp_path)
+    files = export.weight_files
+
+    def wrong(base, adapter, output, dtype=None):
+        merge(base, adapter, output, dtype)
+        for file in files(base):
+            (output / file.path.name).write_bytes(file.path.read_bytes())
+
+    monkeypatch.setattr(export, "merge", wrong)
+    options = train_options(make_csv(tmp_path, 8), model, tmp_path / "run", num_epochs=3)
+    with pytest.raises(ModelError, match=r"stays in .*run/checkpoint-6"):
+        train(options)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        ".dataset", "checkpoint-6", "log.jsonl", "mdl-toolkit.json", "mdl-toolkit.yaml",
+    }  # fmt: skip
+    assert "adapter_model.safetensors" in files_below(tmp_path / "run/checkpoint-6")
+
+
+def test_without_verify_nothing_is_loaded(golden, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "prove", None)
+    model = copy_checkpoint(golden, "A-small", tmp_path)
+    assert train(train_options(make_csv(tmp_path, 4), model, tmp_path / "run", verify=False)).final.is_dir()

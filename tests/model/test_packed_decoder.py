@@ -1,0 +1,341 @@
+"""The decoder over real positions, and its functions with their own gradients, against transformers' way."""
+
+import numpy as np
+import pytest
+import torch
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm, apply_rotary_pos_emb
+
+from mdl_toolkit.model import modeling
+from mdl_toolkit.model import packed_decoder as packed
+from mdl_toolkit.training.gradient_checkpointing import is_again, recompute
+from tests.training.test_lora_layer import (
+    CHECKPOINTS,
+    CHOICES,
+    adapted,
+    assert_same,
+    batch_of,
+    distance,
+    learnt,
+)
+
+BF16 = torch.bfloat16
+
+
+def padded(monkeypatch):
+    """Let transformers compute rows."""
+    monkeypatch.setattr(modeling, "can_pack", lambda _: False)
+
+
+@pytest.mark.parametrize("targets", CHOICES, ids="+".join)
+@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_as_transformers_computes_rows(golden, name, targets, checkpointing, monkeypatch):
+    model = adapted(golden, name, targets)
+    batch = batch_of(model)
+    batch["labels"][1, -25:-20] = batch["input_ids"][1, -25:-20]  # not only at the end
+    if checkpointing:
+        recompute(model)
+    calls, plain = [], packed.packed_states
+    monkeypatch.setattr(modeling, "packed_states", lambda *words: calls.append(words) or plain(*words))
+    ours = learnt(model, batch)
+    assert calls
+    padded(monkeypatch)
+    assert_same(ours, learnt(model, batch), 1e-5)
+    assert len(calls) == 1
+
+
+def test_without_padding_and_with_dropout(golden, monkeypatch):
+    model = adapted(golden, "A-small")
+    batch = batch_of(model)
+    whole = {name: tensor[:1] for name, tensor in batch.items()}
+    del whole["attention_mask"]
+    ours = learnt(model, whole)
+    dropped = adapted(golden, "A-small", dropout=0.3)
+    assert learnt(dropped, batch)[0] != learnt(dropped, batch)[0]
+    padded(monkeypatch)
+    assert_same(ours, learnt(model, whole), 1e-5)
+
+
+def test_a_row_is_computed_as_if_alone(golden):
+    model = adapted(golden, "B-small")
+    batch = batch_of(model)
+    alone = {name: tensor[:1] for name, tensor in batch.items()}
+    others = {**batch, "labels": batch["labels"].clone()}
+    others["labels"][1:] = -100
+    for name, filler in (("input_ids", 0), ("attention_mask", 0), ("labels", -100)):
+        others[name] = torch.nn.functional.pad(others[name], (7, 0), value=filler)
+    assert_same(learnt(model, others), learnt(model, alone), 1e-5)
+
+
+@pytest.mark.parametrize("targets", CHOICES, ids="+".join)
+@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_rows_begin_with_is_computed_once(golden, name, targets, checkpointing, monkeypatch):
+    model = adapted(golden, name, targets)
+    batch, counts = prompted(model), positions_of(model)
+    if checkpointing:
+        recompute(model)
+    ours = learnt(model, batch)
+    # 4 words and 3 more are all rows', 5 more are of the first and the last.
+    assert counts[0] == needed(batch) - 3 * 7 - 5
+    monkeypatch.setattr(modeling, "is_random", lambda _: True)
+    apart = learnt(model, batch)
+    assert counts[-1] == needed(batch)
+    padded(monkeypatch)
+    theirs = learnt(model, batch)
+    assert_same(ours, apart, 1e-5)
+    assert_same(ours, theirs, 1e-5)
+
+
+def test_each_row_is_computed_by_itself_where_something_is_dropped(golden):
+    model = adapted(golden, "A-small", dropout=0.1)
+    batch, counts = prompted(model), positions_of(model)
+    learnt(model, batch)
+    learnt(model.eval(), batch)
+    model.train().get_base_model().decoder.config.attention_dropout = 0.1
+    for part in model.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+    learnt(model, batch)
+    every = needed(batch)
+    assert counts == [every, every - 26, every]
+
+
+def test_embeddings_that_are_given_may_be_of_other_words(golden):
+    model = adapted(golden, "A-small")
+    batch, counts = prompted(model), positions_of(model)
+    inner = model.get_base_model()
+    embeddings = inner.fuse(batch["input_ids"], batch["input_values"], batch["audio_length"]).detach()
+    embeddings[0, batch["attention_mask"][0].argmax()] += 1
+    inner(inputs_embeds=embeddings, **batch).loss.backward()
+    assert counts == [needed(batch)]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_what_comes_after_a_row_s_answer_is_not_computed(golden, side, monkeypatch):
+    model = adapted(golden, "A-small", ("encoder", "decoder"))
+    batch, counts = prompted(model), positions_of(model)
+    if side == "right":
+        for name in ("input_ids", "attention_mask", "labels"):
+            batch[name] = torch.stack([
+                row.roll(int(mask.sum()) - len(row))
+                for row, mask in zip(batch[name], batch["attention_mask"].clone(), strict=True)
+            ])  # fmt: skip
+    ours = learnt(model, batch)
+    ends = {"input_ids": 77, "attention_mask": 1, "labels": -100}
+    longer = {**batch, **{
+        name: torch.nn.functional.pad(batch[name], (0, 3), value=value) for name, value in ends.items()
+    }}  # fmt: skip
+    assert_same(learnt(model, longer), ours, 1e-5)
+    assert counts == [needed(batch) - 26] * 2
+    padded(monkeypatch)
+    assert_same(learnt(model, longer), ours, 1e-5)
+
+
+def test_nothing_supervised_is_a_loss_of_nothing(golden):
+    model = adapted(golden, "A-small")
+    batch = prompted(model)
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    loss, gradients = learnt(model, batch)
+    assert loss == 0
+    assert not any(gradient.any() for gradient in gradients.values())
+
+
+def needed(batch):
+    """Positions that decide something: all but the last of each row, the end of its answer."""
+    return int(batch["attention_mask"].sum()) - len(batch["input_ids"])
+
+
+def prompted(model):
+    """Four rows of different lengths: words that all have, words that two have, audio, words of their own."""
+    one, random = batch_of(model), torch.Generator().manual_seed(1)
+    audio, ids, start = model.get_base_model().config.audio_token_id, [], torch.arange(10, 17)
+    for row, more in enumerate((range(30, 35), range(40, 47), (), range(30, 35))):
+        count = int((one["input_ids"][row % 3] == audio).sum())
+        words = torch.randint(50, 200, (6 + 3 * row,), generator=random)
+        ids.append(torch.cat([start, torch.tensor([*more]).long(), torch.full((count,), audio), words]))
+    ids, mask = (
+        torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
+        for rows in (ids, [torch.ones_like(row) for row in ids])
+    )
+    labels = torch.full_like(ids, -100)
+    labels[:, -5:] = ids[:, -5:]
+    again = [0, 1, 2, 0]
+    return {
+        "input_ids": ids, "attention_mask": mask, "labels": labels,
+        "input_values": one["input_values"][again], "audio_length": one["audio_length"][again],
+    }  # fmt: skip
+
+
+def positions_of(model):
+    """How many positions the first decoder layer is given each time it does not compute again."""
+    counts = []
+    first = model.get_base_model().decoder.model.layers[0]
+    first.register_forward_pre_hook(lambda _, words: None if is_again() else counts.append(len(words[0])))
+    return counts
+
+
+def test_in_bfloat16_no_further_from_the_truth(golden):
+    ours, theirs = zip(*(distances(golden, seed) for seed in range(6)), strict=True)
+    assert sum(ours) < min(1.2 * sum(theirs), 0.6)
+
+
+def distances(golden, seed):
+    """Of gradients in bfloat16 from those in float32: of ours, and of transformers'."""
+    model = adapted(golden, "A-small", dtype=BF16)
+    batch = (prompted if seed % 2 else batch_of)(model)
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.05)
+    with torch.autocast("cpu", BF16):
+        _, ours = learnt(model, batch)
+        with pytest.MonkeyPatch.context() as patch:
+            padded(patch)
+            _, theirs = learnt(model, batch)
+    _, exact = learnt(model.float(), batch)
+    return distance(ours, exact), distance(theirs, exact)
+
+
+def test_what_transformers_must_compute_itself(golden):
+    model = adapted(golden, "A-small").get_base_model()
+    batch = batch_of(adapted(golden, "A-small"))
+    loss = model(**batch).loss
+    for more in ({"output_hidden_states": True}, {"return_logits": True}):
+        found = model(**batch, **more)
+        assert found.loss.item() == pytest.approx(loss.item(), rel=1e-6)
+        assert found.hidden_states is not None or found.logits is not None
+
+
+# --- parts ---------------------------------------------------------------------------------------------
+
+
+def gradients(function, *leaves):
+    """The result, and the gradients of leaves for one that is random."""
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    found = function(*leaves)
+    torch.manual_seed(7)
+    return found, *torch.autograd.grad(found, leaves, torch.randn_like(found))
+
+
+def assert_agree(ours, theirs, *leaves):
+    for mine, other in zip(gradients(ours, *leaves), gradients(theirs, *leaves), strict=True):
+        assert (mine - other).norm() < 1e-5 * other.norm()
+
+
+def test_the_norm_is_transformers():
+    torch.manual_seed(0)
+    norm = Qwen2RMSNorm(96, eps=1e-5)
+    norm.weight.data.normal_(1, 0.3)
+    x = 3 * torch.randn(4, 5, 96)
+    trained = packed.normed(norm, x)
+    assert trained.requires_grad  # the plain way
+    norm.requires_grad_(False)
+    assert_agree(lambda x: packed.normed(norm, x), norm, x)
+    torch.testing.assert_close(packed.normed(norm, x.to(BF16)), norm(x.to(BF16)), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_the_gate_is_transformers(activation):
+    torch.manual_seed(0)
+    config = type("Config", (), {"hidden_size": 8, "intermediate_size": 16, "hidden_act": activation})
+    act = Qwen2MLP(config).act_fn
+    gate, up = torch.randn(2, 7, 16)
+    assert_agree(lambda g, u: packed.gated(act, g, u), lambda g, u: act(g) * u, gate, up)
+
+
+def test_the_rotation_is_transformers():
+    torch.manual_seed(0)
+    x, angle = torch.randn(11, 3, 16), torch.rand(11, 8)
+    cos, sin = (torch.cat([part, part], -1).unsqueeze(1) for part in (angle.cos(), angle.sin()))
+    assert_agree(
+        lambda x: packed._Rotated.apply(x, cos, sin),
+        lambda x: apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=0)[0][0],
+        x,
+    )
+
+
+def test_rows_are_gathered_from_the_left_and_scattered_back():
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 0, 1]])
+    rows = packed.Rows.of(mask.bool())
+    assert rows.real.tolist() == [2, 3, 4, 5, 6, 7, 9, 11]
+    assert rows.gather.tolist() == [[0, 1, 0, 0], [2, 3, 4, 5], [6, 7, 0, 0]]
+    assert rows.scatter.tolist() == [0, 1, 4, 5, 6, 7, 8, 9]
+    assert rows.columns.tolist() == [0, 1, 0, 1, 2, 3, 0, 2]
+    assert_places_are_transposed(rows, 8)
+    wide = torch.randn(3, 4, 5)
+    assert_agree(
+        lambda x: packed._Taken.apply(x, rows.scatter), lambda x: x.flatten(0, 1)[rows.scatter], wide
+    )
+
+
+def test_rows_share_what_they_begin_with():
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 0, 1, 1], [0, 1, 1, 1, 1]])
+    words = torch.tensor([[9, 9, 5, 6, -7], [5, 6, 8, 4, -2], [9, 5, 9, 6, -3], [9, 5, 6, 8, -4]])
+    rows = packed.Rows.of(mask.bool(), words)
+    # 5, 6 and -7; 4 and -2 of the second row; 6 and -3 of the third, which has a hole before 6; 8 and -4
+    assert rows.real.tolist() == [2, 3, 4, 8, 9, 13, 14, 18, 19]
+    assert rows.columns.tolist() == [0, 1, 2, 3, 4, 2, 3, 2, 3]
+    assert rows.gather.tolist() == [[0, 1, 2, 0, 0], [0, 1, 7, 3, 4], [0, 5, 6, 0, 0], [0, 1, 7, 8, 0]]
+    assert rows.scatter.tolist() == [0, 1, 2, 8, 9, 11, 12, 17, 18]
+    assert rows.again.tolist() == [5, 6, 7, 10, 15, 16]
+    assert_places_are_transposed(rows, 9)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_there_are_as_many_positions_as_beginnings(seed):
+    random = np.random.default_rng(seed)
+    counts = random.integers(1, 7, random.integers(1, 9))
+    lines = [[*random.integers(0, 3, count)] for count in counts]
+    cut = [random.integers(0, count + 1) for count in counts]  # from where on a row is unique
+    table = np.full((len(lines), 7), 9)
+    for number, (line, unique) in enumerate(zip(lines, cut, strict=True)):
+        line[unique:] = [-2 - 7 * number - place for place in range(unique, len(line))]
+        table[number, 7 - len(line) :] = line
+    mask = np.arange(7) >= 7 - counts[:, None]
+    rows = packed.Rows.of(torch.from_numpy(mask), torch.from_numpy(table))
+    assert len(rows.real) == len({(*line[: end + 1],) for line in lines for end in range(len(line))})
+    found = torch.from_numpy(table).flatten()[rows.real][rows.gather]
+    for line, words in zip(lines, found.tolist(), strict=True):
+        assert words[: len(line)] == line
+
+
+def test_many_rows_gradients_are_added_up_in_float32(monkeypatch):
+    """One after the other, each sum rounded, as a GPU adds; a CPU rounds once."""
+    monkeypatch.setattr(torch.Tensor, "index_add_", one_by_one)
+    words = torch.arange(3).repeat(200, 1)
+    words[:, 2] = -2 - torch.arange(200)
+    rows = packed.Rows.of(torch.ones(200, 3, dtype=torch.bool), words)
+    x = torch.zeros(202, 1, 4, dtype=BF16, requires_grad=True)
+    given = torch.rand(200, 3, 1, 4).to(BF16)
+    packed._Placed.apply(x, rows.gather, rows.scatter, rows.again).backward(given)
+    assert x.grad.dtype == BF16
+    torch.testing.assert_close(x.grad[:2].double(), given[:, :2].double().sum(0), rtol=2**-8, atol=0)
+
+
+def one_by_one(self, _, index, source):
+    for place, one in zip(index.tolist(), source, strict=True):
+        self[place] += one
+
+
+def test_rows_of_words_alone_share_all_of_them():
+    rows = packed.Rows.of(torch.ones(3, 6, dtype=torch.bool), torch.arange(6).repeat(3, 1))
+    assert rows.real.tolist() == rows.scatter.tolist() == [*range(6)]
+    assert rows.gather.tolist() == [[*range(6)]] * 3
+
+
+def assert_places_are_transposed(rows, count):
+    x = torch.randn(count, 2, 3)
+    placed = packed._Placed.apply(x, rows.gather, rows.scatter, rows.again)
+    assert torch.equal(packed._Taken.apply(placed.flatten(2), rows.scatter), x.flatten(1))
+    assert_agree(
+        lambda x: packed._Placed.apply(x, rows.gather, rows.scatter, rows.again) * there(rows),
+        lambda x: x[rows.gather] * there(rows), x,
+    )  # fmt: skip
+
+
+def there(rows):
+    """1 where a position is, `[rows, longest, 1, 1]`."""
+    found = torch.zeros(rows.gather.numel())
+    found[torch.cat([rows.scatter, rows.again])] = 1
+    return found.view(*rows.gather.shape, 1, 1)

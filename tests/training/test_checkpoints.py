@@ -1,0 +1,513 @@
+"""When a checkpoint is due, what is in it, whether it is whole, what is deleted, set aside (rules 27-31)."""
+
+import errno
+import json
+import os
+import pickletools
+import zipfile
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from mdl_toolkit.config.yaml import as_command
+from mdl_toolkit.errors import ModelError, ToolkitError
+from mdl_toolkit.training import checkpoints
+from mdl_toolkit.training.checkpoints import damage, delete_oldest, due_steps, save, set_aside, to_resume
+from mdl_toolkit.training.log import read_log
+from mdl_toolkit.training.run import train
+from tests.support.fleet import die_before, fleet
+from tests.support.runs import files_below, make_csv, train_options
+
+MODEL = Path(__file__).parents[1] / "golden/checkpoints/A-small"
+WRITTEN = {
+    "adapter_config.json", "adapter_model.safetensors", "mdl-toolkit.yaml", "optimizer.safetensors",
+    "state.json",
+}  # fmt: skip
+FILES = {*WRITTEN, "checksums.json"}
+OF_A_RUN = {*FILES, "mdl-toolkit.json"}  # which says where all of the run's checkpoints come from
+# What stands beside checkpoints.
+AT_THE_END = ("final", "log.jsonl", "loss.png", "mdl-toolkit.json", "mdl-toolkit.yaml", "report.html")
+
+
+def test_a_tiny_fraction_of_an_epoch_is_every_step():
+    """At once: there were billions of them to go through."""
+    assert due_steps(1e-12, 12, 12) == frozenset(range(1, 13))
+
+
+@pytest.mark.parametrize(
+    ("cadence", "per_epoch", "total", "due"),
+    [
+        (1, 4, 4, {1, 2, 3, 4}),
+        (3, 4, 8, {3, 6, 8}),
+        (500, 4, 8, {8}),
+        (0, 4, 8, {8}),
+        (0.5, 4, 12, {2, 4, 6, 8, 10, 12}),  # twice an epoch over three epochs: six times
+        (0.5, 5, 15, {2, 5, 8, 10, 12, 15}),
+        (0.1, 4, 4, {1, 2, 3, 4}),  # more often than there are steps: every step
+        (0.25, 100, 30, {25, 30}),
+    ],
+)
+def test_due_steps(cadence, per_epoch, total, due):
+    assert due_steps(cadence, per_epoch, total) == due
+
+
+# --- one checkpoint -----------------------------------------------------------------------------------------
+
+
+def make(output, *steps):
+    """Checkpoints of these steps, as `save` writes them."""
+
+    def adapter(folder):
+        (folder / "adapter_config.json").write_text('{"r": 4}')
+        save_file({"lora_A.weight": torch.arange(6.0)}, folder / "adapter_model.safetensors")
+
+    for step in steps:
+        optimizer = {"lora_A.weight/exp_avg": torch.full((3,), float(step))}
+        save(output, step, adapter=adapter, optimizer=optimizer, state={"eval_loss": 0.5}, settings="lr: 1\n")
+    return output
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def flip_a_byte(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def cut_off(file):
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def empty(file):
+    file.write_bytes(b"")
+
+
+def test_the_exact_set_of_files_and_what_they_hold(tmp_path):
+    output = make(tmp_path, 7)
+    assert names(tmp_path) == ["checkpoint-7"]
+    assert set(names(output / "checkpoint-7")) == FILES
+    found = to_resume(output, True)
+    assert (found.folder, found.step) == (output / "checkpoint-7", 7)
+    assert found.state == {"step": 7, "eval_loss": 0.5}
+    assert torch.equal(found.adapter()["lora_A.weight"], torch.arange(6.0))
+    assert torch.equal(found.optimizer()["lora_A.weight/exp_avg"], torch.full((3,), 7.0))
+    listed = json.loads((output / "checkpoint-7/checksums.json").read_text())
+    assert set(listed) == WRITTEN
+    sizes = {name: entry["bytes"] for name, entry in listed.items()}
+    assert sizes == {name: (output / "checkpoint-7" / name).stat().st_size for name in WRITTEN}
+
+
+def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path):
+    """Of a real run: no such suffix, and no file that pickle or torch.load would take."""
+    train(train_options(make_csv(tmp_path, 4), MODEL, tmp_path / "run"))
+    files = [path for path in (tmp_path / "run/checkpoint-1").rglob("*") if path.is_file()]
+    assert {path.name for path in files} == OF_A_RUN
+    for path in files:
+        assert path.suffix in (".json", ".yaml", ".safetensors")
+        assert not zipfile.is_zipfile(path)
+        with pytest.raises(ValueError, match=r"opcode|pickle|literal|expected|not enough"):
+            list(pickletools.genops(path.read_bytes()))
+
+
+@pytest.mark.parametrize("name", sorted(WRITTEN))
+@pytest.mark.parametrize("spoil", [flip_a_byte, cut_off, empty, Path.unlink])
+def test_a_damaged_one_is_skipped_and_the_next_older_taken(tmp_path, capsys, name, spoil):
+    output = make(tmp_path, 5, 20, 100)
+    spoil(output / "checkpoint-100" / name)
+    assert to_resume(output, True).folder == output / "checkpoint-20"
+    state = "missing" if spoil is Path.unlink else "damaged"
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"warning: {output / 'checkpoint-100'} is skipped: {name} is {state}"]
+    with pytest.raises(ModelError, match=rf"checkpoint-100: not a complete checkpoint \({name} is {state}\)"):
+        to_resume(output, str(output / "checkpoint-100"))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        Path.unlink, flip_a_byte, cut_off, empty, lambda file: file.write_text("[]"),
+        lambda file: file.write_text("{}"), lambda file: file.write_text("null"),
+        lambda file: file.write_text(json.dumps(dict.fromkeys(FILES, 3))),
+        lambda file: file.write_bytes(b"\xff\xfe"),
+    ],
+)  # fmt: skip
+def test_one_without_its_checksums_is_not_whole(tmp_path, capsys, spoil):
+    output = make(tmp_path, 5, 6)
+    spoil(output / "checkpoint-6/checksums.json")
+    assert to_resume(output, True).folder == output / "checkpoint-5"
+    said = capsys.readouterr().err
+    assert said.startswith(f"warning: {output / 'checkpoint-6'} is skipped: ")
+    assert said.count("\n") == 1
+    with pytest.raises(ModelError, match="checkpoint-6: not a complete checkpoint"):
+        to_resume(output, str(output / "checkpoint-6"))
+
+
+def test_what_is_damaged_is_said_in_chinese_too(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("LANGUAGE", "zh_CN")
+    output = make(tmp_path, 5, 6, 7)
+    flip_a_byte(output / "checkpoint-6/optimizer.safetensors")
+    (output / "checkpoint-7/state.json").unlink()
+    assert to_resume(output, True).folder == output / "checkpoint-5"
+    assert capsys.readouterr().err.splitlines() == [
+        f"警告：跳过 {output}/checkpoint-7：缺少 state.json",
+        f"警告：跳过 {output}/checkpoint-6：optimizer.safetensors 已损坏",
+    ]
+    with pytest.raises(ModelError) as refused:
+        to_resume(output, str(output / "checkpoint-7"))
+    assert "不是完整的检查点（缺少 state.json）；是否想写" in str(refused.value)
+
+
+def test_all_damaged_is_a_fresh_start(tmp_path, capsys):
+    output = make(tmp_path, 5, 6)
+    for step in (5, 6):
+        flip_a_byte(output / f"checkpoint-{step}/adapter_model.safetensors")
+    assert to_resume(output, True) is None
+    assert capsys.readouterr().err.count("is skipped: adapter_model.safetensors is damaged") == 2
+
+
+def test_the_newest_is_that_of_the_highest_number(tmp_path):
+    output = make(tmp_path, 100, 9, 20)
+    (output / "checkpoint-1000x").mkdir()
+    assert to_resume(output, True).step == 100
+
+
+@pytest.mark.parametrize("resume", [None, False])
+def test_nothing_is_resumed_unless_asked_for(tmp_path, resume):
+    assert to_resume(make(tmp_path, 5), resume) is None
+
+
+def test_true_with_none_starts_afresh(tmp_path, capsys):
+    assert to_resume(tmp_path, True) is None
+    assert to_resume(tmp_path / "nowhere", True) is None
+    assert capsys.readouterr().err == ""
+
+
+def test_a_path_is_taken_even_if_it_is_not_the_newest(tmp_path):
+    output = make(tmp_path, 5, 6)
+    assert to_resume(tmp_path / "elsewhere", str(output / "checkpoint-5")).step == 5
+    for path, message in (tmp_path, "not a complete checkpoint"), (tmp_path / "nowhere", "no such folder"):
+        with pytest.raises(ModelError, match=message):
+            to_resume(output, str(path))
+
+
+# --- writing it ---------------------------------------------------------------------------------------------
+
+
+def test_a_new_one_takes_the_place_of_one_of_the_same_step(tmp_path):
+    output = make(tmp_path, 4)
+    flip_a_byte(output / "checkpoint-4/state.json")
+    (output / "checkpoint-4/stale").write_text("")
+    make(tmp_path, 4)
+    assert names(tmp_path) == ["checkpoint-4"]
+    assert set(names(output / "checkpoint-4")) == FILES
+    assert damage(output / "checkpoint-4") is None
+
+
+@pytest.mark.parametrize(("given", "hint"), [(4, r"; did you mean .*/checkpoint-2\?$"), (2, r"missing\)$")])
+def test_a_damaged_checkpoint_is_not_suggested(tmp_path, given, hint):
+    make(tmp_path, 2, 4)
+    (tmp_path / "checkpoint-4/state.json").unlink()
+    if given == 2:
+        (tmp_path / "checkpoint-2/state.json").unlink()
+    with pytest.raises(ModelError, match=hint):
+        to_resume(tmp_path, str(tmp_path / f"checkpoint-{given}"))
+
+
+def test_a_checkpoint_stays_where_a_newer_one_cannot_take_its_place(tmp_path, monkeypatch):
+    make(tmp_path, 4)
+    before, rename = (tmp_path / "checkpoint-4/optimizer.safetensors").stat().st_ino, Path.rename
+
+    def fail(self, target):
+        if self.name.startswith(".checkpoint-4.partial-"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        make(tmp_path, 4)
+    assert names(tmp_path) == ["checkpoint-4"]
+    assert (tmp_path / "checkpoint-4/optimizer.safetensors").stat().st_ino == before
+
+
+@pytest.mark.parametrize("moment", [1, 2])
+def test_a_kill_right_before_the_renaming(tmp_path, moment):
+    """There is no checkpoint of that name, the one before it is whole, and the run ends as if unbroken."""
+    csv = make_csv(tmp_path, 8)
+    options = train_options(csv, MODEL, tmp_path / "whole", save_steps=1)
+    whole = train(options)
+    command = [*as_command(options).split()[1:], "--output", str(tmp_path / "run")]
+    with fleet(tmp_path) as start:
+        assert (
+            start(command, partial(die_before, "os.rename", rf"/\.checkpoint-{moment}\.partial-")).end() == -9
+        )
+        left = {name for name in names(tmp_path / "run") if "checkpoint" in name}
+        (saved,) = (tmp_path / "run").glob(f".checkpoint-{moment}.partial-*")
+        (lock,) = (tmp_path / "run").glob(f".checkpoint-{moment}.lock-*")
+        assert left == {saved.name, lock.name} | ({"checkpoint-1"} if moment == 2 else set())
+        assert set(names(saved)) == OF_A_RUN
+        assert moment == 1 or damage(tmp_path / "run/checkpoint-1") is None
+        job = start([*command, "--resume-from-checkpoint", "true"])
+        assert job.end() == 0
+    assert ("starting afresh" in job.said()) == (moment == 1)
+    assert not [name for name in names(tmp_path / "run") if name.startswith(".")]
+    assert same_weights(tmp_path / "run/final", whole.final)
+
+
+def same_weights(left, right):
+    files = sorted(path.name for path in right.glob("*.safetensors"))
+    assert files
+    assert files == sorted(path.name for path in left.glob("*.safetensors"))
+    pairs = [(load_file(left / name), load_file(right / name)) for name in files]
+    return all(torch.equal(one[key], other[key]) for one, other in pairs for key in one.keys() | other.keys())
+
+
+FULL = [
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+]
+
+
+def failing_at(monkeypatch, calls, problem):
+    """Let these calls of the optimizer's saving fail, after half of it is written."""
+    count = 0
+
+    def failing(tensors, path):
+        nonlocal count
+        count += 1
+        save_file(tensors, path)
+        if count in calls:
+            cut_off(path)
+            raise problem
+
+    monkeypatch.setattr(checkpoints, "save_file", failing)
+
+
+@pytest.mark.parametrize("problem", FULL, ids=["safetensors", "system"])
+def test_a_full_disk_does_not_end_a_training(tmp_path, monkeypatch, capsys, problem):
+    csv = make_csv(tmp_path, 16)
+    whole = train(train_options(csv, MODEL, tmp_path / "whole", save_steps=0))
+    failing_at(monkeypatch, {2, 3}, problem)
+    output = tmp_path / "run"
+    done = train(train_options(csv, MODEL, output, save_steps=1, save_total_limit=3))
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert len(said) == 2
+    for step, line in zip((2, 3), said, strict=True):
+        assert line.startswith(f"warning: checkpoint-{step} cannot be saved: ")
+        assert "No space left on device" in line
+        assert line.endswith("; training goes on")
+    assert names(output) == ["checkpoint-1", "checkpoint-4", *AT_THE_END]
+    assert [damage(output / f"checkpoint-{step}") for step in (1, 4)] == [None, None]
+    assert same_weights(done.final, whole.final)
+
+
+@pytest.mark.parametrize("problem", FULL, ids=["safetensors", "system"])
+def test_a_disk_that_is_full_at_the_end_is_an_error(tmp_path, monkeypatch, problem):
+    csv, output = make_csv(tmp_path, 16), tmp_path / "run"
+    options = train_options(csv, MODEL, output, save_steps=3, save_total_limit=1)
+    with monkeypatch.context() as patch:
+        failing_at(patch, {2}, problem)
+        with pytest.raises(
+            ToolkitError, match="checkpoint-4 cannot be saved: .*No space left on device"
+        ) as why:
+            train(options)
+    assert str(why.value).endswith("; make room, and go on with --resume-from-checkpoint true")
+    left = ["checkpoint-3", "log.jsonl", "mdl-toolkit.json", "mdl-toolkit.yaml"]
+    assert names(output) == [".dataset", *left]
+    assert damage(output / "checkpoint-3") is None
+    again = train(train_options(csv, MODEL, output, save_steps=3, resume_from_checkpoint=True))
+    whole = train(train_options(csv, MODEL, tmp_path / "whole"))
+    assert same_weights(again.final, whole.final)
+
+
+def test_a_disk_that_never_had_room_is_an_error(tmp_path, monkeypatch):
+    failing_at(monkeypatch, {1}, FULL[0])
+    with pytest.raises(ToolkitError, match="; make room, and start again$"):
+        train(train_options(make_csv(tmp_path, 16), MODEL, tmp_path / "run", save_steps=0))
+
+
+@pytest.mark.parametrize("problem", FULL, ids=["safetensors", "system"])
+def test_a_full_disk_gets_the_room_of_a_checkpoint_that_may_go(tmp_path, monkeypatch, capsys, problem):
+    """There is room for two; with a limit of two, the oldest goes before the third is there, not after."""
+    output, real = tmp_path / "run", checkpoints.save_file
+
+    def on_a_small_disk(tensors, path):
+        real(tensors, path)
+        if len(checkpoints.checkpoints(output)) >= 2:
+            cut_off(path)
+            raise problem
+
+    monkeypatch.setattr(checkpoints, "save_file", on_a_small_disk)
+    train(train_options(make_csv(tmp_path, 16), MODEL, output, save_steps=1, save_total_limit=2))
+    assert names(output) == ["checkpoint-3", "checkpoint-4", *AT_THE_END]
+    assert [damage(output / f"checkpoint-{step}") for step in (3, 4)] == [None, None]
+    assert "cannot be saved" not in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_cannot_be_deleted_does_not_end_a_training(tmp_path, monkeypatch, capsys):
+    real, output = Path.rename, tmp_path / "run"
+
+    def busy(self, target):
+        if self == output / "checkpoint-1":
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", busy)
+    assert (
+        train(train_options(make_csv(tmp_path, 12), MODEL, output, save_steps=1, save_total_limit=1)).steps
+        == 3
+    )
+    assert names(output) == ["checkpoint-1", "checkpoint-3", *AT_THE_END]
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert {*said} == {f"warning: {output}/checkpoint-1 cannot be deleted: Device or resource busy"}
+
+
+def test_a_log_that_cannot_be_written_does_not_end_a_training(tmp_path, monkeypatch, capsys):
+    real = Path.open
+
+    def full(self, mode="r", *args, **more):
+        if self.name == "log.jsonl" and mode == "a":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(self, mode, *args, **more)
+
+    monkeypatch.setattr(Path, "open", full)
+    done = train(train_options(make_csv(tmp_path, 16), MODEL, tmp_path / "run"))
+    assert done.steps == 4
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert said == ["warning: log.jsonl cannot be written: No space left on device; training goes on"]
+
+
+def test_a_line_that_a_full_disk_cut_off_does_not_spoil_the_next(tmp_path, monkeypatch):
+    real, left = Path.open, [3]
+
+    def nearly_full(self, mode="r", *args, **more):
+        if self.name == "log.jsonl" and mode == "a":
+            left[0] -= 1
+            if left[0] == 0:
+                with real(self, mode, *args, **more) as file:
+                    file.write('{"step": 3, "lo')
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(self, mode, *args, **more)
+
+    monkeypatch.setattr(Path, "open", nearly_full)
+    train(train_options(make_csv(tmp_path, 20), MODEL, tmp_path / "run"))
+    assert [line["step"] for line in read_log(tmp_path / "run/log.jsonl")] == [1, 2, 4, 5]
+
+
+def test_a_half_written_log_of_a_killed_run_is_removed(tmp_path):
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "log.partial").write_text('{"step": 1}')
+    train(train_options(make_csv(tmp_path, 4), MODEL, output))
+    assert names(output) == ["checkpoint-1", *AT_THE_END]
+
+
+# --- where there is none ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("nowhere", "nowhere: no such folder"),
+        (".", r"not a complete checkpoint \(checksums.json is missing\); did you mean .*run/checkpoint-3\?"),
+        (
+            "final",
+            r"not a complete checkpoint \(checksums.json is missing\); did you mean .*run/checkpoint-3\?",
+        ),
+    ],
+)
+def test_what_is_no_checkpoint_is_told_with_what_may_be_meant(tmp_path, given, message):
+    output = make(tmp_path / "run", 2, 3)
+    (output / "final").mkdir()
+    with pytest.raises(ModelError, match=message):
+        to_resume(output, str(output / given))
+
+
+# --- what goes and what stays -------------------------------------------------------------------------------
+
+
+def test_only_the_oldest_are_deleted_and_never_what_must_stay(tmp_path):
+    output = make(tmp_path, 1, 2, 3, 10)
+    (output / "final").mkdir()
+    delete_oldest(output, 2, frozenset({output / "checkpoint-1"}))
+    assert names(output) == ["checkpoint-1", "checkpoint-10", "checkpoint-3", "final"]
+    delete_oldest(output, 1, frozenset())
+    assert names(output) == ["checkpoint-10", "final"]
+
+
+def test_a_limit_spares_the_one_resumed_from_and_counts_nothing_newer(tmp_path):
+    """Checkpoints after it are another course of events: set aside, not counted, not lost."""
+    csv, output = make_csv(tmp_path, 20), tmp_path / "run"
+    train(train_options(csv, MODEL, output, save_steps=1))
+    changes = {"save_steps": 1, "save_total_limit": 1, "lr": 1e-3}
+    train(train_options(csv, MODEL, output, resume_from_checkpoint=str(output / "checkpoint-2"), **changes))
+    assert names(output) == sorted(["checkpoint-2", "checkpoint-5", *AT_THE_END, "previous-1"])
+    assert names(output / "previous-1") == ["checkpoint-3", "checkpoint-4", "checkpoint-5", "log.jsonl"]
+    lines = [line["step"] for line in read_log(output / "log.jsonl")]
+    assert lines == [1, 2, 3, 4, 5]
+
+
+def test_a_limit_holds_for_a_finished_run_that_is_given_back(tmp_path):
+    csv, output = make_csv(tmp_path, 16), tmp_path / "run"
+    train(train_options(csv, MODEL, output, save_steps=1))
+    train(train_options(csv, MODEL, output, save_total_limit=2, resume_from_checkpoint=True))
+    assert [path.name for path in checkpoints.checkpoints(output)] == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_a_kill_while_deleting_leaves_no_half_checkpoint(tmp_path):
+    csv, output = make_csv(tmp_path, 12), tmp_path / "run"
+    options = train_options(csv, MODEL, output, save_steps=1, save_total_limit=1)
+    command = as_command(options).split()[1:]
+    with fleet(tmp_path) as start:
+        assert start(command, partial(die_before, "os.remove", "optimizer.safetensors")).end() == -9
+        assert [path.name for path in checkpoints.checkpoints(output)] == ["checkpoint-2"]
+        assert damage(output / "checkpoint-2") is None
+        assert start([*command, "--resume-from-checkpoint", "true"]).end() == 0
+    assert names(output) == ["checkpoint-2", "checkpoint-3", *AT_THE_END]
+
+
+def test_a_damaged_newest_one_is_not_counted_for_good_ones(tmp_path):
+    csv, output = make_csv(tmp_path, 20), tmp_path / "run"
+    whole = train(train_options(csv, MODEL, output, save_steps=1))
+    flip_a_byte(output / "checkpoint-5/state.json")
+    options = train_options(csv, MODEL, output, save_steps=0, save_total_limit=1, resume_from_checkpoint=True)
+    again = train(options)
+    assert damage(output / "checkpoint-5") is None
+    assert names(output / "previous-1") == ["checkpoint-5", "log.jsonl"]
+    assert same_weights(again.final, whole.final)
+
+
+def test_resuming_from_elsewhere_sets_what_is_there_aside(tmp_path):
+    csv, output = make_csv(tmp_path, 8), tmp_path / "run"
+    train(train_options(csv, MODEL, tmp_path / "other", save_steps=1))
+    train(train_options(csv, MODEL, output, save_steps=1, lr=1e-3))
+    train(
+        train_options(
+            csv, MODEL, output, save_steps=0, resume_from_checkpoint=str(tmp_path / "other/checkpoint-1")
+        )
+    )
+    assert names(output) == sorted(["checkpoint-2", *AT_THE_END, "previous-1"])
+    assert same_weights(output / "checkpoint-2", tmp_path / "other/checkpoint-2")
+    assert names(output / "previous-1") == [
+        "checkpoint-1", "checkpoint-2", *AT_THE_END,
+    ]  # fmt: skip
+
+
+def test_a_fresh_start_moves_what_is_there_and_deletes_nothing(tmp_path):
+    make(tmp_path, 5)
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "config.json").write_text("{}")
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "mdl-toolkit.yaml").write_text("lr: 1")
+    before = files_below(tmp_path)
+    assert set_aside(tmp_path) == tmp_path / "previous-1"
+    assert files_below(tmp_path) == {name if name == "notes.txt" else f"previous-1/{name}" for name in before}
+    assert set_aside(tmp_path) is None
+    make(tmp_path, 7)
+    assert set_aside(tmp_path) == tmp_path / "previous-2"

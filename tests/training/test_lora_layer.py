@@ -1,0 +1,266 @@
+"""The fast LoRA layer and the loss in place, against PEFT's own layer and torch's own loss."""
+
+import copy
+
+import pytest
+import torch
+from peft.tuners.lora.layer import Linear
+from torch.nn import functional
+
+from mdl_toolkit.model.kernels import cross_entropy
+from mdl_toolkit.model.kernels.cross_entropy import head_loss, slice_rows, summed_cross_entropy
+from mdl_toolkit.training.gradient_checkpointing import Kept, recompute
+from mdl_toolkit.training.lora import add_adapters
+from mdl_toolkit.training.lora_layer import LowRankLinear
+from mdl_toolkit.weights.loading import load_model
+from tests.training.memory.test_plan import peak_bytes
+
+TARGETS = ("encoder", "projector", "decoder")
+CHOICES = [TARGETS, ("encoder",), ("decoder", "lm_head"), ("projector", "embed_tokens")]
+CHECKPOINTS = ["A-small", "B-small", "B-small-tied"]
+
+
+def adapted(golden, name, targets=TARGETS, *, dtype=torch.float32, dropout=0.0):
+    """A model whose adapters already do something: B is not zero."""
+    model = load_model(golden / "checkpoints" / name, dtype=dtype, device=torch.device("cpu"))
+    model, _ = add_adapters(model, targets, rank=4, alpha=8.0, dropout=dropout, base_name="base")
+    torch.manual_seed(0)
+    for parameter_name, parameter in model.named_parameters():
+        if "lora_B" in parameter_name:
+            parameter.data.normal_(0, 0.05)
+    return model.train()
+
+
+def plainly(model):
+    """The same model with PEFT's own layers."""
+    for module in model.modules():
+        if isinstance(module, LowRankLinear):
+            module.__class__ = Linear
+    return model
+
+
+def batch_of(model, seed=0):
+    """Three rows of noise and random words, padded on the left."""
+    random = torch.Generator().manual_seed(seed)
+    config = model.base_model.model.config
+    ids = torch.randint(10, 200, (3, 24), generator=random)
+    mask = torch.ones_like(ids)
+    for row, padding in enumerate((0, 5, 9)):
+        ids[row, :padding], mask[row, :padding] = 0, 0
+    lengths = torch.tensor([32_000, 16_000, 9_600])
+    waves = 0.1 * torch.randn(3, 32_000, generator=random)
+    counts = [
+        len(model.base_model.model.audio_features(w[None, :n])) for w, n in zip(waves, lengths, strict=True)
+    ]
+    prompt = torch.cat([torch.full((3, max(counts)), config.audio_token_id), ids], 1)
+    for row, count in enumerate(counts):
+        prompt[row, : max(counts) - count] = 0
+    mask = torch.cat([(prompt[:, : max(counts)] != 0).long(), torch.ones_like(ids)], 1)
+    labels = torch.full_like(prompt, -100)
+    labels[:, -10:] = prompt[:, -10:]
+    return {
+        "input_ids": prompt, "attention_mask": mask, "labels": labels, "input_values": waves,
+        "audio_length": lengths,
+    }  # fmt: skip
+
+
+def learnt(model, batch):
+    """The loss and every gradient."""
+    model.zero_grad(set_to_none=True)
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(ours, theirs, tolerance):
+    (loss, gradients), (other_loss, other_gradients) = ours, theirs
+    assert loss == pytest.approx(other_loss, rel=tolerance)
+    assert gradients.keys() == other_gradients.keys()
+    for name, gradient in gradients.items():
+        assert gradient.dtype == other_gradients[name].dtype
+        difference = (gradient - other_gradients[name]).norm() / other_gradients[name].norm()
+        assert difference < tolerance, name
+
+
+@pytest.mark.parametrize("targets", CHOICES, ids="+".join)
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_as_pefts_own_layer(golden, name, targets):
+    model = adapted(golden, name, targets)
+    batch = batch_of(model)
+    fast = learnt(model, batch)
+    assert any(isinstance(module, LowRankLinear) for module in model.modules())
+    assert_same(fast, learnt(plainly(model), batch), 1e-5)
+
+
+def test_as_pefts_own_layer_under_checkpointing(golden):
+    model = adapted(golden, "A-small")
+    batch = batch_of(model)
+    recompute(model)
+    fast = learnt(model, batch)
+    assert_same(fast, learnt(plainly(model), batch), 1e-5)
+
+
+@pytest.mark.parametrize("targets", CHOICES, ids="+".join)
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_checkpointing_changes_no_gradient(golden, name, targets):
+    """The last layer of a block is not computed again, and nothing misses it."""
+    model = adapted(golden, name, targets)
+    batch = batch_of(model)
+    without = learnt(model, batch)
+    recompute(model)
+    assert_same(learnt(model, batch), without, 1e-6)
+
+
+@pytest.mark.parametrize("kept", [Kept(), Kept(1, 0), Kept(0, 1), Kept(1, 1)], ids=str)
+def test_what_is_kept_changes_no_bit(golden, kept):
+    model = adapted(golden, "A-small")
+    batch = batch_of(model)
+    with_all = learnt(model, batch)
+    recompute(model, kept)
+    loss, gradients = learnt(model, batch)
+    assert loss == with_all[0]
+    assert all(torch.equal(gradient, with_all[1][name]) for name, gradient in gradients.items())
+
+
+def test_the_last_blocks_are_those_that_are_kept(golden):
+    model = adapted(golden, "A-small")
+    recompute(model, Kept(1, 1))
+    base = model.get_base_model()
+    for blocks in (base.audio_encoder.blocks, base.decoder.model.layers):
+        assert [block.gradient_checkpointing for block in blocks] == [True] * (len(blocks) - 1) + [False]
+    recompute(model)
+    assert all(block.gradient_checkpointing for block in blocks)
+
+
+def test_what_is_not_computed_again(golden, monkeypatch):
+    model = adapted(golden, "A-small")
+    batch, calls = batch_of(model), []
+    plain = functional.linear
+    monkeypatch.setattr(functional, "linear", lambda x, *w: calls.append(x.shape) or plain(x, *w))
+    learnt(model, batch)
+    once = len(calls)
+    recompute(model)
+    calls.clear()
+    learnt(model, batch)
+    config = model.base_model.model.config
+    decoder, encoder = config.text_config.num_hidden_layers, config.audio_encoder_config.depth
+    assert len(calls) - once == 6 * decoder + 3 * encoder  # of 7 and 4 layers in a block
+
+
+def distance(gradients, exact):
+    """Mean over parameters of the relative deviation."""
+    return sum(float((gradients[n] - g).norm() / g.norm()) for n, g in exact.items()) / len(exact)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_in_bfloat16_no_further_from_the_truth_than_autocast(golden, checkpointing):
+    model = adapted(golden, "A-small", dtype=torch.bfloat16)
+    if checkpointing:
+        recompute(model)
+    ours, theirs = zip(*(distances(model, batch_of(model, seed)) for seed in range(6)), strict=True)
+    assert sum(ours) < min(1.2 * sum(theirs), 0.6)
+
+
+def distances(model, batch):
+    """Of gradients in bfloat16 from those in float32: of ours, and of PEFT's layer."""
+    _, exact = learnt(plainly(copy.deepcopy(model).float()), batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, fast = learnt(model, batch)
+        _, plain = learnt(plainly(copy.deepcopy(model)), batch)
+    assert {gradient.dtype for gradient in fast.values()} == {torch.float32}
+    return distance(fast, exact), distance(plain, exact)
+
+
+def test_dropout_goes_the_plain_way(golden):
+    model = adapted(golden, "A-small", dropout=0.5)
+    batch = batch_of(model)
+    losses = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        losses.append(learnt(model, batch)[0])
+        plainly(model)
+    assert losses[0] == losses[1]
+
+
+def test_an_adapter_that_is_switched_off_or_merged(golden):
+    model = adapted(golden, "A-small").eval()
+    batch = batch_of(model)
+    with torch.no_grad():
+        with_adapter = model(**batch).loss
+        with model.disable_adapter():
+            off = model(**batch).loss
+        model.merge_adapter()
+        merged = model(**batch).loss
+    assert abs(float(with_adapter - off)) > 1e-3
+    assert float(merged) == pytest.approx(float(with_adapter), rel=1e-5)
+
+
+# --- the loss ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spread", [0.1, 5.0, 200.0])
+def test_loss_and_gradient_are_torchs(spread, dtype):
+    torch.manual_seed(0)
+    logits = (spread * torch.randn(7, 1000)).to(dtype)
+    targets = torch.randint(0, 1000, (7,))
+    found = []
+    for loss_of in (
+        summed_cross_entropy,
+        lambda z, t: functional.cross_entropy(z.float(), t, reduction="sum"),
+    ):
+        leaf = logits.clone().requires_grad_()
+        loss = loss_of(leaf * 1, targets)
+        (0.25 * loss).backward()
+        found.append((loss.detach(), leaf.grad))
+    torch.testing.assert_close(*(loss for loss, _ in found), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(*(gradient for _, gradient in found), rtol=1e-5, atol=1e-6)
+
+
+def test_no_rows_have_no_loss():
+    leaf = torch.zeros(0, 10, requires_grad=True)
+    loss = summed_cross_entropy(leaf, torch.zeros(0, dtype=torch.long))
+    loss.backward()
+    assert loss.item() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("positions", [0, 1, 17, 600])
+@pytest.mark.parametrize("most", [2**26, 40 * 1000], ids=["in one", "in slices"])
+def test_a_frozen_head_s_loss_and_gradient_are_torchs(positions, most, dtype, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "MOST_LOGITS", most)
+    torch.manual_seed(0)
+    head, targets = torch.randn(1000, 64).to(dtype), torch.randint(0, 1000, (positions,))
+    states, found = torch.randn(positions, 64).to(dtype), []
+    for loss_of in (
+        head_loss,
+        lambda s, h, t: functional.cross_entropy(functional.linear(s.float(), h.float()), t, reduction="sum"),
+    ):
+        leaf = states.clone().requires_grad_()
+        loss = loss_of(leaf, head, targets)
+        (0.25 * loss).backward()
+        with torch.no_grad():
+            assert loss_of(states, head, targets) == loss
+        found.append((loss.detach(), leaf.grad))
+    (ours, to_ours), (theirs, to_theirs) = found
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=1e-5)
+    assert (to_ours.float() - to_theirs.float()).norm() <= tolerance * to_theirs.float().norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_slice_of_logits_exists_at_a_time(dtype, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "MOST_LOGITS", 64 * 8000)
+    head, targets = torch.randn(8000, 16).to(dtype), torch.randint(0, 8000, (256,))
+    states, slice_bytes = torch.randn(256, 16, dtype=dtype, requires_grad=True), 64 * 8000 * 4
+    head_loss(states, head, targets)  # whatever is made once
+    most = peak_bytes(lambda: head_loss(states, head, targets))
+    assert most < (1.2 if dtype == torch.float32 else 1.7) * slice_bytes
+
+
+def test_slices_are_even_and_have_few_logits():
+    for vocabulary in (100, 32_768, 152_064):
+        sizes = {slice_rows(positions, vocabulary) for positions in range(1, 3000)}
+        assert max(sizes) * vocabulary <= 2**26
+    assert [slice_rows(positions, 2**17) for positions in (0, 1, 512, 513, 1025)] == [1, 1, 512, 257, 342]
+    assert slice_rows(3, 2**27) == 1

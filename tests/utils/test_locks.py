@@ -1,0 +1,177 @@
+"""Locks between processes, and what is put in place under them: who is kept out, what a kill leaves."""
+
+import errno
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+
+from mdl_toolkit.errors import InputError
+from mdl_toolkit.utils.files import replace_file, replace_folder
+from mdl_toolkit.utils.locks import ByteLocks, held
+
+HOLD = "from mdl_toolkit.utils.locks import held\nwith held(path): wait()"
+BYTE = "from mdl_toolkit.utils.locks import ByteLocks\nlocks = ByteLocks(path)\nassert locks.try_acquire(3)\nwait()"
+FILE = """
+from mdl_toolkit.utils.files import replace_file
+with replace_file(path) as work:
+    work.write_text("theirs")
+    wait()
+"""
+COUNT = """
+from mdl_toolkit.utils.locks import held
+for _ in range(60):
+    with held(path.with_suffix(".lock"), remove=True):
+        path.write_text(str(int(path.read_text()) + 1))
+"""
+
+
+@contextmanager
+def other(path, code):
+    """Another process that runs some code until a line is written to it."""
+    wait = "def wait():\n    print('in', flush=True)\n    input()\n"
+    words = [sys.executable, "-c", f"from pathlib import Path\npath = Path({str(path)!r})\n{wait}{code}"]
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def is_held(path):
+    try:
+        with held(path, InputError("busy", "")):
+            return False
+    except InputError:
+        return True
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_a_lock_is_held_until_its_process_ends(tmp_path, is_killed):
+    with other(tmp_path / "lock", HOLD) as process:
+        assert process.stdout.readline() == "in\n"
+        assert is_held(tmp_path / "lock")
+        if is_killed:
+            process.kill()
+        else:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        assert process.wait() == (-9 if is_killed else 0)
+        assert not is_held(tmp_path / "lock")
+
+
+def test_a_lock_is_waited_for(tmp_path):
+    with other(tmp_path / "lock", HOLD) as process:
+        assert process.stdout.readline() == "in\n"
+        threading.Timer(0.5, process.kill).start()
+        began = time.monotonic()
+        with held(tmp_path / "lock") as is_there:
+            assert is_there
+            assert 0.3 < time.monotonic() - began < 30
+
+
+def test_a_lock_file_that_is_deleted_each_time_keeps_all_others_out(tmp_path):
+    """Also those who had opened the file before it was deleted."""
+    count = tmp_path / "count"
+    count.write_text("0")
+    code = f"from pathlib import Path\npath = Path({str(count)!r})\n{COUNT}"
+    processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(4)]
+    assert [process.wait() for process in processes] == [0] * 4
+    assert count.read_text() == "240"
+    assert [*tmp_path.iterdir()] == [count]
+
+
+def test_a_lock_whose_folder_is_removed_is_made_anew(tmp_path):
+    path, inside = tmp_path / "work/lock", []
+
+    def enter():
+        with held(path):
+            inside.append(path.exists())
+
+    with held(path):
+        waiting = threading.Thread(target=enter)
+        waiting.start()
+        time.sleep(0.1)
+        assert not inside
+        shutil.rmtree(path.parent)
+    waiting.join()
+    assert inside == [True]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_where_there_are_no_locks_nothing_is_taken_for_a_killed_process_s(tmp_path, monkeypatch, number):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with held(tmp_path / "lock", remove=True) as first, held(tmp_path / "lock", remove=True) as second:
+        assert (first, second) == (False, False)
+    with replace_file(tmp_path / "out") as work:
+        work.write_text("first")
+        with replace_file(tmp_path / "out") as another:
+            another.write_text("second")
+        assert (tmp_path / "out").read_text() == "second"
+    assert (tmp_path / "out").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_another_process_writes_is_left_alone_until_it_is_killed(tmp_path):
+    output = tmp_path / "out"
+    with other(output, FILE) as process:
+        assert process.stdout.readline() == "in\n"
+        with replace_file(output) as work:
+            work.write_text("mine")
+        (theirs,) = tmp_path.glob(".out.partial-*")
+        assert theirs.read_text() == "theirs"
+        process.kill()
+        process.wait()
+        assert len([*tmp_path.glob(".out.*")]) == 2  # the file and its lock
+    with replace_file(output) as work:
+        work.write_text("last")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_name_that_is_a_pattern_means_itself(tmp_path):
+    """What stands beside another output is no leftover of this one's."""
+    (tmp_path / ".a.partial-0123abcd").mkdir()
+    (tmp_path / ".[ab].partial-0123abcd").mkdir()
+    with replace_folder(tmp_path / "[ab]"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"[ab]", ".a.partial-0123abcd"}
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_a_byte_is_locked_until_it_is_released_or_its_process_ends(tmp_path, is_killed):
+    with other(tmp_path / "lock", f"{BYTE}\nlocks.release(3)\nwait()") as process:
+        assert process.stdout.readline() == "in\n"
+        locks = ByteLocks(tmp_path / "lock")
+        assert not locks.is_free(3)
+        assert not locks.try_acquire(3, tries=3)
+        assert locks.try_acquire(4)
+        if is_killed:
+            process.kill()
+            process.wait()
+        else:
+            process.stdin.write("\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == "in\n"
+        assert locks.is_free(3)
+        assert locks.try_acquire(3)
+        locks.close()
+
+
+def test_a_byte_of_a_file_that_was_deleted_or_replaced_locks_nobody_out(tmp_path):
+    locks = ByteLocks(tmp_path / "lock")
+    assert locks.is_in_place()
+    (tmp_path / "lock").unlink()
+    assert not locks.is_in_place()
+    (tmp_path / "lock").touch()
+    assert not locks.is_in_place()
+    locks.close()

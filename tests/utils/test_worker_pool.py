@@ -1,0 +1,315 @@
+"""Work in several processes: how many, in what order, and what happens when one of them dies."""
+
+import fcntl
+import multiprocessing
+import os
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mdl_toolkit.errors import ModelError, RowProblem, RowsError, ToolkitError
+from mdl_toolkit.i18n import Text
+from mdl_toolkit.utils import worker_pool as room
+from mdl_toolkit.utils.worker_pool import WorkerDiedError, available_cpus, default_workers, work_through
+
+# --- tasks, for processes that import this file ----------------------------------------------------------
+
+
+def squares(job: int) -> Iterator[tuple[int, int, int]]:
+    """As many reports as the job's number says."""
+    for number in range(job):
+        yield job, number, os.getpid()
+
+
+def meet(place: Path, job: int) -> Iterator[int]:
+    """Two jobs that need each other: each waits until the other one is under way."""
+    (place / str(job)).touch()
+    wait_for(lambda: (place / str(1 - job)).exists())
+    yield job
+
+
+def fail(error: Exception, job: int) -> Iterator[int]:
+    yield job
+    if job == 3:
+        raise error
+
+
+def broken(job: int) -> Iterator[int]:
+    yield job
+    raise LookupError(threading.Lock())  # cannot be sent
+
+
+def endless(job: int) -> Iterator[int]:
+    yield os.getpid()
+    while True:
+        time.sleep(100)
+
+
+def busy(job: int) -> Iterator[int]:
+    yield os.getpid()
+    while True:
+        pass
+
+
+def long_message(job: int) -> Iterator[Any]:
+    yield os.getpid()
+    yield bytes(50_000_000)
+
+
+# --- helpers ---------------------------------------------------------------------------------------------
+
+
+def wait_for(condition: Any, seconds: float = 50) -> None:
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < ends, "it does not happen"
+        time.sleep(0.01)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+
+
+def bytes_waiting() -> int:
+    """How much has come through this process's pipes and is not read."""
+    most = 0
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            answer = fcntl.ioctl(int(descriptor.name), termios.FIONREAD, b"0000")
+            most = max(most, struct.unpack("i", answer)[0])
+    return most
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left() -> Iterator[None]:
+    yield
+    assert multiprocessing.active_children() == []
+
+
+# --- all jobs, once --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_every_report_of_every_job(count):
+    jobs = [5, 0, 1, 7, 2, 2, 0, 3]
+    reports = [*work_through(iter(jobs), squares, count)]
+    expected = [(job, number) for job in jobs for number in range(job)]
+    assert sorted(report[:2] for report in reports) == sorted(expected)
+    pids = {report[2] for report in reports}
+    assert (pids == {os.getpid()}) == (count == 1)
+    assert len(pids) <= count
+
+
+def test_reports_of_one_job_come_in_order():
+    reports = [*work_through(iter([50, 50]), squares, 2)]
+    for pid in {report[2] for report in reports}:
+        numbers = [number for _, number, other in reports if other == pid]
+        assert numbers == [*range(50)] * (len(numbers) // 50)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_no_job(count):
+    assert [*work_through(iter([]), squares, count)] == []
+
+
+def test_jobs_are_done_at_the_same_time(tmp_path):
+    assert sorted(work_through(iter([0, 1]), partial(meet, tmp_path), 2)) == [0, 1]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_jobs_are_taken_when_a_process_is_idle(count):
+    """So that other ranks can take those that are left."""
+    taken = []
+
+    def jobs() -> Iterator[int]:
+        for number in range(12):
+            taken.append(number)
+            yield 1
+
+    for done, _ in enumerate(work_through(jobs(), squares, count)):
+        assert len(taken) <= done + count
+    assert len(taken) == 12
+
+
+def test_a_message_may_be_long():
+    with closing(work_through(iter([1]), long_message, 2)) as messages:
+        next(messages)
+        assert next(messages) == bytes(50_000_000)
+
+
+# --- errors ----------------------------------------------------------------------------------------------
+
+ERRORS = [
+    ModelError("no", "不"),
+    RowsError("x.csv", [RowProblem(3, "audio", "a.wav", Text("bad", "坏"))], 70),
+    RowsError("folder", [RowProblem(3, "audio", "a.wav", Text("bad", "坏"))], is_list=True),
+    KeyError("what"),
+    OSError(28, "No space left on device"),
+]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_what_a_task_raises_is_raised_here(error, count):
+    with pytest.raises(type(error)) as caught:
+        list(work_through(iter(range(9)), partial(fail, error), count))
+    assert caught.value.args == error.args
+    assert getattr(caught.value, "is_list", None) == getattr(error, "is_list", None)
+    if isinstance(error, ToolkitError):
+        assert caught.value.text == error.text
+
+
+def test_where_a_task_raised_is_not_lost():
+    """`--debug` is to show it."""
+    with pytest.raises(KeyError) as caught:
+        list(work_through(iter(range(9)), partial(fail, KeyError("what")), 2))
+    assert "in fail" in str(caught.value.__cause__)
+
+
+def test_an_error_that_cannot_be_sent():
+    """It is a bug, and must not be told as a lack of memory."""
+    with pytest.raises(RuntimeError, match="LookupError"):
+        list(work_through(iter([1, 2]), broken, 2))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_the_jobs_raise_is_raised_here(count):
+    def jobs() -> Iterator[int]:
+        yield 1
+        raise LookupError("no more")
+
+    with pytest.raises(LookupError, match="no more"):
+        list(work_through(jobs(), squares, count))
+
+
+def test_whoever_stops_leaves_no_process():
+    with closing(work_through(iter([1, 2]), busy, 2)) as messages:
+        pids = [next(messages), next(messages)]
+    assert len({*pids, os.getpid()}) == 3
+    assert not any(map(is_alive, pids))
+
+
+# --- killed ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("task", [endless, busy])
+def test_a_killed_worker_is_an_error(task):
+    with closing(work_through(iter([1, 2]), task, 2)) as messages:
+        pids = [next(messages), next(messages)]
+        os.kill(pids[1], signal.SIGKILL)
+        with pytest.raises(WorkerDiedError) as caught:
+            next(messages)
+    assert caught.value.text.en.startswith("a worker process was ended by the system (out of memory?)")
+    assert "内存不足" in caught.value.text.zh
+    assert not any(map(is_alive, pids))
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_killed_in_the_middle_of_a_message():
+    """Half of it has come, the other half never will."""
+    with closing(work_through(iter([1]), long_message, 2)) as messages:
+        pid = next(messages)
+        wait_for(lambda: bytes_waiting() > 10_000)
+        assert is_alive(pid)
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(WorkerDiedError):
+            next(messages)
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_killed_when_it_was_idle():
+    """That shows when the next job is sent to it."""
+
+    def jobs() -> Iterator[int]:
+        yield 1
+        yield 1
+        for child in multiprocessing.active_children():
+            child.kill()
+            child.join()
+        yield 1
+
+    with pytest.raises(WorkerDiedError):
+        list(work_through(jobs(), squares, 2))
+
+
+PARENT = """
+import sys
+from tests.utils import test_worker_pool as test_workers
+from mdl_toolkit.utils.worker_pool import work_through
+
+if __name__ == "__main__":
+    for message in work_through(iter([1, 2]), getattr(test_workers, sys.argv[1]), 2):
+        if isinstance(message, int):
+            print(message, flush=True)
+"""
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("task", ["endless", "busy", "long_message"])
+def test_workers_end_with_their_parent(tmp_path, task):
+    """Also in the middle of a job, or of a message that nobody reads."""
+    (tmp_path / "parent.py").write_text(PARENT)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    parent = subprocess.Popen(
+        [sys.executable, tmp_path / "parent.py", task], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    with parent:
+        pids = [int(parent.stdout.readline()) for _ in range(2)]
+        if task == "long_message":
+            parent.send_signal(signal.SIGSTOP)
+        assert all(map(is_alive, pids))
+        parent.kill()
+    wait_for(lambda: not any(map(is_alive, pids)))
+
+
+# --- how many workers (rule 20) --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cpus", "limits", "available", "workers"),
+    [
+        (1, {}, 1, 1),
+        (2, {}, 2, 1),
+        (3, {}, 3, 1),
+        (8, {}, 8, 4),
+        (64, {}, 64, 32),
+        (200, {}, 200, 32),
+        (64, {"cpu.max": "max 100000\n"}, 64, 32),
+        (64, {"cpu.max": "800000 100000\n"}, 8, 4),
+        (4, {"cpu.max": "800000 100000\n"}, 4, 2),
+        (64, {"cpu.max": "150000 100000\n"}, 1, 1),
+        (64, {"cpu.max": "50000 100000\n"}, 1, 1),
+        (64, {"cpu.max": "nonsense\n"}, 64, 32),
+        (64, {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 64, 32),
+        (64, {"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4, 2),
+    ],
+)
+def test_default_workers(tmp_path, monkeypatch, cpus, limits, available, workers):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cpus)))
+    monkeypatch.setattr(room, "CGROUP", tmp_path)
+    for name, text in limits.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert available_cpus() == available
+    assert default_workers() == workers
+
+
+def test_this_machine():
+    assert 1 <= available_cpus() <= (os.cpu_count() or 1)
+    assert 1 <= default_workers() <= 32
