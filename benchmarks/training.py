@@ -37,12 +37,12 @@ from mdl_toolkit.data.tokenization import Encoder
 from mdl_toolkit.demo import make_tiny_model
 from mdl_toolkit.model import MiDashengLMConfig, MiDashengLMModel
 from mdl_toolkit.training.gradient_checkpointing import Kept, recompute
-from mdl_toolkit.training.log import read_log
 from mdl_toolkit.training.lora import add_adapters
 from mdl_toolkit.training.memory.plan import plan_memory
 from mdl_toolkit.training.run import train
 from mdl_toolkit.training.sampler import Sampling
 from mdl_toolkit.training.trainer import Trainer
+from mdl_toolkit.utils.run_folder import read_log
 from mdl_toolkit.weights.loading import load_model
 from mdl_toolkit.weights.tokenizer_files import read_text_files
 

@@ -19,7 +19,8 @@ _MODULE_OF = {
     "train": "training.run",
     "infer": "inference.run",
     "merge_adapter": "training.merge",
-    "evaluate": "evaluation.evaluate",
+    "check": "api",
+    "evaluate": "api",
     "report": "reporting.report",
     "ToolkitError": "errors",
 }

@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from mdl_toolkit.api import evaluate
 from mdl_toolkit.audio.loading import SAMPLE_RATE, load
 from mdl_toolkit.config.data import ConvertOptions, DemoOptions
 from mdl_toolkit.config.options import Options
@@ -22,13 +23,12 @@ from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, as_command
 from mdl_toolkit.data.convert.run import convert_dataset, read_rows
 from mdl_toolkit.errors import InputError
-from mdl_toolkit.evaluation.evaluate import evaluate
 from mdl_toolkit.evaluation.results import Evaluation, as_text
 from mdl_toolkit.inference.run import infer
 from mdl_toolkit.reporting.report import report
-from mdl_toolkit.training.checkpoints import REPORT
 from mdl_toolkit.training.run import train
 from mdl_toolkit.utils.console import say
+from mdl_toolkit.utils.run_folder import REPORT
 from mdl_toolkit.weights.loading import quiet_libraries
 
 PROMPT = "Which language is spoken?"

@@ -1,4 +1,4 @@
-"""The door: rules 1 to 7 of the command line, with the rooms behind it replaced by ones that only listen."""
+"""The command line, with the work behind it replaced by functions that only listen."""
 
 import os
 import resource
@@ -25,12 +25,12 @@ from mdl_toolkit.config.types import BOOLEAN, is_boolean_word
 from mdl_toolkit.errors import InputError, RowProblem, RowsError
 from mdl_toolkit.i18n import Text
 
-ROOMS = {
-    "conversion": "convert_dataset",
-    "training": "train",
-    "inference": "infer",
-    "merging": "merge_adapter",
-    "check": "check",
+WORK = {
+    "data.convert.run": "convert_dataset",
+    "training.run": "train",
+    "inference.run": "infer",
+    "training.merge": "merge_adapter",
+    "api": "check",
     "demo": "run_demo",
 }
 TRAIN = ("train", "--train-dataset", "in.csv", "--output", "out")
@@ -48,14 +48,14 @@ class Done:
 
 
 class Door:
-    """Runs command lines and keeps the options that reached a room."""
+    """Runs command lines and keeps the options that reached its work."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
         self.capsys = capsys
         self.reached: list[tuple[str, Any]] = []
         self.trouble: BaseException | None = None
 
-    def room(self, name: str) -> Any:
+    def work(self, name: str) -> Any:
         def work(options: Options) -> None:
             self.reached.append((name, options))
             if self.trouble:
@@ -77,9 +77,9 @@ class Door:
 @pytest.fixture
 def door(capsys, monkeypatch):
     door = Door(capsys)
-    for room, function in ROOMS.items():
-        module = ModuleType(f"mdl_toolkit.{room}")
-        setattr(module, function, door.room(room))
+    for name, function in WORK.items():
+        module = ModuleType(f"mdl_toolkit.{name}")
+        setattr(module, function, door.work(name))
         monkeypatch.setitem(sys.modules, module.__name__, module)
     return door
 
@@ -102,24 +102,24 @@ def python(*words: str, **environment: str) -> "subprocess.CompletedProcess[str]
     )
 
 
-# Which command reaches which room
+# Which command does which work
 
 
 @pytest.mark.parametrize(
-    ("words", "room"),
+    ("words", "module"),
     [
-        (CONVERT, "conversion"),
-        (TRAIN, "training"),
-        (("inference", "in.csv", "--output", "out.csv", "--model-name", "m"), "inference"),
-        (("merge", "run/final", "--output", "out"), "merging"),
-        (("check", "in.csv", "more.csv"), "check"),
+        (CONVERT, "data.convert.run"),
+        (TRAIN, "training.run"),
+        (("inference", "in.csv", "--output", "out.csv", "--model-name", "m"), "inference.run"),
+        (("merge", "run/final", "--output", "out"), "training.merge"),
+        (("check", "in.csv", "more.csv"), "api"),
         (("demo",), "demo"),
     ],
 )
-def test_a_command_calls_its_room_once(door, words, room):
+def test_a_command_does_its_work_once(door, words, module):
     assert door(*words) == Done(0, "", "")
     [(reached, options)] = door.reached
-    assert reached == room
+    assert reached == module
     assert words[0] == options.COMMAND
 
 
@@ -627,7 +627,7 @@ def test_a_bug_under_debug_is_raised(door):
         door(*TRAIN, "--debug")
 
 
-def test_a_pipe_broken_inside_a_room_is_not_kept_quiet(door):
+def test_a_pipe_broken_inside_the_work_is_not_kept_quiet(door):
     door.trouble = BrokenPipeError("a worker died")
     done = door(*TRAIN)
     assert done.status == 1

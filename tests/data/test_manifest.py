@@ -12,7 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mdl_toolkit.data.manifest import Manifest, Row, is_url, read_manifest, without_credentials
+from mdl_toolkit.audio.urls import is_url, without_credentials
+from mdl_toolkit.data.manifest import Manifest, Row, read_manifest
 from mdl_toolkit.errors import InputError, RowsError
 
 

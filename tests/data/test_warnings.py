@@ -11,8 +11,8 @@ from mdl_toolkit.data.convert.run import convert_dataset
 from mdl_toolkit.data.dataset import ConvertedDataset
 from mdl_toolkit.data.tokenization import Encoder
 from mdl_toolkit.data.warnings import LossWatch, advise, find_leaks
-from mdl_toolkit.training.log import read_log
 from mdl_toolkit.training.run import train
+from mdl_toolkit.utils.run_folder import read_log
 from mdl_toolkit.weights.tokenizer_files import read_text_files
 from tests.support.runs import make_csv, make_rows, train_options, write_csv
 from tests.support.waves import wave

@@ -62,7 +62,7 @@ def parsed(words: list[str]) -> list[Options]:
 @pytest.mark.parametrize("language", PAGES)
 def test_the_options_on_the_command_line_pages_are_fresh(language):
     page = PAGES[language].read_text(encoding="utf-8")
-    assert page == refreshed(page, language), "run: python tests/support/cli_reference.py"
+    assert page == refreshed(page, language), "run: python -m tests.support.cli_reference"
     assert [name for _, name, _ in REGION.findall(page)] == list(toolkit().commands)
 
 

@@ -91,16 +91,14 @@ def test_the_commands_shown_can_be_typed(tmp_path, monkeypatch, capsys):
         for name in ("convert-dataset", "inference", "train", "inference", "evaluate", "report")
     ]
     again = []
-    for room, name in (
-        ("conversion", "convert_dataset"),
-        ("training", "train"),
-        ("inference", "infer"),
-        ("report", "report"),
+    for module, name in (
+        ("data.convert.run", "convert_dataset"),
+        ("training.run", "train"),
+        ("inference.run", "infer"),
+        ("reporting.report", "report"),
     ):
-        monkeypatch.setattr(f"mdl_toolkit.{room}.{name}", again.append)
-    monkeypatch.setattr(
-        "mdl_toolkit.evaluation.evaluate.evaluate", lambda options: again.append(options) or scored(options)
-    )
+        monkeypatch.setattr(f"mdl_toolkit.{module}.{name}", again.append)
+    monkeypatch.setattr("mdl_toolkit.api.evaluate", lambda options: again.append(options) or scored(options))
     assert [run(shlex.split(line)[1:]) for line in shown] == [0] * 6
     assert again == used
 

@@ -13,6 +13,7 @@ from mdl_toolkit.errors import ModelError
 from mdl_toolkit.inference import verify as proof
 from mdl_toolkit.inference.verify import invented_rows, prove
 from mdl_toolkit.model import MiDashengLMModel
+from mdl_toolkit.training import result
 from mdl_toolkit.training.run import train
 from mdl_toolkit.weights import merge as export
 from mdl_toolkit.weights.merge import merge
@@ -120,11 +121,11 @@ def test_a_training_is_proven_without_the_model_it_trained(
     model = copy_checkpoint(golden, name, tmp_path)
     seen, before = [], {*map(id, living(PeftModel))}
 
-    def look(*words):
+    def look(*words, **named):
         seen.extend(each for each in living(PeftModel) if id(each) not in before)
-        prove(*words)
+        prove(*words, **named)
 
-    monkeypatch.setattr(export, "prove", look)
+    monkeypatch.setattr(result, "prove", look)
     options = train_options(
         make_csv(tmp_path, 8), model, tmp_path / "run", quantization=quantization,
         train_target=("decoder", "embed_tokens"),
@@ -156,6 +157,6 @@ def test_a_training_whose_merging_went_wrong_keeps_what_another_attempt_needs(go
 
 
 def test_without_verify_nothing_is_loaded(golden, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "prove", None)
+    monkeypatch.setattr(result, "prove", None)
     model = copy_checkpoint(golden, "A-small", tmp_path)
     assert train(train_options(make_csv(tmp_path, 4), model, tmp_path / "run", verify=False)).final.is_dir()

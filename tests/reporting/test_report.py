@@ -18,8 +18,8 @@ from mdl_toolkit.reporting.audio_links import audio_values
 from mdl_toolkit.reporting.plots import draw_confusion
 from mdl_toolkit.reporting.report import report
 from mdl_toolkit.reporting.run_section import MOST_POINTS, run_values
-from mdl_toolkit.training.log import read_log
 from mdl_toolkit.training.run import train
+from mdl_toolkit.utils.run_folder import read_log
 from tests.support.runs import files_below, make_csv, make_rows, train_options, write_csv
 from tests.training.test_trackers import MODEL
 

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from mdl_toolkit.training.checkpoints import checkpoints, damage
-from mdl_toolkit.training.log import read_log
+from mdl_toolkit.utils.run_folder import read_log
 from tests.stress.files import Files, check_same, listing
 from tests.stress.inputs import MODEL, make_csv
 from tests.stress.processes import FailedError

@@ -1,7 +1,8 @@
 """The options in `docs/cli.zh.md` and `docs/cli.en.md`, made from the option tables.
 
 The pages' prose is written by hand; what stands between `<!-- options: COMMAND -->` and `<!-- end -->` is
-made here. `python tests/support/cli_reference.py` writes it; `test_docs.py` fails while a page has anything else.
+made here. `python -m tests.support.cli_reference` writes it; `test_docs.py` fails while a page has anything
+else.
 """
 
 import json

@@ -19,9 +19,14 @@ from typing import Any
 
 PATIENCE = 120.0  # seconds; everything here takes a few
 PRELOADED = [
-    "mdl_toolkit.cli.main", "mdl_toolkit.training.run", "mdl_toolkit.inference.run", "mdl_toolkit.training.merge", "peft",
-    "transformers", __name__,
-]  # fmt: skip
+    "mdl_toolkit.cli.main",
+    "mdl_toolkit.training.run",
+    "mdl_toolkit.inference.run",
+    "mdl_toolkit.training.merge",
+    "peft",
+    "transformers",
+    __name__,
+]
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = PATIENCE) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import soundfile
 
 from mdl_toolkit.config.train import TrainOptions
-from mdl_toolkit.training.log import read_log
+from mdl_toolkit.utils.run_folder import read_log
 from tests.support.waves import wave
 
 ANSWERS = ("rain", "A dog barking.", "music and engine noise", "狗在叫", "click", "the quick brown fox jumps")

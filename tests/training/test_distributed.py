@@ -18,10 +18,10 @@ from mdl_toolkit.data.convert import run as conversion
 from mdl_toolkit.training import datasets as training_data
 from mdl_toolkit.training import run as training
 from mdl_toolkit.training.checkpoints import Checkpoint, checkpoints, damage
-from mdl_toolkit.training.log import read_log
 from mdl_toolkit.training.run import train
 from mdl_toolkit.utils import distributed
 from mdl_toolkit.utils.distributed import PeerLostError, World
+from mdl_toolkit.utils.run_folder import read_log
 from tests.support.commands import children
 from tests.support.fleet import fleet, free_port, start_ranks, wait_for
 from tests.support.runs import files_below, make_csv, make_rows, train_options, write_csv

@@ -17,8 +17,8 @@ from mdl_toolkit.training import run as training
 from mdl_toolkit.training import trainer
 from mdl_toolkit.training.checkpoints import checkpoint_at, checkpoints, to_resume
 from mdl_toolkit.training.evaluator import Validation
-from mdl_toolkit.training.log import read_log
 from mdl_toolkit.training.run import train
+from mdl_toolkit.utils.run_folder import read_log
 from mdl_toolkit.weights.resolve import read_json
 from tests.support.fleet import fleet, start_ranks
 from tests.support.runs import evaluations, make_csv, train_options

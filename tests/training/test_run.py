@@ -25,12 +25,12 @@ from mdl_toolkit.data.dataset import ConvertedDataset
 from mdl_toolkit.errors import DatasetError, InputError, ModelError, RowsError, ToolkitError, UsageError
 from mdl_toolkit.training import datasets as training_data
 from mdl_toolkit.training import run as training
-from mdl_toolkit.training.log import read_log
 from mdl_toolkit.training.memory import plan as memory
 from mdl_toolkit.training.run import train
 from mdl_toolkit.training.sampler import Sampling
 from mdl_toolkit.training.schedule import Schedule
 from mdl_toolkit.training.trainer import Trainer
+from mdl_toolkit.utils.run_folder import read_log
 from mdl_toolkit.weights.loading import load_model, quiet_peft
 from tests.support.runs import (
     ANSWERS,

@@ -16,9 +16,9 @@ from mdl_toolkit.training import datasets as training_data
 from mdl_toolkit.training import run as training
 from mdl_toolkit.training import trainer
 from mdl_toolkit.training.checkpoints import checkpoints, damage, to_resume
-from mdl_toolkit.training.log import read_log
 from mdl_toolkit.training.run import train
 from mdl_toolkit.utils import signals as stopping
+from mdl_toolkit.utils.run_folder import read_log
 from mdl_toolkit.utils.signals import Interruption, StopRequest
 from tests.support.fleet import die_before, fleet, slow_steps, start_ranks, wait_for
 from tests.support.runs import evaluations, make_csv, train_options

@@ -14,11 +14,12 @@ from mdl_toolkit.config.yaml import as_command
 from mdl_toolkit.i18n import Text
 from mdl_toolkit.training import log as runlog
 from mdl_toolkit.training import summary as briefing
-from mdl_toolkit.training.log import Forecast, Pace, read_log
+from mdl_toolkit.training.log import Forecast, Pace
 from mdl_toolkit.training.run import train
 from mdl_toolkit.training.sampler import Sampling
 from mdl_toolkit.training.summary import say_results
 from mdl_toolkit.utils import console
+from mdl_toolkit.utils.run_folder import read_log
 from tests.support.fleet import fleet, slow_steps
 from tests.support.runs import copy_checkpoint, make_csv, make_rows, train_options, write_csv
 from tests.training.test_trackers import MODEL

@@ -16,9 +16,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.config.yaml import as_command
 from mdl_toolkit.errors import ToolkitError
-from mdl_toolkit.training.log import read_log
 from mdl_toolkit.training.run import train
 from mdl_toolkit.training.trackers import Trackers
+from mdl_toolkit.utils.run_folder import read_log
 from tests.support.fleet import fleet, slow_steps, start_ranks
 from tests.support.runs import files_below, make_csv, train_options
 

@@ -13,9 +13,9 @@ import pytest
 
 from mdl_toolkit.config.yaml import as_command
 from mdl_toolkit.errors import InputError
-from mdl_toolkit.training.log import read_log
 from mdl_toolkit.training.run import train
 from mdl_toolkit.utils.files import claim_folder
+from mdl_toolkit.utils.run_folder import read_log
 from tests.support.fleet import fleet, slow_steps
 from tests.support.runs import make_csv, train_options
 

@@ -17,7 +17,10 @@ from mdl_toolkit.utils.files import replace_file, replace_folder
 from mdl_toolkit.utils.locks import ByteLocks, held
 
 HOLD = "from mdl_toolkit.utils.locks import held\nwith held(path): wait()"
-BYTE = "from mdl_toolkit.utils.locks import ByteLocks\nlocks = ByteLocks(path)\nassert locks.try_acquire(3)\nwait()"
+BYTE = (
+    "from mdl_toolkit.utils.locks import ByteLocks\n"
+    "locks = ByteLocks(path)\nassert locks.try_acquire(3)\nwait()"
+)
 FILE = """
 from mdl_toolkit.utils.files import replace_file
 with replace_file(path) as work:

@@ -21,13 +21,8 @@ from mdl_toolkit.cli.main import run
 from mdl_toolkit.data.tokenization import Encoder
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.i18n import Text
-from mdl_toolkit.weights.loading import (
-    best_device,
-    choose_dtype,
-    explaining_memory,
-    lack_of_memory,
-    load_model,
-)
+from mdl_toolkit.utils.machine import lack_of_memory
+from mdl_toolkit.weights.loading import best_device, choose_dtype, explaining_memory, load_model
 from mdl_toolkit.weights.resolve import find_model, need, read_json
 from mdl_toolkit.weights.tokenizer_files import read_text_files
 from tests.docs.test_chinese import wrong_in
@@ -117,7 +112,8 @@ def test_offline(name):
 
 def test_a_hub_that_cannot_be_reached():
     code = (
-        "import sys\nfrom mdl_toolkit.errors import ModelError\nfrom mdl_toolkit.weights.resolve import find_model\n"
+        "import sys\nfrom mdl_toolkit.errors import ModelError\n"
+        "from mdl_toolkit.weights.resolve import find_model\n"
         "try:\n    find_model(sys.argv[1], from_modelscope=False, weights=True)\n"
         "except ModelError as problem:\n    print(problem.text.en)\n    print(problem.text.zh)\n"
     )

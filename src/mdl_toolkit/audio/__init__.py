@@ -7,6 +7,7 @@ Modules:
     flac             samples as FLAC and back
     http             download one address
     download_cache   a cache of downloads
+    urls             addresses: tell them from paths, show them without passwords
 
 `mdl_toolkit.audio.load` is part of the Python API.
 """

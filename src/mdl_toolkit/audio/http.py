@@ -19,7 +19,7 @@ from socket import SHUT_RDWR, socket
 from typing import TYPE_CHECKING, Any
 
 from mdl_toolkit import __version__
-from mdl_toolkit.data.manifest import without_credentials
+from mdl_toolkit.audio.urls import without_credentials
 from mdl_toolkit.errors import AudioError
 from mdl_toolkit.i18n import Text
 

@@ -71,13 +71,13 @@ def _merge(options: MergeOptions) -> None:
 
 
 def _check(options: CheckOptions) -> None:
-    from mdl_toolkit.data.check.run import check
+    from mdl_toolkit.api import check
 
     check(options)
 
 
 def _evaluate(options: EvaluateOptions) -> None:
-    from mdl_toolkit.evaluation.evaluate import evaluate
+    from mdl_toolkit.api import evaluate
     from mdl_toolkit.evaluation.results import as_text
 
     click.echo(as_text(evaluate(options)))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import urlsplit
 
+from mdl_toolkit.audio.urls import is_url, without_credentials
 from mdl_toolkit.data.csv_reader import (
     NUL_MARK,
     Line,
@@ -207,16 +208,6 @@ def read_manifest(
     check_columns(path, columns, (AUDIO, PREDICTION) if needs_prediction else (AUDIO,))
     defaults = Defaults(base_dir, system_prompt, user_prompt)
     return Manifest(path, columns, defaults, needs_prediction and not allow_empty_prediction, stamp)
-
-
-def is_url(audio: str) -> bool:
-    """Tell whether `Row.audio` is an address to fetch, rather than a path."""
-    return audio.lower().startswith(("http://", "https://"))
-
-
-def without_credentials(text: str) -> str:
-    """The address or path as messages may show it: without the `user:password@` of an address."""
-    return re.sub(r"(?i)^(https?://)[^/?#]*@", r"\1", text)
 
 
 class _Reader:

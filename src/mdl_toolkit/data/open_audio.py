@@ -8,8 +8,9 @@ from pathlib import Path
 
 from mdl_toolkit.audio.download_cache import Downloads
 from mdl_toolkit.audio.loading import Clip, load
+from mdl_toolkit.audio.urls import is_url
 from mdl_toolkit.data.csv_reader import stamp_of
-from mdl_toolkit.data.manifest import Row, is_url
+from mdl_toolkit.data.manifest import Row
 from mdl_toolkit.errors import AudioError, RowProblem
 
 FETCHED_AHEAD = 8  # recordings that a process fetches at the same time

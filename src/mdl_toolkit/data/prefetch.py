@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Generic, TypeVar
 
+import numpy as np
 import torch
-
-from mdl_toolkit.training.sampler import Rows
+from numpy.typing import NDArray
 
 Made = TypeVar("Made")
 
@@ -32,16 +32,16 @@ class Loader(Generic[Made]):
         waited: seconds that the user of the batches has waited for them, the first one not counted.
     """
 
-    make: Callable[[Rows], Made]
+    make: Callable[[NDArray[np.int64]], Made]
     threads: int
     waited: float = 0.0
 
     @staticmethod
-    def beside(device: torch.device, make: Callable[[Rows], Made]) -> "Loader[Made]":
+    def beside(device: torch.device, make: Callable[[NDArray[np.int64]], Made]) -> "Loader[Made]":
         """As many threads as a device needs that computes meanwhile."""
         return Loader(make, GPU_THREADS if device.type == "cuda" else 1)
 
-    def batches(self, wanted: Iterable[Rows]) -> Generator[Made, None, None]:
+    def batches(self, wanted: Iterable[NDArray[np.int64]]) -> Generator[Made, None, None]:
         """The batches, in order; closing it ends the threads."""
         pool = ThreadPoolExecutor(self.threads, "batches")
         source, ahead = iter(wanted), deque[Future[Made]]()

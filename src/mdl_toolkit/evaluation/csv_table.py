@@ -9,8 +9,9 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from mdl_toolkit.audio.urls import without_credentials
 from mdl_toolkit.data.csv_reader import NUL_MARK, check_columns, excess, header_of, lines_of, no_rows, opened
-from mdl_toolkit.data.manifest import AUDIO, without_credentials
+from mdl_toolkit.data.manifest import AUDIO
 from mdl_toolkit.errors import InputError, Problems
 from mdl_toolkit.i18n import Text
 

@@ -48,9 +48,6 @@ from mdl_toolkit.evaluation.results import (
 )  # fmt: skip
 from mdl_toolkit.evaluation.text_metrics import CHARACTER, WORD
 from mdl_toolkit.i18n import Text
-from mdl_toolkit.reporting.audio_links import folder_of
-from mdl_toolkit.reporting.evaluation_section import evaluation_values
-from mdl_toolkit.reporting.html import write_page
 from mdl_toolkit.utils.console import say
 from mdl_toolkit.utils.files import check_apart, check_file, removing_empty, replace_file, writing
 
@@ -61,7 +58,7 @@ WILSON, PERCENTILE = "Wilson score", "expanded percentile bootstrap"
 
 
 def evaluate(options: EvaluateOptions) -> Evaluation:
-    """Compare predictions with references, and write what `--output` and `--report` name.
+    """Compare predictions with references, and write what `--output` names.
 
     Raises:
         UsageError: `map` without `--label-separator`.
@@ -89,19 +86,7 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
         say(note.en, note.zh)
     for output in options.output:
         _write(Path(output), evaluation, options)
-    if options.report is not None:
-        page = Path(options.report)
-        write_page(page, Path(options.input).name, page_values(evaluation, page, options), "--report")
-        say(f"report: {page}", f"报告：{page}")
     return evaluation
-
-
-def page_values(evaluation: Evaluation, page: Path, options: EvaluateOptions) -> dict[str, Any]:
-    """What `html_page` shows of an evaluation; links to recordings start from the page's folder."""
-    return evaluation_values(
-        evaluation, folder_of(Path(options.input), options.base_dir), page,
-        score_column=options.score_column, embedded=options.embed_audio,
-    )  # fmt: skip
 
 
 def _check(options: EvaluateOptions) -> None:

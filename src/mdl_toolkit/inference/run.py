@@ -31,9 +31,8 @@ from mdl_toolkit.inference.generate import JOINING
 from mdl_toolkit.inference.journal import AnswerJournal, write_table
 from mdl_toolkit.inference.requests import KEEP, Inputs, TokenBudget, convert_inputs, open_inputs, prompted
 from mdl_toolkit.reporting.report import report_answers
-from mdl_toolkit.training.summary import warn_of_idle_gpus
 from mdl_toolkit.utils.console import progress, say
-from mdl_toolkit.utils.distributed import PeerLostError, World, joined
+from mdl_toolkit.utils.distributed import PeerLostError, World, joined, warn_of_idle_gpus
 from mdl_toolkit.utils.files import check_apart, check_file, removing_empty
 from mdl_toolkit.utils.signals import Interruption, end_if_asked
 from mdl_toolkit.weights.loading import base_of, explaining_memory

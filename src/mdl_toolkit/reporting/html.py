@@ -1,4 +1,4 @@
-"""Values to one HTML file that needs nothing else: `reporting/page/` filled in, and a policy that forbids more.
+"""Fill `page/` in with values: one HTML file that needs nothing else, and a policy that forbids more.
 
 Texts from data are JSON in a block that is no script, and the page's script makes text of them, never markup.
 """
@@ -31,7 +31,7 @@ def write_page(path: Path, name: str, values: Mapping[str, Any], option: str = "
     Args:
         path: the HTML file; an existing one is replaced.
         name: what it is about, for its title.
-        values: by part (`run`, `evaluation`, `rows`), as `reporting/page/start.js` shows them; None for a part
+        values: by part (`run`, `evaluation`, `rows`), as `page/start.js` shows them; None for a part
             that is not there.
         option: that gave the path.
 

@@ -7,10 +7,9 @@ from typing import Any
 
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.evaluation.text_metrics import METRICS
-from mdl_toolkit.training.checkpoints import LOG, PLOT
-from mdl_toolkit.training.log import Smooth, read_log, series
 from mdl_toolkit.utils.console import warn
 from mdl_toolkit.utils.files import replace_file, writing
+from mdl_toolkit.utils.run_folder import LOG, PLOT, Smooth, read_log, series
 
 SIZE, DOTS = (9.0, 5.0), 120  # inches, and dots in an inch
 LIGHT, DARK, EVALUATION, RATE = "#b5cde3", "#1f4e79", "#d95f02", "#999999"

@@ -10,15 +10,16 @@ from mdl_toolkit.data.manifest import PREDICTION
 from mdl_toolkit.errors import UsageError
 from mdl_toolkit.evaluation.align import REFERENCE
 from mdl_toolkit.evaluation.csv_table import read_table
-from mdl_toolkit.evaluation.evaluate import evaluate, page_values
+from mdl_toolkit.evaluation.evaluate import evaluate
+from mdl_toolkit.evaluation.results import Evaluation
 from mdl_toolkit.reporting.audio_links import folder_of
-from mdl_toolkit.reporting.evaluation_section import table_values
+from mdl_toolkit.reporting.evaluation_section import evaluation_values, table_values
 from mdl_toolkit.reporting.html import write_page
 from mdl_toolkit.reporting.plots import draw_confusion, draw_run
 from mdl_toolkit.reporting.run_section import run_values
-from mdl_toolkit.training.checkpoints import PLOT, REPORT
 from mdl_toolkit.utils.console import say, warn
 from mdl_toolkit.utils.files import check_file
+from mdl_toolkit.utils.run_folder import PLOT, REPORT
 
 CONFUSION = "confusion.png"
 NOTHING: dict[str, Any] = {"evaluation": None, "rows": None}  # of predictions
@@ -89,13 +90,21 @@ def _answers(predictions: Path, page: Path, options: ReportOptions) -> dict[str,
     shared = {field.name: getattr(options, field.name) for field in dataclasses.fields(ScoringOptions)}
     if options.reference is not None or _has_references(predictions, options.reference_column):
         scoring = EvaluateOptions(input=str(predictions), **shared)
-        return page_values(evaluate(scoring), page, scoring)
+        return _page_values(evaluate(scoring), page, scoring)
     say(
         "no references: what is right cannot be shown; --reference names a file that has them",
         "没有参考文本：无法显示对错；可用 --reference 指定含参考的文件",
     )
     return table_values(
         read_table(predictions, [PREDICTION]), folder_of(predictions, options.base_dir), page,
+        score_column=options.score_column, embedded=options.embed_audio,
+    )  # fmt: skip
+
+
+def _page_values(evaluation: Evaluation, page: Path, options: EvaluateOptions) -> dict[str, Any]:
+    """What `html_page` shows of an evaluation; links to recordings start from the page's folder."""
+    return evaluation_values(
+        evaluation, folder_of(Path(options.input), options.base_dir), page,
         score_column=options.score_column, embedded=options.embed_audio,
     )  # fmt: skip
 
@@ -125,6 +134,18 @@ def report_training(output: Path) -> None:
         write_page(output / REPORT, output.resolve().name, {"run": run_values(output), **NOTHING})
     except Exception as problem:  # noqa: BLE001 - a page ends no run, whatever goes wrong
         warn(f"{REPORT} cannot be written: {problem}", f"无法写入 {REPORT}：{problem}")
+
+
+def report_evaluation(evaluation: Evaluation, options: EvaluateOptions) -> None:
+    """Write the page that `--report` of an evaluation names, if it names one.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    if options.report is not None:
+        page = Path(options.report)
+        write_page(page, Path(options.input).name, _page_values(evaluation, page, options), "--report")
+        say(f"report: {page}", f"报告：{page}")
 
 
 def report_answers(options: InferenceOptions) -> None:

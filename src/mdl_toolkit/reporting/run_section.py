@@ -12,8 +12,7 @@ from mdl_toolkit.config.yaml import SETTINGS_FILE, read_settings, word_of
 from mdl_toolkit.errors import InputError, ModelError
 from mdl_toolkit.evaluation.text_metrics import LOSS, METRICS, Best, Metric
 from mdl_toolkit.i18n import Text
-from mdl_toolkit.training.checkpoints import LOG
-from mdl_toolkit.training.log import Smooth, read_log, series
+from mdl_toolkit.utils.run_folder import LOG, Smooth, read_log, series
 from mdl_toolkit.weights.provenance import read_provenance
 
 MOST_POINTS = 2000  # of a curve; of more, some in a row become their mean

@@ -24,12 +24,10 @@ from mdl_toolkit.errors import ModelError
 from mdl_toolkit.i18n import Text
 from mdl_toolkit.utils.console import warn
 from mdl_toolkit.utils.files import fsync, remove_folder, replace_folder
+from mdl_toolkit.utils.run_folder import LOG, PLOT, REPORT
 from mdl_toolkit.weights.provenance import PROVENANCE_FILE
 from mdl_toolkit.weights.resolve import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FINAL, read_json
 
-LOG = "log.jsonl"
-PLOT = "loss.png"
-REPORT = "report.html"
 STATE, OPTIMIZER, CHECKSUMS = "state.json", "optimizer.safetensors", "checksums.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _NEEDED = (STATE, OPTIMIZER, ADAPTER_CONFIG, ADAPTER_WEIGHTS)

@@ -15,7 +15,7 @@ from mdl_toolkit.data.tokenization import Encoder
 from mdl_toolkit.errors import DatasetError, ToolkitError
 from mdl_toolkit.utils.console import is_first_process, say, warn
 from mdl_toolkit.utils.distributed import PeerLostError
-from mdl_toolkit.weights.loading import lack_of_memory
+from mdl_toolkit.utils.machine import lack_of_memory
 from mdl_toolkit.weights.resolve import check_trainable, find_model
 from mdl_toolkit.weights.tokenizer_files import TextFiles, read_text_files
 

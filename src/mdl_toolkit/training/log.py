@@ -5,7 +5,6 @@ Only the first process speaks and writes.
 
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,27 +15,13 @@ from numpy.typing import NDArray
 from mdl_toolkit.data.warnings import LossWatch
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.i18n import Text
-from mdl_toolkit.training.checkpoints import LOG
 from mdl_toolkit.training.sampler import Rows, Sampling
 from mdl_toolkit.training.trackers import Trackers
 from mdl_toolkit.utils.console import PLAIN_INTERVAL, Progress, clock, is_first_process, say, warn
 from mdl_toolkit.utils.files import write_text, writing
+from mdl_toolkit.utils.run_folder import LOG, Smooth, read_log
 
-SMOOTHING = 0.9  # weight of the past in the loss that is shown
 FORECAST_STEPS, FORECAST_SECONDS = 3, 20.0  # whichever comes first, then it is said how long all will take
-
-
-class Smooth:
-    """The mean of all losses so far, each with less weight the longer ago it was."""
-
-    def __init__(self) -> None:
-        self._sum, self._weight = 0.0, 0.0
-
-    def add(self, loss: float) -> float:
-        """Take one in; the mean with it."""
-        self._sum = SMOOTHING * self._sum + loss
-        self._weight = SMOOTHING * self._weight + 1
-        return self._sum / self._weight
 
 
 @dataclass(frozen=True)
@@ -194,26 +179,6 @@ class RunLog:
                 f"{LOG} cannot be written: {reason}; training goes on", f"无法写入 {LOG}：{reason}；训练继续"
             )
         self._has_warned = True
-
-
-def read_log(file: Path) -> list[dict[str, Any]]:
-    """The lines of a log; one that was cut off, by a kill or a full disk, is left out."""
-    whole, _, _ = file.read_text(encoding="utf-8", errors="replace").rpartition("\n")
-    return [line for line in map(_parsed, whole.splitlines()) if line is not None]
-
-
-def series(lines: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """The steps at which a figure was logged, and its values."""
-    found = [line for line in lines if name in line]
-    return [line["step"] for line in found], [line[name] for line in found]
-
-
-def _parsed(line: str) -> dict[str, Any] | None:
-    try:
-        values = json.loads(line)
-    except ValueError:
-        return None
-    return values if isinstance(values, dict) and isinstance(values.get("step"), int) else None
 
 
 def _line(values: dict[str, Any]) -> str:

@@ -1,12 +1,13 @@
 """`merge`: an adapter that was trained before, or by others, and its base to one model."""
 
+from functools import partial
 from pathlib import Path
 
 from mdl_toolkit.config.results import MergeOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, to_yaml
 from mdl_toolkit.data.tokenization import Encoder
 from mdl_toolkit.errors import InputError, ModelError
-from mdl_toolkit.inference.verify import invented_rows
+from mdl_toolkit.inference.verify import invented_rows, prove
 from mdl_toolkit.training.checkpoints import CHECKSUMS, damage
 from mdl_toolkit.training.result import training_of
 from mdl_toolkit.utils.console import say
@@ -53,7 +54,8 @@ def merge_adapter(options: MergeOptions) -> Path:
     origin = read_provenance(adapter) or _unknown(base, adapter, options)
     about = About(origin, training_of(adapter), to_yaml(options))
     samples = invented_rows(Encoder(read_text_files(base)), origin.prompts) if options.verify else ()
-    export_merged(base, adapter, output, about, samples=samples, dtype=options.dtype)
+    verify = partial(prove, base, adapter, samples=samples) if samples else None
+    export_merged(base, adapter, output, about, verify=verify, dtype=options.dtype)
     say(f"done: the merged model is in {output}", f"完成：合并后的模型位于 {output}")
     return output
 

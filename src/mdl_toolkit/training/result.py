@@ -1,5 +1,6 @@
 """What a run leaves as its result: which checkpoint it is, where it comes from, and the folder `final/`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, read_settings, to_yaml
 from mdl_toolkit.data.dataset import ConvertedDataset
 from mdl_toolkit.errors import InputError, ModelError
-from mdl_toolkit.inference.verify import some_rows
-from mdl_toolkit.training.checkpoints import LOG, STATE, Checkpoint, checkpoint_at, damage
-from mdl_toolkit.training.log import read_log
+from mdl_toolkit.inference.verify import prove, some_rows
+from mdl_toolkit.training.checkpoints import STATE, Checkpoint, checkpoint_at, damage
 from mdl_toolkit.training.trainer import Outcome
 from mdl_toolkit.utils.console import say
+from mdl_toolkit.utils.run_folder import LOG, read_log
 from mdl_toolkit.weights.merge import export_adapter, export_merged
 from mdl_toolkit.weights.model_card import About
 from mdl_toolkit.weights.provenance import Base, Provenance
@@ -71,7 +72,8 @@ def write_result(
     about = About(measured, training_of(checkpoint) or options, to_yaml(options))
     if options.merge_lora:
         samples = some_rows(train_set) if options.verify else ()
-        export_merged(base, checkpoint, final, about, samples=samples)
+        verify = partial(prove, base, checkpoint, samples=samples) if samples else None
+        export_merged(base, checkpoint, final, about, verify=verify)
     else:
         export_adapter(base, checkpoint, final, about)
     return final

@@ -26,16 +26,7 @@ from mdl_toolkit.i18n import Text
 from mdl_toolkit.inference.generate import Questions
 from mdl_toolkit.reporting.plots import plot
 from mdl_toolkit.reporting.report import report_training
-from mdl_toolkit.training.checkpoints import (
-    LOG,
-    PLOT,
-    REPORT,
-    Checkpoint,
-    checkpoint_at,
-    save_state,
-    set_aside,
-    to_resume,
-)
+from mdl_toolkit.training.checkpoints import Checkpoint, checkpoint_at, save_state, set_aside, to_resume
 from mdl_toolkit.training.datasets import FEATURES, PRIVATE, Converted, open_data
 from mdl_toolkit.training.evaluator import Validation
 from mdl_toolkit.training.feature_cache import FeatureCache, check_frozen
@@ -55,13 +46,13 @@ from mdl_toolkit.training.summary import (
     say_results,
     say_steps,
     say_targets,
-    warn_of_idle_gpus,
 )
 from mdl_toolkit.training.trackers import Trackers, check_trackers
 from mdl_toolkit.training.trainer import Outcome, Trainer
 from mdl_toolkit.utils.console import is_first_process, progress, say, warn
-from mdl_toolkit.utils.distributed import World, joined
+from mdl_toolkit.utils.distributed import World, joined, warn_of_idle_gpus
 from mdl_toolkit.utils.files import check_apart, claim_folder, clear_up, writing
+from mdl_toolkit.utils.run_folder import LOG, PLOT, REPORT
 from mdl_toolkit.utils.signals import Interruption, end_if_asked
 from mdl_toolkit.weights.loading import (
     best_device,

@@ -9,30 +9,18 @@ from mdl_toolkit.audio.loading import SAMPLE_RATE
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.data.dataset import ConvertedDataset
 from mdl_toolkit.i18n import Text
-from mdl_toolkit.training.checkpoints import LOG
-from mdl_toolkit.training.log import Pace, Smooth, read_log
+from mdl_toolkit.training.log import Pace
 from mdl_toolkit.training.lora import TargetCount
 from mdl_toolkit.training.memory.plan import MemoryPlan
 from mdl_toolkit.training.sampler import Sampling
 from mdl_toolkit.utils.console import clock, say, warn
+from mdl_toolkit.utils.run_folder import LOG, Smooth, read_log
 
 MOST_EVALUATIONS = 10  # shown at the end: the last ones, and the best one
 HOUR = 3600.0
 
 
 # --- before ----------------------------------------------------------------------------------------------
-
-
-def warn_of_idle_gpus(processes: int, command: str) -> None:
-    """Say how to use all GPUs if one process, which uses one, is all there is."""
-    count = torch.cuda.device_count()
-    if processes == 1 and count > 1:
-        warn(
-            f"{count} GPUs are here and one is used; to use all: "
-            f"torchrun --nproc-per-node {count} --no-python mdl-toolkit {command} ...",
-            f"检测到 {count} 个 GPU，仅使用其中一个；要全部使用请运行："
-            f"torchrun --nproc-per-node {count} --no-python mdl-toolkit {command} ...",
-        )
 
 
 def say_machine(device: torch.device, dtype: torch.dtype, quantization: str | None, processes: int) -> None:

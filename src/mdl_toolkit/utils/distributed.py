@@ -18,8 +18,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from mdl_toolkit.errors import ToolkitError, UsageError
 from mdl_toolkit.utils.console import warn
+from mdl_toolkit.utils.machine import lack_of_memory
 from mdl_toolkit.utils.worker_pool import Ranks
-from mdl_toolkit.weights.loading import lack_of_memory
 
 # So many numbers travel together: 64 MiB of float32.
 BUCKET = 2**24
@@ -196,3 +196,15 @@ def _noticing_loss() -> Iterator[None]:
         if lack_of_memory(problem):
             raise
         raise PeerLostError(problem) from problem
+
+
+def warn_of_idle_gpus(processes: int, command: str) -> None:
+    """Say how to use all GPUs if one process, which uses one, is all there is."""
+    count = torch.cuda.device_count()
+    if processes == 1 and count > 1:
+        warn(
+            f"{count} GPUs are here and one is used; to use all: "
+            f"torchrun --nproc-per-node {count} --no-python mdl-toolkit {command} ...",
+            f"检测到 {count} 个 GPU，仅使用其中一个；要全部使用请运行："
+            f"torchrun --nproc-per-node {count} --no-python mdl-toolkit {command} ...",
+        )

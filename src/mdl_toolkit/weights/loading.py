@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mdl_toolkit.errors import ModelError, ToolkitError
 from mdl_toolkit.i18n import Text
+from mdl_toolkit.utils.machine import OUT_OF_MEMORY, lack_of_memory
 from mdl_toolkit.weights.provenance import Base, read_provenance
 from mdl_toolkit.weights.resolve import ADAPTER_CONFIG, BASE_NAME, find_model, quantized_by, read_json
 
@@ -20,10 +21,6 @@ if TYPE_CHECKING:
 
 # Quantised by bitsandbytes: the decoder's linear layers only (rule 33).
 NOT_QUANTIZED = ("audio_encoder", "audio_projector", "embed_tokens", "lm_head")
-# The kinds of errors that tell of a lack of memory, and words of those that also tell of other things.
-OUT_OF_MEMORY = (RuntimeError, MemoryError)
-_GPU_LACKS = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
-_CPU_LACKS = ("DefaultCPUAllocator: ", "std::bad_alloc")
 
 
 def choose_dtype(bf16: bool | None) -> "torch.dtype":
@@ -105,22 +102,6 @@ def best_device() -> "torch.device":
         return torch.device("cpu")
     number = os.environ.get("LOCAL_RANK") or os.environ.get("RANK") or "0"
     return torch.device("cuda", int(number) % torch.cuda.device_count())
-
-
-def lack_of_memory(problem: BaseException) -> Text | None:
-    """Return what ran out of memory, the GPU or the machine, in words; None for any other error.
-
-    Args:
-        problem: an error of torch, of a library that it calls, or of Python or numpy.
-    """
-    import torch
-
-    is_error, said = isinstance(problem, RuntimeError), str(problem)
-    if isinstance(problem, torch.OutOfMemoryError) or (is_error and any(each in said for each in _GPU_LACKS)):
-        return Text("the GPU ran out of memory", "显存不足")
-    if isinstance(problem, MemoryError) or (is_error and any(each in said for each in _CPU_LACKS)):
-        return Text("the machine ran out of memory", "内存不足")
-    return None
 
 
 @contextmanager

@@ -6,7 +6,7 @@ names, shapes, dtypes and shards. The model itself is never loaded to make it, o
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from mdl_toolkit.config.yaml import SETTINGS_FILE
-from mdl_toolkit.data.dataset import Sample
 from mdl_toolkit.errors import InputError, ModelError
-from mdl_toolkit.inference.verify import prove
 from mdl_toolkit.utils.console import warn
 from mdl_toolkit.utils.files import replace_folder, writing
 from mdl_toolkit.utils.worker_pool import available_cpus
@@ -48,7 +46,7 @@ def export_merged(
     output: Path,
     about: About,
     *,
-    samples: Sequence[Sample] = (),
+    verify: Callable[[Path], None] | None = None,
     dtype: str | None = None,
 ) -> None:
     """Write base and adapter as one model, replacing what is at the output.
@@ -58,19 +56,18 @@ def export_merged(
         adapter: folder of the trained adapter (a checkpoint will do).
         output: the folder to write.
         about: what the folder says of itself.
-        samples: on which to prove that it is the same model; without any it is not proven.
+        verify: called with the finished folder before it is put in place; raises if it is not the same model.
         dtype: of the result, one of `DTYPES`; the base's if not given.
 
     Raises:
-        ModelError: the adapter does not fit the base, a merged tensor is not finite, or the result does not
-            answer as base and adapter do.
+        ModelError: the adapter does not fit the base, or a merged tensor is not finite.
         InputError: the disk does not take it.
     """
     with writing(f"--output {output}", InputError), replace_folder(output) as work:
         merge(base, adapter, work, dtype)
         _describe(work, base, about, is_adapter=False)
-        if samples:
-            prove(base, adapter, work, samples)
+        if verify is not None:
+            verify(work)
 
 
 def export_adapter(base: Path, adapter: Path, output: Path, about: About) -> None:

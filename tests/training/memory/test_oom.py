@@ -18,13 +18,13 @@ from mdl_toolkit.i18n import Text
 from mdl_toolkit.inference.generate import Answerer
 from mdl_toolkit.training import trainer
 from mdl_toolkit.training.checkpoints import Checkpoint, checkpoints, damage
-from mdl_toolkit.training.log import read_log
 from mdl_toolkit.training.memory.oom import AtOnce
 from mdl_toolkit.training.run import train
 from mdl_toolkit.training.sampler import Sampling
 from mdl_toolkit.training.step import Forward
 from mdl_toolkit.training.trainable_state import Trained
 from mdl_toolkit.training.trainer import Trainer
+from mdl_toolkit.utils.run_folder import read_log
 from tests.support.runs import evaluations, make_csv, train_options
 
 MODEL = Path(__file__).parents[2] / "golden/checkpoints/A-small"

@@ -5,21 +5,20 @@ No weights are loaded and no GPU is used. Memory grows by some 60 bytes with eac
 
 import dataclasses
 import json
-import math
 import secrets
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from mdl_toolkit import __version__
 from mdl_toolkit.audio.download_cache import Downloads
 from mdl_toolkit.config.data import CheckOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, from_mapping, read_settings, to_yaml
 from mdl_toolkit.data.chat_template import messages_of
-from mdl_toolkit.data.check.findings import Figures, Findings, audio_tokens
+from mdl_toolkit.data.check.findings import Figures, Findings
 from mdl_toolkit.data.check.rows import Facts, Inspection
 from mdl_toolkit.data.check.text import report_lines
 from mdl_toolkit.data.convert.run import FEW_ROWS, read_rows
@@ -30,19 +29,24 @@ from mdl_toolkit.errors import InputError, ModelError, RowProblem
 from mdl_toolkit.utils.console import progress, warn
 from mdl_toolkit.utils.files import check_apart, replace_file, writing
 from mdl_toolkit.utils.worker_pool import default_workers, work_through
-from mdl_toolkit.weights.resolve import check_trainable, find_model
+from mdl_toolkit.weights.resolve import find_model
 from mdl_toolkit.weights.tokenizer_files import read_text_files
 
 if TYPE_CHECKING:
     from mdl_toolkit.config.train import TrainOptions
 
 JOB_ROWS = 32  # that a worker is given at once
-PLANNED = ("total", "weights", "trained", "activations", "free")  # bytes of a `MemoryPlan`
 STANDARD_OUTPUT = True  # what `--json` alone means
+# From a model's folder, options, the rows' lengths and how many tokens all of them begin with, figures.
+Forecast = Callable[[Path, "TrainOptions", Facts, int], Figures | None]
 
 
-def check(options: CheckOptions) -> Figures:
+def check(options: CheckOptions, forecast: Forecast | None = None) -> Figures:
     """Look at all rows of all files and report on standard output.
+
+    Args:
+        options: what to look at, and where to write what is found.
+        forecast: what a training on the first file would need, if that is to be said.
 
     Returns:
         What was found, as the JSON has it.
@@ -70,9 +74,9 @@ def check(options: CheckOptions) -> Figures:
     figures = _figures(found, encoder, options)
     if encoder is not None:
         figures["sample"] = _sample(manifests[0], encoder, set(found[0].bad), options)
-    if folder is not None and training is not None:
+    if folder is not None and training is not None and forecast is not None:
         beginning = 0 if encoder is None else _beginning(manifests[0], encoder, found[0])
-        figures["training"] = _forecast(folder, training, found[0].facts(), beginning)
+        figures["training"] = forecast(folder, training, found[0].facts(), beginning)
     if options.write_fixed is not None:
         figures["fixed"] = _write_fixed(Path(options.write_fixed), manifests[0], found[0], options)
     _tell(figures, options.json)
@@ -204,66 +208,6 @@ def _beginning(manifest: Manifest, encoder: Encoder, found: Findings) -> int:
     usable = (row for row in manifest.rows() if row.line not in bad)
     rows = (row for number, row in enumerate(usable) if number in chosen)
     return encoder.common_beginning(encoder.encode_row(row, 1, with_answer=True).input_ids for row in rows)
-
-
-def _forecast(folder: Path, options: "TrainOptions", facts: Facts, beginning: int) -> Figures | None:
-    """Memory, steps and arithmetic of a training; on a machine without a GPU, of one with a GPU.
-
-    How fast the GPU computes is not guessed: the arithmetic is given, and hours at a round speed.
-    All rows begin with so many positions, which are computed once a batch.
-    """
-    if not len(facts):
-        return None
-    try:
-        check_trainable(folder, quantization=options.quantization, merge=options.merge_lora)
-        return _predicted(folder, options, facts, beginning)
-    except ModelError as problem:
-        return {"problem": dataclasses.asdict(problem.text)}
-
-
-def _predicted(folder: Path, options: "TrainOptions", facts: Facts, beginning: int) -> Figures:
-    import torch
-
-    from mdl_toolkit.training.memory.activations import shared_positions
-    from mdl_toolkit.training.memory.plan import on_paper, plan_memory
-    from mdl_toolkit.training.sampler import Sampling
-    from mdl_toolkit.training.schedule import Schedule
-
-    lengths = (audio_tokens(facts) + facts["text"]).astype("int64")
-    sampling = Sampling(
-        lengths, facts["supervised"].astype("int64"), options.batch_size,
-        options.gradient_accumulation_steps, 1, options.seed,
-    )  # fmt: skip
-    dtype = torch.float32 if options.bf16 is False else torch.bfloat16
-    device = torch.device("cuda")
-    plan = plan_memory(folder, options, sampling, facts["samples"], beginning, device, dtype)
-    schedule, model = Schedule.of(sampling.steps_per_epoch, options), on_paper(folder)
-    shared = shared_positions(model.config, options, beginning)
-    return {
-        "dtype": str(dtype).removeprefix("torch."),
-        "bytes": {name: getattr(plan, name) for name in PLANNED},
-        "memory": [dataclasses.asdict(line) for line in plan.lines()],
-        "warning": None if (line := plan.warning()) is None else dataclasses.asdict(line),
-        "steps": schedule.total, "steps_per_epoch": schedule.per_epoch, "epochs": options.num_epochs,
-        "effective_batch": sampling.effective,
-        "operations": _operations(model, facts, options, shared),
-    }  # fmt: skip
-
-
-def _operations(model: Any, facts: Facts, options: "TrainOptions", shared: int) -> float:
-    """Floating-point operations of a training in the blocks' matrices, of which almost all consist.
-
-    A frozen matrix takes two for each number and position forwards, as many for the gradient of its input,
-    and as many again where checkpointing computes it anew. The encoder has five patches to a token. So many
-    positions are `shared` by the rows of a batch.
-    """
-    blocks = (model.decoder.model.layers, model.audio_encoder.blocks)
-    decoder, encoder = (sum(p.numel() for p in each.parameters() if p.ndim == 2) for each in blocks)
-    audio = audio_tokens(facts)
-    others = len(facts) - math.ceil(len(facts) / options.batch_size)  # rows that are not their batch's first
-    positions, patches = int((audio + facts["text"]).sum()) - shared * others, 5 * int(audio.sum())
-    passes = 3 if options.gradient_checkpointing else 2
-    return float(options.num_epochs * 2 * passes * (decoder * positions + encoder * patches))
 
 
 def _write_fixed(output: Path, manifest: Manifest, found: Findings, options: CheckOptions) -> Figures:

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from mdl_toolkit.data.manifest import Manifest, Row, is_url
+from mdl_toolkit.audio.urls import is_url
+from mdl_toolkit.data.manifest import Manifest, Row
 from mdl_toolkit.errors import MOST_ROWS_SHOWN, InputError, Problems, RowProblem
 
 MEBIBYTE = 2**20

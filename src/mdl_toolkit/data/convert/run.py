@@ -19,6 +19,7 @@ import soundfile
 from mdl_toolkit import __version__
 from mdl_toolkit.audio.download_cache import Downloads
 from mdl_toolkit.audio.loading import SAMPLE_RATE
+from mdl_toolkit.audio.urls import is_url
 from mdl_toolkit.config.data import ConversionOptions, ConvertOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, to_yaml
 from mdl_toolkit.data.convert.plan import Plan, Shard, rows_of, survey
@@ -26,7 +27,7 @@ from mdl_toolkit.data.convert.stats import Tally, say_summary, warn_of
 from mdl_toolkit.data.convert.work_folder import WorkFolder
 from mdl_toolkit.data.convert.worker import Job, ShardTask, Step
 from mdl_toolkit.data.dataset import FORMAT, ConvertedDataset, Record, check_output, write_metadata
-from mdl_toolkit.data.manifest import Manifest, Row, is_url, read_manifest
+from mdl_toolkit.data.manifest import Manifest, Row, read_manifest
 from mdl_toolkit.data.tokenization import Encoder
 from mdl_toolkit.errors import MOST_ROWS_SHOWN, DatasetError, Problems, RowProblem, RowsError
 from mdl_toolkit.utils.console import Progress, progress, say, warn

@@ -7,7 +7,7 @@ import torch
 
 from mdl_toolkit.i18n import Text
 from mdl_toolkit.utils.console import warn
-from mdl_toolkit.weights.loading import OUT_OF_MEMORY, lack_of_memory
+from mdl_toolkit.utils.machine import OUT_OF_MEMORY, lack_of_memory
 
 Computed = TypeVar("Computed")
 

@@ -1,0 +1,45 @@
+"""Join packages that know nothing of each other: `check` with a forecast, `evaluate` with a page."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mdl_toolkit.config.data import CheckOptions
+    from mdl_toolkit.config.results import EvaluateOptions
+    from mdl_toolkit.data.check.findings import Figures
+    from mdl_toolkit.evaluation.results import Evaluation
+
+
+def check(options: "CheckOptions") -> "Figures":
+    """Look at all rows of all files, forecast the training on them, and report on standard output.
+
+    Returns:
+        What was found, as the JSON has it.
+
+    Raises:
+        InputError: something would stop a training; or a CSV or a file to write cannot be used.
+        ModelError: the model's folder is here, and broken.
+    """
+    from mdl_toolkit.data.check.run import check
+
+    if options.for_inference:
+        return check(options)
+    from mdl_toolkit.training.memory.forecast import forecast_training
+
+    return check(options, forecast_training)
+
+
+def evaluate(options: "EvaluateOptions") -> "Evaluation":
+    """Compare predictions with references, and write what `--output` and `--report` name.
+
+    Raises:
+        UsageError: `map` without `--label-separator`.
+        InputError: files that cannot be read, joined or written; a column that is not there.
+    """
+    from mdl_toolkit.evaluation.evaluate import evaluate
+
+    evaluation = evaluate(options)
+    if options.report is not None:
+        from mdl_toolkit.reporting.report import report_evaluation
+
+        report_evaluation(evaluation, options)
+    return evaluation
