@@ -309,11 +309,13 @@ def test_torchrun_shows_the_error_and_fails(place, tmp_path):
 def test_sigterm_under_torchrun_leaves_one_checkpoint(place, tmp_path, asked):
     """torchrun ends all others as soon as one has ended, and passes on what it is sent itself."""
     script = tmp_path / "slow.py"
-    script.write_text("import fleet; fleet.slow_steps(0.3); from mdl_toolkit.cli.main import main; main()")
+    script.write_text(
+        "from tests.support import fleet; fleet.slow_steps(0.3)\n"
+        "from mdl_toolkit.cli.main import main; main()"
+    )
     process = launch(
         "torchrun", "--standalone", "--nproc-per-node", 2, script,
         *command(place, tmp_path / "run", num_epochs=500),
-        PYTHONPATH=str(Path(__file__).parents[1]),
     )  # fmt: skip
     log = tmp_path / "run/log.jsonl"
     wait_for(lambda: process.poll() is not None or (log.exists() and len(read_log(log)) >= 2))

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 
+import mdl_toolkit
 from mdl_toolkit import __version__
 from mdl_toolkit.config.data import ConvertOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, from_mapping, read_settings
@@ -31,7 +32,7 @@ from tests.support.runs import copy_checkpoint, files_below, make_rows, write_cs
 from tests.support.waves import wave
 
 MODEL = Path(__file__).parents[2] / "golden/checkpoints/A-small"
-PHRASES = Path(conversion.__file__).parent / "phrases"
+PHRASES = Path(mdl_toolkit.__file__).parent / "phrases"
 DATA_FILES = {"data-00000-of-00001.arrow", "dataset_info.json", "mdl-toolkit.json", "state.json"}
 
 
