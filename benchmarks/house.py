@@ -46,10 +46,10 @@ LIMITS = {
     NO_EXAMPLE: 0,
 }
 # The promises that do not hold yet. A test fails where one of them does: then it comes off this list.
-NOT_YET = {FULLEST, USED_ONCE, FRAGMENTS, LONG_FILES, LONG_FUNCTIONS}
+NOT_YET = {USED_ONCE, FRAGMENTS, LONG_FILES, LONG_FUNCTIONS}
 
 # The functions of the Python API that are not in the `__all__` of the package, by module.
-ALSO_API = {"check": "check", "CheckOptions": "options", "load": "audio", "register": "model/registration"}
+ALSO_API = {"load": "audio/loading", "register": "model/registration"}
 
 VERBS = frozenset((Path(__file__).parent / "verbs.txt").read_text(encoding="utf-8").split())
 

@@ -10,6 +10,7 @@ __version__ = "0.2.0.dev0"
 
 _MODULE_OF = {
     "ConvertOptions": "config.data",
+    "CheckOptions": "config.data",
     "TrainOptions": "config.train",
     "InferenceOptions": "config.results",
     "MergeOptions": "config.results",

@@ -18,6 +18,14 @@ def check(options: "CheckOptions") -> "Figures":
     Raises:
         InputError: something would stop a training; or a CSV or a file to write cannot be used.
         ModelError: the model's folder is here, and broken.
+
+    Example:
+        ```python
+        from mdl_toolkit import CheckOptions, check
+
+        found = check(CheckOptions(input="train.csv", model_name="midashenglm-7b", base_dir="recordings"))
+        print(found["files"][0]["rows"])
+        ```
     """
     from mdl_toolkit.data.check.run import check
 
@@ -34,6 +42,17 @@ def evaluate(options: "EvaluateOptions") -> "Evaluation":
     Raises:
         UsageError: `map` without `--label-separator`.
         InputError: files that cannot be read, joined or written; a column that is not there.
+
+    Example:
+        ```python
+        from mdl_toolkit import EvaluateOptions, evaluate
+
+        evaluation = evaluate(
+            EvaluateOptions(input="predictions.csv", reference="test.csv", output=("evaluation.json",))
+        )
+        for figure in evaluation.figures:
+            print(figure.metric, figure.value, figure.low, figure.high)
+        ```
     """
     from mdl_toolkit.evaluation.evaluate import evaluate
 

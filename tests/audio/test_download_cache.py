@@ -244,7 +244,7 @@ def test_a_server_that_drips_what_is_no_content(server, tmp_path, name):
 
 
 def test_bytes_are_kept_as_they_are_sent(server, tmp_path):
-    """A server that compresses unasked sends what it sends: a size limit of decompressed bytes comes too late."""
+    """A server that compresses unasked sends what it sends: a limit of decompressed bytes comes too late."""
     server.answers["/a"] = reply(Content_Encoding="gzip")
     assert get(f"{server.url}/a", tmp_path).read_bytes() == BODY
 

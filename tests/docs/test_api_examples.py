@@ -82,7 +82,6 @@ def test_every_name_of_the_python_api_has_one():
     assert {*mdl_toolkit.__all__, *house.ALSO_API} - {"__version__"} <= named
 
 
-@pytest.mark.xfail(strict=True, reason="the module `report`, once imported, takes the function's place")
 @pytest.mark.parametrize("name", ["report"])
 def test_a_function_is_not_hidden_by_the_module_of_its_name(name):
     twice = f"from mdl_toolkit import {name}; " * 2

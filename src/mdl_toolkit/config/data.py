@@ -149,7 +149,7 @@ class CheckOptions(ConversionOptions):
 
     Example:
         ```python
-        from mdl_toolkit.config.data import CheckOptions
+        from mdl_toolkit import CheckOptions
 
         options = CheckOptions(input=("train.csv", "test.csv"), base_dir="recordings")
         ```

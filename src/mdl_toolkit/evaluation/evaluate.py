@@ -63,17 +63,6 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
     Raises:
         UsageError: `map` without `--label-separator`.
         InputError: files that cannot be read, joined or written; a column that is not there.
-
-    Example:
-        ```python
-        from mdl_toolkit import EvaluateOptions, evaluate
-
-        evaluation = evaluate(
-            EvaluateOptions(input="predictions.csv", reference="test.csv", output=("evaluation.json",))
-        )
-        for figure in evaluation.figures:
-            print(figure.metric, figure.value, figure.low, figure.high)
-        ```
     """
     _check(options)
     pairs = read_pairs(options)

@@ -54,15 +54,6 @@ def check(options: CheckOptions, forecast: Forecast | None = None) -> Figures:
     Raises:
         InputError: something would stop a training; or a CSV or a file to write cannot be used.
         ModelError: the model's folder is here, and broken.
-
-    Example:
-        ```python
-        from mdl_toolkit.data.check.run import check
-        from mdl_toolkit.config.data import CheckOptions
-
-        found = check(CheckOptions(input="train.csv", model_name="midashenglm-7b", base_dir="recordings"))
-        print(found["files"][0]["rows"])
-        ```
     """
     _check_places(options)
     training = None if options.for_inference else _train_options(options)

@@ -1,4 +1,4 @@
-"""Operations that torch's plain ones are much slower or larger at; the plain way stands beside each in a test.
+"""Operations at which torch's plain ones are slow or large; in a test the plain way stands beside each.
 
 Modules:
     attention       attend within chunks of different lengths without padding, on a CPU
