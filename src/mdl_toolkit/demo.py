@@ -89,10 +89,7 @@ def _run_in(place: Path, seed: int) -> tuple[float, float]:
     _prepare(place)
     model, phrases = place / "model", place / "phrases"
     _lay_out(phrases, place)
-    say(
-        "Making a tiny MiDashengLM with random weights; it knows nothing yet.",
-        "生成一个随机权重的微型 MiDashengLM；它目前什么都不会。",
-    )
+    say("Making a tiny MiDashengLM with random weights; it knows nothing yet.")
     make_tiny_model(model, phrases, seed=seed)
     _check_inputs(place)
     _announce(convert := _convert_options(place))
@@ -118,16 +115,18 @@ def _report(evaluation: Evaluation) -> tuple[float, float]:
     assert before is not None
     rows = len(evaluation.rows)
     say(
-        f"\n{table}\n\nAccuracy on the {rows} test phrases: {before:.0%} before, {after:.0%} after training "
-        "(one of five languages by chance: 20%).",
-        f"\n{table}\n\n{rows} 条测试录音的准确率：训练前 {before:.0%}，训练后 {after:.0%}"
-        "（五种语言随机猜测为 20%）。",
+        "\n{table}\n\nAccuracy on the {rows} test phrases: {before:.0%} before, {after:.0%} after "
+        "training (one of five languages by chance: 20%).",
+        table=table,
+        rows=rows,
+        before=before,
+        after=after,
     )
     return before, after
 
 
 def _announce(options: Options) -> None:
-    say(f"\n$ {as_command(options)}", f"\n$ {as_command(options)}")
+    say("\n$ {command}", command=as_command(options))
 
 
 def _prepare(place: Path) -> None:
@@ -138,10 +137,7 @@ def _prepare(place: Path) -> None:
     """
     there = {path.name for path in place.iterdir()} if place.is_dir() else set()
     if place.is_file() or (there and not (MARK in there and there <= MADE)):
-        raise InputError(
-            f"--output {place}: something else is there; choose another folder",
-            f"--output {place}：该位置已有其他内容；请选择其他目录",
-        )
+        raise InputError("--output {place}: something else is there; choose another folder", place=place)
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     (place / MARK).touch()
@@ -170,9 +166,11 @@ def _check_inputs(place: Path) -> None:
         for name in ("train", "eval", "test")
     ]
     say(
-        f"Inputs checked: {counts[0]} recordings to train on, {counts[1]} to evaluate, {counts[2]} to test; "
-        "all files are there.",
-        f"输入检查通过：训练 {counts[0]} 条，评估 {counts[1]} 条，测试 {counts[2]} 条；文件齐全。",
+        "Inputs checked: {train} recordings to train on, {eval} to evaluate, {test} to test; all files "
+        "are there.",
+        train=counts[0],
+        eval=counts[1],
+        test=counts[2],
     )
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from mdl_toolkit.i18n import Text
+from mdl_toolkit.i18n import Localized
 
 MOST_ROWS_SHOWN = 50  # rule 12: at most the first 50 and a count
 
@@ -37,9 +37,9 @@ class ToolkitError(Exception):
 
     exit_status = 1
 
-    def __init__(self, en: str, zh: str) -> None:
-        super().__init__(en, zh)
-        self.text = Text(en, zh)
+    def __init__(self, message: Localized) -> None:
+        super().__init__(message)
+        self.text = message
 
     def __str__(self) -> str:
         return str(self.text)
@@ -81,7 +81,7 @@ class RowProblem:
     line: int
     column: str
     value: str
-    reason: Text
+    reason: Localized
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "RowProblem":
@@ -90,7 +90,7 @@ class RowProblem:
         Raises:
             TypeError, KeyError: these are other values.
         """
-        return cls(**{**values, "reason": Text(**values["reason"])})
+        return cls(**{**values, "reason": Localized(**values["reason"])})
 
 
 class RowsError(InputError):
@@ -113,7 +113,7 @@ class RowsError(InputError):
 
     def _render(self, *, chinese: bool) -> str:
         count = self.count
-        en, zh = ("file(s)", "个文件") if self.is_list else ("row(s)", "行")
+        detail = Localized("file(s)") if self.is_list else Localized("row(s)")
         head = f"{self.source}：{count} {zh}有问题：" if chinese else f"{self.source}: {count} bad {en}:"
         lines = [head]
         for problem in self.problems[:MOST_ROWS_SHOWN]:

@@ -1,10 +1,19 @@
-"""Chinese or English: which one the user reads, and a text that exists in both.
+"""Messages in the reader's language: English templates in the code, Chinese from a gettext catalogue.
 
-Nothing here knows what the texts are about.
+A message is a template with named fields, and rendered only when it is shown. The catalogue is opened when
+the first Chinese text is asked for; `locale/README.md` says how to translate.
 """
 
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from functools import cache, partial, reduce
+from gettext import NullTranslations, translation
+from numbers import Number
+from pathlib import Path
+from typing import Any
+
+DOMAIN = "mdl_toolkit"
+LOCALE = Path(__file__).parent / "locale"
 
 
 def is_chinese() -> bool:
@@ -19,12 +28,112 @@ def is_chinese() -> bool:
     return False
 
 
-@dataclass(frozen=True)
-class Text:
-    """One sentence in both languages; `str()` gives the user's."""
+@cache
+def chinese() -> NullTranslations:
+    """Return the Chinese catalogue, read once."""
+    return translation(DOMAIN, LOCALE, ["zh"])
 
-    en: str
-    zh: str
+
+class Localized:
+    """Hold a message: a template and the values of its fields; `str()` renders it in the reader's language.
+
+    Two messages are equal if their English is. A value that is no text, number or message is kept as its
+    text, so that any message can be hashed and pickled.
+
+    Args:
+        template: English, with fields as `str.format` has them; braces that are meant literally are doubled.
+        fields: their values; a message among them is rendered in the language of the whole.
+
+    Example:
+        >>> Localized("{path}: {count:,} rows", path="train.csv", count=1234).en
+        'train.csv: 1,234 rows'
+    """
+
+    __slots__ = ("fields", "template")
+
+    def __init__(self, template: str, /, **fields: Any) -> None:
+        self.template = template
+        self.fields = {
+            name: value if isinstance(value, str | Number | Localized) else str(value)
+            for name, value in fields.items()
+        }
+
+    @classmethod
+    def of(cls, template: "str | Localized", fields: Mapping[str, Any]) -> "Localized":
+        """Return a message as it is, or make one of a template and its fields."""
+        return template if isinstance(template, Localized) else Localized(template, **fields)
+
+    @property
+    def en(self) -> str:
+        """The English text."""
+        return self.template.format(
+            **{
+                name: value.en if isinstance(value, Localized) else value
+                for name, value in self.fields.items()
+            }
+        )
+
+    @property
+    def zh(self) -> str:
+        """The Chinese text."""
+        return (
+            chinese()
+            .gettext(self.template)
+            .format(
+                **{
+                    name: value.zh if isinstance(value, Localized) else value
+                    for name, value in self.fields.items()
+                }
+            )
+        )
 
     def __str__(self) -> str:
         return self.zh if is_chinese() else self.en
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.en!r}>"
+
+    def __eq__(self, other: object) -> bool:
+        return self.en == other.en if isinstance(other, Localized) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.en)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), self.template, **self.fields), ()
+
+    def to_json(self) -> dict[str, str]:
+        """Return both texts, which are understood without this version's templates."""
+        return {"en": self.en, "zh": self.zh}
+
+
+class Verbatim(Localized):
+    """Hold a message of which both texts were written down, as `Localized.to_json` does."""
+
+    __slots__ = ()
+
+    def __init__(self, en: str, zh: str) -> None:
+        super().__init__("", en=en, zh=zh)
+
+    @property
+    def en(self) -> str:
+        """The English text."""
+        return str(self.fields["en"])
+
+    @property
+    def zh(self) -> str:
+        """The Chinese text."""
+        return str(self.fields["zh"])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Verbatim, (self.en, self.zh)
+
+
+def join_messages(messages: Iterable[Localized], template: str) -> Localized:
+    """Return one message of several.
+
+    Args:
+        messages: at least one.
+        template: how two are put together, such as `"{left}; {right}"`.
+    """
+    return reduce(lambda left, right: Localized(template, left=left, right=right), messages)

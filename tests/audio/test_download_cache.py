@@ -111,8 +111,8 @@ def refuse(url: str, folder: Path, **more) -> str:
     with pytest.raises(AudioError) as caught:
         get(url, folder, **more)
     assert set(folder.iterdir()) == before
-    assert caught.value.text.zh != caught.value.text.en
-    return caught.value.text.en
+    assert caught.value.message.zh != caught.value.message.en
+    return caught.value.message.en
 
 
 @pytest.mark.parametrize("length", [-1, None])
@@ -366,8 +366,8 @@ def cached(url: str, folder: Path, run: str = "1", max_mb: float = 1) -> bytes:
 def refused(url: str, folder: Path, run: str = "1", max_mb: float = 1) -> str:
     with pytest.raises(AudioError) as caught:
         cached(url, folder, run, max_mb)
-    assert caught.value.text.zh != caught.value.text.en
-    return caught.value.text.en
+    assert caught.value.message.zh != caught.value.message.en
+    return caught.value.message.en
 
 
 def have_both(downloads: Downloads, url: str, barrier: Any) -> None:

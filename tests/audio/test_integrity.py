@@ -29,7 +29,7 @@ def missing(content: bytes) -> str:
 def damage(content: bytes) -> str:
     with pytest.raises(AudioError) as caught:
         of(content)
-    return caught.value.text.en
+    return caught.value.message.en
 
 
 # --- sizes in headers ------------------------------------------------------------------------------------

@@ -28,10 +28,10 @@ def load_bytes(folder: Path, content: bytes, name: str = "x.bin", **more) -> Cli
 def refuse(folder: Path, content: bytes, name: str = "x.bin", **more) -> str:
     with pytest.raises(AudioError) as caught:
         load_bytes(folder, content, name, **more)
-    assert caught.value.text.zh != caught.value.text.en
-    assert not wrong_in(caught.value.text.zh)
+    assert caught.value.message.zh != caught.value.message.en
+    assert not wrong_in(caught.value.message.zh)
     assert str(folder) not in str(caught.value)
-    return caught.value.text.en
+    return caught.value.message.en
 
 
 # --- every format ----------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from mdl_toolkit.config.options import Options, fields_in_order, setting_of, spe
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.config.types import BOOLEAN, is_boolean_word
 from mdl_toolkit.errors import InputError, RowProblem, RowsError
-from mdl_toolkit.i18n import Text
+from mdl_toolkit.i18n import Verbatim
 
 WORK = {
     "data.convert.run": "convert_dataset",
@@ -562,7 +562,7 @@ def test_completion_offers_commands_options_and_values(door, words, offered, mon
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_what_the_user_can_put_right_is_said_in_one_piece(door, language, monkeypatch):
     monkeypatch.setenv("LANGUAGE", language)
-    problems = [RowProblem(2, "audio", "a.wav", Text("not found", "找不到"))] * 2
+    problems = [RowProblem(2, "audio", "a.wav", Verbatim("not found", "找不到"))] * 2
     door.trouble = RowsError("in.csv", problems)
     done = door(*TRAIN)
     assert (done.status, done.out) == (1, "")
@@ -577,13 +577,13 @@ def test_what_the_user_can_put_right_is_said_in_one_piece(door, language, monkey
 
 def test_an_error_in_one_of_several_processes_is_said(door, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    door.trouble = InputError("no such thing", "没有")
+    door.trouble = InputError("no such thing")
     assert one_line(door(*TRAIN)) == "error: no such thing"
 
 
 @pytest.mark.parametrize("words", [["--debug"], ["--debug", "true"], ["--debug=1"]])
 def test_debug_shows_the_traceback(door, words):
-    door.trouble = InputError("no such thing", "没有")
+    door.trouble = InputError("no such thing")
     done = door(*TRAIN, *words)
     assert done.status == 1
     assert done.err.startswith("Traceback (most recent call last):\n")
@@ -593,7 +593,7 @@ def test_debug_shows_the_traceback(door, words):
 @pytest.mark.parametrize(("value", "shown"), [("1", True), ("true", True), ("0", False), ("", False)])
 def test_the_environment_asks_for_the_traceback(door, value, shown, monkeypatch):
     monkeypatch.setenv("MDL_DEBUG", value)
-    door.trouble = InputError("no such thing", "没有")
+    door.trouble = InputError("no such thing")
     assert ("Traceback" in door(*TRAIN).err) is shown
 
 

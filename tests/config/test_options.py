@@ -382,10 +382,10 @@ def test_refused_spellings(command, name):
     for word in spellings(command, name)[1]:
         with pytest.raises(UsageError) as refused:
             read(command, words_with(command, name, word))
-        assert refused.value.text.en.startswith(f"{name}: expected ")
-        assert refused.value.text.zh.startswith(f"{name}：应")
-        assert refused.value.text.en.endswith(f", not {word!r}")
-        assert len(refused.value.text.en.splitlines()) == 1
+        assert refused.value.message.en.startswith(f"{name}: expected ")
+        assert refused.value.message.zh.startswith(f"{name}：应")
+        assert refused.value.message.en.endswith(f", not {word!r}")
+        assert len(refused.value.message.en.splitlines()) == 1
 
 
 def test_every_spelling_in_the_table_belongs_to_an_option():
@@ -577,9 +577,9 @@ def test_a_bad_file_is_an_error_that_names_it(content, said, tmp_path):
     path.write_text(content, encoding="utf-8")
     with pytest.raises(InputError) as refused:
         read_settings(path, TrainOptions)
-    assert said in refused.value.text.en
-    assert all(line.startswith(f"--config {path}: ") for line in refused.value.text.en.splitlines())
-    assert all(line.startswith(f"--config {path}：") for line in refused.value.text.zh.splitlines())
+    assert said in refused.value.message.en
+    assert all(line.startswith(f"--config {path}: ") for line in refused.value.message.en.splitlines())
+    assert all(line.startswith(f"--config {path}：") for line in refused.value.message.zh.splitlines())
 
 
 @pytest.mark.parametrize("bytes_", [b"\xff\xfe\x00", None])

@@ -309,7 +309,7 @@ def refused(template: str) -> str:
     """The English reason, without what all of them begin with; one sentence in either language."""
     with pytest.raises(ModelError) as caught:
         trained(template, "C", system="A", user="B")
-    en, zh = caught.value.text.en, caught.value.text.zh
+    en, zh = caught.value.message.en, caught.value.message.zh
     start = "the model's chat template cannot be used: "
     assert en.startswith(start)
     assert zh.startswith("无法使用模型的对话模板：")
@@ -327,7 +327,7 @@ def test_our_own_reasons_are_translated(reason):
     template = next(template for template, said in UNFIT.values() if said == reason)
     with pytest.raises(ModelError) as caught:
         trained(template, "C", system="A", user="B")
-    assert not any(word in caught.value.text.zh for word in ("it ", "does", "words"))
+    assert not any(word in caught.value.message.zh for word in ("it ", "does", "words"))
 
 
 @pytest.mark.parametrize(

@@ -262,7 +262,7 @@ def test_a_full_disk(tmp_path):
     folder = tmp_path / "data"
     with pytest.raises(DatasetError) as caught, at_most(50_000):
         write(folder, make_rows(40))
-    assert caught.value.text.en.startswith(f"{folder}: cannot be written: ")
+    assert caught.value.message.en.startswith(f"{folder}: cannot be written: ")
     assert not is_converted(folder)
 
 
@@ -304,11 +304,11 @@ def test_another_text_side_is_refused(other, what, what_zh):
     name = {"tokenizer": "tokenizer_fingerprint", "chat template": "template_fingerprint"}[what]
     ours, theirs = getattr(FILES, name), getattr(other, name)
     assert ours != theirs
-    assert caught.value.text.en == (
+    assert caught.value.message.en == (
         f"data was converted with another {what} ({ours}) than the model's ({theirs}); "
         "convert it again with this model"
     )
-    assert all(part in caught.value.text.zh for part in (what_zh, ours, theirs))
+    assert all(part in caught.value.message.zh for part in (what_zh, ours, theirs))
 
 
 # --- damage ----------------------------------------------------------------------------------------------
@@ -395,7 +395,7 @@ def test_a_damaged_folder_is_refused_in_one_sentence(folder, damage, reason):
     damage(folder)
     with pytest.raises(DatasetError) as caught:
         ConvertedDataset(folder)
-    en, zh = caught.value.text.en, caught.value.text.zh
+    en, zh = caught.value.message.en, caught.value.message.zh
     assert en.startswith(f"{folder}: ")
     assert zh.startswith(f"{folder}：")
     assert reason in en
@@ -580,8 +580,8 @@ def test_outputs_apart_from_inputs(tmp_path, monkeypatch, output, source, fine):
         else:
             with pytest.raises(InputError) as caught:
                 check_apart(Path(first), Path(second))
-            assert caught.value.text.en.startswith(f"--output {first}: ")
-            assert second in caught.value.text.en
+            assert caught.value.message.en.startswith(f"--output {first}: ")
+            assert second in caught.value.message.en
 
 
 # --- datasets of 0.1.0 -----------------------------------------------------------------------------------
@@ -631,7 +631,7 @@ def test_a_dataset_of_0_1_0_is_refused_with_the_command_that_converts_its_csv_ag
     assert not (tmp_path / "run").exists()
     with pytest.raises(DatasetError) as caught:
         ConvertedDataset(old)
-    texts = (caught.value.text.en, caught.value.text.zh)
+    texts = (caught.value.message.en, caught.value.message.zh)
     (command,) = {re.split("[:：]", text)[-1].strip() for text in texts}
     given = {"CSV": csv, "NEW": tmp_path / "new", "MODEL": MODEL}
     program, *words = [str(given.get(word, word)) for word in shlex.split(command)]

@@ -55,9 +55,9 @@ def problems(content: str | bytes, **more) -> list[tuple[int, str, str]]:
 def complaint(content: str | bytes, **more) -> str:
     with pytest.raises(InputError) as caught:
         read(content, **more)
-    assert caught.value.text.en.startswith("x.csv: ")
-    assert caught.value.text.zh.startswith("x.csv：")
-    return caught.value.text.en
+    assert caught.value.message.en.startswith("x.csv: ")
+    assert caught.value.message.zh.startswith("x.csv：")
+    return caught.value.message.en
 
 
 # --- what is read ----------------------------------------------------------------------------------------
@@ -231,13 +231,13 @@ def test_all_problems_of_all_rows_in_one_message(folder):
 def test_a_problem_says_where_it_looked_and_what_to_do(folder):
     with pytest.raises(RowsError) as caught:
         read("audio,prediction\n没有.wav,x\n", base_dir="data")
-    assert caught.value.text.en == (
+    assert caught.value.message.en == (
         "x.csv: 1 bad row(s):\n"
         "  line 2, column audio '没有.wav': not found (looked for data/没有.wav); "
         "correct the path or --base-dir"
     )
-    assert "第 2 行 audio 列" in caught.value.text.zh
-    assert "文件不存在（已查找 data/没有.wav）" in caught.value.text.zh
+    assert "第 2 行 audio 列" in caught.value.message.zh
+    assert "文件不存在（已查找 data/没有.wav）" in caught.value.message.zh
 
 
 def test_a_nul_in_a_path_is_reported_once(folder):
@@ -355,8 +355,8 @@ def test_only_the_first_problems_are_kept_and_all_are_counted(folder):
         read("audio,prediction\n" + "gone.wav,x\n" * 70)
     assert [problem.line for problem in caught.value.problems] == [*range(2, 52)]
     assert caught.value.count == 70
-    assert caught.value.text.en.endswith("\n  ... and 20 more")
-    assert pickle.loads(pickle.dumps(caught.value)).text == caught.value.text
+    assert caught.value.message.en.endswith("\n  ... and 20 more")
+    assert pickle.loads(pickle.dumps(caught.value)).message == caught.value.message
 
 
 def test_memory_does_not_grow_with_the_rows(folder):

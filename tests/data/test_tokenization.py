@@ -301,8 +301,8 @@ def test_ids_by_name():
     assert encoder().pad_id == IDS["<|endoftext|>"]
     with pytest.raises(ModelError) as caught:
         encoder().id_of("<|nose|>")
-    assert caught.value.text.en == "the tokenizer has no token <|nose|>"
-    assert "<|nose|>" in caught.value.text.zh
+    assert caught.value.message.en == "the tokenizer has no token <|nose|>"
+    assert "<|nose|>" in caught.value.message.zh
 
 
 def test_audio_tokens_have_the_names_that_the_model_gives_them():
@@ -329,8 +329,8 @@ def test_a_tokenizer_that_is_none(content):
     broken = Encoder(dataclasses.replace(encoder().files, tokenizer=content))
     with pytest.raises(ModelError) as caught:
         broken.encode_row(row(user="x"), 1, with_answer=False)
-    assert caught.value.text.en.startswith("tokenizer.json cannot be used: ")
-    assert "\n" not in caught.value.text.en
+    assert caught.value.message.en.startswith("tokenizer.json cannot be used: ")
+    assert "\n" not in caught.value.message.en
 
 
 @pytest.mark.parametrize("period", [1, 2, 3, 7, 2 * LOOKED_AT])

@@ -113,6 +113,6 @@ def test_by_number_otherwise(tmp_path, left, right):
 def test_a_mismatch_is_one_clear_sentence(tmp_path, left, right, message):
     with pytest.raises(InputError) as refused:
         joined(table(tmp_path, "l.csv", left, 3), table(tmp_path, "r.csv", right, 3))
-    assert message.format(tmp_path) in refused.value.text.en
-    assert len(refused.value.text.en.splitlines()) == len(refused.value.text.zh.splitlines()) == 1
-    assert "secret" not in f"{refused.value.text}"
+    assert message.format(tmp_path) in refused.value.message.en
+    assert len(refused.value.message.en.splitlines()) == len(refused.value.message.zh.splitlines()) == 1
+    assert "secret" not in f"{refused.value.message}"

@@ -334,7 +334,7 @@ def test_what_a_conversion_says_it_keeps_is_kept(model, tmp_path, monkeypatch, c
 def test_answers_are_kept_until_the_report_is_written(model, tmp_path, monkeypatch):
     given = options(make_csv(tmp_path, 3), model, tmp_path / "out.csv", report=str(tmp_path / "page.html"))
     with monkeypatch.context() as context:
-        context.setattr(inference, "report_answers", raising(InputError("full", "满")))
+        context.setattr(inference, "report_answers", raising(InputError("full")))
         with pytest.raises(InputError, match="full"):
             infer(given)
     asked = stop_after(monkeypatch, 99)
@@ -456,15 +456,15 @@ def test_bad_recordings_of_a_folder_are_told_as_those_of_the_folder(model, tmp_p
     for given in (tmp_path / "clips", tmp_path / "clips/*.wav"):
         with pytest.raises(RowsError) as caught:
             infer(options(given, model, tmp_path / "out.csv"))
-        head, bad = caught.value.text.en.splitlines()
+        head, bad = caught.value.message.en.splitlines()
         assert head == f"{given}: 1 bad file(s):"
         assert bad.startswith(f"  '{tmp_path}/clips/a.wav': this is a text file")
-        head, bad = caught.value.text.zh.splitlines()
+        head, bad = caught.value.message.zh.splitlines()
         assert head == f"{given}：1 个文件有问题："
         assert bad.startswith(f"  '{tmp_path}/clips/a.wav': ")
     with pytest.raises(RowsError) as caught:  # too long, which is known later
         infer(options(tmp_path / "clips/clip*", model, tmp_path / "out.csv", max_length=3))
-    assert caught.value.text.en.splitlines()[1].startswith(f"  '{tmp_path}/clips/clip-0-0.wav': the prompt")
+    assert caught.value.message.en.splitlines()[1].startswith(f"  '{tmp_path}/clips/clip-0-0.wav': the prompt")
 
 
 def test_warnings_about_a_folder_name_no_line_of_a_list_that_nobody_has_seen(model, tmp_path, capsys):

@@ -279,7 +279,7 @@ def test_the_command_ends_at_once_where_tidying_up_would_hang(monkeypatch, capsy
 def test_what_else_breaks_a_connection_is_told(reason, more):
     with pytest.raises(PeerLostError) as caught, distributed._noticing_loss():
         raise RuntimeError(reason)
-    assert f"error: {caught.value.text.en}" == LOST + more
+    assert f"error: {caught.value.message.en}" == LOST + more
 
 
 def test_a_lack_of_memory_is_no_lost_connection():

@@ -258,11 +258,11 @@ def test_what_is_trained_cannot_be_kept(place, tmp_path, targets, named):
     options = options_of(place, tmp_path / "run", train_target=targets, train_dataset=tmp_path / "none.csv")
     with pytest.raises(UsageError) as caught:
         train(options)
-    assert caught.value.text.en == (
+    assert caught.value.message.en == (
         f"--cache-audio-features: what {named} gives changes while it is trained; leave the option out, or "
         f"take {named} out of --train-target"
     )
-    assert caught.value.text.zh == (
+    assert caught.value.message.zh == (
         f"--cache-audio-features：{named} 是训练目标，其输出会随训练改变；请去掉该选项，"
         f"或从 --train-target 中去掉 {named}"
     )
@@ -285,11 +285,11 @@ def test_the_size_is_estimated_before_weights_are_loaded(place, tmp_path, monkey
     with pytest.raises(InputError) as caught:
         train(options_of(place, tmp_path / "run", bf16=bf16))
     folder = tmp_path / "run/.dataset/features"
-    assert caught.value.text.en == (
+    assert caught.value.message.en == (
         f"audio features: {needed} B in {folder}, where {needed - 1} B are free; make room, or leave "
         "--cache-audio-features out"
     )
-    assert caught.value.text.zh == (
+    assert caught.value.message.zh == (
         f"音频特征：需要 {needed} B，保存在 {folder}（可用空间 {needed - 1} B）；空间不足，请清理磁盘，"
         "或去掉 --cache-audio-features"
     )

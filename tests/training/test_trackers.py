@@ -136,8 +136,8 @@ def test_a_tracker_that_cannot_begin_is_named_before_the_first_step(options, tmp
     with pytest.raises(ToolkitError) as refused:
         train(options)
     told = "--report-to tensorboard: api_key not configured; log in, choose its offline mode, or leave it out"
-    assert refused.value.text.en == told
-    assert refused.value.text.zh.startswith("--report-to tensorboard：api_key not configured；请登录")
+    assert refused.value.message.en == told
+    assert refused.value.message.zh.startswith("--report-to tensorboard：api_key not configured；请登录")
     assert not (tmp_path / "run/log.jsonl").exists()
 
 

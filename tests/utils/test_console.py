@@ -23,7 +23,7 @@ def test_in_a_narrow_terminal_only_the_note_is_cut(monkeypatch, width, shown):
     monkeypatch.setenv("TERM", "xterm")
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
-    with progress("training", "训练中", 12_000) as bar:
+    with progress(12_000, "training") as bar:
         bar.advance(1000, NOTE)
     last = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", terminal.getvalue()).rstrip().splitlines()[-1]
     assert re.search(r"^training .*1000/12000 .* 0:00:\d\d +(-|\d+):", last)

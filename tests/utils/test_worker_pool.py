@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from mdl_toolkit.errors import ModelError, RowProblem, RowsError, ToolkitError
-from mdl_toolkit.i18n import Text
+from mdl_toolkit.i18n import Verbatim
 from mdl_toolkit.utils import worker_pool as room
 from mdl_toolkit.utils.worker_pool import WorkerDiedError, available_cpus, default_workers, work_through
 
@@ -155,9 +155,9 @@ def test_a_message_may_be_long():
 # --- errors ----------------------------------------------------------------------------------------------
 
 ERRORS = [
-    ModelError("no", "不"),
-    RowsError("x.csv", [RowProblem(3, "audio", "a.wav", Text("bad", "坏"))], 70),
-    RowsError("folder", [RowProblem(3, "audio", "a.wav", Text("bad", "坏"))], is_list=True),
+    ModelError("no"),
+    RowsError("x.csv", [RowProblem(3, "audio", "a.wav", Verbatim("bad", "坏"))], 70),
+    RowsError("folder", [RowProblem(3, "audio", "a.wav", Verbatim("bad", "坏"))], is_list=True),
     KeyError("what"),
     OSError(28, "No space left on device"),
 ]
@@ -171,7 +171,7 @@ def test_what_a_task_raises_is_raised_here(error, count):
     assert caught.value.args == error.args
     assert getattr(caught.value, "is_list", None) == getattr(error, "is_list", None)
     if isinstance(error, ToolkitError):
-        assert caught.value.text == error.text
+        assert caught.value.message == error.message
 
 
 def test_where_a_task_raised_is_not_lost():
@@ -215,8 +215,8 @@ def test_a_killed_worker_is_an_error(task):
         os.kill(pids[1], signal.SIGKILL)
         with pytest.raises(WorkerDiedError) as caught:
             next(messages)
-    assert caught.value.text.en.startswith("a worker process was ended by the system (out of memory?)")
-    assert "内存不足" in caught.value.text.zh
+    assert caught.value.message.en.startswith("a worker process was ended by the system (out of memory?)")
+    assert "内存不足" in caught.value.message.zh
     assert not any(map(is_alive, pids))
 
 

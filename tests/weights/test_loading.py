@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from mdl_toolkit.cli.main import run
 from mdl_toolkit.data.tokenization import Encoder
 from mdl_toolkit.errors import ModelError
-from mdl_toolkit.i18n import Text
+from mdl_toolkit.i18n import Verbatim
 from mdl_toolkit.utils.machine import lack_of_memory
 from mdl_toolkit.weights.loading import best_device, choose_dtype, explaining_memory, load_model
 from mdl_toolkit.weights.resolve import find_model, need, read_json
@@ -59,7 +59,7 @@ def refused(action: Any, *words: Any, **more: Any) -> str:
     """The English message, which is one sentence as is the Chinese one."""
     with pytest.raises(ModelError) as caught:
         action(*words, **more)
-    en, zh = caught.value.text.en, caught.value.text.zh
+    en, zh = caught.value.message.en, caught.value.message.zh
     assert "\n" not in en + zh
     assert not wrong_in(zh)
     assert any("\u4e00" <= character <= "\u9fff" for character in zh) or en == zh.replace("：", ": ")
@@ -115,7 +115,7 @@ def test_a_hub_that_cannot_be_reached():
         "import sys\nfrom mdl_toolkit.errors import ModelError\n"
         "from mdl_toolkit.weights.resolve import find_model\n"
         "try:\n    find_model(sys.argv[1], from_modelscope=False, weights=True)\n"
-        "except ModelError as problem:\n    print(problem.text.en)\n    print(problem.text.zh)\n"
+        "except ModelError as problem:\n    print(problem.message.en)\n    print(problem.message.zh)\n"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
     environment["no_proxy"] = "127.0.0.1"
@@ -376,8 +376,8 @@ def test_device(monkeypatch, environment, count, device):
     assert best_device() == torch.device(device)
 
 
-GPU_LACK = Text("the GPU ran out of memory", "显存不足")
-MACHINE_LACK = Text("the machine ran out of memory", "内存不足")
+GPU_LACK = Verbatim("the GPU ran out of memory", "显存不足")
+MACHINE_LACK = Verbatim("the machine ran out of memory", "内存不足")
 
 
 @pytest.mark.parametrize(
@@ -415,10 +415,10 @@ def test_what_the_machine_cannot_give_is_a_lack_of_its_memory(make):
     """A real request of 4 EiB, more than a process can address."""
     with (
         pytest.raises(ModelError, match="^the machine ran out of memory; lower --batch-size$") as caught,
-        explaining_memory(Text("lower --batch-size", "请减小 --batch-size")),
+        explaining_memory(Verbatim("lower --batch-size", "请减小 --batch-size")),
     ):
         make(2**60)
-    assert caught.value.text.zh == "内存不足；请减小 --batch-size"
+    assert caught.value.message.zh == "内存不足；请减小 --batch-size"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -13,7 +13,7 @@ import soundfile
 
 from mdl_toolkit.audio.integrity import Finding
 from mdl_toolkit.errors import AudioError
-from mdl_toolkit.i18n import Text
+from mdl_toolkit.i18n import Localized
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -52,7 +52,7 @@ class Decoded:
     samples: Floats
     rate: int
     channels: int
-    missing: Text | None
+    missing: Localized | None
 
 
 def decode(file: BinaryIO, finding: Finding) -> Decoded:
@@ -90,8 +90,10 @@ def _in_full(sound: Any, finding: Finding) -> bool:
 def _damaged(name: str, decoder: str, problem: object) -> AudioError:
     words = _words(problem)
     return AudioError(
-        f"{name}: {decoder} says: {words}; the file is damaged, get it again",
-        f"{name}：{decoder} 报告：{words}；文件已损坏，请重新获取",
+        "{name}: {decoder} says: {words}; the file is damaged, get it again",
+        name=name,
+        decoder=decoder,
+        words=words,
     )
 
 
@@ -115,17 +117,18 @@ def _join(blocks: list[Floats]) -> Floats:
     return np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
 
 
-def _seconds_missing(promised: float, present: float) -> Text:
-    return Text(
-        f"the header promises {promised:.2f} s, {present:.2f} s are there",
-        f"文件头声明时长为 {promised:.2f} 秒，实际只有 {present:.2f} 秒",
+def _seconds_missing(promised: float, present: float) -> Localized:
+    return Localized(
+        "the header promises {promised:.2f} s, {present:.2f} s are there", promised=promised, present=present
     )
 
 
-def _breaks_off(seconds: float, decoder: str, problem: object) -> Text:
-    return Text(
-        f"it breaks off after {seconds:.2f} s ({decoder} says: {_words(problem)})",
-        f"在 {seconds:.2f} 秒处中断（{decoder} 报告：{_words(problem)}）",
+def _breaks_off(seconds: float, decoder: str, problem: object) -> Localized:
+    return Localized(
+        "it breaks off after {seconds:.2f} s ({decoder} says: {reason})",
+        seconds=seconds,
+        decoder=decoder,
+        reason=_words(problem),
     )
 
 
@@ -156,7 +159,7 @@ def _blocks(sound: Any) -> Iterator[Floats]:
         yield block
 
 
-def _sndfile_missing(sound: Any, count: int, problem: Any) -> Text | None:
+def _sndfile_missing(sound: Any, count: int, problem: Any) -> Localized | None:
     """What did not come: of MPEG audio the length is only an estimate, and shows nothing."""
     if problem is not None:
         return _breaks_off(count / sound.samplerate, "libsndfile", problem)
@@ -188,9 +191,7 @@ def _ffmpeg(file: BinaryIO, refused: Any) -> Decoded:
         if stream is None:
             raise _no_sound(file, name)
         if stream.codec_context is None:
-            raise AudioError(
-                f"{name}: FFmpeg lacks its codec; {CONVERT.en}", f"{name}：FFmpeg 不支持其编码；{CONVERT.zh}"
-            )
+            raise AudioError("{name}: FFmpeg lacks its codec; {convert}", name=name, convert=CONVERT)
         codec = stream.codec_context.name
         is_known = (container.format.name, codec) in KNOWN or codec.startswith(KNOWN_CODECS)
         if refused and refused.code not in NOT_KNOWN and is_known:
@@ -256,8 +257,7 @@ class _Reader:
             self.problem = "incomplete frame"
         if self.rate not in (0, frame.sample_rate):
             raise AudioError(
-                f"{self.name}: the sampling rate changes in the middle; {CONVERT.en}",
-                f"{self.name}：采样率中途改变；{CONVERT.zh}",
+                "{name}: the sampling rate changes in the middle; {convert}", name=self.name, convert=CONVERT
             )
         channels = _floats(frame)
         self.blocks.append(_average(channels))
@@ -265,7 +265,7 @@ class _Reader:
         self.longest = max(self.longest, frame.samples)
         self.samples += frame.samples
 
-    def _missing(self) -> Text | None:
+    def _missing(self) -> Localized | None:
         present = self.samples / (self.rate or 1)
         if self.problem:
             return _breaks_off(present, "FFmpeg", self.problem)
@@ -303,16 +303,14 @@ def _promised_seconds(container: Any, stream: Any, packets: int) -> float:
 
 # --- what is no recording --------------------------------------------------------------------------------
 
-CONVERT = Text(
-    "convert it first, for example with: ffmpeg -i FILE new.flac", "请先转换，例如：ffmpeg -i FILE new.flac"
-)
+CONVERT = Localized("convert it first, for example with: ffmpeg -i FILE new.flac")
 LOOKS = {
-    b"\x89PNG": Text("a PNG image", "PNG 图像"),
-    b"\xff\xd8\xff": Text("a JPEG image", "JPEG 图像"),
-    b"GIF8": Text("a GIF image", "GIF 图像"),
-    b"%PDF": Text("a PDF document", "PDF 文档"),
-    b"PK\x03\x04": Text("a ZIP archive", "ZIP 压缩包"),
-    b"\x1f\x8b": Text("a gzip archive", "gzip 压缩包"),
+    b"\x89PNG": Localized("a PNG image"),
+    b"\xff\xd8\xff": Localized("a JPEG image"),
+    b"GIF8": Localized("a GIF image"),
+    b"%PDF": Localized("a PDF document"),
+    b"PK\x03\x04": Localized("a ZIP archive"),
+    b"\x1f\x8b": Localized("a gzip archive"),
 }
 
 
@@ -320,17 +318,16 @@ def _no_recording(file: BinaryIO, refused: Any) -> AudioError:
     """For a file that neither decoder can open."""
     words = _words(refused) if refused else "there are no samples"
     return _look(file) or AudioError(
-        f"neither libsndfile nor FFmpeg can read it (libsndfile says: {words}): no recording, or damaged, "
+        "neither libsndfile nor FFmpeg can read it (libsndfile says: {words}): no recording, or damaged, "
         "or cut off; get it again",
-        f"libsndfile 与 FFmpeg 均无法读取（libsndfile 报告：{words}）：不是音频，或者已损坏；请重新获取",
+        words=words,
     )
 
 
 def _no_sound(file: BinaryIO, name: str) -> AudioError:
     """For a file that FFmpeg opens without finding sound in it."""
     return _look(file) or AudioError(
-        f"{name}: there is no sound track in it; give a file with sound",
-        f"{name}：没有音轨；请指定含有声音的文件",
+        "{name}: there is no sound track in it; give a file with sound", name=name
     )
 
 
@@ -341,15 +338,13 @@ def _look(file: BinaryIO) -> AudioError | None:
     looks = next((name for start, name in LOOKS.items() if head.startswith(start)), None) or _as_text(head)
     if looks is None:
         return None
-    return AudioError(
-        f"this is {looks.en}, not a recording; correct the path", f"{looks.zh}，不是音频；请更正路径"
-    )
+    return AudioError("this is {looks}, not a recording; correct the path", looks=looks)
 
 
-def _as_text(head: bytes) -> Text | None:
+def _as_text(head: bytes) -> Localized | None:
     words = head.decode("utf-8", "ignore")
     is_whole = len(words.encode()) > len(head) - 4  # the last character may be cut
     if not is_whole or not all(character.isprintable() or character in "\r\n\t" for character in words):
         return None
     start = " ".join(words.split())[:40]
-    return Text(f"a text file that starts with {start!r}", f"以 {start!r} 开头的文本文件")
+    return Localized("a text file that starts with {start!r}", start=start)

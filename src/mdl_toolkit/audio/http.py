@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from mdl_toolkit import __version__
 from mdl_toolkit.audio.urls import without_credentials
 from mdl_toolkit.errors import AudioError
-from mdl_toolkit.i18n import Text
+from mdl_toolkit.i18n import Localized
 
 if TYPE_CHECKING:
     import httpx
@@ -105,18 +105,19 @@ class FetchError(Exception):
         pause_s: seconds after which the server wants to be asked again.
     """
 
-    reason: Text
+    reason: Localized
     is_final: bool = False
     is_answered: bool = True
     pause_s: float = 0
 
 
-def refusal(url: str, reason: Text) -> AudioError:
+def refusal(url: str, reason: Localized) -> AudioError:
     """The error for a recording whose address failed, with the address but no password."""
     shown = without_credentials(url)
     return AudioError(
-        f"{shown}: {reason.en}; check the address, or fetch the file yourself and give its path",
-        f"{shown}：{reason.zh}；请检查地址，或自行下载后填写文件路径",
+        "{shown}: {reason}; check the address, or fetch the file yourself and give its path",
+        shown=shown,
+        reason=reason,
     )
 
 
@@ -210,8 +211,10 @@ def _client(timeout_s: float) -> "httpx.Client":
     try:
         return httpx.Client(headers=headers, timeout=timeout_s, verify=_certificates())
     except (ImportError, ValueError, httpx.InvalidURL) as problem:
-        en = f"the proxy settings of the environment cannot be used ({problem})"
-        raise FetchError(Text(en, f"环境中的代理设置无法使用（{problem}）"), is_final=True) from problem
+        raise FetchError(
+            Localized("the proxy settings of the environment cannot be used ({reason})", reason=problem),
+            is_final=True,
+        ) from problem
 
 
 @dataclass(frozen=True)
@@ -243,7 +246,7 @@ class _Transfer:
                     raise _refused(response)
                 return self._store(response)
         except (httpx.InvalidURL, httpx.UnsupportedProtocol) as problem:
-            raise FetchError(Text("the address is not valid", "地址无效"), is_final=True) from problem
+            raise FetchError(Localized("the address is not valid"), is_final=True) from problem
         except (httpx.HTTPError, OSError) as problem:
             self._check_time()
             raise _connection_error(problem) from problem
@@ -260,8 +263,10 @@ class _Transfer:
             request = response.next_request
             if request.url.scheme not in ("http", "https"):
                 break
-        en = "the server redirects in a circle, too often, or to something else than http(s)"
-        raise FetchError(Text(en, "服务器重定向成环、次数过多，或指向非 http(s) 地址"), is_final=True)
+        raise FetchError(
+            Localized("the server redirects in a circle, too often, or to something else than http(s)"),
+            is_final=True,
+        )
 
     def _send(self, request: "httpx.Request") -> "httpx.Response":
         """Send a request, with the password of its own address and the condition that is due there."""
@@ -298,13 +303,14 @@ class _Transfer:
 
     def _check_time(self) -> None:
         if time.monotonic() > self.ends:
-            raise FetchError(Text("it takes too long", "下载耗时过长"), is_final=True)
+            raise FetchError(Localized("it takes too long"), is_final=True)
 
     def _check_size(self, size: int) -> None:
         most = self.limits.max_mb
         if size > most * MEGABYTE:
-            en = f"it is larger than {most:g} MB (--max-download-mb)"
-            raise FetchError(Text(en, f"文件大于 {most:g} MB（--max-download-mb）"), is_final=True)
+            raise FetchError(
+                Localized("it is larger than {most:g} MB (--max-download-mb)", most=most), is_final=True
+            )
 
 
 def _address(url: "httpx.URL") -> str:
@@ -319,7 +325,7 @@ def _refused(response: "httpx.Response") -> FetchError:
     words = f"{response.status_code} {codes.get_reason_phrase(response.status_code)}".strip()
     wait = response.headers.get("Retry-After", "")
     return FetchError(
-        Text(f"the server answered {words}", f"服务器返回 {words}"),
+        Localized("the server answered {words}", words=words),
         is_final=response.status_code not in TRANSIENT,
         pause_s=float(wait) if wait.isdecimal() else 0,
     )
@@ -330,13 +336,13 @@ def _connection_error(problem: Exception) -> FetchError:
     import httpx
 
     if isinstance(problem, httpx.TimeoutException):
-        return FetchError(Text("the server does not answer in time", "服务器响应超时"), is_answered=False)
+        return FetchError(Localized("the server does not answer in time"), is_answered=False)
     cause: BaseException = problem
     while cause.__cause__:
         cause = cause.__cause__
     words = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
     return FetchError(
-        Text(f"it cannot be fetched ({words})", f"无法下载（{words}）"),
+        Localized("it cannot be fetched ({words})", words=words),
         is_final=isinstance(cause, ssl.SSLCertVerificationError),
         is_answered=not isinstance(problem, (httpx.ConnectError, httpx.ProxyError)),
     )

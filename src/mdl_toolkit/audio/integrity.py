@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import BinaryIO, NamedTuple
 
 from mdl_toolkit.errors import AudioError
-from mdl_toolkit.i18n import Text
+from mdl_toolkit.i18n import Localized
 
 # Bytes read at once; an Ogg page has at most 65,307.
 BLOCK = 1 << 16
@@ -33,7 +33,7 @@ class Finding:
         opus_seconds: how long Ogg Opus is, if it does not start in the middle of a stream.
     """
 
-    missing: Text | None = None
+    missing: Localized | None = None
     least_samples: int = 0
     is_counted: bool = False
     is_streamed: bool = False
@@ -117,9 +117,10 @@ def _sized(promise: _Promise | None) -> Finding:
     if promise is None or promise.promised <= promise.present:
         return Finding()
     return Finding(
-        Text(
-            f"the header promises {promise.promised} bytes of sound, {promise.present} are there",
-            f"文件头声明有 {promise.promised} 字节音频数据，实际只有 {promise.present} 字节",
+        Localized(
+            "the header promises {promised} bytes of sound, {present} are there",
+            promised=promise.promised,
+            present=promise.present,
         )
     )
 
@@ -227,19 +228,18 @@ def _ogg(data: _Blocks) -> Finding:
             if expected and not open_streams:
                 raise AudioError(
                     "Ogg: several recordings are joined in this file and only the first would be read; "
-                    "convert it first, for example with: ffmpeg -i FILE new.flac",
-                    "Ogg：该文件由多个录音拼接而成，只能读到第一个；请先转换，例如：ffmpeg -i FILE new.flac",
+                    "convert it first, for example with: ffmpeg -i FILE new.flac"
                 )
             open_streams.add(page.stream)
         elif page.number != expected.get(page.stream):
-            raise _damaged("Ogg", "pages are missing", "有页缺失", position)
+            raise _damaged("Ogg", Localized("pages are missing"), position)
         if not page.is_intact:
-            raise _damaged("Ogg", "a page fails its checksum", "有一页校验和不符", position)
+            raise _damaged("Ogg", Localized("a page fails its checksum"), position)
         expected[page.stream] = page.number + 1
         if page.flags & _LAST:
             open_streams.discard(page.stream)
     is_cut = open_streams or not expected
-    missing = Text("the Ogg stream breaks off before its last page", "Ogg 流在最后一页之前中断")
+    missing = Localized("the Ogg stream breaks off before its last page")
     # The first packet of Opus says how many samples are skipped (RFC 7845, section 5.1).
     skipped = int.from_bytes(head[38:40], "little")
     seconds = max(0, end - skipped) / 48_000 if head[28:36] == b"OpusHead" else 0.0
@@ -262,7 +262,7 @@ def _pages(data: _Blocks) -> Iterator[tuple[int, _Page]]:
         yield position, _Page(flags, granule, stream, number, is_intact)
         position += size
     if data.find(b"OggS", position + 1) >= 0:
-        raise _damaged("Ogg", "bytes that are no page", "有不属于任何页的数据", position)
+        raise _damaged("Ogg", Localized("bytes that are no page"), position)
 
 
 def _ogg_checksum(page: bytes) -> int:
@@ -327,10 +327,13 @@ def _mpeg(data: _Blocks) -> Finding:
     least = max(0, sounding * first.samples - GAPLESS_MOST)
     # Encoders disagree whether the frame with the table counts, so one frame is neither missing nor too many.
     is_counted = promised is not None and sounding <= promised + 1 and head[36:40] != b"VBRI"
-    missing = Text("the last MPEG frame is incomplete", "最后一个 MPEG 帧不完整") if is_cut else None
+    missing = Localized("the last MPEG frame is incomplete") if is_cut else None
     if promised is not None and sounding < promised - 1:
-        en = f"the header promises {promised} MPEG frames, {sounding} are there"
-        missing = Text(en, f"文件头声明有 {promised} 个 MPEG 帧，实际只有 {sounding} 个")
+        missing = Localized(
+            "the header promises {promised} MPEG frames, {sounding} are there",
+            promised=promised,
+            sounding=sounding,
+        )
     return Finding(missing, least, is_counted)
 
 
@@ -366,7 +369,7 @@ def _walk(data: _Blocks, start: int, first: _Frame) -> tuple[int, bool]:
         if following is None:
             return frames, len(head) < 4 and head[0] == 0xFF
         if not head.startswith(_TAGS):
-            raise _damaged("MPEG audio", "bytes that are no frame", "有不属于任何帧的数据", position)
+            raise _damaged("MPEG audio", Localized("bytes that are no frame"), position)
         position = following
     return frames, False
 
@@ -392,8 +395,10 @@ def _table(frame: bytes) -> int | None:
     return int.from_bytes(frame[50:54], "big") if frame[36:40] == b"VBRI" else None
 
 
-def _damaged(name: str, en: str, zh: str, position: int) -> AudioError:
+def _damaged(name: str, message: Localized, position: int) -> AudioError:
     return AudioError(
-        f"{name}: {en} (at byte {position}): the file is damaged; get it again",
-        f"{name}：{zh}（第 {position} 字节处），文件已损坏；请重新获取",
+        "{name}: {message} (at byte {position}): the file is damaged; get it again",
+        name=name,
+        message=message,
+        position=position,
     )

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mdl_toolkit.audio.decoders import Decoded, Floats, decode
 from mdl_toolkit.audio.integrity import examine
 from mdl_toolkit.errors import AudioError
-from mdl_toolkit.i18n import Text
+from mdl_toolkit.i18n import Localized
 from mdl_toolkit.model.constants import SAMPLE_RATE as SAMPLE_RATE
 from mdl_toolkit.model.lengths import MIN_SAMPLES
 
@@ -53,7 +53,7 @@ class Clip:
     silent: bool
     clipped: bool
     full_scale: float
-    truncated: Text | None
+    truncated: Localized | None
 
 
 def load(path: str | Path, *, allow_truncated: bool = False) -> Clip:
@@ -100,14 +100,13 @@ class _File(io.BufferedReader):
 def _unopened(problem: OSError | ValueError) -> AudioError:
     reason = getattr(problem, "strerror", None) or problem
     return AudioError(
-        f"the file cannot be opened ({reason}); correct the path or its permissions",
-        f"无法打开文件（{reason}）；请更正路径或权限",
+        "the file cannot be opened ({reason}); correct the path or its permissions", reason=reason
     )
 
 
 def _load(file: BinaryIO, allow_truncated: bool) -> Clip:
     if not file.seek(0, 2):
-        raise AudioError("the file is empty (0 bytes); get it again", "文件为空（0 字节）；请重新获取")
+        raise AudioError("the file is empty (0 bytes); get it again")
     finding = examine(file)
     _check_complete(finding.missing, allow_truncated)
     decoded = decode(file, finding)
@@ -117,11 +116,11 @@ def _load(file: BinaryIO, allow_truncated: bool) -> Clip:
     return _clip(decoded, missing)
 
 
-def _check_complete(missing: Text | None, allow_truncated: bool) -> None:
+def _check_complete(missing: Localized | None, allow_truncated: bool) -> None:
     if missing and not allow_truncated:
         raise AudioError(
-            f"the file was cut off: {missing.en}; get all of it, or accept it with --allow-truncated",
-            f"文件不完整：{missing.zh}；请获取完整文件，或使用 --allow-truncated 接受",
+            "the file was cut off: {missing}; get all of it, or accept it with --allow-truncated",
+            missing=missing,
         )
 
 
@@ -129,23 +128,23 @@ def _check_samples(decoded: Decoded) -> None:
     """Raise AudioError if there are no samples, the rate is impossible, or a sample is NaN or infinite."""
     name, rate = decoded.format, decoded.rate
     if not len(decoded.samples):
-        raise AudioError(
-            f"{name}: there are no samples in it; get it again", f"{name}：没有任何采样；请重新获取"
-        )
+        raise AudioError("{name}: there are no samples in it; get it again", name=name)
     if rate not in RATES:
         raise AudioError(
-            f"{name}: {rate} Hz is no possible sampling rate; the header is damaged, get the file again",
-            f"{name}：采样率 {rate} Hz 不合理，文件头已损坏；请重新获取",
+            "{name}: {rate} Hz is no possible sampling rate; the header is damaged, get the file again",
+            name=name,
+            rate=rate,
         )
     bad = np.flatnonzero(~np.isfinite(decoded.samples))
     if len(bad):
         raise AudioError(
-            f"{name}: NaN or infinite samples, the first at {bad[0] / rate:.3f} s; export it again",
-            f"{name}：含有 NaN 或无穷大的采样，首个位于 {bad[0] / rate:.3f} 秒；请重新导出",
+            "{name}: NaN or infinite samples, the first at {seconds:.3f} s; export it again",
+            name=name,
+            seconds=bad[0] / rate,
         )
 
 
-def _clip(decoded: Decoded, missing: Text | None) -> Clip:
+def _clip(decoded: Decoded, missing: Localized | None) -> Clip:
     """Resample, and pad what is too short for one audio token."""
     mono, rate = decoded.samples, decoded.rate
     # soxr's HQ: aliases below -100 dB. FFmpeg's own resampler leaves -62 dB at 9 kHz.

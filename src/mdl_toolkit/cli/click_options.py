@@ -28,14 +28,14 @@ from mdl_toolkit.config.options import (
 from mdl_toolkit.config.types import BOOLEAN, PATH
 from mdl_toolkit.config.yaml import from_mapping, read_settings
 from mdl_toolkit.errors import UsageError
-from mdl_toolkit.i18n import Text
+from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.console import width_of
 
 HELP_NAMES = ("-h", "--help")
 CONTEXT_SETTINGS = {"help_option_names": list(HELP_NAMES), "max_content_width": 100}
 INDENT = 6  # columns before an option's explanation
-OTHERS = Text("Other options", "其他选项")
-HELP_TEXT = Text("Show this page.", "显示本帮助。")
+OTHERS = Localized("Other options")
+HELP_TEXT = Localized("Show this page.")
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)
 
@@ -49,13 +49,11 @@ class _Shared(Options):
     config: str | None = option(
         PATH, None, OTHERS,
         "A YAML file of options, such as the mdl-toolkit.yaml beside every output; the command line wins.",
-        "以 YAML 文件提供选项，例如每个输出旁的 mdl-toolkit.yaml；命令行中的值优先。",
         nullable=True,
     )  # fmt: skip
     debug: bool = option(
         BOOLEAN, False, OTHERS,
         "Show the traceback of an error; so does the environment variable MDL_DEBUG=1.",
-        "出错时显示完整的调用栈；也可设置环境变量 MDL_DEBUG=1。",
     )  # fmt: skip
 
 
@@ -105,14 +103,14 @@ class OptionsCommand(click.Command):
         from_words = checked(self.options, given)
         if ctx.args:
             name, word = self.options.COMMAND, ctx.args[0]
-            raise UsageError(f"{name}: unexpected argument {word!r}", f"{name}：多余的参数 {word!r}")
+            raise UsageError("{name}: unexpected argument {word!r}", name=name, word=word)
         from_file = read_settings(shared.config, self.options) if shared.config else {}
         return self.work(from_mapping(self.options, {**from_file, **from_words}))
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write usage, summary and the groups of options in the order of the reference."""
         needed = [_usage_word(field) for field in self.fields if field.default is MISSING]
-        words = [ctx.command_path, *needed, str(Text("[OPTIONS]", "[选项]"))]
+        words = [ctx.command_path, *needed, str(Localized("[OPTIONS]"))]
         sections = [
             (str(group), [_entry(field) for field in self.fields if setting_of(field).group == group])
             for group in (*self.options.GROUPS, OTHERS)
@@ -196,11 +194,11 @@ def _spelled(command: str, word: str, rest: deque[str], names: _Names) -> str:
     name = typed.replace("_", "-")
     if name in names.flags:
         if equals:
-            raise UsageError(f"{command}: {name} takes no value", f"{command}：{name} 不带值")
+            raise UsageError("{command}: {name} takes no value", command=command, name=name)
         return names.flags[name]
     if name not in names.options:
         known = [*names.options, *names.flags]
-        raise unknown(f"{command}: no option {typed}", f"{command}：没有选项 {typed}", name, known)
+        raise unknown(Localized("{command}: no option {typed}", command=command, typed=typed), name, known)
     if not equals:
         value = _value_after(command, name, names.options[name], rest)
     return f"{name}={value}"
@@ -211,19 +209,19 @@ def _value_after(command: str, name: str, setting: Setting, rest: deque[str]) ->
     takes = setting.kind.takes
     if takes is None:
         if not rest:
-            raise UsageError(f"{command}: {name} needs a value", f"{command}：{name} 需要一个值")
+            raise UsageError("{command}: {name} needs a value", command=command, name=name)
         return rest.popleft()
     if rest and (takes(rest[0]) or (setting.nullable and rest[0] == "null")):
         return rest.popleft()
     return "true"
 
 
-def unknown(en: str, zh: str, word: str, known: Iterable[str]) -> UsageError:
+def unknown(message: Localized, word: str, known: Iterable[str]) -> UsageError:
     """The error for a word nobody knows, with the known one it resembles."""
     bare = {name.lstrip("-"): name for name in known}  # dashes would make any two options alike
     for near in get_close_matches(word.lstrip("-"), bare, n=1):
-        return UsageError(f"{en}; did you mean {bare[near]}?", f"{zh}；您是不是想用 {bare[near]}？")
-    return UsageError(f"{en}; --help shows what there is", f"{zh}；使用 --help 查看可用的名称")
+        return UsageError("{message}; did you mean {near}?", message=message, near=bare[near])
+    return UsageError("{message}; --help shows what there is", message=message)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -250,11 +248,11 @@ def _entry(field: "Field[Any]") -> HelpEntry:
     setting = setting_of(field)
     label = f"{shown_name(field)} {setting.kind.metavar}"
     if field.default is MISSING:
-        note = Text("(required)", "（必需）")
+        note = Localized("(required)")
     else:
         shown = _shown(field.default)
-        dynamic = setting.dynamic or Text(shown, shown)
-        note = Text(f"(default: {dynamic.en})", f"（默认值：{dynamic.zh}）")
+        dynamic = setting.dynamic or Localized(shown, shown)
+        note = Localized("(default: {dynamic})", dynamic=dynamic)
     return HelpEntry(label, str(note), str(setting.help))
 
 
@@ -270,7 +268,7 @@ def help_page(
     """A page of help in lines of at most `width` columns, where the words allow it."""
     lines = [*wrap(f"{Text('Usage: ', '用法：')}{usage}", width), "", *_indented(wrap(summary, width - 2), 2)]
     for heading, entries in sections:
-        lines += ["", str(Text(f"{heading}:", f"{heading}："))]
+        lines += ["", str(Localized("{heading}:", heading=heading))]
         for entry in entries:
             lines += _entry_lines(entry, width)
     return "\n".join(lines) + "\n"

@@ -30,15 +30,12 @@ from mdl_toolkit.config.results import EvaluateOptions, InferenceOptions, MergeO
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.config.types import TRUE_WORDS
 from mdl_toolkit.errors import ToolkitError
-from mdl_toolkit.i18n import Text
+from mdl_toolkit.i18n import Localized
 
 PROGRAM = "mdl-toolkit"
-SUMMARY = Text(
-    "Fine-tune MiDashengLM on your own recordings: convert, train, merge, predict, evaluate.",
-    "用自己的音频微调 MiDashengLM：转换、训练、合并、推理、评估。",
-)
-COMMANDS = Text("Commands", "命令")
-VERSION_TEXT = Text("Show the version.", "显示版本号。")
+SUMMARY = Localized("Fine-tune MiDashengLM on your own recordings: convert, train, merge, predict, evaluate.")
+COMMANDS = Localized("Commands")
+VERSION_TEXT = Localized("Show the version.")
 
 FAILED = 1
 WRONG_USAGE = 2
@@ -120,13 +117,15 @@ class _Toolkit(click.Group):
             ctx.exit(WRONG_USAGE)
         word, options = args[0], (*HELP_NAMES, "--version")
         if word.startswith("-") and word not in options:
-            raise unknown(f"{PROGRAM}: no option {word}", f"{PROGRAM}：没有选项 {word}", word, options)
+            raise unknown(Localized("{program}: no option {word}", program=PROGRAM, word=word), word, options)
         if word not in options and word not in self.commands:
-            raise unknown(f"{PROGRAM}: no command {word}", f"{PROGRAM}：没有命令 {word}", word, self.commands)
+            raise unknown(
+                Localized("{program}: no command {word}", program=PROGRAM, word=word), word, self.commands
+            )
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write usage, summary and the commands."""
-        usage = Text("COMMAND [OPTIONS]", "命令 [选项]")
+        usage = Localized("COMMAND [OPTIONS]")
         commands = [HelpEntry(name, "", str(command.help)) for name, command in self.commands.items()]
         others = [
             HelpEntry("--version", "", str(VERSION_TEXT)),
@@ -177,10 +176,10 @@ def run(words: Sequence[str]) -> int:
     except ToolkitError as error:
         if session.debug:
             traceback.print_exc()
-        _report(f"error: {error.text.en}", f"错误：{error.text.zh}")
+        _report(Localized("error: {reason}", reason=error.message))
         return error.exit_status
     except KeyboardInterrupt:
-        _report("interrupted", "已中断")
+        _report(Localized("interrupted"))
         return INTERRUPTED
     except Exception as problem:
         if session.debug:
@@ -216,17 +215,14 @@ def _nobody_reads(problem: Exception) -> bool:
     return False
 
 
-def _report(en: str, zh: str) -> None:
+def _report(message: Localized) -> None:
     """Write why it ends; unlike `console.say`, in every process, since any one of several may fail alone."""
     sys.stderr.write(f"{Text(en, zh)}\n")
 
 
 def _report_bug(problem: Exception) -> None:
     what = " ".join(f"{type(problem).__name__}: {problem}".split())
-    _report(
-        f"error: a bug in mdl-toolkit: {what} (--debug shows the traceback)",
-        f"错误：mdl-toolkit 的程序缺陷：{what}（使用 --debug 查看调用栈）",
-    )
+    _report(Localized("error: a bug in mdl-toolkit: {what} (--debug shows the traceback)", what=what))
 
 
 def main() -> NoReturn:

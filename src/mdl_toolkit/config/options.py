@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from mdl_toolkit.config.types import Kind
 from mdl_toolkit.errors import UsageError
-from mdl_toolkit.i18n import Text
+from mdl_toolkit.i18n import Localized
 
 
 @dataclass(frozen=True)
@@ -27,19 +27,19 @@ class Setting:
     """
 
     kind: Kind
-    group: Text
-    help: Text
+    group: Localized
+    help: Localized
     nullable: bool = False
-    dynamic: Text | None = None
+    dynamic: Localized | None = None
     positional: bool = False
 
 
 REQUIRED: Any = dataclasses.MISSING
 
 
-def option(kind: Kind, default: Any, group: Text, en: str, zh: str, **more: Any) -> Any:
+def option(kind: Kind, default: Any, group: Localized, message: Localized, **more: Any) -> Any:
     """Declare one option; `more` goes to `Setting`."""
-    setting = Setting(kind, group, Text(en, zh), **more)
+    setting = Setting(kind, group, message, **more)
     return dataclasses.field(default=default, metadata={"setting": setting})
 
 
@@ -60,8 +60,8 @@ class Options:
     """What every command's options share: checking, and the way to and from YAML and words."""
 
     COMMAND: ClassVar[str] = ""
-    SUMMARY: ClassVar[Text] = Text("", "")
-    GROUPS: ClassVar[tuple[Text, ...]] = ()
+    SUMMARY: ClassVar[Localized] = Localized("")
+    GROUPS: ClassVar[tuple[Localized, ...]] = ()
 
     def __post_init__(self) -> None:
         """Bring every value to its type.
@@ -86,7 +86,7 @@ def checked(options: type[Options], values: Mapping[str, Any]) -> dict[str, Any]
     """
     fields = [field for field in dataclasses.fields(options) if field.name in values]
     read = {field.name: _read(field, values[field.name]) for field in fields}
-    refused = [field for field in fields if isinstance(read[field.name], Text)]
+    refused = [field for field in fields if isinstance(read[field.name], Localized)]
     if refused:
         lines = [(shown_name(field), read[field.name], _quoted(values[field.name])) for field in refused]
         raise UsageError(
@@ -102,17 +102,17 @@ def _quoted(value: Any) -> str:
 
 
 def _read(field: "dataclasses.Field[Any]", value: Any) -> Any:
-    """The value, or the `Text` that says what is accepted."""
+    """The value, or the `Localized` that says what is accepted."""
     setting = setting_of(field)
     if setting.nullable and (value is None or value == "null"):
         return None
     if value is None:
-        return Text("expected a value", "应有值")
+        return Localized("expected a value")
     try:
         return setting.kind.parse(value)
     except ValueError as refused:
-        accepted: Text = refused.args[0]
-    return Text(f"{accepted.en} (or null)", f"{accepted.zh}（或 null）") if setting.nullable else accepted
+        accepted: Localized = refused.args[0]
+    return Localized("{accepted} (or null)", accepted=accepted) if setting.nullable else accepted
 
 
 def fields_in_order(options: type[Options]) -> list["dataclasses.Field[Any]"]:

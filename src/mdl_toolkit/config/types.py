@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mdl_toolkit.i18n import Text
+from mdl_toolkit.i18n import Localized
 
 TRUE_WORDS = frozenset({"true", "1", "yes", "on"})
 FALSE_WORDS = frozenset({"false", "0", "no", "off"})
@@ -24,7 +24,7 @@ class Kind:
 
     Attributes:
         metavar: what `--help` shows in the value's place.
-        parse: the value, or ValueError with `Text` as its argument saying what is accepted.
+        parse: the value, or ValueError with `Localized` as its argument saying what is accepted.
         takes: only where the option may stand alone (bare is true, `--no-` is false): whether the word after
             it is its value.
         is_repeated: the option may be given several times.
@@ -36,9 +36,9 @@ class Kind:
     is_repeated: bool = False
 
 
-def refuse(en: str, zh: str) -> ValueError:
+def refuse(message: Localized) -> ValueError:
     """What `Kind.parse` raises: the values that are accepted, in both languages."""
-    return ValueError(Text(en, zh))
+    return ValueError(message)
 
 
 def is_boolean_word(word: str) -> bool:
@@ -50,18 +50,18 @@ def _boolean(value: Any) -> bool:
     word = str(value)
     if is_boolean_word(word):
         return word.strip().lower() in TRUE_WORDS
-    raise refuse("expected true or false", "应为 true 或 false")
+    raise refuse("expected true or false")
 
 
 def _number(value: Any) -> float:
     if isinstance(value, bool):
-        raise refuse("expected a number", "应为数字")
+        raise refuse("expected a number")
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
-        raise refuse("expected a number", "应为数字") from None
+        raise refuse("expected a number") from None
     if not math.isfinite(number):
-        raise refuse("expected a finite number", "应为有限的数字")
+        raise refuse("expected a finite number")
     return number
 
 
@@ -69,19 +69,19 @@ def _integer(least: int, most: int = 2**53) -> Kind:  # 2**53: up to there a flo
     def parse(value: Any) -> int:
         number = _number(value)
         if number != int(number) or number < least:
-            raise refuse(f"expected a whole number of at least {least}", f"应为不小于 {least} 的整数")
+            raise refuse("expected a whole number of at least {least}", least=least)
         if number > most:
-            raise refuse(f"expected a whole number of at most {most}", f"应为不大于 {most} 的整数")
+            raise refuse("expected a whole number of at most {most}", most=most)
         return int(number)
 
     return Kind("N", parse)
 
 
-def _real(accepts: Callable[[float], bool], en: str, zh: str) -> Kind:
+def _real(accepts: Callable[[float], bool], message: Localized) -> Kind:
     def parse(value: Any) -> float:
         number = _number(value)
         if not accepts(number):
-            raise refuse(f"expected {en}", f"应为{zh}")
+            raise refuse("expected {message}", message=message)
         return number
 
     return Kind("X", parse)
@@ -94,38 +94,35 @@ def _cadence(value: Any) -> int | float:
         return int(number)
     if 0 < number < 1:
         return number
-    raise refuse(
-        "expected a whole number of steps, a fraction of an epoch between 0 and 1, or 0 for never",
-        "应为整数步数、0 到 1 之间的 epoch 比例，或 0（表示不进行）",
-    )
+    raise refuse("expected a whole number of steps, a fraction of an epoch between 0 and 1, or 0 for never")
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise refuse("expected a text (in YAML, put it in quotes)", "应为文本（在 YAML 中请加引号）")
+        raise refuse("expected a text (in YAML, put it in quotes)")
     if "\0" in value:
-        raise refuse("expected a text without NUL characters", "应为不含 NUL 字符的文本")
+        raise refuse("expected a text without NUL characters")
     return value
 
 
 def _prompt(value: Any) -> str:
     text = _text(value)
     if any("\ud800" <= character <= "\udfff" for character in text):  # bytes that Python could not decode
-        raise refuse("expected a text in UTF-8", "应为 UTF-8 编码的文本")
+        raise refuse("expected a text in UTF-8")
     return text
 
 
 def _path(value: Any) -> str:
     text = _text(str(value) if isinstance(value, Path) else value)
     if not text:
-        raise refuse("expected a path", "应为路径")
+        raise refuse("expected a path")
     return text
 
 
 def _paths(value: Any) -> tuple[str, ...]:
     items = value if isinstance(value, list | tuple) else [value]
     if not items:
-        raise refuse("expected a path", "应为路径")
+        raise refuse("expected a path")
     return tuple(map(_path, items))
 
 
@@ -144,7 +141,7 @@ def choice(*choices: str) -> Kind:
         if value in choices:
             return str(value)
         listed = ", ".join(choices)
-        raise refuse(f"expected one of {listed}", f"应为以下之一：{listed}")
+        raise refuse("expected one of {listed}", listed=listed)
 
     return Kind("|".join(choices), parse)
 
@@ -153,7 +150,7 @@ def _words(value: Any) -> tuple[str, ...]:
     """A list, a JSON list or words separated by commas, without repetitions (rule 3)."""
     items = [value] if isinstance(value, str) else value
     if not isinstance(items, list | tuple):
-        raise refuse("expected words", "应为单词列表")
+        raise refuse("expected words")
     words = [word for item in items for word in _split_list(item)]
     return tuple(dict.fromkeys(words))
 
@@ -170,13 +167,13 @@ def _json_list(item: str) -> list[Any]:
     except (json.JSONDecodeError, RecursionError):
         words = None
     if not isinstance(words, list):
-        raise refuse('expected a JSON list of words such as ["a", "b"]', '应为 JSON 单词列表，如 ["a", "b"]')
+        raise refuse('expected a JSON list of words such as ["a", "b"]')
     return words
 
 
 def _split_commas(item: Any) -> list[str]:
     if not isinstance(item, str) or "[" in item:  # so that words read twice stay what they are
-        raise refuse("expected words", "应为单词列表")
+        raise refuse("expected words")
     return [word.strip() for word in _text(item).split(",") if word.strip()]
 
 
@@ -187,7 +184,7 @@ def some_of(*choices: str, least: int) -> Kind:
         words = _words(value)
         if len(words) < least or not set(words) <= set(choices):
             listed = ", ".join(choices)
-            raise refuse(f"expected some of {listed}", f"应为以下之中的一个或多个：{listed}")
+            raise refuse("expected some of {listed}", listed=listed)
         return words
 
     return Kind("|".join(choices), parse, is_repeated=True)
@@ -197,7 +194,7 @@ def _results(value: Any) -> tuple[str, ...]:
     """Paths of files to write, whose names end with what is to be in them."""
     paths = tuple(map(_path, [value] if isinstance(value, str | Path) else value))
     if not all(path.lower().endswith((".json", ".csv")) for path in paths):
-        raise refuse("expected names that end with .json or .csv", "应为以 .json 或 .csv 结尾的文件名")
+        raise refuse("expected names that end with .json or .csv")
     return tuple(dict.fromkeys(paths))
 
 
@@ -219,7 +216,7 @@ RESULTS = Kind("PATH", _results, is_repeated=True)
 COUNT = _integer(1)
 WHOLE = _integer(0)
 SEED = _integer(0, 2**32 - 1)  # what numpy.random.seed accepts
-POSITIVE = _real(lambda x: x > 0, "a number above 0", "大于 0 的数字")
-DROPOUT = _real(lambda x: 0 <= x < 1, "a number from 0 to below 1", "不小于 0 且小于 1 的数字")
-NOT_NEGATIVE = _real(lambda x: x >= 0, "a number of at least 0", "不小于 0 的数字")
-SHARE = _real(lambda x: 0 < x <= 1, "a number above 0 and up to 1", "大于 0 且不大于 1 的数字")
+POSITIVE = _real(lambda x: x > 0, Localized("a number above 0"))
+DROPOUT = _real(lambda x: 0 <= x < 1, Localized("a number from 0 to below 1"))
+NOT_NEGATIVE = _real(lambda x: x >= 0, Localized("a number of at least 0"))
+SHARE = _real(lambda x: 0 < x <= 1, Localized("a number above 0 and up to 1"))

@@ -32,7 +32,7 @@ def from_mapping(cls: type[AnyOptions], values: Mapping[str, Any]) -> AnyOptions
     ]
     if missing:
         names = ", ".join(missing)
-        raise UsageError(f"{cls.COMMAND}: missing {names}", f"{cls.COMMAND}：缺少 {names}")
+        raise UsageError("{command}: missing {names}", command=cls.COMMAND, names=names)
     return cls(**values)
 
 
@@ -54,15 +54,14 @@ def read_settings(path: str | Path, cls: type[Options], option: str = "--config"
     if unknown:
         names = ", ".join(unknown)
         raise InputError(
-            f"{place}: {cls.COMMAND} has no option {names}",
-            f"{place}：{cls.COMMAND} 没有选项 {names}",
+            "{place}: {command} has no option {names}", place=place, command=cls.COMMAND, names=names
         )
     try:
         return checked(cls, named)
     except UsageError as refused:
         raise InputError(
-            "\n".join(f"{place}: {line}" for line in refused.text.en.splitlines()),
-            "\n".join(f"{place}：{line}" for line in refused.text.zh.splitlines()),
+            "\n".join(f"{place}: {line}" for line in refused.message.en.splitlines()),
+            "\n".join(f"{place}：{line}" for line in refused.message.zh.splitlines()),
         ) from refused
 
 
@@ -71,14 +70,14 @@ def _mapping(path: str | Path, place: str) -> dict[Any, Any]:
         with Path(path).open(encoding="utf-8-sig") as file:
             values = yaml.safe_load(file)
     except FileNotFoundError as problem:
-        raise InputError(f"{place}: file not found", f"{place}：文件不存在") from problem
+        raise InputError("{place}: file not found", place=place) from problem
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as problem:
         reason = " ".join(str(problem).split())
-        raise InputError(f"{place}: {reason}", f"{place}：{reason}") from problem
+        raise InputError("{place}: {reason}", place=place, reason=reason) from problem
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise InputError(f"{place}: expected `name: value` lines", f"{place}：应为“名称: 值”")
+        raise InputError("{place}: expected `name: value` lines", place=place)
     return values
 
 

@@ -19,6 +19,7 @@ import jinja2.sandbox
 
 from mdl_toolkit.data.manifest import Row
 from mdl_toolkit.errors import ModelError
+from mdl_toolkit.i18n import Localized
 
 Role = Literal["system", "user", "assistant"]
 _MARK = "\ufdd0{}\ufdd1"  # Unicode noncharacters: no template holds them
@@ -140,13 +141,12 @@ def _after_answer(template: ChatTemplate, rendered: str, answer: int) -> str:
     """What the template writes after an answer and the token that closes it."""
     _, mark, after = rendered.partition(_MARK.format(answer))
     if not mark or _MARKED.search(after):
-        raise _unfit(*_WORDS)
+        raise _unfit(_WORDS)
     if template.marks.token in after:
-        raise _unfit(*_audio_words(template))
+        raise _unfit(_audio_words(template))
     if not after.startswith(template.end_of_turn):
         raise _unfit(
-            f"it does not close an answer with {template.end_of_turn}",
-            f"未以 {template.end_of_turn} 结束回答",
+            Localized("it does not close an answer with {end_of_turn}", end_of_turn=template.end_of_turn)
         )
     return after[len(template.end_of_turn) :]
 
@@ -170,9 +170,9 @@ def _prompt_pieces(template: ChatTemplate, rendered: str, words: int) -> list[_P
         elif part:
             pieces += _audio_pieces(part, template.marks)
     if sorted(piece.word for piece in pieces if piece.word is not None) != list(range(words)):
-        raise _unfit(*_WORDS)
+        raise _unfit(_WORDS)
     if sum(piece.kind == "audio" for piece in pieces) != 1:
-        raise _unfit(*_audio_words(template))
+        raise _unfit(_audio_words(template))
     return pieces
 
 
@@ -242,13 +242,13 @@ def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-_WORDS = ("it repeats words of a message or leaves them out", "重复或遗漏了消息中的文字")
+_WORDS = Localized("it repeats words of a message or leaves them out")
 
 
-def _audio_words(template: ChatTemplate) -> tuple[str, str]:
+def _audio_words(template: ChatTemplate) -> Localized:
     token = template.marks.token
-    return f"it does not place {token} exactly once", f"未恰好放置一次 {token}"
+    return Localized("it does not place {token} exactly once", token=token)
 
 
-def _unfit(en: str, zh: str) -> ModelError:
-    return ModelError(f"the model's chat template cannot be used: {en}", f"无法使用模型的对话模板：{zh}")
+def _unfit(message: Localized) -> ModelError:
+    return ModelError("the model's chat template cannot be used: {message}", message=message)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from mdl_toolkit.errors import InputError, RowProblem
-from mdl_toolkit.i18n import Text
+from mdl_toolkit.i18n import Localized
 
 NUL_MARK = "\udc00"  # stands for NUL while the CSV is read, as Python 3.10's csv refuses NUL itself
 BAD_BYTE = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of bytes that are not UTF-8
@@ -33,9 +33,9 @@ class Line(NamedTuple):
     cells: list[str]
 
 
-def bad(path: Path, en: str, zh: str) -> InputError:
+def bad(path: Path, message: Localized) -> InputError:
     """An error that names the file."""
-    return InputError(f"{path}: {en}.", f"{path}：{zh}。")
+    return InputError("{path}: {message}.", path=path, message=message)
 
 
 # --- lines to rows -----------------------------------------------------------------------------------
@@ -57,26 +57,25 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         with _open(path) as file:
             yield file
     except FileNotFoundError:
-        raise bad(path, "there is no such file; correct the path", "文件不存在；请更正路径") from None
+        raise bad(path, Localized("there is no such file; correct the path")) from None
     except IsADirectoryError:
-        raise bad(path, "this is a folder; give a CSV file", "这是目录；请指定 CSV 文件") from None
+        raise bad(path, Localized("this is a folder; give a CSV file")) from None
     except OSError as problem:
         reason = problem.strerror or problem
-        raise bad(path, f"cannot be read ({reason})", f"无法读取（{reason}）") from problem
+        raise bad(path, Localized("cannot be read ({reason})", reason=reason)) from problem
 
 
 def _open(path: Path) -> BinaryIO:
     try:
         status = path.stat()
     except ValueError as problem:
-        raise bad(path, f"cannot be read ({problem})", f"无法读取（{problem}）") from problem
+        raise bad(path, Localized("cannot be read ({reason})", reason=problem)) from problem
     if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
-        en = "this is a device or pipe, and it is read more than once; give a file"
-        raise bad(path, en, "这是设备或管道，而内容需要多次读取；请指定文件")
+        raise bad(path, Localized("this is a device or pipe, and it is read more than once; give a file"))
     file = path.open("rb")
     if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
         file.close()
-        raise bad(path, "this is UTF-16; save it as UTF-8", "文件编码为 UTF-16；请另存为 UTF-8")
+        raise bad(path, Localized("this is UTF-16; save it as UTF-8"))
     file.seek(0)
     return file
 
@@ -166,9 +165,14 @@ def _cells(path: Path, reader: Iterator[list[str]], text: _Text, number: int) ->
     except csv.Error as problem:
         if text.is_bad:
             raise _not_utf8(path, number, "") from problem
-        en = f"the row that starts on line {number} is no valid CSV ({problem}); check its quotes"
-        zh = f"从第 {number} 行开始的一行不是有效的 CSV（{problem}）；请检查引号是否成对"
-        raise bad(path, en, zh) from problem
+        raise bad(
+            path,
+            Localized(
+                "the row that starts on line {number} is no valid CSV ({reason}); check its quotes",
+                number=number,
+                reason=problem,
+            ),
+        ) from problem
 
 
 def _bad_column(cells: list[str], columns: list[str], number: int) -> str:
@@ -181,12 +185,15 @@ def _bad_column(cells: list[str], columns: list[str], number: int) -> str:
 def _not_utf8(path: Path, line: int, column: str) -> InputError:
     """The error for text that is not UTF-8, naming the first place and the likely encoding."""
     guess = next((name for name in OTHER_ENCODINGS if _decodes(path, name)), None)
-    where, where_zh = (f", column {column}", f" {column} 列") if column else ("", "")
-    en, zh = f"line {line}{where}: not UTF-8 text", f"第 {line} 行{where_zh}：不是 UTF-8 文本"
+    where = Localized(", column {column}", column=column) if column else Localized("")
+    detail = Localized("line {line}{where}: not UTF-8 text", line=line, where=where)
     return bad(
         path,
-        f"{en}{f' (it may be {guess})' if guess else ''}; save the file as UTF-8",
-        f"{zh}{f'（可能是 {guess}）' if guess else ''}；请将文件另存为 UTF-8",
+        Localized(
+            "{detail}{guess}; save the file as UTF-8",
+            detail=detail,
+            guess=(Localized(" (it may be {guess})", guess=guess) if guess else Localized("")),
+        ),
     )
 
 
@@ -213,15 +220,13 @@ def header_of(path: Path, lines: Iterator[Line]) -> tuple[str, ...]:
     """
     header = next(lines, None)
     if header is None:
-        en = "the file is empty; a CSV starts with a line of column names"
-        raise bad(path, en, "文件为空；CSV 的首行应为列名")
+        raise bad(path, Localized("the file is empty; a CSV starts with a line of column names"))
     return tuple(header.cells)
 
 
 def no_rows(path: Path) -> InputError:
     """The error for a CSV of column names alone."""
-    en = "there is no row below the column names; add one"
-    return bad(path, en, "列名之下没有任何数据行；请添加数据")
+    return bad(path, Localized("there is no row below the column names; add one"))
 
 
 def check_columns(path: Path, columns: Sequence[str], needed: Sequence[str]) -> None:
@@ -232,32 +237,31 @@ def check_columns(path: Path, columns: Sequence[str], needed: Sequence[str]) -> 
     """
     complaints = [_missing(name, columns) for name in needed if name not in columns]
     complaints += [
-        Text(
-            f"there are {count} columns {name!r}; rename or remove one",
-            f"有 {count} 列名为 {name!r}；请改名或删除",
-        )
+        Localized("there are {count} columns {name!r}; rename or remove one", count=count, name=name)
         for name, count in Counter(columns).items()
         if count > 1
     ]
     if any(NUL_MARK in name for name in columns):
-        complaints.append(Text("line 1 holds a NUL byte; remove it", "第 1 行含有 NUL 字节；请删除"))
+        complaints.append(Localized("line 1 holds a NUL byte; remove it"))
     if complaints:
         raise bad(path, "; ".join(text.en for text in complaints), "；".join(text.zh for text in complaints))
 
 
-def _missing(name: str, columns: Sequence[str]) -> Text:
+def _missing(name: str, columns: Sequence[str]) -> Localized:
     tidy = {column.strip().lower().replace("-", "_").replace(" ", "_"): column for column in columns}
     alike = difflib.get_close_matches(name, tidy, 1, 0.8)
     listed = ", ".join(repr(column) for column in columns)
     if alike:
-        hint = Text(f"rename {tidy[alike[0]]!r}", f"请将 {tidy[alike[0]]!r} 改名")
+        hint = Localized("rename {column!r}", column=tidy[alike[0]])
     elif len(columns) == 1 and re.search("[;\t|]", columns[0]):
-        hint = Text("separate cells by commas", "请用逗号分隔单元格")
+        hint = Localized("separate cells by commas")
     else:
-        hint = Text("add it", "请添加该列")
-    return Text(
-        f"the column {name!r} is missing, the columns are {listed}; {hint.en}",
-        f"缺少 {name!r} 列，现有的列为 {listed}；{hint.zh}",
+        hint = Localized("add it")
+    return Localized(
+        "the column {name!r} is missing, the columns are {listed}; {hint}",
+        name=name,
+        listed=listed,
+        hint=hint,
     )
 
 
@@ -269,8 +273,9 @@ def excess(columns: Sequence[str], line: Line) -> Iterator[RowProblem]:
         yield RowProblem(line.number, str(width + 1), value, reason)
 
 
-def _too_many(cells: int, columns: int) -> Text:
-    return Text(
-        f"the row has {cells} cells, the header {columns}; put text that holds a comma in double quotes",
-        f"该行有 {cells} 个单元格，而表头只有 {columns} 列；含逗号的文本请加双引号",
+def _too_many(cells: int, columns: int) -> Localized:
+    return Localized(
+        "the row has {cells} cells, the header {columns}; put text that holds a comma in double quotes",
+        cells=cells,
+        columns=columns,
     )

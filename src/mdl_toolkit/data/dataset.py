@@ -136,9 +136,12 @@ class Record:
         ):
             if ours != theirs:
                 raise DatasetError(
-                    f"{where} was converted with another {what} ({ours}) than the model's ({theirs}); "
+                    "{where} was converted with another {what} ({ours}) than the model's ({theirs}); "
                     "convert it again with this model",
-                    f"{where} 转换时使用的{what_zh}（{ours}）与模型的（{theirs}）不同；请用该模型重新转换",
+                    where=where,
+                    what=what,
+                    ours=ours,
+                    theirs=theirs,
                 )
 
 
@@ -266,14 +269,13 @@ def check_output(output: Path) -> None:
     """
     if output.resolve().is_mount():
         raise InputError(
-            f"--output {output}: a mounted folder cannot be replaced; give a folder inside it",
-            f"--output {output}：挂载点无法被替换；请指定其中的子目录",
+            "--output {output}: a mounted folder cannot be replaced; give a folder inside it", output=output
         )
     taken = any(output.iterdir()) and not is_converted(output) if output.is_dir() else output.exists()
     if taken:
         raise InputError(
-            f"--output {output}: something else than a converted dataset is there; choose another folder",
-            f"--output {output}：该位置已有其他内容（不是转换后的数据集）；请选择其他目录",
+            "--output {output}: something else than a converted dataset is there; choose another folder",
+            output=output,
         )
 
 
@@ -314,8 +316,8 @@ class ConvertedDataset:
         if not is_converted(self.folder):
             self._refuse_version_0_1_0()
             raise DatasetError(
-                f"{self.folder}: not a complete dataset written by convert-dataset; convert again",
-                f"{self.folder}：不是 convert-dataset 输出的完整数据集；请重新转换",
+                "{folder}: not a complete dataset written by convert-dataset; convert again",
+                folder=self.folder,
             )
         try:
             self.record = _read_record(self.folder / RECORD_FILE)
@@ -339,9 +341,10 @@ class ConvertedDataset:
         if columns >= COLUMNS_OF_0_1_0:
             command = "mdl-toolkit convert-dataset CSV --output NEW --model-name MODEL"
             raise DatasetError(
-                f"{self.folder}: converted by mdl-toolkit 0.1.0, which this version does not read; "
-                f"convert its CSV again: {command}",
-                f"{self.folder}：由 mdl-toolkit 0.1.0 转换，本版本无法读取；请重新转换其 CSV：{command}",
+                "{folder}: converted by mdl-toolkit 0.1.0, which this version does not read; convert its "
+                "CSV again: {command}",
+                folder=self.folder,
+                command=command,
             )
 
     def __len__(self) -> int:
@@ -416,6 +419,5 @@ class ConvertedDataset:
 
     def _damaged(self, reason: str) -> DatasetError:
         return DatasetError(
-            f"{self.folder}: the dataset is damaged ({reason}); convert again",
-            f"{self.folder}：数据集已损坏（{reason}）；请重新转换",
+            "{folder}: the dataset is damaged ({reason}); convert again", folder=self.folder, reason=reason
         )

@@ -5,6 +5,7 @@ import glob
 from pathlib import Path
 
 from mdl_toolkit.errors import InputError
+from mdl_toolkit.i18n import Localized
 
 # Names that recordings go by; with a pattern, whatever it matches is taken.
 SUFFIXES = frozenset(
@@ -60,14 +61,15 @@ def list_recordings(words: str) -> list[str]:
     if Path(words).is_dir():
         found = _matches(f"{glob.escape(words.rstrip('/') or '/')}/**/*")
         files = [name for name in found if Path(name).suffix.lower() in SUFFIXES]
-        en, zh = "the folder", "该目录"
+        detail = Localized("the folder")
     else:
-        files, (en, zh) = _matches(words), ("the pattern", "该模式")
+        files, (en, zh) = _matches(words), Localized("the pattern")
     files = [name for name in files if Path(name).is_file()]
     if not files:
         raise InputError(
-            f"{words}: {en} holds no recordings; give a CSV, or a folder or pattern of audio files",
-            f"{words}：{zh}中没有音频文件；请指定 CSV，或包含音频文件的目录或模式",
+            "{words}: {detail} holds no recordings; give a CSV, or a folder or pattern of audio files",
+            words=words,
+            detail=detail,
         )
     return files
 

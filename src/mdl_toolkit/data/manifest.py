@@ -29,16 +29,13 @@ from mdl_toolkit.data.csv_reader import (
     stamp_of,
 )  # fmt: skip
 from mdl_toolkit.errors import InputError, Problems, RowProblem
-from mdl_toolkit.i18n import Text
+from mdl_toolkit.i18n import Localized
 
 AUDIO, SYSTEM, USER, PREDICTION = "audio", "system_prompt", "user_prompt", "prediction"
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
-EMPTY_PREDICTION = Text(
-    "empty; fill it in, or accept empty ones with --allow-empty-prediction",
-    "为空；请填写，或使用 --allow-empty-prediction 接受空值",
-)
-NUL_BYTE = Text("holds a NUL byte; remove it", "含有 NUL 字节；请删除")
+EMPTY_PREDICTION = Localized("empty; fill it in, or accept empty ones with --allow-empty-prediction")
+NUL_BYTE = Localized("holds a NUL byte; remove it")
 
 
 @dataclass(frozen=True)
@@ -119,7 +116,7 @@ class Manifest:
         """The rows without a look at their recordings, which may be gone by now; they have no stamps."""
         return (item for item in self._read(lambda _: (0, 0)) if isinstance(item, Row))
 
-    def _read(self, look: Callable[[Row], tuple[int, int] | Text]) -> Iterator[Row | RowProblem]:
+    def _read(self, look: Callable[[Row], tuple[int, int] | Localized]) -> Iterator[Row | RowProblem]:
         reader = _Reader(self, look)
         with opened(self.path) as file, closing(lines_of(self.path, file)) as lines:
             self._check_unchanged(os.fstat(file.fileno()))
@@ -129,8 +126,10 @@ class Manifest:
 
     def _check_unchanged(self, status: os.stat_result) -> None:
         if stamp_of(status) != self.stamp:
-            en = "the file was changed while it was being read; start again when it is complete"
-            raise bad(self.path, en, "文件在读取过程中被修改；请在其写完后重新运行")
+            raise bad(
+                self.path,
+                Localized("the file was changed while it was being read; start again when it is complete"),
+            )
 
     def copy_without(self, lines: Container[int], target: BinaryIO) -> None:
         """Copy the file byte by byte, but for the rows that start on some lines.
@@ -213,7 +212,7 @@ def read_manifest(
 class _Reader:
     """Lines to rows, or to what is wrong with them."""
 
-    def __init__(self, manifest: Manifest, look: Callable[[Row], tuple[int, int] | Text]) -> None:
+    def __init__(self, manifest: Manifest, look: Callable[[Row], tuple[int, int] | Localized]) -> None:
         self.look = look
         self.columns = manifest.columns
         self.defaults = manifest.defaults
@@ -225,11 +224,11 @@ class _Reader:
         row = self._row(line.number, dict(zip(self.columns, cells, strict=False)), cells)
         problems = [*excess(self.columns, line), *_nul_bytes(self.columns, line)]
         found = self.look(row)
-        if isinstance(found, Text):
+        if isinstance(found, Localized):
             problems.append(RowProblem(line.number, AUDIO, row.shown, found))
         if self.fill_in and not row.prediction:
             problems.append(RowProblem(line.number, PREDICTION, "", EMPTY_PREDICTION))
-        return [*problems] if problems or isinstance(found, Text) else [replace(row, stamp=found)]
+        return [*problems] if problems or isinstance(found, Localized) else [replace(row, stamp=found)]
 
     def _row(self, number: int, named: dict[str, str], cells: list[str]) -> Row:
         defaults = self.defaults
@@ -262,10 +261,10 @@ def _resolve(audio: str, base_dir: str | Path | None) -> str:
     return os.path.join(os.path.expanduser(base_dir or ""), os.path.expanduser(audio))  # noqa: PTH111, PTH118
 
 
-def _look_for(row: Row) -> tuple[int, int] | Text:
+def _look_for(row: Row) -> tuple[int, int] | Localized:
     """The recording's stamp, or what is wrong with the cell without opening or fetching anything."""
     if not row.audio_text:
-        return Text("empty; give a path or an http(s) address", "为空；请填写路径或 http(s) 地址")
+        return Localized("empty; give a path or an http(s) address")
     if _SCHEME.match(row.audio):
         return _address_problem(row.audio) or (0, 0)
     try:
@@ -273,36 +272,28 @@ def _look_for(row: Row) -> tuple[int, int] | Text:
     except ValueError:
         return 0, 0  # a NUL byte, which has its own message
     except (FileNotFoundError, NotADirectoryError):
-        return Text(
-            f"not found (looked for {row.audio}); correct the path or --base-dir",
-            f"文件不存在（已查找 {row.audio}）；请更正路径或 --base-dir",
-        )
+        return Localized("not found (looked for {audio}); correct the path or --base-dir", audio=row.audio)
     except OSError as problem:
-        return Text(
-            f"cannot be used ({problem.strerror}); correct it", f"无法使用（{problem.strerror}）；请更正"
-        )
+        return Localized("cannot be used ({reason}); correct it", reason=problem.strerror)
     return _file_problem(status) or stamp_of(status)
 
 
-def _file_problem(status: os.stat_result) -> Text | None:
+def _file_problem(status: os.stat_result) -> Localized | None:
     if stat.S_ISDIR(status.st_mode):
-        return Text("this is a folder; give a file", "这是目录；请指定文件")
+        return Localized("this is a folder; give a file")
     if not stat.S_ISREG(status.st_mode):
-        return Text("this is a device or pipe; give a file", "这是设备或管道；请指定文件")
+        return Localized("this is a device or pipe; give a file")
     if not status.st_size:
-        return Text("the file is empty (0 bytes); get it again", "文件为空（0 字节）；请重新获取")
+        return Localized("the file is empty (0 bytes); get it again")
     return None
 
 
-def _address_problem(url: str) -> Text | None:
+def _address_problem(url: str) -> Localized | None:
     if not is_url(url):
-        return Text(
-            "this kind of address cannot be fetched; give a path or an http(s) address",
-            "不支持此类地址；请填写路径或 http(s) 地址",
-        )
+        return Localized("this kind of address cannot be fetched; give a path or an http(s) address")
     try:
         parts = urlsplit(url)
         fine = parts.hostname and (parts.port is None or parts.port > 0)
     except ValueError:
         fine = False
-    return None if fine else Text("this is no valid address; correct it", "地址无效；请更正")
+    return None if fine else Localized("this is no valid address; correct it")

@@ -39,11 +39,10 @@ class Recordings:
             clip = load(place, allow_truncated=self.allow_truncated)
             if not is_url(row.audio) and _stamp(place) != row.stamp:
                 raise AudioError(
-                    "the file was changed while it was being read; start again when it is complete",
-                    "文件在读取过程中被修改；请在其写完后重新运行",
+                    "the file was changed while it was being read; start again when it is complete"
                 )
         except AudioError as problem:
-            return RowProblem(row.line, "audio", row.shown, problem.text)
+            return RowProblem(row.line, "audio", row.shown, problem.message)
         return clip
 
     def _fetched(self, rows: list[Row]) -> Iterator[tuple[Row, "Path | _Fetch"]]:

@@ -88,7 +88,7 @@ class Encoder:
         """
         found = self.tokenizer.token_to_id(token)
         if found is None:
-            raise ModelError(f"the tokenizer has no token {token}", f"分词器中没有词元 {token}")
+            raise ModelError("the tokenizer has no token {token}", token=token)
         return int(found)
 
     @property
@@ -118,9 +118,7 @@ class Encoder:
         try:
             tokenizer = Tokenizer.from_str(self.files.tokenizer)
         except Exception as problem:  # the only kind of error that this library raises
-            raise ModelError(
-                f"tokenizer.json cannot be used: {problem}", f"无法使用 tokenizer.json：{problem}"
-            ) from problem
+            raise ModelError("tokenizer.json cannot be used: {reason}", reason=problem) from problem
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True

@@ -45,11 +45,12 @@ def warn_of_long_answers(dataset: ConvertedDataset) -> bool:
     answer, prompt = dataset.supervised.mean(), (dataset.positions - dataset.supervised - audio).mean()
     if is_long := bool(answer > prompt):
         warn(
-            f"answers are longer than prompts: {answer:.1f} tokens to {prompt:.1f}, mean of {len(dataset)} "
-            "rows; if they are not meant to be (transcripts are), see whether user_prompt and prediction "
-            "have changed places",
-            f"回答比提示词长：{len(dataset)} 行平均为 {answer:.1f} 与 {prompt:.1f} 个词元；"
-            "若非有意为之（例如转写任务），请检查 user_prompt 与 prediction 两列是否颠倒",
+            "answers are longer than prompts: {answer:.1f} tokens to {prompt:.1f}, mean of {count} rows; "
+            "if they are not meant to be (transcripts are), see whether user_prompt and prediction have "
+            "changed places",
+            answer=answer,
+            prompt=prompt,
+            count=len(dataset),
         )
     return is_long
 
@@ -62,9 +63,9 @@ def warn_of_identical_answers(dataset: ConvertedDataset) -> bool:
     if not all(np.array_equal(first, _answer(dataset, row)) for row in range(1, len(dataset))):
         return False
     warn(
-        f"all {len(dataset)} rows have the same answer: there is nothing to learn but that one; check the "
-        "column prediction",
-        f"全部 {len(dataset)} 行的回答都相同：除此之外学不到任何内容；请检查 prediction 列",
+        "all {count} rows have the same answer: there is nothing to learn but that one; check the column "
+        "prediction",
+        count=len(dataset),
     )
     return True
 
@@ -159,10 +160,11 @@ def warn_of_leaks(train_set: ConvertedDataset, eval_set: ConvertedDataset) -> bo
     en = "; ".join(f"{len(rows)} {what} (rows {_named(rows)})" for rows, what, _ in parts if rows)
     zh = "；".join(f"{len(rows)} 行{what_zh}（第 {_named(rows)} 行）" for rows, _, what_zh in parts if rows)
     warn(
-        f"{leaks.count} of {len(eval_set)} evaluation rows have a recording that is also trained on: {en}; "
-        "the evaluation looks better than it is, so take them out of one of the two",
-        f"{len(eval_set)} 行评估数据中有 {leaks.count} 行的录音也在训练数据中：{zh}；"
-        "评估结果会偏高，请从其中一方删除",
+        "{count} of {rows} evaluation rows have a recording that is also trained on: {detail}; the "
+        "evaluation looks better than it is, so take them out of one of the two",
+        count=leaks.count,
+        rows=len(eval_set),
+        detail=detail,
     )
     return True
 
@@ -212,11 +214,15 @@ class LossWatch:
         if last <= (1 - FALL) * first:
             return False
         warn(
-            f"the loss does not fall: {first:.4f} in the first {WINDOW} steps, {last:.4f} in the last "
-            f"{count} up to step {step} of {self.total}; try another --lr than {self.rate:g}, and "
-            "see whether the recordings decide the answers",
-            f"损失没有下降：前 {WINDOW} 步为 {first:.4f}，最近 {count} 步为 {last:.4f}"
-            f"（第 {step}/{self.total} 步）；请尝试其他 --lr（现为 {self.rate:g}），"
-            "并检查仅凭录音能否得出回答",
+            "the loss does not fall: {first:.4f} in the first {window} steps, {last:.4f} in the last "
+            "{count} up to step {step} of {total}; try another --lr than {rate:g}, and see whether the "
+            "recordings decide the answers",
+            first=first,
+            window=WINDOW,
+            last=last,
+            count=count,
+            step=step,
+            total=self.total,
+            rate=self.rate,
         )
         return True

@@ -11,7 +11,7 @@ from mdl_toolkit.errors import InputError
 from mdl_toolkit.evaluation.csv_table import Join, Table, joined, read_table
 from mdl_toolkit.evaluation.metrics import Answers, in_order
 from mdl_toolkit.evaluation.text_metrics import normalized
-from mdl_toolkit.i18n import Text
+from mdl_toolkit.i18n import Localized
 
 REFERENCE, ERROR, SCORE, LENGTH = "reference", "error", "score", "length"
 SECONDS = ("seconds", "duration")  # columns that say how long a recording is
@@ -34,7 +34,7 @@ class Pairs:
     columns: dict[str, list[str]]
     answers: Answers
     other: Answers | None
-    notes: tuple[Text, ...]
+    notes: tuple[Localized, ...]
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,14 @@ def read_pairs(options: EvaluateOptions) -> Pairs:
     """
     table = read_table(options.input, [PREDICTION])
     columns = {name: table.column(name) for name in table.columns}
-    notes: list[Text] = []
+    notes: list[Localized] = []
     if options.reference is None:
         references = columns[_own_column(table, options.reference_column or REFERENCE)]
     else:
         source = read_table(options.reference)
         name = _their_column(table, source, options.reference_column)
         found = joined(table, source)
-        notes.append(Text(f"references: {source.path}, {found.by.en}", f"参考：{source.path}，{found.by.zh}"))
+        notes.append(Localized("references: {path}, {by}", path=source.path, by=found.by))
         theirs = {name: _ordered(source, name, found) for name in source.columns}
         references, columns = theirs[name], {**theirs, **columns}
     answers = _answers(table, references, None, options.score_column)
@@ -79,9 +79,10 @@ def read_pairs(options: EvaluateOptions) -> Pairs:
 def _own_column(table: Table, name: str) -> str:
     if name not in table.columns:
         raise InputError(
-            f"{table.path}: there is no column {name!r} with references; name it with --reference-column, or "
+            "{path}: there is no column {name!r} with references; name it with --reference-column, or "
             "give the file that has them with --reference.",
-            f"{table.path}：没有参考列 {name!r}；请用 --reference-column 指定列，或用 --reference 指定文件。",
+            path=table.path,
+            name=name,
         )
     return _not_itself(table, table, name)
 
@@ -98,8 +99,9 @@ def _not_itself(table: Table, source: Table, name: str) -> str:
     """Refuse to compare the predictions with themselves."""
     if name == PREDICTION and source.path.resolve() == table.path.resolve():
         raise InputError(
-            f"{source.path}: the column {name!r} would be compared with itself; name another one.",
-            f"{source.path}：{name!r} 列会与自身比较；请指定其他列。",
+            "{path}: the column {name!r} would be compared with itself; name another one.",
+            path=source.path,
+            name=name,
         )
     return name
 
@@ -109,19 +111,21 @@ def _ordered(table: Table, name: str, found: Join) -> list[str]:
     return [cells[row] for row in found.rows]
 
 
-def _other(table: Table, references: Sequence[str], options: EvaluateOptions, notes: list[Text]) -> Answers:
+def _other(
+    table: Table, references: Sequence[str], options: EvaluateOptions, notes: list[Localized]
+) -> Answers:
     assert options.compare is not None
     source = read_table(options.compare, [PREDICTION])
     found = joined(table, source)
-    notes.append(Text(f"compared with: {source.path}, {found.by.en}", f"对比：{source.path}，{found.by.zh}"))
+    notes.append(Localized("compared with: {path}, {by}", path=source.path, by=found.by))
     answers = _answers(source, references, found, options.score_column)
-    notes += [Text(f"{source.path}: {note.en}", f"{source.path}：{note.zh}") for note in _oddities(answers)]
+    notes += [Localized("{path}: {note}", path=source.path, note=note) for note in _oddities(answers)]
     return answers
 
 
 def _answers(table: Table, references: Sequence[str], found: Join | None, scores: str | None) -> Answers:
     """The predictions of one file, in the references' order."""
-    join = found or Join(tuple(range(len(table))), Text("", ""))
+    join = found or Join(tuple(range(len(table))), Localized(""))
     if scores is not None:
         table.need(scores)
     errors = _ordered(table, ERROR, join) if ERROR in table.columns else [""] * len(references)
@@ -134,23 +138,27 @@ def _answers(table: Table, references: Sequence[str], found: Join | None, scores
     return Answers(tuple(references), tuple(predictions), lines, failed, cells)
 
 
-def _oddities(answers: Answers) -> list[Text]:
+def _oddities(answers: Answers) -> list[Localized]:
     """What is worth a word about one file's predictions."""
     failed = int(answers.failed.sum())
     empty = _empty(answers.predictions) - failed
     notes = []
     if failed:
-        en = f"rows with an error instead of an answer, counted as wrong: {failed}"
-        notes.append(Text(en, f"有错误信息而无回答的行，按错误计算：{failed}"))
+        notes.append(
+            Localized("rows with an error instead of an answer, counted as wrong: {failed}", failed=failed)
+        )
     if empty:
-        notes.append(Text(f"empty predictions: {empty}", f"空的预测：{empty}"))
+        notes.append(Localized("empty predictions: {empty}", empty=empty))
     return notes
 
 
-def _about_references(references: Sequence[str]) -> list[Text]:
+def _about_references(references: Sequence[str]) -> list[Localized]:
     empty = _empty(references)
-    en = f"empty references, where every predicted word is an error: {empty}"
-    return [Text(en, f"空的参考，其中预测的每个词都算错误：{empty}")] if empty else []
+    return (
+        [Localized("empty references, where every predicted word is an error: {empty}", empty=empty)]
+        if empty
+        else []
+    )
 
 
 def _empty(texts: Sequence[str]) -> int:
@@ -178,8 +186,9 @@ def grouped(pairs: Pairs, name: str) -> Grouping:
         return _by_length(pairs)
     listed = ", ".join(repr(column) for column in pairs.columns)
     raise InputError(
-        f"--group-by {name}: there is no such column; there are {listed}, and length.",
-        f"--group-by {name}：没有该列；可用的有 {listed} 和 length。",
+        "--group-by {name}: there is no such column; there are {listed}, and length.",
+        name=name,
+        listed=listed,
     )
 
 

@@ -13,7 +13,7 @@ from mdl_toolkit.audio.urls import without_credentials
 from mdl_toolkit.data.csv_reader import NUL_MARK, check_columns, excess, header_of, lines_of, no_rows, opened
 from mdl_toolkit.data.manifest import AUDIO
 from mdl_toolkit.errors import InputError, Problems
-from mdl_toolkit.i18n import Text
+from mdl_toolkit.i18n import Localized
 
 EXAMPLES = 3  # so many rows are named in a message
 
@@ -85,7 +85,7 @@ class Join:
     """
 
     rows: tuple[int, ...]
-    by: Text
+    by: Localized
 
 
 def joined(left: Table, right: Table) -> Join:
@@ -109,7 +109,7 @@ def _by_audio(left: Table, right: Table) -> Join:
     places = {name: row for row, name in enumerate(right.column(AUDIO))}
     _check_known(left, right)
     _check_known(right, left)
-    by = Text("joined by the column audio", "按 audio 列对应")
+    by = Localized("joined by the column audio")
     return Join(tuple(places[name] for name in left.column(AUDIO)), by)
 
 
@@ -130,33 +130,38 @@ def _by_number(left: Table, right: Table) -> Join:
     if len(left) != len(right):
         why = _no_audio(left, right)
         raise InputError(
-            f"{left.path} has {len(left)} rows and {right.path} {len(right)}, and they cannot be joined by "
-            f"audio ({why.en}); give files with the same rows.",
-            f"{left.path} 有 {len(left)} 行，{right.path} 有 {len(right)} 行，且无法按 audio 对应"
-            f"（{why.zh}）；两个文件的行应相同。",
+            "{left} has {count} rows and {right} {right_rows}, and they cannot be joined by audio "
+            "({why}); give files with the same rows.",
+            left=left.path,
+            count=len(left),
+            right=right.path,
+            right_rows=len(right),
+            why=why,
         )
     if AUDIO in left.columns and AUDIO in right.columns:
         _check_file_names(left, right)
-    return Join(tuple(range(len(left))), Text("joined by row number", "按行号对应"))
+    return Join(tuple(range(len(left))), Localized("joined by row number"))
 
 
-def _no_audio(left: Table, right: Table) -> Text:
+def _no_audio(left: Table, right: Table) -> Localized:
     """Why the column `audio` does not join two tables."""
     for table in (left, right):
         if AUDIO not in table.columns:
-            return Text(f"{table.path} has no such column", f"{table.path} 没有该列")
+            return Localized("{path} has no such column", path=table.path)
         seen: dict[str, int] = {}
         for line, name in zip(table.lines, table.column(AUDIO), strict=True):
             if name in seen:
                 shown, first = without_credentials(name), seen[name]
-                return Text(
-                    f"{table.path} has {shown!r} on lines {first} and {line}",
-                    f"{table.path} 第 {first} 行和第 {line} 行都是 {shown!r}",
+                return Localized(
+                    "{path} has {shown!r} on lines {first} and {line}",
+                    path=table.path,
+                    shown=shown,
+                    first=first,
+                    line=line,
                 )
             seen[name] = line
-    return Text(
-        f"none is written alike in both: {_shown(left, 0).en}, {_shown(right, 0).en}",
-        f"两者没有相同的写法：{_shown(left, 0).zh}，{_shown(right, 0).zh}",
+    return Localized(
+        "none is written alike in both: {left}, {right}", left=_shown(left, 0), right=_shown(right, 0)
     )
 
 
@@ -165,10 +170,7 @@ def _check_file_names(left: Table, right: Table) -> None:
     wrong = [row for row, (one, other) in pairs if _file_name(one) != _file_name(other)]
     if wrong:
         shown = [
-            Text(
-                f"{_shown(left, row).en} is beside {_shown(right, row).en}",
-                f"{_shown(left, row).zh}对应{_shown(right, row).zh}",
-            )
+            Localized("{left} is beside {right}", left=_shown(left, row), right=_shown(right, row))
             for row in wrong
         ]
         raise InputError(
@@ -183,12 +185,12 @@ def _file_name(audio: str) -> str:
     return re.split(r"[/\\]", audio)[-1]
 
 
-def _shown(table: Table, row: int) -> Text:
+def _shown(table: Table, row: int) -> Localized:
     line, name = table.lines[row], without_credentials(table.column(AUDIO)[row])
-    return Text(f"{name!r} on line {line}", f"第 {line} 行 {name!r}")
+    return Localized("{name!r} on line {line}", name=name, line=line)
 
 
-def _listed(shown: Sequence[Text], *, chinese: bool) -> str:
+def _listed(shown: Sequence[Localized], *, chinese: bool) -> str:
     parts = [text.zh if chinese else text.en for text in shown[:EXAMPLES]]
     if len(shown) > EXAMPLES:
         parts.append("……" if chinese else "...")

@@ -47,7 +47,7 @@ from mdl_toolkit.evaluation.results import (
     as_json,
 )  # fmt: skip
 from mdl_toolkit.evaluation.text_metrics import CHARACTER, WORD
-from mdl_toolkit.i18n import Text
+from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.console import say
 from mdl_toolkit.utils.files import check_apart, check_file, removing_empty, replace_file, writing
 
@@ -72,7 +72,7 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
         _check_scores(pairs, options, manner)
     evaluation = _computed(pairs, manner, names, options)
     for note in evaluation.notes:
-        say(note.en, note.zh)
+        say(note)
     for output in options.output:
         _write(Path(output), evaluation, options)
     return evaluation
@@ -81,8 +81,7 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
 def _check(options: EvaluateOptions) -> None:
     if "map" in options.metric and not options.label_separator:
         raise UsageError(
-            "--metric map needs --label-separator: what separates the labels of a row, such as ';'",
-            "--metric map 需要 --label-separator：一行中各标签之间的分隔符，如 ';'",
+            "--metric map needs --label-separator: what separates the labels of a row, such as ';'"
         )
     inputs = [path for path in (options.input, options.reference, options.compare) if path is not None]
     for output in options.output:
@@ -109,9 +108,8 @@ def _check_scores(pairs: Pairs, options: EvaluateOptions, manner: Manner) -> Non
         if answers is None or answers.scores is None:
             continue
         name, separator = options.score_column or SCORE, manner.separator
-        reason = Text(
-            f"expected a number for each label, separated by {separator!r}; correct it",
-            f"应为每个标签一个数字，以 {separator!r} 分隔；请更正",
+        reason = Localized(
+            "expected a number for each label, separated by {separator!r}; correct it", separator=separator
         )
         problems = [
             RowProblem(answers.lines[row], name, answers.scores[row], reason)
@@ -292,29 +290,32 @@ def _settings(
     }
 
 
-def _notes(options: EvaluateOptions, names: Sequence[str], manner: Manner, answers: Answers) -> list[Text]:
+def _notes(
+    options: EvaluateOptions, names: Sequence[str], manner: Manner, answers: Answers
+) -> list[Localized]:
     listed = ", ".join(names)
     notes = []
     if not options.metric:
-        en = f"metrics chosen from the data: {listed}; --metric chooses others"
-        notes.append(Text(en, f"根据数据选择的指标：{listed}；可用 --metric 指定"))
+        notes.append(
+            Localized("metrics chosen from the data: {listed}; --metric chooses others", listed=listed)
+        )
     if {"wer", "cer", "exact-match"} & set(names):
         notes.append(_about_normalisation(options.normalize))
     if "bleu" in names:
-        notes.append(Text(f"BLEU tokenises by {manner.tokenize}", f"BLEU 分词方式：{manner.tokenize}"))
+        notes.append(Localized("BLEU tokenises by {tokenize}", tokenize=manner.tokenize))
     if "map" in names and answers.scores is None:
-        en = "map without a column of scores: every predicted label counts alike, so it is coarse"
-        notes.append(Text(en, "map 没有得分列：所有预测标签同等对待，结果较粗略"))
+        notes.append(
+            Localized("map without a column of scores: every predicted label counts alike, so it is coarse")
+        )
     return notes
 
 
-def _about_normalisation(normalize: bool) -> Text:
+def _about_normalisation(normalize: bool) -> Localized:
     if normalize:
-        return Text(
-            "compared after NFKC, case folding and removal of punctuation (--normalize false: as they are)",
-            "比较前文本经 NFKC、统一大小写、去除标点（--normalize false：按原样比较）",
+        return Localized(
+            "compared after NFKC, case folding and removal of punctuation (--normalize false: as they are)"
         )
-    return Text("texts are compared as they are", "文本按原样比较")
+    return Localized("texts are compared as they are")
 
 
 def _write(output: Path, evaluation: Evaluation, options: EvaluateOptions) -> None:
@@ -327,4 +328,4 @@ def _write(output: Path, evaluation: Evaluation, options: EvaluateOptions) -> No
         ):
             with writing(f"--output {path}", InputError), replace_file(path) as work:
                 work.write_text(content, encoding="utf-8", newline="")
-    say(f"written: {output}", f"已写入：{output}")
+    say("written: {output}", output=output)

@@ -8,15 +8,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mdl_toolkit.evaluation.metrics import SCORES
-from mdl_toolkit.i18n import Text
+from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.console import width_of
 
 MOST_LABELS = 30  # of a confusion table in the terminal
 MOST_GROUPS = 40  # of one column in the terminal; files have all
 WIDEST = 40  # columns of the terminal that one cell may take
-OTHER = Text("other", "其他")
-EMPTY = Text("(empty)", "（空）")
-INTERVAL = Text("95 % interval", "95% 区间")
+OTHER = Localized("other")
+EMPTY = Localized("(empty)")
+INTERVAL = Localized("95 % interval")
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Evaluation:
     groups: tuple[Group, ...]
     confusion: Confusion | None
     settings: Mapping[str, Any]
-    notes: tuple[Text, ...]
+    notes: tuple[Localized, ...]
 
     def value(self, metric: str) -> float | None:
         """The figure of one of the metrics over all rows."""
@@ -145,10 +145,10 @@ def as_text(evaluation: Evaluation) -> str:
 
 def _figures(evaluation: Evaluation) -> str:
     rows = len(evaluation.rows)
-    head = [str(Text(f"{rows} rows", f"{rows} 行")), str(Text("value", "数值")), str(INTERVAL)]
+    head = [str(Localized("{rows} rows", rows=rows)), str(Localized("value")), str(INTERVAL)]
     lines = [[*_named(figure), _span(figure)] for figure in evaluation.figures]
     if evaluation.comparisons:
-        head += [str(Text("other", "对比")), str(Text("difference", "差值")), str(INTERVAL), "p", "McNemar p"]
+        head += [str(Localized("other")), str(Localized("difference")), str(INTERVAL), "p", "McNemar p"]
         lines = [[*line, *_compared(pair)] for line, pair in zip(lines, evaluation.comparisons, strict=True)]
         if all(pair.mcnemar is None for pair in evaluation.comparisons):
             head, lines = head[:-1], [line[:-1] for line in lines]
@@ -175,7 +175,7 @@ def _number(metric: str, value: float | None, sign: str = "") -> str:
 
 def _span(figure: Figure, sign: str = "") -> str:
     low, high = (_number(figure.metric, bound, sign) for bound in (figure.low, figure.high))
-    return "–" if figure.low is None else str(Text(f"{low} to {high}", f"{low} 至 {high}"))
+    return "–" if figure.low is None else str(Localized("{low} to {high}", low=low, high=high))
 
 
 def _p_value(value: float | None) -> str:
@@ -186,7 +186,7 @@ def _p_value(value: float | None) -> str:
 
 def _groups(groups: Sequence[Group]) -> str:
     shown = sorted(groups, key=lambda group: -group.rows)[:MOST_GROUPS]
-    head = [groups[0].column, str(Text("rows", "行数"))]
+    head = [groups[0].column, str(Localized("rows"))]
     for figure in groups[0].figures:
         head += [SCORES[figure.metric].title, str(INTERVAL)]
     rows = [
@@ -199,14 +199,14 @@ def _groups(groups: Sequence[Group]) -> str:
         if group in shown
     ]
     left_out = len(groups) - len(rows)
-    more = str(Text(f"\n... and {left_out} smaller groups", f"\n……另有 {left_out} 个较小的组"))
+    more = str(Localized("\n... and {left_out} smaller groups", left_out=left_out))
     return aligned([head, *rows]) + (more if left_out else "")
 
 
 def _confusion(confusion: Confusion) -> str:
     names = [*(label or str(EMPTY) for label in confusion.labels), f"({OTHER})"]
     used = len(names) if any(row[-1] for row in confusion.counts) else len(names) - 1
-    title = str(Text("answers (columns) to each reference (rows)", "各参考（行）的回答（列）"))
+    title = str(Localized("answers (columns) to each reference (rows)"))
     rows = [
         [label, *(str(count or "·") for count in row[:used])]
         for label, row in zip(names[:-1], confusion.counts, strict=True)

@@ -14,6 +14,7 @@ import torch
 from mdl_toolkit.data.collate import prompts_of
 from mdl_toolkit.data.csv_reader import bad
 from mdl_toolkit.data.tokenization import Encoder
+from mdl_toolkit.i18n import Localized
 from mdl_toolkit.inference.generate import Question, admit, base_model
 from mdl_toolkit.model.decoding_batch import DecodingBatch
 
@@ -27,18 +28,14 @@ def read_choices(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise bad(path, "there is no such file; correct --choices", "文件不存在；请更正 --choices") from None
+        raise bad(path, Localized("there is no such file; correct --choices")) from None
     except (OSError, ValueError) as problem:
-        raise bad(
-            path, f"cannot be read as UTF-8 text ({problem})", f"无法作为 UTF-8 文本读取（{problem}）"
-        ) from problem
+        raise bad(path, Localized("cannot be read as UTF-8 text ({reason})", reason=problem)) from problem
     found = [line.strip() for line in text.splitlines() if line.strip()]
     if len(found) < 2:
-        raise bad(path, "write at least two choices, one on each line", "请至少写两个选项，每行一个")
+        raise bad(path, Localized("write at least two choices, one on each line"))
     if twice := next((choice for choice in found if found.count(choice) > 1), None):
-        raise bad(
-            path, f"the choice {twice!r} is there twice; remove one", f"选项 {twice!r} 重复；请删除一个"
-        )
+        raise bad(path, Localized("the choice {twice!r} is there twice; remove one", twice=twice))
     return found
 
 

@@ -47,10 +47,7 @@ def check_engine(options: InferenceOptions) -> None:
     ]
     for one, other, is_given in contradictions:
         if is_given:
-            raise UsageError(
-                f"{one} and {other} do not go together; give one of them",
-                f"{one} 与 {other} 不能同时使用；请只指定其中一个",
-            )
+            raise UsageError("{one} and {other} do not go together; give one of them", one=one, other=other)
     lonely = [
         ("--top-k", "--choices", options.top_k > 1 and options.choices is None),
         ("--normalize-scores", "--choices", options.normalize_scores and options.choices is None),
@@ -59,8 +56,7 @@ def check_engine(options: InferenceOptions) -> None:
     for one, other, is_given in lonely:
         if is_given:
             raise UsageError(
-                f"{one} has no effect without {other}; give both, or neither",
-                f"没有 {other} 时 {one} 不起作用；请同时指定两者，或都不指定",
+                "{one} has no effect without {other}; give both, or neither", one=one, other=other
             )
     if options.engine == VLLM:
         need(VLLM, VLLM, "--engine vllm")
@@ -141,8 +137,8 @@ class Vllm:
     def __init__(self, folder: Path, encoder: Encoder, sampling: SamplingParams, batch_size: int) -> None:
         if (folder / ADAPTER_CONFIG).is_file():
             raise ModelError(
-                f"{folder}: --engine vllm needs a whole model; make one with `mdl-toolkit merge`",
-                f"{folder}：--engine vllm 需要完整的模型；请先用 `mdl-toolkit merge` 合并",
+                "{folder}: --engine vllm needs a whole model; make one with `mdl-toolkit merge`",
+                folder=folder,
             )
         from vllm import LLM
 

@@ -48,8 +48,7 @@ class AnswerJournal:
         with writing(f"--output {self.output}", InputError):
             self.path.mkdir(parents=True, exist_ok=True)
         busy = InputError(
-            f"--output {self.output}: another inference is writing it; wait for its end",
-            f"--output {self.output}：另一个推理正在写入该文件；请等待其结束",
+            "--output {output}: another inference is writing it; wait for its end", output=self.output
         )
         with held(self.path / "lock", busy):
             yield
@@ -81,10 +80,10 @@ class AnswerJournal:
             place.mkdir()
             _move_answers(self.path, place)
             say(
-                f"{answered} answers here are of other work (another input, model, options or version): they "
-                f"are set aside in {place}, and used when that is asked for again",
-                f"此处的 {answered} 条回答属于其他任务（输入、模型、选项或版本不同）：已移至 {place}，"
-                "再次运行该任务时会继续使用",
+                "{answered} answers here are of other work (another input, model, options or version): "
+                "they are set aside in {place}, and used when that is asked for again",
+                answered=answered,
+                place=place,
             )
 
     def _previous(self) -> dict[int, Path]:

@@ -14,7 +14,7 @@ from mdl_toolkit.data.dataset import ConvertedDataset
 from mdl_toolkit.data.manifest import SYSTEM, USER, Manifest, Row
 from mdl_toolkit.data.tokenization import Encoder
 from mdl_toolkit.errors import InputError, Problems, RowProblem
-from mdl_toolkit.i18n import Text
+from mdl_toolkit.i18n import Localized
 from mdl_toolkit.inference.generate import Question
 from mdl_toolkit.utils.console import say, warn
 from mdl_toolkit.weights.provenance import Prompts
@@ -100,21 +100,26 @@ class TokenBudget:
         most = options.max_new_tokens
         if most is not None and most < tokens:
             raise InputError(
-                f"--max-new-tokens {most}: the longest choice {choice!r} takes {tokens} tokens; give as many",
-                f"--max-new-tokens {most}：最长的选项 {choice!r} 有 {tokens} 个词元；请至少指定该数目",
+                "--max-new-tokens {most}: the longest choice {choice!r} takes {tokens} tokens; give as many",
+                most=most,
+                choice=choice,
+                tokens=tokens,
             )
         return cls(tokens, choice)
 
-    def lacking(self, length: int, limit: int) -> Text:
+    def lacking(self, length: int, limit: int) -> Localized:
         """Return what is wrong with a row whose prompt of so many tokens leaves too little."""
         if self.choice is None:
             return too_long(length, limit)
         whole = length + self.tokens
-        return Text(
-            f"the prompt takes {length} tokens and the longest choice {self.choice!r} {self.tokens} more; "
-            f"--max-length {limit} must be at least {whole}",
-            f"提示有 {length} 个词元，最长的选项 {self.choice!r} 另有 {self.tokens} 个；"
-            f"--max-length {limit} 至少应为 {whole}",
+        return Localized(
+            "the prompt takes {length} tokens and the longest choice {choice!r} {tokens} more; "
+            "--max-length {limit} must be at least {whole}",
+            length=length,
+            choice=self.choice,
+            tokens=self.tokens,
+            limit=limit,
+            whole=whole,
         )
 
 
@@ -172,12 +177,12 @@ class PromptKind:
 
     name: str
     column: str
-    text: Text
+    text: Localized
 
 
 PROMPT_KINDS = (
-    PromptKind("system", SYSTEM, Text("system prompt", "系统提示词")),
-    PromptKind("user", USER, Text("user prompt", "用户提示词")),
+    PromptKind("system", SYSTEM, Localized("system prompt")),
+    PromptKind("user", USER, Localized("user prompt")),
 )
 
 
@@ -186,10 +191,7 @@ def prompted(manifest: Manifest, trained: Prompts) -> Manifest:
     for kind in PROMPT_KINDS:
         prompt, given = getattr(trained, kind.name), getattr(manifest.defaults, kind.column)
         if given is None and kind.column not in manifest.columns and prompt:
-            say(
-                f"{kind.text.en}: that of the training is used: {_shown(prompt)}",
-                f"{kind.text.zh}：使用训练时的提示词：{_shown(prompt)}",
-            )
+            say("{kind}: that of the training is used: {prompt}", kind=kind.text, prompt=_shown(prompt))
             manifest = replace(manifest, defaults=replace(manifest.defaults, **{kind.column: prompt}))
         elif not getattr(trained, f"{kind.name}_differs"):
             _warn_other(manifest, kind, prompt)
@@ -203,16 +205,19 @@ def _warn_other(manifest: Manifest, kind: PromptKind, prompt: str | None) -> Non
     if others:
         line, theirs = others[0].line, _shown(getattr(others[0], kind.column))
         is_list = manifest.listed is not None
-        en, zh = ("here", "此处") if is_list else (f"line {line}", f"第 {line} 行")
+        detail = Localized("here") if is_list else Localized("line {line}", line=line)
         warn(
-            f"{kind.text.en}: {len(others)} rows have another one than the training ({en}: "
-            f"{theirs}; the training: {_shown(prompt)}); answers may be worse",
-            f"{kind.text.zh}：{len(others)} 行与训练时不同（{zh}：{theirs}；"
-            f"训练时：{_shown(prompt)}）；回答可能变差",
+            "{kind}: {count} rows have another one than the training ({detail}: {theirs}; the training: "
+            "{prompt}); answers may be worse",
+            kind=kind.text,
+            count=len(others),
+            detail=detail,
+            theirs=theirs,
+            prompt=_shown(prompt),
         )
 
 
 def _shown(prompt: str | None, most: int = 60) -> str:
     if not prompt:
-        return str(Text("none", "无"))
+        return str(Localized("none"))
     return repr(prompt if len(prompt) <= most else prompt[: most - 1] + "…")

@@ -24,7 +24,7 @@ from mdl_toolkit.data.manifest import Manifest, Row
 from mdl_toolkit.data.prefetch import Loader
 from mdl_toolkit.data.tokenization import Encoder
 from mdl_toolkit.errors import InputError
-from mdl_toolkit.i18n import Text
+from mdl_toolkit.i18n import Localized
 from mdl_toolkit.inference.choices import columns_of, read_choices
 from mdl_toolkit.inference.engines import check_engine, make_engine
 from mdl_toolkit.inference.generate import JOINING
@@ -40,7 +40,7 @@ from mdl_toolkit.weights.provenance import fingerprint, read_provenance
 from mdl_toolkit.weights.resolve import ADAPTER_CONFIG, find_model
 from mdl_toolkit.weights.tokenizer_files import read_text_files
 
-MEMORY_REMEDY = Text("lower --batch-size", "请减小 --batch-size")
+MEMORY_REMEDY = Localized("lower --batch-size")
 # The column that --on-error keep adds.
 ERROR = "error"
 # So many threads read and decode what comes next.
@@ -99,8 +99,10 @@ def infer(options: InferenceOptions) -> list[str]:
                 report_answers(options)
     if problems:
         raise InputError(
-            f"{output}: written, but {problems} of its rows have no prediction; see the column `{ERROR}`",
-            f"{output}：已写出，但有 {problems} 行没有预测；原因见 `{ERROR}` 列",
+            "{output}: written, but {problems} of its rows have no prediction; see the column `{column}`",
+            output=output,
+            problems=problems,
+            column=ERROR,
         )
     return predictions
 
@@ -123,14 +125,12 @@ def _leave(journal: AnswerJournal, *, is_stopped: bool) -> None:
     """Keep answers always, converted rows if somebody has stopped it, and what a conversion says it keeps."""
     if answered := len(journal.answers()):
         say(
-            f"{answered} rows are answered (in {journal.path}): the same command goes on from there",
-            f"已回答 {answered} 行，保存在 {journal.path}：再次运行同一命令即可继续",
+            "{answered} rows are answered (in {path}): the same command goes on from there",
+            answered=answered,
+            path=journal.path,
         )
     elif is_stopped and journal.dataset.exists():
-        say(
-            f"all rows are converted (in {journal.path}): the same command goes on from there",
-            f"所有行均已转换，保存在 {journal.path}：再次运行同一命令即可继续",
-        )
+        say("all rows are converted (in {path}): the same command goes on from there", path=journal.path)
     elif not journal.is_converting:
         journal.remove()
 
@@ -205,8 +205,9 @@ class _Inference:
     def _begin(self, inputs: Inputs) -> None:
         if answered := self.journal.begin(self._fingerprint(inputs)):
             say(
-                f"going on from an earlier run: {answered} of {len(inputs.lines)} rows are answered already",
-                f"从先前的运行继续：{len(inputs.lines)} 行中已有 {answered} 行回答完毕",
+                "going on from an earlier run: {answered} of {count} rows are answered already",
+                answered=answered,
+                count=len(inputs.lines),
             )
 
     def _fingerprint(self, inputs: Inputs) -> str:
@@ -239,7 +240,7 @@ class _Inference:
 
     def _answer(self, inputs: Inputs, encoder: Encoder, mine: NDArray[np.int64]) -> None:
         """Answer some rows, and write each answer down at once."""
-        with explaining_memory(MEMORY_REMEDY), progress("answering", "推理中", len(mine)) as shown:
+        with explaining_memory(MEMORY_REMEDY), progress(len(mine), "answering") as shown:
             if not len(mine):
                 return
             warn_of_idle_gpus(self.world.size, self.options.COMMAND)
@@ -276,8 +277,13 @@ class _Inference:
 
 
 def _tell(output: Path, rows: int, without: int) -> None:
-    en, zh = (f", {without} rows without one", f"，{without} 行没有预测") if without else ("", "")
-    say(f"{output}: {rows - without} predictions{en}", f"{output}：{rows - without} 条预测{zh}")
+    detail = Localized(", {without} rows without one", without=without) if without else Localized("")
+    say(
+        "{output}: {predictions} predictions{detail}",
+        output=output,
+        predictions=rows - without,
+        detail=detail,
+    )
 
 
 def _reason(inputs: Inputs | None, row: Row) -> str:

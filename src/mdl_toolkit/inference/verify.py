@@ -97,18 +97,23 @@ def prove(base: Path, adapter: Path, merged: Path, samples: Sequence[Sample]) ->
     shown = f"{found.logits:.2g}", f"{allowed:.2g}", f"{size:.3g}"
     if not found.logits <= allowed:
         raise ModelError(
-            f"the merged model does not answer as base and adapter do: largest logit difference {shown[0]} "
-            f"(allowed {shown[1]}, largest logit {shown[2]}); it was not put in place, the adapter stays in "
-            f"{adapter}",
-            f"合并后的模型与“基础模型加适配器”的输出不一致：logit 最大差 {shown[0]}（允许 {shown[1]}，"
-            f"最大 logit {shown[2]}）；未写入合并结果，适配器保留在 {adapter}",
+            "the merged model does not answer as base and adapter do: largest logit difference "
+            "{difference} (allowed {allowed}, largest logit {largest}); it was not put in place, the "
+            "adapter stays in {adapter}",
+            difference=shown[0],
+            allowed=shown[1],
+            largest=shown[2],
+            adapter=adapter,
         )
     say(
-        f"proven: {len(samples)} rows through base + adapter and through the merged model: largest logit "
-        f"difference {shown[0]} (allowed {shown[1]}, largest logit {shown[2]}), {found.same} of "
-        f"{len(samples)} greedy texts the same",
-        f"已验证：{len(samples)} 行分别输入“基础模型加适配器”与合并后的模型：logit 最大差 {shown[0]}"
-        f"（允许 {shown[1]}，最大 logit {shown[2]}），贪心文本 {found.same}/{len(samples)} 相同",
+        "proven: {count} rows through base + adapter and through the merged model: largest logit "
+        "difference {difference} (allowed {allowed}, largest logit {largest}), {same} of {count} greedy "
+        "texts the same",
+        count=len(samples),
+        difference=shown[0],
+        allowed=shown[1],
+        largest=shown[2],
+        same=found.same,
     )
 
 

@@ -85,10 +85,11 @@ def _warn_missing(cells: Sequence[str], base_dir: str | None) -> None:
     missing = [cell for cell in cells if cell and not is_url(cell) and not _is_there(cell, base_dir)]
     if missing:
         warn(
-            f"{len(missing)} of {len(cells)} recordings are not there, the first is "
-            f"{_path(missing[0], base_dir)}; --base-dir says where paths start",
-            f"{len(cells)} 条录音中有 {len(missing)} 条不存在，第一条为 {_path(missing[0], base_dir)}；"
-            "--base-dir 指定路径的起始目录",
+            "{count} of {rows} recordings are not there, the first is {first}; --base-dir says where "
+            "paths start",
+            count=len(missing),
+            rows=len(cells),
+            first=_path(missing[0], base_dir),
         )
 
 
@@ -109,13 +110,14 @@ def _embedded(cells: Sequence[str], base_dir: str | None) -> dict[int, str]:
                 found[row] = _address(_path(cell, base_dir))
                 continue
             except AudioError as problem:
-                left.append(f"{cell}: {problem.text}")
+                left.append(f"{cell}: {problem.message}")
         elif cell:
             left.append(without_credentials(cell))
     if left:
         warn(
-            f"{len(left)} recordings are linked, not embedded, the first is {left[0]}",
-            f"{len(left)} 条录音仅链接而未嵌入，第一条为 {left[0]}",
+            "{count} recordings are linked, not embedded, the first is {first}",
+            count=len(left),
+            first=left[0],
         )
     return found
 

@@ -11,7 +11,7 @@ from mdl_toolkit.evaluation.csv_table import Table
 from mdl_toolkit.evaluation.metrics import SCORES, in_order
 from mdl_toolkit.evaluation.results import Comparison, Confusion, Evaluation, Figure, RowResult
 from mdl_toolkit.evaluation.text_metrics import CHARACTER
-from mdl_toolkit.i18n import Text
+from mdl_toolkit.i18n import Localized
 from mdl_toolkit.reporting.audio_links import audio_values
 
 WRONG, RIGHT, FAILED = range(3)
@@ -174,23 +174,18 @@ def _figure(figure: Figure, comparison: Comparison | None = None) -> dict[str, A
     return values
 
 
-def _right_by(evaluation: Evaluation) -> list[Text]:
+def _right_by(evaluation: Evaluation) -> list[Localized]:
     """By which rule rows are right, and what errors count."""
     settings = evaluation.settings
     rule = {
-        "accuracy": Text("the answer is the reference to the letter", "回答与参考完全一致"),
-        "exact-match": Text("answer and reference are the same as compared", "比较时回答与参考相同"),
-        "same labels": Text("the answer has the reference's labels", "回答与参考的标签相同"),
+        "accuracy": Localized("the answer is the reference to the letter"),
+        "exact-match": Localized("answer and reference are the same as compared"),
+        "same labels": Localized("the answer has the reference's labels"),
     }[settings["right_by"]]
     is_character = settings["errors_in"] == CHARACTER
-    unit = Text("characters", "字符") if is_character else Text("words", "词")
-    return [
-        Text(
-            f"a row is right if {rule.en}; errors are counted in {unit.en}",
-            f"行正确的条件：{rule.zh}；错误按{unit.zh}计",
-        )
-    ]
+    unit = Localized("characters") if is_character else Localized("words")
+    return [Localized("a row is right if {rule}; errors are counted in {unit}", rule=rule, unit=unit)]
 
 
-def _both(text: Text) -> dict[str, str]:
+def _both(text: Localized) -> dict[str, str]:
     return {"en": text.en, "zh": text.zh}

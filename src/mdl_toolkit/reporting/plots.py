@@ -24,7 +24,7 @@ def plot(output: Path) -> None:
         if (lines := _lines(output)) is not None:
             _save(_figure(lines), output / PLOT)
     except Exception as problem:  # noqa: BLE001 - a library for pictures ends no run, whatever it raises
-        warn(f"{PLOT} cannot be drawn: {problem}", f"无法绘制 {PLOT}：{problem}")
+        warn("{plot} cannot be drawn: {reason}", plot=PLOT, reason=problem)
 
 
 def draw_run(run: Path, path: Path) -> Path | None:

@@ -57,7 +57,7 @@ def report(options: ReportOptions) -> Path:
     if predictions is not None:
         values |= _answers(predictions, page, options)
     write_page(page, source.resolve().name, values)
-    say(f"report: {page}", f"报告：{page}")
+    say("report: {page}", page=page)
     if options.png is not None:
         _draw(Path(options.png), folder, values["evaluation"])
     return page
@@ -69,14 +69,10 @@ def _predictions(options: ReportOptions, folder: Path | None) -> Path | None:
         return Path(options.input)
     if folder is None:
         raise UsageError(
-            f"{options.input}: with --predictions, give the output folder of a training here",
-            f"{options.input}：指定 --predictions 时，此处应为 train 的输出目录",
+            "{input}: with --predictions, give the output folder of a training here", input=options.input
         )
     if options.predictions is None and (options.reference or options.compare):
-        raise UsageError(
-            "--reference and --compare need --predictions beside a training's folder",
-            "对于训练目录，--reference 和 --compare 需要与 --predictions 一起使用",
-        )
+        raise UsageError("--reference and --compare need --predictions beside a training's folder")
     return None if options.predictions is None else Path(options.predictions)
 
 
@@ -91,10 +87,7 @@ def _answers(predictions: Path, page: Path, options: ReportOptions) -> dict[str,
     if options.reference is not None or _has_references(predictions, options.reference_column):
         scoring = EvaluateOptions(input=str(predictions), **shared)
         return _page_values(evaluate(scoring), page, scoring)
-    say(
-        "no references: what is right cannot be shown; --reference names a file that has them",
-        "没有参考文本：无法显示对错；可用 --reference 指定含参考的文件",
-    )
+    say("no references: what is right cannot be shown; --reference names a file that has them")
     return table_values(
         read_table(predictions, [PREDICTION]), folder_of(predictions, options.base_dir), page,
         score_column=options.score_column, embedded=options.embed_audio,
@@ -122,7 +115,7 @@ def _draw(folder: Path, run: Path | None, evaluation: dict[str, Any] | None) -> 
     )
     for path in made:
         if path is not None:
-            say(f"picture: {path}", f"图片：{path}")
+            say("picture: {path}", path=path)
 
 
 # --- made by other commands ----------------------------------------------------------------------------
@@ -133,7 +126,7 @@ def report_training(output: Path) -> None:
     try:
         write_page(output / REPORT, output.resolve().name, {"run": run_values(output), **NOTHING})
     except Exception as problem:  # noqa: BLE001 - a page ends no run, whatever goes wrong
-        warn(f"{REPORT} cannot be written: {problem}", f"无法写入 {REPORT}：{problem}")
+        warn("{report} cannot be written: {reason}", report=REPORT, reason=problem)
 
 
 def report_evaluation(evaluation: Evaluation, options: EvaluateOptions) -> None:
@@ -145,7 +138,7 @@ def report_evaluation(evaluation: Evaluation, options: EvaluateOptions) -> None:
     if options.report is not None:
         page = Path(options.report)
         write_page(page, Path(options.input).name, _page_values(evaluation, page, options), "--report")
-        say(f"report: {page}", f"报告：{page}")
+        say("report: {page}", page=page)
 
 
 def report_answers(options: InferenceOptions) -> None:

@@ -11,21 +11,21 @@ from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, read_settings, word_of
 from mdl_toolkit.errors import InputError, ModelError
 from mdl_toolkit.evaluation.text_metrics import LOSS, METRICS, Best, Metric
-from mdl_toolkit.i18n import Text
+from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.run_folder import LOG, Smooth, read_log, series
 from mdl_toolkit.weights.provenance import read_provenance
 
 MOST_POINTS = 2000  # of a curve; of more, some in a row become their mean
 DIGITS = 6  # significant ones of a point
-TRAINED, EVALUATED = Text("training", "训练"), Text("evaluation", "评估")
-SYSTEM, USER = Text("system prompt", "系统提示词"), Text("user prompt", "用户提示词")
+TRAINED, EVALUATED = Localized("training"), Localized("evaluation")
+SYSTEM, USER = Localized("system prompt"), Localized("user prompt")
 FIGURES = {
-    "rows": Text("rows", "行数"),
-    "hours": Text("hours of audio", "音频时长（小时）"),
-    "shortest_seconds": Text("shortest recording, seconds", "最短录音（秒）"),
-    "longest_seconds": Text("longest recording, seconds", "最长录音（秒）"),
-    "median_tokens": Text("tokens of a row, median", "每行词元数，中位数"),
-    "most_tokens": Text("tokens of a row, most", "每行词元数，最多"),
+    "rows": Localized("rows"),
+    "hours": Localized("hours of audio"),
+    "shortest_seconds": Localized("shortest recording, seconds"),
+    "longest_seconds": Localized("longest recording, seconds"),
+    "median_tokens": Localized("tokens of a row, median"),
+    "most_tokens": Localized("tokens of a row, most"),
 }
 
 
@@ -75,8 +75,10 @@ def run_values(folder: Path) -> dict[str, Any]:
     """
     if not is_run(folder):
         raise InputError(
-            f"{folder}: neither {LOG} nor {SETTINGS_FILE} is in it; give the --output of a training",
-            f"{folder}：其中没有 {LOG} 或 {SETTINGS_FILE}；请指定 train 的 --output 目录",
+            "{folder}: neither {log} nor {file} is in it; give the --output of a training",
+            folder=folder,
+            log=LOG,
+            file=SETTINGS_FILE,
         )
     lines = read_log(folder / LOG) if (folder / LOG).is_file() else []
     evaluated = [line for line in lines if "eval_loss" in line]
@@ -148,8 +150,8 @@ def _outcome(lines: Sequence[dict[str, Any]], metrics: Sequence[str]) -> list[di
     smooth = Smooth()
     last = [smooth.add(loss) for loss in losses][-1]
     outcome: list[dict[str, Any]] = [
-        {"title": vars(Text("steps", "步数")), "value": steps[-1]},
-        {"title": vars(Text("training loss, smoothed", "训练损失（平滑）")), "value": last},
+        {"title": vars(Localized("steps")), "value": steps[-1]},
+        {"title": vars(Localized("training loss, smoothed")), "value": last},
     ]
     for metric in (LOSS, *(METRICS[name] for name in metrics)):
         outcome += _best(lines, metric)
@@ -164,7 +166,7 @@ def _best(lines: Sequence[dict[str, Any]], metric: Metric) -> list[dict[str, Any
             best = best.after(metric, line["step"], line[name], line["eval_loss"])
     if best.step is None:
         return []
-    title = Text(f"evaluation {metric.name}", f"评估 {metric.name}")
+    title = Localized("evaluation {metric}", metric=metric.name)
     return [
         {"title": vars(title), "value": evaluated[-1][name], "best": {"value": best.value, "step": best.step}}
     ]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mdl_toolkit.config.yaml import SETTINGS_FILE
 from mdl_toolkit.errors import ModelError
-from mdl_toolkit.i18n import Text
+from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.console import warn
 from mdl_toolkit.utils.files import fsync, remove_folder, replace_folder
 from mdl_toolkit.utils.run_folder import LOG, PLOT, REPORT
@@ -162,7 +162,7 @@ class Checkpoint:
         return load_file(self.folder / OPTIMIZER)
 
 
-def damage(folder: Path) -> Text | None:
+def damage(folder: Path) -> Localized | None:
     """What is wrong with a checkpoint, or None: missing files, sizes, checksums."""
     if not (folder / CHECKSUMS).is_file():
         return _missing(CHECKSUMS)
@@ -176,14 +176,14 @@ def damage(folder: Path) -> Text | None:
             if not file.is_file():
                 return _missing(name)
             if file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
-                return Text(f"{name} is damaged", f"{name} 已损坏")
+                return Localized("{name} is damaged", name=name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
-        return Text(f"{CHECKSUMS}: {problem}", f"{CHECKSUMS}：{problem}")
+        return Localized("{file}: {reason}", file=CHECKSUMS, reason=problem)
     return None
 
 
-def _missing(name: str) -> Text:
-    return Text(f"{name} is missing", f"缺少 {name}")
+def _missing(name: str) -> Localized:
+    return Localized("{name} is missing", name=name)
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -206,30 +206,29 @@ def to_resume(output: Path, resume: bool | str | None) -> Checkpoint | None:
     if resume is not True:
         path = Path(resume)
         if not path.is_dir():
-            raise ModelError(
-                f"--resume-from-checkpoint {path}: no such folder",
-                f"--resume-from-checkpoint {path}：没有该目录",
-            )
+            raise ModelError("--resume-from-checkpoint {path}: no such folder", path=path)
         if reason := damage(path):
-            en, zh = _hint(path)
+            detail = _hint(path)
             raise ModelError(
-                f"--resume-from-checkpoint {path}: not a complete checkpoint ({reason.en}){en}",
-                f"--resume-from-checkpoint {path}：不是完整的检查点（{reason.zh}）{zh}",
+                "--resume-from-checkpoint {path}: not a complete checkpoint ({reason}){detail}",
+                path=path,
+                reason=reason,
+                detail=detail,
             )
         return Checkpoint.at(path)
     for path in reversed(checkpoints(output)):
         if reason := damage(path):
-            warn(f"{path} is skipped: {reason.en}", f"跳过 {path}：{reason.zh}")
+            warn("{path} is skipped: {reason}", path=path, reason=reason)
         else:
             return Checkpoint.at(path)
     return None
 
 
-def _hint(path: Path) -> tuple[str, str]:
+def _hint(path: Path) -> Localized:
     """The newest whole checkpoint of the run whose folder, result or other checkpoint was given."""
     found = checkpoints(path) or checkpoints(path.resolve().parent)
     whole = next((each for each in reversed(found) if damage(each) is None), None)
-    return (f"; did you mean {whole}?", f"；是否想写 {whole}？") if whole else ("", "")
+    return Localized("; did you mean {whole}?", whole=whole) if whole else Localized("")
 
 
 def checkpoint_at(output: Path, step: int, resumed: Checkpoint | None) -> Path:
@@ -284,6 +283,6 @@ def _delete(checkpoint: Path) -> bool:
         remove_folder(checkpoint)
     except OSError as problem:
         reason = problem.strerror or str(problem)
-        warn(f"{checkpoint} cannot be deleted: {reason}", f"无法删除 {checkpoint}：{reason}")
+        warn("{checkpoint} cannot be deleted: {reason}", checkpoint=checkpoint, reason=reason)
         return False
     return True

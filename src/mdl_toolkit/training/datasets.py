@@ -46,7 +46,7 @@ def open_data(
         eval_set = _open_set(options.eval_dataset, options, files, private / "eval")
     train_set = _open_set(options.train_dataset, options, files, private / "train")
     if not len(train_set):
-        raise DatasetError(f"{options.train_dataset}: no rows", f"{options.train_dataset}：没有任何行")
+        raise DatasetError("{dataset}: no rows", dataset=options.train_dataset)
     return files, train_set, eval_set
 
 
@@ -67,11 +67,11 @@ def _warn_ignored(options: TrainOptions) -> None:
     converting = {field.name for field in dataclasses.fields(ConversionOptions)}
     names = _given(options, converting - {"from_modelscope", "num_workers"})
     if names and all(Path(path).is_dir() for path in paths):
-        warn(f"the data are converted already: {names} ignored", f"数据已经转换：忽略 {names}")
+        warn("the data are converted already: {names} ignored", names=names)
     evaluating = {f.name for f in dataclasses.fields(options) if setting_of(f).group == EVALUATION}
     names = _given(options, evaluating - {"report_to"})
     if names and options.eval_dataset is None:
-        warn(f"there is no --eval-dataset: {names} ignored", f"未指定 --eval-dataset：忽略 {names}")
+        warn("there is no --eval-dataset: {names} ignored", names=names)
 
 
 def _given(options: TrainOptions, names: set[str]) -> str:
@@ -112,8 +112,8 @@ class Converted:
                 self._take_away()
             if any(self._private.glob("*/state.json")):
                 say(
-                    f"what was converted stays in {self._private}, for the next run with this --output",
-                    f"转换结果保留在 {self._private}，供下次使用相同 --output 的训练使用",
+                    "what was converted stays in {folder}, for the next run with this --output",
+                    folder=self._private,
                 )
             raise
         shutil.rmtree(self._private, ignore_errors=True)

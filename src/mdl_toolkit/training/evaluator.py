@@ -15,7 +15,7 @@ from mdl_toolkit.data.collate import Batch, Readable, split
 from mdl_toolkit.data.prefetch import Loader
 from mdl_toolkit.data.tokenization import IGNORE_INDEX
 from mdl_toolkit.evaluation.text_metrics import LOSS, Best
-from mdl_toolkit.i18n import Text
+from mdl_toolkit.i18n import Localized
 from mdl_toolkit.inference.generate import Questions
 from mdl_toolkit.training.checkpoints import Checkpoint
 from mdl_toolkit.training.log import RunLog
@@ -56,8 +56,8 @@ class Validation:
         self._judged_by = judged_by(self.dataset, self.questions)
         self._size = self.options.eval_batch_size or self.options.batch_size
         device = self.forward.device
-        self._computed_at_once = AtOnce(self._size, device, Text("when evaluating", "评估时"))
-        self._answered_at_once = AtOnce(self._size, device, Text("when answering", "生成回答时"))
+        self._computed_at_once = AtOnce(self._size, device, Localized("when evaluating"))
+        self._answered_at_once = AtOnce(self._size, device, Localized("when answering"))
 
     # --- when ---
 

@@ -21,7 +21,7 @@ from mdl_toolkit.data.collate import Batch, Collator, Featured
 from mdl_toolkit.data.dataset import ConvertedDataset
 from mdl_toolkit.data.prefetch import Loader
 from mdl_toolkit.errors import DatasetError, InputError, UsageError
-from mdl_toolkit.i18n import Text
+from mdl_toolkit.i18n import Localized
 from mdl_toolkit.model import MiDashengLMConfig
 from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.training.memory.oom import AtOnce
@@ -46,10 +46,9 @@ def check_frozen(options: TrainOptions) -> None:
     if options.cache_audio_features and trained:
         names = ", ".join(trained)
         raise UsageError(
-            f"--cache-audio-features: what {names} gives changes while it is trained; leave the option out, "
-            f"or take {names} out of --train-target",
-            f"--cache-audio-features：{names} 是训练目标，其输出会随训练改变；请去掉该选项，"
-            f"或从 --train-target 中去掉 {names}",
+            "--cache-audio-features: what {names} gives changes while it is trained; leave the option "
+            "out, or take {names} out of --train-target",
+            names=names,
         )
 
 
@@ -116,7 +115,7 @@ class FeatureCache:
     ) -> None:
         self._folder, self._batch_size, self._world = folder, options.batch_size, world
         self._datasets, self._dtype, self._device = datasets, choose_dtype(options.bf16), best_device()
-        what = Text("for audio features", "计算音频特征时")
+        what = Localized("for audio features")
         self._at_once = AtOnce(options.batch_size, self._device, what)
         if not datasets:
             return
@@ -135,11 +134,8 @@ class FeatureCache:
         en = f"audio features: {size(needed)} in {self._folder}, where {size(free)} are free"
         zh = f"音频特征：需要 {size(needed)}，保存在 {self._folder}（可用空间 {size(free)}）"
         if needed > free:
-            raise InputError(
-                f"{en}; make room, or leave --cache-audio-features out",
-                f"{zh}；空间不足，请清理磁盘，或去掉 --cache-audio-features",
-            )
-        say(en, zh)
+            raise InputError("{detail}; make room, or leave --cache-audio-features out", detail=detail)
+        say(detail)
 
     def featured(self, dataset: ConvertedDataset, model: Any) -> ConvertedDataset | FeaturedSet:
         """The dataset with its features, if they are to be kept; all processes together.
@@ -175,8 +171,7 @@ class FeatureCache:
         numbers = tokens * self._hidden
         if not file.exists() or file.stat().st_size != numbers * self._dtype.itemsize:
             raise DatasetError(
-                f"{file}: not here as another process wrote it; all must share the output folder",
-                f"{file}：没有找到另一进程写入的内容；所有进程须共享输出目录",
+                "{file}: not here as another process wrote it; all must share the output folder", file=file
             )
         if not tokens:
             return torch.empty(0, self._hidden, dtype=self._dtype)
@@ -188,7 +183,7 @@ class FeatureCache:
         loader = Loader.beside(
             self._device, lambda wanted: Collator(0)([dataset[int(row)] for row in wanted])
         )
-        with file.open("wb") as sink, progress("audio features", "计算音频特征", len(rows)) as shown:
+        with file.open("wb") as sink, progress(len(rows), "audio features") as shown:
             for wanted, batch in zip(batches, loader.batches(batches), strict=True):
                 for features in self._computed(model, batch):
                     sink.write(features.to("cpu", self._dtype).contiguous().view(torch.uint8).numpy().data)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mdl_toolkit.data.warnings import LossWatch
 from mdl_toolkit.errors import InputError
-from mdl_toolkit.i18n import Text
+from mdl_toolkit.i18n import Localized
 from mdl_toolkit.training.sampler import Rows, Sampling
 from mdl_toolkit.training.trackers import Trackers
 from mdl_toolkit.utils.console import PLAIN_INTERVAL, Progress, clock, is_first_process, say, warn
@@ -115,9 +115,12 @@ class RunLog:
         )
         self._trackers.log(step, values)
         speed, times = f"{self._rows / elapsed:.2g}", f"{self._audio / elapsed:.3g}x"
-        note = Text(
-            f"loss {smooth:.4f}, lr {rate:.2g}, {speed} samples/s, {times}",
-            f"损失 {smooth:.4f}，学习率 {rate:.2g}，每秒 {speed} 个样本，{times}",
+        note = Localized(
+            "loss {smooth:.4f}, lr {rate:.2g}, {speed} samples/s, {times}",
+            smooth=smooth,
+            rate=rate,
+            speed=speed,
+            times=times,
         )
         self._shown.advance(1, str(note))
         self._watch.see(step, loss)
@@ -128,8 +131,9 @@ class RunLog:
         if left is not None and left >= PLAIN_INTERVAL:
             total, left_clock = clock(elapsed + left), clock(left)
             say(
-                f"time: about {total}, of which {left_clock} are left; evaluations still to come not counted",
-                f"时间：共约 {total}，剩余 {left_clock}；不含之后的评估",
+                "time: about {total}, of which {left} are left; evaluations still to come not counted",
+                total=total,
+                left=left_clock,
             )
 
     def evaluation(self, step: int, loss: float, tokens: int, scores: dict[str, float]) -> None:
@@ -175,9 +179,7 @@ class RunLog:
 
     def _warn_once(self, reason: str) -> None:
         if not self._has_warned:
-            warn(
-                f"{LOG} cannot be written: {reason}; training goes on", f"无法写入 {LOG}：{reason}；训练继续"
-            )
+            warn("{log} cannot be written: {reason}; training goes on", log=LOG, reason=reason)
         self._has_warned = True
 
 

@@ -94,8 +94,9 @@ def check_resumable(checkpoint: Path, targets: tuple[str, ...], rank: int) -> No
     if before:
         words = " ".join(before)
         raise ModelError(
-            f"{checkpoint}: it was trained with {words}; give the same, or start afresh",
-            f"{checkpoint}：该检查点训练时使用 {words}；请使用相同的值，或从头开始训练",
+            "{checkpoint}: it was trained with {words}; give the same, or start afresh",
+            checkpoint=checkpoint,
+            words=words,
         )
 
 
@@ -117,10 +118,7 @@ def _check_targets(model: nn.Module, targets: tuple[str, ...]) -> None:
     for target in targets:
         pattern = re.compile(LORA_TARGETS.get(target) or re.escape(FULL_TARGETS[target]))
         if not any(pattern.fullmatch(name) for name in names):
-            raise ModelError(
-                f"--train-target {target}: this model has nothing of that name",
-                f"--train-target {target}：该模型中没有对应的模块",
-            )
+            raise ModelError("--train-target {target}: this model has nothing of that name", target=target)
 
 
 def _raise_to_float32(model: nn.Module) -> None:

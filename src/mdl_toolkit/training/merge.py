@@ -56,7 +56,7 @@ def merge_adapter(options: MergeOptions) -> Path:
     samples = invented_rows(Encoder(read_text_files(base)), origin.prompts) if options.verify else ()
     verify = partial(prove, base, adapter, samples=samples) if samples else None
     export_merged(base, adapter, output, about, verify=verify, dtype=options.dtype)
-    say(f"done: the merged model is in {output}", f"完成：合并后的模型位于 {output}")
+    say("done: the merged model is in {output}", output=output)
     return output
 
 
@@ -69,8 +69,8 @@ def _check_output(output: Path) -> None:
     is_result = (output / SETTINGS_FILE).is_file() and (output / "config.json").is_file()
     if output.exists() and not is_result and not (output.is_dir() and not any(output.iterdir())):
         raise InputError(
-            f"--output {output}: something else than a merged model is there; choose another folder",
-            f"--output {output}：该位置已有其他内容（不是合并后的模型）；请选择其他目录",
+            "--output {output}: something else than a merged model is there; choose another folder",
+            output=output,
         )
 
 
@@ -91,13 +91,12 @@ def _find_adapter(options: MergeOptions) -> Path:
     )
     if not (folder / ADAPTER_CONFIG).is_file():
         raise ModelError(
-            f"{folder}: no adapter ({ADAPTER_CONFIG}); give an adapter's folder, for example checkpoint-500",
-            f"{folder}：不是适配器（没有 {ADAPTER_CONFIG}）；请指定适配器目录，例如 checkpoint-500",
+            "{folder}: no adapter ({config}); give an adapter's folder, for example checkpoint-500",
+            folder=folder,
+            config=ADAPTER_CONFIG,
         )
     if (folder / CHECKSUMS).is_file() and (reason := damage(folder)):
-        raise ModelError(
-            f"{folder}: not a complete checkpoint ({reason.en})", f"{folder}：不是完整的检查点（{reason.zh}）"
-        )
+        raise ModelError("{folder}: not a complete checkpoint ({reason})", folder=folder, reason=reason)
     return folder
 
 

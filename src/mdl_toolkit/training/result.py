@@ -83,10 +83,7 @@ def _chosen(options: TrainOptions, done: Outcome) -> int:
     """The step whose checkpoint becomes the result: the last one, or with `--keep-best` the best."""
     step = done.best.step if options.keep_best and done.best.step is not None else done.steps
     if step != done.steps:
-        say(
-            f"the best evaluation was after step {step}: that is the result",
-            f"评估结果最好的是第 {step} 步：以该检查点作为结果",
-        )
+        say("the best evaluation was after step {step}: that is the result", step=step)
     return step
 
 
@@ -106,8 +103,9 @@ def _check_whole(checkpoint: Path) -> None:
     """
     if reason := damage(checkpoint):
         raise ModelError(
-            f"{checkpoint}: {reason.en}, so no result is made of it; resume from another checkpoint",
-            f"{checkpoint}：{reason.zh}，无法由其生成结果；请从其他检查点恢复训练",
+            "{checkpoint}: {reason}, so no result is made of it; resume from another checkpoint",
+            checkpoint=checkpoint,
+            reason=reason,
         )
 
 

@@ -18,7 +18,7 @@ from mdl_toolkit.config.yaml import SETTINGS_FILE, read_settings
 from mdl_toolkit.data.collate import Readable
 from mdl_toolkit.errors import InputError, ToolkitError
 from mdl_toolkit.evaluation.text_metrics import Best
-from mdl_toolkit.i18n import Text
+from mdl_toolkit.i18n import Localized
 from mdl_toolkit.inference.generate import Questions
 from mdl_toolkit.training.checkpoints import Checkpoint, checkpoint_at, damage
 from mdl_toolkit.training.sampler import Sampling
@@ -66,10 +66,12 @@ def check_steps(resume: Checkpoint, options: TrainOptions, world: World) -> None
     now = options.batch_size * options.gradient_accumulation_steps * world.size
     if before != now:
         raise ToolkitError(
-            f"{resume.folder}: its steps had {before} rows, now it would be {now}; --batch-size x "
-            f"--gradient-accumulation-steps x processes ({world.size}) must be what it was",
-            f"{resume.folder}：原来每步 {before} 行，现在为 {now} 行；"
-            f"--batch-size、--gradient-accumulation-steps 与进程数（{world.size}）之积须保持不变",
+            "{folder}: its steps had {before} rows, now it would be {now}; --batch-size x "
+            "--gradient-accumulation-steps x processes ({size}) must be what it was",
+            folder=resume.folder,
+            before=before,
+            now=now,
+            size=world.size,
         )
 
 
@@ -87,10 +89,12 @@ def check_together(world: World, step: int, identity: dict[str, Any], total: int
     """
     if not world.agrees(f"{step} {total} {sorted(identity.items())}"):
         raise ToolkitError(
-            f"process {world.rank} would go on from step {step} of {total} with {identity['rows']} rows, "
-            "another one differently; all need the same options, data and --output, in folders they share",
-            f"进程 {world.rank} 将从第 {step} 步（共 {total} 步）以 {identity['rows']} 行数据继续，"
-            "与其他进程不一致；所有进程须使用相同的选项、数据和共享的 --output 目录",
+            "process {rank} would go on from step {step} of {total} with {rows} rows, another one "
+            "differently; all need the same options, data and --output, in folders they share",
+            rank=world.rank,
+            step=step,
+            total=total,
+            rows=identity["rows"],
         )
 
 
@@ -106,14 +110,15 @@ def still_best(resume: Checkpoint, options: TrainOptions, judged: dict[str, Any]
     if best.step is None:
         return best
     if not is_judged_alike(resume, judged):
-        why = Text("it was made in another way", "其评估方式与现在不同")
+        why = Localized("it was made in another way")
     elif options.keep_best and damage(checkpoint_at(Path(options.output), best.step, resume)):
-        why = Text("its checkpoint is gone or damaged", "其检查点已不存在或已损坏")
+        why = Localized("its checkpoint is gone or damaged")
     else:
         return best
     warn(
-        f"the best evaluation so far, after step {best.step}, does not count any more: {why.en}",
-        f"此前最好的评估（第 {best.step} 步）不再计入：{why.zh}",
+        "the best evaluation so far, after step {step}, does not count any more: {why}",
+        step=best.step,
+        why=why,
     )
     return Best()
 
@@ -127,20 +132,22 @@ def say_resumed(resume: Checkpoint, total: int, best: Best, patience: int | None
     """Say where the run goes on, or why nothing is left to train."""
     if resume.step >= total:
         warn(
-            f"{resume.folder} is the end of its run: nothing is left to train, its result is written",
-            f"{resume.folder} 已是训练的终点：没有需要继续训练的步骤，仅输出结果",
+            "{folder} is the end of its run: nothing is left to train, its result is written",
+            folder=resume.folder,
         )
     elif patience is not None and best.worse >= patience:
         warn(
-            f"{resume.folder}: its run was stopped early, {best.worse} evaluations in a row were no "
-            "better; its result is written; to go on, raise --early-stopping-patience",
-            f"{resume.folder}：该训练已提前停止（连续 {best.worse} 次评估没有改善），仅输出结果；"
-            "如需继续，请增大 --early-stopping-patience",
+            "{folder}: its run was stopped early, {worse} evaluations in a row were no better; its result "
+            "is written; to go on, raise --early-stopping-patience",
+            folder=resume.folder,
+            worse=best.worse,
         )
     else:
         say(
-            f"going on after step {resume.step:,} of {total:,}, from {resume.folder}",
-            f"从 {resume.folder} 继续：已完成 {resume.step:,} 步，共 {total:,} 步",
+            "going on after step {step:,} of {total:,}, from {folder}",
+            step=resume.step,
+            total=total,
+            folder=resume.folder,
         )
 
 
@@ -160,10 +167,7 @@ def warn_changed(resume: Checkpoint, options: TrainOptions) -> None:
     if changed:
         en = ", ".join(f"{name} {now} (was {then})" for name, now, then in changed)
         zh = "，".join(f"{name} {now}（原为 {then}）" for name, now, then in changed)
-        warn(
-            f"options differ from the interrupted run's, and the new ones hold: {en}",
-            f"以下选项与被中断的训练不同，以新值为准：{zh}",
-        )
+        warn("options differ from the interrupted run's, and the new ones hold: {detail}", detail=detail)
 
 
 def _meaning(kind: Kind, value: Any) -> Any:

@@ -22,7 +22,7 @@ from mdl_toolkit.data.tokenization import Encoder, looked_at
 from mdl_toolkit.data.warnings import LossWatch, advise
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.evaluation.text_metrics import METRICS
-from mdl_toolkit.i18n import Text
+from mdl_toolkit.i18n import Localized
 from mdl_toolkit.inference.generate import Questions
 from mdl_toolkit.reporting.plots import plot
 from mdl_toolkit.reporting.report import report_training
@@ -72,9 +72,8 @@ from mdl_toolkit.weights.resolve import (
     need,
 )
 
-MEMORY_REMEDY = Text(
-    "lower --batch-size and raise --gradient-accumulation-steps, or try --quantization 4bit",
-    "请减小 --batch-size 并增大 --gradient-accumulation-steps，或使用 --quantization 4bit",
+MEMORY_REMEDY = Localized(
+    "lower --batch-size and raise --gradient-accumulation-steps, or try --quantization 4bit"
 )
 
 
@@ -221,10 +220,7 @@ def _run(run: _Run) -> TrainResult:
         report_training(output)
     run.world.wait()
     final = output / FINAL
-    say(
-        f"done: {done.steps} steps; the result is in {final}",
-        f"完成：{done.steps} 步；结果位于 {final}",
-    )
+    say("done: {steps} steps; the result is in {final}", steps=done.steps, final=final)
     return TrainResult(final, done.steps, done.loss, done.eval_loss)
 
 
@@ -234,10 +230,7 @@ def _saying_how_to_go_on() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        say(
-            "every step is made and saved; to write the result: the same with --resume-from-checkpoint true",
-            "所有训练步骤均已完成并保存；要输出结果，请在原命令后加上 --resume-from-checkpoint true",
-        )
+        say("every step is made and saved; to write the result: the same with --resume-from-checkpoint true")
         raise
 
 
@@ -250,7 +243,7 @@ def _train(run: _Run, kept: Kept) -> tuple[Outcome, Pace]:
     say_targets(counts, model)
     rows: Readable = cache.featured(run.train_set, model)
     eval_rows = None if run.eval_set is None else cache.featured(run.eval_set, model)
-    with progress("training", "训练中", schedule.total) as shown:
+    with progress(schedule.total, "training") as shown:
         trackers = Trackers(options, schedule.total)
         watch = LossWatch(schedule.total, schedule.warmup, options.lr)
         log = RunLog(output, shown, trackers, run.sampling, run.train_set.samples / SAMPLE_RATE, watch)
@@ -281,10 +274,7 @@ def _repeated(
     if eval_set is not None and len(schedule.evaluating) > 1:
         found.append(eval_set)
     if not found:
-        warn(
-            "every row is computed only once: --cache-audio-features ignored",
-            "每行只计算一次：忽略 --cache-audio-features",
-        )
+        warn("every row is computed only once: --cache-audio-features ignored")
     return found
 
 
@@ -303,11 +293,11 @@ def _questions(
 
 def _check_places(output: Path, options: TrainOptions) -> None:
     if output.is_file():
-        raise InputError(f"--output {output}: a file is there", f"--output {output}：该位置是一个文件")
+        raise InputError("--output {output}: a file is there", output=output)
     if any((output / name).exists() for name in (ADAPTER_CONFIG, MODEL_CONFIG)):
         raise InputError(
-            f"--output {output}: a checkpoint or a model is there; give the folder of a run, or a new one",
-            f"--output {output}：该位置是检查点或模型；请指定训练的输出目录或新目录",
+            "--output {output}: a checkpoint or a model is there; give the folder of a run, or a new one",
+            output=output,
         )
     if Path(options.model_name).is_dir():
         check_apart(output, Path(options.model_name))
@@ -317,7 +307,7 @@ def _check_places(output: Path, options: TrainOptions) -> None:
             continue
         if not Path(value).exists():
             name = spelling(option)
-            raise InputError(f"{name} {value}: no such file or folder", f"{name} {value}：没有该文件或目录")
+            raise InputError("{name} {value}: no such file or folder", name=name, value=value)
         inside = Path(value).resolve()
         if inside == output.resolve() or inside in output.resolve().parents:
             check_apart(output, Path(value))
@@ -332,13 +322,10 @@ def _prepare_output(run: _Run) -> None:
     if not run.world.is_first:
         return
     if options.resume_from_checkpoint is True and run.resume is None:
-        warn(
-            f"no complete checkpoint in {output}: starting afresh",
-            f"{output} 中没有完整的检查点：从头开始训练",
-        )
+        warn("no complete checkpoint in {output}: starting afresh", output=output)
     with writing(f"--output {output}", InputError):
         if place := set_aside(output, run.resume):
-            say(f"what an earlier run left is now in {place}", f"先前训练的产物已移至 {place}")
+            say("what an earlier run left is now in {place}", place=place)
         (output / SETTINGS_FILE).write_text(to_yaml(options), encoding="utf-8")
         run.origin.write(output)
 
@@ -356,8 +343,9 @@ def _bring_the_best(run: _Run, step: int | None) -> None:
     except OSError as problem:
         reason = problem.strerror or str(problem)
         warn(
-            f"{there}, the best so far, cannot be copied: {reason}; after an interruption it does not count",
-            f"无法复制目前最好的检查点 {there}：{reason}；若本次训练中断，它将不再计入",
+            "{there}, the best so far, cannot be copied: {reason}; after an interruption it does not count",
+            there=there,
+            reason=reason,
         )
 
 

@@ -8,7 +8,7 @@ import torch
 from mdl_toolkit.audio.loading import SAMPLE_RATE
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.data.dataset import ConvertedDataset
-from mdl_toolkit.i18n import Text
+from mdl_toolkit.i18n import Localized
 from mdl_toolkit.training.log import Pace
 from mdl_toolkit.training.lora import TargetCount
 from mdl_toolkit.training.memory.plan import MemoryPlan
@@ -29,53 +29,60 @@ def say_machine(device: torch.device, dtype: torch.dtype, quantization: str | No
     numbers = str(dtype).removeprefix("torch.")
     en = f"quantized in {quantization}, computed in {numbers}" if quantization else numbers
     zh = f"{quantization} 量化，以 {numbers} 计算" if quantization else numbers
-    more_en, more_zh = (f", {processes} processes", f"，{processes} 个进程") if processes > 1 else ("", "")
+    more = Localized(", {processes} processes", processes=processes) if processes > 1 else Localized("")
     say(
-        f"device: {device}{name}{more_en}; base weights: {en}",
-        f"设备：{device}{name}{more_zh}；基础权重：{zh}",
+        "device: {device}{name}{more}; base weights: {detail}",
+        device=device,
+        name=name,
+        more=more,
+        detail=detail,
     )
 
 
 def say_data(train_set: ConvertedDataset, eval_set: ConvertedDataset | None) -> None:
     """Say how much there is to learn, and to evaluate on."""
     amount = _amount(train_set)
-    en, zh = f"training data: {amount.en}", f"训练数据：{amount.zh}"
+    detail = Localized("training data: {amount}", amount=amount)
     if eval_set is not None:
         amount = _amount(eval_set)
-        en, zh = f"{en}; evaluation data: {amount.en}", f"{zh}；评估数据：{amount.zh}"
-    say(en, zh)
+        detail = Localized("{detail}; evaluation data: {amount}", detail=detail, amount=amount)
+    say(detail)
 
 
-def _amount(dataset: ConvertedDataset) -> Text:
+def _amount(dataset: ConvertedDataset) -> Localized:
     rows, seconds = len(dataset), float(dataset.samples.sum()) / SAMPLE_RATE
     hours = f"{seconds / HOUR:.2f}" if seconds >= 0.1 * HOUR else f"{seconds / HOUR:.2g}"
-    return Text(f"{rows:,} rows, {hours} hours of audio", f"{rows:,} 行，{hours} 小时音频")
+    return Localized("{rows:,} rows, {hours} hours of audio", rows=rows, hours=hours)
 
 
 def say_steps(options: TrainOptions, sampling: Sampling, total: int) -> None:
     """Say how many steps there are, and what each consists of."""
     factors = f"{sampling.batch_size} x {sampling.accumulation} x {sampling.processes}"
     say(
-        f"steps: {total:,} in {options.num_epochs:g} epochs of {sampling.steps_per_epoch:,}; "
-        f"effective batch: {sampling.effective} = {factors} (batch x accumulation x processes)",
-        f"步数：{options.num_epochs:g} 轮共 {total:,} 步，每轮 {sampling.steps_per_epoch:,} 步；"
-        f"有效批次：{sampling.effective} = {factors}（批次 x 累积 x 进程）",
+        "steps: {total:,} in {epochs:g} epochs of {per_epoch:,}; effective batch: {effective} = {factors} "
+        "(batch x accumulation x processes)",
+        total=total,
+        epochs=options.num_epochs,
+        per_epoch=sampling.steps_per_epoch,
+        effective=sampling.effective,
+        factors=factors,
     )
     if options.warmup_steps >= total:
         warn(
-            f"--warmup-steps {options.warmup_steps:,} is not less than the run's {total:,} steps: the "
-            f"learning rate never gets beyond {(total - 1) / options.warmup_steps:.2g} of --lr",
-            f"--warmup-steps {options.warmup_steps:,} 不小于总步数 {total:,}："
-            f"学习率最高只达到 --lr 的 {(total - 1) / options.warmup_steps:.2g}",
+            "--warmup-steps {warmup:,} is not less than the run's {total:,} steps: the learning rate "
+            "never gets beyond {share:.2g} of --lr",
+            warmup=options.warmup_steps,
+            total=total,
+            share=(total - 1) / options.warmup_steps,
         )
 
 
 def say_memory(plan: MemoryPlan) -> None:
     """Say how much memory is going to be needed and how much is free, and warn if that does not do."""
     for line in plan.lines():
-        say(line.en, line.zh)
+        say(line)
     if warning := plan.warning():
-        warn(warning.en, warning.zh)
+        warn(warning)
 
 
 def say_targets(counts: list[TargetCount], model: Any) -> None:
@@ -84,19 +91,21 @@ def say_targets(counts: list[TargetCount], model: Any) -> None:
     for count in counts:
         share = f"{count.parameters / there:.2%}"
         say(
-            f"training {count.target}: {count.layers} layers, {count.parameters:,} parameters ({share})",
-            f"训练 {count.target}：{count.layers} 层，{count.parameters:,} 个参数（{share}）",
+            "training {target}: {layers} layers, {parameters:,} parameters ({share})",
+            target=count.target,
+            layers=count.layers,
+            parameters=count.parameters,
+            share=share,
         )
     say(
-        f"training {trained:,} of {there:,} parameters ({trained / there:.2%})",
-        f"共训练 {there:,} 个参数中的 {trained:,} 个（{trained / there:.2%}）",
+        "training {trained:,} of {there:,} parameters ({share:.2%})",
+        trained=trained,
+        there=there,
+        share=trained / there,
     )
     tied = bool(model.get_base_model().config.tie_word_embeddings)
     if tied and {"embed_tokens", "lm_head"} & {count.target for count in counts}:
-        say(
-            "this model ties embed_tokens and lm_head: training one trains both",
-            "该模型的 embed_tokens 与 lm_head 共享权重：训练其一即同时训练两者",
-        )
+        say("this model ties embed_tokens and lm_head: training one trains both")
 
 
 # --- after -----------------------------------------------------------------------------------------------
@@ -126,10 +135,12 @@ def _say_losses(lines: list[dict[str, Any]]) -> None:
     smooth, last = Smooth(), lines[-1]
     losses = [smooth.add(line["loss"]) for line in lines]
     say(
-        f"trained: {last['step']:,} steps, {last['epoch']:.3g} epochs; smoothed loss: "
-        f"{losses[0]:.4f} at first, {losses[-1]:.4f} at last",
-        f"训练：{last['step']:,} 步，{last['epoch']:.3g} 轮；平滑损失：开始时 {losses[0]:.4f}，"
-        f"结束时 {losses[-1]:.4f}",
+        "trained: {step:,} steps, {epoch:.3g} epochs; smoothed loss: {first:.4f} at first, {last:.4f} at "
+        "last",
+        step=last["step"],
+        epoch=last["epoch"],
+        first=losses[0],
+        last=losses[-1],
     )
 
 
@@ -137,10 +148,12 @@ def _say_pace(pace: Pace) -> None:
     seconds = max(pace.seconds, 1e-9)
     speed, hours, waited = pace.rows / seconds, pace.audio / seconds, f"{pace.waited / seconds:.1%}"
     say(
-        f"time: {clock(pace.seconds)}; {speed:.3g} samples/s, {hours:.3g} hours of audio in an hour, "
-        f"{waited} of the time waiting for data",
-        f"时间：{clock(pace.seconds)}；每秒 {speed:.3g} 个样本，每小时 {hours:.3g} 小时音频，"
-        f"等待数据占 {waited}",
+        "time: {seconds}; {speed:.3g} samples/s, {hours:.3g} hours of audio in an hour, {waited} of the "
+        "time waiting for data",
+        seconds=clock(pace.seconds),
+        speed=speed,
+        hours=hours,
+        waited=waited,
     )
 
 
@@ -149,13 +162,22 @@ def _say_evaluations(lines: list[dict[str, Any]], best: int | None) -> None:
         return
     names = [name for name in lines[-1] if name not in ("step", "eval_loss", "eval_tokens", "epoch")]
     metrics = "".join(f"{name.removeprefix('eval_'):>10}" for name in names)
-    say(f"{'evaluation':<10}{'step':>9}{'loss':>10}{metrics}", f"{'评估':<8}{'step':>9}{'loss':>10}{metrics}")
+    say(
+        "{value:<10}{step:>9}{loss:>10}{metrics}",
+        value=Localized("evaluation"),
+        step="step",
+        loss="loss",
+        metrics=metrics,
+    )
     left_out = len(lines) - MOST_EVALUATIONS
     for number, line in enumerate(lines):
         if number >= left_out or line["step"] == best:
             figures = "".join(f"{line[name]:>10.4f}" for name in ("eval_loss", *names) if name in line)
             is_best = line["step"] == best
             say(
-                f"{'':<10}{line['step']:>9}{figures}{'  best' if is_best else ''}",
-                f"{'':<10}{line['step']:>9}{figures}{'  最佳' if is_best else ''}",
+                "{value:<10}{step:>9}{figures}{mark}",
+                value="",
+                step=line["step"],
+                figures=figures,
+                mark=(Localized("  best") if is_best else Localized("")),
             )

@@ -17,6 +17,7 @@ from typing import Any
 
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.errors import ToolkitError, UsageError
+from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.console import is_first_process, warn
 
 
@@ -45,8 +46,9 @@ class Trackers:
         except Exception as problem:
             name, reason = ", ".join(options.report_to), _reason(problem)
             raise ToolkitError(
-                f"--report-to {name}: {reason}; log in, choose its offline mode, or leave it out",
-                f"--report-to {name}：{reason}；请登录，或选择其离线模式，或去掉该选项",
+                "--report-to {name}: {reason}; log in, choose its offline mode, or leave it out",
+                name=name,
+                reason=reason,
             ) from problem
 
     def log(self, step: int, values: dict[str, Any]) -> None:
@@ -66,10 +68,7 @@ class Trackers:
             getattr(self._handler, event)(self._arguments, self._state, self._control, *values)
         except Exception as problem:  # noqa: BLE001 - whatever a tracker's library raises
             self._handler, reason = None, _reason(problem)
-            warn(
-                f"--report-to: {reason}; nothing more is reported, training goes on",
-                f"--report-to：{reason}；此后不再上报，训练继续",
-            )
+            warn("--report-to: {reason}; nothing more is reported, training goes on", reason=reason)
 
 
 def _reason(problem: Exception) -> str:
@@ -110,18 +109,19 @@ def check_trackers(names: tuple[str, ...]) -> None:
     for name in names:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
-            en, zh = (f"; did you mean {close[0]}?", f"；是否想写 {close[0]}？") if close else ("", "")
+            detail = Localized("; did you mean {known}?", known=close[0]) if close else Localized("")
             listed = ", ".join(sorted(known))
             raise UsageError(
-                f"--report-to {name}: unknown tracker{en} (known: {listed})",
-                f"--report-to {name}：未知的平台{zh}（可用：{listed}）",
+                "--report-to {name}: unknown tracker{detail} (known: {listed})",
+                name=name,
+                detail=detail,
+                listed=listed,
             )
     if len(names) > 1 and {"all", "none"} & set(names):
-        raise UsageError("--report-to: all and none stand alone", "--report-to：all 和 none 只能单独使用")
+        raise UsageError("--report-to: all and none stand alone")
     missing = set(names) - {"all", "none"} - set(integration_utils.get_available_reporting_integrations())
     if missing:
         listed = ", ".join(sorted(missing))
         raise ToolkitError(
-            f"--report-to {listed}: not installed; pip install it, or leave it out",
-            f"--report-to {listed}：尚未安装；请先 pip install，或去掉该选项",
+            "--report-to {listed}: not installed; pip install it, or leave it out", listed=listed
         )

@@ -22,7 +22,7 @@ from mdl_toolkit.data.collate import Batch, Readable, split
 from mdl_toolkit.data.prefetch import Loader
 from mdl_toolkit.errors import ModelError, ToolkitError
 from mdl_toolkit.evaluation.text_metrics import Best
-from mdl_toolkit.i18n import Text
+from mdl_toolkit.i18n import Localized
 from mdl_toolkit.training.checkpoints import Checkpoint, delete_oldest, save, save_state
 from mdl_toolkit.training.evaluator import Validation
 from mdl_toolkit.training.gradient_checkpointing import NONE, Kept, recompute
@@ -92,7 +92,7 @@ class Trainer:
             recompute(self.forward.model, self.kept)
         self.step = 0
         self.losses, self.since = 0.0, 0  # the sum of all steps' losses, and the step after which it began
-        what = Text("the same effective batch", "有效批次大小不变")
+        what = Localized("the same effective batch")
         self.at_once = AtOnce(self.options.batch_size, self.forward.device, what)
         self.request, self.must_stop = StopRequest(), False
         self.resumed: Checkpoint | None = None
@@ -135,8 +135,9 @@ class Trainer:
         best = self.validation.best
         if first < self.step < self.schedule.total:
             say(
-                f"stopped early after step {self.step}: {best.worse} evaluations in a row no better",
-                f"第 {self.step} 步后提前停止：连续 {best.worse} 次评估没有改善",
+                "stopped early after step {step}: {worse} evaluations in a row no better",
+                step=self.step,
+                worse=best.worse,
             )
         return Outcome(self.step, self.losses / max(self.step - self.since, 1), self.validation.loss, best)
 
@@ -144,8 +145,10 @@ class Trainer:
         if self.newest is not None:
             step, total, option = self.step, self.schedule.total, self._resuming(self.newest)
             say(
-                f"stopped after step {step:,} of {total:,}; to go on: {option}",
-                f"已在第 {step:,} 步（共 {total:,} 步）后停止；如需继续：{option}",
+                "stopped after step {step:,} of {total:,}; to go on: {option}",
+                step=step,
+                total=total,
+                option=option,
             )
 
     def _make_up_for_evaluation(self) -> None:
@@ -250,16 +253,16 @@ class Trainer:
         self._check_weights()  # of the step before, if they are why
         rows = ", ".join(str(row + 1) for row in sorted(self.sampling.rows(self.step))[:MOST_ROWS_NAMED])
         raise ToolkitError(
-            f"step {self.step + 1}: the loss or its gradient is not finite; try a smaller --lr, or look at "
-            f"rows {rows} of the training data",
-            f"第 {self.step + 1} 步：损失或梯度不是有限值；请减小 --lr，或检查训练数据的第 {rows} 行",
+            "step {next}: the loss or its gradient is not finite; try a smaller --lr, or look at rows "
+            "{rows} of the training data",
+            next=self.step + 1,
+            rows=rows,
         )
 
     def _check_weights(self) -> None:
         if not self.trained.is_finite:
             raise ToolkitError(
-                f"step {self.step}: the trained weights are not finite any more; try a smaller --lr",
-                f"第 {self.step} 步：训练后的权重不再是有限值；请减小 --lr",
+                "step {step}: the trained weights are not finite any more; try a smaller --lr", step=self.step
             )
 
     # --- checkpoints ---
@@ -276,9 +279,9 @@ class Trainer:
             self._save_with_room()
         except OSError as problem:
             if is_needed:
-                en, zh = self._unsaved(problem)
+                detail = self._unsaved(problem)
                 remedy = self._remedy()
-                raise ToolkitError(f"{en}; {remedy.en}", f"{zh}；{remedy.zh}") from problem
+                raise ToolkitError("{detail}; {remedy}", detail=detail, remedy=remedy) from problem
             self._warn_unsaved(problem)
             return
         self.best_there = self.validation.best.step
@@ -295,19 +298,16 @@ class Trainer:
         )  # fmt: skip
         self.newest = self.output / f"checkpoint-{self.step}"
 
-    def _unsaved(self, problem: OSError) -> tuple[str, str]:
+    def _unsaved(self, problem: OSError) -> Localized:
         reason = problem.strerror or str(problem)
-        return (
-            f"checkpoint-{self.step} cannot be saved: {reason}",
-            f"无法保存 checkpoint-{self.step}：{reason}",
-        )
+        return Localized("checkpoint-{step} cannot be saved: {reason}", step=self.step, reason=reason)
 
-    def _remedy(self) -> Text:
+    def _remedy(self) -> Localized:
         """What to do when no checkpoint can be saved any more."""
         if self.newest is None:
-            return Text("make room, and start again", "请腾出空间后重新开始")
+            return Localized("make room, and start again")
         option = self._resuming(self.newest)
-        return Text(f"make room, and go on with {option}", f"请腾出空间，然后使用 {option} 继续")
+        return Localized("make room, and go on with {option}", option=option)
 
     def _resuming(self, checkpoint: Path) -> str:
         """In the run's own folder the newest, whenever it is typed again."""
@@ -315,8 +315,8 @@ class Trainer:
         return f"--resume-from-checkpoint {'true' if is_own else shlex.quote(str(checkpoint))}"
 
     def _warn_unsaved(self, problem: OSError) -> None:
-        en, zh = self._unsaved(problem)
-        warn(f"{en}; training goes on", f"{zh}；训练继续")
+        detail = self._unsaved(problem)
+        warn("{detail}; training goes on", detail=detail)
 
     def _save_with_room(self) -> None:
         """On a full disk, with one less of the checkpoints that may be deleted."""
@@ -345,15 +345,15 @@ class Trainer:
         theirs, ours = checkpoint.state.get("sampling", {}), identity_of(self.sampling)
         if theirs != ours:
             warn(
-                "the training data or the seed are not the interrupted run's: the rows come in another order",
-                "训练数据或随机种子与被中断的训练不同：数据顺序将有所不同",
+                "the training data or the seed are not the interrupted run's: the rows come in another order"
             )
         try:
             self.trained.load(checkpoint)
         except KeyError as problem:
             raise ModelError(
-                f"{checkpoint.folder}: it does not fit {self.options.model_name}; resume with the same model",
-                f"{checkpoint.folder}：与 {self.options.model_name} 不匹配；请使用原来的模型恢复训练",
+                "{folder}: it does not fit {model}; resume with the same model",
+                folder=checkpoint.folder,
+                model=self.options.model_name,
             ) from problem
         self.step, self.resumed, self.newest = checkpoint.step, checkpoint, checkpoint.folder
         self.validation.resume(checkpoint)

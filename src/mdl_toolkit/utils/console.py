@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from mdl_toolkit.i18n import Text
+from mdl_toolkit.i18n import Localized
 
 # Seconds between two plain progress lines.
 PLAIN_INTERVAL = 10.0
@@ -23,7 +23,7 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def say(en: str, zh: str) -> None:
+def say(message: Localized) -> None:
     """Write one line, in the first process."""
     if not is_first_process():
         return
@@ -31,9 +31,9 @@ def say(en: str, zh: str) -> None:
     sys.stderr.flush()
 
 
-def warn(en: str, zh: str) -> None:
+def warn(message: Localized) -> None:
     """Write one line that asks for attention."""
-    say(f"warning: {en}", f"警告：{zh}")
+    say("warning: {message}", message=message)
 
 
 class Progress(Protocol):
@@ -49,7 +49,7 @@ class Progress(Protocol):
 class _Lines:
     """Show progress as plain lines, not more than one in ten seconds."""
 
-    def __init__(self, title: Text, total: int) -> None:
+    def __init__(self, title: Localized, total: int) -> None:
         self._title, self._total = title, total
         self._done, self._before, self._note = 0, 0, ""
         self._started = self._last = time.monotonic()
@@ -67,17 +67,21 @@ class _Lines:
 
     def _write(self, elapsed: float) -> None:
         left = clock(elapsed / max(self._done - self._before, 1) * (self._total - self._done))
-        en, zh = (f", {self._note}", f"，{self._note}") if self._note else ("", "")
+        detail = Localized(", {note}", note=self._note) if self._note else Localized("")
         say(
-            f"{self._title.en}: {self._done}/{self._total}{en}, {left} left",
-            f"{self._title.zh}：{self._done}/{self._total}{zh}，剩余 {left}",
+            "{title}: {done}/{total}{detail}, {left} left",
+            title=self._title,
+            done=self._done,
+            total=self._total,
+            detail=detail,
+            left=left,
         )
 
 
 @contextmanager
-def progress(en: str, zh: str, total: int) -> Iterator[Progress]:
+def progress(message: Localized, total: int) -> Iterator[Progress]:
     """Show progress over `total` parts: a bar in a terminal, lines elsewhere."""
-    title = Text(en, zh)
+    title = message
     if sys.stderr.isatty() and is_first_process():
         with _bar(title, total) as bar:
             yield bar
@@ -86,7 +90,7 @@ def progress(en: str, zh: str, total: int) -> Iterator[Progress]:
 
 
 @contextmanager
-def _bar(title: Text, total: int) -> Iterator[Progress]:
+def _bar(title: Localized, total: int) -> Iterator[Progress]:
     from rich import progress as rich_progress
     from rich.console import Console
     from rich.table import Column

@@ -17,6 +17,7 @@ from torch import Tensor, distributed
 from torch.distributed.rendezvous import rendezvous
 
 from mdl_toolkit.errors import ToolkitError, UsageError
+from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.console import warn
 from mdl_toolkit.utils.machine import lack_of_memory
 from mdl_toolkit.utils.worker_pool import Ranks
@@ -41,10 +42,11 @@ class PeerLostError(ToolkitError):
     def __init__(self, problem: RuntimeError) -> None:
         reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
         is_usual = any(word in reason for word in CLOSED)
-        en, zh = ("", "") if is_usual else (f" (here: {reason})", f"（此处：{reason}）")
+        detail = Localized("") if is_usual else Localized(" (here: {reason})", reason=reason)
         super().__init__(
-            f"another process of this run has ended; its own message says why{en}",
-            f"本次运行的另一个进程已结束；原因见该进程自己的消息{zh}",
+            Localized(
+                "another process of this run has ended; its own message says why{detail}", detail=detail
+            )
         )
 
 
@@ -147,8 +149,9 @@ def _check_environment() -> None:
     if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
         names, size = ", ".join(missing), os.environ["WORLD_SIZE"]
         raise UsageError(
-            f"WORLD_SIZE={size} in the environment, but no {names}; start with torchrun, or unset WORLD_SIZE",
-            f"环境变量 WORLD_SIZE={size}，但没有 {names}；请使用 torchrun 启动，或取消 WORLD_SIZE",
+            "WORLD_SIZE={size} in the environment, but no {names}; start with torchrun, or unset WORLD_SIZE",
+            size=size,
+            names=names,
         )
 
 
@@ -160,8 +163,9 @@ def _meet() -> tuple[Any, int, int]:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         minutes = f"{MEETING.total_seconds() / 60:g}"
         raise ToolkitError(
-            f"not all processes of this run met at {place} within {minutes} min; start them together",
-            f"本次运行的进程在 {minutes} 分钟内未能全部在 {place} 汇合；请同时启动所有进程",
+            "not all processes of this run met at {place} within {minutes} min; start them together",
+            place=place,
+            minutes=minutes,
         ) from problem
     return store, rank, size
 
@@ -169,10 +173,9 @@ def _meet() -> tuple[Any, int, int]:
 def _warn_dividing() -> None:
     for name in [name for variable, name in DIVIDING.items() if os.environ.get(variable) == "true"]:
         warn(
-            f"the launcher asks for {name}, which is not used: every process holds the whole model; where "
+            "the launcher asks for {name}, which is not used: every process holds the whole model; where "
             "memory is short, use --quantization 4bit",
-            f"启动器要求使用 {name}，但本工具不使用：每个进程都保存完整的模型；"
-            "显存或内存不足时请使用 --quantization 4bit",
+            name=name,
         )
 
 
@@ -203,8 +206,8 @@ def warn_of_idle_gpus(processes: int, command: str) -> None:
     count = torch.cuda.device_count()
     if processes == 1 and count > 1:
         warn(
-            f"{count} GPUs are here and one is used; to use all: "
-            f"torchrun --nproc-per-node {count} --no-python mdl-toolkit {command} ...",
-            f"检测到 {count} 个 GPU，仅使用其中一个；要全部使用请运行："
-            f"torchrun --nproc-per-node {count} --no-python mdl-toolkit {command} ...",
+            "{count} GPUs are here and one is used; to use all: torchrun --nproc-per-node {count} "
+            "--no-python mdl-toolkit {command} ...",
+            count=count,
+            command=command,
         )

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mdl_toolkit.errors import InputError, ToolkitError
+from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.locks import held
 
 _BESIDE = re.compile(r"\.(.+)\.(?:partial|old|lock)-([0-9a-f]{8})")
@@ -28,7 +29,9 @@ def writing(place: str, error: type[ToolkitError]) -> Iterator[None]:
         yield
     except OSError as problem:
         reason = problem.strerror or problem
-        raise error(f"{place}: cannot be written: {reason}", f"{place}：无法写入：{reason}") from problem
+        raise error(
+            Localized("{place}: cannot be written: {reason}", place=place, reason=reason)
+        ) from problem
 
 
 def fsync(path: Path) -> None:
@@ -191,8 +194,9 @@ def claim_folder(folder: Path, option: str = "--output") -> Iterator[None]:
         InputError: it cannot be made, or another process writes into it.
     """
     busy = InputError(
-        f"{option} {folder}: another run writes into it; wait for its end, or give another folder",
-        f"{option} {folder}：另一个任务正在写入该目录；请等待其结束，或指定其他目录",
+        "{option} {folder}: another run writes into it; wait for its end, or give another folder",
+        option=option,
+        folder=folder,
     )
     with removing_empty(folder):
         with writing(f"{option} {folder}", InputError):
@@ -225,8 +229,7 @@ def check_file(output: Path, inputs: Iterable[str | Path], option: str = "--outp
     """
     if output.is_dir():
         raise InputError(
-            f"{option} {output}: a folder is there; give the name of a file",
-            f"{option} {output}：该位置是目录；请指定文件名",
+            "{option} {output}: a folder is there; give the name of a file", option=option, output=output
         )
     for path in inputs:
         check_apart(output, Path(path), option)
@@ -246,8 +249,11 @@ def check_apart(output: Path, path: Path, option: str = "--output", other: str |
     """
     target, source = output.absolute().resolve(), path.absolute().resolve()
     if target == source or target in source.parents or source in target.parents:
-        en, zh = ("the input", "输入") if other is None else (other, f" {other}")
+        detail = Localized("the input") if other is None else (other, f" {other}")
         raise InputError(
-            f"{option} {output}: it is, holds or lies inside {en} {path}; choose another place",
-            f"{option} {output}：与{zh} {path} 相同或互相包含；请选择其他位置",
+            "{option} {output}: it is, holds or lies inside {detail} {path}; choose another place",
+            option=option,
+            output=output,
+            detail=detail,
+            path=path,
         )

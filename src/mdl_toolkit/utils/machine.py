@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from mdl_toolkit.i18n import Text
+from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.worker_pool import CGROUP
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def _cgroups() -> Iterator[tuple[Path, tuple[str, str, str]]]:
                 yield from ((CGROUP / "memory" / each, VERSION_1) for each in (path, *path.parents))
 
 
-def lack_of_memory(problem: BaseException) -> Text | None:
+def lack_of_memory(problem: BaseException) -> Localized | None:
     """Return what ran out of memory, the GPU or the machine, in words; None for any other error.
 
     Args:
@@ -74,7 +74,7 @@ def lack_of_memory(problem: BaseException) -> Text | None:
 
     is_error, said = isinstance(problem, RuntimeError), str(problem)
     if isinstance(problem, torch.OutOfMemoryError) or (is_error and any(each in said for each in _GPU_LACKS)):
-        return Text("the GPU ran out of memory", "显存不足")
+        return Localized("the GPU ran out of memory")
     if isinstance(problem, MemoryError) or (is_error and any(each in said for each in _CPU_LACKS)):
-        return Text("the machine ran out of memory", "内存不足")
+        return Localized("the machine ran out of memory")
     return None

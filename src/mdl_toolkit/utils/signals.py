@@ -54,10 +54,7 @@ class StopRequest:
         self._answer()
 
     def _answer(self) -> None:
-        warn(
-            "stopping after this step, with a checkpoint; once more stops at once",
-            "本步完成后保存检查点并停止；再次发送信号则立即停止",
-        )
+        warn("stopping after this step, with a checkpoint; once more stops at once")
 
     def _insist(self, number: int) -> None:
         self._restore()

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from mdl_toolkit.errors import ToolkitError, UsageError
+from mdl_toolkit.i18n import Localized
 
 MOST_WORKERS = 32
 CGROUP = Path("/sys/fs/cgroup")
@@ -37,8 +38,9 @@ class WorkerDiedError(ToolkitError):
 
     def __init__(self) -> None:
         super().__init__(
-            "a worker process was ended by the system (out of memory?); try a smaller --num-workers",
-            "工作进程被系统终止（内存不足？）；请减小 --num-workers",
+            Localized(
+                "a worker process was ended by the system (out of memory?); try a smaller --num-workers"
+            )
         )
 
 
@@ -77,8 +79,9 @@ class Ranks:
         if all(word.isdecimal() for word in words) and int(words[0]) < int(words[1]):
             return cls(*map(int, words))
         raise UsageError(
-            f"RANK={words[0]} and WORLD_SIZE={words[1]} in the environment do not fit; unset or correct them",
-            f"环境变量 RANK={words[0]} 与 WORLD_SIZE={words[1]} 不一致；请取消或更正",
+            "RANK={words} and WORLD_SIZE={words_1} in the environment do not fit; unset or correct them",
+            words=words[0],
+            words_1=words[1],
         )
 
 

@@ -122,9 +122,7 @@ class Changes:
             cast = block.to(dtype)
             lowest, highest = (float(each) for each in block.aminmax())  # not a number if any is not
             if not (-most <= lowest and highest <= most) and not cast.isfinite().all():
-                raise ModelError(
-                    f"{entry.name}: not finite after merging", f"{entry.name}：合并后出现非有限值"
-                )
+                raise ModelError("{name}: not finite after merging", name=entry.name)
             yield cast
 
     def _full(self, entry: Entry) -> Iterator[Tensor]:
@@ -172,8 +170,9 @@ def check_mergeable(adapter: Path, config: Mapping[str, Any]) -> None:
 
 def _cannot(adapter: Path, what: str) -> ModelError:
     return ModelError(
-        f"{adapter}: an adapter with {what} cannot be merged here, only plain LoRA and full copies can",
-        f"{adapter}：无法合并带有 {what} 的适配器，只支持普通 LoRA 和完整副本",
+        "{adapter}: an adapter with {what} cannot be merged here, only plain LoRA and full copies can",
+        adapter=adapter,
+        what=what,
     )
 
 
@@ -195,6 +194,8 @@ def _of_pattern(patterns: Mapping[str, float], module: str, default: float) -> f
 
 def _misfit(entry: Entry, shape: tuple[int, ...]) -> ModelError:
     return ModelError(
-        f"{entry.name}: the adapter's shape {list(shape)} is not the base's {list(entry.shape)}",
-        f"{entry.name}：适配器形状 {list(shape)} 与基础模型的 {list(entry.shape)} 不符",
+        "{name}: the adapter's shape {shape} is not the base's {expected}",
+        name=entry.name,
+        shape=list(shape),
+        expected=list(entry.shape),
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mdl_toolkit.errors import ModelError, ToolkitError
-from mdl_toolkit.i18n import Text
+from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.machine import OUT_OF_MEMORY, lack_of_memory
 from mdl_toolkit.weights.provenance import Base, read_provenance
 from mdl_toolkit.weights.resolve import ADAPTER_CONFIG, BASE_NAME, find_model, quantized_by, read_json
@@ -59,9 +59,7 @@ def load_model(
         raise
     except Exception as problem:  # the libraries raise a dozen kinds; each means: it does not fit
         reason = " ".join(str(problem).split())
-        raise ModelError(
-            f"{folder}: cannot be loaded: {reason}", f"{folder}：无法加载：{reason}"
-        ) from problem
+        raise ModelError("{folder}: cannot be loaded: {reason}", folder=folder, reason=reason) from problem
     if not is_placed:
         return model.to(device)  # type: ignore[no-any-return]
     _keep_format(model)
@@ -105,7 +103,7 @@ def best_device() -> "torch.device":
 
 
 @contextmanager
-def explaining_memory(remedy: Text) -> Iterator[None]:
+def explaining_memory(remedy: Localized) -> Iterator[None]:
     """Turn an out-of-memory error into one for the user.
 
     Args:
@@ -120,7 +118,7 @@ def explaining_memory(remedy: Text) -> Iterator[None]:
         lack = lack_of_memory(problem)
         if lack is None:
             raise
-        raise ModelError(f"{lack.en}; {remedy.en}", f"{lack.zh}；{remedy.zh}") from problem
+        raise ModelError("{lack}; {remedy}", lack=lack, remedy=remedy) from problem
 
 
 @contextmanager
@@ -173,8 +171,7 @@ def with_adapter(model: "MiDashengLMModel", folder: Path) -> Any:
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as problem:
         reason = " ".join(str(problem).split())[:300]
         raise ModelError(
-            f"{folder}: the adapter does not fit its base: {reason}",
-            f"{folder}：适配器与基础模型不符：{reason}",
+            "{folder}: the adapter does not fit its base: {reason}", folder=folder, reason=reason
         ) from problem
 
 
@@ -193,9 +190,7 @@ def base_of(adapter: Path, *, from_modelscope: bool, name: str | None = None) ->
     recorded = None if known is None else known.base
     named = name or (recorded.name if recorded else read_json(adapter / ADAPTER_CONFIG).get(BASE_NAME))
     if not isinstance(named, str):
-        raise ModelError(
-            f"{adapter}: the adapter does not name its base model", f"{adapter}：适配器未记录基础模型"
-        )
+        raise ModelError("{adapter}: the adapter does not name its base model", adapter=adapter)
     revision = recorded.revision if recorded is not None and named == recorded.name else None
     folder = find_model(named, from_modelscope=from_modelscope, weights=True, revision=revision)
     if known is not None:

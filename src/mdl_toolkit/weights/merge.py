@@ -102,15 +102,15 @@ def merge(base: Path, adapter: Path, output: Path, dtype: str | None = None) -> 
     """
     if method := quantized_by(base):
         raise ModelError(
-            f"{base}: its weights are quantised ({method}); merge into the unquantised model",
-            f"{base}：其权重已量化（{method}）；请合并到未量化的模型",
+            "{base}: its weights are quantised ({method}); merge into the unquantised model",
+            base=base,
+            method=method,
         )
     changes, files = Changes.read(adapter, read_json(base / "config.json")), weight_files(base)
     if missing := changes.missing({entry.name for file in files for entry in file.entries}):
         names = ", ".join(missing[:20])
         raise ModelError(
-            f"{adapter}: the base model {base} has no tensors {names}",
-            f"{adapter}：基础模型 {base} 中没有张量 {names}",
+            "{adapter}: the base model {base} has no tensors {names}", adapter=adapter, base=base, names=names
         )
     _copy_others(base, output)
     # Numbers are computed and files written at once: torch and the system let go of Python's lock.
@@ -126,10 +126,7 @@ def _copy_others(base: Path, output: Path) -> None:
         if path.name in _LEFT or path.suffix == SUFFIX or any(map(path.match, _PRIVATE)):
             continue
         if path.suffix in _OTHER_WEIGHTS:
-            warn(
-                f"{path}: left out, as these weights would not be the merged ones",
-                f"{path}：未复制，因为其中的权重并非合并后的权重",
-            )
+            warn("{path}: left out, as these weights would not be the merged ones", path=path)
         elif path.is_dir():
             shutil.copytree(path, output / path.name, ignore=shutil.ignore_patterns(*_PRIVATE))
         else:

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from mdl_toolkit.config.train import TrainOptions
+from mdl_toolkit.i18n import Localized
 from mdl_toolkit.weights.provenance import Provenance
 from mdl_toolkit.weights.resolve import read_json
 
@@ -53,9 +54,9 @@ def card(about: About, base: Path, *, is_adapter: bool) -> str:
         f"---\n{_yaml(_front_matter(name, base, is_adapter=is_adapter))}---",
         *_introduction(name, is_adapter=is_adapter),
         *_training(about.training),
-        *_figures("Data", "数据", about.provenance.data),
+        *_figures(Localized("Data"), about.provenance.data),
         *_prompts(about.provenance),
-        *_figures("Metrics", "指标", about.provenance.metrics),
+        *_figures(Localized("Metrics"), about.provenance.metrics),
         *_usage(name, base, about.provenance.prompts.user, is_adapter=is_adapter),
     ]
     return "\n\n".join(parts) + "\n"
@@ -93,9 +94,7 @@ def _front_matter_of(file: Path) -> Mapping[str, Any]:
 
 
 def _introduction(name: str, *, is_adapter: bool) -> list[str]:
-    en, zh = ("A LoRA adapter for", "适用于以下音频语言模型的 LoRA 适配器") if is_adapter else (
-        "Fine-tuned from", "由以下音频语言模型微调而来"
-    )  # fmt: skip
+    detail = Localized("A LoRA adapter for") if is_adapter else Localized("Fine-tuned from")  # fmt: skip
     return [
         "# MiDashengLM, fine-tuned / 微调",
         f"{en} the audio-language model below, with mdl-toolkit. / {zh}（使用 mdl-toolkit）。",
@@ -124,7 +123,7 @@ def _prompts(provenance: Provenance) -> list[str]:
     return ["## Prompts / 提示词", *found] if found else []
 
 
-def _figures(en: str, zh: str, values: Mapping[str, float]) -> list[str]:
+def _figures(message: Localized, values: Mapping[str, float]) -> list[str]:
     if not values:
         return []
     rows = "\n".join(f"| {name.replace('_', ' ')} | {value:,.5g} |" for name, value in values.items())

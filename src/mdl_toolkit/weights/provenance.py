@@ -107,10 +107,11 @@ class Provenance:
         """
         if self.base is not None and self.base.fingerprint != base.fingerprint:
             raise ModelError(
-                f"{adapter}: it was trained on {self.base}, and {base} has other weights; give its own base "
+                "{adapter}: it was trained on {base}, and {base_2} has other weights; give its own base "
                 "with --model-name",
-                f"{adapter}：该适配器在 {self.base} 上训练，而 {base} 的权重与之不同；请用 --model-name 指定"
-                "原来的基础模型",
+                adapter=adapter,
+                base=self.base,
+                base_2=base,
             )
 
     def measured(self, metrics: dict[str, float]) -> "Provenance":
@@ -137,8 +138,9 @@ def read_provenance(folder: Path) -> Provenance | None:
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as problem:
         raise ModelError(
-            f"{file}: damaged ({problem}); without the file, the folder is read as one of unknown origin",
-            f"{file}：已损坏（{problem}）；删除该文件后，该目录将被视为来源未知",
+            "{file}: damaged ({reason}); without the file, the folder is read as one of unknown origin",
+            file=file,
+            reason=problem,
         ) from problem
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mdl_toolkit.errors import ModelError
+from mdl_toolkit.i18n import Localized
 
 MODEL_TYPE = "midashenglm"
 MODEL_CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
@@ -41,7 +42,7 @@ def find_model(name: str, *, from_modelscope: bool, weights: bool, revision: str
         check_is_no_run(local, MODEL_CONFIG, ADAPTER_CONFIG)
         folder = local
     elif local.exists() or name.startswith((".", "~", "/")) or name.count("/") > 1:
-        raise _nowhere(name, "there is no such folder", "没有该目录")
+        raise _nowhere(name, Localized("there is no such folder"))
     else:
         patterns = list(ALL_FILES if weights else TEXT_FILES)
         folder = (
@@ -53,8 +54,9 @@ def find_model(name: str, *, from_modelscope: bool, weights: bool, revision: str
         _check_folder(folder, weights=weights)
     elif weights and not (folder / ADAPTER_WEIGHTS).is_file():
         raise ModelError(
-            f"{folder}: an adapter without weights ({ADAPTER_WEIGHTS}); copy the whole folder",
-            f"{folder}：适配器缺少权重（{ADAPTER_WEIGHTS}）；请复制整个目录",
+            "{folder}: an adapter without weights ({weights}); copy the whole folder",
+            folder=folder,
+            weights=ADAPTER_WEIGHTS,
         )
     return folder
 
@@ -72,8 +74,9 @@ def check_is_no_run(folder: Path, *names: str) -> None:
     here, inside = ([(each / name).is_file() for name in names] for each in (folder, folder / FINAL))
     if any(inside) and not any(here):
         raise ModelError(
-            f"{folder}: the output of a training, and no model itself; did you mean {folder / FINAL}?",
-            f"{folder}：这是训练的输出目录，本身不是模型；是否应为 {folder / FINAL}？",
+            "{folder}: the output of a training, and no model itself; did you mean {result}?",
+            folder=folder,
+            result=folder / FINAL,
         )
 
 
@@ -96,26 +99,25 @@ def check_trainable(folder: Path, *, quantization: str | None, merge: bool) -> N
     """
     if (folder / ADAPTER_CONFIG).is_file():
         raise ModelError(
-            f"{folder}: an adapter; train the base model, or train with --merge-lora true first",
-            f"{folder}：这是适配器；请训练基础模型，或先以 --merge-lora true 得到完整模型",
+            "{folder}: an adapter; train the base model, or train with --merge-lora true first", folder=folder
         )
     method = quantized_by(folder)
     if method is None:
         return
     if method != BITSANDBYTES:
         raise ModelError(
-            f"{folder}: its weights are quantised already ({method}), and no gradients go through that; "
+            "{folder}: its weights are quantised already ({method}), and no gradients go through that; "
             "train the bfloat16 or float32 model, with --quantization if memory is short",
-            f"{folder}：其权重已经量化（{method}），梯度无法通过；请训练 bfloat16 或 float32 模型，"
-            "显存或内存不足时使用 --quantization",
+            folder=folder,
+            method=method,
         )
     need(BITSANDBYTES, "quantization", f"{folder} ({BITSANDBYTES})")
     if quantization is not None or merge:
         raise ModelError(
-            f"{folder}: its weights are quantised already ({method}); leave out --quantization, and give "
+            "{folder}: its weights are quantised already ({method}); leave out --quantization, and give "
             "--merge-lora false, as there are no unquantised weights to merge into",
-            f"{folder}：其权重已经量化（{method}）；请去掉 --quantization 并指定 --merge-lora false，"
-            "因为没有未量化的权重可供合并",
+            folder=folder,
+            method=method,
         )
 
 
@@ -130,14 +132,12 @@ def _check_folder(folder: Path, *, weights: bool) -> None:
     kind = config.get("model_type")
     if kind != MODEL_TYPE:
         raise ModelError(
-            f"{folder}: not a MiDashengLM (config.json says model_type {kind!r}); give a MiDashengLM folder",
-            f"{folder}：不是 MiDashengLM 模型（config.json 的 model_type 为 {kind!r}）；请指定其目录",
+            "{folder}: not a MiDashengLM (config.json says model_type {kind!r}); give a MiDashengLM folder",
+            folder=folder,
+            kind=kind,
         )
     if weights and not list(folder.glob("*.safetensors")):
-        raise ModelError(
-            f"{folder}: no weights (*.safetensors); download the whole model",
-            f"{folder}：没有模型权重（*.safetensors）；请下载完整模型",
-        )
+        raise ModelError("{folder}: no weights (*.safetensors); download the whole model", folder=folder)
 
 
 def _from_huggingface(name: str, patterns: list[str], revision: str | None) -> Path:
@@ -161,15 +161,17 @@ def _download(name: str, hub: str, fetch: Callable[[], str]) -> Path:
         return Path(fetch())
     except Exception as problem:  # hubs raise a dozen kinds; each means: not to be had
         reason = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
-        raise _nowhere(name, f"{hub} did not give it ({reason})", f" {hub} 未能提供（{reason}）") from problem
+        raise _nowhere(
+            name, Localized("{hub} did not give it ({reason})", hub=hub, reason=reason)
+        ) from problem
 
 
-def _nowhere(name: str, en: str, zh: str) -> ModelError:
+def _nowhere(name: str, message: Localized) -> ModelError:
     return ModelError(
-        f"model {name}: not a folder here, and {en}. Give a local folder with --model-name, set HF_ENDPOINT "
-        "to a mirror that can be reached, or use --from-modelscope true",
-        f"模型 {name}：本地没有该目录，且{zh}。请用 --model-name 指定本地目录，"
-        "或设置 HF_ENDPOINT 为可访问的镜像，或使用 --from-modelscope true",
+        "model {name}: not a folder here, and {message}. Give a local folder with --model-name, set "
+        "HF_ENDPOINT to a mirror that can be reached, or use --from-modelscope true",
+        name=name,
+        message=message,
     )
 
 
@@ -181,8 +183,10 @@ def need(package: str, extra: str, option: str) -> None:
     """
     if importlib.util.find_spec(package) is None:
         raise ModelError(
-            f'{option} needs the package {package}: pip install "mdl-toolkit[{extra}]"',
-            f'{option} 需要安装 {package}：pip install "mdl-toolkit[{extra}]"',
+            '{option} needs the package {package}: pip install "mdl-toolkit[{extra}]"',
+            option=option,
+            package=package,
+            extra=extra,
         )
 
 
@@ -195,9 +199,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(read_text(path))
     except ValueError as problem:
-        raise ModelError(f"{path}: {problem}", f"{path}：{problem}") from problem
+        raise ModelError("{path}: {reason}", path=path, reason=problem) from problem
     if not isinstance(value, dict):
-        raise ModelError(f"{path}: expected a JSON object", f"{path}：应为 JSON 对象")
+        raise ModelError("{path}: expected a JSON object", path=path)
     return value
 
 
@@ -211,8 +215,7 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ModelError(
-            f"{path.parent}: no {path.name} there, so it is not a model folder",
-            f"{path.parent}：其中没有 {path.name}，不是模型目录",
+            "{folder}: no {name} there, so it is not a model folder", folder=path.parent, name=path.name
         ) from None
     except (OSError, ValueError) as problem:
-        raise ModelError(f"{path}: {problem}", f"{path}：{problem}") from problem
+        raise ModelError("{path}: {reason}", path=path, reason=problem) from problem

@@ -82,8 +82,7 @@ class WeightFile:
                 return _parsed(path, file)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
             raise ModelError(
-                f"{path}: no whole safetensors file ({problem}); fetch it again",
-                f"{path}：不是完整的 safetensors 文件（{problem}）；请重新获取",
+                "{path}: no whole safetensors file ({reason}); fetch it again", path=path, reason=problem
             ) from problem
 
     def __getitem__(self, name: str) -> Entry:

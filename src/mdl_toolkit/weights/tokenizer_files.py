@@ -72,8 +72,7 @@ def _tokenizer_json(folder: Path) -> str:
     for older in ("vocab.json", "merges.txt"):
         if not (folder / older).is_file():  # transformers would make an empty tokenizer
             raise ModelError(
-                f"{folder}: no tokenizer (neither tokenizer.json nor {older})",
-                f"{folder}：没有分词器（既无 tokenizer.json，也无 {older}）",
+                "{folder}: no tokenizer (neither tokenizer.json nor {older})", folder=folder, older=older
             )
     from transformers import Qwen2Tokenizer
 
@@ -81,9 +80,7 @@ def _tokenizer_json(folder: Path) -> str:
         return str(Qwen2Tokenizer.from_pretrained(folder).backend_tokenizer.to_str())
     except Exception as problem:  # whatever a broken file makes the library raise
         reason = " ".join(str(problem).split())
-        raise ModelError(
-            f"{folder}: no tokenizer ({reason})", f"{folder}：没有分词器（{reason}）"
-        ) from problem
+        raise ModelError("{folder}: no tokenizer ({reason})", folder=folder, reason=reason) from problem
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str:
@@ -97,5 +94,5 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str:
         named = [each for each in template if isinstance(each, dict) and each.get("name") == "default"]
         template = named[0].get("template") if named else None
     if not isinstance(template, str):
-        raise ModelError(f"{folder}: no chat template", f"{folder}：没有对话模板")
+        raise ModelError("{folder}: no chat template", folder=folder)
     return template

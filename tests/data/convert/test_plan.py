@@ -24,7 +24,7 @@ from mdl_toolkit.data.convert.plan import (
 )
 from mdl_toolkit.data.manifest import Manifest, Row, read_manifest
 from mdl_toolkit.errors import InputError, RowProblem
-from mdl_toolkit.i18n import Text
+from mdl_toolkit.i18n import Verbatim
 
 MEBIBYTE = 2**20
 
@@ -36,7 +36,7 @@ class Rows(list):
         return (item for item in self if isinstance(item, Row))
 
     def no_rows(self) -> InputError:
-        return InputError("no rows", "没有")
+        return InputError("no rows")
 
 
 def row(number: int, size: int = 1000, **changes: Any) -> Row:
@@ -140,7 +140,7 @@ def test_addresses_count_as_some_seconds_each():
 
 
 def test_problems_are_in_no_shard():
-    problems = [RowProblem(line, "audio", "x", Text("bad", "坏")) for line in (3, 5)]
+    problems = [RowProblem(line, "audio", "x", Verbatim("bad", "坏")) for line in (3, 5)]
     rows = Rows([row(0), problems[0], row(2), problems[1]])
     plan = plan_of(rows)
     assert (plan.rows, plan.problems.first, plan.problems.count) == (2, problems, 2)
@@ -148,7 +148,7 @@ def test_problems_are_in_no_shard():
 
 
 def test_problems_alone():
-    plan = plan_of(Rows([RowProblem(2, "audio", "x", Text("bad", "坏"))]))
+    plan = plan_of(Rows([RowProblem(2, "audio", "x", Verbatim("bad", "坏"))]))
     assert (plan.shards, plan.problems.count) == ((), 1)
 
 
@@ -159,7 +159,7 @@ def test_no_row_at_all():
 
 def test_every_usable_row_is_shown():
     shown: list[Row] = []
-    rows = Rows([row(0), RowProblem(3, "audio", "x", Text("bad", "坏")), row(2)])
+    rows = Rows([row(0), RowProblem(3, "audio", "x", Verbatim("bad", "坏")), row(2)])
     survey(rows, "identity", shown.append)
     assert shown == [rows[0], rows[2]]
 
@@ -303,8 +303,8 @@ def test_a_recording_that_is_changed_meanwhile(place, change):
     assert [each.line for each in next(found)[1]] == [2, 3, 4, 5]
     with pytest.raises(InputError) as caught:
         next(found)
-    assert caught.value.text.en == "rows.csv: recordings were changed while it was being read; start again"
-    assert caught.value.text.zh == "rows.csv：读取过程中有音频文件被修改；请重新运行"
+    assert caught.value.message.en == "rows.csv: recordings were changed while it was being read; start again"
+    assert caught.value.message.zh == "rows.csv：读取过程中有音频文件被修改；请重新运行"
 
 
 @pytest.mark.usefixtures("small")

@@ -257,10 +257,10 @@ def test_ranks_that_are_nonsense(monkeypatch, rank, size):
     set_ranks(monkeypatch, rank, size)
     with pytest.raises(UsageError) as caught:
         Ranks.from_environment()
-    assert caught.value.text.en == (
+    assert caught.value.message.en == (
         f"RANK={rank} and WORLD_SIZE={size or 1} in the environment do not fit; unset or correct them"
     )
-    assert caught.value.text.zh == f"环境变量 RANK={rank} 与 WORLD_SIZE={size or 1} 不一致；请取消或更正"
+    assert caught.value.message.zh == f"环境变量 RANK={rank} 与 WORLD_SIZE={size or 1} 不一致；请取消或更正"
 
 
 def set_ranks(monkeypatch, rank, size):

@@ -451,8 +451,8 @@ def test_work_that_somebody_removes(place, unbroken, monkeypatch):
         with pytest.raises(DatasetError) as caught:
             convert_here("out")
     folder = place / ".out.partial"
-    assert caught.value.text.en == f"{folder}: something else has changed what is in it; start again"
-    assert caught.value.text.zh == f"{folder}：其中的内容被其他程序改动；请重新运行"
+    assert caught.value.message.en == f"{folder}: something else has changed what is in it; start again"
+    assert caught.value.message.zh == f"{folder}：其中的内容被其他程序改动；请重新运行"
     assert data_of(place / "out") == OLD
     assert convert_here("out") == unbroken
 

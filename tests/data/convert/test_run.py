@@ -221,7 +221,7 @@ def test_a_cut_off_file_is_refused_or_named(place, capsys):
     with pytest.raises(RowsError) as caught:
         convert(rows)
     assert [(problem.line, problem.value) for problem in caught.value.problems] == [(3, "cut.wav")]
-    assert "--allow-truncated" in caught.value.text.en
+    assert "--allow-truncated" in caught.value.message.en
     capsys.readouterr()
     dataset = convert(rows, allow_truncated=True)
     np.testing.assert_array_equal(dataset[1].waveform * 32768, samples[:9000])
@@ -256,8 +256,8 @@ def test_outputs_that_would_swallow_something(place, golden, output, reason):
     before = listing(place)
     with pytest.raises(InputError) as caught:
         convert_dataset(options(output=output, model_name="model", download_cache="cache"))
-    assert reason in caught.value.text.en
-    assert caught.value.text.zh.startswith(f"--output {output}：")
+    assert reason in caught.value.message.en
+    assert caught.value.message.zh.startswith(f"--output {output}：")
     assert listing(place) == before
 
 
@@ -454,7 +454,7 @@ def test_addresses_that_fail_are_reported_with_their_rows(place, server):
         convert([*rows, {"audio": "nan.wav", "prediction": "x"}])
     assert [each.line for each in caught.value.problems] == [3, 4, 5, 6]
     assert "404" in caught.value.problems[0].reason.en
-    for text in (caught.value.text.en, caught.value.text.zh):
+    for text in (caught.value.message.en, caught.value.message.zh):
         assert f"http://{server.host}/private.wav" in text
         assert "secret" not in text
     assert {path.name for path in place.iterdir()} == {"rows.csv", "nan.wav"}

@@ -19,7 +19,7 @@ from mdl_toolkit.data.convert.stats import Tally, say_summary, warn_of
 from mdl_toolkit.data.dataset import Record
 from mdl_toolkit.data.manifest import Row
 from mdl_toolkit.errors import MOST_ROWS_SHOWN, Problems, RowProblem
-from mdl_toolkit.i18n import Text
+from mdl_toolkit.i18n import Verbatim
 from mdl_toolkit.weights.tokenizer_files import TextFiles
 
 FILES = TextFiles("{}", "{{ x }}", ())
@@ -50,9 +50,9 @@ def tally_of(first_line: int, clips: list[tuple[Any, ...]]) -> Tally:
     for line, clip in enumerate(clips, start=first_line):
         samples, positions, tokens, padded, silent, clipped, cut, bad = clip
         if bad:
-            tally.problems.add(RowProblem(line, "audio", f"{line}.wav", Text("bad", "坏")))
+            tally.problems.add(RowProblem(line, "audio", f"{line}.wav", Verbatim("bad", "坏")))
             continue
-        reason = Text("cut off", "不完整") if cut else None
+        reason = Verbatim("cut off", "不完整") if cut else None
         loaded = clip_of(samples, padded=padded, silent=silent, clipped=clipped, truncated=reason)
         tally.add(row(line), loaded, positions, tokens)
     return tally
@@ -199,7 +199,7 @@ WARNINGS = {
 @pytest.mark.parametrize("language", WARNINGS)
 def test_the_warnings(monkeypatch, capsys, language):
     monkeypatch.setenv("LANGUAGE", language)
-    problem = RowProblem(3, "audio", "a.wav", Text("cut off", "不完整"))
+    problem = RowProblem(3, "audio", "a.wav", Verbatim("cut off", "不完整"))
     warn_of(Tally(padded=4, silent=5, clipped=6, truncated=Problems([problem], 71)))
     assert capsys.readouterr().err == WARNINGS[language]
 
@@ -212,5 +212,5 @@ def test_nothing_to_warn_of(capsys):
 def test_a_cut_off_address_shows_no_password():
     one = replace(row(3), audio_text="https://me:secret@host/a.wav")
     tally = Tally()
-    tally.add(one, clip_of(3200, truncated=Text("cut off", "不完整")), 10, 1)
+    tally.add(one, clip_of(3200, truncated=Verbatim("cut off", "不完整")), 10, 1)
     assert tally.truncated.first[0].value == "https://host/a.wav"

@@ -110,10 +110,10 @@ def test_a_second_conversion_is_refused(output, partial):
     with other(output) as first:
         with pytest.raises(InputError) as caught, WorkFolder(output):
             pass
-        assert caught.value.text.en == (
+        assert caught.value.message.en == (
             f"--output {output}: another conversion is writing it; wait for its end"
         )
-        assert caught.value.text.zh == f"--output {output}：另一个转换正在写入该位置；请等待其结束"
+        assert caught.value.message.zh == f"--output {output}：另一个转换正在写入该位置；请等待其结束"
         first.do("begin", "abc")  # it is not disturbed
         assert (partial / "plan.json").exists()
     with WorkFolder(output):
@@ -191,7 +191,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError) as caught, WorkFolder(tmp_path / "file/out"):
         pass
-    assert caught.value.text.en.startswith(f"--output {tmp_path}/file/out: cannot be written: ")
+    assert caught.value.message.en.startswith(f"--output {tmp_path}/file/out: cannot be written: ")
 
 
 # --- what counts as finished -----------------------------------------------------------------------------
@@ -336,10 +336,10 @@ def test_another_plan_is_refused(output):
         first.do("begin", "other")
         with pytest.raises(DatasetError) as caught:
             work.join(PLAN)
-    assert caught.value.text.en == (
+    assert caught.value.message.en == (
         "rank 1 finds another CSV, other recordings, options or versions than rank 0; give all ranks the same"
     )
-    assert caught.value.text.zh == "进程 1 与进程 0 的 CSV、音频、选项或版本不一致；请保持一致"
+    assert caught.value.message.zh == "进程 1 与进程 0 的 CSV、音频、选项或版本不一致；请保持一致"
 
 
 @pytest.mark.parametrize(("seconds", "completed"), [(-3600, False), (0, True), (3600, True)])

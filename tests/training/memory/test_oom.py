@@ -14,7 +14,7 @@ from mdl_toolkit.config.data import ConvertOptions
 from mdl_toolkit.data.convert.run import convert_dataset
 from mdl_toolkit.data.dataset import ConvertedDataset
 from mdl_toolkit.errors import ModelError, ToolkitError
-from mdl_toolkit.i18n import Text
+from mdl_toolkit.i18n import Verbatim
 from mdl_toolkit.inference.generate import Answerer
 from mdl_toolkit.training import trainer
 from mdl_toolkit.training.checkpoints import Checkpoint, checkpoints, damage
@@ -158,7 +158,7 @@ def test_numbers_that_are_not_finite_stop_a_run(tmp_path, compute, value, where)
         train(train_options(csv, MODEL, output, **changes))
     assert calls[-1] == 3
     rows = ", ".join(str(row + 1) for row in sorted(rows_of_step(tmp_path, csv, 3)))
-    assert caught.value.text.en == (
+    assert caught.value.message.en == (
         "step 4: the loss or its gradient is not finite; try a smaller --lr, or look at "
         f"rows {rows} of the training data"
     )
@@ -209,7 +209,7 @@ def test_an_evaluation_that_does_not_fit_is_computed_in_parts(tmp_path, compute,
 
 def test_no_more_rows_are_tried_than_there_are(capsys):
     """Of three rows, half of eight would be all of them again; and one row is not halved."""
-    at_once, tried = AtOnce(8, torch.device("cpu"), Text("here", "此处")), []
+    at_once, tried = AtOnce(8, torch.device("cpu"), Verbatim("here", "此处")), []
 
     def scarce(most):
         tried.append(most)

@@ -17,7 +17,7 @@ from mdl_toolkit.data.manifest import Row
 from mdl_toolkit.data.open_audio import Recordings
 from mdl_toolkit.data.tokenization import IGNORE_INDEX, Encoder
 from mdl_toolkit.errors import RowProblem
-from mdl_toolkit.i18n import Text
+from mdl_toolkit.i18n import Localized
 from mdl_toolkit.model.lengths import audio_token_count
 
 FRAME = SAMPLE_RATE // 50  # 20 ms, over which loudness is measured
@@ -128,11 +128,13 @@ class Inspection:
         return len(tokens.input_ids) - audio, int(np.count_nonzero(tokens.labels != IGNORE_INDEX))
 
 
-def too_long(length: int, limit: int) -> Text:
+def too_long(length: int, limit: int) -> Localized:
     """For a row whose prompt of so many tokens leaves no room for an answer (rule 37)."""
-    return Text(
-        f"the prompt alone takes {length} tokens; --max-length {limit} must be at least {length + 1}",
-        f"仅提示就有 {length} 个词元；--max-length {limit} 至少应为 {length + 1}",
+    return Localized(
+        "the prompt alone takes {length} tokens; --max-length {limit} must be at least {least}",
+        length=length,
+        limit=limit,
+        least=length + 1,
     )
 
 

@@ -104,9 +104,9 @@ def _text_side(options: CheckOptions) -> tuple[Path | None, Encoder | None]:
         if Path(options.model_name).expanduser().is_dir():
             raise
         warn(
-            "counting characters in place of tokens, with no look at --max-length and no forecast of memory: "
-            f"{problem.text.en}",
-            f"以字符数代替词元数，不检查 --max-length，也不预测内存占用：{problem.text.zh}",
+            "counting characters in place of tokens, with no look at --max-length and no forecast of "
+            "memory: {reason}",
+            reason=problem.message,
         )
         return None, None
     return folder, Encoder(read_text_files(folder))
@@ -137,7 +137,7 @@ def _look_at(manifest: Manifest, number: int, task: Inspection, options: CheckOp
     role = "inference" if options.for_inference else "evaluation" if number else "training"
     found, rows = Findings(str(manifest.path), role), sum(1 for _ in manifest.rows_unseen())
     workers = options.num_workers or default_workers() if rows >= FEW_ROWS else 1
-    with progress("checking", "检查中", rows) as shown:
+    with progress(rows, "checking") as shown:
         jobs = _jobs(manifest, found)
         with closing(work_through(jobs, task, min(workers, -(-rows // JOB_ROWS) or 1))) as messages:
             for message in messages:

@@ -133,8 +133,8 @@ def rows_of(
         kept = list(mine)
         if _fingerprint(plan.identity, _pieces(kept)) != shard.fingerprint:
             raise InputError(
-                f"{manifest.source}: recordings were changed while it was being read; start again",
-                f"{manifest.source}：读取过程中有音频文件被修改；请重新运行",
+                "{source}: recordings were changed while it was being read; start again",
+                source=manifest.source,
             )
         yield shard, kept
 

@@ -188,9 +188,9 @@ def _already(output: Path, plan: Plan, keeps_going: bool) -> Record | None:
             return ConvertedDataset(output).record
     if (output / PLAN_FILE).exists():
         say(
-            f"{output}: damaged, or converted from other rows or recordings, with other options or by "
+            "{output}: damaged, or converted from other rows or recordings, with other options or by "
             "another version; it is converted anew",
-            f"{output}：已损坏，或来自其他的行、音频、选项或版本；将重新转换",
+            output=output,
         )
     return None
 
@@ -205,8 +205,10 @@ def _clear_up(work: WorkFolder, plan: Plan | None, problem: BaseException) -> No
         work.remove()
         return
     say(
-        f"{finished} of {plan.rows} rows are finished (in {work.path}): the same command goes on from there",
-        f"已完成 {plan.rows} 行中的 {finished} 行，保存在 {work.path}：再次运行同一命令即可继续",
+        "{finished} of {rows} rows are finished (in {path}): the same command goes on from there",
+        finished=finished,
+        rows=plan.rows,
+        path=work.path,
     )
 
 
@@ -266,8 +268,9 @@ class _Run:
             if time.monotonic() > ends:
                 self.work.leave()
                 raise DatasetError(
-                    f"rank {self.ranks.rank}: rank 0 has not begun after {PATIENCE:.0f} s; start both",
-                    f"进程 {self.ranks.rank}：进程 0 在 {PATIENCE:.0f} 秒内未开始；请同时启动所有进程",
+                    "rank {rank}: rank 0 has not begun after {patience:.0f} s; start both",
+                    rank=self.ranks.rank,
+                    patience=PATIENCE,
                 )
             time.sleep(POLL)
         self._convert(lambda shard: shard.number % self.ranks.count == self.ranks.rank)
@@ -278,13 +281,14 @@ class _Run:
         done, problems = self.work.begin(self.plan), self.plan.problems.count
         if done:
             say(
-                f"going on from an earlier run: {done} of {self.plan.rows} rows are converted already",
-                f"从先前的运行继续：{self.plan.rows} 行中已有 {done} 行转换完毕",
+                "going on from an earlier run: {done} of {rows} rows are converted already",
+                done=done,
+                rows=self.plan.rows,
             )
         if self.is_spoilt and self.plan.rows >= FEW_ROWS:  # who has bad rows already may not want to wait
             warn(
-                f"{problems} rows cannot be used; looking at all recordings, to report everything at once",
-                f"{problems} 行无法使用；将检查全部音频，然后一并报告",
+                "{problems} rows cannot be used; looking at all recordings, to report everything at once",
+                problems=problems,
             )
 
     def _left(self) -> list[Shard]:
@@ -335,7 +339,7 @@ class _Run:
     def _wait(self, shards: int) -> None:
         """Others are at the last shards; look again soon."""
         if not self.is_waiting:
-            say(f"waiting for other ranks ({shards} parts)", f"等待其他进程完成（{shards} 个分片）")
+            say("waiting for other ranks ({shards} parts)", shards=shards)
         self.is_waiting = True
         time.sleep(POLL)
 
@@ -356,8 +360,7 @@ class _Run:
             self.manifest.check(total.problems)
         if self.work.finished(self.plan) != self.plan.rows:
             raise DatasetError(
-                f"{self.work.path}: something else has changed what is in it; start again",
-                f"{self.work.path}：其中的内容被其他程序改动；请重新运行",
+                "{path}: something else has changed what is in it; start again", path=self.work.path
             )
         return total
 
@@ -384,8 +387,9 @@ def left_out(dataset: Path) -> list[RowProblem]:
         return [*map(RowProblem.from_json, found)]
     except (OSError, ValueError, TypeError, KeyError) as problem:
         raise DatasetError(
-            f"{dataset}: the list of rows left out cannot be read ({problem}); start again",
-            f"{dataset}：无法读取未使用行的列表（{problem}）；请重新运行",
+            "{dataset}: the list of rows left out cannot be read ({reason}); start again",
+            dataset=dataset,
+            reason=problem,
         ) from problem
 
 
@@ -409,5 +413,5 @@ class _Shown:
 
 @contextmanager
 def _progress(shards: list[Shard]) -> Iterator[_Shown]:
-    with progress("converting", "转换中", sum(shard.rows for shard in shards)) as shown:
+    with progress(sum(shard.rows for shard in shards), "converting") as shown:
         yield _Shown(shown)

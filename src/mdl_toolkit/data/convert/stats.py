@@ -13,6 +13,7 @@ from mdl_toolkit.config.data import ConversionOptions
 from mdl_toolkit.data.dataset import Record
 from mdl_toolkit.data.manifest import Row
 from mdl_toolkit.errors import Problems, RowProblem
+from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.console import say, warn
 from mdl_toolkit.weights.provenance import Prompts
 from mdl_toolkit.weights.tokenizer_files import TextFiles
@@ -153,47 +154,46 @@ def _problems(values: dict[str, Any]) -> Problems:
 def warn_of(tally: Tally, *, is_list: bool = False) -> None:
     """Say what a user should know of the recordings; of a list of files nobody has seen the lines."""
     for each in tally.truncated.first:
-        en, zh = ("", "") if is_list else (f"line {each.line}: ", f"第 {each.line} 行：")
-        warn(f"{en}{each.value}: {each.reason.en}", f"{zh}{each.value}：{each.reason.zh}")
+        detail = Localized("") if is_list else Localized("line {line}: ", line=each.line)
+        warn("{detail}{recording}: {reason}", detail=detail, recording=each.value, reason=each.reason)
     more = tally.truncated.count - len(tally.truncated.first)
     if more:
-        warn(f"{more} more recordings were cut off", f"另有 {more} 个音频不完整")
+        warn("{more} more recordings were cut off", more=more)
     if tally.padded:
-        warn(
-            f"{tally.padded} clips are shorter than 0.2 s and were padded to one audio token",
-            f"{tally.padded} 个音频短于 0.2 秒，已补零至一个音频词元",
-        )
+        warn("{padded} clips are shorter than 0.2 s and were padded to one audio token", padded=tally.padded)
     if tally.silent:
-        warn(f"{tally.silent} clips are silent", f"{tally.silent} 个音频是静音")
+        warn("{silent} clips are silent", silent=tally.silent)
     if tally.clipped:
-        warn(
-            f"{tally.clipped} clips are clipped (recorded too loud)",
-            f"{tally.clipped} 个音频削波（录音过载）",
-        )
+        warn("{clipped} clips are clipped (recorded too loud)", clipped=tally.clipped)
 
 
 def say_summary(output: Path, record: Record) -> None:
     """Say what was converted."""
     say(
-        f"{output}: {record.rows:,} rows, {record.seconds / 3600:,.2f} hours, "
-        f"{record.audio_tokens + record.text_tokens:,} tokens",
-        f"{output}：{record.rows:,} 行，{record.seconds / 3600:,.2f} 小时，"
-        f"{record.audio_tokens + record.text_tokens:,} 个词元",
+        "{output}: {rows:,} rows, {hours:,.2f} hours, {tokens:,} tokens",
+        output=output,
+        rows=record.rows,
+        hours=record.seconds / 3600,
+        tokens=record.audio_tokens + record.text_tokens,
     )
     say(
-        f"  tokens per row: median {record.median_tokens:,}, 95 % up to {record.p95_tokens:,}, "
-        f"longest {record.most_tokens:,}",
-        f"  每行词元数：中位数 {record.median_tokens:,}，95% 不超过 {record.p95_tokens:,}，"
-        f"最长 {record.most_tokens:,}",
+        "  tokens per row: median {median:,}, 95 % up to {p95_tokens:,}, longest {most:,}",
+        median=record.median_tokens,
+        p95_tokens=record.p95_tokens,
+        most=record.most_tokens,
     )
     say(
-        f"  clips: {record.shortest_seconds:.2f} s to {record.longest_seconds:.2f} s; "
-        f"padded {record.padded:,}, silent {record.silent:,}, clipped {record.clipped:,}",
-        f"  音频：最短 {record.shortest_seconds:.2f} 秒，最长 {record.longest_seconds:.2f} 秒；"
-        f"补零 {record.padded:,}，静音 {record.silent:,}，削波 {record.clipped:,}",
+        "  clips: {shortest:.2f} s to {longest:.2f} s; padded {padded:,}, silent {silent:,}, clipped "
+        "{clipped:,}",
+        shortest=record.shortest_seconds,
+        longest=record.longest_seconds,
+        padded=record.padded,
+        silent=record.silent,
+        clipped=record.clipped,
     )
     share = record.bytes / (PCM_BYTES * SAMPLE_RATE * record.seconds)
     say(
-        f"  on disk: {record.bytes / 1e6:,.1f} MB, {share:.2f} times the audio as 16-bit PCM",
-        f"  磁盘占用：{record.bytes / 1e6:,.1f} MB，为 16 位 PCM 的 {share:.2f} 倍",
+        "  on disk: {megabytes:,.1f} MB, {share:.2f} times the audio as 16-bit PCM",
+        megabytes=record.bytes / 1000000.0,
+        share=share,
     )

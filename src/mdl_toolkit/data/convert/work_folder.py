@@ -105,10 +105,10 @@ class WorkFolder:
     def _say_stale(self, shards: int) -> None:
         if shards:
             say(
-                f"{self.path}: {shards} shards of an earlier run are damaged, or of other rows, recordings, "
+                "{path}: {shards} shards of an earlier run are damaged, or of other rows, recordings, "
                 "options or versions; they are removed, and converted anew where they are needed",
-                f"{self.path}：先前运行的 {shards} 个分片已损坏，或来自其他的行、音频、选项或版本；"
-                "将被删除，并在需要时重新转换",
+                path=self.path,
+                shards=shards,
             )
 
     def join(self, plan: Plan) -> bool:
@@ -127,9 +127,9 @@ class WorkFolder:
             return False
         if theirs != plan.fingerprint:
             raise DatasetError(
-                f"rank {self.rank} finds another CSV, other recordings, options or versions than rank 0; "
-                "give all ranks the same",
-                f"进程 {self.rank} 与进程 0 的 CSV、音频、选项或版本不一致；请保持一致",
+                "rank {rank} finds another CSV, other recordings, options or versions than rank 0; give "
+                "all ranks the same",
+                rank=self.rank,
             )
         return True
 
@@ -237,8 +237,7 @@ class WorkFolder:
         if not self._locks.try_acquire(self.rank, TRIES):
             self._locks.close()
             raise InputError(
-                f"--output {self.output}: another conversion is writing it; wait for its end",
-                f"--output {self.output}：另一个转换正在写入该位置；请等待其结束",
+                "--output {output}: another conversion is writing it; wait for its end", output=self.output
             )
         with suppress(OSError):
             # By the clock of whoever keeps the files.

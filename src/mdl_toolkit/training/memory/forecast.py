@@ -32,7 +32,7 @@ def forecast_training(folder: Path, options: TrainOptions, facts: Facts, beginni
         check_trainable(folder, quantization=options.quantization, merge=options.merge_lora)
         return _predicted(folder, options, facts, beginning)
     except ModelError as problem:
-        return {"problem": dataclasses.asdict(problem.text)}
+        return {"problem": dataclasses.asdict(problem.message)}
 
 
 def _predicted(folder: Path, options: TrainOptions, facts: Facts, beginning: int) -> Figures:

@@ -5,7 +5,7 @@ from typing import TypeVar
 
 import torch
 
-from mdl_toolkit.i18n import Text
+from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.console import warn
 from mdl_toolkit.utils.machine import OUT_OF_MEMORY, lack_of_memory
 
@@ -21,7 +21,7 @@ class AtOnce:
         what: is said of, when there are less from now on.
     """
 
-    def __init__(self, most: int, device: torch.device, what: Text) -> None:
+    def __init__(self, most: int, device: torch.device, what: Localized) -> None:
         self.most = most
         self._device, self._what = device, what
 
@@ -50,11 +50,8 @@ class AtOnce:
                 before_again()
             self._halve(rows, lack)
 
-    def _halve(self, rows: int, lack: Text) -> None:
+    def _halve(self, rows: int, lack: Localized) -> None:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         self.most = (min(self.most, rows) + 1) // 2
-        warn(
-            f"{lack.en}: {self.most} rows at once from now on, {self._what.en}",
-            f"{lack.zh}：此后每次计算 {self.most} 行（{self._what.zh}）",
-        )
+        warn("{lack}: {most} rows at once from now on, {what}", lack=lack, most=self.most, what=self._what)

@@ -18,7 +18,7 @@ import torch
 
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.errors import ModelError
-from mdl_toolkit.i18n import Text
+from mdl_toolkit.i18n import Localized
 from mdl_toolkit.model.configuration import MiDashengLMConfig
 from mdl_toolkit.training.gradient_checkpointing import NONE, Kept
 from mdl_toolkit.training.lora import FULL_TARGETS, LORA_TARGETS, add_adapters
@@ -33,9 +33,9 @@ SMALL_SHARE = 0.1  # of the whole: it does not help to lower what is less
 LOW_RANK = 8  # of adapters; does for simple tasks
 MOST_STEPS = 20_000  # of the first epoch that are looked at: a fifth of a second
 PARTS = {
-    "audio_encoder": Text("encoder", "编码器"),
-    "audio_projector": Text("projector", "投影器"),
-    "decoder": Text("decoder", "解码器"),
+    "audio_encoder": Localized("encoder"),
+    "audio_projector": Localized("projector"),
+    "decoder": Localized("decoder"),
 }
 # NF4 with double quantisation: a byte for every block of 64 numbers, a float32 for every 256 of those bytes,
 # and two tables and an offset per matrix. Equal to what bitsandbytes 0.50 allocates.
@@ -84,43 +84,44 @@ class MemoryPlan:
         """Bytes of everything."""
         return self.weights + self.trained + self.activations
 
-    def lines(self) -> list[Text]:
+    def lines(self) -> list[Localized]:
         """The prediction and what it consists of; then the weights, part by part."""
         sizes = [size(count) for count in (self.total, self.weights, self.trained, self.activations)]
-        free = ("", "") if self.free is None else (f"; free: {size(self.free)}", f"；可用 {size(self.free)}")
+        free = Localized("") if self.free is None else Localized("; free: {free}", free=size(self.free))
         parts = [(PARTS[part], f"{size(count)} {form}") for (part, form), count in self.parts.items()
                  if count > 0.001 * self.weights]  # fmt: skip
         en = "memory predicted: {} (weights {}, adapters and optimizer {}, activations {})".format(*sizes)
         zh = "预计内存占用：{}（权重 {}，适配器与优化器 {}，激活值 {}）".format(*sizes)
         return [
-            Text(en + free[0], zh + free[1]),
-            Text(
+            Localized(en + free[0], zh + free[1]),
+            Localized(
                 "memory of weights: " + ", ".join(f"{name.en} {words}" for name, words in parts),
                 "权重占用：" + "，".join(f"{name.zh} {words}" for name, words in parts),
             ),
             *self._recomputed(),
         ]
 
-    def _recomputed(self) -> list[Text]:
+    def _recomputed(self) -> list[Localized]:
         """How much gradient checkpointing computes again, if it is on."""
         if self.blocks is None:
             return []
         pairs = [(self.blocks.encoder, self.kept.encoder), (self.blocks.decoder, self.kept.decoder)]
         encoder, decoder = (f"{there - kept}/{there}" for there, kept in pairs)
         return [
-            Text(
-                f"gradient checkpointing computes again: encoder blocks {encoder}, decoder layers {decoder}",
-                f"梯度检查点将重新计算：编码器 {encoder} 块，解码器 {decoder} 层",
+            Localized(
+                "gradient checkpointing computes again: encoder blocks {encoder}, decoder layers {decoder}",
+                encoder=encoder,
+                decoder=decoder,
             )
         ]
 
-    def warning(self) -> Text | None:
+    def warning(self) -> Localized | None:
         """What to lower, if less is free than is needed: first what lowers the largest share."""
         if self.free is None or self.total <= self.free:
             return None
         shares = sorted(self.remedies, key=lambda remedy: -getattr(self, remedy[0]))
         words = [words for figure, words in shares if getattr(self, figure) > SMALL_SHARE * self.total]
-        return Text(
+        return Localized(
             f"memory may not suffice: {size(self.total)} predicted, {size(self.free)} free"
             + (f"; try {', or '.join(words)}" if words else ""),
             f"内存可能不足：预计需要 {size(self.total)}，可用 {size(self.free)}"
@@ -217,7 +218,7 @@ def on_paper(base: Path) -> Any:
             return MiDashengLMModel(MiDashengLMConfig.from_pretrained(base, local_files_only=True))
     except Exception as problem:  # the libraries raise a dozen kinds; each means: no such model
         reason = " ".join(str(problem).split())
-        raise ModelError(f"{base}: cannot be loaded: {reason}", f"{base}：无法加载：{reason}") from problem
+        raise ModelError("{base}: cannot be loaded: {reason}", base=base, reason=reason) from problem
 
 
 def _quantized(base: Path) -> str | None:
