@@ -15,7 +15,7 @@ STAMP := $(VENV)/.set-up
 DOCS_STAMP := $(VENV)/.set-up-docs
 BROWSER_STAMP := $(VENV)/.set-up-browser
 
-.PHONY: setup check test test-fast torture demo bench bench-convert bench-train bench-infer screenshots docs clean
+.PHONY: setup check test test-fast torture demo bench bench-convert bench-train bench-infer messages screenshots docs clean
 
 setup: $(STAMP)
 
@@ -67,6 +67,10 @@ bench-train: $(STAMP)
 
 bench-infer: $(STAMP)
 	$(BIN)/python -m benchmarks answering
+
+# The catalogue of Chinese messages, from the templates in the code.
+messages: $(STAMP)
+	$(BIN)/python -m tests.support.messages
 
 screenshots: $(STAMP) $(BROWSER_STAMP)
 	$(BIN)/python -m tests.support.screenshots

@@ -16,13 +16,20 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from mdl_toolkit.i18n import Localized
+from mdl_toolkit.i18n import Localized, Verbatim, join_messages
 
 MOST_ROWS_SHOWN = 50  # rule 12: at most the first 50 and a count
 
 
 class ToolkitError(Exception):
-    """What went wrong, where, and what to do, in one sentence and both languages.
+    """Say what went wrong, where, and what to do, in one sentence.
+
+    Args:
+        template: the sentence, with fields as `str.format` has them, or the message that is made already.
+        fields: their values.
+
+    Attributes:
+        message: it in the reader's language.
 
     Example:
         ```python
@@ -37,12 +44,12 @@ class ToolkitError(Exception):
 
     exit_status = 1
 
-    def __init__(self, message: Localized) -> None:
-        super().__init__(message)
-        self.text = message
+    def __init__(self, template: str | Localized, /, **fields: Any) -> None:
+        self.message = Localized.of(template, fields)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
-        return str(self.text)
+        return str(self.message)
 
 
 class UsageError(ToolkitError):
@@ -83,14 +90,18 @@ class RowProblem:
     value: str
     reason: Localized
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain values that `from_json` understands."""
+        return {**vars(self), "reason": self.reason.to_json()}
+
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "RowProblem":
-        """What `dataclasses.asdict` made plain values of.
+        """What `to_json` made plain values of.
 
         Raises:
             TypeError, KeyError: these are other values.
         """
-        return cls(**{**values, "reason": Localized(**values["reason"])})
+        return cls(**{**values, "reason": Verbatim(**values["reason"])})
 
 
 class RowsError(InputError):
@@ -106,24 +117,32 @@ class RowsError(InputError):
         self.source, self.is_list = source, is_list
         self.problems = tuple(sorted(problems, key=_line_of))
         self.count = len(problems) if count is None else count
-        super().__init__(self._render(chinese=False), self._render(chinese=True))
+        super().__init__(self._message())
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(type(self), is_list=self.is_list), (self.source, self.problems, self.count)
 
-    def _render(self, *, chinese: bool) -> str:
-        count = self.count
-        detail = Localized("file(s)") if self.is_list else Localized("row(s)")
-        head = f"{self.source}：{count} {zh}有问题：" if chinese else f"{self.source}: {count} bad {en}:"
-        lines = [head]
-        for problem in self.problems[:MOST_ROWS_SHOWN]:
-            where = "" if self.is_list else f"{_where(problem, chinese)} "
-            reason = problem.reason.zh if chinese else problem.reason.en
-            lines.append(f"  {where}{_shorten(problem.value)!r}: {reason}")
-        if count > MOST_ROWS_SHOWN:
-            more = count - MOST_ROWS_SHOWN
-            lines.append(f"  ……另有 {more} {zh}" if chinese else f"  ... and {more} more")
-        return "\n".join(lines)
+    def _message(self) -> Localized:
+        if self.is_list:
+            head = Localized("{source}: {count} bad file(s):", source=self.source, count=self.count)
+        else:
+            head = Localized("{source}: {count} bad row(s):", source=self.source, count=self.count)
+        lines = [head, *map(self._line, self.problems[:MOST_ROWS_SHOWN])]
+        if self.count > MOST_ROWS_SHOWN:
+            lines.append(Localized("  ... and {more} more", more=self.count - MOST_ROWS_SHOWN))
+        return join_messages(lines, "{left}\n{right}")
+
+    def _line(self, problem: RowProblem) -> Localized:
+        value = _shorten(problem.value)
+        if self.is_list:
+            return Localized("  {value!r}: {reason}", value=value, reason=problem.reason)
+        return Localized(
+            "  line {line}, column {column} {value!r}: {reason}",
+            line=problem.line,
+            column=problem.column,
+            value=value,
+            reason=problem.reason,
+        )
 
 
 @dataclass
@@ -149,6 +168,10 @@ class Problems:
         self.first = sorted([*self.first, *other.first], key=_line_of)[: self.most]
         self.count += other.count
 
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {**vars(self), "first": [problem.to_json() for problem in self.first]}
+
     def check(self, source: str, *, is_list: bool = False) -> None:
         """Raise RowsError if there is any problem."""
         if self.count:
@@ -157,12 +180,6 @@ class Problems:
 
 def _line_of(problem: RowProblem) -> int:
     return problem.line
-
-
-def _where(problem: RowProblem, chinese: bool) -> str:
-    if chinese:
-        return f"第 {problem.line} 行 {problem.column} 列"
-    return f"line {problem.line}, column {problem.column}"
 
 
 def _shorten(value: str, most: int = 120) -> str:

@@ -464,7 +464,9 @@ def test_bad_recordings_of_a_folder_are_told_as_those_of_the_folder(model, tmp_p
         assert bad.startswith(f"  '{tmp_path}/clips/a.wav': ")
     with pytest.raises(RowsError) as caught:  # too long, which is known later
         infer(options(tmp_path / "clips/clip*", model, tmp_path / "out.csv", max_length=3))
-    assert caught.value.message.en.splitlines()[1].startswith(f"  '{tmp_path}/clips/clip-0-0.wav': the prompt")
+    assert caught.value.message.en.splitlines()[1].startswith(
+        f"  '{tmp_path}/clips/clip-0-0.wav': the prompt"
+    )
 
 
 def test_warnings_about_a_folder_name_no_line_of_a_list_that_nobody_has_seen(model, tmp_path, capsys):

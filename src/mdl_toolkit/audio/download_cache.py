@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mdl_toolkit.audio.http import MEGABYTE, FetchError, Limits, Version, digest, fetch, origin, refusal
 from mdl_toolkit.errors import AudioError
-from mdl_toolkit.i18n import Localized
+from mdl_toolkit.i18n import Verbatim
 from mdl_toolkit.utils.files import partial_name, writing
 from mdl_toolkit.utils.locks import held
 
@@ -52,7 +52,7 @@ class Downloads:
             with held(content.with_suffix(".lock")):
                 record = self._record(url, content)
         if record.en:
-            raise refusal(url, record)
+            raise refusal(url, Verbatim(record.en, record.zh))
         return content
 
     def _record(self, url: str, content: Path) -> "_Record":

@@ -103,7 +103,7 @@ class OptionsCommand(click.Command):
         from_words = checked(self.options, given)
         if ctx.args:
             name, word = self.options.COMMAND, ctx.args[0]
-            raise UsageError("{name}: unexpected argument {word!r}", name=name, word=word)
+            raise UsageError("{command}: unexpected argument {word!r}", command=name, word=word)
         from_file = read_settings(shared.config, self.options) if shared.config else {}
         return self.work(from_mapping(self.options, {**from_file, **from_words}))
 
@@ -250,9 +250,7 @@ def _entry(field: "Field[Any]") -> HelpEntry:
     if field.default is MISSING:
         note = Localized("(required)")
     else:
-        shown = _shown(field.default)
-        dynamic = setting.dynamic or Localized(shown, shown)
-        note = Localized("(default: {dynamic})", dynamic=dynamic)
+        note = Localized("(default: {value})", value=setting.dynamic or _shown(field.default))
     return HelpEntry(label, str(note), str(setting.help))
 
 
@@ -266,7 +264,8 @@ def help_page(
     usage: str, summary: str, sections: Iterable[tuple[str, Sequence[HelpEntry]]], width: int
 ) -> str:
     """A page of help in lines of at most `width` columns, where the words allow it."""
-    lines = [*wrap(f"{Text('Usage: ', '用法：')}{usage}", width), "", *_indented(wrap(summary, width - 2), 2)]
+    first = Localized("Usage: {command}", command=usage)
+    lines = [*wrap(str(first), width), "", *_indented(wrap(summary, width - 2), 2)]
     for heading, entries in sections:
         lines += ["", str(Localized("{heading}:", heading=heading))]
         for entry in entries:

@@ -217,7 +217,7 @@ def _nobody_reads(problem: Exception) -> bool:
 
 def _report(message: Localized) -> None:
     """Write why it ends; unlike `console.say`, in every process, since any one of several may fail alone."""
-    sys.stderr.write(f"{Text(en, zh)}\n")
+    sys.stderr.write(f"{message}\n")
 
 
 def _report_bug(problem: Exception) -> None:

@@ -4,13 +4,13 @@ Values are checked here, one by one; what depends on files, models or the machin
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from mdl_toolkit.config.types import Kind
 from mdl_toolkit.errors import UsageError
-from mdl_toolkit.i18n import Localized
+from mdl_toolkit.i18n import Localized, join_messages
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Setting:
 REQUIRED: Any = dataclasses.MISSING
 
 
-def option(kind: Kind, default: Any, group: Localized, message: Localized, **more: Any) -> Any:
+def option(kind: Kind, default: Any, group: Localized, help: str | Localized, /, **more: Any) -> Any:
     """Declare one option; `more` goes to `Setting`."""
-    setting = Setting(kind, group, message, **more)
+    setting = Setting(kind, group, Localized.of(help, {}), **more)
     return dataclasses.field(default=default, metadata={"setting": setting})
 
 
@@ -60,7 +60,7 @@ class Options:
     """What every command's options share: checking, and the way to and from YAML and words."""
 
     COMMAND: ClassVar[str] = ""
-    SUMMARY: ClassVar[Localized] = Localized("")
+    SUMMARY: ClassVar[Localized]
     GROUPS: ClassVar[tuple[Localized, ...]] = ()
 
     def __post_init__(self) -> None:
@@ -78,21 +78,38 @@ def shown_name(field: "dataclasses.Field[Any]") -> str:
     return field.name.upper() if setting_of(field).positional else spelling(field.name)
 
 
+class ValuesError(UsageError):
+    """Values of options that are not accepted.
+
+    Attributes:
+        lines: a line for each.
+    """
+
+    def __init__(self, lines: Sequence[Localized]) -> None:
+        self.lines = lines
+        super().__init__(join_messages(lines, "{left}\n{right}"))
+
+
 def checked(options: type[Options], values: Mapping[str, Any]) -> dict[str, Any]:
     """Values by field name, each brought to its option's type; options without a value are left out.
 
     Raises:
-        UsageError: naming every value that is not accepted, in one message.
+        ValuesError: naming every value that is not accepted, in one message.
     """
     fields = [field for field in dataclasses.fields(options) if field.name in values]
     read = {field.name: _read(field, values[field.name]) for field in fields}
     refused = [field for field in fields if isinstance(read[field.name], Localized)]
     if refused:
-        lines = [(shown_name(field), read[field.name], _quoted(values[field.name])) for field in refused]
-        raise UsageError(
-            "\n".join(f"{name}: {reason.en}, not {value}" for name, reason, value in lines),
-            "\n".join(f"{name}：{reason.zh}，而不是 {value}" for name, reason, value in lines),
-        )
+        lines = [
+            Localized(
+                "{option}: {accepted}, not {value}",
+                option=shown_name(field),
+                accepted=read[field.name],
+                value=_quoted(values[field.name]),
+            )
+            for field in refused
+        ]
+        raise ValuesError(lines)
     return read
 
 

@@ -36,9 +36,9 @@ class Kind:
     is_repeated: bool = False
 
 
-def refuse(message: Localized) -> ValueError:
-    """What `Kind.parse` raises: the values that are accepted, in both languages."""
-    return ValueError(message)
+def refuse(template: str, /, **fields: Any) -> ValueError:
+    """What `Kind.parse` raises: the values that are accepted."""
+    return ValueError(Localized(template, **fields))
 
 
 def is_boolean_word(word: str) -> bool:

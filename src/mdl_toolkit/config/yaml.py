@@ -11,8 +11,17 @@ from typing import Any, TypeVar
 
 import yaml
 
-from mdl_toolkit.config.options import Options, checked, fields_in_order, setting_of, shown_name, spelling
+from mdl_toolkit.config.options import (
+    Options,
+    ValuesError,
+    checked,
+    fields_in_order,
+    setting_of,
+    shown_name,
+    spelling,
+)
 from mdl_toolkit.errors import InputError, UsageError
+from mdl_toolkit.i18n import Localized, join_messages
 
 SETTINGS_FILE = "mdl-toolkit.yaml"
 
@@ -58,11 +67,9 @@ def read_settings(path: str | Path, cls: type[Options], option: str = "--config"
         )
     try:
         return checked(cls, named)
-    except UsageError as refused:
-        raise InputError(
-            "\n".join(f"{place}: {line}" for line in refused.message.en.splitlines()),
-            "\n".join(f"{place}：{line}" for line in refused.message.zh.splitlines()),
-        ) from refused
+    except ValuesError as refused:
+        lines = [Localized("{place}: {reason}", place=place, reason=line) for line in refused.lines]
+        raise InputError(join_messages(lines, "{left}\n{right}")) from refused
 
 
 def _mapping(path: str | Path, place: str) -> dict[Any, Any]:

@@ -195,7 +195,7 @@ def _render(template: ChatTemplate, turns: list[dict[str, Any]], *, asking: bool
         )
     except Exception as problem:  # a template is a program, and may fail in every way that one can
         reason = " ".join(str(problem).split()) or type(problem).__name__
-        raise _unfit(reason, reason) from problem
+        raise _unfit(reason) from problem
 
 
 class _Generation(jinja2.ext.Extension):
@@ -250,5 +250,5 @@ def _audio_words(template: ChatTemplate) -> Localized:
     return Localized("it does not place {token} exactly once", token=token)
 
 
-def _unfit(message: Localized) -> ModelError:
-    return ModelError("the model's chat template cannot be used: {message}", message=message)
+def _unfit(reason: str | Localized) -> ModelError:
+    return ModelError("the model's chat template cannot be used: {reason}", reason=reason)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from mdl_toolkit.errors import InputError, RowProblem
-from mdl_toolkit.i18n import Localized
+from mdl_toolkit.i18n import Localized, join_messages
 
 NUL_MARK = "\udc00"  # stands for NUL while the CSV is read, as Python 3.10's csv refuses NUL itself
 BAD_BYTE = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of bytes that are not UTF-8
@@ -185,16 +185,18 @@ def _bad_column(cells: list[str], columns: list[str], number: int) -> str:
 def _not_utf8(path: Path, line: int, column: str) -> InputError:
     """The error for text that is not UTF-8, naming the first place and the likely encoding."""
     guess = next((name for name in OTHER_ENCODINGS if _decodes(path, name)), None)
-    where = Localized(", column {column}", column=column) if column else Localized("")
-    detail = Localized("line {line}{where}: not UTF-8 text", line=line, where=where)
-    return bad(
-        path,
-        Localized(
-            "{detail}{guess}; save the file as UTF-8",
-            detail=detail,
-            guess=(Localized(" (it may be {guess})", guess=guess) if guess else Localized("")),
-        ),
+    where = (
+        Localized("line {line}, column {column}", line=line, column=column)
+        if column
+        else Localized("line {line}", line=line)
     )
+    if guess:
+        reason = Localized(
+            "{where}: not UTF-8 text (it may be {guess}); save the file as UTF-8", where=where, guess=guess
+        )
+    else:
+        reason = Localized("{where}: not UTF-8 text; save the file as UTF-8", where=where)
+    return bad(path, reason)
 
 
 def _decodes(path: Path, encoding: str) -> bool:
@@ -244,7 +246,7 @@ def check_columns(path: Path, columns: Sequence[str], needed: Sequence[str]) -> 
     if any(NUL_MARK in name for name in columns):
         complaints.append(Localized("line 1 holds a NUL byte; remove it"))
     if complaints:
-        raise bad(path, "; ".join(text.en for text in complaints), "；".join(text.zh for text in complaints))
+        raise bad(path, join_messages(complaints, "{left}; {right}"))
 
 
 def _missing(name: str, columns: Sequence[str]) -> Localized:

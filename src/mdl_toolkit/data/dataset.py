@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from mdl_toolkit.audio.flac import PackedAudio, unpack_audio
 from mdl_toolkit.data.tokenization import IGNORE_INDEX, Tokens
 from mdl_toolkit.errors import DatasetError, InputError
+from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.files import fsync, writing
 from mdl_toolkit.weights.provenance import Prompts
 from mdl_toolkit.weights.tokenizer_files import TextFiles
@@ -130,9 +131,9 @@ class Record:
         Raises:
             DatasetError: with both fingerprints.
         """
-        for what, what_zh, ours, theirs in (
-            ("tokenizer", "分词器", self.tokenizer, files.tokenizer_fingerprint),
-            ("chat template", "对话模板", self.chat_template, files.template_fingerprint),
+        for what, ours, theirs in (
+            (Localized("tokenizer"), self.tokenizer, files.tokenizer_fingerprint),
+            (Localized("chat template"), self.chat_template, files.template_fingerprint),
         ):
             if ours != theirs:
                 raise DatasetError(

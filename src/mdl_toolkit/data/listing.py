@@ -61,15 +61,15 @@ def list_recordings(words: str) -> list[str]:
     if Path(words).is_dir():
         found = _matches(f"{glob.escape(words.rstrip('/') or '/')}/**/*")
         files = [name for name in found if Path(name).suffix.lower() in SUFFIXES]
-        detail = Localized("the folder")
+        where = Localized("the folder")
     else:
-        files, (en, zh) = _matches(words), Localized("the pattern")
+        files, where = _matches(words), Localized("the pattern")
     files = [name for name in files if Path(name).is_file()]
     if not files:
         raise InputError(
-            "{words}: {detail} holds no recordings; give a CSV, or a folder or pattern of audio files",
+            "{words}: {where} holds no recordings; give a CSV, or a folder or pattern of audio files",
             words=words,
-            detail=detail,
+            where=where,
         )
     return files
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from mdl_toolkit.data.dataset import ConvertedDataset
 from mdl_toolkit.data.tokenization import IGNORE_INDEX
+from mdl_toolkit.i18n import Localized, join_messages
 from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.utils.console import warn
 
@@ -152,19 +153,31 @@ def warn_of_leaks(train_set: ConvertedDataset, eval_set: ConvertedDataset) -> bo
     leaks = find_leaks(train_set, eval_set)
     if not leaks.count:
         return False
-    parts = (
-        (leaks.same, "with the same prompt and answer", "提示词与回答均相同"),
-        (leaks.prompts, "with the same answer to another prompt", "回答相同、提示词不同"),
-        (leaks.answers, "with another answer", "回答不同"),
-    )
-    en = "; ".join(f"{len(rows)} {what} (rows {_named(rows)})" for rows, what, _ in parts if rows)
-    zh = "；".join(f"{len(rows)} 行{what_zh}（第 {_named(rows)} 行）" for rows, _, what_zh in parts if rows)
+    parts = []
+    if rows := leaks.same:
+        parts.append(
+            Localized(
+                "{count} with the same prompt and answer (rows {rows})", count=len(rows), rows=_named(rows)
+            )
+        )
+    if rows := leaks.prompts:
+        parts.append(
+            Localized(
+                "{count} with the same answer to another prompt (rows {rows})",
+                count=len(rows),
+                rows=_named(rows),
+            )
+        )
+    if rows := leaks.answers:
+        parts.append(
+            Localized("{count} with another answer (rows {rows})", count=len(rows), rows=_named(rows))
+        )
     warn(
-        "{count} of {rows} evaluation rows have a recording that is also trained on: {detail}; the "
+        "{count} of {rows} evaluation rows have a recording that is also trained on: {parts}; the "
         "evaluation looks better than it is, so take them out of one of the two",
         count=leaks.count,
         rows=len(eval_set),
-        detail=detail,
+        parts=join_messages(parts, "{left}; {right}"),
     )
     return True
 

@@ -125,7 +125,7 @@ def _other(
 
 def _answers(table: Table, references: Sequence[str], found: Join | None, scores: str | None) -> Answers:
     """The predictions of one file, in the references' order."""
-    join = found or Join(tuple(range(len(table))), Localized(""))
+    join = found or Join(tuple(range(len(table))), Localized("joined by row number"))
     if scores is not None:
         table.need(scores)
     errors = _ordered(table, ERROR, join) if ERROR in table.columns else [""] * len(references)

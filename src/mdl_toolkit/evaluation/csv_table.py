@@ -13,7 +13,7 @@ from mdl_toolkit.audio.urls import without_credentials
 from mdl_toolkit.data.csv_reader import NUL_MARK, check_columns, excess, header_of, lines_of, no_rows, opened
 from mdl_toolkit.data.manifest import AUDIO
 from mdl_toolkit.errors import InputError, Problems
-from mdl_toolkit.i18n import Localized
+from mdl_toolkit.i18n import Localized, join_messages
 
 EXAMPLES = 3  # so many rows are named in a message
 
@@ -117,12 +117,14 @@ def _check_known(table: Table, other: Table) -> None:
     known = set(other.column(AUDIO))
     lost = [row for row, name in enumerate(table.column(AUDIO)) if name not in known]
     if lost:
-        shown = [_shown(table, row) for row in lost]
         raise InputError(
-            f"{table.path}: {len(lost)} of {len(table)} recordings are not in {other.path} "
-            f"({_listed(shown, chinese=False)}); give files with the same rows.",
-            f"{table.path}：{len(table)} 条录音中有 {len(lost)} 条不在 {other.path} 中"
-            f"（{_listed(shown, chinese=True)}）；两个文件的行应相同。",
+            "{path}: {lost} of {rows} recordings are not in {other} ({examples}); give files with the same "
+            "rows.",
+            path=table.path,
+            lost=len(lost),
+            rows=len(table),
+            other=other.path,
+            examples=_listed([_shown(table, row) for row in lost]),
         )
 
 
@@ -174,10 +176,13 @@ def _check_file_names(left: Table, right: Table) -> None:
             for row in wrong
         ]
         raise InputError(
-            f"{left.path} and {right.path} name different recordings in {len(wrong)} of {len(left)} rows "
-            f"({_listed(shown, chinese=False)}); give files with the same rows in the same order.",
-            f"{left.path} 与 {right.path} 的 {len(left)} 行中有 {len(wrong)} 行录音不同"
-            f"（{_listed(shown, chinese=True)}）；两个文件的行和顺序应相同。",
+            "{left} and {right} name different recordings in {wrong} of {rows} rows ({examples}); give files "
+            "with the same rows in the same order.",
+            left=left.path,
+            right=right.path,
+            wrong=len(wrong),
+            rows=len(left),
+            examples=_listed(shown),
         )
 
 
@@ -190,8 +195,8 @@ def _shown(table: Table, row: int) -> Localized:
     return Localized("{name!r} on line {line}", name=name, line=line)
 
 
-def _listed(shown: Sequence[Localized], *, chinese: bool) -> str:
-    parts = [text.zh if chinese else text.en for text in shown[:EXAMPLES]]
+def _listed(shown: Sequence[Localized]) -> Localized:
+    parts = [*shown[:EXAMPLES]]
     if len(shown) > EXAMPLES:
-        parts.append("……" if chinese else "...")
-    return ("、" if chinese else ", ").join(parts)
+        parts.append(Localized("..."))
+    return join_messages(parts, "{left}, {right}")

@@ -14,7 +14,7 @@ from mdl_toolkit.utils.console import width_of
 MOST_LABELS = 30  # of a confusion table in the terminal
 MOST_GROUPS = 40  # of one column in the terminal; files have all
 WIDEST = 40  # columns of the terminal that one cell may take
-OTHER = Localized("other")
+OTHER = Localized("others")
 EMPTY = Localized("(empty)")
 INTERVAL = Localized("95 % interval")
 

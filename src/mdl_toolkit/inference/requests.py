@@ -205,13 +205,13 @@ def _warn_other(manifest: Manifest, kind: PromptKind, prompt: str | None) -> Non
     if others:
         line, theirs = others[0].line, _shown(getattr(others[0], kind.column))
         is_list = manifest.listed is not None
-        detail = Localized("here") if is_list else Localized("line {line}", line=line)
+        where = Localized("here") if is_list else Localized("line {line}", line=line)
         warn(
-            "{kind}: {count} rows have another one than the training ({detail}: {theirs}; the training: "
+            "{kind}: {count} rows have another one than the training ({where}: {theirs}; the training: "
             "{prompt}); answers may be worse",
             kind=kind.text,
             count=len(others),
-            detail=detail,
+            where=where,
             theirs=theirs,
             prompt=_shown(prompt),
         )

@@ -277,13 +277,15 @@ class _Inference:
 
 
 def _tell(output: Path, rows: int, without: int) -> None:
-    detail = Localized(", {without} rows without one", without=without) if without else Localized("")
-    say(
-        "{output}: {predictions} predictions{detail}",
-        output=output,
-        predictions=rows - without,
-        detail=detail,
-    )
+    if without:
+        say(
+            "{output}: {predictions} predictions, {without} rows without one",
+            output=output,
+            predictions=rows - without,
+            without=without,
+        )
+    else:
+        say("{output}: {predictions} predictions", output=output, predictions=rows)
 
 
 def _reason(inputs: Inputs | None, row: Row) -> str:

@@ -97,9 +97,9 @@ def prove(base: Path, adapter: Path, merged: Path, samples: Sequence[Sample]) ->
     shown = f"{found.logits:.2g}", f"{allowed:.2g}", f"{size:.3g}"
     if not found.logits <= allowed:
         raise ModelError(
-            "the merged model does not answer as base and adapter do: largest logit difference "
-            "{difference} (allowed {allowed}, largest logit {largest}); it was not put in place, the "
-            "adapter stays in {adapter}",
+            "the merged model does not answer as base and adapter do: largest logit difference {difference} "
+            "(allowed {allowed}, largest logit {largest}); it was not put in place, the adapter stays in "
+            "{adapter}",
             difference=shown[0],
             allowed=shown[1],
             largest=shown[2],

@@ -161,7 +161,7 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
             for group in evaluation.groups
         ],
         "confusion": confusion and {"labels": confusion.labels, "counts": confusion.counts},
-        "notes": [_both(note) for note in (*evaluation.notes, *_right_by(evaluation))],
+        "notes": [note.to_json() for note in (*evaluation.notes, *_right_by(evaluation))],
     }
 
 
@@ -185,7 +185,3 @@ def _right_by(evaluation: Evaluation) -> list[Localized]:
     is_character = settings["errors_in"] == CHARACTER
     unit = Localized("characters") if is_character else Localized("words")
     return [Localized("a row is right if {rule}; errors are counted in {unit}", rule=rule, unit=unit)]
-
-
-def _both(text: Localized) -> dict[str, str]:
-    return {"en": text.en, "zh": text.zh}

@@ -208,13 +208,7 @@ def to_resume(output: Path, resume: bool | str | None) -> Checkpoint | None:
         if not path.is_dir():
             raise ModelError("--resume-from-checkpoint {path}: no such folder", path=path)
         if reason := damage(path):
-            detail = _hint(path)
-            raise ModelError(
-                "--resume-from-checkpoint {path}: not a complete checkpoint ({reason}){detail}",
-                path=path,
-                reason=reason,
-                detail=detail,
-            )
+            raise _incomplete(path, reason)
         return Checkpoint.at(path)
     for path in reversed(checkpoints(output)):
         if reason := damage(path):
@@ -224,11 +218,20 @@ def to_resume(output: Path, resume: bool | str | None) -> Checkpoint | None:
     return None
 
 
-def _hint(path: Path) -> Localized:
-    """The newest whole checkpoint of the run whose folder, result or other checkpoint was given."""
+def _incomplete(path: Path, reason: Localized) -> ModelError:
+    """Return the error, with the newest whole checkpoint of the run that the path belongs to."""
     found = checkpoints(path) or checkpoints(path.resolve().parent)
     whole = next((each for each in reversed(found) if damage(each) is None), None)
-    return Localized("; did you mean {whole}?", whole=whole) if whole else Localized("")
+    if whole is None:
+        return ModelError(
+            "--resume-from-checkpoint {path}: not a complete checkpoint ({reason})", path=path, reason=reason
+        )
+    return ModelError(
+        "--resume-from-checkpoint {path}: not a complete checkpoint ({reason}); did you mean {whole}?",
+        path=path,
+        reason=reason,
+        whole=whole,
+    )
 
 
 def checkpoint_at(output: Path, step: int, resumed: Checkpoint | None) -> Path:

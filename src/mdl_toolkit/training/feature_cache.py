@@ -131,11 +131,15 @@ class FeatureCache:
         tokens = sum(int(_counts(dataset).sum()) for dataset in self._datasets)
         needed = tokens * self._hidden * self._dtype.itemsize
         free = shutil.disk_usage(self._folder).free
-        en = f"audio features: {size(needed)} in {self._folder}, where {size(free)} are free"
-        zh = f"音频特征：需要 {size(needed)}，保存在 {self._folder}（可用空间 {size(free)}）"
+        message = Localized(
+            "audio features: {needed} in {folder}, where {free} are free",
+            needed=size(needed),
+            folder=self._folder,
+            free=size(free),
+        )
         if needed > free:
-            raise InputError("{detail}; make room, or leave --cache-audio-features out", detail=detail)
-        say(detail)
+            raise InputError("{message}; make room, or leave --cache-audio-features out", message=message)
+        say(message)
 
     def featured(self, dataset: ConvertedDataset, model: Any) -> ConvertedDataset | FeaturedSet:
         """The dataset with its features, if they are to be kept; all processes together.

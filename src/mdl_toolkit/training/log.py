@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mdl_toolkit.data.warnings import LossWatch
 from mdl_toolkit.errors import InputError
-from mdl_toolkit.i18n import Localized
+from mdl_toolkit.i18n import Localized, join_messages
 from mdl_toolkit.training.sampler import Rows, Sampling
 from mdl_toolkit.training.trackers import Trackers
 from mdl_toolkit.utils.console import PLAIN_INTERVAL, Progress, clock, is_first_process, say, warn
@@ -141,11 +141,17 @@ class RunLog:
         values = {"eval_loss": loss, "eval_tokens": tokens, **scores, "epoch": step / self._epoch}
         self._write(step, values)
         self._trackers.log(step, values)
-        more = [f"{name.removeprefix('eval_')} {value:.4f}" for name, value in scores.items()]
-        say(
-            ", ".join([f"evaluation at step {step}: loss {loss:.4f} over {tokens} tokens", *more]),
-            "，".join([f"第 {step} 步评估：{tokens} 个词元的损失为 {loss:.4f}", *more]),
-        )
+        parts = [
+            Localized(
+                "evaluation at step {step}: loss {loss:.4f} over {tokens} tokens",
+                step=step,
+                loss=loss,
+                tokens=tokens,
+            )
+        ]
+        for name, value in scores.items():
+            parts.append(Localized("{metric} {value:.4f}", metric=name.removeprefix("eval_"), value=value))
+        say(join_messages(parts, "{left}, {right}"))
         self._mark = time.monotonic()
 
     @property

@@ -18,7 +18,7 @@ from mdl_toolkit.config.yaml import SETTINGS_FILE, read_settings
 from mdl_toolkit.data.collate import Readable
 from mdl_toolkit.errors import InputError, ToolkitError
 from mdl_toolkit.evaluation.text_metrics import Best
-from mdl_toolkit.i18n import Localized
+from mdl_toolkit.i18n import Localized, join_messages
 from mdl_toolkit.inference.generate import Questions
 from mdl_toolkit.training.checkpoints import Checkpoint, checkpoint_at, damage
 from mdl_toolkit.training.sampler import Sampling
@@ -159,15 +159,21 @@ def warn_changed(resume: Checkpoint, options: TrainOptions) -> None:
         return
     kinds = {field.name: setting_of(field).kind for field in dataclasses.fields(options)}
     changed = [
-        (spelling(name), _shown(getattr(options, name)), _shown(value))
+        Localized(
+            "{option} {now} (was {then})",
+            option=spelling(name),
+            now=_shown(getattr(options, name)),
+            then=_shown(value),
+        )
         for name, value in before.items()
         if name not in ANY_TIME
         and _meaning(kinds[name], getattr(options, name)) != _meaning(kinds[name], value)
     ]
     if changed:
-        en = ", ".join(f"{name} {now} (was {then})" for name, now, then in changed)
-        zh = "，".join(f"{name} {now}（原为 {then}）" for name, now, then in changed)
-        warn("options differ from the interrupted run's, and the new ones hold: {detail}", detail=detail)
+        warn(
+            "options differ from the interrupted run's, and the new ones hold: {changed}",
+            changed=join_messages(changed, "{left}, {right}"),
+        )
 
 
 def _meaning(kind: Kind, value: Any) -> Any:

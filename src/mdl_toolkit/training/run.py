@@ -343,8 +343,9 @@ def _bring_the_best(run: _Run, step: int | None) -> None:
     except OSError as problem:
         reason = problem.strerror or str(problem)
         warn(
-            "{there}, the best so far, cannot be copied: {reason}; after an interruption it does not count",
-            there=there,
+            "{checkpoint}, the best so far, cannot be copied: {reason}; after an interruption it does not "
+            "count",
+            checkpoint=there,
             reason=reason,
         )
 

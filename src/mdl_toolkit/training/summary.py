@@ -25,28 +25,31 @@ HOUR = 3600.0
 
 def say_machine(device: torch.device, dtype: torch.dtype, quantization: str | None, processes: int) -> None:
     """Say what computes, and in which numbers."""
-    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    name = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
     numbers = str(dtype).removeprefix("torch.")
-    en = f"quantized in {quantization}, computed in {numbers}" if quantization else numbers
-    zh = f"{quantization} 量化，以 {numbers} 计算" if quantization else numbers
-    more = Localized(", {processes} processes", processes=processes) if processes > 1 else Localized("")
-    say(
-        "device: {device}{name}{more}; base weights: {detail}",
-        device=device,
-        name=name,
-        more=more,
-        detail=detail,
-    )
+    weights: str | Localized = numbers
+    if quantization:
+        weights = Localized(
+            "quantized in {quantization}, computed in {numbers}", quantization=quantization, numbers=numbers
+        )
+    if processes > 1:
+        say(
+            "device: {device}, {processes} processes; base weights: {weights}",
+            device=name,
+            processes=processes,
+            weights=weights,
+        )
+    else:
+        say("device: {device}; base weights: {weights}", device=name, weights=weights)
 
 
 def say_data(train_set: ConvertedDataset, eval_set: ConvertedDataset | None) -> None:
     """Say how much there is to learn, and to evaluate on."""
-    amount = _amount(train_set)
-    detail = Localized("training data: {amount}", amount=amount)
-    if eval_set is not None:
-        amount = _amount(eval_set)
-        detail = Localized("{detail}; evaluation data: {amount}", detail=detail, amount=amount)
-    say(detail)
+    train = _amount(train_set)
+    if eval_set is None:
+        say("training data: {train}", train=train)
+    else:
+        say("training data: {train}; evaluation data: {eval}", train=train, eval=_amount(eval_set))
 
 
 def _amount(dataset: ConvertedDataset) -> Localized:
@@ -162,22 +165,14 @@ def _say_evaluations(lines: list[dict[str, Any]], best: int | None) -> None:
         return
     names = [name for name in lines[-1] if name not in ("step", "eval_loss", "eval_tokens", "epoch")]
     metrics = "".join(f"{name.removeprefix('eval_'):>10}" for name in names)
-    say(
-        "{value:<10}{step:>9}{loss:>10}{metrics}",
-        value=Localized("evaluation"),
-        step="step",
-        loss="loss",
-        metrics=metrics,
-    )
+    head = f"{'step':>9}{'loss':>10}{metrics}"
+    say("evaluation{columns}", columns=head)
     left_out = len(lines) - MOST_EVALUATIONS
     for number, line in enumerate(lines):
         if number >= left_out or line["step"] == best:
             figures = "".join(f"{line[name]:>10.4f}" for name in ("eval_loss", *names) if name in line)
-            is_best = line["step"] == best
-            say(
-                "{value:<10}{step:>9}{figures}{mark}",
-                value="",
-                step=line["step"],
-                figures=figures,
-                mark=(Localized("  best") if is_best else Localized("")),
-            )
+            columns = f"{'':<10}{line['step']:>9}{figures}"
+            if line["step"] == best:
+                say("{columns}  best", columns=columns)
+            else:
+                say("{columns}", columns=columns)

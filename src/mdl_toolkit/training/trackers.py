@@ -17,7 +17,6 @@ from typing import Any
 
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.errors import ToolkitError, UsageError
-from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.console import is_first_process, warn
 
 
@@ -108,15 +107,15 @@ def check_trackers(names: tuple[str, ...]) -> None:
     known = {*integration_utils.INTEGRATION_TO_CALLBACK, "all", "none"}
     for name in names:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            detail = Localized("; did you mean {known}?", known=close[0]) if close else Localized("")
-            listed = ", ".join(sorted(known))
-            raise UsageError(
-                "--report-to {name}: unknown tracker{detail} (known: {listed})",
-                name=name,
-                detail=detail,
-                listed=listed,
-            )
+            close, listed = difflib.get_close_matches(name, known, n=1), ", ".join(sorted(known))
+            if close:
+                raise UsageError(
+                    "--report-to {name}: unknown tracker; did you mean {near}? (known: {known})",
+                    name=name,
+                    near=close[0],
+                    known=listed,
+                )
+            raise UsageError("--report-to {name}: unknown tracker (known: {known})", name=name, known=listed)
     if len(names) > 1 and {"all", "none"} & set(names):
         raise UsageError("--report-to: all and none stand alone")
     missing = set(names) - {"all", "none"} - set(integration_utils.get_available_reporting_integrations())

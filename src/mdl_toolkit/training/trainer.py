@@ -279,9 +279,9 @@ class Trainer:
             self._save_with_room()
         except OSError as problem:
             if is_needed:
-                detail = self._unsaved(problem)
-                remedy = self._remedy()
-                raise ToolkitError("{detail}; {remedy}", detail=detail, remedy=remedy) from problem
+                raise ToolkitError(
+                    "{what}; {remedy}", what=self._unsaved(problem), remedy=self._remedy()
+                ) from problem
             self._warn_unsaved(problem)
             return
         self.best_there = self.validation.best.step
@@ -315,8 +315,7 @@ class Trainer:
         return f"--resume-from-checkpoint {'true' if is_own else shlex.quote(str(checkpoint))}"
 
     def _warn_unsaved(self, problem: OSError) -> None:
-        detail = self._unsaved(problem)
-        warn("{detail}; training goes on", detail=detail)
+        warn("{what}; training goes on", what=self._unsaved(problem))
 
     def _save_with_room(self) -> None:
         """On a full disk, with one less of the checkpoints that may be deleted."""

@@ -23,17 +23,17 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def say(message: Localized) -> None:
-    """Write one line, in the first process."""
+def say(template: str | Localized, /, **fields: Any) -> None:
+    """Write one line, in the first process: a template with its fields, or a message."""
     if not is_first_process():
         return
-    sys.stderr.write(f"{Text(en, zh)}\n")
+    sys.stderr.write(f"{Localized.of(template, fields)}\n")
     sys.stderr.flush()
 
 
-def warn(message: Localized) -> None:
+def warn(template: str | Localized, /, **fields: Any) -> None:
     """Write one line that asks for attention."""
-    say("warning: {message}", message=message)
+    say("warning: {message}", message=Localized.of(template, fields))
 
 
 class Progress(Protocol):
@@ -67,21 +67,17 @@ class _Lines:
 
     def _write(self, elapsed: float) -> None:
         left = clock(elapsed / max(self._done - self._before, 1) * (self._total - self._done))
-        detail = Localized(", {note}", note=self._note) if self._note else Localized("")
-        say(
-            "{title}: {done}/{total}{detail}, {left} left",
-            title=self._title,
-            done=self._done,
-            total=self._total,
-            detail=detail,
-            left=left,
-        )
+        state = {"title": self._title, "done": self._done, "total": self._total, "left": left}
+        if self._note:
+            say(Localized("{title}: {done}/{total}, {note}, {left} left", note=self._note, **state))
+        else:
+            say(Localized("{title}: {done}/{total}, {left} left", **state))
 
 
 @contextmanager
-def progress(message: Localized, total: int) -> Iterator[Progress]:
-    """Show progress over `total` parts: a bar in a terminal, lines elsewhere."""
-    title = message
+def progress(total: int, template: str | Localized, /, **fields: Any) -> Iterator[Progress]:
+    """Show progress over `total` parts under a title: a bar in a terminal, lines elsewhere."""
+    title = Localized.of(template, fields)
     if sys.stderr.isatty() and is_first_process():
         with _bar(title, total) as bar:
             yield bar

@@ -17,7 +17,6 @@ from torch import Tensor, distributed
 from torch.distributed.rendezvous import rendezvous
 
 from mdl_toolkit.errors import ToolkitError, UsageError
-from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.console import warn
 from mdl_toolkit.utils.machine import lack_of_memory
 from mdl_toolkit.utils.worker_pool import Ranks
@@ -41,13 +40,13 @@ class PeerLostError(ToolkitError):
 
     def __init__(self, problem: RuntimeError) -> None:
         reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
-        is_usual = any(word in reason for word in CLOSED)
-        detail = Localized("") if is_usual else Localized(" (here: {reason})", reason=reason)
-        super().__init__(
-            Localized(
-                "another process of this run has ended; its own message says why{detail}", detail=detail
+        if any(word in reason for word in CLOSED):
+            super().__init__("another process of this run has ended; its own message says why")
+        else:
+            super().__init__(
+                "another process of this run has ended; its own message says why (here: {reason})",
+                reason=reason,
             )
-        )
 
 
 @dataclass(frozen=True)

@@ -249,11 +249,17 @@ def check_apart(output: Path, path: Path, option: str = "--output", other: str |
     """
     target, source = output.absolute().resolve(), path.absolute().resolve()
     if target == source or target in source.parents or source in target.parents:
-        detail = Localized("the input") if other is None else (other, f" {other}")
+        if other is None:
+            raise InputError(
+                "{option} {output}: it is, holds or lies inside the input {path}; choose another place",
+                option=option,
+                output=output,
+                path=path,
+            )
         raise InputError(
-            "{option} {output}: it is, holds or lies inside {detail} {path}; choose another place",
+            "{option} {output}: it is, holds or lies inside {other} {path}; choose another place",
             option=option,
             output=output,
-            detail=detail,
+            other=other,
             path=path,
         )

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from mdl_toolkit.errors import ToolkitError, UsageError
-from mdl_toolkit.i18n import Localized
 
 MOST_WORKERS = 32
 CGROUP = Path("/sys/fs/cgroup")
@@ -38,9 +37,7 @@ class WorkerDiedError(ToolkitError):
 
     def __init__(self) -> None:
         super().__init__(
-            Localized(
-                "a worker process was ended by the system (out of memory?); try a smaller --num-workers"
-            )
+            "a worker process was ended by the system (out of memory?); try a smaller --num-workers"
         )
 
 
@@ -79,9 +76,9 @@ class Ranks:
         if all(word.isdecimal() for word in words) and int(words[0]) < int(words[1]):
             return cls(*map(int, words))
         raise UsageError(
-            "RANK={words} and WORLD_SIZE={words_1} in the environment do not fit; unset or correct them",
-            words=words[0],
-            words_1=words[1],
+            "RANK={rank} and WORLD_SIZE={size} in the environment do not fit; unset or correct them",
+            rank=words[0],
+            size=words[1],
         )
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import yaml
 
 from mdl_toolkit.config.train import TrainOptions
-from mdl_toolkit.i18n import Localized
 from mdl_toolkit.weights.provenance import Provenance
 from mdl_toolkit.weights.resolve import read_json
 
@@ -54,9 +53,9 @@ def card(about: About, base: Path, *, is_adapter: bool) -> str:
         f"---\n{_yaml(_front_matter(name, base, is_adapter=is_adapter))}---",
         *_introduction(name, is_adapter=is_adapter),
         *_training(about.training),
-        *_figures(Localized("Data"), about.provenance.data),
+        *_figures("Data / 数据", about.provenance.data),
         *_prompts(about.provenance),
-        *_figures(Localized("Metrics"), about.provenance.metrics),
+        *_figures("Metrics / 指标", about.provenance.metrics),
         *_usage(name, base, about.provenance.prompts.user, is_adapter=is_adapter),
     ]
     return "\n\n".join(parts) + "\n"
@@ -94,12 +93,17 @@ def _front_matter_of(file: Path) -> Mapping[str, Any]:
 
 
 def _introduction(name: str, *, is_adapter: bool) -> list[str]:
-    detail = Localized("A LoRA adapter for") if is_adapter else Localized("Fine-tuned from")  # fmt: skip
-    return [
-        "# MiDashengLM, fine-tuned / 微调",
-        f"{en} the audio-language model below, with mdl-toolkit. / {zh}（使用 mdl-toolkit）。",
-        _block(name),
-    ]
+    if is_adapter:
+        line = (
+            "A LoRA adapter for the audio-language model below, with mdl-toolkit. / "
+            "适用于以下音频语言模型的 LoRA 适配器（使用 mdl-toolkit）。"
+        )
+    else:
+        line = (
+            "Fine-tuned from the audio-language model below, with mdl-toolkit. / "
+            "由以下音频语言模型微调而来（使用 mdl-toolkit）。"
+        )
+    return ["# MiDashengLM, fine-tuned / 微调", line, _block(name)]
 
 
 def _training(options: TrainOptions | None) -> list[str]:
@@ -112,22 +116,22 @@ def _training(options: TrainOptions | None) -> list[str]:
 
 def _prompts(provenance: Provenance) -> list[str]:
     prompts, found = provenance.prompts, []
-    for kind, zh, text, differs in (
+    for kind, kind_zh, text, differs in (
         ("System prompt", "系统提示词", prompts.system, prompts.system_differs),
         ("User prompt", "用户提示词", prompts.user, prompts.user_differs),
     ):
         if text is not None:
-            found += [f"{kind} of all training rows / 所有训练行的{zh}：", _block(text)]
+            found += [f"{kind} of all training rows / 所有训练行的{kind_zh}：", _block(text)]
         elif differs:
-            found.append(f"{kind}: not the same in all rows / {zh}：各行不同")
+            found.append(f"{kind}: not the same in all rows / {kind_zh}：各行不同")
     return ["## Prompts / 提示词", *found] if found else []
 
 
-def _figures(message: Localized, values: Mapping[str, float]) -> list[str]:
+def _figures(heading: str, values: Mapping[str, float]) -> list[str]:
     if not values:
         return []
     rows = "\n".join(f"| {name.replace('_', ' ')} | {value:,.5g} |" for name, value in values.items())
-    return [f"## {en} / {zh}", f"| | |\n| --- | --- |\n{rows}"]
+    return [f"## {heading}", f"| | |\n| --- | --- |\n{rows}"]
 
 
 def _usage(name: str, base: Path, prompt: str | None, *, is_adapter: bool) -> list[str]:

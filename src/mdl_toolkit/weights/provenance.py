@@ -107,11 +107,11 @@ class Provenance:
         """
         if self.base is not None and self.base.fingerprint != base.fingerprint:
             raise ModelError(
-                "{adapter}: it was trained on {base}, and {base_2} has other weights; give its own base "
+                "{adapter}: it was trained on {base}, and {other} has other weights; give its own base "
                 "with --model-name",
                 adapter=adapter,
                 base=self.base,
-                base_2=base,
+                other=base,
             )
 
     def measured(self, metrics: dict[str, float]) -> "Provenance":

@@ -130,11 +130,7 @@ class Findings:
 
     def _bad(self) -> Figures:
         lines = sorted(set(self.bad))
-        first = [
-            {"line": each.line, "column": each.column, "value": each.value,
-             "reason": {"en": each.reason.en, "zh": each.reason.zh}}
-            for each in self.problems.first
-        ]  # fmt: skip
+        first = [problem.to_json() for problem in self.problems.first]
         return {"rows": len(lines), "lines": lines, "problems": self.problems.count, "first": first}
 
     def _counts(self, name: str) -> dict[str, int]:

@@ -26,6 +26,7 @@ from mdl_toolkit.data.manifest import Manifest, Row
 from mdl_toolkit.data.open_audio import Recordings
 from mdl_toolkit.data.tokenization import Encoder, looked_at
 from mdl_toolkit.errors import InputError, ModelError, RowProblem
+from mdl_toolkit.i18n import Localized, Verbatim, join_messages
 from mdl_toolkit.utils.console import progress, warn
 from mdl_toolkit.utils.files import check_apart, replace_file, writing
 from mdl_toolkit.utils.worker_pool import default_workers, work_through
@@ -245,11 +246,9 @@ def _write_json(figures: Figures, file: TextIO) -> None:
 def _judge(figures: Figures) -> None:
     """Raise InputError if something would stop a training or inference."""
     bad = [(file["path"], file["bad"]["rows"]) for file in figures["files"] if file["bad"]["rows"]]
-    en = [f"{path}: {rows} rows cannot be used" for path, rows in bad]
-    zh = [f"{path}：{rows} 行无法使用" for path, rows in bad]
+    reasons = [Localized("{path}: {rows} rows cannot be used", path=path, rows=rows) for path, rows in bad]
     problem = (figures["training"] or {}).get("problem")
     if problem:
-        en.append(problem["en"])
-        zh.append(problem["zh"])
-    if en:
-        raise InputError("; ".join(en), "；".join(zh))
+        reasons.append(Verbatim(**problem))
+    if reasons:
+        raise InputError(join_messages(reasons, "{left}; {right}"))

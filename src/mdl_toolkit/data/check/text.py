@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from mdl_toolkit.data.check.findings import Figures
 from mdl_toolkit.errors import RowProblem, RowsError
-from mdl_toolkit.i18n import Localized
+from mdl_toolkit.i18n import Localized, Verbatim
 
 MOST_NAMED = 10  # lines, or pairs of prompts, of a finding
 BAR = 40  # columns of the longest bar
@@ -125,24 +125,28 @@ def _histogram_lines(lengths: Figures) -> Iterator[Localized]:
         label = f"{below:g} s -" if edge is None else f"{below:g} - {edge:g} s"
         if rows:
             bar = f"    {label:>12} {rows:>9,}  {'#' * max(1, round(BAR * rows / most))}"
-            yield Localized(bar, bar)
+            yield Verbatim(bar, bar)
         below = edge or below
 
 
 def _answer_lines(answers: Figures) -> Iterator[Localized]:
     classes = ", ".join(f"{_shown(text)} x {rows:,}" for text, rows in answers["classes"])
-    yield Localized(
-        f"  different answers: {answers['distinct']:,}" + (f" ({classes})" if classes else ""),
-        f"  不同的回答：{answers['distinct']:,} 种" + (f"（{classes}）" if classes else ""),
-    )
+    if classes:
+        yield Localized(
+            "  different answers: {count:,} ({classes})", count=answers["distinct"], classes=classes
+        )
+    else:
+        yield Localized("  different answers: {count:,}", count=answers["distinct"])
 
 
 def _finding_lines(found: Figures) -> Iterator[Localized]:
-    words, named, rows = FINDINGS[found["name"]], _named(found), f"{found['rows']:,}"
-    yield Localized(
-        f"  warning: {words.en}: {rows}" + (f", line {named}" if named else ""),
-        f"  警告：{words.zh}：{rows} 行" + (f"，第 {named} 行" if named else ""),
-    )
+    finding, rows, lines = FINDINGS[found["name"]], found["rows"], _named(found)
+    if lines:
+        yield Localized(
+            "  warning: {finding}: {rows:,}, line {lines}", finding=finding, rows=rows, lines=lines
+        )
+    else:
+        yield Localized("  warning: {finding}: {rows:,}", finding=finding, rows=rows)
     for pair in found.get("pairs", ())[:MOST_NAMED]:
         one, other = (
             Localized("{text} ({rows:,} from line {line})", text=_shown(text), rows=rows, line=line)
@@ -161,7 +165,7 @@ def _named(found: Figures) -> str:
 
 def _bad_rows(path: str, bad: Figures) -> Localized:
     problems = [*map(RowProblem.from_json, bad["first"])]
-    return RowsError(path, problems, bad["problems"]).text
+    return RowsError(path, problems, bad["problems"]).message
 
 
 def _shown(text: str, most: int = 60) -> str:
@@ -184,7 +188,7 @@ def _sample_lines(sample: Figures, marks: tuple[str, str]) -> Iterator[Localized
         pieces += _harmless(segment["text"])
         is_open = is_answer
     shown = "\n".join(f"  {line}" for line in (pieces + end * is_open).splitlines())
-    yield Localized(shown, shown)
+    yield Verbatim(shown, shown)
 
 
 def _harmless(text: str) -> str:
@@ -197,13 +201,13 @@ def _harmless(text: str) -> str:
 
 def _training_lines(training: Figures) -> Iterator[Localized]:
     if problem := training.get("problem"):
-        yield Localized(**problem)
+        yield Verbatim(**problem)
         return
     yield Localized("a training on a GPU in {dtype}:", dtype=training["dtype"])
     for line in training["memory"]:
-        yield Localized(f"  {line['en']}", f"  {line['zh']}")
+        yield Localized("  {line}", line=Verbatim(**line))
     if warning := training["warning"]:
-        yield Localized(f"  warning: {warning['en']}", f"  警告：{warning['zh']}")
+        yield Localized("  warning: {warning}", warning=Verbatim(**warning))
     epochs = f"{training['epochs']:g}"
     steps, each, batch = (f"{training[name]:,}" for name in ("steps", "steps_per_epoch", "effective_batch"))
     yield Localized(

@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -367,7 +367,7 @@ class _Run:
     def _left_out(self, tally: Tally) -> dict[str, str]:
         if not self.keeps_going:
             return {}
-        return {LEFT_OUT_FILE: json.dumps([asdict(problem) for problem in tally.problems.first])}
+        return {LEFT_OUT_FILE: json.dumps([problem.to_json() for problem in tally.problems.first])}
 
     def _see_others_off(self) -> None:
         """Let the other ranks see that all is done, before what they look at is removed."""

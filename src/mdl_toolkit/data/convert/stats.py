@@ -13,7 +13,6 @@ from mdl_toolkit.config.data import ConversionOptions
 from mdl_toolkit.data.dataset import Record
 from mdl_toolkit.data.manifest import Row
 from mdl_toolkit.errors import Problems, RowProblem
-from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.console import say, warn
 from mdl_toolkit.weights.provenance import Prompts
 from mdl_toolkit.weights.tokenizer_files import TextFiles
@@ -124,7 +123,7 @@ class Tally:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values that `from_json` understands."""
-        return asdict(self)
+        return {**asdict(self), "truncated": self.truncated.to_json(), "problems": self.problems.to_json()}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Tally":
@@ -154,8 +153,15 @@ def _problems(values: dict[str, Any]) -> Problems:
 def warn_of(tally: Tally, *, is_list: bool = False) -> None:
     """Say what a user should know of the recordings; of a list of files nobody has seen the lines."""
     for each in tally.truncated.first:
-        detail = Localized("") if is_list else Localized("line {line}: ", line=each.line)
-        warn("{detail}{recording}: {reason}", detail=detail, recording=each.value, reason=each.reason)
+        if is_list:
+            warn("{recording}: {reason}", recording=each.value, reason=each.reason)
+        else:
+            warn(
+                "line {line}: {recording}: {reason}",
+                line=each.line,
+                recording=each.value,
+                reason=each.reason,
+            )
     more = tally.truncated.count - len(tally.truncated.first)
     if more:
         warn("{more} more recordings were cut off", more=more)

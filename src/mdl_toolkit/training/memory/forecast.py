@@ -1,6 +1,5 @@
 """What `check` says of a training before it is run: memory, steps and arithmetic."""
 
-import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ def forecast_training(folder: Path, options: TrainOptions, facts: Facts, beginni
         check_trainable(folder, quantization=options.quantization, merge=options.merge_lora)
         return _predicted(folder, options, facts, beginning)
     except ModelError as problem:
-        return {"problem": dataclasses.asdict(problem.message)}
+        return {"problem": problem.message.to_json()}
 
 
 def _predicted(folder: Path, options: TrainOptions, facts: Facts, beginning: int) -> Figures:
@@ -49,8 +48,8 @@ def _predicted(folder: Path, options: TrainOptions, facts: Facts, beginning: int
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "bytes": {name: getattr(plan, name) for name in PLANNED},
-        "memory": [dataclasses.asdict(line) for line in plan.lines()],
-        "warning": None if (line := plan.warning()) is None else dataclasses.asdict(line),
+        "memory": [line.to_json() for line in plan.lines()],
+        "warning": None if (line := plan.warning()) is None else line.to_json(),
         "steps": schedule.total, "steps_per_epoch": schedule.per_epoch, "epochs": options.num_epochs,
         "effective_batch": sampling.effective,
         "operations": _operations(model, facts, options, shared),

@@ -18,7 +18,7 @@ import torch
 
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.errors import ModelError
-from mdl_toolkit.i18n import Localized
+from mdl_toolkit.i18n import Localized, join_messages
 from mdl_toolkit.model.configuration import MiDashengLMConfig
 from mdl_toolkit.training.gradient_checkpointing import NONE, Kept
 from mdl_toolkit.training.lora import FULL_TARGETS, LORA_TARGETS, add_adapters
@@ -86,20 +86,23 @@ class MemoryPlan:
 
     def lines(self) -> list[Localized]:
         """The prediction and what it consists of; then the weights, part by part."""
-        sizes = [size(count) for count in (self.total, self.weights, self.trained, self.activations)]
-        free = Localized("") if self.free is None else Localized("; free: {free}", free=size(self.free))
-        parts = [(PARTS[part], f"{size(count)} {form}") for (part, form), count in self.parts.items()
-                 if count > 0.001 * self.weights]  # fmt: skip
-        en = "memory predicted: {} (weights {}, adapters and optimizer {}, activations {})".format(*sizes)
-        zh = "预计内存占用：{}（权重 {}，适配器与优化器 {}，激活值 {}）".format(*sizes)
-        return [
-            Localized(en + free[0], zh + free[1]),
-            Localized(
-                "memory of weights: " + ", ".join(f"{name.en} {words}" for name, words in parts),
-                "权重占用：" + "，".join(f"{name.zh} {words}" for name, words in parts),
-            ),
-            *self._recomputed(),
+        predicted = Localized(
+            "memory predicted: {total} (weights {weights}, adapters and optimizer {trained}, activations "
+            "{activations})",
+            total=size(self.total),
+            weights=size(self.weights),
+            trained=size(self.trained),
+            activations=size(self.activations),
+        )
+        if self.free is not None:
+            predicted = Localized("{predicted}; free: {free}", predicted=predicted, free=size(self.free))
+        parts = [
+            Localized("{part} {size} {form}", part=PARTS[part], size=size(count), form=form)
+            for (part, form), count in self.parts.items()
+            if count > 0.001 * self.weights
         ]
+        weights = Localized("memory of weights: {parts}", parts=join_messages(parts, "{left}, {right}"))
+        return [predicted, weights, *self._recomputed()]
 
     def _recomputed(self) -> list[Localized]:
         """How much gradient checkpointing computes again, if it is on."""
@@ -121,12 +124,16 @@ class MemoryPlan:
             return None
         shares = sorted(self.remedies, key=lambda remedy: -getattr(self, remedy[0]))
         words = [words for figure, words in shares if getattr(self, figure) > SMALL_SHARE * self.total]
-        return Localized(
-            f"memory may not suffice: {size(self.total)} predicted, {size(self.free)} free"
-            + (f"; try {', or '.join(words)}" if words else ""),
-            f"内存可能不足：预计需要 {size(self.total)}，可用 {size(self.free)}"
-            + (f"；可尝试 {'，或 '.join(words)}" if words else ""),
+        warning = Localized(
+            "memory may not suffice: {total} predicted, {free} free",
+            total=size(self.total),
+            free=size(self.free),
         )
+        if not words:
+            return warning
+        tries = [Localized("{remedy}", remedy=each) for each in words]
+        remedies = join_messages(tries, "{left}, or {right}")
+        return Localized("{warning}; try {remedies}", warning=warning, remedies=remedies)
 
 
 def size(count: int) -> str:

@@ -13,7 +13,7 @@ from babel.messages.extract import extract_from_dir
 from babel.messages.mofile import write_mo
 from babel.messages.pofile import read_po, write_po
 
-SOURCE = Path(__file__).parent.parent / "src/mdl_toolkit"
+SOURCE = Path(__file__).parents[2] / "src/mdl_toolkit"
 PO = SOURCE / "locale/zh/LC_MESSAGES/mdl_toolkit.po"
 MO = PO.with_suffix(".mo")
 ERRORS = ("ToolkitError", "UsageError", "InputError", "AudioError", "DatasetError", "ModelError")
