@@ -95,8 +95,10 @@ class WorkFolder:
                 folder.mkdir(exist_ok=True)
             kept = {shard.number: shard for shard in plan.shards if self._is_good(shard)}
             names = {shard_name(number, self._count) for number in kept}
-            self._say_stale(sum(file.name not in names for file in self.dataset.glob("*.arrow")))
-            _keep_only(self._entries, {f"{number}.json" for number in kept})
+            entries = {f"{number}.json" for number in kept}
+            others = (path for path in self._entries.glob("*.json") if path.name not in entries)
+            self._say_stale(sum(map(_is_finished, others)))
+            _keep_only(self._entries, entries)
             _keep_only(self.dataset, names)
             write_text(self._plan, json.dumps({"fingerprint": plan.fingerprint, "run": self.run}))
         self._locks.try_acquire(_BEGUN, TRIES)
@@ -255,6 +257,13 @@ def _age() -> float:
         ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
         return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
     return 0.0
+
+
+def _is_finished(entry: Path) -> bool:
+    """Tell whether the journal's line of a shard, of whatever plan, says that its file was stored."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return bool(json.loads(entry.read_text(encoding="utf-8"))["is_stored"])
+    return False
 
 
 def _keep_only(folder: Path, names: set[str]) -> None:
