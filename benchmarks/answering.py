@@ -23,7 +23,7 @@ from benchmarks import Figure, alternate
 from benchmarks.training import make_model
 from mdl_toolkit.data.collate import Collator
 from mdl_toolkit.data.dataset import Sample
-from mdl_toolkit.data.tokenization import Encoder
+from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.inference.generate import Answerer, Question
 from mdl_toolkit.model.kernels.matmul import PrepackedLinear, prepack
 from mdl_toolkit.model.lengths import audio_token_count
@@ -41,14 +41,16 @@ def figures() -> list[Figure]:
     with tempfile.TemporaryDirectory() as name, contextlib.redirect_stderr(io.StringIO()):
         folder = make_model(Path(name))
         model, fast = _load(folder), _load(folder)
-        encoder = Encoder(read_text_files(folder))
+        tokenizer = ChatTokenizer(read_text_files(folder))
     questions = _questions(model)
     prepack(fast)
-    assert dict(_ours(fast, encoder, questions)) == dict(_plain(model, encoder, questions))
+    assert dict(_ours(fast, tokenizer, questions)) == dict(_plain(model, tokenizer, questions))
     ours, other = alternate(
-        lambda: dict(_ours(fast, encoder, questions)), lambda: dict(_plain(model, encoder, questions)), RUNS
+        lambda: dict(_ours(fast, tokenizer, questions)),
+        lambda: dict(_plain(model, tokenizer, questions)),
+        RUNS,
     )
-    unpacked, _ = alternate(lambda: dict(_ours(model, encoder, questions)), lambda: None, RUNS)
+    unpacked, _ = alternate(lambda: dict(_ours(model, tokenizer, questions)), lambda: None, RUNS)
     return [
         Figure(
             f"answering {ROWS} rows, batch {BATCH}; other: a plain loop of generate (median of {RUNS})",
@@ -58,7 +60,7 @@ def figures() -> list[Figure]:
             "the same without weights laid out once; other: the plain loop",
             f"{ROWS / unpacked:.1f} rows/s", f"{ROWS / other:.1f} rows/s", other / unpacked,
         ),
-        _first(fast, encoder, questions, 2 * other * BATCH / ROWS),
+        _first(fast, tokenizer, questions, 2 * other * BATCH / ROWS),
         *(_product(rows) for rows in (1, 4, 16, 300)),
     ]  # fmt: skip
 
@@ -81,14 +83,14 @@ def _questions(model: Any) -> list[Question]:
     return found
 
 
-def _ours(model: Any, encoder: Encoder, questions: list[Question]) -> Iterator[tuple[int, str]]:
-    answerer = Answerer(model, encoder, BATCH)
+def _ours(model: Any, tokenizer: ChatTokenizer, questions: list[Question]) -> Iterator[tuple[int, str]]:
+    answerer = Answerer(model, tokenizer, BATCH)
     answerer.ends = set()
     return answerer.answers(sorted(questions, key=lambda question: -len(question.sample.input_ids)))
 
 
-def _plain(model: Any, encoder: Encoder, questions: list[Question]) -> Iterator[tuple[int, str]]:
-    collate = Collator(encoder.pad_id)
+def _plain(model: Any, tokenizer: ChatTokenizer, questions: list[Question]) -> Iterator[tuple[int, str]]:
+    collate = Collator(tokenizer.pad_id)
     for start in range(0, len(questions), BATCH):
         part = questions[start : start + BATCH]
         batch: dict[str, Any] = {**collate([question.sample for question in part])}
@@ -96,12 +98,12 @@ def _plain(model: Any, encoder: Encoder, questions: list[Question]) -> Iterator[
         most = max(question.budget for question in part)
         settings = GenerationConfig(do_sample=False, max_new_tokens=most)
         for question, ids in zip(part, model.generate(**batch, generation_config=settings), strict=True):
-            yield question.key, encoder.decode(ids[: question.budget].tolist())
+            yield question.key, tokenizer.decode(ids[: question.budget].tolist())
 
 
-def _first(model: Any, encoder: Encoder, questions: list[Question], two_batches: float) -> Figure:
+def _first(model: Any, tokenizer: ChatTokenizer, questions: list[Question], two_batches: float) -> Figure:
     started = time.perf_counter()
-    next(_ours(model, encoder, questions))
+    next(_ours(model, tokenizer, questions))
     first = time.perf_counter() - started
     what = "the first answer; other: two batches of the plain loop"
     return Figure(what, f"{first:.2f} s", f"{two_batches:.2f} s", two_batches / first)

@@ -32,7 +32,7 @@ from mdl_toolkit.audio.loading import SAMPLE_RATE
 from mdl_toolkit.config.data import ConvertOptions
 from mdl_toolkit.data.convert.run import convert_rows, read_rows
 from mdl_toolkit.data.dataset import ConvertedDataset
-from mdl_toolkit.data.tokenization import Encoder
+from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.demo import PROMPT, make_tiny_model
 from mdl_toolkit.weights.loading import quiet_libraries
 from mdl_toolkit.weights.tokenizer_files import read_text_files
@@ -115,7 +115,7 @@ class Conversion:
 
     def __init__(self, place: Place, rows: Path, workers: int, base_dir: Path | None = None) -> None:
         self.output = self._folder = place.folder
-        self._encoder = Encoder(read_text_files(place.model))
+        self._tokenizer = ChatTokenizer(read_text_files(place.model))
         self._options = ConvertOptions(
             input=str(rows), output="unused", user_prompt=PROMPT, num_workers=workers,
             base_dir=None if base_dir is None else str(base_dir),
@@ -126,7 +126,7 @@ class Conversion:
         self.output = self._folder / f"out-{next(self._numbers)}"
         manifest = read_rows(self._options.input, self._options, needs_prediction=True)
         with contextlib.redirect_stderr(io.StringIO()):
-            convert_rows(manifest, self.output, self._encoder, self._options)
+            convert_rows(manifest, self.output, self._tokenizer, self._options)
 
 
 def bare_loop(files: Sequence[Path]) -> None:

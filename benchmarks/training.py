@@ -33,7 +33,7 @@ from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.data.collate import Batch, Collator
 from mdl_toolkit.data.convert.run import convert_dataset
 from mdl_toolkit.data.dataset import ConvertedDataset, Sample
-from mdl_toolkit.data.tokenization import Encoder
+from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.demo import make_tiny_model
 from mdl_toolkit.model import MiDashengLMConfig, MiDashengLMModel
 from mdl_toolkit.training.gradient_checkpointing import Kept, recompute
@@ -217,8 +217,8 @@ def _kept(folder: Path, data: ConvertedDataset) -> Kept:
         lora_rank=RANK,
         train_target=TARGETS,
     )
-    encoder = Encoder(read_text_files(folder))
-    beginning = encoder.common_beginning(data.tokens(row).input_ids for row in range(len(data)))
+    tokenizer = ChatTokenizer(read_text_files(folder))
+    beginning = tokenizer.shared_prefix_length(data.tokens(row).input_ids for row in range(len(data)))
     return plan_memory(
         folder, options, _sampling(data), data.samples, beginning, torch.device("cpu"), torch.float32
     ).kept

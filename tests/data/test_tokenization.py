@@ -18,7 +18,13 @@ from transformers import AutoTokenizer
 
 import mdl_toolkit.model.registration  # noqa: F401 - so that AutoTokenizer knows the model
 from mdl_toolkit.data.manifest import Row
-from mdl_toolkit.data.tokenization import IGNORE_INDEX, LOOKED_AT, Encoder, Tokens, looked_at
+from mdl_toolkit.data.tokenization import (
+    IGNORE_INDEX,
+    PREFIX_SAMPLE_SIZE,
+    ChatTokenizer,
+    Tokens,
+    prefix_sample,
+)
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.weights.tokenizer_files import read_text_files
@@ -35,8 +41,8 @@ ORDINARY = sorted(set(IDS) - set(SPECIALS))  # added tokens that are not special
 
 
 @cache
-def encoder(name: str = "A-small") -> Encoder:
-    return Encoder(read_text_files(CHECKPOINTS / name))
+def chat_tokenizer(name: str = "A-small") -> ChatTokenizer:
+    return ChatTokenizer(read_text_files(CHECKPOINTS / name))
 
 
 @cache
@@ -63,13 +69,13 @@ def row(prediction: str | None = None, *, user: str | None = None, system: str |
 
 
 def question(audio: int = 3, **prompts: str | None) -> list[int]:
-    tokens = encoder().encode_row(row(**prompts), audio, with_answer=False)
+    tokens = chat_tokenizer().encode_row(row(**prompts), audio, with_answer=False)
     assert tokens.labels.tolist() == [IGNORE_INDEX] * len(tokens.input_ids)
     return tokens.input_ids.tolist()
 
 
 def example(answer: str, audio: int = 3, **prompts: str | None) -> Tokens:
-    return encoder().encode_row(row(answer, **prompts), audio, with_answer=True)
+    return chat_tokenizer().encode_row(row(answer, **prompts), audio, with_answer=True)
 
 
 def supervised(tokens: Tokens) -> list[int]:
@@ -103,13 +109,13 @@ def test_golden_rows(golden, name, number):
     given_row = GOLDEN_ROWS[number]
     count = audio_token_count(given_row["samples"])
     asked = row(given_row["prediction"], user=given_row["user_prompt"], system=given_row["system_prompt"])
-    tokens = encoder(name).encode_row(asked, count, with_answer=True)
+    tokens = chat_tokenizer(name).encode_row(asked, count, with_answer=True)
     with np.load(golden / f"alone_{name}.npz") as numbers:
         ids, labels = numbers[f"clip{number}_input_ids"], numbers[f"clip{number}_labels"]
     np.testing.assert_array_equal(tokens.input_ids, ids)
     np.testing.assert_array_equal(tokens.labels, labels)
     assert tokens.input_ids.dtype == tokens.labels.dtype == np.int32
-    prompt = encoder(name).encode_row(asked, count, with_answer=False)
+    prompt = chat_tokenizer(name).encode_row(asked, count, with_answer=False)
     np.testing.assert_array_equal(prompt.input_ids, ids[: int((labels != IGNORE_INDEX).argmax())])
 
 
@@ -167,11 +173,11 @@ def test_answers_are_tokenised_apart(system, user, answer):
 
 def test_a_line_break_before_the_answer_leaves_the_prompt_as_it_is():
     """With a token for two line breaks, as the real vocabulary has, the header would share it."""
-    state = json.loads(encoder().files.tokenizer)
+    state = json.loads(chat_tokenizer().files.tokenizer)
     state["model"]["vocab"]["ĊĊ"] = 505
     state["model"]["merges"].append(["Ċ", "Ċ"])
-    sharing = Encoder(dataclasses.replace(encoder().files, tokenizer=json.dumps(state)))
-    assert 505 in sharing.tokenizer.encode("assistant\n\nrain").ids
+    sharing = ChatTokenizer(dataclasses.replace(chat_tokenizer().files, tokenizer=json.dumps(state)))
+    assert 505 in sharing.backend.encode("assistant\n\nrain").ids
     prompt = sharing.encode_row(row(), 3, with_answer=False).input_ids.tolist()
     ids = sharing.encode_row(row("\nrain"), 3, with_answer=True).input_ids.tolist()
     assert ids == [*prompt, *spelled("\nrain"), sharing.end_id, *spelled("\n")]
@@ -180,12 +186,12 @@ def test_a_line_break_before_the_answer_leaves_the_prompt_as_it_is():
 @pytest.mark.parametrize("name", NAMES)
 def test_the_file_itself_says_what_auto_tokenizer_says(name):
     """Each token by name, and with special tokens as such."""
-    ours, theirs = Tokenizer.from_str(encoder(name).files.tokenizer), by_transformers(name)
+    ours, theirs = Tokenizer.from_str(chat_tokenizer(name).files.tokenizer), by_transformers(name)
     assert ours.get_vocab() == theirs.get_vocab()
     text = "".join(IDS) + " 狗在叫 don't 3.14 e\u0301\n\n🎵<|im_start|>user\n <tool_call> x"
     assert ours.encode(text, add_special_tokens=False).ids == theirs(text)["input_ids"]
     specials = {k: v for k, v in theirs.special_tokens_map.items() if isinstance(v, str)}
-    assert dict(encoder(name).files.specials) == specials
+    assert dict(chat_tokenizer(name).files.specials) == specials
 
 
 def test_vocabulary_and_merges_do_as_well(tmp_path):
@@ -193,13 +199,13 @@ def test_vocabulary_and_merges_do_as_well(tmp_path):
     folder = tmp_path / "old"
     shutil.copytree(CHECKPOINTS / "A-small", folder)
     (folder / "tokenizer.json").unlink()
-    older = Encoder(read_text_files(folder))
+    older = ChatTokenizer(read_text_files(folder))
     asked = row("狗在叫<tool_call>", user="Caption <|im_end|> the audio.", system="é 🎵")
     tokens = older.encode_row(asked, 2, with_answer=True)
-    same = encoder().encode_row(asked, 2, with_answer=True)
+    same = chat_tokenizer().encode_row(asked, 2, with_answer=True)
     assert tokens.input_ids.tolist() == same.input_ids.tolist()
     assert tokens.labels.tolist() == same.labels.tolist()
-    assert older.pad_id == encoder().pad_id
+    assert older.pad_id == chat_tokenizer().pad_id
 
 
 # --- rule 23 ---------------------------------------------------------------------------------------------
@@ -234,7 +240,7 @@ def test_every_special_token_is_spelled_out(token):
     usual = example("x", system="x", user="x")
     specials = {IDS[name] for name in SPECIALS}
     assert [i for i in tokens.input_ids if i in specials] == [i for i in usual.input_ids if i in specials]
-    assert encoder().decode(supervised(tokens)[:-1]) == token
+    assert chat_tokenizer().decode(supervised(tokens)[:-1]) == token
 
 
 @pytest.mark.parametrize("token", ORDINARY)
@@ -242,14 +248,14 @@ def test_other_added_tokens_stay_tokens(token):
     tokens = example(f"a{token}b", user=token)
     assert supervised(tokens) == [*spelled("a"), IDS[token], *spelled("b"), END]
     assert tokens.input_ids.tolist().count(IDS[token]) == 2
-    assert encoder().decode([IDS[token]]) == token
+    assert chat_tokenizer().decode([IDS[token]]) == token
 
 
 def test_what_is_learnt_reads_as_the_prediction():
     for answer in ("rain", " A dog\n", "狗在叫 🎵", "<|im_end|>", "e\u0301", ""):
         learnt = supervised(example(answer, user="What?"))
-        assert learnt[-1] == END == encoder().end_id
-        assert encoder().decode(learnt) == unicodedata.normalize("NFC", answer)
+        assert learnt[-1] == END == chat_tokenizer().end_id
+        assert chat_tokenizer().decode(learnt) == unicodedata.normalize("NFC", answer)
 
 
 def test_neither_header_nor_line_break_is_learnt():
@@ -273,12 +279,12 @@ def test_one_placeholder_per_audio_token(count):
     )
 
 
-# --- the encoder itself ----------------------------------------------------------------------------------
+# --- the chat tokenizer itself ---------------------------------------------------------------------------
 
 
 def test_a_worker_process_encodes_the_same():
     """A pickled tokenizer forgets that special tokens are to be plain text."""
-    used = Encoder(encoder().files)
+    used = ChatTokenizer(chat_tokenizer().files)
     asked = row("<|im_end|>", user="<|AUDIO|>")
     before = used.encode_row(asked, 2, with_answer=True)
     after = pickle.loads(pickle.dumps(used)).encode_row(asked, 2, with_answer=True)
@@ -290,17 +296,20 @@ def test_padding_and_truncation_of_the_file_are_not_ours(tmp_path):
     tokenizer = Tokenizer.from_file(str(CHECKPOINTS / "A-small/tokenizer.json"))
     tokenizer.enable_truncation(3)
     tokenizer.enable_padding(length=100)
-    files = dataclasses.replace(encoder().files, tokenizer=tokenizer.to_str())
+    files = dataclasses.replace(chat_tokenizer().files, tokenizer=tokenizer.to_str())
     asked = row("the quick brown fox", user="Caption the audio.")
-    tokens = Encoder(files).encode_row(asked, 2, with_answer=True)
-    assert tokens.input_ids.tolist() == encoder().encode_row(asked, 2, with_answer=True).input_ids.tolist()
+    tokens = ChatTokenizer(files).encode_row(asked, 2, with_answer=True)
+    assert (
+        tokens.input_ids.tolist()
+        == chat_tokenizer().encode_row(asked, 2, with_answer=True).input_ids.tolist()
+    )
 
 
 def test_ids_by_name():
-    assert encoder().id_of("<tool_call>") == IDS["<tool_call>"]
-    assert encoder().pad_id == IDS["<|endoftext|>"]
+    assert chat_tokenizer().id_of("<tool_call>") == IDS["<tool_call>"]
+    assert chat_tokenizer().pad_id == IDS["<|endoftext|>"]
     with pytest.raises(ModelError) as caught:
-        encoder().id_of("<|nose|>")
+        chat_tokenizer().id_of("<|nose|>")
     assert caught.value.message.en == "the tokenizer has no token <|nose|>"
     assert "<|nose|>" in caught.value.message.zh
 
@@ -311,42 +320,42 @@ def test_audio_tokens_have_the_names_that_the_model_gives_them():
         "audio_bos_token": "<|vision_bos|>",
         "audio_eos_token": "<|vision_eos|>",
     }
-    template = encoder().files.chat_template
+    template = chat_tokenizer().files.chat_template
     for name, token in specials.items():
-        template = template.replace(dict(encoder().files.specials)[name], token)
+        template = template.replace(dict(chat_tokenizer().files.specials)[name], token)
     files = dataclasses.replace(
-        encoder().files,
+        chat_tokenizer().files,
         chat_template=template,
-        specials=tuple({**dict(encoder().files.specials), **specials}.items()),
+        specials=tuple({**dict(chat_tokenizer().files.specials), **specials}.items()),
     )
-    ids = Encoder(files).encode_row(row(user="<|AUDIO|>"), 4, with_answer=False).input_ids.tolist()
+    ids = ChatTokenizer(files).encode_row(row(user="<|AUDIO|>"), 4, with_answer=False).input_ids.tolist()
     assert ids.count(IDS["<|IMAGE|>"]) == 4
     assert AUDIO not in ids
 
 
 @pytest.mark.parametrize("content", ["{}", '{"model": 5}', "[]"])
 def test_a_tokenizer_that_is_none(content):
-    broken = Encoder(dataclasses.replace(encoder().files, tokenizer=content))
+    broken = ChatTokenizer(dataclasses.replace(chat_tokenizer().files, tokenizer=content))
     with pytest.raises(ModelError) as caught:
         broken.encode_row(row(user="x"), 1, with_answer=False)
     assert caught.value.message.en.startswith("tokenizer.json cannot be used: ")
     assert "\n" not in caught.value.message.en
 
 
-@pytest.mark.parametrize("period", [1, 2, 3, 7, 2 * LOOKED_AT])
+@pytest.mark.parametrize("period", [1, 2, 3, 7, 2 * PREFIX_SAMPLE_SIZE])
 def test_what_all_rows_begin_with_is_not_what_the_first_ones_do(period):
     """Two system prompts by turns, or one behind the other, as in files that were put together."""
     prompts = [np.array([5, 6, 7, AUDIO, 9]), np.array([5, 6, 8, AUDIO, 9])]
-    rows = [prompts[number // period % 2] for number in range(4 * LOOKED_AT)]
-    chosen = looked_at(len(rows))
-    assert len({*chosen}) == LOOKED_AT
+    rows = [prompts[number // period % 2] for number in range(4 * PREFIX_SAMPLE_SIZE)]
+    chosen = prefix_sample(len(rows))
+    assert len({*chosen}) == PREFIX_SAMPLE_SIZE
     assert chosen == sorted(chosen)
-    assert encoder().common_beginning(rows[number] for number in chosen) == 2
+    assert chat_tokenizer().shared_prefix_length(rows[number] for number in chosen) == 2
 
 
 def test_what_few_rows_begin_with():
-    assert looked_at(3) == [0, 1, 2]
-    assert encoder().common_beginning(iter(())) == 0
-    assert encoder().common_beginning([np.array([5, 6, AUDIO, 7])]) == 2
-    assert encoder().common_beginning([np.array([5, 6, 7]), np.array([5, 6])]) == 2
-    assert encoder().common_beginning([np.array([AUDIO, 6]), np.array([AUDIO, 6])]) == 0
+    assert prefix_sample(3) == [0, 1, 2]
+    assert chat_tokenizer().shared_prefix_length(iter(())) == 0
+    assert chat_tokenizer().shared_prefix_length([np.array([5, 6, AUDIO, 7])]) == 2
+    assert chat_tokenizer().shared_prefix_length([np.array([5, 6, 7]), np.array([5, 6])]) == 2
+    assert chat_tokenizer().shared_prefix_length([np.array([AUDIO, 6]), np.array([AUDIO, 6])]) == 0

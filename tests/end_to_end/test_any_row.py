@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from mdl_toolkit.config.data import ConvertOptions
 from mdl_toolkit.data.convert.run import convert_dataset
 from mdl_toolkit.data.dataset import ConvertedDataset
-from mdl_toolkit.data.tokenization import IGNORE_INDEX, Encoder
+from mdl_toolkit.data.tokenization import IGNORE_INDEX, ChatTokenizer
 from mdl_toolkit.weights.tokenizer_files import read_text_files
 
 MODEL = Path(__file__).parents[1] / "golden/checkpoints/A-small"
-ENCODER = Encoder(read_text_files(MODEL))
+TOKENIZER = ChatTokenizer(read_text_files(MODEL))
 LONGEST = 5 * 60 * 16_000  # samples: five minutes
 COLUMNS = ("audio", "system_prompt", "user_prompt", "prediction")
 
@@ -78,17 +78,17 @@ def assert_same_wave(waveform: np.ndarray, samples: np.ndarray) -> None:
 def assert_same_text(sample, system: str, user: str, prediction: str) -> None:
     """The tokenizer normalises to NFC; apart from that every character is there, and where it belongs."""
     learnt = sample.labels[sample.labels != IGNORE_INDEX]
-    assert learnt[-1] == ENCODER.end_id
+    assert learnt[-1] == TOKENIZER.end_id
     assert decoded(learnt[:-1]) == unicodedata.normalize("NFC", prediction)
     prompt = decoded(sample.input_ids[sample.labels == IGNORE_INDEX])
     for text in (system, user):
         assert unicodedata.normalize("NFC", text) in prompt
-    starts = (sample.input_ids == ENCODER.id_of("<|im_start|>")).sum()
-    ends = (sample.input_ids == ENCODER.end_id).sum()
+    starts = (sample.input_ids == TOKENIZER.id_of("<|im_start|>")).sum()
+    ends = (sample.input_ids == TOKENIZER.end_id).sum()
     assert (
         starts == ends == 3
     )  # system, user and assistant; special tokens in the user's words are plain text
 
 
 def decoded(ids: np.ndarray) -> str:
-    return ENCODER.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+    return TOKENIZER.backend.decode(ids.tolist(), skip_special_tokens=False)

@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from mdl_toolkit.data.collate import prompts_of
 from mdl_toolkit.data.dataset import Sample
-from mdl_toolkit.data.tokenization import Encoder
+from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.inference.generate import Answerer, Question, SamplingParams, admit, embedded
 from mdl_toolkit.model.decoding_batch import GROWTH, DecodingBatch
 from mdl_toolkit.model.kernels import matmul
@@ -32,7 +32,7 @@ def load(golden, name, window=None, **changes):
     for layer in model.decoder.model.layers[: None if window else 0 : 2]:
         layer.self_attn.sliding_window = window
     model.generation_config.eos_token_id = None  # every row is answered to its budget
-    return model, Encoder(read_text_files(folder))
+    return model, ChatTokenizer(read_text_files(folder))
 
 
 def questions(model, count, seed=0, longest=40):
@@ -56,10 +56,10 @@ def generated(model, question, **settings):
     return ids[0].tolist()
 
 
-def ids_of(model, encoder, asked, batch_size, sampling=GREEDY, ends=()):
+def ids_of(model, tokenizer, asked, batch_size, sampling=GREEDY, ends=()):
     """The ids that an answerer comes to, by key."""
     echo = SimpleNamespace(
-        decode=lambda ids: tuple(ids), end_id=-1, pad_id=encoder.pad_id
+        decode=lambda ids: tuple(ids), end_id=-1, pad_id=tokenizer.pad_id
     )  # text would hide differences
     answerer = Answerer(model, echo, batch_size, sampling)
     answerer.ends = {*ends}
@@ -69,17 +69,17 @@ def ids_of(model, encoder, asked, batch_size, sampling=GREEDY, ends=()):
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_every_row_is_answered_as_if_alone(golden, name, batch_size):
-    model, encoder = load(golden, name)
+    model, tokenizer = load(golden, name)
     asked = [*questions(model, 11)]
     expected = {q.key: generated(model, q, do_sample=False) for q in asked}
-    assert ids_of(model, encoder, asked, batch_size) == expected
-    assert ids_of(model, encoder, asked[::-1], batch_size) == expected
+    assert ids_of(model, tokenizer, asked, batch_size) == expected
+    assert ids_of(model, tokenizer, asked[::-1], batch_size) == expected
 
 
 def test_attention_may_lay_its_output_out_as_on_a_gpu(golden, monkeypatch):
-    model, encoder = load(golden, "A-small")
+    model, tokenizer = load(golden, "A-small")
     asked = [*questions(model, 5)]
-    expected = ids_of(model, encoder, asked, 3)
+    expected = ids_of(model, tokenizer, asked, 3)
     attend = functional.scaled_dot_product_attention
 
     def as_on_a_gpu(*tensors, **settings):
@@ -87,25 +87,25 @@ def test_attention_may_lay_its_output_out_as_on_a_gpu(golden, monkeypatch):
         return attend(*tensors, **settings).transpose(1, 2).contiguous().transpose(1, 2)
 
     monkeypatch.setattr(functional, "scaled_dot_product_attention", as_on_a_gpu)
-    assert ids_of(model, encoder, asked, 3) == expected
+    assert ids_of(model, tokenizer, asked, 3) == expected
 
 
 @pytest.mark.parametrize("window", [None, 12])
 @pytest.mark.parametrize("full", [(), ("embed_tokens",), ("k_proj", "norm")], ids=str)
 def test_rows_join_one_another_under_autocast(golden, full, window):
-    model, encoder = load(golden, "A-small", window)
+    model, tokenizer = load(golden, "A-small", window)
     model.to(torch.bfloat16)
     for name, parameter in model.named_parameters():  # what is trained stays in float32
         if any(part in name for part in full):
             parameter.data = parameter.data.float()
     asked = [*questions(model, 9)]
     with torch.autocast("cpu", torch.bfloat16):
-        found = ids_of(model, encoder, asked, 4)
+        found = ids_of(model, tokenizer, asked, 4)
     assert {key: len(ids) for key, ids in found.items()} == {q.key: q.budget for q in asked}
 
 
 def test_rows_end_at_an_end_token(golden):
-    model, encoder = load(golden, "A-small")
+    model, tokenizer = load(golden, "A-small")
     asked = [*questions(model, 9)]
     free = {q.key: generated(model, q, do_sample=False) for q in asked}
     ends = {free[key][len(free[key]) // 2] for key in (0, 3, 6)}
@@ -113,15 +113,15 @@ def test_rows_end_at_an_end_token(golden):
         key: ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]
         for key, ids in free.items()
     }
-    assert ids_of(model, encoder, asked, 4, ends=ends) == cut
+    assert ids_of(model, tokenizer, asked, 4, ends=ends) == cut
     assert len({len(ids) for ids in cut.values()}) > 3
 
 
 def test_the_store_grows_and_stays_no_larger_than_needed(golden):
-    model, encoder = load(golden, "B-small")
+    model, tokenizer = load(golden, "B-small")
     long = [*questions(model, 5, longest=20)]
     asked = [Question(q.key, q.sample, 2 * GROWTH + 9 * q.key) for q in long]
-    answerer = Answerer(model, encoder, 3)
+    answerer = Answerer(model, tokenizer, 3)
     answerer.ends = set()
     rows, most = answerer._rows, 0
     for _ in answerer.answers(asked):
@@ -129,12 +129,12 @@ def test_the_store_grows_and_stays_no_larger_than_needed(golden):
     longest = max(len(q.sample.input_ids) + q.budget for q in asked)
     assert longest <= most + 1 <= longest + GROWTH + longest // 2
     expected = {q.key: generated(model, q, do_sample=False) for q in asked}
-    assert ids_of(model, encoder, asked, 3) == expected
+    assert ids_of(model, tokenizer, asked, 3) == expected
 
 
 @pytest.mark.parametrize(("name", "window"), [("A-small", None), ("B-small-tied", None), ("B-small", 9)])
 def test_what_prompts_begin_with_is_computed_once(golden, name, window):
-    model, encoder = load(golden, name, window)
+    model, tokenizer = load(golden, name, window)
     system, other, counts = np.arange(10, 40), np.arange(10, 22), []
     asked = [
         Question(q.key, replace(q.sample, input_ids=np.concatenate([start, [41], q.sample.input_ids])), 12)
@@ -143,11 +143,11 @@ def test_what_prompts_begin_with_is_computed_once(golden, name, window):
     positions = [len(q.sample.input_ids) for q in asked]
     apart = {}
     for q in asked:
-        apart |= ids_of(model, encoder, [q], 1)
+        apart |= ids_of(model, tokenizer, [q], 1)
     layer = model.decoder.model.layers[0]
     layer.register_forward_pre_hook(lambda *_: pytest.fail("layers are called part by part"))
     layer.self_attn.q_proj.register_forward_pre_hook(lambda _, given: counts.append(given[0].shape[1]))
-    assert ids_of(model, encoder, asked, 6) == apart
+    assert ids_of(model, tokenizer, asked, 6) == apart
     # 30 words of the system prompts once, 12 of them also for the others; 41 follows each of both
     assert counts[0] == sum(positions) - 2 * 31 - 13 - 13 - 12
     prompts, rows = prompts_of([q.sample for q in asked], 0), DecodingBatch(model.decoder)
@@ -160,9 +160,9 @@ def test_what_prompts_begin_with_is_computed_once(golden, name, window):
 @pytest.mark.parametrize("window", [5, 24, 500])
 def test_layers_that_see_only_a_window(golden, window):
     """Against one forward pass over the whole, with a mask made in plain loops."""
-    model, encoder = load(golden, "B-small", window)
+    model, tokenizer = load(golden, "B-small", window)
     asked = [*questions(model, 4)]
-    found = ids_of(model, encoder, asked, 3)
+    found = ids_of(model, tokenizer, asked, 3)
     for q in asked:
         ids = generated_slowly(model, q, window)
         assert found[q.key] == ids
@@ -195,12 +195,12 @@ def generated_slowly(model, question, window):
 
 
 def test_draws_do_not_depend_on_the_batch(golden):
-    model, encoder = load(golden, "A-small")
+    model, tokenizer = load(golden, "A-small")
     asked, sampling = [*questions(model, 8)], SamplingParams(temperature=1.3, top_p=0.9, seed=5)
-    alone = ids_of(model, encoder, asked, 1, sampling)
-    assert ids_of(model, encoder, asked[::-1], 5, sampling) == alone
-    assert ids_of(model, encoder, asked, 5, SamplingParams(1.3, 0.9, 6)) != alone
-    assert ids_of(model, encoder, asked, 5) != alone
+    alone = ids_of(model, tokenizer, asked, 1, sampling)
+    assert ids_of(model, tokenizer, asked[::-1], 5, sampling) == alone
+    assert ids_of(model, tokenizer, asked, 5, SamplingParams(1.3, 0.9, 6)) != alone
+    assert ids_of(model, tokenizer, asked, 5) != alone
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.7, 1e-9])
@@ -263,16 +263,16 @@ def scored_slowly(model, question, choice):
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_weights_laid_out_once_give_the_same_answers(golden, name):
-    model, encoder = load(golden, name)
+    model, tokenizer = load(golden, name)
     asked = [*questions(model, 7)]
     prompts = prompts_of([q.sample for q in asked], 0)
     plain = DecodingBatch(model.decoder).admit(embedded(model, prompts), prompts.lengths, 7, 0)
-    expected = ids_of(model, encoder, asked, 3)
+    expected = ids_of(model, tokenizer, asked, 3)
     prepack(model)
     assert any(isinstance(module, PrepackedLinear) for module in model.modules())
     fast = DecodingBatch(model.decoder).admit(embedded(model, prompts), prompts.lengths, 7, 0)
     assert (fast - plain).abs().max() < 1e-4
-    assert ids_of(model, encoder, asked, 3) == expected
+    assert ids_of(model, tokenizer, asked, 3) == expected
 
 
 def test_where_the_operations_are_not_there_layers_stay_as_they_are(golden, monkeypatch):

@@ -564,7 +564,7 @@ def test_choices_are_those_a_plain_loop_finds_best(model, tmp_path, by_length):
     from mdl_toolkit.config.data import ConvertOptions
     from mdl_toolkit.data.convert.run import convert_dataset
     from mdl_toolkit.data.dataset import ConvertedDataset
-    from mdl_toolkit.data.tokenization import Encoder
+    from mdl_toolkit.data.tokenization import ChatTokenizer
     from mdl_toolkit.inference.generate import Question
     from mdl_toolkit.weights.loading import load_model
     from mdl_toolkit.weights.tokenizer_files import read_text_files
@@ -579,7 +579,7 @@ def test_choices_are_those_a_plain_loop_finds_best(model, tmp_path, by_length):
     assert [row["prediction"] for row in rows] == found
     assert list(rows[0])[-6:] == ["prediction", "score", "prediction_2", "score_2", "prediction_3", "score_3"]
     convert_dataset(ConvertOptions(input=str(source), output=str(tmp_path / "d"), model_name=str(model)))
-    dataset, encoder = ConvertedDataset(tmp_path / "d"), Encoder(read_text_files(model))
+    dataset, tokenizer = ConvertedDataset(tmp_path / "d"), ChatTokenizer(read_text_files(model))
     loaded = load_model(model, dtype=torch.float32, device=torch.device("cpu")).eval()
     for number, row in enumerate(rows):
         sample = dataset[number]
@@ -587,7 +587,7 @@ def test_choices_are_those_a_plain_loop_finds_best(model, tmp_path, by_length):
         bare = replace(sample, input_ids=sample.input_ids[:prompt], labels=sample.labels[:prompt])
         scores = {}
         for text in texts:
-            ids = encoder.answer_ids(text)
+            ids = tokenizer.answer_ids(text)
             total = scored_slowly(loaded, Question(0, bare, 1), ids)
             scores[text] = total / len(ids) if by_length else total
         best = sorted(scores, key=lambda text: -scores[text])[:3]

@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from mdl_toolkit.data.tokenization import Encoder
+from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.inference import verify as proof
 from mdl_toolkit.inference.verify import invented_rows, prove
@@ -59,7 +59,7 @@ def parts(request, golden, tmp_path):
 
 
 def rows(base):
-    return invented_rows(Encoder(read_text_files(base)), Prompts("Be brief.", "What is it?"))
+    return invented_rows(ChatTokenizer(read_text_files(base)), Prompts("Be brief.", "What is it?"))
 
 
 @pytest.mark.usefixtures("one_at_a_time")

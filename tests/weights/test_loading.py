@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mdl_toolkit.cli.main import run
-from mdl_toolkit.data.tokenization import Encoder
+from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.i18n import Verbatim
 from mdl_toolkit.utils.machine import lack_of_memory
@@ -567,10 +567,10 @@ def test_code_in_a_folder_is_never_run(model, tmp_path, monkeypatch):
         change_json(model / file, auto_map=classes)
     loaded = load(find(model))
     assert type(loaded).__module__ == "mdl_toolkit.model.modeling"
-    with_file = Encoder(read_text_files(model))
+    with_file = ChatTokenizer(read_text_files(model))
     (model / "tokenizer.json").unlink()
-    without = Encoder(read_text_files(model))
-    assert with_file.tokenizer.encode("狗 bark").ids == without.tokenizer.encode("狗 bark").ids
+    without = ChatTokenizer(read_text_files(model))
+    assert with_file.backend.encode("狗 bark").ids == without.backend.encode("狗 bark").ids
     assert not marker.exists()
 
 

@@ -20,7 +20,7 @@ from mdl_toolkit.errors import ModelError
 from mdl_toolkit.model.constants import IGNORE_INDEX as IGNORE_INDEX
 from mdl_toolkit.weights.tokenizer_files import TextFiles
 
-LOOKED_AT = 1000  # rows whose common beginning is taken for that of all
+PREFIX_SAMPLE_SIZE = 1000  # rows whose common beginning is taken for that of all
 SEED = 0  # of the choice among more
 
 
@@ -38,12 +38,12 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Encoder:
+class ChatTokenizer:
     """Rows to tokens for one model's tokenizer and chat template."""
 
     files: TextFiles
 
-    def __reduce__(self) -> tuple[type["Encoder"], tuple[TextFiles]]:
+    def __reduce__(self) -> tuple[type["ChatTokenizer"], tuple[TextFiles]]:
         return type(self), (self.files,)  # a pickled tokenizer forgets `encode_special_tokens`
 
     def encode_row(self, row: Row, audio_tokens: int, *, with_answer: bool) -> Tokens:
@@ -51,7 +51,7 @@ class Encoder:
         segments = self.template.segments(messages_of(row, with_answer=with_answer))
         return self.encode(segments, audio_tokens)
 
-    def common_beginning(self, rows: Iterable[NDArray[np.int32]]) -> int:
+    def shared_prefix_length(self, rows: Iterable[NDArray[np.int32]]) -> int:
         """How many ids before the audio all rows have in common, a system prompt for example."""
         prompts = map(self._before_audio, rows)
         return len(reduce(_common, prompts, next(prompts, np.zeros(0, np.int32))))
@@ -78,7 +78,7 @@ class Encoder:
 
     def decode(self, ids: list[int]) -> str:
         """Text of new tokens, without special tokens."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        return self.backend.decode(ids, skip_special_tokens=True)
 
     def id_of(self, token: str) -> int:
         """The id of a token.
@@ -86,7 +86,7 @@ class Encoder:
         Raises:
             ModelError: the tokenizer does not have it.
         """
-        found = self.tokenizer.token_to_id(token)
+        found = self.backend.token_to_id(token)
         if found is None:
             raise ModelError("the tokenizer has no token {token}", token=token)
         return int(found)
@@ -109,7 +109,7 @@ class Encoder:
         return ChatTemplate(self.files.chat_template, marks=marks, variables=self.files.specials)
 
     @cached_property
-    def tokenizer(self) -> Tokenizer:
+    def backend(self) -> Tokenizer:
         """The tokenizer; special tokens are plain text to it, `<tool_call>` and its like stay tokens.
 
         Raises:
@@ -130,7 +130,7 @@ class Encoder:
 
     @cached_property
     def _special_pattern(self) -> "re.Pattern[str]":
-        added = self.tokenizer.get_added_tokens_decoder().values()
+        added = self.backend.get_added_tokens_decoder().values()
         tokens = sorted((token.content for token in added if token.special), key=len, reverse=True)
         return re.compile("(" + "|".join(map(re.escape, tokens)) + ")")
 
@@ -139,7 +139,7 @@ class Encoder:
         return ids[: places[0]] if len(places) else ids
 
     def _encode_text(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        return self.backend.encode(text, add_special_tokens=False).ids
 
     def _encode_run(self, segments: list[Segment], audio_tokens: int) -> list[int]:
         """Ids of segments that are all prompt (and audio) or all answer."""
@@ -168,9 +168,9 @@ class Encoder:
         return pieces
 
 
-def looked_at(count: int) -> list[int]:
+def prefix_sample(count: int) -> list[int]:
     """Which of so many rows tell what all begin with: some from all over, as files are often in order."""
-    return sorted(Random(SEED).sample(range(count), min(count, LOOKED_AT)))
+    return sorted(Random(SEED).sample(range(count), min(count, PREFIX_SAMPLE_SIZE)))
 
 
 def _common(one: NDArray[np.int32], other: NDArray[np.int32]) -> NDArray[np.int32]:

@@ -13,7 +13,7 @@ import torch
 
 from mdl_toolkit.data.collate import prompts_of
 from mdl_toolkit.data.csv_reader import bad
-from mdl_toolkit.data.tokenization import Encoder
+from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.inference.generate import Question, admit, base_model
 from mdl_toolkit.model.decoding_batch import DecodingBatch
@@ -45,7 +45,7 @@ class Chooser:
 
     Attributes:
         model: a MiDashengLM in evaluation mode, with or without adapters.
-        encoder: its tokenizer.
+        tokenizer: its tokenizer.
         choices: the texts.
         batch_size: most rows at once.
         most: how many of the choices are given, the best first.
@@ -54,7 +54,7 @@ class Chooser:
     """
 
     model: Any
-    encoder: Encoder
+    tokenizer: ChatTokenizer
     choices: Sequence[str]
     batch_size: int
     most: int
@@ -63,10 +63,10 @@ class Chooser:
     def answers(self, questions: Iterable[Question]) -> Iterator[tuple[int, list[str]]]:
         """Yield each question's key and its best choices, each followed by its log-probability."""
         model, waiting = base_model(self.model), iter(questions)
-        tokens = [self.encoder.answer_ids(choice) for choice in self.choices]
+        tokens = [self.tokenizer.answer_ids(choice) for choice in self.choices]
         lengths = torch.tensor([len(each) if self.by_length else 1 for each in tokens])
         while batch := [*islice(waiting, self.batch_size)]:
-            prompts = prompts_of([question.sample for question in batch], self.encoder.pad_id)
+            prompts = prompts_of([question.sample for question in batch], self.tokenizer.pad_id)
             rows = DecodingBatch(model.decoder)
             logits = admit(rows, model, prompts, len(batch), 0)
             scores = rows.score(logits, tokens).cpu() / lengths

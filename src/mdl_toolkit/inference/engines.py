@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from mdl_toolkit.config.results import InferenceOptions
 from mdl_toolkit.data.collate import prompts_of
 from mdl_toolkit.data.dataset import Sample
-from mdl_toolkit.data.tokenization import Encoder
+from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import ModelError, UsageError
 from mdl_toolkit.inference.choices import Chooser
 from mdl_toolkit.inference.generate import Answerer, Question, SamplingParams, base_model, embedded, end_ids
@@ -62,7 +62,7 @@ def check_engine(options: InferenceOptions) -> None:
         need(VLLM, VLLM, "--engine vllm")
 
 
-def make_engine(options: InferenceOptions, encoder: Encoder, choices: Sequence[str] | None) -> Engine:
+def make_engine(options: InferenceOptions, tokenizer: ChatTokenizer, choices: Sequence[str] | None) -> Engine:
     """Load the model and make ready what the options ask for.
 
     Raises:
@@ -71,15 +71,15 @@ def make_engine(options: InferenceOptions, encoder: Encoder, choices: Sequence[s
     sampling = SamplingParams(options.temperature, options.top_p, options.seed)
     if options.engine == VLLM:
         folder = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=True)
-        return Vllm(folder, encoder, sampling, options.batch_size)
+        return Vllm(folder, tokenizer, sampling, options.batch_size)
     model = load_for_inference(options.model_name, from_modelscope=options.from_modelscope)
     if model.device.type == "cpu":
         prepack(model)
     if choices is not None:
-        return Chooser(model, encoder, choices, options.batch_size, options.top_k, options.normalize_scores)
+        return Chooser(model, tokenizer, choices, options.batch_size, options.top_k, options.normalize_scores)
     if options.num_beams > 1:
-        return Beams(model, encoder, options.batch_size, options.num_beams)
-    return Single(Answerer(model, encoder, options.batch_size, sampling))
+        return Beams(model, tokenizer, options.batch_size, options.num_beams)
+    return Single(Answerer(model, tokenizer, options.batch_size, sampling))
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Beams:
     """
 
     model: Any
-    encoder: Encoder
+    tokenizer: ChatTokenizer
     batch_size: int
     beams: int
 
@@ -110,18 +110,18 @@ class Beams:
         for _, alike in groupby(questions, lambda each: (len(each.sample.input_ids), each.budget)):
             while batch := [*islice(alike, self.batch_size)]:
                 for question, ids in zip(batch, self._search(batch), strict=True):
-                    yield question.key, [self.encoder.decode(ids)]
+                    yield question.key, [self.tokenizer.decode(ids)]
 
     @torch.inference_mode()
     def _search(self, batch: list[Question]) -> list[list[int]]:
         model = base_model(self.model)
-        embeddings = embedded(model, prompts_of([each.sample for each in batch], self.encoder.pad_id))
+        embeddings = embedded(model, prompts_of([each.sample for each in batch], self.tokenizer.pad_id))
         settings = GenerationConfig(
             do_sample=False,
             num_beams=self.beams,
             max_new_tokens=batch[0].budget,
-            eos_token_id=sorted(end_ids(self.model, self.encoder)),
-            pad_token_id=self.encoder.pad_id,
+            eos_token_id=sorted(end_ids(self.model, self.tokenizer)),
+            pad_token_id=self.tokenizer.pad_id,
         )
         attended = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
         found = model.generate(inputs_embeds=embeddings, attention_mask=attended, generation_config=settings)
@@ -134,7 +134,9 @@ class Vllm:
     Our classes are registered in vLLM's processes by an entry point, so that no code of the folder is run.
     """
 
-    def __init__(self, folder: Path, encoder: Encoder, sampling: SamplingParams, batch_size: int) -> None:
+    def __init__(
+        self, folder: Path, tokenizer: ChatTokenizer, sampling: SamplingParams, batch_size: int
+    ) -> None:
         if (folder / ADAPTER_CONFIG).is_file():
             raise ModelError(
                 "{folder}: --engine vllm needs a whole model; make one with `mdl-toolkit merge`",
@@ -142,7 +144,7 @@ class Vllm:
             )
         from vllm import LLM
 
-        self._encoder, self._sampling, self._batch_size = encoder, sampling, batch_size
+        self._tokenizer, self._sampling, self._batch_size = tokenizer, sampling, batch_size
         self._model = LLM(model=str(folder), max_num_seqs=batch_size, trust_remote_code=False)
 
     def answers(self, questions: Iterable[Question]) -> Iterator[tuple[int, list[str]]]:
@@ -158,7 +160,7 @@ class Vllm:
     def _prompt(self, question: Question) -> dict[str, Any]:
         """Return a prompt with one audio token for the recording; vLLM makes as many as are needed."""
         assert isinstance(question.sample, Sample)
-        audio = self._encoder.id_of(dict(self._encoder.files.specials)["audio_token"])
+        audio = self._tokenizer.id_of(dict(self._tokenizer.files.specials)["audio_token"])
         ids = [
             token
             for token, run in groupby(question.sample.input_ids.tolist())
@@ -177,5 +179,5 @@ class Vllm:
             temperature=self._sampling.temperature,
             top_p=self._sampling.top_p,
             seed=self._sampling.seed + question.key,
-            stop_token_ids=[self._encoder.end_id],
+            stop_token_ids=[self._tokenizer.end_id],
         )

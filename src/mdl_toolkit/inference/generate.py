@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mdl_toolkit.data.collate import Featured, PromptBatch, prompts_of
 from mdl_toolkit.data.dataset import ConvertedDataset, Sample
-from mdl_toolkit.data.tokenization import IGNORE_INDEX, Encoder
+from mdl_toolkit.data.tokenization import IGNORE_INDEX, ChatTokenizer
 from mdl_toolkit.evaluation.text_metrics import Metric
 from mdl_toolkit.model.decoding_batch import DecodingBatch
 
@@ -89,19 +89,23 @@ class Answerer:
     """
 
     def __init__(
-        self, model: Any, encoder: Encoder, batch_size: int, sampling: SamplingParams = SamplingParams()
+        self,
+        model: Any,
+        tokenizer: ChatTokenizer,
+        batch_size: int,
+        sampling: SamplingParams = SamplingParams(),
     ) -> None:
         """Prepare a model for answering.
 
         Args:
             model: a MiDashengLM in evaluation mode, with or without adapters.
-            encoder: its tokenizer.
+            tokenizer: its tokenizer.
             batch_size: most rows at once.
             sampling: how tokens are chosen.
         """
         self._model = base_model(model)
-        self._encoder, self._sampling, self._places = encoder, sampling, batch_size
-        self.ends = end_ids(model, encoder)
+        self._tokenizer, self._sampling, self._places = tokenizer, sampling, batch_size
+        self.ends = end_ids(model, tokenizer)
         self._rows = DecodingBatch(self._model.decoder)
         self._running: list[_Answer] = []
 
@@ -123,7 +127,7 @@ class Answerer:
     def _admit(self, questions: list[Question]) -> Tensor | None:
         if not questions:
             return None
-        prompts = prompts_of([question.sample for question in questions], self._encoder.pad_id)
+        prompts = prompts_of([question.sample for question in questions], self._tokenizer.pad_id)
         need = max(n + question.budget for n, question in zip(prompts.lengths, questions, strict=True))
         logits = admit(self._rows, self._model, prompts, self._places, need)
         self._running += [_Answer(q.key, q.budget, self._sampling.source(q.key), []) for q in questions]
@@ -149,7 +153,7 @@ class Answerer:
 
     def _text(self, answer: _Answer) -> str:
         ends_itself = answer.ids[-1] in self.ends
-        return self._encoder.decode(answer.ids[:-1] if ends_itself else answer.ids)
+        return self._tokenizer.decode(answer.ids[:-1] if ends_itself else answer.ids)
 
 
 def base_model(model: Any) -> Any:
@@ -173,11 +177,11 @@ def admit(rows: DecodingBatch, model: Any, prompts: PromptBatch, places: int, ne
     return rows.admit(embedded(model, prompts), prompts.lengths, places, need, words)
 
 
-def end_ids(model: Any, encoder: Encoder) -> set[int]:
+def end_ids(model: Any, tokenizer: ChatTokenizer) -> set[int]:
     """Return the tokens that end an answer: the model's own, and the one that closes a turn."""
     ends = model.generation_config.eos_token_id
     listed = ends if isinstance(ends, list) else [ends] if ends is not None else []
-    return {*listed, encoder.end_id}
+    return {*listed, tokenizer.end_id}
 
 
 # --- scores --------------------------------------------------------------------------------------------
@@ -191,14 +195,14 @@ class Questions:
         dataset: the rows, with labels.
         drawn: which of them, `[drawn]`.
         rows: those that this process answers, `[rows]`.
-        encoder: the model's tokenizer.
+        tokenizer: the model's tokenizer.
         metric: what is counted.
     """
 
     dataset: ConvertedDataset
     drawn: np.ndarray
     rows: np.ndarray
-    encoder: Encoder
+    tokenizer: ChatTokenizer
     metric: Metric
 
     @staticmethod
@@ -230,10 +234,10 @@ class Questions:
             for row in map(int, self.rows):
                 sample = self.dataset[row]
                 reference = sample.labels[sample.labels != IGNORE_INDEX]
-                references[row] = self.encoder.decode(reference.tolist())
+                references[row] = self.tokenizer.decode(reference.tolist())
                 yield Question(row, prompt_of(sample), 2 * len(reference) + EXTRA_TOKENS)
 
-        for row, text in Answerer(model, self.encoder, batch_size).answers(questions()):
+        for row, text in Answerer(model, self.tokenizer, batch_size).answers(questions()):
             yield references.pop(row), text
 
 

@@ -12,7 +12,7 @@ from mdl_toolkit.data.check.rows import too_long
 from mdl_toolkit.data.convert.run import convert_rows, left_out
 from mdl_toolkit.data.dataset import ConvertedDataset
 from mdl_toolkit.data.manifest import SYSTEM, USER, Manifest, Row
-from mdl_toolkit.data.tokenization import Encoder
+from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import InputError, Problems, RowProblem
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.inference.generate import Question
@@ -67,14 +67,16 @@ class Inputs:
         )
 
 
-def convert_inputs(manifest: Manifest, place: Path, encoder: Encoder, options: InferenceOptions) -> None:
+def convert_inputs(
+    manifest: Manifest, place: Path, tokenizer: ChatTokenizer, options: InferenceOptions
+) -> None:
     """Convert all rows, unless what would come out is there already.
 
     Raises:
         RowsError: all rows that cannot be used; with `--on-error keep`, they are left out.
     """
     keeps_going = options.on_error == KEEP
-    convert_rows(manifest, place, encoder, options, with_answer=False, reuse=True, keeps_going=keeps_going)
+    convert_rows(manifest, place, tokenizer, options, with_answer=False, reuse=True, keeps_going=keeps_going)
 
 
 @dataclass(frozen=True)
@@ -90,13 +92,15 @@ class TokenBudget:
     choice: str | None = None
 
     @classmethod
-    def of_choices(cls, choices: Sequence[str], encoder: Encoder, options: InferenceOptions) -> "TokenBudget":
+    def of_choices(
+        cls, choices: Sequence[str], tokenizer: ChatTokenizer, options: InferenceOptions
+    ) -> "TokenBudget":
         """Return what the longest choice takes.
 
         Raises:
             InputError: `--max-new-tokens` gives less to every row.
         """
-        tokens, choice = max((len(encoder.answer_ids(choice)), choice) for choice in choices)
+        tokens, choice = max((len(tokenizer.answer_ids(choice)), choice) for choice in choices)
         most = options.max_new_tokens
         if most is not None and most < tokens:
             raise InputError(

@@ -22,7 +22,7 @@ from mdl_toolkit.data.csv_reader import stamp_of
 from mdl_toolkit.data.listing import is_listing, list_recordings, write_listing
 from mdl_toolkit.data.manifest import Manifest, Row
 from mdl_toolkit.data.prefetch import Loader
-from mdl_toolkit.data.tokenization import Encoder
+from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.inference.choices import columns_of, read_choices
@@ -153,17 +153,17 @@ class _Inference:
             return (self._write(manifest, None) if self.world.is_first else []), 0
         # Of a local folder everything is here to be checked at once; of a hub's, weights wait for the rows.
         folder = self._find(weights=Path(self.options.model_name).is_dir())
-        encoder = Encoder(read_text_files(folder))
+        tokenizer = ChatTokenizer(read_text_files(folder))
         if (origin := read_provenance(folder)) is not None:
             manifest = prompted(manifest, origin.prompts)
-        inputs = self._inputs(manifest, encoder)
+        inputs = self._inputs(manifest, tokenizer)
         if self.world.is_first:
             self._begin(inputs)
         self.world.wait()
         order = inputs.order({*self.journal.answers()}, self.options.batch_size)
         # No process writes another answer before all know what is left.
         self.world.wait()
-        self._answer(inputs, encoder, order[self.world.rank :: self.world.size])
+        self._answer(inputs, tokenizer, order[self.world.rank :: self.world.size])
         self.world.wait()
         return (self._write(manifest, inputs) if self.world.is_first else []), len(inputs.problems)
 
@@ -189,13 +189,13 @@ class _Inference:
             base_of(folder, from_modelscope=options.from_modelscope)
         return folder
 
-    def _inputs(self, manifest: Manifest, encoder: Encoder) -> Inputs:
+    def _inputs(self, manifest: Manifest, tokenizer: ChatTokenizer) -> Inputs:
         """Open the rows, which the first process converts for all."""
         place, required = self.journal.dataset, TokenBudget()
         if self.choices is not None:
-            required = TokenBudget.of_choices(self.choices, encoder, self.options)
+            required = TokenBudget.of_choices(self.choices, tokenizer, self.options)
         if self.world.is_first:
-            convert_inputs(manifest, place, encoder, self.options)
+            convert_inputs(manifest, place, tokenizer, self.options)
             inputs = open_inputs(manifest, place, self.options, required)
             self.world.wait()
             return inputs
@@ -238,13 +238,13 @@ class _Inference:
 
     # --- the answers ---
 
-    def _answer(self, inputs: Inputs, encoder: Encoder, mine: NDArray[np.int64]) -> None:
+    def _answer(self, inputs: Inputs, tokenizer: ChatTokenizer, mine: NDArray[np.int64]) -> None:
         """Answer some rows, and write each answer down at once."""
         with explaining_memory(MEMORY_REMEDY), progress(len(mine), "answering") as shown:
             if not len(mine):
                 return
             warn_of_idle_gpus(self.world.size, self.options.COMMAND)
-            engine = make_engine(self.options, encoder, self.choices)
+            engine = make_engine(self.options, tokenizer, self.choices)
             group = max(1, self.options.batch_size // JOINING)
             loader = Loader(lambda rows: [inputs.question(int(row)) for row in rows], THREADS)
             groups = (mine[start : start + group] for start in range(0, len(mine), group))

@@ -20,7 +20,7 @@ from mdl_toolkit.audio.loading import SAMPLE_RATE
 from mdl_toolkit.data.chat_template import Message
 from mdl_toolkit.data.collate import Collator
 from mdl_toolkit.data.dataset import ConvertedDataset, Sample
-from mdl_toolkit.data.tokenization import Encoder
+from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.inference.generate import prompt_of
 from mdl_toolkit.model.lengths import audio_token_count
@@ -87,13 +87,13 @@ def prove(base: Path, adapter: Path, merged: Path, samples: Sequence[Sample]) ->
     Raises:
         ModelError: the replies differ by more than rounding.
     """
-    encoder, dtype = Encoder(read_text_files(base)), _dtype_of(merged)
+    tokenizer, dtype = ChatTokenizer(read_text_files(base)), _dtype_of(merged)
     device = best_device()
     try:
-        found, size, allowed = _measure(base, adapter, merged, samples, encoder, dtype, device)
+        found, size, allowed = _measure(base, adapter, merged, samples, tokenizer, dtype, device)
     # After a quantised training the GPU may be too small.
     except torch.OutOfMemoryError:
-        found, size, allowed = _measure(base, adapter, merged, samples, encoder, dtype, torch.device("cpu"))
+        found, size, allowed = _measure(base, adapter, merged, samples, tokenizer, dtype, torch.device("cpu"))
     shown = f"{found.logits:.2g}", f"{allowed:.2g}", f"{size:.3g}"
     if not found.logits <= allowed:
         raise ModelError(
@@ -122,23 +122,23 @@ def _measure(
     adapter: Path,
     merged: Path,
     samples: Sequence[Sample],
-    encoder: Encoder,
+    tokenizer: ChatTokenizer,
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[Difference, float, float]:
     """Return the difference, the largest logit, and the difference that is allowed."""
     with _loaded(base, dtype, device) as plain:
         model = with_adapter(plain, adapter).eval()
-        reference = _replies(model, samples, encoder)
+        reference = _replies(model, samples, tokenizer)
         size = max(float(reply.logits.abs().max()) for reply in reference)
         allowed = FLOAT32_TOLERANCE * size
         if dtype != torch.float32:
             model.merge_adapter()
-            rounded = Difference.between(reference, _replies(model, samples, encoder))
+            rounded = Difference.between(reference, _replies(model, samples, tokenizer))
             allowed = max(allowed, ROUNDINGS * rounded.logits)
         del plain, model
     with _loaded(merged, dtype, device) as plain:
-        found = Difference.between(reference, _replies(plain.eval(), samples, encoder))
+        found = Difference.between(reference, _replies(plain.eval(), samples, tokenizer))
         del plain
     return found, size, allowed
 
@@ -171,16 +171,16 @@ def _dtype_of(folder: Path) -> torch.dtype:
 
 
 @torch.inference_mode()
-def _replies(model: Any, samples: Sequence[Sample], encoder: Encoder) -> list[Reply]:
+def _replies(model: Any, samples: Sequence[Sample], tokenizer: ChatTokenizer) -> list[Reply]:
     settings = GenerationConfig(
         do_sample=False,
         max_new_tokens=NEW_TOKENS,
-        eos_token_id=encoder.end_id,
-        pad_token_id=encoder.pad_id,
+        eos_token_id=tokenizer.end_id,
+        pad_token_id=tokenizer.pad_id,
         return_dict_in_generate=True,
         output_logits=True,
     )
-    collate, replies = Collator(encoder.pad_id), []
+    collate, replies = Collator(tokenizer.pad_id), []
     for sample in samples:
         batch: dict[str, Any] = {**collate([prompt_of(sample)])}
         del batch["labels"]
@@ -207,7 +207,7 @@ def some_rows(dataset: ConvertedDataset) -> list[Sample]:
     return [dataset[int(order[place])] for place in places]
 
 
-def invented_rows(encoder: Encoder, prompts: Prompts) -> list[Sample]:
+def invented_rows(tokenizer: ChatTokenizer, prompts: Prompts) -> list[Sample]:
     """Invent rows where there are none: noise of 1, 2 and 3 s, asked as in training where that is known."""
     random = np.random.default_rng(0)
     system = () if prompts.system is None else (Message("system", prompts.system),)
@@ -215,6 +215,6 @@ def invented_rows(encoder: Encoder, prompts: Prompts) -> list[Sample]:
     rows = []
     for seconds in range(1, ROWS + 1):
         wave = (0.1 * random.standard_normal(seconds * SAMPLE_RATE)).astype(np.float32)
-        tokens = encoder.encode(encoder.template.segments(messages), audio_token_count(len(wave)))
+        tokens = tokenizer.encode(tokenizer.template.segments(messages), audio_token_count(len(wave)))
         rows.append(Sample(tokens.input_ids, tokens.labels, wave))
     return rows

@@ -11,7 +11,7 @@ from mdl_toolkit.config.options import setting_of, spelling
 from mdl_toolkit.config.train import EVALUATION, TrainOptions
 from mdl_toolkit.data.convert.run import convert_rows, read_rows
 from mdl_toolkit.data.dataset import ConvertedDataset
-from mdl_toolkit.data.tokenization import Encoder
+from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import DatasetError, ToolkitError
 from mdl_toolkit.utils.console import is_first_process, say, warn
 from mdl_toolkit.utils.distributed import PeerLostError
@@ -57,7 +57,7 @@ def _open_set(path: str, options: TrainOptions, files: TextFiles, private: Path)
         return dataset
     if is_first_process():
         manifest = read_rows(path, options, needs_prediction=True)
-        convert_rows(manifest, private, Encoder(files), options, reuse=True)
+        convert_rows(manifest, private, ChatTokenizer(files), options, reuse=True)
     return ConvertedDataset(private)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mdl_toolkit.config.results import MergeOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, to_yaml
-from mdl_toolkit.data.tokenization import Encoder
+from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import InputError, ModelError
 from mdl_toolkit.inference.verify import invented_rows, prove
 from mdl_toolkit.training.checkpoints import CHECKSUMS, damage
@@ -53,7 +53,7 @@ def merge_adapter(options: MergeOptions) -> Path:
     quiet_libraries()
     origin = read_provenance(adapter) or _unknown(base, adapter, options)
     about = About(origin, training_of(adapter), to_yaml(options))
-    samples = invented_rows(Encoder(read_text_files(base)), origin.prompts) if options.verify else ()
+    samples = invented_rows(ChatTokenizer(read_text_files(base)), origin.prompts) if options.verify else ()
     verify = partial(prove, base, adapter, samples=samples) if samples else None
     export_merged(base, adapter, output, about, verify=verify, dtype=options.dtype)
     say("done: the merged model is in {output}", output=output)

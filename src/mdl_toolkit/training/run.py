@@ -18,7 +18,7 @@ from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, to_yaml
 from mdl_toolkit.data.collate import Collator, Readable
 from mdl_toolkit.data.dataset import ConvertedDataset
-from mdl_toolkit.data.tokenization import Encoder, looked_at
+from mdl_toolkit.data.tokenization import ChatTokenizer, prefix_sample
 from mdl_toolkit.data.warnings import LossWatch, advise
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.evaluation.text_metrics import METRICS
@@ -141,7 +141,7 @@ def _prepare_and_run(options: TrainOptions, private: Path) -> TrainResult:
                 world.wait()
             with explaining_memory(MEMORY_REMEDY):
                 return _run(
-                    _plan(options, base, Encoder(files), train_set, eval_set, resume, world, converted)
+                    _plan(options, base, ChatTokenizer(files), train_set, eval_set, resume, world, converted)
                 )
 
 
@@ -162,7 +162,7 @@ class _Run:
     options: TrainOptions
     base: Path
     origin: Provenance
-    encoder: Encoder
+    tokenizer: ChatTokenizer
     train_set: ConvertedDataset
     eval_set: ConvertedDataset | None
     resume: Checkpoint | None
@@ -177,7 +177,7 @@ class _Run:
 def _plan(
     options: TrainOptions,
     base: Path,
-    encoder: Encoder,
+    tokenizer: ChatTokenizer,
     train_set: ConvertedDataset,
     eval_set: ConvertedDataset | None,
     resume: Checkpoint | None,
@@ -191,7 +191,7 @@ def _plan(
     schedule = Schedule.of(sampling.steps_per_epoch, options)
     origin = origin_of(options, base, train_set, eval_set)
     return _Run(
-        options, base, origin, encoder, train_set, eval_set, resume, world, sampling, schedule,
+        options, base, origin, tokenizer, train_set, eval_set, resume, world, sampling, schedule,
         best_device(), choose_dtype(options.bf16), converted,
     )  # fmt: skip
 
@@ -202,8 +202,8 @@ def _run(run: _Run) -> TrainResult:
     say_machine(run.device, run.dtype, options.quantization, run.world.size)
     say_data(run.train_set, run.eval_set)
     say_steps(options, run.sampling, run.schedule.total)
-    beginning = run.encoder.common_beginning(
-        run.train_set.tokens(row).input_ids for row in looked_at(len(run.train_set))
+    beginning = run.tokenizer.shared_prefix_length(
+        run.train_set.tokens(row).input_ids for row in prefix_sample(len(run.train_set))
     )
     plan = plan_memory(
         run.base, options, run.sampling, run.train_set.samples, beginning, run.device, run.dtype
@@ -247,8 +247,8 @@ def _train(run: _Run, kept: Kept) -> tuple[Outcome, Pace]:
         trackers = Trackers(options, schedule.total)
         watch = LossWatch(schedule.total, schedule.warmup, options.lr)
         log = RunLog(output, shown, trackers, run.sampling, run.train_set.samples / SAMPLE_RATE, watch)
-        questions = _questions(options, run.eval_set, run.encoder, run.world)
-        forward = Forward(model, Collator(run.encoder.pad_id), run.device, run.dtype)
+        questions = _questions(options, run.eval_set, run.tokenizer, run.world)
+        forward = Forward(model, Collator(run.tokenizer.pad_id), run.device, run.dtype)
         validation = Validation(options, schedule, forward, eval_rows, questions, run.world, log)
         trainer = Trainer(options, schedule, run.sampling, rows, forward, validation, run.world, log, kept)
         if run.resume is not None:
@@ -279,13 +279,15 @@ def _repeated(
 
 
 def _questions(
-    options: TrainOptions, eval_set: ConvertedDataset | None, encoder: Encoder, world: World
+    options: TrainOptions, eval_set: ConvertedDataset | None, tokenizer: ChatTokenizer, world: World
 ) -> Questions | None:
     """What `--eval-metric` asks for; each process answers a part of it."""
     if options.eval_metric is None or eval_set is None:
         return None
     drawn = Questions.draw(eval_set, options.eval_samples, options.seed)
-    return Questions(eval_set, drawn, drawn[world.rank :: world.size], encoder, METRICS[options.eval_metric])
+    return Questions(
+        eval_set, drawn, drawn[world.rank :: world.size], tokenizer, METRICS[options.eval_metric]
+    )
 
 
 # --- before any weight is loaded -----------------------------------------------------------------------

@@ -23,7 +23,7 @@ from mdl_toolkit.data.convert import plan
 from mdl_toolkit.data.convert import run as conversion
 from mdl_toolkit.data.convert.run import convert_dataset, convert_rows, read_rows
 from mdl_toolkit.data.dataset import ConvertedDataset
-from mdl_toolkit.data.tokenization import IGNORE_INDEX, Encoder
+from mdl_toolkit.data.tokenization import IGNORE_INDEX, ChatTokenizer
 from mdl_toolkit.errors import InputError, ModelError, RowsError
 from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.weights.tokenizer_files import read_text_files
@@ -85,7 +85,7 @@ def test_a_dataset_holds_all_that_training_needs(place):
     dataset = convert(rows, system_prompt="Be brief.")
     assert files_below(place / "out") == {*DATA_FILES, SETTINGS_FILE}
     assert {path.name for path in place.iterdir()} == {"audio", "rows.csv", "out"}
-    encoder = Encoder(read_text_files(MODEL))
+    tokenizer = ChatTokenizer(read_text_files(MODEL))
     manifest = read_rows("rows.csv", options(system_prompt="Be brief."), needs_prediction=True)
     read = [*manifest.rows()]
     recordings = [soundfile.read(row["audio"], dtype="float32")[0] for row in rows]
@@ -93,7 +93,7 @@ def test_a_dataset_holds_all_that_training_needs(place):
     (place / "rows.csv").unlink()
     assert datasets.load_from_disk("out").num_rows == 5
     for row, recording, sample in zip(read, recordings, dataset, strict=True):
-        tokens = encoder.encode_row(row, audio_token_count(len(recording)), with_answer=True)
+        tokens = tokenizer.encode_row(row, audio_token_count(len(recording)), with_answer=True)
         np.testing.assert_array_equal(sample.waveform, recording)
         np.testing.assert_array_equal(sample.input_ids, tokens.input_ids)
         np.testing.assert_array_equal(sample.labels, tokens.labels)
@@ -105,7 +105,7 @@ def test_the_record(place):
     samples = list(dataset)
     lengths = sorted(len(sample.waveform) / 16_000 for sample in samples)
     positions = sorted(len(sample.input_ids) for sample in samples)
-    audio_id = Encoder(files).id_of("<|AUDIO|>")
+    audio_id = ChatTokenizer(files).id_of("<|AUDIO|>")
     audio = sum(int((sample.input_ids == audio_id).sum()) for sample in samples)
     assert json.loads((place / "out/mdl-toolkit.json").read_text(encoding="utf-8")) == {
         "toolkit": __version__,
@@ -151,7 +151,7 @@ def test_each_row_has_its_own_prompts(place):
     audio = make_rows(place / "audio", 1)[0]["audio"]
     own = {"audio": audio, "prediction": "x", "system_prompt": "Mine.", "user_prompt": "What?"}
     dataset = convert([own, {**own, "system_prompt": "", "user_prompt": "null"}], user_prompt="Default?")
-    tokenizer = Encoder(read_text_files(MODEL)).tokenizer
+    tokenizer = ChatTokenizer(read_text_files(MODEL)).backend
     first, second = (tokenizer.decode(sample.input_ids, skip_special_tokens=False) for sample in dataset)
     assert first.startswith("<|im_start|>system\nMine.<|im_end|>")
     assert "<|audio_eos|>What?<|im_end|>" in first
@@ -162,11 +162,11 @@ def test_each_row_has_its_own_prompts(place):
 def test_prompts_alone_for_inference(place):
     write_csv(place / "rows.csv", make_rows(place / "audio", 3))
     manifest = read_rows("rows.csv", options(), needs_prediction=True)
-    encoder = Encoder(read_text_files(MODEL))
-    convert_rows(manifest, place / "work", encoder, options(), with_answer=False)
+    tokenizer = ChatTokenizer(read_text_files(MODEL))
+    convert_rows(manifest, place / "work", tokenizer, options(), with_answer=False)
     for row, sample in zip(manifest.rows(), ConvertedDataset(place / "work"), strict=True):
         count = audio_token_count(len(sample.waveform))
-        prompt = encoder.encode_row(row, count, with_answer=False)
+        prompt = tokenizer.encode_row(row, count, with_answer=False)
         np.testing.assert_array_equal(sample.input_ids, prompt.input_ids)
         assert set(sample.labels) == {IGNORE_INDEX}
 
@@ -191,8 +191,8 @@ def test_a_very_short_clip_is_padded_to_one_audio_token(place, capsys, samples):
     rows = make_rows(place, 2)
     rows[0]["audio"] = save("short.wav", wave(samples, 1))
     dataset = convert(rows)
-    encoder = Encoder(read_text_files(MODEL))
-    assert (dataset[0].input_ids == encoder.id_of("<|AUDIO|>")).sum() == 1
+    tokenizer = ChatTokenizer(read_text_files(MODEL))
+    assert (dataset[0].input_ids == tokenizer.id_of("<|AUDIO|>")).sum() == 1
     assert len(dataset[0].waveform) == 3200
     assert not dataset[0].waveform[samples:].any()
     assert dataset.record.padded == 1

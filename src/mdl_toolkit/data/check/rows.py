@@ -15,7 +15,7 @@ from mdl_toolkit.audio.flac import pack_audio
 from mdl_toolkit.audio.loading import SAMPLE_RATE, Clip
 from mdl_toolkit.data.manifest import Row
 from mdl_toolkit.data.open_audio import Recordings
-from mdl_toolkit.data.tokenization import IGNORE_INDEX, Encoder
+from mdl_toolkit.data.tokenization import IGNORE_INDEX, ChatTokenizer
 from mdl_toolkit.errors import RowProblem
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.model.lengths import audio_token_count
@@ -76,14 +76,14 @@ class Inspection:
 
     Attributes:
         recordings: opens them.
-        encoder: the model's tokenizer and template; None counts characters.
+        tokenizer: the model's tokenizer and template; None counts characters.
         with_answer: for training; otherwise prompts alone.
         limit: positions that leave a row unusable; None is no limit.
         rows_per_step: how often is reported.
     """
 
     recordings: Recordings
-    encoder: Encoder | None
+    tokenizer: ChatTokenizer | None
     with_answer: bool
     limit: int | None
     rows_per_step: int
@@ -122,9 +122,9 @@ class Inspection:
     def _text(self, row: Row, audio: int) -> tuple[int, int]:
         """How much of a row is no audio, and how much of that is learnt."""
         answer = row.prediction or "" if self.with_answer else ""
-        if self.encoder is None:
+        if self.tokenizer is None:
             return len("".join(prompts_of(row))) + len(answer), len(answer)
-        tokens = self.encoder.encode_row(row, audio, with_answer=self.with_answer)
+        tokens = self.tokenizer.encode_row(row, audio, with_answer=self.with_answer)
         return len(tokens.input_ids) - audio, int(np.count_nonzero(tokens.labels != IGNORE_INDEX))
 
 

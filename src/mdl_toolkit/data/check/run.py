@@ -24,7 +24,7 @@ from mdl_toolkit.data.check.text import report_lines
 from mdl_toolkit.data.convert.run import FEW_ROWS, read_rows
 from mdl_toolkit.data.manifest import Manifest, Row
 from mdl_toolkit.data.open_audio import Recordings
-from mdl_toolkit.data.tokenization import Encoder, looked_at
+from mdl_toolkit.data.tokenization import ChatTokenizer, prefix_sample
 from mdl_toolkit.errors import InputError, ModelError, RowProblem
 from mdl_toolkit.i18n import Localized, Verbatim, join_messages
 from mdl_toolkit.utils.console import progress, warn
@@ -61,13 +61,13 @@ def check(options: CheckOptions, forecast: Forecast | None = None) -> Figures:
     manifests = [
         read_rows(path, options, needs_prediction=not options.for_inference) for path in options.input
     ]
-    folder, encoder = _text_side(options)
-    found = _look(manifests, encoder, options)
-    figures = _figures(found, encoder, options)
-    if encoder is not None:
-        figures["sample"] = _sample(manifests[0], encoder, set(found[0].bad), options)
+    folder, tokenizer = _text_side(options)
+    found = _look(manifests, tokenizer, options)
+    figures = _figures(found, tokenizer, options)
+    if tokenizer is not None:
+        figures["sample"] = _sample(manifests[0], tokenizer, set(found[0].bad), options)
     if folder is not None and training is not None and forecast is not None:
-        beginning = 0 if encoder is None else _beginning(manifests[0], encoder, found[0])
+        beginning = 0 if tokenizer is None else _beginning(manifests[0], tokenizer, found[0])
         figures["training"] = forecast(folder, training, found[0].facts(), beginning)
     if options.write_fixed is not None:
         figures["fixed"] = _write_fixed(Path(options.write_fixed), manifests[0], found[0], options)
@@ -97,7 +97,7 @@ def _train_options(options: CheckOptions) -> "TrainOptions":
     return from_mapping(TrainOptions, {**given, **ours})
 
 
-def _text_side(options: CheckOptions) -> tuple[Path | None, Encoder | None]:
+def _text_side(options: CheckOptions) -> tuple[Path | None, ChatTokenizer | None]:
     """The model's folder and its tokenizer and template; nothing if the model cannot be had."""
     try:
         folder = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=False)
@@ -110,20 +110,22 @@ def _text_side(options: CheckOptions) -> tuple[Path | None, Encoder | None]:
             reason=problem.message,
         )
         return None, None
-    return folder, Encoder(read_text_files(folder))
+    return folder, ChatTokenizer(read_text_files(folder))
 
 
 # --- all rows ------------------------------------------------------------------------------------------
 
 
-def _look(manifests: list[Manifest], encoder: Encoder | None, options: CheckOptions) -> list[Findings]:
+def _look(
+    manifests: list[Manifest], tokenizer: ChatTokenizer | None, options: CheckOptions
+) -> list[Findings]:
     """What is found in each file; recordings fetched from addresses are kept as long as that takes."""
     with tempfile.TemporaryDirectory(prefix="mdl-toolkit-check-") as place:
         cache = Path(options.download_cache or place).expanduser()
         downloads = Downloads(cache, options.max_download_mb, secrets.token_hex(8))
         task = Inspection(
-            Recordings(downloads, options.allow_truncated), encoder, not options.for_inference,
-            options.max_length if options.for_inference and encoder is not None else None,
+            Recordings(downloads, options.allow_truncated), tokenizer, not options.for_inference,
+            options.max_length if options.for_inference and tokenizer is not None else None,
             options.tokenizing_batch_size,
         )  # fmt: skip
         return [_look_at(manifest, number, task, options) for number, manifest in enumerate(manifests)]
@@ -170,13 +172,13 @@ def _jobs(manifest: Manifest, found: Findings) -> Iterator[list[Row]]:
 # --- what follows from it ------------------------------------------------------------------------------
 
 
-def _figures(found: list[Findings], encoder: Encoder | None, options: CheckOptions) -> Figures:
-    warn_above = None if options.for_inference or encoder is None else options.max_length
+def _figures(found: list[Findings], tokenizer: ChatTokenizer | None, options: CheckOptions) -> Figures:
+    warn_above = None if options.for_inference or tokenizer is None else options.max_length
     learnt = found[0].facts() if found[0].role == "training" else None
     return {
         "toolkit": __version__,
         "model": options.model_name,
-        "counted": "characters" if encoder is None else "tokens",
+        "counted": "characters" if tokenizer is None else "tokens",
         "max_length": options.max_length,
         "files": [each.figures(learnt if each.role == "evaluation" else None, warn_above) for each in found],
         "sample": None,
@@ -185,21 +187,25 @@ def _figures(found: list[Findings], encoder: Encoder | None, options: CheckOptio
     }
 
 
-def _sample(manifest: Manifest, encoder: Encoder, bad: set[int], options: CheckOptions) -> Figures | None:
+def _sample(
+    manifest: Manifest, tokenizer: ChatTokenizer, bad: set[int], options: CheckOptions
+) -> Figures | None:
     """The first usable row, as the model sees it."""
     row = next((row for row in manifest.rows() if row.line not in bad), None)
     if row is None:
         return None
-    segments = encoder.template.segments(messages_of(row, with_answer=not options.for_inference))
+    segments = tokenizer.template.segments(messages_of(row, with_answer=not options.for_inference))
     return {"line": row.line, "segments": [{"kind": each.kind, "text": each.text} for each in segments]}
 
 
-def _beginning(manifest: Manifest, encoder: Encoder, found: Findings) -> int:
+def _beginning(manifest: Manifest, tokenizer: ChatTokenizer, found: Findings) -> int:
     """How many positions before the audio the usable rows have in common."""
-    bad, chosen = {*found.bad}, {*looked_at(found.rows)}
+    bad, chosen = {*found.bad}, {*prefix_sample(found.rows)}
     usable = (row for row in manifest.rows() if row.line not in bad)
     rows = (row for number, row in enumerate(usable) if number in chosen)
-    return encoder.common_beginning(encoder.encode_row(row, 1, with_answer=True).input_ids for row in rows)
+    return tokenizer.shared_prefix_length(
+        tokenizer.encode_row(row, 1, with_answer=True).input_ids for row in rows
+    )
 
 
 def _write_fixed(output: Path, manifest: Manifest, found: Findings, options: CheckOptions) -> Figures:

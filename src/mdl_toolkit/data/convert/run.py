@@ -28,7 +28,7 @@ from mdl_toolkit.data.convert.work_folder import WorkFolder
 from mdl_toolkit.data.convert.worker import Job, ShardTask, Step
 from mdl_toolkit.data.dataset import FORMAT, ConvertedDataset, Record, check_output, write_metadata
 from mdl_toolkit.data.manifest import Manifest, Row, read_manifest
-from mdl_toolkit.data.tokenization import Encoder
+from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import MOST_ROWS_SHOWN, DatasetError, Problems, RowProblem, RowsError
 from mdl_toolkit.utils.console import Progress, progress, say, warn
 from mdl_toolkit.utils.files import check_apart, removing_empty, writing
@@ -73,8 +73,8 @@ def convert_dataset(options: ConvertOptions) -> Record | None:
     _check_places(output, options)
     manifest = read_rows(options.input, options, needs_prediction=True)
     folder = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=False)
-    encoder = Encoder(read_text_files(folder))
-    record = convert_rows(manifest, output, encoder, options, settings=to_yaml(options), ranks=ranks)
+    tokenizer = ChatTokenizer(read_text_files(folder))
+    record = convert_rows(manifest, output, tokenizer, options, settings=to_yaml(options), ranks=ranks)
     if record is not None:
         say_summary(output, record)
     return record
@@ -112,7 +112,7 @@ def read_rows(path: str, options: ConversionOptions, *, needs_prediction: bool) 
 def convert_rows(
     manifest: Manifest,
     output: Path,
-    encoder: Encoder,
+    tokenizer: ChatTokenizer,
     options: ConversionOptions,
     *,
     with_answer: bool = True,
@@ -126,7 +126,7 @@ def convert_rows(
     Args:
         manifest: the rows.
         output: where the dataset goes.
-        encoder: the model's tokenizer and template.
+        tokenizer: the model's tokenizer and template.
         options: workers, downloads, tolerance for truncated files.
         with_answer: for training; otherwise prompts alone, and no labels.
         settings: what goes into the dataset's settings file, if there is to be one.
@@ -145,13 +145,13 @@ def convert_rows(
     with removing_empty(output.resolve().parent), WorkFolder(output, ranks.rank) as work:
         plan: Plan | None = None
         try:
-            identity = _identity(encoder, options, with_answer, keeps_going)
+            identity = _identity(tokenizer, options, with_answer, keeps_going)
             most = None if keeps_going else MOST_ROWS_SHOWN
             plan = survey(manifest, identity, _check_recording(output), most)
             if reuse and (record := _already(output, plan, keeps_going)):
                 work.remove()
                 return record
-            run = _Run(manifest, plan, work, encoder, options, with_answer, keeps_going, ranks)
+            run = _Run(manifest, plan, work, tokenizer, options, with_answer, keeps_going, ranks)
             if ranks.rank == 0:
                 beside = {PLAN_FILE: plan.fingerprint} if reuse else {}
                 return run.complete(beside if settings is None else {**beside, SETTINGS_FILE: settings})
@@ -163,9 +163,11 @@ def convert_rows(
             raise
 
 
-def _identity(encoder: Encoder, options: ConversionOptions, with_answer: bool, keeps_going: bool) -> str:
+def _identity(
+    tokenizer: ChatTokenizer, options: ConversionOptions, with_answer: bool, keeps_going: bool
+) -> str:
     """What a sample's bytes come from besides its row."""
-    files = encoder.files
+    files = tokenizer.files
     return json.dumps(
         [
             FORMAT, __version__, *map(version, LIBRARIES), soundfile.__libsndfile_version__,
@@ -222,7 +224,7 @@ class _Run:
     manifest: Manifest
     plan: Plan
     work: WorkFolder
-    encoder: Encoder
+    tokenizer: ChatTokenizer
     options: ConversionOptions
     with_answer: bool
     keeps_going: bool
@@ -247,7 +249,7 @@ class _Run:
                 self._wait(len(left))
         self._see_others_off()
         tally = self._tally()
-        record = tally.record(self.encoder.files, self.options)
+        record = tally.record(self.tokenizer.files, self.options)
         write_metadata(self.work.dataset, len(self.plan.shards), record)
         with writing(str(self.work.dataset), DatasetError):
             for name, text in {**beside, **self._left_out(tally)}.items():
@@ -327,7 +329,7 @@ class _Run:
         folder = self.work.downloads if cache is None else Path(cache).expanduser()
         downloads = Downloads(folder, options.max_download_mb, self.work.run)
         return ShardTask(
-            self.encoder, downloads, options.allow_truncated, self.with_answer, self.keeps_going,
+            self.tokenizer, downloads, options.allow_truncated, self.with_answer, self.keeps_going,
             options.tokenizing_batch_size,
         )  # fmt: skip
 

@@ -13,7 +13,7 @@ from mdl_toolkit.data.convert.stats import Tally
 from mdl_toolkit.data.dataset import ShardWriter
 from mdl_toolkit.data.manifest import Row
 from mdl_toolkit.data.open_audio import Recordings
-from mdl_toolkit.data.tokenization import Encoder
+from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import MOST_ROWS_SHOWN, Problems, RowProblem
 from mdl_toolkit.model.lengths import audio_token_count
 
@@ -57,7 +57,7 @@ class ShardTask:
     """What a worker process does with a shard.
 
     Attributes:
-        encoder: the model's tokenizer and template.
+        tokenizer: the model's tokenizer and template.
         downloads: what fetches addresses.
         allow_truncated: accept files that were cut off.
         with_answer: for training; otherwise prompts alone, and no labels.
@@ -65,7 +65,7 @@ class ShardTask:
         rows_per_step: how often progress is reported.
     """
 
-    encoder: Encoder
+    tokenizer: ChatTokenizer
     downloads: Downloads
     allow_truncated: bool
     with_answer: bool
@@ -96,6 +96,6 @@ class ShardTask:
 
     def _store(self, row: Row, clip: Clip, writer: ShardWriter, tally: Tally) -> None:
         count = audio_token_count(len(clip.samples))
-        tokens = self.encoder.encode_row(row, count, with_answer=self.with_answer)
+        tokens = self.tokenizer.encode_row(row, count, with_answer=self.with_answer)
         writer.append(tokens, pack_audio(clip.samples))
         tally.add(row, clip, len(tokens.input_ids), count)
