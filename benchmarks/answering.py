@@ -28,7 +28,7 @@ from mdl_toolkit.inference.generate import Answerer, Question
 from mdl_toolkit.model.kernels.matmul import PrepackedLinear, prepack
 from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.weights.loading import load_model
-from mdl_toolkit.weights.tokenizer_files import read_text_files
+from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 
 ROWS, BATCH, RUNS = 96, 16, 3
 SHORTEST, LONGEST, MOST_TOKENS = 1.0, 12.0, 60
@@ -41,7 +41,7 @@ def figures() -> list[Figure]:
     with tempfile.TemporaryDirectory() as name, contextlib.redirect_stderr(io.StringIO()):
         folder = make_model(Path(name))
         model, fast = _load(folder), _load(folder)
-        tokenizer = ChatTokenizer(read_text_files(folder))
+        tokenizer = ChatTokenizer(read_tokenizer_files(folder))
     questions = _questions(model)
     prepack(fast)
     assert dict(_ours(fast, tokenizer, questions)) == dict(_plain(model, tokenizer, questions))

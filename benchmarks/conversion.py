@@ -35,7 +35,7 @@ from mdl_toolkit.data.dataset import ConvertedDataset
 from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.demo import PROMPT, make_tiny_model
 from mdl_toolkit.weights.loading import quiet_libraries
-from mdl_toolkit.weights.tokenizer_files import read_text_files
+from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 
 RUNS, LONG_RUNS, COMMAND_RUNS = 5, 3, 3
 LONG = 3  # times the rows, where starting processes weighs less
@@ -115,7 +115,7 @@ class Conversion:
 
     def __init__(self, place: Place, rows: Path, workers: int, base_dir: Path | None = None) -> None:
         self.output = self._folder = place.folder
-        self._tokenizer = ChatTokenizer(read_text_files(place.model))
+        self._tokenizer = ChatTokenizer(read_tokenizer_files(place.model))
         self._options = ConvertOptions(
             input=str(rows), output="unused", user_prompt=PROMPT, num_workers=workers,
             base_dir=None if base_dir is None else str(base_dir),

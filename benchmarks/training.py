@@ -44,7 +44,7 @@ from mdl_toolkit.training.sampler import Sampling
 from mdl_toolkit.training.trainer import Trainer
 from mdl_toolkit.utils.run_folder import read_log
 from mdl_toolkit.weights.loading import load_model
-from mdl_toolkit.weights.tokenizer_files import read_text_files
+from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 
 CLIPS, SHORTEST, LONGEST = 64, 1.0, 12.0  # seconds
 BATCH, EPOCHS, RANK = 8, 5, 32
@@ -217,7 +217,7 @@ def _kept(folder: Path, data: ConvertedDataset) -> Kept:
         lora_rank=RANK,
         train_target=TARGETS,
     )
-    tokenizer = ChatTokenizer(read_text_files(folder))
+    tokenizer = ChatTokenizer(read_tokenizer_files(folder))
     beginning = tokenizer.shared_prefix_length(data.tokens(row).input_ids for row in range(len(data)))
     return plan_memory(
         folder, options, _sampling(data), data.samples, beginning, torch.device("cpu"), torch.float32

@@ -37,7 +37,7 @@ from mdl_toolkit.data.dataset import (
 from mdl_toolkit.data.tokenization import Tokens
 from mdl_toolkit.errors import DatasetError, InputError
 from mdl_toolkit.utils.files import check_apart, replace_folder
-from mdl_toolkit.weights.tokenizer_files import TextFiles
+from mdl_toolkit.weights.tokenizer_files import TokenizerFiles
 from tests.support.runs import files_below, make_csv
 from tests.support.waves import wave
 
@@ -280,7 +280,7 @@ def at_most(size: int) -> Iterator[None]:
 # --- the record ------------------------------------------------------------------------------------------
 
 
-FILES = TextFiles('{"a": 1, "b": 2}', "{{ x }}", ())
+FILES = TokenizerFiles('{"a": 1, "b": 2}', "{{ x }}", ())
 RECORD_OF_FILES = replace(
     RECORD, tokenizer=FILES.tokenizer_fingerprint, chat_template=FILES.template_fingerprint
 )

@@ -27,7 +27,7 @@ from mdl_toolkit.data.tokenization import (
 )
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.model.lengths import audio_token_count
-from mdl_toolkit.weights.tokenizer_files import read_text_files
+from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 
 CHECKPOINTS = Path(__file__).parents[1] / "golden/checkpoints"
 NAMES = ("A-small", "B-small", "B-small-tied")
@@ -42,7 +42,7 @@ ORDINARY = sorted(set(IDS) - set(SPECIALS))  # added tokens that are not special
 
 @cache
 def chat_tokenizer(name: str = "A-small") -> ChatTokenizer:
-    return ChatTokenizer(read_text_files(CHECKPOINTS / name))
+    return ChatTokenizer(read_tokenizer_files(CHECKPOINTS / name))
 
 
 @cache
@@ -199,7 +199,7 @@ def test_vocabulary_and_merges_do_as_well(tmp_path):
     folder = tmp_path / "old"
     shutil.copytree(CHECKPOINTS / "A-small", folder)
     (folder / "tokenizer.json").unlink()
-    older = ChatTokenizer(read_text_files(folder))
+    older = ChatTokenizer(read_tokenizer_files(folder))
     asked = row("狗在叫<tool_call>", user="Caption <|im_end|> the audio.", system="é 🎵")
     tokens = older.encode_row(asked, 2, with_answer=True)
     same = chat_tokenizer().encode_row(asked, 2, with_answer=True)

@@ -13,7 +13,7 @@ from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.data.warnings import LossWatch, advise, find_leaks
 from mdl_toolkit.training.run import train
 from mdl_toolkit.utils.run_folder import read_log
-from mdl_toolkit.weights.tokenizer_files import read_text_files
+from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 from tests.support.runs import make_csv, make_rows, train_options, write_csv
 from tests.support.waves import wave
 from tests.training.test_trackers import MODEL
@@ -40,7 +40,7 @@ def test_long_answers(tmp_path, capsys):
     rows = make_rows(tmp_path / "audio", 4)
     long = "A dog barks, rain falls on a roof, somebody speaks, and far away there is a train. " * 6
     data = convert(tmp_path, with_answers(rows, [long, long, long, "short"]))
-    audio = ChatTokenizer(read_text_files(MODEL)).id_of("<|AUDIO|>")
+    audio = ChatTokenizer(read_tokenizer_files(MODEL)).id_of("<|AUDIO|>")
     samples = [data[row] for row in range(4)]
     answer = sum((s.labels != -100).sum() for s in samples) / 4
     prompt = sum(((s.labels == -100) & (s.input_ids != audio)).sum() for s in samples) / 4

@@ -12,7 +12,7 @@ from mdl_toolkit.model import MiDashengLMModel
 from mdl_toolkit.training.lora import add_adapters
 from mdl_toolkit.weights.loading import load_model
 from mdl_toolkit.weights.merge import export_adapter
-from mdl_toolkit.weights.model_card import About
+from mdl_toolkit.weights.model_card import ResultMetadata
 from mdl_toolkit.weights.provenance import Provenance
 from tests.support.runs import copy_checkpoint
 from tests.support.waves import wave
@@ -54,7 +54,7 @@ def train_a_little(base, place, kind):
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(place / "checkpoint", save_embedding_layers=False)
-    export_adapter(base, place / "checkpoint", place / "final", About(Provenance(), None, ""))
+    export_adapter(base, place / "checkpoint", place / "final", ResultMetadata(Provenance(), None, ""))
     return model.eval()
 
 

@@ -12,14 +12,14 @@ from transformers import GenerationConfig
 from mdl_toolkit.data.collate import prompts_of
 from mdl_toolkit.data.dataset import Sample
 from mdl_toolkit.data.tokenization import ChatTokenizer
-from mdl_toolkit.inference.generate import Answerer, Question, SamplingParams, admit, embedded
+from mdl_toolkit.inference.generate import Answerer, Question, SamplingParams, admit, embed_prompts
 from mdl_toolkit.model.decoding_batch import GROWTH, DecodingBatch
 from mdl_toolkit.model.kernels import matmul
 from mdl_toolkit.model.kernels.matmul import PrepackedLinear, prepack
 from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.weights.loading import load_model
 from mdl_toolkit.weights.resolve import find_model
-from mdl_toolkit.weights.tokenizer_files import read_text_files
+from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 from tests.support.waves import wave
 
 GREEDY = SamplingParams()
@@ -32,7 +32,7 @@ def load(golden, name, window=None, **changes):
     for layer in model.decoder.model.layers[: None if window else 0 : 2]:
         layer.self_attn.sliding_window = window
     model.generation_config.eos_token_id = None  # every row is answered to its budget
-    return model, ChatTokenizer(read_text_files(folder))
+    return model, ChatTokenizer(read_tokenizer_files(folder))
 
 
 def questions(model, count, seed=0, longest=40):
@@ -50,7 +50,7 @@ def generated(model, question, **settings):
     """What transformers answers to the row alone, an end token included."""
     prompts = prompts_of([question.sample], 0)
     ids = model.generate(
-        inputs_embeds=embedded(model, prompts), attention_mask=torch.ones(1, prompts.lengths[0]),
+        inputs_embeds=embed_prompts(model, prompts), attention_mask=torch.ones(1, prompts.lengths[0]),
         generation_config=GenerationConfig(max_new_tokens=question.budget, **settings),
     )  # fmt: skip
     return ids[0].tolist()
@@ -151,7 +151,7 @@ def test_what_prompts_begin_with_is_computed_once(golden, name, window):
     # 30 words of the system prompts once, 12 of them also for the others; 41 follows each of both
     assert counts[0] == sum(positions) - 2 * 31 - 13 - 13 - 12
     prompts, rows = prompts_of([q.sample for q in asked], 0), DecodingBatch(model.decoder)
-    logits = rows.admit(embedded(model, prompts), prompts.lengths, 6, 50)
+    logits = rows.admit(embed_prompts(model, prompts), prompts.lengths, 6, 50)
     assert counts[-1] == sum(positions)
     shared = admit(DecodingBatch(model.decoder), model, prompts, 6, 50)
     assert (logits - shared).abs().max() < 1e-4
@@ -169,7 +169,7 @@ def test_layers_that_see_only_a_window(golden, window):
 
 
 def generated_slowly(model, question, window):
-    base = embedded(model, prompts_of([question.sample], 0))
+    base = embed_prompts(model, prompts_of([question.sample], 0))
     ids = []
     for _ in range(question.budget):
         new = torch.tensor([ids], dtype=torch.long)
@@ -233,7 +233,7 @@ def test_choices_are_scored_as_by_a_pass_over_each(golden, name, window):
     prompts = prompts_of([q.sample for q in asked], 0)
     rows = DecodingBatch(model.decoder)
     with torch.inference_mode():
-        logits = rows.admit(embedded(model, prompts), prompts.lengths, 3, 0)
+        logits = rows.admit(embed_prompts(model, prompts), prompts.lengths, 3, 0)
         scores = rows.score(logits, choices)
         again = rows.score(logits, choices)
     assert torch.equal(scores, again)
@@ -249,7 +249,7 @@ def scored_slowly(model, question, choice):
     for token in choice:
         single = DecodingBatch(model.decoder)
         with torch.inference_mode():
-            x = embedded(model, prompts_of([question.sample], 0))
+            x = embed_prompts(model, prompts_of([question.sample], 0))
             if ids:
                 x = torch.cat([x, model.decoder.model.embed_tokens(torch.tensor([ids]))], 1)
             logits = single.admit(x, [x.shape[1]], 1, 0)
@@ -266,11 +266,11 @@ def test_weights_laid_out_once_give_the_same_answers(golden, name):
     model, tokenizer = load(golden, name)
     asked = [*questions(model, 7)]
     prompts = prompts_of([q.sample for q in asked], 0)
-    plain = DecodingBatch(model.decoder).admit(embedded(model, prompts), prompts.lengths, 7, 0)
+    plain = DecodingBatch(model.decoder).admit(embed_prompts(model, prompts), prompts.lengths, 7, 0)
     expected = ids_of(model, tokenizer, asked, 3)
     prepack(model)
     assert any(isinstance(module, PrepackedLinear) for module in model.modules())
-    fast = DecodingBatch(model.decoder).admit(embedded(model, prompts), prompts.lengths, 7, 0)
+    fast = DecodingBatch(model.decoder).admit(embed_prompts(model, prompts), prompts.lengths, 7, 0)
     assert (fast - plain).abs().max() < 1e-4
     assert ids_of(model, tokenizer, asked, 3) == expected
 

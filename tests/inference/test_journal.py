@@ -21,7 +21,7 @@ from mdl_toolkit.inference import engines
 from mdl_toolkit.inference import run as inference
 from mdl_toolkit.inference.choices import Chooser
 from mdl_toolkit.inference.generate import Answerer
-from mdl_toolkit.inference.journal import AnswerJournal, Pen
+from mdl_toolkit.inference.journal import AnswerJournal, AnswerWriter
 from mdl_toolkit.inference.requests import WINDOW
 from mdl_toolkit.inference.run import infer
 from mdl_toolkit.training.run import train
@@ -300,7 +300,7 @@ def test_a_signal_stops_it_and_it_says_how_to_go_on(model, tmp_path, number, ran
 
 def slow_answers():
     """Let each answer wait before it is written down."""
-    slowly(Pen, "add", 0.3)
+    slowly(AnswerWriter, "add", 0.3)
 
 
 def test_converted_rows_are_kept_when_it_is_stopped_before_the_first_answer(
@@ -567,7 +567,7 @@ def test_choices_are_those_a_plain_loop_finds_best(model, tmp_path, by_length):
     from mdl_toolkit.data.tokenization import ChatTokenizer
     from mdl_toolkit.inference.generate import Question
     from mdl_toolkit.weights.loading import load_model
-    from mdl_toolkit.weights.tokenizer_files import read_text_files
+    from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
     from tests.inference.test_generate import scored_slowly
 
     texts = ["rain", "a dog that barks and barks", "click", "狗在叫"]
@@ -579,7 +579,7 @@ def test_choices_are_those_a_plain_loop_finds_best(model, tmp_path, by_length):
     assert [row["prediction"] for row in rows] == found
     assert list(rows[0])[-6:] == ["prediction", "score", "prediction_2", "score_2", "prediction_3", "score_3"]
     convert_dataset(ConvertOptions(input=str(source), output=str(tmp_path / "d"), model_name=str(model)))
-    dataset, tokenizer = ConvertedDataset(tmp_path / "d"), ChatTokenizer(read_text_files(model))
+    dataset, tokenizer = ConvertedDataset(tmp_path / "d"), ChatTokenizer(read_tokenizer_files(model))
     loaded = load_model(model, dtype=torch.float32, device=torch.device("cpu")).eval()
     for number, row in enumerate(rows):
         sample = dataset[number]
@@ -695,7 +695,7 @@ def test_vllm_is_given_prompts_with_one_mark_for_each_recording(model, tmp_path,
     stand_in = type(sys)("vllm")
     stand_in.LLM, stand_in.SamplingParams = Llm, lambda **settings: settings
     monkeypatch.setitem(sys.modules, "vllm", stand_in)
-    monkeypatch.setattr(engines, "need", lambda *_: None)
+    monkeypatch.setattr(engines, "require_package", lambda *_: None)
     source = make_csv(tmp_path, 2)
     answers = infer(options(source, model, tmp_path / "out.csv", engine="vllm", max_new_tokens=5))
     assert answers == ["answer of 5"] * 2

@@ -11,14 +11,14 @@ from safetensors.torch import load_file, save_file
 from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.inference import verify as proof
-from mdl_toolkit.inference.verify import invented_rows, prove
+from mdl_toolkit.inference.verify import synthesize_samples, verify_merge
 from mdl_toolkit.model import MiDashengLMModel
 from mdl_toolkit.training import result
 from mdl_toolkit.training.run import train
 from mdl_toolkit.weights import merge as export
 from mdl_toolkit.weights.merge import merge
 from mdl_toolkit.weights.provenance import Prompts
-from mdl_toolkit.weights.tokenizer_files import read_text_files
+from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 from tests.support.runs import copy_checkpoint, files_below, make_csv, train_options
 from tests.support.shards_of import tensors_of
 from tests.weights.test_merge import make_adapter
@@ -59,13 +59,13 @@ def parts(request, golden, tmp_path):
 
 
 def rows(base):
-    return invented_rows(ChatTokenizer(read_text_files(base)), Prompts("Be brief.", "What is it?"))
+    return synthesize_samples(ChatTokenizer(read_tokenizer_files(base)), Prompts("Be brief.", "What is it?"))
 
 
 @pytest.mark.usefixtures("one_at_a_time")
 def test_the_right_weights_pass(parts, capsys):
     base, adapter, merged = parts
-    prove(base, adapter, merged, rows(base))
+    verify_merge(base, adapter, merged, rows(base))
     found, allowed, largest, same = map(float, LINE.search(capsys.readouterr().err).groups())
     assert found <= allowed / 1.5
     assert allowed <= 0.2 * largest
@@ -95,7 +95,7 @@ def test_wrong_weights_are_refused(parts, mistake):
         r"does not answer as base and adapter do: largest logit difference .* the adapter stays in .*adapter"
     )
     with pytest.raises(ModelError, match=said):
-        prove(base, adapter, merged, rows(base))
+        verify_merge(base, adapter, merged, rows(base))
 
 
 def test_what_is_not_a_number_is_refused(golden, tmp_path):
@@ -107,7 +107,7 @@ def test_what_is_not_a_number_is_refused(golden, tmp_path):
     tensors["decoder.lm_head.weight"][5] = torch.nan
     save_file(tensors, merged / "model.safetensors")
     with pytest.raises(ModelError, match="largest logit difference inf"):
-        prove(base, adapter, merged, rows(base))
+        verify_merge(base, adapter, merged, rows(base))
 
 
 # --- in a training ---------------------------------------------------------------------------------------
@@ -123,9 +123,9 @@ def test_a_training_is_proven_without_the_model_it_trained(
 
     def look(*words, **named):
         seen.extend(each for each in living(PeftModel) if id(each) not in before)
-        prove(*words, **named)
+        verify_merge(*words, **named)
 
-    monkeypatch.setattr(result, "prove", look)
+    monkeypatch.setattr(result, "verify_merge", look)
     options = train_options(
         make_csv(tmp_path, 8), model, tmp_path / "run", quantization=quantization,
         train_target=("decoder", "embed_tokens"),
@@ -157,6 +157,6 @@ def test_a_training_whose_merging_went_wrong_keeps_what_another_attempt_needs(go
 
 
 def test_without_verify_nothing_is_loaded(golden, tmp_path, monkeypatch):
-    monkeypatch.setattr(result, "prove", None)
+    monkeypatch.setattr(result, "verify_merge", None)
     model = copy_checkpoint(golden, "A-small", tmp_path)
     assert train(train_options(make_csv(tmp_path, 4), model, tmp_path / "run", verify=False)).final.is_dir()

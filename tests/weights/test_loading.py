@@ -23,8 +23,8 @@ from mdl_toolkit.errors import ModelError
 from mdl_toolkit.i18n import Verbatim
 from mdl_toolkit.utils.machine import lack_of_memory
 from mdl_toolkit.weights.loading import best_device, choose_dtype, explaining_memory, load_model
-from mdl_toolkit.weights.resolve import find_model, need, read_json
-from mdl_toolkit.weights.tokenizer_files import read_text_files
+from mdl_toolkit.weights.resolve import find_model, read_json, require_package
+from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 from tests.docs.test_chinese import wrong_in
 from tests.support.runs import copy_checkpoint, files_below, make_rows, write_csv
 
@@ -180,7 +180,7 @@ def test_modelscope_gives_a_folder_or_the_reason(model, tmp_path, monkeypatch):
 
 
 def test_an_optional_package_that_is_there():
-    need("torch", "anything", "--option")
+    require_package("torch", "anything", "--option")
 
 
 # --- what is no model ------------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ def test_an_adapter_is_found_as_it_is(model):
 @pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"])
 def test_a_text_file_that_is_no_text(model, name):
     (model / name).write_bytes(b"\xff\xfe")
-    message = refused(read_text_files, model)
+    message = refused(read_tokenizer_files, model)
     assert str(model / name) in message
     assert "utf-8" in message
 
@@ -268,14 +268,14 @@ def test_a_text_file_that_is_no_text(model, name):
 def test_no_tokenizer(model, missing):
     for name in ("tokenizer.json", *missing):
         (model / name).unlink()
-    message = refused(read_text_files, model)
+    message = refused(read_tokenizer_files, model)
     assert message == f"{model}: no tokenizer (neither tokenizer.json nor {missing[0]})"
 
 
 def test_a_vocabulary_that_is_none(model):
     (model / "tokenizer.json").unlink()
     (model / "vocab.json").write_text("[1]")
-    assert refused(read_text_files, model).startswith(f"{model}: no tokenizer (")
+    assert refused(read_tokenizer_files, model).startswith(f"{model}: no tokenizer (")
 
 
 PUBLISHED = (Path(__file__).parents[1] / "golden/checkpoints/A-small/chat_template.jinja").read_text()
@@ -296,7 +296,7 @@ def test_where_a_template_may_be(model, golden, file, template):
     if not (model / file).exists():
         (model / file).write_text("{}")
     change_json(model / file, chat_template=template)
-    assert read_text_files(model) == read_text_files(golden / "checkpoints/A-small")
+    assert read_tokenizer_files(model) == read_tokenizer_files(golden / "checkpoints/A-small")
 
 
 @pytest.mark.parametrize(
@@ -305,34 +305,34 @@ def test_where_a_template_may_be(model, golden, file, template):
 def test_no_template(model, template):
     (model / "chat_template.jinja").unlink()
     change_json(model / "tokenizer_config.json", chat_template=template)
-    assert refused(read_text_files, model) == f"{model}: no chat template"
+    assert refused(read_tokenizer_files, model) == f"{model}: no chat template"
 
 
 def test_the_template_s_own_file_goes_first(model):
     change_json(model / "tokenizer_config.json", chat_template="other")
-    assert read_text_files(model).chat_template == PUBLISHED
+    assert read_tokenizer_files(model).chat_template == PUBLISHED
 
 
 def test_special_tokens(model):
     change_json(model / "tokenizer_config.json", bos_token={"content": "<|vision_bos|>"}, pad_token=None)
     change_json(model / "processor_config.json", audio_token="<|IMAGE|>")
-    specials = dict(read_text_files(model).specials)
+    specials = dict(read_tokenizer_files(model).specials)
     assert specials["bos_token"] == "<|vision_bos|>"
     assert specials["audio_token"] == "<|IMAGE|>"
     assert specials["pad_token"] == "<|endoftext|>"  # the usual one, where nothing else is said
 
 
 def test_fingerprints(model, golden):
-    usual = read_text_files(golden / "checkpoints/A-small")
+    usual = read_tokenizer_files(golden / "checkpoints/A-small")
     state = json.loads((model / "tokenizer.json").read_text())
     (model / "tokenizer.json").write_text(json.dumps(state, indent=7))
     (model / "chat_template.jinja").write_text(PUBLISHED + " ")
-    other = read_text_files(model)
+    other = read_tokenizer_files(model)
     assert other.tokenizer_fingerprint == usual.tokenizer_fingerprint
     assert other.template_fingerprint != usual.template_fingerprint
     state["model"]["merges"] = state["model"]["merges"][:-1]
     (model / "tokenizer.json").write_text(json.dumps(state))
-    assert read_text_files(model).tokenizer_fingerprint != usual.tokenizer_fingerprint
+    assert read_tokenizer_files(model).tokenizer_fingerprint != usual.tokenizer_fingerprint
     assert len(usual.tokenizer_fingerprint) == len(usual.template_fingerprint) == 16
 
 
@@ -567,9 +567,9 @@ def test_code_in_a_folder_is_never_run(model, tmp_path, monkeypatch):
         change_json(model / file, auto_map=classes)
     loaded = load(find(model))
     assert type(loaded).__module__ == "mdl_toolkit.model.modeling"
-    with_file = ChatTokenizer(read_text_files(model))
+    with_file = ChatTokenizer(read_tokenizer_files(model))
     (model / "tokenizer.json").unlink()
-    without = ChatTokenizer(read_text_files(model))
+    without = ChatTokenizer(read_tokenizer_files(model))
     assert with_file.backend.encode("狗 bark").ids == without.backend.encode("狗 bark").ids
     assert not marker.exists()
 

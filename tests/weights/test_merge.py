@@ -11,13 +11,13 @@ from mdl_toolkit.model import MiDashengLMModel
 from mdl_toolkit.training.lora import add_adapters
 from mdl_toolkit.weights.loading import load_model
 from mdl_toolkit.weights.merge import export_adapter, export_merged, merge
-from mdl_toolkit.weights.model_card import About
+from mdl_toolkit.weights.model_card import ResultMetadata
 from mdl_toolkit.weights.provenance import Provenance
 from tests.support.runs import copy_checkpoint, files_below
 from tests.support.shards_of import heads_of, layout, reshard, tensors_of
 
 CPU = torch.device("cpu")
-ABOUT = About(Provenance(), None, "")
+ABOUT = ResultMetadata(Provenance(), None, "")
 ALL = ("encoder", "projector", "decoder", "embed_tokens", "lm_head")
 
 

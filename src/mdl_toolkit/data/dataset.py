@@ -24,7 +24,7 @@ from mdl_toolkit.errors import DatasetError, InputError
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.files import fsync, writing
 from mdl_toolkit.weights.provenance import Prompts
-from mdl_toolkit.weights.tokenizer_files import TextFiles
+from mdl_toolkit.weights.tokenizer_files import TokenizerFiles
 
 RECORD_FILE = "mdl-toolkit.json"
 COLUMNS_OF_0_1_0 = {"input_ids", "attention_mask", "input_values", "audio_length", "labels"}
@@ -125,7 +125,7 @@ class Record:
     toolkit: str = ""
     format: int = FORMAT
 
-    def check_model(self, files: TextFiles, where: str) -> None:
+    def check_model(self, files: TokenizerFiles, where: str) -> None:
         """Refuse a model whose text side is not the dataset's.
 
         Raises:

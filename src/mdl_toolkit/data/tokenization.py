@@ -18,7 +18,7 @@ from mdl_toolkit.data.chat_template import AudioMarks, ChatTemplate, Segment, me
 from mdl_toolkit.data.manifest import Row
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.model.constants import IGNORE_INDEX as IGNORE_INDEX
-from mdl_toolkit.weights.tokenizer_files import TextFiles
+from mdl_toolkit.weights.tokenizer_files import TokenizerFiles
 
 PREFIX_SAMPLE_SIZE = 1000  # rows whose common beginning is taken for that of all
 SEED = 0  # of the choice among more
@@ -41,9 +41,9 @@ class Tokens:
 class ChatTokenizer:
     """Rows to tokens for one model's tokenizer and chat template."""
 
-    files: TextFiles
+    files: TokenizerFiles
 
-    def __reduce__(self) -> tuple[type["ChatTokenizer"], tuple[TextFiles]]:
+    def __reduce__(self) -> tuple[type["ChatTokenizer"], tuple[TokenizerFiles]]:
         return type(self), (self.files,)  # a pickled tokenizer forgets `encode_special_tokens`
 
     def encode_row(self, row: Row, audio_tokens: int, *, with_answer: bool) -> Tokens:

@@ -83,7 +83,7 @@ class Chooser:
         ]
 
 
-def columns_of(choices: int, most: int) -> list[str]:
+def answer_columns(choices: int, most: int) -> list[str]:
     """Return columns for the best choices: `prediction`, `score`, `prediction_2`, `score_2` and so on."""
     numbered = [(f"prediction_{place}", f"score_{place}") for place in range(2, min(choices, most) + 1)]
     return ["prediction", "score", *(name for pair in numbered for name in pair)]

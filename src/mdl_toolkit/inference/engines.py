@@ -15,11 +15,18 @@ from mdl_toolkit.data.dataset import Sample
 from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import ModelError, UsageError
 from mdl_toolkit.inference.choices import Chooser
-from mdl_toolkit.inference.generate import Answerer, Question, SamplingParams, base_model, embedded, end_ids
+from mdl_toolkit.inference.generate import (
+    Answerer,
+    Question,
+    SamplingParams,
+    base_model,
+    embed_prompts,
+    end_ids,
+)
 from mdl_toolkit.model.constants import SAMPLE_RATE
 from mdl_toolkit.model.kernels.matmul import prepack
 from mdl_toolkit.weights.loading import load_for_inference
-from mdl_toolkit.weights.resolve import ADAPTER_CONFIG, find_model, need
+from mdl_toolkit.weights.resolve import ADAPTER_CONFIG, find_model, require_package
 
 VLLM = "vllm"
 
@@ -59,7 +66,7 @@ def check_engine(options: InferenceOptions) -> None:
                 "{one} has no effect without {other}; give both, or neither", one=one, other=other
             )
     if options.engine == VLLM:
-        need(VLLM, VLLM, "--engine vllm")
+        require_package(VLLM, VLLM, "--engine vllm")
 
 
 def make_engine(options: InferenceOptions, tokenizer: ChatTokenizer, choices: Sequence[str] | None) -> Engine:
@@ -115,7 +122,7 @@ class Beams:
     @torch.inference_mode()
     def _search(self, batch: list[Question]) -> list[list[int]]:
         model = base_model(self.model)
-        embeddings = embedded(model, prompts_of([each.sample for each in batch], self.tokenizer.pad_id))
+        embeddings = embed_prompts(model, prompts_of([each.sample for each in batch], self.tokenizer.pad_id))
         settings = GenerationConfig(
             do_sample=False,
             num_beams=self.beams,

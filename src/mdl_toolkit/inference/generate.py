@@ -162,7 +162,7 @@ def base_model(model: Any) -> Any:
 
 
 @torch.inference_mode()
-def embedded(model: Any, prompts: PromptBatch) -> Tensor:
+def embed_prompts(model: Any, prompts: PromptBatch) -> Tensor:
     """Return prompts with their recordings' features, `[rows, longest, hidden_size]`, padded right."""
     there = {name: value.to(model.device) for name, value in prompts.tensors.items()}
     embeddings: Tensor = model.fuse(
@@ -174,7 +174,7 @@ def embedded(model: Any, prompts: PromptBatch) -> Tensor:
 def admit(rows: DecodingBatch, model: Any, prompts: PromptBatch, places: int, need: int) -> Tensor:
     """Admit prompts with recordings to a batch; a prefix that all share is computed once."""
     words = model.shareable(prompts.tensors["input_ids"].to(model.device))
-    return rows.admit(embedded(model, prompts), prompts.lengths, places, need, words)
+    return rows.admit(embed_prompts(model, prompts), prompts.lengths, places, need, words)
 
 
 def end_ids(model: Any, tokenizer: ChatTokenizer) -> set[int]:

@@ -106,12 +106,12 @@ class AnswerJournal:
     # --- more answers ---
 
     @contextmanager
-    def writer(self, rank: int) -> Iterator["Pen"]:
+    def writer(self, rank: int) -> Iterator["AnswerWriter"]:
         """Open what writes the answers of one process down."""
         with (self.path / f"answers-{rank}.jsonl").open("a", encoding="utf-8", newline="\n") as file:
             # End a line that a killed run has not finished.
             file.write("\n")
-            yield Pen(file)
+            yield AnswerWriter(file)
 
     # --- the end ---
 
@@ -139,7 +139,7 @@ def _fingerprint_in(folder: Path) -> str | None:
     return None
 
 
-class Pen:
+class AnswerWriter:
     """Write answers down, each at once: what is handed to the system survives the process."""
 
     def __init__(self, file: IO[str]) -> None:

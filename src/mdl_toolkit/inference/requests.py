@@ -190,7 +190,7 @@ PROMPT_KINDS = (
 )
 
 
-def prompted(manifest: Manifest, trained: Prompts) -> Manifest:
+def with_training_prompts(manifest: Manifest, trained: Prompts) -> Manifest:
     """Return the rows with the training's prompts where none are given, and warn of others."""
     for kind in PROMPT_KINDS:
         prompt, given = getattr(trained, kind.name), getattr(manifest.defaults, kind.column)

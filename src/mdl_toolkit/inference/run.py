@@ -25,11 +25,18 @@ from mdl_toolkit.data.prefetch import Loader
 from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.i18n import Localized
-from mdl_toolkit.inference.choices import columns_of, read_choices
+from mdl_toolkit.inference.choices import answer_columns, read_choices
 from mdl_toolkit.inference.engines import check_engine, make_engine
 from mdl_toolkit.inference.generate import JOINING
 from mdl_toolkit.inference.journal import AnswerJournal, write_table
-from mdl_toolkit.inference.requests import KEEP, Inputs, TokenBudget, convert_inputs, open_inputs, prompted
+from mdl_toolkit.inference.requests import (
+    KEEP,
+    Inputs,
+    TokenBudget,
+    convert_inputs,
+    open_inputs,
+    with_training_prompts,
+)
 from mdl_toolkit.reporting.report import report_answers
 from mdl_toolkit.utils.console import progress, say
 from mdl_toolkit.utils.distributed import PeerLostError, World, joined, warn_of_idle_gpus
@@ -38,7 +45,7 @@ from mdl_toolkit.utils.signals import Interruption, end_if_asked
 from mdl_toolkit.weights.loading import base_of, explaining_memory
 from mdl_toolkit.weights.provenance import fingerprint, read_provenance
 from mdl_toolkit.weights.resolve import ADAPTER_CONFIG, find_model
-from mdl_toolkit.weights.tokenizer_files import read_text_files
+from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 
 MEMORY_REMEDY = Localized("lower --batch-size")
 # The column that --on-error keep adds.
@@ -153,9 +160,9 @@ class _Inference:
             return (self._write(manifest, None) if self.world.is_first else []), 0
         # Of a local folder everything is here to be checked at once; of a hub's, weights wait for the rows.
         folder = self._find(weights=Path(self.options.model_name).is_dir())
-        tokenizer = ChatTokenizer(read_text_files(folder))
+        tokenizer = ChatTokenizer(read_tokenizer_files(folder))
         if (origin := read_provenance(folder)) is not None:
-            manifest = prompted(manifest, origin.prompts)
+            manifest = with_training_prompts(manifest, origin.prompts)
         inputs = self._inputs(manifest, tokenizer)
         if self.world.is_first:
             self._begin(inputs)
@@ -260,7 +267,9 @@ class _Inference:
     def _write(self, manifest: Manifest, inputs: Inputs | None) -> list[str]:
         """Write the output and its settings, and return the predictions."""
         output, answers = Path(self.options.output), self.journal.answers()
-        names = ["prediction"] if self.choices is None else columns_of(len(self.choices), self.options.top_k)
+        names = (
+            ["prediction"] if self.choices is None else answer_columns(len(self.choices), self.options.top_k)
+        )
         columns = [*names, ERROR] if self.options.on_error == KEEP else names
         predictions: list[str] = []
 

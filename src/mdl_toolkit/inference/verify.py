@@ -28,7 +28,7 @@ from mdl_toolkit.utils.console import say
 from mdl_toolkit.weights.loading import best_device, load_model, with_adapter
 from mdl_toolkit.weights.provenance import Prompts
 from mdl_toolkit.weights.safetensors_stream import FLOATS, weight_files
-from mdl_toolkit.weights.tokenizer_files import read_text_files
+from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 
 ROWS = 3
 NEW_TOKENS = 16
@@ -75,7 +75,7 @@ class Difference:
         return Difference(largest, same)
 
 
-def prove(base: Path, adapter: Path, merged: Path, samples: Sequence[Sample]) -> None:
+def verify_merge(base: Path, adapter: Path, merged: Path, samples: Sequence[Sample]) -> None:
     """Ask both models, and say how far their logits are apart.
 
     Args:
@@ -87,7 +87,7 @@ def prove(base: Path, adapter: Path, merged: Path, samples: Sequence[Sample]) ->
     Raises:
         ModelError: the replies differ by more than rounding.
     """
-    tokenizer, dtype = ChatTokenizer(read_text_files(base)), _dtype_of(merged)
+    tokenizer, dtype = ChatTokenizer(read_tokenizer_files(base)), _dtype_of(merged)
     device = best_device()
     try:
         found, size, allowed = _measure(base, adapter, merged, samples, tokenizer, dtype, device)
@@ -200,14 +200,14 @@ def _comparable(one: Sequence[int], other: Sequence[int]) -> int:
 # --- rows ------------------------------------------------------------------------------------------------
 
 
-def some_rows(dataset: ConvertedDataset) -> list[Sample]:
+def choose_samples(dataset: ConvertedDataset) -> list[Sample]:
     """Return a few rows of a dataset, always the same: the shortest, one at a quarter, the median."""
     order = dataset.positions.argsort(kind="stable")
     places = sorted({0, len(order) // 4, len(order) // 2})[:ROWS]
     return [dataset[int(order[place])] for place in places]
 
 
-def invented_rows(tokenizer: ChatTokenizer, prompts: Prompts) -> list[Sample]:
+def synthesize_samples(tokenizer: ChatTokenizer, prompts: Prompts) -> list[Sample]:
     """Invent rows where there are none: noise of 1, 2 and 3 s, asked as in training where that is known."""
     random = np.random.default_rng(0)
     system = () if prompts.system is None else (Message("system", prompts.system),)

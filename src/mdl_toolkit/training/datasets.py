@@ -17,7 +17,7 @@ from mdl_toolkit.utils.console import is_first_process, say, warn
 from mdl_toolkit.utils.distributed import PeerLostError
 from mdl_toolkit.utils.machine import lack_of_memory
 from mdl_toolkit.weights.resolve import check_trainable, find_model
-from mdl_toolkit.weights.tokenizer_files import TextFiles, read_text_files
+from mdl_toolkit.weights.tokenizer_files import TokenizerFiles, read_tokenizer_files
 
 # In the output folder, until a run has come to its end: what its CSVs were converted to, and features of it.
 PRIVATE, FEATURES = ".dataset", "features"
@@ -25,7 +25,7 @@ PRIVATE, FEATURES = ".dataset", "features"
 
 def open_data(
     options: TrainOptions, private: Path
-) -> tuple[TextFiles, ConvertedDataset, ConvertedDataset | None]:
+) -> tuple[TokenizerFiles, ConvertedDataset, ConvertedDataset | None]:
     """The model's text side and both datasets, all that can be checked before any weight is loaded.
 
     Args:
@@ -39,7 +39,7 @@ def open_data(
     is_local = Path(options.model_name).is_dir()
     folder = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=is_local)
     check_trainable(folder, quantization=options.quantization, merge=options.merge_lora)
-    files = read_text_files(folder)
+    files = read_tokenizer_files(folder)
     _warn_ignored(options)
     eval_set = None
     if options.eval_dataset is not None:  # first: it is the smaller one, and its bad rows are soon known
@@ -50,7 +50,7 @@ def open_data(
     return files, train_set, eval_set
 
 
-def _open_set(path: str, options: TrainOptions, files: TextFiles, private: Path) -> ConvertedDataset:
+def _open_set(path: str, options: TrainOptions, files: TokenizerFiles, private: Path) -> ConvertedDataset:
     if Path(path).is_dir():
         dataset = ConvertedDataset(Path(path))
         dataset.record.check_model(files, path)

@@ -7,24 +7,24 @@ from mdl_toolkit.config.results import MergeOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, to_yaml
 from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import InputError, ModelError
-from mdl_toolkit.inference.verify import invented_rows, prove
+from mdl_toolkit.inference.verify import synthesize_samples, verify_merge
 from mdl_toolkit.training.checkpoints import CHECKSUMS, damage
 from mdl_toolkit.training.result import training_of
 from mdl_toolkit.utils.console import say
 from mdl_toolkit.utils.files import check_apart
 from mdl_toolkit.weights.loading import base_of, quiet_libraries
 from mdl_toolkit.weights.merge import export_merged
-from mdl_toolkit.weights.model_card import About
+from mdl_toolkit.weights.model_card import ResultMetadata
 from mdl_toolkit.weights.provenance import Base, Provenance, read_provenance
 from mdl_toolkit.weights.resolve import (
     ADAPTER_CONFIG,
     BASE_NAME,
     check_is_no_run,
     find_model,
-    lasting_name,
     read_json,
+    recorded_name,
 )
-from mdl_toolkit.weights.tokenizer_files import read_text_files
+from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 
 
 def merge_adapter(options: MergeOptions) -> Path:
@@ -52,9 +52,13 @@ def merge_adapter(options: MergeOptions) -> Path:
     check_apart(output, base)
     quiet_libraries()
     origin = read_provenance(adapter) or _unknown(base, adapter, options)
-    about = About(origin, training_of(adapter), to_yaml(options))
-    samples = invented_rows(ChatTokenizer(read_text_files(base)), origin.prompts) if options.verify else ()
-    verify = partial(prove, base, adapter, samples=samples) if samples else None
+    about = ResultMetadata(origin, training_of(adapter), to_yaml(options))
+    samples = (
+        synthesize_samples(ChatTokenizer(read_tokenizer_files(base)), origin.prompts)
+        if options.verify
+        else ()
+    )
+    verify = partial(verify_merge, base, adapter, samples=samples) if samples else None
     export_merged(base, adapter, output, about, verify=verify, dtype=options.dtype)
     say("done: the merged model is in {output}", output=output)
     return output
@@ -103,4 +107,4 @@ def _find_adapter(options: MergeOptions) -> Path:
 def _unknown(base: Path, adapter: Path, options: MergeOptions) -> Provenance:
     """Of an adapter that says nothing of its origin, only the base is known."""
     name = options.model_name or read_json(adapter / ADAPTER_CONFIG)[BASE_NAME]
-    return Provenance(Base.of(base, lasting_name(name, base)))
+    return Provenance(Base.of(base, recorded_name(name, base)))

@@ -11,15 +11,15 @@ from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, read_settings, to_yaml
 from mdl_toolkit.data.dataset import ConvertedDataset
 from mdl_toolkit.errors import InputError, ModelError
-from mdl_toolkit.inference.verify import prove, some_rows
+from mdl_toolkit.inference.verify import choose_samples, verify_merge
 from mdl_toolkit.training.checkpoints import STATE, Checkpoint, checkpoint_at, damage
 from mdl_toolkit.training.trainer import Outcome
 from mdl_toolkit.utils.console import say
 from mdl_toolkit.utils.run_folder import LOG, read_log
 from mdl_toolkit.weights.merge import export_adapter, export_merged
-from mdl_toolkit.weights.model_card import About
+from mdl_toolkit.weights.model_card import ResultMetadata
 from mdl_toolkit.weights.provenance import Base, Provenance
-from mdl_toolkit.weights.resolve import FINAL, lasting_name, read_json
+from mdl_toolkit.weights.resolve import FINAL, read_json, recorded_name
 
 HOUR = 3600.0
 
@@ -35,7 +35,7 @@ def origin_of(
     data = _amount(train_set, "")
     if eval_set is not None:
         data |= _amount(eval_set, "evaluation_")
-    return Provenance(Base.of(base, lasting_name(options.model_name, base)), train_set.record.prompts, data)
+    return Provenance(Base.of(base, recorded_name(options.model_name, base)), train_set.record.prompts, data)
 
 
 def _amount(dataset: ConvertedDataset, prefix: str) -> dict[str, float]:
@@ -68,11 +68,11 @@ def write_result(
     final, step = output / FINAL, _chosen(options, done)
     checkpoint = checkpoint_at(output, step, resume)
     _check_whole(checkpoint)
-    measured = origin.measured(_metrics(output, step, checkpoint, done))
-    about = About(measured, training_of(checkpoint) or options, to_yaml(options))
+    measured = origin.with_metrics(_metrics(output, step, checkpoint, done))
+    about = ResultMetadata(measured, training_of(checkpoint) or options, to_yaml(options))
     if options.merge_lora:
-        samples = some_rows(train_set) if options.verify else ()
-        verify = partial(prove, base, checkpoint, samples=samples) if samples else None
+        samples = choose_samples(train_set) if options.verify else ()
+        verify = partial(verify_merge, base, checkpoint, samples=samples) if samples else None
         export_merged(base, checkpoint, final, about, verify=verify)
     else:
         export_adapter(base, checkpoint, final, about)

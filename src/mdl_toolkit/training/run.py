@@ -68,8 +68,8 @@ from mdl_toolkit.weights.resolve import (
     FINAL,
     MODEL_CONFIG,
     find_model,
-    lasting_name,
-    need,
+    recorded_name,
+    require_package,
 )
 
 MEMORY_REMEDY = Localized(
@@ -115,7 +115,7 @@ def train(options: TrainOptions) -> TrainResult:
     check_trackers(options.report_to)
     check_frozen(options)
     if options.quantization is not None:
-        need(BITSANDBYTES, "quantization", "--quantization")
+        require_package(BITSANDBYTES, "quantization", "--quantization")
     output = Path(options.output)
     _check_places(output, options)
     # Of several processes the first one writes.
@@ -369,7 +369,7 @@ def _trainable_model(
     quiet_libraries()
     torch.manual_seed(options.seed)
     model = load_model(base, dtype=dtype, device=device, quantization=options.quantization)
-    name = lasting_name(options.model_name, base)
+    name = recorded_name(options.model_name, base)
     return add_adapters(
         model, options.train_target, rank=options.lora_rank, alpha=options.lora_alpha,
         dropout=options.lora_dropout, base_name=name,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.weights.resolve import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
-from mdl_toolkit.weights.safetensors_stream import Entry, WeightFile
+from mdl_toolkit.weights.safetensors_stream import TensorEntry, WeightFile
 
 EMBEDDING, HEAD = "decoder.model.embed_tokens.weight", "decoder.lm_head.weight"
 _PREFIX = "base_model.model."
@@ -32,7 +32,7 @@ _OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRankDelta:
     """A tensor's change: W + scale B A, where W is seen as a matrix of its first dimension and all others.
 
     Attributes:
@@ -41,7 +41,7 @@ class LowRank:
         scale: alpha / r, or alpha / sqrt(r).
     """
 
-    sides: tuple[Entry, Entry]
+    sides: tuple[TensorEntry, TensorEntry]
     of_embedding: bool
     scale: float
 
@@ -52,7 +52,7 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class Changes:
+class AdapterDelta:
     """What an adapter does to the tensors of its base.
 
     Attributes:
@@ -63,12 +63,12 @@ class Changes:
     """
 
     file: WeightFile
-    low_rank: dict[str, LowRank]
-    full: dict[str, Entry]
+    low_rank: dict[str, LowRankDelta]
+    full: dict[str, TensorEntry]
     tied: bool
 
     @staticmethod
-    def read(adapter: Path, base_config: Mapping[str, Any]) -> "Changes":
+    def read(adapter: Path, base_config: Mapping[str, Any]) -> "AdapterDelta":
         """Read an adapter folder; with tied embeddings a change of one side is a change of both.
 
         Raises:
@@ -76,8 +76,8 @@ class Changes:
         """
         config, file = read_json(adapter / ADAPTER_CONFIG), WeightFile.open(adapter / ADAPTER_WEIGHTS)
         check_mergeable(adapter, config)
-        pairs: dict[str, dict[str, Entry]] = {}
-        full: dict[str, Entry] = {}
+        pairs: dict[str, dict[str, TensorEntry]] = {}
+        full: dict[str, TensorEntry] = {}
         for entry in file.entries:
             name = entry.name.removeprefix(_PREFIX)
             if match := _SIDES.fullmatch(name):
@@ -92,7 +92,7 @@ class Changes:
             raise _cannot(adapter, "LoRA on tied embeddings")
         if tied and (trained := full.get(EMBEDDING) or full.get(HEAD)):
             full[EMBEDDING] = full[HEAD] = trained
-        return Changes(file, low_rank, full, tied)
+        return AdapterDelta(file, low_rank, full, tied)
 
     def touch(self, name: str) -> bool:
         """Tell whether a tensor changes."""
@@ -105,7 +105,7 @@ class Changes:
             names.discard(HEAD)  # most tied models store the one matrix once
         return sorted(names)
 
-    def blocks(self, base: WeightFile, entry: Entry, dtype: torch.dtype) -> Iterator[Tensor]:
+    def blocks(self, base: WeightFile, entry: TensorEntry, dtype: torch.dtype) -> Iterator[Tensor]:
         """A tensor's new content, in blocks of rows, computed in float32.
 
         Raises:
@@ -125,13 +125,13 @@ class Changes:
                 raise ModelError("{name}: not finite after merging", name=entry.name)
             yield cast
 
-    def _full(self, entry: Entry) -> Iterator[Tensor]:
+    def _full(self, entry: TensorEntry) -> Iterator[Tensor]:
         trained = self.full[entry.name]
         if trained.shape != entry.shape:
             raise _misfit(entry, trained.shape)
         return self.file.rows(trained)
 
-    def _added(self, base: WeightFile, entry: Entry) -> Iterator[Tensor]:
+    def _added(self, base: WeightFile, entry: TensorEntry) -> Iterator[Tensor]:
         change = self.low_rank[entry.name]
         a, b = change.matrices(self.file)
         if entry.shape[0] != len(b) or math.prod(entry.shape[1:]) != a.shape[1]:
@@ -176,14 +176,16 @@ def _cannot(adapter: Path, what: str) -> ModelError:
     )
 
 
-def _low_rank(adapter: Path, config: Mapping[str, Any], module: str, pair: Mapping[str, Entry]) -> LowRank:
+def _low_rank(
+    adapter: Path, config: Mapping[str, Any], module: str, pair: Mapping[str, TensorEntry]
+) -> LowRankDelta:
     kind = "lora_embedding_" if "lora_embedding_A" in pair else "lora_"
     if pair.keys() != {f"{kind}A", f"{kind}B"}:
         raise _cannot(adapter, f"only {', '.join(sorted(pair))} of {module}")
     sides, rank = (pair[f"{kind}A"], pair[f"{kind}B"]), pair[f"{kind}A"].shape[0]
     alpha = _of_pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return LowRank(sides, kind != "lora_", scale)
+    return LowRankDelta(sides, kind != "lora_", scale)
 
 
 def _of_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
@@ -192,7 +194,7 @@ def _of_pattern(patterns: Mapping[str, float], module: str, default: float) -> f
     return next(found, default)
 
 
-def _misfit(entry: Entry, shape: tuple[int, ...]) -> ModelError:
+def _misfit(entry: TensorEntry, shape: tuple[int, ...]) -> ModelError:
     return ModelError(
         "{name}: the adapter's shape {shape} is not the base's {expected}",
         name=entry.name,

@@ -18,11 +18,18 @@ from mdl_toolkit.errors import InputError, ModelError
 from mdl_toolkit.utils.console import warn
 from mdl_toolkit.utils.files import replace_folder, writing
 from mdl_toolkit.utils.worker_pool import available_cpus
-from mdl_toolkit.weights.adapter import Changes
-from mdl_toolkit.weights.model_card import About, card
+from mdl_toolkit.weights.adapter import AdapterDelta
+from mdl_toolkit.weights.model_card import ResultMetadata, card
 from mdl_toolkit.weights.provenance import PROVENANCE_FILE
 from mdl_toolkit.weights.resolve import ADAPTER_CONFIG, ADAPTER_WEIGHTS, quantized_by, read_json
-from mdl_toolkit.weights.safetensors_stream import FLOATS, SUFFIX, Entry, WeightFile, rewrite, weight_files
+from mdl_toolkit.weights.safetensors_stream import (
+    FLOATS,
+    SUFFIX,
+    TensorEntry,
+    WeightFile,
+    rewrite,
+    weight_files,
+)
 
 CARD = "README.md"
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # as options and as files spell them
@@ -44,7 +51,7 @@ def export_merged(
     base: Path,
     adapter: Path,
     output: Path,
-    about: About,
+    about: ResultMetadata,
     *,
     verify: Callable[[Path], None] | None = None,
     dtype: str | None = None,
@@ -70,7 +77,7 @@ def export_merged(
             verify(work)
 
 
-def export_adapter(base: Path, adapter: Path, output: Path, about: About) -> None:
+def export_adapter(base: Path, adapter: Path, output: Path, about: ResultMetadata) -> None:
     """Write the adapter with what belongs to it, replacing what is at the output.
 
     Raises:
@@ -85,7 +92,7 @@ def export_adapter(base: Path, adapter: Path, output: Path, about: About) -> Non
         _describe(work, base, about, is_adapter=True)
 
 
-def _describe(folder: Path, base: Path, about: About, *, is_adapter: bool) -> None:
+def _describe(folder: Path, base: Path, about: ResultMetadata, *, is_adapter: bool) -> None:
     (folder / SETTINGS_FILE).write_text(about.settings, encoding="utf-8")
     about.provenance.write(folder)
     (folder / CARD).write_text(card(about, base, is_adapter=is_adapter), encoding="utf-8")
@@ -106,7 +113,7 @@ def merge(base: Path, adapter: Path, output: Path, dtype: str | None = None) -> 
             base=base,
             method=method,
         )
-    changes, files = Changes.read(adapter, read_json(base / "config.json")), weight_files(base)
+    changes, files = AdapterDelta.read(adapter, read_json(base / "config.json")), weight_files(base)
     if missing := changes.missing({entry.name for file in files for entry in file.entries}):
         names = ", ".join(missing[:20])
         raise ModelError(
@@ -133,10 +140,10 @@ def _copy_others(base: Path, output: Path) -> None:
             shutil.copyfile(path, output / path.name)
 
 
-def _merge_file(source: WeightFile, target: Path, changes: Changes, dtype: str | None) -> None:
+def _merge_file(source: WeightFile, target: Path, changes: AdapterDelta, dtype: str | None) -> None:
     dtypes = {} if dtype is None else _new_dtypes(source, DTYPES[dtype])
 
-    def changed(entry: Entry) -> Iterator[Tensor] | None:
+    def changed(entry: TensorEntry) -> Iterator[Tensor] | None:
         if entry.name in dtypes or changes.touch(entry.name):
             return changes.blocks(source, entry, FLOATS[dtypes.get(entry.name, entry.dtype)])
         return None

@@ -26,7 +26,7 @@ _SERVED = ("qwen2",)  # beginnings of the decoder types that vLLM serves
 
 
 @dataclass(frozen=True)
-class About:
+class ResultMetadata:
     """What a result says of itself.
 
     Attributes:
@@ -40,7 +40,7 @@ class About:
     settings: str
 
 
-def card(about: About, base: Path, *, is_adapter: bool) -> str:
+def card(about: ResultMetadata, base: Path, *, is_adapter: bool) -> str:
     """The page.
 
     Args:

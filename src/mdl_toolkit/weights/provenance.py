@@ -114,7 +114,7 @@ class Provenance:
                 other=base,
             )
 
-    def measured(self, metrics: dict[str, float]) -> "Provenance":
+    def with_metrics(self, metrics: dict[str, float]) -> "Provenance":
         """The same, with what was measured of the result."""
         return replace(self, metrics=metrics)
 

@@ -80,7 +80,7 @@ def check_is_no_run(folder: Path, *names: str) -> None:
         )
 
 
-def lasting_name(name: str, folder: Path) -> str:
+def recorded_name(name: str, folder: Path) -> str:
     """How a record names a model: a folder by its absolute path, anything else by its name on the hub."""
     return str(folder.resolve()) if Path(name).expanduser().is_dir() else name
 
@@ -111,7 +111,7 @@ def check_trainable(folder: Path, *, quantization: str | None, merge: bool) -> N
             folder=folder,
             method=method,
         )
-    need(BITSANDBYTES, "quantization", f"{folder} ({BITSANDBYTES})")
+    require_package(BITSANDBYTES, "quantization", f"{folder} ({BITSANDBYTES})")
     if quantization is not None or merge:
         raise ModelError(
             "{folder}: its weights are quantised already ({method}); leave out --quantization, and give "
@@ -150,7 +150,7 @@ def _from_huggingface(name: str, patterns: list[str], revision: str | None) -> P
 
 
 def _from_modelscope(name: str, patterns: list[str]) -> Path:
-    need("modelscope", "modelscope", "--from-modelscope")
+    require_package("modelscope", "modelscope", "--from-modelscope")
     from modelscope import snapshot_download
 
     return _download(name, "ModelScope", lambda: snapshot_download(name, allow_patterns=patterns))
@@ -175,7 +175,7 @@ def _nowhere(name: str, message: Localized) -> ModelError:
     )
 
 
-def need(package: str, extra: str, option: str) -> None:
+def require_package(package: str, extra: str, option: str) -> None:
     """Refuse an option whose optional package is not installed, before any work begins.
 
     Raises:

@@ -23,7 +23,7 @@ _MOST = 100 << 20  # bytes of a header, as the library has it
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """Where a tensor lies.
 
     Attributes:
@@ -47,7 +47,7 @@ class Entry:
             (self.stop - self.start) // (self.shape[0] if self.shape else 1) if self.stop > self.start else 1
         )
 
-    def cast(self, dtype: str, start: int) -> "Entry":
+    def cast(self, dtype: str, start: int) -> "TensorEntry":
         """The same tensor in another dtype, at another place."""
         count = (self.stop - self.start) // FLOATS[self.dtype].itemsize if self.dtype in FLOATS else 0
         size = count * FLOATS[dtype].itemsize if dtype != self.dtype else self.stop - self.start
@@ -68,7 +68,7 @@ class WeightFile:
     path: Path
     head: bytes
     metadata: Any
-    entries: tuple[Entry, ...]
+    entries: tuple[TensorEntry, ...]
 
     @staticmethod
     def open(path: Path) -> "WeightFile":
@@ -85,15 +85,15 @@ class WeightFile:
                 "{path}: no whole safetensors file ({reason}); fetch it again", path=path, reason=problem
             ) from problem
 
-    def __getitem__(self, name: str) -> Entry:
+    def __getitem__(self, name: str) -> TensorEntry:
         return next(entry for entry in self.entries if entry.name == name)
 
-    def read(self, entry: Entry) -> Tensor:
+    def read(self, entry: TensorEntry) -> Tensor:
         """A whole tensor."""
         parts = [part.reshape(-1) for part in self.rows(entry, max(1, entry.stop - entry.start))]
         return torch.cat(parts).reshape(entry.shape)
 
-    def rows(self, entry: Entry, size: int = BLOCK) -> Iterator[Tensor]:
+    def rows(self, entry: TensorEntry, size: int = BLOCK) -> Iterator[Tensor]:
         """A tensor of a floating dtype in blocks of rows, `[rows, ...]`, of about so many bytes."""
         dtype, step = FLOATS[entry.dtype], max(1, size // entry.row_bytes) * entry.row_bytes
         with self.path.open("rb", buffering=0) as file:
@@ -102,7 +102,7 @@ class WeightFile:
                 part = _read(file, min(step, entry.stop - start)).view(dtype)
                 yield part.reshape(-1, *entry.shape[1:])
 
-    def pieces(self, entry: Entry) -> Iterator[memoryview]:
+    def pieces(self, entry: TensorEntry) -> Iterator[memoryview]:
         """A tensor's bytes, some at a time; each piece is valid until the next one."""
         buffer = memoryview(bytearray(min(BLOCK, entry.stop - entry.start)))
         with self.path.open("rb", buffering=0) as file:
@@ -115,7 +115,7 @@ class WeightFile:
                 yield buffer[:count]
                 left -= count
 
-    def sample(self, entry: Entry, size: int) -> bytes:
+    def sample(self, entry: TensorEntry, size: int) -> bytes:
         """The first, middle and last bytes of a tensor, so many each."""
         last = max(entry.start, entry.stop - size)
         with self.path.open("rb") as file:
@@ -144,7 +144,7 @@ def _parsed(path: Path, file: IO[bytes]) -> WeightFile:
     header = json.loads(text)
     metadata = header.pop("__metadata__", None)
     entries = [
-        Entry(name, each["dtype"], tuple(each["shape"]), *each["data_offsets"])
+        TensorEntry(name, each["dtype"], tuple(each["shape"]), *each["data_offsets"])
         for name, each in header.items()
     ]
     entries.sort(key=lambda entry: (entry.start, entry.stop))
@@ -170,7 +170,7 @@ def _read(file: IO[bytes], count: int) -> Tensor:
 # --- writing ---------------------------------------------------------------------------------------------
 
 Blocks = Callable[
-    [Entry], "Iterator[Tensor] | None"
+    [TensorEntry], "Iterator[Tensor] | None"
 ]  # a tensor's new content, or None: its bytes as they are
 
 

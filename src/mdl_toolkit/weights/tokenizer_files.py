@@ -16,7 +16,7 @@ USUAL_TOKENS = {
 
 
 @dataclass(frozen=True)
-class TextFiles:
+class TokenizerFiles:
     """What is needed to turn conversations into ids; small, and can be sent to worker processes.
 
     Attributes:
@@ -42,7 +42,7 @@ class TextFiles:
         return hashlib.sha256(self.chat_template.encode()).hexdigest()[:16]
 
 
-def read_text_files(folder: Path) -> TextFiles:
+def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     """The text side of a model folder.
 
     Raises:
@@ -55,7 +55,9 @@ def read_text_files(folder: Path) -> TextFiles:
         name: token for name, value in config.items() if name.endswith("_token") and (token := _token(value))
     }
     specials = {**USUAL_TOKENS, **named}
-    return TextFiles(_tokenizer_json(folder), _chat_template(folder, config), tuple(sorted(specials.items())))
+    return TokenizerFiles(
+        _tokenizer_json(folder), _chat_template(folder, config), tuple(sorted(specials.items()))
+    )
 
 
 def _token(value: Any) -> str | None:

@@ -20,7 +20,7 @@ from mdl_toolkit.data.convert import run as conversion
 from mdl_toolkit.data.dataset import ConvertedDataset
 from mdl_toolkit.data.tokenization import IGNORE_INDEX, ChatTokenizer
 from mdl_toolkit.errors import DatasetError, RowsError
-from mdl_toolkit.weights.tokenizer_files import read_text_files
+from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 from tests.support.commands import (
     MODEL,
     ROWS,
@@ -320,7 +320,7 @@ def test_what_another_version_made_is_not_used(killed_place, unbroken, monkeypat
 def test_what_has_answers_is_not_used_for_inference(killed_place, monkeypatch):
     options = ConvertOptions(model_name=str(MODEL), input="rows.csv", output="out", num_workers=1)
     manifest = conversion.read_rows("rows.csv", options, needs_prediction=True)
-    tokenizer = ChatTokenizer(read_text_files(MODEL))
+    tokenizer = ChatTokenizer(read_tokenizer_files(MODEL))
     monkeypatch.setattr(plan, "PIECE_ROWS", ROWS_PER_SHARD)
     monkeypatch.setattr(plan, "FEWEST_BYTES", 1)
     conversion.convert_rows(manifest, Path("out"), tokenizer, options, with_answer=False)

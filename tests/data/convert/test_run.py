@@ -26,7 +26,7 @@ from mdl_toolkit.data.dataset import ConvertedDataset
 from mdl_toolkit.data.tokenization import IGNORE_INDEX, ChatTokenizer
 from mdl_toolkit.errors import InputError, ModelError, RowsError
 from mdl_toolkit.model.lengths import audio_token_count
-from mdl_toolkit.weights.tokenizer_files import read_text_files
+from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 from tests.support.recordings import pcm_wav
 from tests.support.runs import copy_checkpoint, files_below, make_rows, write_csv
 from tests.support.waves import wave
@@ -85,7 +85,7 @@ def test_a_dataset_holds_all_that_training_needs(place):
     dataset = convert(rows, system_prompt="Be brief.")
     assert files_below(place / "out") == {*DATA_FILES, SETTINGS_FILE}
     assert {path.name for path in place.iterdir()} == {"audio", "rows.csv", "out"}
-    tokenizer = ChatTokenizer(read_text_files(MODEL))
+    tokenizer = ChatTokenizer(read_tokenizer_files(MODEL))
     manifest = read_rows("rows.csv", options(system_prompt="Be brief."), needs_prediction=True)
     read = [*manifest.rows()]
     recordings = [soundfile.read(row["audio"], dtype="float32")[0] for row in rows]
@@ -101,7 +101,7 @@ def test_a_dataset_holds_all_that_training_needs(place):
 
 def test_the_record(place):
     dataset = convert(make_rows(place / "audio", 5), user_prompt="Was ist das?", system_prompt="Kurz.")
-    files = read_text_files(MODEL)
+    files = read_tokenizer_files(MODEL)
     samples = list(dataset)
     lengths = sorted(len(sample.waveform) / 16_000 for sample in samples)
     positions = sorted(len(sample.input_ids) for sample in samples)
@@ -151,7 +151,7 @@ def test_each_row_has_its_own_prompts(place):
     audio = make_rows(place / "audio", 1)[0]["audio"]
     own = {"audio": audio, "prediction": "x", "system_prompt": "Mine.", "user_prompt": "What?"}
     dataset = convert([own, {**own, "system_prompt": "", "user_prompt": "null"}], user_prompt="Default?")
-    tokenizer = ChatTokenizer(read_text_files(MODEL)).backend
+    tokenizer = ChatTokenizer(read_tokenizer_files(MODEL)).backend
     first, second = (tokenizer.decode(sample.input_ids, skip_special_tokens=False) for sample in dataset)
     assert first.startswith("<|im_start|>system\nMine.<|im_end|>")
     assert "<|audio_eos|>What?<|im_end|>" in first
@@ -162,7 +162,7 @@ def test_each_row_has_its_own_prompts(place):
 def test_prompts_alone_for_inference(place):
     write_csv(place / "rows.csv", make_rows(place / "audio", 3))
     manifest = read_rows("rows.csv", options(), needs_prediction=True)
-    tokenizer = ChatTokenizer(read_text_files(MODEL))
+    tokenizer = ChatTokenizer(read_tokenizer_files(MODEL))
     convert_rows(manifest, place / "work", tokenizer, options(), with_answer=False)
     for row, sample in zip(manifest.rows(), ConvertedDataset(place / "work"), strict=True):
         count = audio_token_count(len(sample.waveform))
@@ -191,7 +191,7 @@ def test_a_very_short_clip_is_padded_to_one_audio_token(place, capsys, samples):
     rows = make_rows(place, 2)
     rows[0]["audio"] = save("short.wav", wave(samples, 1))
     dataset = convert(rows)
-    tokenizer = ChatTokenizer(read_text_files(MODEL))
+    tokenizer = ChatTokenizer(read_tokenizer_files(MODEL))
     assert (dataset[0].input_ids == tokenizer.id_of("<|AUDIO|>")).sum() == 1
     assert len(dataset[0].waveform) == 3200
     assert not dataset[0].waveform[samples:].any()

@@ -20,9 +20,9 @@ from mdl_toolkit.data.dataset import Record
 from mdl_toolkit.data.manifest import Row
 from mdl_toolkit.errors import MOST_ROWS_SHOWN, Problems, RowProblem
 from mdl_toolkit.i18n import Verbatim
-from mdl_toolkit.weights.tokenizer_files import TextFiles
+from mdl_toolkit.weights.tokenizer_files import TokenizerFiles
 
-FILES = TextFiles("{}", "{{ x }}", ())
+FILES = TokenizerFiles("{}", "{{ x }}", ())
 OPTIONS = ConvertOptions(model_name="m", input="rows.csv", output="out", system_prompt="Kurz.")
 
 # Samples, positions and audio tokens of a clip, and what is out of the ordinary with it.

@@ -31,7 +31,7 @@ from mdl_toolkit.utils.console import progress, warn
 from mdl_toolkit.utils.files import check_apart, replace_file, writing
 from mdl_toolkit.utils.worker_pool import default_workers, work_through
 from mdl_toolkit.weights.resolve import find_model
-from mdl_toolkit.weights.tokenizer_files import read_text_files
+from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 
 if TYPE_CHECKING:
     from mdl_toolkit.config.train import TrainOptions
@@ -110,7 +110,7 @@ def _text_side(options: CheckOptions) -> tuple[Path | None, ChatTokenizer | None
             reason=problem.message,
         )
         return None, None
-    return folder, ChatTokenizer(read_text_files(folder))
+    return folder, ChatTokenizer(read_tokenizer_files(folder))
 
 
 # --- all rows ------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from mdl_toolkit.utils.files import check_apart, removing_empty, writing
 from mdl_toolkit.utils.signals import end_if_asked
 from mdl_toolkit.utils.worker_pool import Ranks, default_workers, work_through
 from mdl_toolkit.weights.resolve import find_model
-from mdl_toolkit.weights.tokenizer_files import read_text_files
+from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 
 FEW_ROWS = 64  # below this, starting processes costs more than they save
 LIBRARIES = ("av", "numpy", "pyarrow", "soundfile", "soxr", "tokenizers")  # another version, other bytes
@@ -73,7 +73,7 @@ def convert_dataset(options: ConvertOptions) -> Record | None:
     _check_places(output, options)
     manifest = read_rows(options.input, options, needs_prediction=True)
     folder = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=False)
-    tokenizer = ChatTokenizer(read_text_files(folder))
+    tokenizer = ChatTokenizer(read_tokenizer_files(folder))
     record = convert_rows(manifest, output, tokenizer, options, settings=to_yaml(options), ranks=ranks)
     if record is not None:
         say_summary(output, record)

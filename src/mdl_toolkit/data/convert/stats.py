@@ -15,7 +15,7 @@ from mdl_toolkit.data.manifest import Row
 from mdl_toolkit.errors import Problems, RowProblem
 from mdl_toolkit.utils.console import say, warn
 from mdl_toolkit.weights.provenance import Prompts
-from mdl_toolkit.weights.tokenizer_files import TextFiles
+from mdl_toolkit.weights.tokenizer_files import TokenizerFiles
 
 PCM_BYTES = 2  # a 16-bit sample
 DIFFERENT = 2  # prompts: as many as it takes to know that they are not all the same
@@ -82,7 +82,7 @@ class Tally:
         self.truncated.merge(other.truncated)
         self.problems.merge(other.problems)
 
-    def record(self, files: TextFiles, options: ConversionOptions) -> Record:
+    def record(self, files: TokenizerFiles, options: ConversionOptions) -> Record:
         """The dataset's record."""
         return Record(
             tokenizer=files.tokenizer_fingerprint,
