@@ -42,9 +42,9 @@ def _origin(folder: Path) -> dict[str, Any]:
     prompts = [(SYSTEM, found.prompts.system), (USER, found.prompts.user)]
     return {
         "base": found.base and found.base.name,
-        "prompts": [{"title": vars(title), "text": text} for title, text in prompts if text],
+        "prompts": [{"title": title.to_json(), "text": text} for title, text in prompts if text],
         "data": [
-            {"title": vars(title), "figures": figures}
+            {"title": title.to_json(), "figures": figures}
             for title, prefix in ((TRAINED, ""), (EVALUATED, "evaluation_"))
             if (figures := _figures(found.data, prefix))
         ],
@@ -53,7 +53,7 @@ def _origin(folder: Path) -> dict[str, Any]:
 
 def _figures(data: dict[str, float], prefix: str) -> list[dict[str, Any]]:
     return [
-        {"title": vars(title), "value": data[prefix + name]}
+        {"title": title.to_json(), "value": data[prefix + name]}
         for name, title in FIGURES.items()
         if prefix + name in data
     ]
@@ -103,7 +103,7 @@ def _settings(folder: Path) -> list[dict[str, Any]]:
             "name": spelling(field.name),
             "value": _shown(values[field.name]),
             "is_changed": values[field.name] != field.default,
-            "help": vars(setting_of(field).help),
+            "help": setting_of(field).help.to_json(),
         }
         for field in fields_in_order(TrainOptions)
         if field.name in values
@@ -150,8 +150,8 @@ def _outcome(lines: Sequence[dict[str, Any]], metrics: Sequence[str]) -> list[di
     smooth = Smooth()
     last = [smooth.add(loss) for loss in losses][-1]
     outcome: list[dict[str, Any]] = [
-        {"title": vars(Localized("steps")), "value": steps[-1]},
-        {"title": vars(Localized("training loss, smoothed")), "value": last},
+        {"title": Localized("steps").to_json(), "value": steps[-1]},
+        {"title": Localized("training loss, smoothed").to_json(), "value": last},
     ]
     for metric in (LOSS, *(METRICS[name] for name in metrics)):
         outcome += _best(lines, metric)
@@ -168,5 +168,5 @@ def _best(lines: Sequence[dict[str, Any]], metric: Metric) -> list[dict[str, Any
         return []
     title = Localized("evaluation {metric}", metric=metric.name)
     return [
-        {"title": vars(title), "value": evaluated[-1][name], "best": {"value": best.value, "step": best.step}}
+        {"title": title.to_json(), "value": evaluated[-1][name], "best": {"value": best.value, "step": best.step}}
     ]
