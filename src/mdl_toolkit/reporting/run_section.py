@@ -167,6 +167,5 @@ def _best(lines: Sequence[dict[str, Any]], metric: Metric) -> list[dict[str, Any
     if best.step is None:
         return []
     title = Localized("evaluation {metric}", metric=metric.name)
-    return [
-        {"title": title.to_json(), "value": evaluated[-1][name], "best": {"value": best.value, "step": best.step}}
-    ]
+    best_values = {"value": best.value, "step": best.step}
+    return [{"title": title.to_json(), "value": evaluated[-1][name], "best": best_values}]
