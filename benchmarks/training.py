@@ -36,11 +36,11 @@ from mdl_toolkit.data.dataset import ConvertedDataset, Sample
 from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.demo import make_tiny_model
 from mdl_toolkit.model import MiDashengLMConfig, MiDashengLMModel
-from mdl_toolkit.training.gradient_checkpointing import Kept, recompute
+from mdl_toolkit.training.gradient_checkpointing import KeptBlocks, recompute
 from mdl_toolkit.training.lora import add_adapters
 from mdl_toolkit.training.memory.plan import plan_memory
 from mdl_toolkit.training.run import train
-from mdl_toolkit.training.sampler import Sampling
+from mdl_toolkit.training.sampler import BatchSampler
 from mdl_toolkit.training.trainer import Trainer
 from mdl_toolkit.utils.run_folder import read_log
 from mdl_toolkit.weights.loading import load_model
@@ -180,8 +180,8 @@ def _of_one_step(folder: Path, data: ConvertedDataset, speed: Speed, checkpointi
     if checkpointing:
         recompute(wrapped, _kept(folder, data))
     wrapped.train()
-    sampling, collate = _sampling(data), Collator(0)
-    batches = [collate([data[int(row)] for row in sampling.rows(step)]) for step in range(CLIPS // BATCH)]
+    sampler, collate = _sampling(data), Collator(0)
+    batches = [collate([data[int(row)] for row in sampler.rows(step)]) for step in range(CLIPS // BATCH)]
     # The counter does not know of itself what these products cost.
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _added}) as counter:
         for batch in batches:
@@ -207,7 +207,7 @@ def _added(_: torch.Size, left: torch.Size, right: torch.Size, **__: Any) -> int
     return 2 * left[0] * left[1] * right[1]
 
 
-def _kept(folder: Path, data: ConvertedDataset) -> Kept:
+def _kept(folder: Path, data: ConvertedDataset) -> KeptBlocks:
     """Return the blocks that the command's gradient checkpointing leaves alone."""
     options = TrainOptions(
         train_dataset="data",
@@ -226,8 +226,8 @@ def _kept(folder: Path, data: ConvertedDataset) -> Kept:
 
 def _padding(data: ConvertedDataset) -> Figure:
     """Decoder positions that are padding, in batches by length and in batches at random."""
-    sampling = _sampling(data)
-    ours = _share(data.positions, [sampling.rows(step) for step in range(CLIPS // BATCH)])
+    sampler = _sampling(data)
+    ours = _share(data.positions, [sampler.rows(step) for step in range(CLIPS // BATCH)])
     random = np.random.default_rng(0)
     shares = [_share(data.positions, list(random.permutation(CLIPS).reshape(-1, BATCH))) for _ in range(100)]
     other = statistics.mean(shares)
@@ -255,8 +255,8 @@ def _share(positions: np.ndarray, batches: list[np.ndarray]) -> float:
     return 1 - float(positions.sum()) / computed
 
 
-def _sampling(data: ConvertedDataset) -> Sampling:
-    return Sampling(data.positions, data.supervised, BATCH, 1, 1, 42)
+def _sampling(data: ConvertedDataset) -> BatchSampler:
+    return BatchSampler(data.positions, data.supervised, BATCH, 1, 1, 42)
 
 
 def _named(checkpointing: bool) -> str:

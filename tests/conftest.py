@@ -39,16 +39,16 @@ def pytest_collection_finish() -> None:
 @pytest.fixture
 def losses(monkeypatch: pytest.MonkeyPatch) -> list[float | tuple[float, float]]:
     """Evaluations find what the test wants, a loss or loss and score; the real ones are done all the same."""
-    from mdl_toolkit.training.evaluator import Validation
+    from mdl_toolkit.training.evaluator import Evaluator
     from tests.support.runs import evaluations
 
     wanted: list[float | tuple[float, float]] = []
-    judge = Validation._judge
+    record = Evaluator.record
 
-    def judged(self: Validation, step: int, loss: float, score: float, tokens: int) -> None:
+    def recorded(self: Evaluator, step: int, loss: float, score: float, tokens: int) -> None:
         found = wanted[len(evaluations(Path(self.options.output)))]
         loss, score = found if isinstance(found, tuple) else (found, score)
-        judge(self, step, loss, score, tokens)
+        record(self, step, loss, score, tokens)
 
-    monkeypatch.setattr(Validation, "_judge", judged)
+    monkeypatch.setattr(Evaluator, "record", recorded)
     return wanted

@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,10 +15,10 @@ from mdl_toolkit.config.results import InferenceOptions
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.errors import ToolkitError, UsageError
 from mdl_toolkit.evaluation.text_metrics import LOSS, METRICS, Best, normalized
-from mdl_toolkit.inference.generate import Questions
 from mdl_toolkit.inference.run import infer
 from mdl_toolkit.reporting.run_section import run_values
 from mdl_toolkit.training import trainer
+from mdl_toolkit.training.answer_eval import draw
 from mdl_toolkit.training.checkpoints import CHECKSUMS, STATE, _seal, checkpoints
 from mdl_toolkit.training.run import train
 from tests.support.runs import ANSWERS, copy_checkpoint, evaluations, make_csv, train_options
@@ -79,16 +80,11 @@ def test_answering_changes_nothing_in_the_training(model, tmp_path):
 
 
 def test_the_same_rows_are_answered_every_time():
-    class Rows:
-        def __len__(self):
-            return 50
-
-        positions = torch.arange(50).numpy()
-
-    rows = Questions.draw(Rows(), 10, 3)
+    lengths = np.arange(50)
+    rows = draw(lengths, 10, 3)
     assert len(set(rows.tolist())) == 10
-    assert rows.tolist() == Questions.draw(Rows(), 10, 3).tolist() == sorted(rows, reverse=True)
-    assert sorted(Questions.draw(Rows(), 99, 3)) == [*range(50)]
+    assert rows.tolist() == draw(lengths, 10, 3).tolist() == sorted(rows, reverse=True)
+    assert sorted(draw(lengths, 99, 3)) == [*range(50)]
 
 
 def test_unknown_metrics_are_refused():

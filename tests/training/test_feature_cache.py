@@ -9,7 +9,7 @@ import torch
 
 from mdl_toolkit.config.data import ConvertOptions
 from mdl_toolkit.config.yaml import as_command
-from mdl_toolkit.data.collate import Collator, Featured, items_of, split
+from mdl_toolkit.data.collate import Collator, PrecomputedSample, items_of, split
 from mdl_toolkit.data.convert.run import convert_dataset
 from mdl_toolkit.data.dataset import ConvertedDataset
 from mdl_toolkit.errors import DatasetError, InputError, UsageError
@@ -134,7 +134,7 @@ def test_every_clip_is_encoded_once(place, tmp_path, encoded, changes, clips):
 @pytest.mark.parametrize("most", [1, 3])
 def test_too_little_memory_changes_nothing(place, tmp_path, monkeypatch, most):
     """In the pass before the first step, and in the steps, whose parts find their features."""
-    real, real_loss = FeatureCache._features, training.Forward.loss
+    real, real_loss = FeatureCache._features, training.ForwardPass.loss
 
     def scarce(self, model, clips, lengths):
         check_room(len(clips))
@@ -151,7 +151,7 @@ def test_too_little_memory_changes_nothing(place, tmp_path, monkeypatch, most):
     sizes = {"batch_size": 4, "gradient_accumulation_steps": 1, "eval_batch_size": 1}
     train(options_of(place, tmp_path / "plain", cache_audio_features=False, **sizes))
     monkeypatch.setattr(FeatureCache, "_features", scarce)
-    monkeypatch.setattr(training.Forward, "loss", scarce_loss)
+    monkeypatch.setattr(training.ForwardPass, "loss", scarce_loss)
     train(options_of(place, tmp_path / "run", **sizes))
     check_follows(tmp_path / "run", tmp_path / "plain")
 
@@ -163,7 +163,7 @@ def test_parts_of_a_batch_are_what_the_collator_makes_of_their_rows(place, tmp_p
     dataset, rows = ConvertedDataset(tmp_path / "data"), []
     for index, samples in enumerate(LENGTHS):
         tokens, features = dataset.tokens(index), torch.randn(audio_token_count(samples), 8)
-        rows.append(Featured(tokens.input_ids, tokens.labels, features, samples))
+        rows.append(PrecomputedSample(tokens.input_ids, tokens.labels, features, samples))
     parts = list(split(Collator(7)(rows), most))
     wanted = [Collator(7)(rows[start : start + most]) for start in range(0, len(rows), most)]
     for part, expected in zip(parts, wanted, strict=True):

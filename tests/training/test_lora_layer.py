@@ -9,9 +9,9 @@ from torch.nn import functional
 
 from mdl_toolkit.model.kernels import cross_entropy
 from mdl_toolkit.model.kernels.cross_entropy import head_loss, slice_rows, summed_cross_entropy
-from mdl_toolkit.training.gradient_checkpointing import Kept, recompute
+from mdl_toolkit.training.gradient_checkpointing import KeptBlocks, recompute
 from mdl_toolkit.training.lora import add_adapters
-from mdl_toolkit.training.lora_layer import LowRankLinear
+from mdl_toolkit.training.lora_layer import FastLoraLinear
 from mdl_toolkit.weights.loading import load_model
 from tests.training.memory.test_plan import peak_bytes
 
@@ -34,7 +34,7 @@ def adapted(golden, name, targets=TARGETS, *, dtype=torch.float32, dropout=0.0):
 def plainly(model):
     """The same model with PEFT's own layers."""
     for module in model.modules():
-        if isinstance(module, LowRankLinear):
+        if isinstance(module, FastLoraLinear):
             module.__class__ = Linear
     return model
 
@@ -88,7 +88,7 @@ def test_as_pefts_own_layer(golden, name, targets):
     model = adapted(golden, name, targets)
     batch = batch_of(model)
     fast = learnt(model, batch)
-    assert any(isinstance(module, LowRankLinear) for module in model.modules())
+    assert any(isinstance(module, FastLoraLinear) for module in model.modules())
     assert_same(fast, learnt(plainly(model), batch), 1e-5)
 
 
@@ -111,7 +111,9 @@ def test_checkpointing_changes_no_gradient(golden, name, targets):
     assert_same(learnt(model, batch), without, 1e-6)
 
 
-@pytest.mark.parametrize("kept", [Kept(), Kept(1, 0), Kept(0, 1), Kept(1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "kept", [KeptBlocks(), KeptBlocks(1, 0), KeptBlocks(0, 1), KeptBlocks(1, 1)], ids=str
+)
 def test_what_is_kept_changes_no_bit(golden, kept):
     model = adapted(golden, "A-small")
     batch = batch_of(model)
@@ -124,7 +126,7 @@ def test_what_is_kept_changes_no_bit(golden, kept):
 
 def test_the_last_blocks_are_those_that_are_kept(golden):
     model = adapted(golden, "A-small")
-    recompute(model, Kept(1, 1))
+    recompute(model, KeptBlocks(1, 1))
     base = model.get_base_model()
     for blocks in (base.audio_encoder.blocks, base.decoder.model.layers):
         assert [block.gradient_checkpointing for block in blocks] == [True] * (len(blocks) - 1) + [False]

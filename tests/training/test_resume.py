@@ -16,7 +16,7 @@ from mdl_toolkit.errors import ModelError
 from mdl_toolkit.training import run as training
 from mdl_toolkit.training import trainer
 from mdl_toolkit.training.checkpoints import checkpoint_at, checkpoints, to_resume
-from mdl_toolkit.training.evaluator import Validation
+from mdl_toolkit.training.evaluator import Evaluator
 from mdl_toolkit.training.run import train
 from mdl_toolkit.utils.run_folder import read_log
 from mdl_toolkit.weights.resolve import read_json
@@ -246,7 +246,7 @@ def test_an_evaluation_stays_in_the_log_until_another_takes_its_place(options, t
     before = evaluations(tmp_path / "run")
     other = replace(options, eval_metric="accuracy", resume_from_checkpoint=True)
     with monkeypatch.context() as patch:
-        patch.setattr(Validation, "_sums", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or torch.zeros(2))
+        patch.setattr(Evaluator, "_sums", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or torch.zeros(2))
         with pytest.raises(KeyboardInterrupt):
             train(other)
     assert evaluations(tmp_path / "run") == before

@@ -351,11 +351,11 @@ def test_rows_of_earlier_steps_are_not_read(place, tmp_path, monkeypatch, share)
 
 
 def sampled_after(options, step):
-    from mdl_toolkit.training.sampler import Sampling
+    from mdl_toolkit.training.sampler import BatchSampler
 
     data = ConvertedDataset(Path(options.train_dataset))
-    sampling = Sampling(data.positions, data.supervised, 2, 2, 1, options.seed)
-    return [int(row) for later in range(step, 60) for row in sampling.rows(later)]
+    sampler = BatchSampler(data.positions, data.supervised, 2, 2, 1, options.seed)
+    return [int(row) for later in range(step, 60) for row in sampler.rows(later)]
 
 
 def test_a_thing_of_the_past_is_gone(place, tmp_path, start):

@@ -27,7 +27,7 @@ from mdl_toolkit.training import datasets as training_data
 from mdl_toolkit.training import run as training
 from mdl_toolkit.training.memory import plan as memory
 from mdl_toolkit.training.run import train
-from mdl_toolkit.training.sampler import Sampling
+from mdl_toolkit.training.sampler import BatchSampler
 from mdl_toolkit.training.schedule import Schedule
 from mdl_toolkit.training.trainer import Trainer
 from mdl_toolkit.utils.run_folder import read_log
@@ -266,7 +266,7 @@ def test_steps_of_a_run(rows, processes, changes, per_epoch, total):
     options = TrainOptions(train_dataset="d", output="o", **changes)
     nothing = np.zeros(rows, np.int64)
     split = options.batch_size, options.gradient_accumulation_steps, processes
-    schedule = Schedule.of(Sampling(nothing, nothing, *split, 0).steps_per_epoch, options)
+    schedule = Schedule.of(BatchSampler(nothing, nothing, *split, 0).steps_per_epoch, options)
     assert (schedule.per_epoch, schedule.total) == (per_epoch, total)
     assert math.ceil(rows / (changes["batch_size"] * processes)) >= per_epoch
 
@@ -404,7 +404,7 @@ def test_the_order_of_targets_and_the_rank_of_none_do_not_matter_to_a_resumption
 def test_what_an_interrupted_run_converted_outlives_a_slip(model, tmp_path, monkeypatch, slip):
     """The message of the interruption promised it."""
     options = train_options(make_csv(tmp_path, 8), model, tmp_path / "run", save_steps=1, num_epochs=2)
-    loss, calls = training.Forward.loss, []
+    loss, calls = training.ForwardPass.loss, []
 
     def interrupted(self, *words):
         calls.append(1)
@@ -413,7 +413,7 @@ def test_what_an_interrupted_run_converted_outlives_a_slip(model, tmp_path, monk
         return loss(self, *words)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.Forward, "loss", interrupted)
+        patch.setattr(training.ForwardPass, "loss", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(options)
     left = files_below(tmp_path / "run/.dataset")
@@ -426,7 +426,7 @@ def test_what_an_interrupted_run_converted_outlives_a_slip(model, tmp_path, monk
         "a loss that is NaN": {},
     }[slip]
     with monkeypatch.context() as patch:
-        patch.setattr(training.Forward, "loss", lambda *words: loss(*words) * math.nan)
+        patch.setattr(training.ForwardPass, "loss", lambda *words: loss(*words) * math.nan)
         with pytest.raises(ToolkitError):
             train(replace(options, resume_from_checkpoint=True, **wrong))
     assert files_below(tmp_path / "run/.dataset") == left
@@ -467,7 +467,7 @@ def test_after_a_lack_of_memory_nothing_is_converted_again(model, tmp_path, monk
 
     options = train_options(make_csv(tmp_path, 4), model, tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(training.Forward, "loss", fail)
+        patch.setattr(training.ForwardPass, "loss", fail)
         with pytest.raises(ModelError, match="ran out of memory"):
             train(options)
     (data,) = (tmp_path / "run/.dataset/train").glob("*.arrow")
@@ -486,7 +486,7 @@ def test_out_of_memory_is_explained(model, tmp_path, monkeypatch):
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
-    monkeypatch.setattr(training.Forward, "loss", fail)
+    monkeypatch.setattr(training.ForwardPass, "loss", fail)
     with pytest.raises(ModelError, match="ran out of memory; lower --batch-size"):
         train(train_options(make_csv(tmp_path, 4), model, tmp_path / "run"))
 

@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mdl_toolkit.training.sampler import Sampling
+from mdl_toolkit.training.sampler import BatchSampler
 
 SPLITS = ((1, 8, 1), (8, 1, 1), (2, 4, 1), (2, 1, 4), (1, 2, 4), (4, 1, 2))  # all make steps of 8 rows
 
 
 def make(lengths, batch=8, accumulation=1, processes=1, seed=0):
     lengths = np.asarray(lengths, dtype=np.int64)
-    return Sampling(lengths, lengths % 7 + 1, batch, accumulation, processes, seed)
+    return BatchSampler(lengths, lengths % 7 + 1, batch, accumulation, processes, seed)
 
 
 def ragged(rows, seed=0):
@@ -30,9 +30,9 @@ def samplings(draw):
     return make(lengths, draw(small), draw(small), draw(small), draw(st.integers(0, 2**32 - 1)))
 
 
-def steps(sampling, epoch):
-    first = epoch * sampling.steps_per_epoch
-    return [sampling.rows(first + number) for number in range(sampling.steps_per_epoch)]
+def steps(sampler, epoch):
+    first = epoch * sampler.steps_per_epoch
+    return [sampler.rows(first + number) for number in range(sampler.steps_per_epoch)]
 
 
 # --- every row, and the same ones ---------------------------------------------------------------------------
@@ -40,37 +40,37 @@ def steps(sampling, epoch):
 
 @given(samplings(), st.integers(0, 3))
 @settings(deadline=None)
-def test_every_row_comes_once_in_an_epoch(sampling, epoch):
-    seen = np.concatenate(steps(sampling, epoch))
-    assert sorted(seen) == [*range(len(sampling.lengths))]
+def test_every_row_comes_once_in_an_epoch(sampler, epoch):
+    seen = np.concatenate(steps(sampler, epoch))
+    assert sorted(seen) == [*range(len(sampler.lengths))]
 
 
 @given(samplings(), st.integers(0, 2))
 @settings(deadline=None)
-def test_steps_have_the_size_asked_for_but_the_last_of_an_epoch(sampling, epoch):
-    sizes = [len(rows) for rows in steps(sampling, epoch)]
-    rows, effective = len(sampling.lengths), sampling.effective
+def test_steps_have_the_size_asked_for_but_the_last_of_an_epoch(sampler, epoch):
+    sizes = [len(rows) for rows in steps(sampler, epoch)]
+    rows, effective = len(sampler.lengths), sampler.effective
     assert sizes[:-1] == [effective] * (math.ceil(rows / effective) - 1)
     assert sizes[-1] == rows - effective * (len(sizes) - 1) > 0
 
 
 @given(samplings(), st.integers(0, 5))
 @settings(deadline=None)
-def test_the_batches_of_all_processes_are_the_step(sampling, number):
-    step = number % (2 * sampling.steps_per_epoch)
-    shares = [sampling.batches(step, process) for process in range(sampling.processes)]
-    assert sorted(row for share in shares for batch in share for row in batch) == sorted(sampling.rows(step))
+def test_the_batches_of_all_processes_are_the_step(sampler, number):
+    step = number % (2 * sampler.steps_per_epoch)
+    shares = [sampler.batches(step, process) for process in range(sampler.processes)]
+    assert sorted(row for share in shares for batch in share for row in batch) == sorted(sampler.rows(step))
     sizes = [len(batch) for share in shares for batch in share]
-    assert all(len(share) <= sampling.accumulation for share in shares)
+    assert all(len(share) <= sampler.accumulation for share in shares)
     assert min(sizes) > 0
-    assert max(sizes) <= sampling.batch_size
-    assert sum(size < sampling.batch_size for size in sizes) <= 1  # only the last batch of a step
+    assert max(sizes) <= sampler.batch_size
+    assert sum(size < sampler.batch_size for size in sizes) <= 1  # only the last batch of a step
 
 
 @given(samplings())
 @settings(deadline=None)
-def test_the_first_step_of_a_run_has_the_longest_row(sampling):
-    assert sampling.lengths[sampling.rows(0)[0]] == sampling.lengths.max()
+def test_the_first_step_of_a_run_has_the_longest_row(sampler):
+    assert sampler.lengths[sampler.rows(0)[0]] == sampler.lengths.max()
 
 
 @pytest.mark.parametrize("rows", [5, 8, 83, 2500])
@@ -93,9 +93,9 @@ def test_the_batches_of_a_split_step_are_the_same_rows_in_the_same_order():
 
 
 def test_tokens_are_those_of_the_whole_step():
-    sampling = make(ragged(83), 2, 2, 2)
-    for step in (0, 3, sampling.steps_per_epoch - 1, sampling.steps_per_epoch):
-        assert sampling.tokens(step) == sum(int(n) % 7 + 1 for n in sampling.lengths[sampling.rows(step)])
+    sampler = make(ragged(83), 2, 2, 2)
+    for step in (0, 3, sampler.steps_per_epoch - 1, sampler.steps_per_epoch):
+        assert sampler.tokens(step) == sum(int(n) % 7 + 1 for n in sampler.lengths[sampler.rows(step)])
 
 
 # --- random, and repeatable ---------------------------------------------------------------------------------
@@ -157,12 +157,12 @@ def test_padding_of_clips_of_1_to_12_seconds_stays_below_8_percent(rows, split):
     random = np.random.default_rng(5)
     lengths = 20 + (5 * random.uniform(1, 12, rows)).astype(np.int64) + random.integers(1, 61, rows)
     for seed in range(3):
-        sampling = make(lengths, *split, seed=seed)
+        sampler = make(lengths, *split, seed=seed)
         batches = [
             batch
-            for step in range(2 * sampling.steps_per_epoch)
-            for process in range(sampling.processes)
-            for batch in sampling.batches(step, process)
+            for step in range(2 * sampler.steps_per_epoch)
+            for process in range(sampler.processes)
+            for batch in sampler.batches(step, process)
         ]
         drawn = random.permutation(rows)
         plain = share_of_padding(lengths, [drawn[start : start + 8] for start in range(0, rows, 8)])
@@ -172,7 +172,7 @@ def test_padding_of_clips_of_1_to_12_seconds_stays_below_8_percent(rows, split):
 
 def test_a_million_rows_are_ordered_without_a_loop_over_rows():
     """Counted, not timed: numpy sorts a thousand rows at a time."""
-    sampling = make(ragged(1_000_000))
-    assert sampling.steps_per_epoch == 125_000
-    assert len(sampling.rows(100_000)) == 8
-    assert np.array_equal(np.sort(sampling._order(0)), np.arange(1_000_000))
+    sampler = make(ragged(1_000_000))
+    assert sampler.steps_per_epoch == 125_000
+    assert len(sampler.rows(100_000)) == 8
+    assert np.array_equal(np.sort(sampler._order(0)), np.arange(1_000_000))

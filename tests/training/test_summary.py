@@ -16,7 +16,7 @@ from mdl_toolkit.training import log as runlog
 from mdl_toolkit.training import summary as briefing
 from mdl_toolkit.training.log import Forecast, Pace
 from mdl_toolkit.training.run import train
-from mdl_toolkit.training.sampler import Sampling
+from mdl_toolkit.training.sampler import BatchSampler
 from mdl_toolkit.training.summary import say_results
 from mdl_toolkit.utils import console
 from mdl_toolkit.utils.run_folder import read_log
@@ -108,16 +108,16 @@ def test_quantized_weights_and_several_processes(capsys):
 # --- how long it will take ------------------------------------------------------------------------------
 
 
-def sampling(rows=400):
+def sampler(rows=400):
     lengths = np.random.default_rng(1).integers(20, 400, rows)
-    return Sampling(lengths, lengths // 4, 2, 2, 1, seed=3)
+    return BatchSampler(lengths, lengths // 4, 2, 2, 1, seed=3)
 
 
 @pytest.mark.parametrize(("warmup", "told"), [(2, []), (3, ["0.67"]), (30, ["0.067"])])
 def test_a_warm_up_that_never_ends_is_warned_of(tmp_path, capsys, warmup, told):
     options = train_options("d", MODEL, tmp_path, warmup_steps=warmup)
     lengths = np.ones(12, np.int64)
-    briefing.say_steps(options, Sampling(lengths, lengths, 4, 1, 1, 0), 3)
+    briefing.say_steps(options, BatchSampler(lengths, lengths, 4, 1, 1, 0), 3)
     assert [
         line.split()[-3] for line in lines_of(capsys) if line.startswith("warning: --warmup-steps")
     ] == told
@@ -142,7 +142,7 @@ def test_a_line_that_is_none_of_a_log_s_is_passed_over(tmp_path):
 
 def test_a_forecast_goes_by_the_length_of_steps():
     """Steps are of one length each, and of very different ones: the first few are no sample of all."""
-    order, total, elapsed = sampling(), 200, 0.0
+    order, total, elapsed = sampler(), 200, 0.0
     cost = [
         0.01 * int(order.lengths[order.rows(step)].sum()) + (30 if step == 0 else 0) for step in range(total)
     ]
@@ -156,7 +156,7 @@ def test_a_forecast_goes_by_the_length_of_steps():
 
 
 def test_a_slow_first_step_is_told_of_at_once():
-    order = sampling()
+    order = sampler()
     left = Forecast(order, 100).step(1, order.rows(0), 25.0, 25.0)
     mean = order.lengths.sum() / 100
     assert left == pytest.approx(25 / order.lengths[order.rows(0)].sum() * mean * 99)

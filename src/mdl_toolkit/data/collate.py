@@ -18,7 +18,7 @@ from mdl_toolkit.model.lengths import audio_token_count
 
 
 @dataclass(frozen=True)
-class Featured:
+class PrecomputedSample:
     """A row whose audio the encoder and the projector have been through already.
 
     Attributes:
@@ -41,7 +41,7 @@ class Readable(Protocol):
     def positions(self) -> NDArray[np.int64]:
         """Positions of every row in the decoder, `[rows]`."""
 
-    def __getitem__(self, index: int, /) -> Sample | Featured:
+    def __getitem__(self, index: int, /) -> Sample | PrecomputedSample:
         """One row."""
 
 
@@ -82,7 +82,7 @@ class PromptBatch:
     lengths: list[int]
 
 
-def prompts_of(samples: Sequence[Sample | Featured], pad_id: int) -> PromptBatch:
+def prompts_of(samples: Sequence[Sample | PrecomputedSample], pad_id: int) -> PromptBatch:
     """Put rows together; nothing of the padding on the right is ever seen by what is before it."""
     ids = [sample.input_ids for sample in samples]
     padded = torch.from_numpy(_right(ids, np.int64, pad_id))
@@ -95,7 +95,7 @@ class Collator:
 
     pad_id: int
 
-    def __call__(self, samples: Sequence[Sample | Featured]) -> Batch:
+    def __call__(self, samples: Sequence[Sample | PrecomputedSample]) -> Batch:
         """Pad samples, all of one kind, to one length and stack them."""
         ids = [sample.input_ids for sample in samples]
         return Batch(
@@ -106,8 +106,8 @@ class Collator:
         )
 
 
-def _audio(samples: Sequence[Sample | Featured]) -> dict[str, Tensor]:
-    if featured := [sample for sample in samples if isinstance(sample, Featured)]:
+def _audio(samples: Sequence[Sample | PrecomputedSample]) -> dict[str, Tensor]:
+    if featured := [sample for sample in samples if isinstance(sample, PrecomputedSample)]:
         lengths = torch.tensor([sample.samples for sample in featured])
         return {"audio_features": torch.cat([each.features for each in featured]), "audio_length": lengths}
     waveforms = [sample.waveform for sample in samples if isinstance(sample, Sample)]

@@ -5,7 +5,7 @@ work for a whole batch. What a row is answered does not depend on the others: gr
 token at every step, and each row draws from random numbers of its own.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -14,14 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mdl_toolkit.data.collate import Featured, PromptBatch, prompts_of
-from mdl_toolkit.data.dataset import ConvertedDataset, Sample
+from mdl_toolkit.data.collate import PrecomputedSample, PromptBatch, prompts_of
+from mdl_toolkit.data.dataset import Sample
 from mdl_toolkit.data.tokenization import IGNORE_INDEX, ChatTokenizer
-from mdl_toolkit.evaluation.text_metrics import Metric
 from mdl_toolkit.model.decoding_batch import DecodingBatch
 
-# An answer may have so many new tokens beyond twice its reference's.
-EXTRA_TOKENS = 16
 # Rows join when a quarter of the places is free: taking one in costs about as much as a step for all.
 JOINING = 4
 
@@ -37,7 +34,7 @@ class Question:
     """
 
     key: int
-    sample: Sample | Featured
+    sample: Sample | PrecomputedSample
     budget: int
 
 
@@ -182,63 +179,6 @@ def end_ids(model: Any, tokenizer: ChatTokenizer) -> set[int]:
     ends = model.generation_config.eos_token_id
     listed = ends if isinstance(ends, list) else [ends] if ends is not None else []
     return {*listed, tokenizer.end_id}
-
-
-# --- scores --------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Questions:
-    """Compare the answers to rows of a dataset with their references.
-
-    Attributes:
-        dataset: the rows, with labels.
-        drawn: which of them, `[drawn]`.
-        rows: those that this process answers, `[rows]`.
-        tokenizer: the model's tokenizer.
-        metric: what is counted.
-    """
-
-    dataset: ConvertedDataset
-    drawn: np.ndarray
-    rows: np.ndarray
-    tokenizer: ChatTokenizer
-    metric: Metric
-
-    @staticmethod
-    def draw(dataset: ConvertedDataset, count: int, seed: int) -> np.ndarray:
-        """Draw at most so many rows, always the same ones, the longest first."""
-        rows = np.random.default_rng(seed).permutation(len(dataset))[:count]
-        return rows[np.argsort(-dataset.positions[rows], kind="stable")]
-
-    def count(self, model: Any, batch_size: int, is_stopped: Callable[[], bool]) -> tuple[float, float]:
-        """Return numerator and denominator of the metric over all rows, or over those before a stop.
-
-        Args:
-            model: in evaluation mode.
-            batch_size: most rows at once.
-            is_stopped: tells whether to stop.
-        """
-        numerator = denominator = 0.0
-        for pair in self._answers(model, batch_size):
-            part = self.metric.count(*pair)
-            numerator, denominator = numerator + part[0], denominator + part[1]
-            if is_stopped():
-                break
-        return numerator, denominator
-
-    def _answers(self, model: Any, batch_size: int) -> Iterator[tuple[str, str]]:
-        references: dict[int, str] = {}
-
-        def questions() -> Iterator[Question]:
-            for row in map(int, self.rows):
-                sample = self.dataset[row]
-                reference = sample.labels[sample.labels != IGNORE_INDEX]
-                references[row] = self.tokenizer.decode(reference.tolist())
-                yield Question(row, prompt_of(sample), 2 * len(reference) + EXTRA_TOKENS)
-
-        for row, text in Answerer(model, self.tokenizer, batch_size).answers(questions()):
-            yield references.pop(row), text
 
 
 def prompt_of(sample: Sample) -> Sample:

@@ -6,10 +6,10 @@ Modules:
     trainer                  the training loop
     sampler                  which examples make an optimizer step, on which process
     schedule                 steps, warm-up, learning rate, when to save and to evaluate
-    step                     one forward pass: examples to a batch, a batch to its loss
-    trainable_state          trainable parameters and their optimizer, to a checkpoint and back
+    step                     one forward pass, and the trainable parameters with their optimizer
     gradient_checkpointing   which blocks are computed again in the backward pass
     evaluator                evaluations while a run trains, and which was the best
+    answer_eval              generated answers to evaluation examples, and their metric
     checkpoints              save, verify, find, rotate checkpoints
     resume                   compare a resumed run with the one it goes on from
     log                      `log.jsonl`, the progress bar, smoothed loss

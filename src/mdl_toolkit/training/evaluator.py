@@ -16,19 +16,19 @@ from mdl_toolkit.data.prefetch import Loader
 from mdl_toolkit.data.tokenization import IGNORE_INDEX
 from mdl_toolkit.evaluation.text_metrics import LOSS, Best
 from mdl_toolkit.i18n import Localized
-from mdl_toolkit.inference.generate import Questions
+from mdl_toolkit.training.answer_eval import AnswerEvaluator
 from mdl_toolkit.training.checkpoints import Checkpoint
 from mdl_toolkit.training.log import RunLog
-from mdl_toolkit.training.memory.oom import AtOnce
+from mdl_toolkit.training.memory.oom import MicroBatcher
 from mdl_toolkit.training.resume import is_judged_alike, judged_by, still_best
 from mdl_toolkit.training.sampler import Rows
 from mdl_toolkit.training.schedule import Schedule
-from mdl_toolkit.training.step import Forward
+from mdl_toolkit.training.step import ForwardPass
 from mdl_toolkit.utils.distributed import World
 
 
 @dataclass
-class Validation:
+class Evaluator:
     """A run's evaluations, and what they have come to so far.
 
     Attributes:
@@ -36,16 +36,16 @@ class Validation:
         schedule: when one is due.
         forward: what is computed with.
         dataset: the rows to evaluate on, if any.
-        questions: of these, what is answered and compared, if anything is.
+        answers: generates answers to some of them and compares these, if asked for.
         world: the processes.
         log: where an evaluation is written.
     """
 
     options: TrainOptions
     schedule: Schedule
-    forward: Forward
+    forward: ForwardPass
     dataset: Readable | None
-    questions: Questions | None
+    answers: AnswerEvaluator | None
     world: World
     log: RunLog
 
@@ -53,11 +53,11 @@ class Validation:
         self.loss: float | None = None  # of the last evaluation
         self.step: int | None = None  # after which it was
         self.best = Best()
-        self._judged_by = judged_by(self.dataset, self.questions)
+        self._judged_by = judged_by(self.dataset, self.answers)
         self._size = self.options.eval_batch_size or self.options.batch_size
         device = self.forward.device
-        self._computed_at_once = AtOnce(self._size, device, Localized("when evaluating"))
-        self._answered_at_once = AtOnce(self._size, device, Localized("when answering"))
+        self._micro_batcher = MicroBatcher(self._size, device, Localized("when evaluating"))
+        self._answer_batcher = MicroBatcher(self._size, device, Localized("when answering"))
 
     # --- when ---
 
@@ -111,7 +111,7 @@ class Validation:
         more = torch.tensor([*answered, is_stopped()], dtype=torch.float64)
         loss, tokens, *scores, stops = self.world.sum(torch.cat([sums, more])).tolist()
         if not stops:
-            self._judge(step, loss / max(tokens, 1), scores[0] / max(scores[1], 1), int(tokens))
+            self.record(step, loss / max(tokens, 1), scores[0] / max(scores[1], 1), int(tokens))
         return bool(stops)
 
     def _sums(self, is_stopped: Callable[[], bool]) -> Tensor:
@@ -143,23 +143,23 @@ class Validation:
             parts = [self.forward.loss(part, 1) for part in split(batch, most)]
             return torch.stack(parts).double().sum()
 
-        return self._computed_at_once.attempt(len(batch["input_ids"]), compute)
+        return self._micro_batcher.run(len(batch["input_ids"]), compute)
 
     def _score(self, is_stopped: Callable[[], bool]) -> tuple[float, float]:
         """The process's part of the metric's numerator and denominator."""
-        if self.questions is None or is_stopped():
+        if self.answers is None or is_stopped():
             return 0.0, 0.0
-        questions, model = self.questions, self.forward.model
+        answers, model = self.answers, self.forward.model
         with self.forward.precision():
-            return self._answered_at_once.attempt(
-                len(questions.rows), lambda most: questions.count(model, most, is_stopped)
+            return self._answer_batcher.run(
+                len(answers.share), lambda most: answers.count(model, most, is_stopped)
             )
 
-    def _judge(self, step: int, loss: float, score: float, tokens: int) -> None:
+    def record(self, step: int, loss: float, score: float, tokens: int) -> None:
         """Remember and say what was found, and whether it is the best so far."""
         self.step, self.loss = step, loss
-        metric = LOSS if self.questions is None else self.questions.metric
-        value = loss if self.questions is None else score
+        metric = LOSS if self.answers is None else self.answers.metric
+        value = loss if self.answers is None else score
         self.best = self.best.after(metric, step, value, loss)
-        scores = {} if self.questions is None else {f"eval_{metric.name}": score}
+        scores = {} if self.answers is None else {f"eval_{metric.name}": score}
         self.log.evaluation(step, loss, tokens, scores)

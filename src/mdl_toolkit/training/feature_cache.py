@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mdl_toolkit.config.train import TrainOptions
-from mdl_toolkit.data.collate import Batch, Collator, Featured
+from mdl_toolkit.data.collate import Batch, Collator, PrecomputedSample
 from mdl_toolkit.data.dataset import ConvertedDataset
 from mdl_toolkit.data.prefetch import Loader
 from mdl_toolkit.errors import DatasetError, InputError, UsageError
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.model import MiDashengLMConfig
 from mdl_toolkit.model.lengths import audio_token_count
-from mdl_toolkit.training.memory.oom import AtOnce
+from mdl_toolkit.training.memory.oom import MicroBatcher
 from mdl_toolkit.training.memory.plan import size
 from mdl_toolkit.training.sampler import Rows
 from mdl_toolkit.utils.console import progress, say
@@ -56,7 +56,7 @@ def check_frozen(options: TrainOptions) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class FeaturedSet:
+class PrecomputedDataset:
     """A dataset's rows with their features in place of waveforms.
 
     Attributes:
@@ -80,10 +80,10 @@ class FeaturedSet:
         """Positions of every row in the decoder, `[rows]`."""
         return self.dataset.positions
 
-    def __getitem__(self, index: int) -> Featured:
+    def __getitem__(self, index: int) -> PrecomputedSample:
         tokens, start = self.dataset.tokens(index), self.starts[index]
         features = self.parts[self.part[index]][start : start + self.counts[index]]
-        return Featured(tokens.input_ids, tokens.labels, features, int(self.samples[index]))
+        return PrecomputedSample(tokens.input_ids, tokens.labels, features, int(self.samples[index]))
 
 
 # --- computing -----------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ class FeatureCache:
         self._folder, self._batch_size, self._world = folder, options.batch_size, world
         self._datasets, self._dtype, self._device = datasets, choose_dtype(options.bf16), best_device()
         what = Localized("for audio features")
-        self._at_once = AtOnce(options.batch_size, self._device, what)
+        self._micro_batcher = MicroBatcher(options.batch_size, self._device, what)
         if not datasets:
             return
         self._hidden: int = MiDashengLMConfig.from_pretrained(base).parts[1].hidden_size
@@ -141,7 +141,7 @@ class FeatureCache:
             raise InputError("{message}; make room, or leave --cache-audio-features out", message=message)
         say(message)
 
-    def featured(self, dataset: ConvertedDataset, model: Any) -> ConvertedDataset | FeaturedSet:
+    def featured(self, dataset: ConvertedDataset, model: Any) -> ConvertedDataset | PrecomputedDataset:
         """The dataset with its features, if they are to be kept; all processes together.
 
         Args:
@@ -162,14 +162,14 @@ class FeatureCache:
         self._world.wait()
         return self._opened(dataset, shares, files)
 
-    def _opened(self, dataset: ConvertedDataset, shares: list[Rows], files: list[Path]) -> FeaturedSet:
+    def _opened(self, dataset: ConvertedDataset, shares: list[Rows], files: list[Path]) -> PrecomputedDataset:
         counts = _counts(dataset)
         part, starts = np.zeros_like(counts), np.zeros_like(counts)
         for rank, rows in enumerate(shares):
             part[rows], starts[rows] = rank, counts[rows].cumsum() - counts[rows]
         totals = [int(counts[rows].sum()) for rows in shares]
         parts = [self._mapped(file, total) for file, total in zip(files, totals, strict=True)]
-        return FeaturedSet(dataset, parts, part, starts, counts, dataset.samples)
+        return PrecomputedDataset(dataset, parts, part, starts, counts, dataset.samples)
 
     def _mapped(self, file: Path, tokens: int) -> Tensor:
         numbers = tokens * self._hidden
@@ -204,9 +204,9 @@ class FeatureCache:
             return self._features(model, clips[now, : int(lengths[now].max())], lengths[now])
 
         while start < len(clips):
-            features = self._at_once.attempt(len(clips) - start, compute)
+            features = self._micro_batcher.run(len(clips) - start, compute)
             yield features
-            start += self._at_once.most
+            start += self._micro_batcher.most
 
     def _features(self, model: Any, clips: Tensor, lengths: Tensor) -> Tensor:
         is_half = self._dtype == torch.bfloat16

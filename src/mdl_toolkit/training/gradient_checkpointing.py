@@ -14,7 +14,7 @@ _state = threading.local()
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptBlocks:
     """Count the blocks that keep their activations: the last ones, which the backward pass needs first.
 
     Attributes:
@@ -26,10 +26,10 @@ class Kept:
     decoder: int = 0
 
 
-NONE = Kept()
+NONE = KeptBlocks()
 
 
-def recompute(model: Any, kept: Kept = NONE) -> None:
+def recompute(model: Any, kept: KeptBlocks = NONE) -> None:
     """Let all other blocks of a `PeftModel` be computed again in the backward pass."""
     model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": _contexts})
     base = model.get_base_model()

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mdl_toolkit.data.warnings import LossWatch
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.i18n import Localized, join_messages
-from mdl_toolkit.training.sampler import Rows, Sampling
+from mdl_toolkit.training.sampler import BatchSampler, Rows
 from mdl_toolkit.training.trackers import Trackers
 from mdl_toolkit.utils.console import PLAIN_INTERVAL, Progress, clock, is_first_process, say, warn
 from mdl_toolkit.utils.files import write_text, writing
@@ -47,13 +47,13 @@ class Forecast:
     The first step, which warms everything up, counts only when it is all there is.
 
     Args:
-        sampling: the order of the rows.
+        sampler: the order of the rows.
         total: steps of the run.
     """
 
-    def __init__(self, sampling: Sampling, total: int) -> None:
-        self._lengths, self._total = sampling.lengths, total
-        self._mean = float(sampling.lengths.sum()) / sampling.steps_per_epoch  # positions of a step
+    def __init__(self, sampler: BatchSampler, total: int) -> None:
+        self._lengths, self._total = sampler.lengths, total
+        self._mean = float(sampler.lengths.sum()) / sampler.steps_per_epoch  # positions of a step
         self._steps: list[tuple[float, int]] = []  # seconds and positions
         self._is_told = False
 
@@ -76,18 +76,18 @@ class RunLog:
         output: the run's folder, in which `log.jsonl` is written.
         shown: the bar.
         trackers: where else the figures go.
-        sampling: the order of the rows.
+        sampler: the order of the rows.
         seconds: of audio in every row, `[rows]`.
         watch: looks at the losses.
     """
 
     def __init__(
-        self, output: Path, shown: Progress, trackers: Trackers, sampling: Sampling,
+        self, output: Path, shown: Progress, trackers: Trackers, sampler: BatchSampler,
         seconds: NDArray[np.float64], watch: LossWatch,
     ) -> None:  # fmt: skip
         self._file, self._shown, self._trackers = output / LOG, shown, trackers
-        self._seconds, self._epoch = seconds, sampling.steps_per_epoch
-        self._watch, self._forecast = watch, Forecast(sampling, watch.total)
+        self._seconds, self._epoch = seconds, sampler.steps_per_epoch
+        self._watch, self._forecast = watch, Forecast(sampler, watch.total)
         self._smooth, self._end_of_a_cut_line = Smooth(), ""
         self._rows, self._audio, self._waited, self._has_warned = 0, 0.0, 0.0, False
         self._began = self._mark = time.monotonic()

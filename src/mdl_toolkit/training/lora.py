@@ -59,7 +59,7 @@ def add_adapters(
     """
     from peft import LoraConfig, get_peft_model
 
-    from mdl_toolkit.training.lora_layer import quicken
+    from mdl_toolkit.training.lora_layer import use_fast_lora
 
     _check_targets(model, targets)
     tied = bool(model.config.tie_word_embeddings)  # type: ignore[union-attr]
@@ -73,7 +73,7 @@ def add_adapters(
         peft_model = get_peft_model(model, config, autocast_adapter_dtype=True)
     peft_model.peft_config["default"].base_model_name_or_path = base_name
     _raise_to_float32(peft_model)
-    quicken(peft_model)
+    use_fast_lora(peft_model)
     return peft_model, [_count(peft_model, target, tied) for target in targets]
 
 

@@ -20,11 +20,11 @@ from mdl_toolkit.training.gradient_checkpointing import is_again
 ADAPTER = "default"
 # Layers whose output is only added up, in encoder and decoder blocks.
 LAST = ("mlp.fc2", "mlp.down_proj")
-# Arguments of each layer, as `_LowRank` takes them.
+# Arguments of each layer, as `_FastLora` takes them.
 PARTS = 5
 
 
-class LowRankLinear(Linear):
+class FastLoraLinear(Linear):
     """Compute PEFT's layer faster, with its results; in PEFT's way where dropout acts on the input."""
 
     is_last = False
@@ -35,14 +35,14 @@ class LowRankLinear(Linear):
             plain: Tensor = super().forward(x, *args, **kwargs)
             return plain
         is_needed = not (self.is_last and is_again())
-        return _LowRank.apply(x, is_needed, *self._parts)[0]  # type: ignore[no-any-return, no-untyped-call]
+        return _FastLora.apply(x, is_needed, *self._parts)[0]  # type: ignore[no-any-return, no-untyped-call]
 
     def together(self, x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...] | None:
         """Map `[..., in]` to the `[..., out]` of several layers; None if one of them needs PEFT's way."""
-        parts = [layer._parts for layer in layers if isinstance(layer, LowRankLinear) and layer._is_plain]
+        parts = [layer._parts for layer in layers if isinstance(layer, FastLoraLinear) and layer._is_plain]
         if len(parts) < len(layers):
             return None
-        return _LowRank.apply(x, True, *chain(*parts))  # type: ignore[no-any-return, no-untyped-call]
+        return _FastLora.apply(x, True, *chain(*parts))  # type: ignore[no-any-return, no-untyped-call]
 
     @property
     def _parts(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float]:
@@ -59,15 +59,15 @@ class LowRankLinear(Linear):
         return self.training and not isinstance(self.lora_dropout[ADAPTER], nn.Identity)
 
 
-def quicken(model: nn.Module) -> None:
+def use_fast_lora(model: nn.Module) -> None:
     """Let the plain LoRA layers of a `PeftModel` compute in the faster way; quantised ones stay."""
     for name, module in model.named_modules():
         if type(module) is Linear:
-            module.__class__ = LowRankLinear
+            module.__class__ = FastLoraLinear
             module.is_last = name.endswith(LAST)
 
 
-class _LowRank(torch.autograd.Function):
+class _FastLora(torch.autograd.Function):
     """Compute layers of one input, in the dtype of the frozen weight, as autocast would.
 
     Gradients have the dtype of what they are of. Products of rank width are made for all layers at once.

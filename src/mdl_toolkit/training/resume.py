@@ -19,9 +19,9 @@ from mdl_toolkit.data.collate import Readable
 from mdl_toolkit.errors import InputError, ToolkitError
 from mdl_toolkit.evaluation.text_metrics import Best
 from mdl_toolkit.i18n import Localized, join_messages
-from mdl_toolkit.inference.generate import Questions
+from mdl_toolkit.training.answer_eval import AnswerEvaluator
 from mdl_toolkit.training.checkpoints import Checkpoint, checkpoint_at, damage
-from mdl_toolkit.training.sampler import Sampling
+from mdl_toolkit.training.sampler import BatchSampler
 from mdl_toolkit.utils.console import say, warn
 from mdl_toolkit.utils.distributed import World
 
@@ -34,21 +34,21 @@ ANY_TIME = frozenset(
 )  # fmt: skip
 
 
-def identity_of(sampling: Sampling) -> dict[str, Any]:
+def identity_of(sampler: BatchSampler) -> dict[str, Any]:
     """What the order of a run's rows comes from."""
     return {
-        "rows": len(sampling.lengths), "lengths": _digest(sampling.lengths, sampling.supervised),
-        "effective": sampling.effective, "seed": sampling.seed,
+        "rows": len(sampler.lengths), "lengths": _digest(sampler.lengths, sampler.supervised),
+        "effective": sampler.effective, "seed": sampler.seed,
     }  # fmt: skip
 
 
-def judged_by(eval_set: Readable | None, questions: Questions | None) -> dict[str, Any] | None:
+def judged_by(eval_set: Readable | None, answers: AnswerEvaluator | None) -> dict[str, Any] | None:
     """What evaluations are made by, if there are any: figures of others cannot be compared with theirs."""
     if eval_set is None:
         return None
     asked = {}
-    if questions is not None:
-        asked = {"metric": questions.metric.name, "answers": _digest(questions.drawn)}
+    if answers is not None:
+        asked = {"metric": answers.metric.name, "answers": _digest(answers.drawn)}
     return {"rows": len(eval_set.positions), "lengths": _digest(eval_set.positions), **asked}
 
 

@@ -21,24 +21,23 @@ from mdl_toolkit.data.dataset import ConvertedDataset
 from mdl_toolkit.data.tokenization import ChatTokenizer, prefix_sample
 from mdl_toolkit.data.warnings import LossWatch, advise
 from mdl_toolkit.errors import InputError
-from mdl_toolkit.evaluation.text_metrics import METRICS
 from mdl_toolkit.i18n import Localized
-from mdl_toolkit.inference.generate import Questions
 from mdl_toolkit.reporting.plots import plot
 from mdl_toolkit.reporting.report import report_training
+from mdl_toolkit.training.answer_eval import AnswerEvaluator
 from mdl_toolkit.training.checkpoints import Checkpoint, checkpoint_at, save_state, set_aside, to_resume
 from mdl_toolkit.training.datasets import FEATURES, PRIVATE, Converted, open_data
-from mdl_toolkit.training.evaluator import Validation
+from mdl_toolkit.training.evaluator import Evaluator
 from mdl_toolkit.training.feature_cache import FeatureCache, check_frozen
-from mdl_toolkit.training.gradient_checkpointing import Kept
+from mdl_toolkit.training.gradient_checkpointing import KeptBlocks
 from mdl_toolkit.training.log import Pace, RunLog
 from mdl_toolkit.training.lora import TargetCount, add_adapters, check_resumable
 from mdl_toolkit.training.memory.plan import plan_memory
 from mdl_toolkit.training.result import origin_of, write_result
 from mdl_toolkit.training.resume import check_steps, say_resumed, warn_changed
-from mdl_toolkit.training.sampler import Sampling
+from mdl_toolkit.training.sampler import BatchSampler
 from mdl_toolkit.training.schedule import Schedule
-from mdl_toolkit.training.step import Forward
+from mdl_toolkit.training.step import ForwardPass
 from mdl_toolkit.training.summary import (
     say_data,
     say_machine,
@@ -167,7 +166,7 @@ class _Run:
     eval_set: ConvertedDataset | None
     resume: Checkpoint | None
     world: World
-    sampling: Sampling
+    sampler: BatchSampler
     schedule: Schedule
     device: torch.device
     dtype: torch.dtype
@@ -184,14 +183,14 @@ def _plan(
     world: World,
     converted: Converted,
 ) -> _Run:
-    sampling = Sampling(
+    sampler = BatchSampler(
         train_set.positions, train_set.supervised, options.batch_size, options.gradient_accumulation_steps,
         world.size, options.seed,
     )  # fmt: skip
-    schedule = Schedule.of(sampling.steps_per_epoch, options)
+    schedule = Schedule.of(sampler.steps_per_epoch, options)
     origin = origin_of(options, base, train_set, eval_set)
     return _Run(
-        options, base, origin, tokenizer, train_set, eval_set, resume, world, sampling, schedule,
+        options, base, origin, tokenizer, train_set, eval_set, resume, world, sampler, schedule,
         best_device(), choose_dtype(options.bf16), converted,
     )  # fmt: skip
 
@@ -201,12 +200,12 @@ def _run(run: _Run) -> TrainResult:
     warn_of_idle_gpus(run.world.size, options.COMMAND)
     say_machine(run.device, run.dtype, options.quantization, run.world.size)
     say_data(run.train_set, run.eval_set)
-    say_steps(options, run.sampling, run.schedule.total)
+    say_steps(options, run.sampler, run.schedule.total)
     beginning = run.tokenizer.shared_prefix_length(
         run.train_set.tokens(row).input_ids for row in prefix_sample(len(run.train_set))
     )
     plan = plan_memory(
-        run.base, options, run.sampling, run.train_set.samples, beginning, run.device, run.dtype
+        run.base, options, run.sampler, run.train_set.samples, beginning, run.device, run.dtype
     )
     say_memory(plan)
     done, pace = _train(run, plan.kept)
@@ -234,7 +233,7 @@ def _saying_how_to_go_on() -> Iterator[None]:
         raise
 
 
-def _train(run: _Run, kept: Kept) -> tuple[Outcome, Pace]:
+def _train(run: _Run, kept: KeptBlocks) -> tuple[Outcome, Pace]:
     """Load the model and train it; neither it nor its optimizer outlives the call."""
     options, output, schedule = run.options, Path(run.options.output), run.schedule
     repeated = _repeated(options, schedule, run.train_set, run.eval_set)
@@ -246,16 +245,16 @@ def _train(run: _Run, kept: Kept) -> tuple[Outcome, Pace]:
     with progress(schedule.total, "training") as shown:
         trackers = Trackers(options, schedule.total)
         watch = LossWatch(schedule.total, schedule.warmup, options.lr)
-        log = RunLog(output, shown, trackers, run.sampling, run.train_set.samples / SAMPLE_RATE, watch)
-        questions = _questions(options, run.eval_set, run.tokenizer, run.world)
-        forward = Forward(model, Collator(run.tokenizer.pad_id), run.device, run.dtype)
-        validation = Validation(options, schedule, forward, eval_rows, questions, run.world, log)
-        trainer = Trainer(options, schedule, run.sampling, rows, forward, validation, run.world, log, kept)
+        log = RunLog(output, shown, trackers, run.sampler, run.train_set.samples / SAMPLE_RATE, watch)
+        answers = AnswerEvaluator.of(options, run.eval_set, run.tokenizer, run.world)
+        forward = ForwardPass(model, Collator(run.tokenizer.pad_id), run.device, run.dtype)
+        evaluator = Evaluator(options, schedule, forward, eval_rows, answers, run.world, log)
+        trainer = Trainer(options, schedule, run.sampler, rows, forward, evaluator, run.world, log, kept)
         if run.resume is not None:
             trainer.resume(run.resume)
-            say_resumed(run.resume, schedule.total, validation.best, options.early_stopping_patience)
+            say_resumed(run.resume, schedule.total, evaluator.best, options.early_stopping_patience)
         _prepare_output(run)
-        _bring_the_best(run, validation.best.step)
+        _bring_the_best(run, evaluator.best.step)
         run.converted.is_wanted = True
         log.begin(trainer.step)
         end_if_asked()
@@ -276,18 +275,6 @@ def _repeated(
     if not found:
         warn("every row is computed only once: --cache-audio-features ignored")
     return found
-
-
-def _questions(
-    options: TrainOptions, eval_set: ConvertedDataset | None, tokenizer: ChatTokenizer, world: World
-) -> Questions | None:
-    """What `--eval-metric` asks for; each process answers a part of it."""
-    if options.eval_metric is None or eval_set is None:
-        return None
-    drawn = Questions.draw(eval_set, options.eval_samples, options.seed)
-    return Questions(
-        eval_set, drawn, drawn[world.rank :: world.size], tokenizer, METRICS[options.eval_metric]
-    )
 
 
 # --- before any weight is loaded -----------------------------------------------------------------------

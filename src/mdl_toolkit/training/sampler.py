@@ -20,7 +20,7 @@ Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
-class Sampling:
+class BatchSampler:
     """The order of a run.
 
     Attributes:
@@ -70,7 +70,7 @@ class Sampling:
         name = f"{self.seed} {step} {number * self.processes + process}"
         return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
 
-    @lru_cache(maxsize=2)  # noqa: B019 - a run has one sampling
+    @lru_cache(maxsize=2)  # noqa: B019 - a run has one sampler
     def _order(self, epoch: int) -> Rows:
         """All rows, step by step; a partial step stands at the end."""
         random = np.random.default_rng([self.seed, epoch])

@@ -12,7 +12,7 @@ from mdl_toolkit.i18n import Localized
 from mdl_toolkit.training.log import Pace
 from mdl_toolkit.training.lora import TargetCount
 from mdl_toolkit.training.memory.plan import MemoryPlan
-from mdl_toolkit.training.sampler import Sampling
+from mdl_toolkit.training.sampler import BatchSampler
 from mdl_toolkit.utils.console import clock, say, warn
 from mdl_toolkit.utils.run_folder import LOG, Smooth, read_log
 
@@ -58,16 +58,16 @@ def _amount(dataset: ConvertedDataset) -> Localized:
     return Localized("{rows:,} rows, {hours} hours of audio", rows=rows, hours=hours)
 
 
-def say_steps(options: TrainOptions, sampling: Sampling, total: int) -> None:
+def say_steps(options: TrainOptions, sampler: BatchSampler, total: int) -> None:
     """Say how many steps there are, and what each consists of."""
-    factors = f"{sampling.batch_size} x {sampling.accumulation} x {sampling.processes}"
+    factors = f"{sampler.batch_size} x {sampler.accumulation} x {sampler.processes}"
     say(
         "steps: {total:,} in {epochs:g} epochs of {per_epoch:,}; effective batch: {effective} = {factors} "
         "(batch x accumulation x processes)",
         total=total,
         epochs=options.num_epochs,
-        per_epoch=sampling.steps_per_epoch,
-        effective=sampling.effective,
+        per_epoch=sampler.steps_per_epoch,
+        effective=sampler.effective,
         factors=factors,
     )
     if options.warmup_steps >= total:

@@ -24,15 +24,14 @@ from mdl_toolkit.errors import ModelError, ToolkitError
 from mdl_toolkit.evaluation.text_metrics import Best
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.training.checkpoints import Checkpoint, delete_oldest, save, save_state
-from mdl_toolkit.training.evaluator import Validation
-from mdl_toolkit.training.gradient_checkpointing import NONE, Kept, recompute
+from mdl_toolkit.training.evaluator import Evaluator
+from mdl_toolkit.training.gradient_checkpointing import NONE, KeptBlocks, recompute
 from mdl_toolkit.training.log import RunLog
-from mdl_toolkit.training.memory.oom import AtOnce
+from mdl_toolkit.training.memory.oom import MicroBatcher
 from mdl_toolkit.training.resume import check_together, identity_of
-from mdl_toolkit.training.sampler import Sampling
+from mdl_toolkit.training.sampler import BatchSampler
 from mdl_toolkit.training.schedule import Schedule
-from mdl_toolkit.training.step import Forward
-from mdl_toolkit.training.trainable_state import Trained
+from mdl_toolkit.training.step import ForwardPass, TrainableState
 from mdl_toolkit.utils.console import say, warn
 from mdl_toolkit.utils.distributed import World
 from mdl_toolkit.utils.signals import StopRequest
@@ -66,10 +65,10 @@ class Trainer:
     Attributes:
         options: the run's.
         schedule: when what is due.
-        sampling: which rows when.
+        sampler: which rows when.
         train_set: the rows to learn.
         forward: what is computed with; exactly the trainable parameters of its model train.
-        validation: the run's evaluations.
+        evaluator: the run's evaluations.
         world: the processes.
         log: what is said and written while it runs.
         kept: blocks that gradient checkpointing, if it is on, leaves alone.
@@ -77,23 +76,23 @@ class Trainer:
 
     options: TrainOptions
     schedule: Schedule
-    sampling: Sampling
+    sampler: BatchSampler
     train_set: Readable
-    forward: Forward
-    validation: Validation
+    forward: ForwardPass
+    evaluator: Evaluator
     world: World
     log: RunLog
-    kept: Kept = NONE
+    kept: KeptBlocks = NONE
 
     def __post_init__(self) -> None:
         self.output = Path(self.options.output)
-        self.trained = Trained(self.forward.model, self.forward.device)
+        self.trainable = TrainableState(self.forward.model, self.forward.device)
         if self.options.gradient_checkpointing:
             recompute(self.forward.model, self.kept)
         self.step = 0
         self.losses, self.since = 0.0, 0  # the sum of all steps' losses, and the step after which it began
         what = Localized("the same effective batch")
-        self.at_once = AtOnce(self.options.batch_size, self.forward.device, what)
+        self.micro_batcher = MicroBatcher(self.options.batch_size, self.forward.device, what)
         self.request, self.must_stop = StopRequest(), False
         self.resumed: Checkpoint | None = None
         self.newest: Path | None = None  # checkpoint that was saved, or resumed from
@@ -114,32 +113,32 @@ class Trainer:
         wanted = (
             rows
             for step in range(self.step, self.schedule.total)
-            for rows in self.sampling.batches(step, self.world.rank)
+            for rows in self.sampler.batches(step, self.world.rank)
         )
-        identity = {**identity_of(self.sampling), **self.validation.state()}
+        identity = {**identity_of(self.sampler), **self.evaluator.state()}
         check_together(self.world, self.step, identity, self.schedule.total)
         self.forward.model.train()
         first = self.step
         if self.resumed is not None and self.world.is_first:
             self._delete_oldest()
         with self.request, closing(self.loader.batches(wanted)) as batches:
-            if self.validation.is_owed(self.step):
+            if self.evaluator.is_owed(self.step):
                 self._make_up_for_evaluation()
-            while self.step < self.schedule.total and not self.must_stop and not self.validation.is_enough:
+            while self.step < self.schedule.total and not self.must_stop and not self.evaluator.is_enough:
                 self.losses += self._make_step(batches)
                 self._do_what_is_due()
             # All end together, when all is saved: a launcher ends those left behind.
             if float(self.world.sum(torch.tensor(float(self.request.is_made)))):
                 self._say_stopped()
                 raise KeyboardInterrupt
-        best = self.validation.best
+        best = self.evaluator.best
         if first < self.step < self.schedule.total:
             say(
                 "stopped early after step {step}: {worse} evaluations in a row no better",
                 step=self.step,
                 worse=best.worse,
             )
-        return Outcome(self.step, self.losses / max(self.step - self.since, 1), self.validation.loss, best)
+        return Outcome(self.step, self.losses / max(self.step - self.since, 1), self.evaluator.loss, best)
 
     def _say_stopped(self) -> None:
         if self.newest is not None:
@@ -157,39 +156,39 @@ class Trainer:
         if self.must_stop or self.resumed is None or not self.world.is_first:
             return
         try:
-            save_state(self.output, self.resumed, self.validation.state())
+            save_state(self.output, self.resumed, self.evaluator.state())
         except OSError as problem:
             self._warn_unsaved(problem)
 
     def _do_what_is_due(self) -> None:
-        is_to_evaluate, is_to_save = self.validation.is_due(self.step), self.step in self.schedule.saving
+        is_to_evaluate, is_to_save = self.evaluator.is_due(self.step), self.step in self.schedule.saving
         if is_to_evaluate or is_to_save or self.must_stop:
             self._check_weights()
         if is_to_evaluate and not self.must_stop:
             with self._leaving_a_checkpoint():
                 self._evaluate()
-        is_last = self.step == self.schedule.total or self.must_stop or self.validation.is_enough
-        is_kept = self.options.keep_best and self.validation.best.step == self.step
+        is_last = self.step == self.schedule.total or self.must_stop or self.evaluator.is_enough
+        is_kept = self.options.keep_best and self.evaluator.best.step == self.step
         if is_to_save or is_last or is_kept:
             self.save(is_needed=is_last or is_kept)
 
     def _evaluate(self) -> None:
-        self.must_stop = self.validation.evaluate(self.step, lambda: self.request.is_made)
+        self.must_stop = self.evaluator.evaluate(self.step, lambda: self.request.is_made)
 
     # --- one step ---
 
     def _make_step(self, batches: Iterator[Batch]) -> float:
         """One optimizer step; its loss. Whether any process was asked to stop is known afterwards."""
-        rows = self.sampling.rows(self.step)
+        rows = self.sampler.rows(self.step)
         with self._leaving_a_checkpoint():
             loss = self._accumulate(batches)
             # First, as this is where a process that has gone is noticed on GPUs too.
             totals = self.world.sum(torch.tensor([float(loss), self.request.is_made], dtype=torch.float64))
-            self.world.sum_gradients(self.trained.parameters)
-            norm = self.trained.clip(MAX_NORM)
+            self.world.sum_gradients(self.trainable.parameters)
+            norm = self.trainable.clip(MAX_NORM)
             self._check_finite(float(totals[0]), norm)
         rate = self.options.lr * self.schedule.rate(self.step)
-        self.trained.update(rate)
+        self.trainable.update(rate)
         self.step += 1
         self.log.step(
             self.step, loss=float(totals[0]), norm=norm, rate=rate, rows=rows,
@@ -208,14 +207,14 @@ class Trainer:
             yield
         except Exception:
             is_there = self.step == 0 or (self.output / f"checkpoint-{self.step}").exists()
-            if self.world.is_first and not is_there and self.trained.is_finite:
+            if self.world.is_first and not is_there and self.trainable.is_finite:
                 with suppress(Exception):  # what went wrong first is what is to be told
                     self._write()
             raise
 
     def _accumulate(self, batches: Iterator[Batch]) -> Tensor:
         """Gradients of this process's batches, and the sum of their losses; again if memory does not do."""
-        wanted = self.sampling.batches(self.step, self.world.rank)
+        wanted = self.sampler.batches(self.step, self.world.rank)
         made: Iterable[Batch] = (next(batches) for _ in wanted)
 
         def make_again() -> None:
@@ -226,15 +225,15 @@ class Trainer:
                 pass
             made = [self.loader.make(rows) for rows in wanted]
 
-        return self.at_once.attempt(
+        return self.micro_batcher.run(
             max(map(len, wanted), default=0), lambda most: self._add_up(made, most), make_again
         )
 
     def _add_up(self, made: Iterable[Batch], most: int) -> Tensor:
-        tokens = max(1, self.sampling.tokens(self.step))
+        tokens = max(1, self.sampler.tokens(self.step))
         total = torch.zeros((), device=self.forward.device)
         for number, batch in enumerate(made):
-            torch.manual_seed(self.sampling.dropout_seed(self.step, number, self.world.rank))
+            torch.manual_seed(self.sampler.dropout_seed(self.step, number, self.world.rank))
             for part in split(batch, most):
                 loss = self.forward.loss(part, tokens)
                 loss.backward()
@@ -243,7 +242,7 @@ class Trainer:
 
     def _let_go(self) -> None:
         """Of gradients, and from now on of all activations that can be computed again."""
-        self.trained.forget()
+        self.trainable.forget()
         if self.options.gradient_checkpointing:
             recompute(self.forward.model)
 
@@ -251,7 +250,7 @@ class Trainer:
         if math.isfinite(loss) and math.isfinite(norm):
             return
         self._check_weights()  # of the step before, if they are why
-        rows = ", ".join(str(row + 1) for row in sorted(self.sampling.rows(self.step))[:MOST_ROWS_NAMED])
+        rows = ", ".join(str(row + 1) for row in sorted(self.sampler.rows(self.step))[:MOST_ROWS_NAMED])
         raise ToolkitError(
             "step {next}: the loss or its gradient is not finite; try a smaller --lr, or look at rows "
             "{rows} of the training data",
@@ -260,7 +259,7 @@ class Trainer:
         )
 
     def _check_weights(self) -> None:
-        if not self.trained.is_finite:
+        if not self.trainable.is_finite:
             raise ToolkitError(
                 "step {step}: the trained weights are not finite any more; try a smaller --lr", step=self.step
             )
@@ -284,16 +283,16 @@ class Trainer:
                 ) from problem
             self._warn_unsaved(problem)
             return
-        self.best_there = self.validation.best.step
+        self.best_there = self.evaluator.best.step
         self._delete_oldest()
 
     def _write(self) -> None:
         state = {
-            "sampling": identity_of(self.sampling), **self.validation.state(),
-            "losses": self.losses, "since": self.since, "most_rows": self.at_once.most,
+            "sampling": identity_of(self.sampler), **self.evaluator.state(),
+            "losses": self.losses, "since": self.since, "most_rows": self.micro_batcher.most,
         }  # fmt: skip
         save(
-            self.output, self.step, adapter=self.trained.save, optimizer=self.trained.optimizer_state(),
+            self.output, self.step, adapter=self.trainable.save, optimizer=self.trainable.optimizer_state(),
             state=state, settings=to_yaml(self.options),
         )  # fmt: skip
         self.newest = self.output / f"checkpoint-{self.step}"
@@ -331,7 +330,7 @@ class Trainer:
         kept, limit = [self.resumed.folder] if self.resumed else [], self.options.save_total_limit
         if self.options.keep_best:
             kept += [
-                self.output / f"checkpoint-{step}" for step in (self.best_there, self.validation.best.step)
+                self.output / f"checkpoint-{step}" for step in (self.best_there, self.evaluator.best.step)
             ]
         return 0 if limit is None else delete_oldest(self.output, limit - spared, frozenset(kept))
 
@@ -341,13 +340,13 @@ class Trainer:
         Raises:
             ModelError: it is of another model.
         """
-        theirs, ours = checkpoint.state.get("sampling", {}), identity_of(self.sampling)
+        theirs, ours = checkpoint.state.get("sampling", {}), identity_of(self.sampler)
         if theirs != ours:
             warn(
                 "the training data or the seed are not the interrupted run's: the rows come in another order"
             )
         try:
-            self.trained.load(checkpoint)
+            self.trainable.load(checkpoint)
         except KeyError as problem:
             raise ModelError(
                 "{folder}: it does not fit {model}; resume with the same model",
@@ -355,9 +354,9 @@ class Trainer:
                 model=self.options.model_name,
             ) from problem
         self.step, self.resumed, self.newest = checkpoint.step, checkpoint, checkpoint.folder
-        self.validation.resume(checkpoint)
-        self.best_there = self.validation.best.step
-        # Older ones do not have them.
-        before = {"losses": 0.0, "since": checkpoint.step, "most_rows": self.at_once.most, **checkpoint.state}
-        self.losses, self.since = before["losses"], before["since"]
-        self.at_once.most = min(self.at_once.most, before["most_rows"])
+        self.evaluator.resume(checkpoint)
+        self.best_there = self.evaluator.best.step
+        # Older checkpoints do not have these.
+        state, batcher = checkpoint.state, self.micro_batcher
+        self.losses, self.since = state.get("losses", 0.0), state.get("since", checkpoint.step)
+        batcher.most = min(batcher.most, state.get("most_rows", batcher.most))

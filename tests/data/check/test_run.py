@@ -30,7 +30,7 @@ from mdl_toolkit.data.convert.run import convert_dataset
 from mdl_toolkit.data.dataset import ConvertedDataset
 from mdl_toolkit.data.warnings import find_leaks
 from mdl_toolkit.training.memory.plan import plan_memory
-from mdl_toolkit.training.sampler import Sampling
+from mdl_toolkit.training.sampler import BatchSampler
 from mdl_toolkit.weights.loading import load_model
 from mdl_toolkit.weights.resolve import read_json
 from tests.data.convert.test_run import Server, needs_server
@@ -308,17 +308,17 @@ def test_size_tokens_and_memory_are_those_of_conversion_and_training(run, spoilt
     tokens = sorted((1 + n // 160) // 20 for n in dataset.samples)
     assert file["audio_tokens"]["median"] == tokens[(len(dataset) - 1) // 2]
     options = TrainOptions(train_dataset="x", output="y", batch_size=2, lora_rank=8, num_epochs=3)
-    sampling = Sampling(dataset.positions, dataset.supervised, 2, 1, 1, 42)
+    sampler = BatchSampler(dataset.positions, dataset.supervised, 2, 1, 1, 42)
     first, *others = ([*dataset.tokens(row).input_ids] for row in range(len(dataset)))
     beginning = next(place for place, word in enumerate(first) if any(row[place] != word for row in others))
     audio = read_json(Path(model) / "config.json")["audio_token_id"]
     beginning = min(beginning, first.index(audio))
     assert beginning > 10  # the system prompt among others
     gpu = torch.device("cuda")
-    plan = plan_memory(Path(model), options, sampling, dataset.samples, beginning, gpu, torch.bfloat16)
+    plan = plan_memory(Path(model), options, sampler, dataset.samples, beginning, gpu, torch.bfloat16)
     assert training["bytes"]["total"] == plan.total
-    assert training["steps"] == 3 * sampling.steps_per_epoch == 3 * -(-len(dataset) // 2)
-    assert training["operations"] == pytest.approx(3 * counted(Path(model), dataset, sampling), rel=0.02)
+    assert training["steps"] == 3 * sampler.steps_per_epoch == 3 * -(-len(dataset) // 2)
+    assert training["operations"] == pytest.approx(3 * counted(Path(model), dataset, sampler), rel=0.02)
 
 
 def test_a_training_s_settings_that_cannot_be_read_are_named_by_their_option(run, spoilt, tmp_path):
@@ -332,13 +332,13 @@ def test_a_training_s_settings_that_cannot_be_read_are_named_by_their_option(run
     assert run(spoilt[0].path, "--train-config", other).err.startswith(f"error: --train-config {other}: ")
 
 
-def counted(folder, dataset, sampling):
+def counted(folder, dataset, sampler):
     """Operations that torch counts in the blocks' matrices in an epoch: forwards, back, forwards again."""
     loaded = load_model(folder, dtype=torch.float32, device=torch.device("cpu"))
     positions, total = [], 0.0
     loaded.decoder.model.layers[0].register_forward_pre_hook(lambda _, given: positions.append(len(given[0])))
-    for step in range(sampling.steps_per_epoch):
-        samples = [dataset[int(row)] for row in sampling.rows(step)]
+    for step in range(sampler.steps_per_epoch):
+        samples = [dataset[int(row)] for row in sampler.rows(step)]
         loaded(**Collator(0)(samples))
         patches = 5 * sum((1 + len(sample.waveform) // 160) // 20 for sample in samples)
         for blocks, rows in (

@@ -18,11 +18,10 @@ from mdl_toolkit.i18n import Verbatim
 from mdl_toolkit.inference.generate import Answerer
 from mdl_toolkit.training import trainer
 from mdl_toolkit.training.checkpoints import Checkpoint, checkpoints, damage
-from mdl_toolkit.training.memory.oom import AtOnce
+from mdl_toolkit.training.memory.oom import MicroBatcher
 from mdl_toolkit.training.run import train
-from mdl_toolkit.training.sampler import Sampling
-from mdl_toolkit.training.step import Forward
-from mdl_toolkit.training.trainable_state import Trained
+from mdl_toolkit.training.sampler import BatchSampler
+from mdl_toolkit.training.step import ForwardPass, TrainableState
 from mdl_toolkit.training.trainer import Trainer
 from mdl_toolkit.utils.run_folder import read_log
 from tests.support.runs import evaluations, make_csv, train_options
@@ -33,7 +32,7 @@ MODEL = Path(__file__).parents[2] / "golden/checkpoints/A-small"
 @pytest.fixture
 def compute(monkeypatch):
     """Lets a test change how the loss of a batch is computed: `compute(function of trainer, rows, loss)`."""
-    real, prepare, trainers = Forward.loss, Trainer.__post_init__, []
+    real, prepare, trainers = ForwardPass.loss, Trainer.__post_init__, []
 
     def prepared(self):
         prepare(self)
@@ -44,7 +43,7 @@ def compute(monkeypatch):
             return act(trainers[-1], len(batch["input_ids"]), lambda: real(self, batch, tokens))
 
         monkeypatch.setattr(Trainer, "__post_init__", prepared)
-        monkeypatch.setattr(Forward, "loss", loss)
+        monkeypatch.setattr(ForwardPass, "loss", loss)
 
     return change
 
@@ -209,7 +208,7 @@ def test_an_evaluation_that_does_not_fit_is_computed_in_parts(tmp_path, compute,
 
 def test_no_more_rows_are_tried_than_there_are(capsys):
     """Of three rows, half of eight would be all of them again; and one row is not halved."""
-    at_once, tried = AtOnce(8, torch.device("cpu"), Verbatim("here", "此处")), []
+    batcher, tried = MicroBatcher(8, torch.device("cpu"), Verbatim("here", "此处")), []
 
     def scarce(most):
         tried.append(most)
@@ -217,10 +216,10 @@ def test_no_more_rows_are_tried_than_there_are(capsys):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return most
 
-    assert (at_once.attempt(3, scarce), at_once.attempt(9, scarce), tried) == (2, 2, [8, 2, 2])
-    at_once.most = 8
+    assert (batcher.run(3, scarce), batcher.run(9, scarce), tried) == (2, 2, [8, 2, 2])
+    batcher.most = 8
     with pytest.raises(torch.OutOfMemoryError):
-        at_once.attempt(1, scarce)
+        batcher.run(1, scarce)
     assert capsys.readouterr().err.count("2 rows at once from now on, here") == 1
 
 
@@ -284,7 +283,7 @@ def test_weights_that_are_not_finite_are_no_result(tmp_path, merge):
 @pytest.mark.parametrize("cadence", [2, 0])
 def test_a_step_that_spoils_the_weights_costs_no_good_checkpoint(tmp_path, monkeypatch, cadence):
     """The next one finds out; what was saved before is there, and nothing that is spoilt."""
-    real, csv, output = Trained.update, make_csv(tmp_path, 24), tmp_path / "run"
+    real, csv, output = TrainableState.update, make_csv(tmp_path, 24), tmp_path / "run"
     calls = []
 
     def too_wide(self, rate):
@@ -293,7 +292,7 @@ def test_a_step_that_spoils_the_weights_costs_no_good_checkpoint(tmp_path, monke
         if len(calls) == 3:
             self.parameters[0].data[:] = math.inf
 
-    monkeypatch.setattr(Trained, "update", too_wide)
+    monkeypatch.setattr(TrainableState, "update", too_wide)
     with pytest.raises(
         ToolkitError, match="step 3: the trained weights are not finite any more; try a small"
     ):
@@ -346,4 +345,4 @@ class _Spoiling(torch.autograd.Function):
 def rows_of_step(folder, csv, step):
     convert_dataset(ConvertOptions(input=str(csv), output=str(folder / "data"), model_name=str(MODEL)))
     data = ConvertedDataset(folder / "data")
-    return Sampling(data.positions, data.supervised, 2, 2, 1, 42).rows(step)
+    return BatchSampler(data.positions, data.supervised, 2, 2, 1, 42).rows(step)

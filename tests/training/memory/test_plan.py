@@ -13,12 +13,12 @@ from mdl_toolkit.data.collate import Collator
 from mdl_toolkit.data.dataset import Sample
 from mdl_toolkit.model import MiDashengLMConfig, MiDashengLMModel
 from mdl_toolkit.model.lengths import audio_token_count
-from mdl_toolkit.training.gradient_checkpointing import Kept, recompute
+from mdl_toolkit.training.gradient_checkpointing import KeptBlocks, recompute
 from mdl_toolkit.training.lora import add_adapters
 from mdl_toolkit.training.memory import plan as memory_room
 from mdl_toolkit.training.memory.plan import MemoryPlan, plan_memory
-from mdl_toolkit.training.sampler import Sampling
-from mdl_toolkit.training.trainable_state import Trained
+from mdl_toolkit.training.sampler import BatchSampler
+from mdl_toolkit.training.step import TrainableState
 from mdl_toolkit.utils import machine as free_memory_room
 from mdl_toolkit.utils.machine import free_memory
 from mdl_toolkit.weights.loading import load_model
@@ -72,8 +72,8 @@ def plan(base, rows, options, dtype=torch.float32):
     supervised = np.array([int((row.labels != -100).sum()) for row in rows])
     samples = np.array([len(row.waveform) for row in rows])
     accumulation = options.gradient_accumulation_steps
-    sampling = Sampling(lengths, supervised, options.batch_size, accumulation, 1, 0)
-    return plan_memory(base, options, sampling, samples, BEGINNING, CPU, dtype)
+    sampler = BatchSampler(lengths, supervised, options.batch_size, accumulation, 1, 0)
+    return plan_memory(base, options, sampler, samples, BEGINNING, CPU, dtype)
 
 
 def adapted(base, options, dtype, kept):
@@ -140,7 +140,7 @@ def test_a_step_needs_what_was_predicted_within_a_quarter(base, rows, changes, d
     leaves_room(monkeypatch, base, rows, options, dtype, keeps or 0.0)
     found = plan(base, rows, options, dtype)
     model, batch = adapted(base, options, dtype, found.kept), Collator(0)(rows)
-    trained = Trained(model, CPU)
+    trained = TrainableState(model, CPU)
     step(model, trained, batch, dtype)  # makes the optimizer's states
     measured = peak_bytes(lambda: step(model, trained, batch, dtype))
     assert found.activations + found.gradients == pytest.approx(measured, rel=0.25)
@@ -160,8 +160,11 @@ def test_what_fits_into_a_quarter_of_what_is_left_is_kept(base, rows, monkeypatc
         found = plan(base, rows, options)
         kept.append(found.kept)
         needs.append(found.total)
-    assert kept[0] in (Kept(), Kept(0, 1))  # the last layer is needed at once: to keep it costs nothing
-    assert kept[-1] == Kept(6, 6)
+    assert kept[0] in (
+        KeptBlocks(),
+        KeptBlocks(0, 1),
+    )  # the last layer is needed at once: to keep it costs nothing
+    assert kept[-1] == KeptBlocks(6, 6)
     assert 0 < kept[1].decoder < kept[2].decoder <= 6
     has_free(monkeypatch, None)
     least, most = plan(base, rows, options).total, needs[-1]  # nothing kept, and everything
@@ -177,8 +180,8 @@ def test_nothing_that_costs_is_kept_where_too_little_is_free_or_nobody_knows(bas
         has_free(monkeypatch, free)
         found.append(plan(base, rows, options_of(gradient_checkpointing=True)))
     assert max(each.total for each in found) == found[0].total
-    assert found[0].kept == Kept()
-    assert all(each.kept in (Kept(), Kept(0, 1)) for each in found)
+    assert found[0].kept == KeptBlocks()
+    assert all(each.kept in (KeptBlocks(), KeptBlocks(0, 1)) for each in found)
 
 
 def held(model):
@@ -302,7 +305,7 @@ def test_the_lines_in_both_languages():
 
 def test_it_says_what_is_computed_again():
     assert len(PLAN.lines()) == 2
-    line = replace(PLAN, blocks=Kept(32, 28), kept=Kept(0, 25)).lines()[2]
+    line = replace(PLAN, blocks=KeptBlocks(32, 28), kept=KeptBlocks(0, 25)).lines()[2]
     assert line.en == "gradient checkpointing computes again: encoder blocks 32/32, decoder layers 3/28"
     assert line.zh == "梯度检查点将重新计算：编码器 32/32 块，解码器 3/28 层"
 

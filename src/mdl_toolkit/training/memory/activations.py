@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.model.configuration import MiDashengLMConfig
 from mdl_toolkit.model.lengths import patch_count
-from mdl_toolkit.training.gradient_checkpointing import NONE, Kept
+from mdl_toolkit.training.gradient_checkpointing import NONE, KeptBlocks
 
 FLOAT = 4  # bytes of a float32 number
 # Bytes per sample of the front end at its widest: the padded waveform (4), and of each frame of 160 samples
@@ -56,14 +56,14 @@ class Step:
     supervised: Integers
     samples: Integers
     beginning: int
-    kept: Kept = NONE
+    kept: KeptBlocks = NONE
 
-    def keeping(self, most: int) -> Kept:
+    def keeping(self, most: int) -> KeptBlocks:
         """As many blocks as `most` bytes allow: decoder layers first, of which a byte saves more time."""
         every, found = self.blocks, NONE
         for wanted in (
-            *(Kept(0, count) for count in range(1, every.decoder + 1)),
-            *(Kept(count, every.decoder) for count in range(1, every.encoder + 1)),
+            *(KeptBlocks(0, count) for count in range(1, every.decoder + 1)),
+            *(KeptBlocks(count, every.decoder) for count in range(1, every.encoder + 1)),
         ):
             if replace(self, kept=wanted).peak > most:
                 break
@@ -71,10 +71,10 @@ class Step:
         return found
 
     @property
-    def blocks(self) -> Kept:
+    def blocks(self) -> KeptBlocks:
         """All that there are."""
         audio, text = self.config.parts
-        return Kept(int(audio.depth), int(text.num_hidden_layers))
+        return KeptBlocks(int(audio.depth), int(text.num_hidden_layers))
 
     @property
     def peak(self) -> int:

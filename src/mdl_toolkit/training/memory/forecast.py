@@ -12,7 +12,7 @@ from mdl_toolkit.data.check.rows import Facts
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.training.memory.activations import shared_positions
 from mdl_toolkit.training.memory.plan import on_paper, plan_memory
-from mdl_toolkit.training.sampler import Sampling
+from mdl_toolkit.training.sampler import BatchSampler
 from mdl_toolkit.training.schedule import Schedule
 from mdl_toolkit.weights.resolve import check_trainable
 
@@ -36,14 +36,14 @@ def forecast_training(folder: Path, options: TrainOptions, facts: Facts, beginni
 
 def _predicted(folder: Path, options: TrainOptions, facts: Facts, beginning: int) -> Figures:
     lengths = (audio_tokens(facts) + facts["text"]).astype("int64")
-    sampling = Sampling(
+    sampler = BatchSampler(
         lengths, facts["supervised"].astype("int64"), options.batch_size,
         options.gradient_accumulation_steps, 1, options.seed,
     )  # fmt: skip
     dtype = torch.float32 if options.bf16 is False else torch.bfloat16
     device = torch.device("cuda")
-    plan = plan_memory(folder, options, sampling, facts["samples"], beginning, device, dtype)
-    schedule, model = Schedule.of(sampling.steps_per_epoch, options), on_paper(folder)
+    plan = plan_memory(folder, options, sampler, facts["samples"], beginning, device, dtype)
+    schedule, model = Schedule.of(sampler.steps_per_epoch, options), on_paper(folder)
     shared = shared_positions(model.config, options, beginning)
     return {
         "dtype": str(dtype).removeprefix("torch."),
@@ -51,7 +51,7 @@ def _predicted(folder: Path, options: TrainOptions, facts: Facts, beginning: int
         "memory": [line.to_json() for line in plan.lines()],
         "warning": None if (line := plan.warning()) is None else line.to_json(),
         "steps": schedule.total, "steps_per_epoch": schedule.per_epoch, "epochs": options.num_epochs,
-        "effective_batch": sampling.effective,
+        "effective_batch": sampler.effective,
         "operations": _operations(model, facts, options, shared),
     }  # fmt: skip
 

@@ -12,7 +12,7 @@ from mdl_toolkit.utils.machine import OUT_OF_MEMORY, lack_of_memory
 Computed = TypeVar("Computed")
 
 
-class AtOnce:
+class MicroBatcher:
     """A number of rows that a device's memory does for, found out as it is used.
 
     Args:
@@ -25,7 +25,7 @@ class AtOnce:
         self.most = most
         self._device, self._what = device, what
 
-    def attempt(
+    def run(
         self, rows: int, compute: Callable[[int], Computed], before_again: Callable[[], object] | None = None
     ) -> Computed:
         """What is computed, with as many rows at once as memory does for.

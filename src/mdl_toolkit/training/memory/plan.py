@@ -20,10 +20,10 @@ from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.i18n import Localized, join_messages
 from mdl_toolkit.model.configuration import MiDashengLMConfig
-from mdl_toolkit.training.gradient_checkpointing import NONE, Kept
+from mdl_toolkit.training.gradient_checkpointing import NONE, KeptBlocks
 from mdl_toolkit.training.lora import FULL_TARGETS, LORA_TARGETS, add_adapters
 from mdl_toolkit.training.memory.activations import FLOAT, Integers, Step
-from mdl_toolkit.training.sampler import Sampling
+from mdl_toolkit.training.sampler import BatchSampler
 from mdl_toolkit.utils.distributed import BUCKET
 from mdl_toolkit.utils.machine import free_memory
 from mdl_toolkit.weights.loading import quiet_libraries
@@ -66,8 +66,8 @@ class MemoryPlan:
     activations: int
     free: int | None
     remedies: tuple[tuple[str, str], ...]
-    kept: Kept = NONE
-    blocks: Kept | None = None
+    kept: KeptBlocks = NONE
+    blocks: KeptBlocks | None = None
 
     @property
     def weights(self) -> int:
@@ -147,7 +147,7 @@ def size(count: int) -> str:
 def plan_memory(
     base: Path,
     options: TrainOptions,
-    sampling: Sampling,
+    sampler: BatchSampler,
     samples: Integers,
     beginning: int,
     device: torch.device,
@@ -158,7 +158,7 @@ def plan_memory(
     Args:
         base: folder of the base model; only its `config.json` is read.
         options: the run's.
-        sampling: its order, with the lengths of all rows.
+        sampler: its order, with the lengths of all rows.
         samples: audio samples of every row, `[rows]`.
         beginning: positions before the audio that all rows have in common; they are computed once a batch.
         device: where the model is going to be.
@@ -173,11 +173,11 @@ def plan_memory(
     sizes, gradients = _trained(model, options)
     settings = (model.config, options, dtype.itemsize, device.type == "cuda", quantization, gradients)
     steps = [
-        Step(*settings, sampling.lengths[rows], sampling.supervised[rows], samples[rows], beginning)
-        for rows in largest_batches(sampling, samples)
+        Step(*settings, sampler.lengths[rows], sampler.supervised[rows], samples[rows], beginning)
+        for rows in largest_batches(sampler, samples)
     ]
     total, free, held = FLOAT * sum(sizes), free_memory(device), widest * dtype.itemsize
-    least = total + _update(sizes, sampling.processes)
+    least = total + _update(sizes, sampler.processes)
     kept = NONE
     if options.gradient_checkpointing and free is not None:
         kept = _kept(steps, least, free - sum(parts.values()) - 3 * total - held)
@@ -187,7 +187,7 @@ def plan_memory(
     return MemoryPlan(parts, total, total, 2 * total, peak - total, free, remedies, kept, blocks)
 
 
-def _kept(steps: list[Step], least: int, rest: int) -> Kept:
+def _kept(steps: list[Step], least: int, rest: int) -> KeptBlocks:
     """Blocks whose activations fit into a share of the memory that would be left without them.
 
     Args:
@@ -200,15 +200,15 @@ def _kept(steps: list[Step], least: int, rest: int) -> Kept:
     return min((step.keeping(most) for step in steps), key=lambda kept: (kept.decoder, kept.encoder))
 
 
-def largest_batches(sampling: Sampling, samples: Integers) -> list[Integers]:
+def largest_batches(sampler: BatchSampler, samples: Integers) -> list[Integers]:
     """Rows of the first epoch's batches with the most positions (padded), answers and audio."""
-    steps = range(min(sampling.steps_per_epoch, MOST_STEPS))
-    rows = np.concatenate([sampling.rows(step) for step in steps])
-    starts = np.arange(0, len(rows), sampling.batch_size)  # only the last step can be partial
-    positions = np.maximum.reduceat(sampling.lengths[rows], starts) * np.diff([*starts, len(rows)])
-    sums = [np.add.reduceat(each[rows], starts) for each in (sampling.supervised, samples)]
+    steps = range(min(sampler.steps_per_epoch, MOST_STEPS))
+    rows = np.concatenate([sampler.rows(step) for step in steps])
+    starts = np.arange(0, len(rows), sampler.batch_size)  # only the last step can be partial
+    positions = np.maximum.reduceat(sampler.lengths[rows], starts) * np.diff([*starts, len(rows)])
+    sums = [np.add.reduceat(each[rows], starts) for each in (sampler.supervised, samples)]
     chosen = {int(measure.argmax()) for measure in (positions, *sums)}
-    return [rows[starts[number] :][: sampling.batch_size] for number in sorted(chosen)]
+    return [rows[starts[number] :][: sampler.batch_size] for number in sorted(chosen)]
 
 
 def on_paper(base: Path) -> Any:

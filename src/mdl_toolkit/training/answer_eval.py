@@ -1,0 +1,84 @@
+"""Generate answers to evaluation examples while a run trains, and compare them with their references."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mdl_toolkit.config.train import TrainOptions
+from mdl_toolkit.data.dataset import ConvertedDataset
+from mdl_toolkit.data.tokenization import IGNORE_INDEX, ChatTokenizer
+from mdl_toolkit.evaluation.text_metrics import METRICS, Metric
+from mdl_toolkit.inference.generate import Answerer, Question, prompt_of
+from mdl_toolkit.utils.distributed import World
+
+# An answer may have so many new tokens beyond twice its reference's.
+EXTRA_TOKENS = 16
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerEvaluator:
+    """Compare a model's answers to evaluation examples with their references.
+
+    Attributes:
+        dataset: the examples, with labels.
+        drawn: indices of the examples that are answered, in all processes together, `[drawn]`.
+        share: indices of those that this process answers, `[share]`.
+        tokenizer: the model's tokenizer.
+        metric: what compares an answer with its reference.
+    """
+
+    dataset: ConvertedDataset
+    drawn: NDArray[np.int64]
+    share: NDArray[np.int64]
+    tokenizer: ChatTokenizer
+    metric: Metric
+
+    @classmethod
+    def of(
+        cls, options: TrainOptions, dataset: ConvertedDataset | None, tokenizer: ChatTokenizer, world: World
+    ) -> "AnswerEvaluator | None":
+        """Prepare what `--eval-metric` asks for; None without the option or without evaluation examples."""
+        if options.eval_metric is None or dataset is None:
+            return None
+        drawn = draw(dataset.positions, options.eval_samples, options.seed)
+        return cls(dataset, drawn, drawn[world.rank :: world.size], tokenizer, METRICS[options.eval_metric])
+
+    def count(self, model: Any, batch_size: int, is_stopped: Callable[[], bool]) -> tuple[float, float]:
+        """Return the metric's numerator and denominator over this process's examples.
+
+        Args:
+            model: in evaluation mode.
+            batch_size: the most answers that are generated together.
+            is_stopped: tells whether to stop; then only the answers so far are counted.
+        """
+        references: dict[int, str] = {}
+
+        def questions() -> Iterator[Question]:
+            for index in map(int, self.share):
+                sample = self.dataset[index]
+                reference = sample.labels[sample.labels != IGNORE_INDEX]
+                references[index] = self.tokenizer.decode(reference.tolist())
+                yield Question(index, prompt_of(sample), 2 * len(reference) + EXTRA_TOKENS)
+
+        numerator = denominator = 0.0
+        for index, answer in Answerer(model, self.tokenizer, batch_size).answers(questions()):
+            counted = self.metric.count(references.pop(index), answer)
+            numerator, denominator = numerator + counted[0], denominator + counted[1]
+            if is_stopped():
+                break
+        return numerator, denominator
+
+
+def draw(lengths: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
+    """Draw the indices of at most `count` examples, the same for the same seed, the longest first.
+
+    Args:
+        lengths: tokens of every example, `[examples]`.
+        count: the most to draw.
+        seed: of the random numbers.
+    """
+    indices = np.random.default_rng(seed).permutation(len(lengths))[:count]
+    return indices[np.argsort(-lengths[indices], kind="stable")]
