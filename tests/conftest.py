@@ -6,22 +6,22 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.paths import GOLDEN, ROOT
+
 os.environ.update(
     HF_HUB_OFFLINE="1",
     HF_DATASETS_OFFLINE="1",
     HF_HUB_DISABLE_TELEMETRY="1",
     TOKENIZERS_PARALLELISM="false",
     CUDA_VISIBLE_DEVICES="",
-    OMP_NUM_THREADS="1",  # the models here are so small that threads only wait for each other
+    # The models here are so small that threads only wait for each other.
+    OMP_NUM_THREADS="1",
 )
 for _name in ("LANGUAGE", "LC_ALL", "LC_MESSAGES"):
     os.environ.pop(_name, None)
 os.environ["LANG"] = "C.UTF-8"
 # Commands that the tests start find `tests.support` wherever they run.
-ROOT = Path(__file__).parents[1]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-
-GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture(scope="session")

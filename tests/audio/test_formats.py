@@ -16,9 +16,9 @@ from mdl_toolkit.audio.integrity import examine
 from mdl_toolkit.audio.loading import SAMPLE_RATE, Clip, load
 from tests.audio.test_integrity import crc
 from tests.support import recordings
+from tests.support.paths import DOCS
 from tests.support.recordings import by_ffmpeg, by_soundfile, recording, save
 
-DOCS = Path(__file__).parents[2] / "docs"
 SECONDS = 1.3
 
 

@@ -2,7 +2,6 @@
 
 import json
 from datetime import datetime
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -12,8 +11,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from mdl_toolkit.data.chat_template import AudioMarks, ChatTemplate, Message, Segment, messages_of
 from mdl_toolkit.data.manifest import Row
 from mdl_toolkit.errors import ModelError
+from tests.support.paths import GOLDEN
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 PUBLISHED = (GOLDEN / "checkpoints/A-small/chat_template.jinja").read_text(encoding="utf-8")
 NO_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 

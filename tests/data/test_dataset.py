@@ -38,10 +38,10 @@ from mdl_toolkit.data.tokenization import Tokens
 from mdl_toolkit.errors import DatasetError, InputError
 from mdl_toolkit.utils.files import check_apart, replace_folder
 from mdl_toolkit.weights.tokenizer_files import TokenizerFiles
+from tests.support.paths import MODEL
 from tests.support.runs import files_below, make_csv
 from tests.support.waves import wave
 
-MODEL = Path(__file__).parents[1] / "golden/checkpoints/A-small"
 RECORD = Record("0123456789abcdef", "fedcba9876543210", "Be brief.", None, toolkit="1.0")
 BESIDE = {"state.json", "dataset_info.json", "mdl-toolkit.json"}
 

@@ -7,7 +7,6 @@ import re
 import shutil
 import unicodedata
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,8 +27,8 @@ from mdl_toolkit.data.tokenization import (
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
+from tests.support.paths import CHECKPOINTS
 
-CHECKPOINTS = Path(__file__).parents[1] / "golden/checkpoints"
 NAMES = ("A-small", "B-small", "B-small-tied")
 GOLDEN_ROWS = json.loads((CHECKPOINTS.parent / "alone_rows.json").read_text(encoding="utf-8"))
 IDS = json.loads((CHECKPOINTS / "A-small/added_tokens.json").read_text(encoding="utf-8"))

@@ -14,9 +14,9 @@ from mdl_toolkit.data.warnings import LossWatch, advise, find_leaks
 from mdl_toolkit.training.run import train
 from mdl_toolkit.utils.run_folder import read_log
 from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
+from tests.support.paths import MODEL
 from tests.support.runs import make_csv, make_rows, train_options, write_csv
 from tests.support.waves import wave
-from tests.training.test_trackers import MODEL
 
 
 def convert(folder, rows, name="data"):

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 from benchmarks import house
@@ -15,9 +14,9 @@ from benchmarks import house
 import mdl_toolkit
 from mdl_toolkit import TrainOptions, train
 from mdl_toolkit.demo import make_tiny_model
+from tests.support.paths import PHRASES
 from tests.support.runs import write_csv
 
-PHRASES = Path(mdl_toolkit.__file__).parent / "phrases"
 CODE = re.compile(r"^Example:\n(    ```python\n.*?^    ```)$", re.DOTALL | re.MULTILINE)
 
 

@@ -13,9 +13,8 @@ from mdl_toolkit.config.options import Options
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.config.yaml import to_yaml
 from tests.support.cli_reference import PAGES, REGION, refreshed
+from tests.support.paths import DOCS, ROOT
 
-ROOT = Path(__file__).parents[2]
-DOCS = ROOT / "docs"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md")])
 NAMES = [path.relative_to(ROOT).as_posix() for path in DOCUMENTS]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)

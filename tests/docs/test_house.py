@@ -2,12 +2,12 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from benchmarks import house
 
-ROOT = Path(house.__file__).parents[1]
+from tests.support.paths import ROOT
+
 ONE = '''\
 """A module."""
 

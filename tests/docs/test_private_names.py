@@ -4,13 +4,11 @@ import ast
 import importlib
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-import mdl_toolkit
+from tests.support.paths import PACKAGE
 
-PACKAGE = Path(mdl_toolkit.__file__).parent
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
 DOCUMENTED = {"_exit", "_fields"}  # of `os` and of named tuples
 INNER = ("transformers.trainer_callback", "transformers.integrations.integration_utils")

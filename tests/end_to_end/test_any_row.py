@@ -15,8 +15,8 @@ from mdl_toolkit.data.convert.run import convert_dataset
 from mdl_toolkit.data.dataset import ConvertedDataset
 from mdl_toolkit.data.tokenization import IGNORE_INDEX, ChatTokenizer
 from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
+from tests.support.paths import MODEL
 
-MODEL = Path(__file__).parents[1] / "golden/checkpoints/A-small"
 TOKENIZER = ChatTokenizer(read_tokenizer_files(MODEL))
 LONGEST = 5 * 60 * 16_000  # samples: five minutes
 COLUMNS = ("audio", "system_prompt", "user_prompt", "prediction")

@@ -9,13 +9,10 @@ from pathlib import Path
 
 import pytest
 
-import mdl_toolkit
 from mdl_toolkit.demo import make_tiny_model
 from mdl_toolkit.model import MiDashengLMModel
+from tests.support.paths import EXAMPLES, PHRASES
 from tests.support.runs import write_csv
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-PHRASES = Path(mdl_toolkit.__file__).parent / "phrases"
 
 
 @pytest.fixture(scope="module")

@@ -32,9 +32,9 @@ from transformers import (
 )
 
 from mdl_toolkit.model import CheckpointError, MiDashengLMConfig, MiDashengLMModel, MiDashengLMProcessor
+from tests.support.paths import CHECKPOINTS
 from tests.support.waves import padded, wave
 
-CHECKPOINTS = Path(__file__).parents[1] / "golden" / "checkpoints"
 SMALL = CHECKPOINTS / "A-small"
 AUDIO, BOS, EOS = "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"
 END_OF_TURN, END_OF_TEXT = 485, 483  # of the small tokenizers

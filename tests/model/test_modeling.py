@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,9 +26,9 @@ from mdl_toolkit.model import mel as frontend
 from mdl_toolkit.model.encoder import Packing
 from mdl_toolkit.model.lengths import audio_token_count, patch_count, visible_patch_count
 from mdl_toolkit.model.mel import log_mel
+from tests.support.paths import GOLDEN
 from tests.support.waves import padded, wave
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 CHECKPOINTS = ("A-small", "B-small", "B-small-tied")
 ORDERS = {"as they are": (0, 1, 2, 3, 4, 5), "another order": (3, 5, 0, 4, 2, 1)}
 PAD_ID = 483  # <|endoftext|> of the small tokenizers

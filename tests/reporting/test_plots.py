@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from mdl_toolkit.reporting.plots import plot
 from mdl_toolkit.training.run import train
 from mdl_toolkit.utils.run_folder import read_log
+from tests.support.paths import MODEL
 from tests.support.runs import files_below, make_csv, train_options
-from tests.training.test_trackers import MODEL
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -20,8 +20,8 @@ from mdl_toolkit.reporting.report import report
 from mdl_toolkit.reporting.run_section import MOST_POINTS, run_values
 from mdl_toolkit.training.run import train
 from mdl_toolkit.utils.run_folder import read_log
+from tests.support.paths import MODEL
 from tests.support.runs import files_below, make_csv, make_rows, train_options, write_csv
-from tests.training.test_trackers import MODEL
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

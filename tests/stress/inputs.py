@@ -7,10 +7,8 @@ import numpy as np
 import soundfile
 import soxr
 
-import mdl_toolkit
+from tests.support.paths import PHRASES
 
-PHRASES = Path(mdl_toolkit.__file__).parent / "phrases"
-MODEL = Path(__file__).parents[1] / "golden/checkpoints/A-small"
 # What a phrase becomes: extension, Hz (None: as it is), libsndfile's subtype.
 KINDS = (
     ("flac", None, "PCM_16"), ("ogg", 22_050, "VORBIS"), ("wav", 44_100, "PCM_24"),

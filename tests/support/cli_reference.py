@@ -8,15 +8,14 @@ else.
 import json
 import re
 from dataclasses import MISSING, Field
-from pathlib import Path
 from typing import Any
 
 from mdl_toolkit.cli.click_options import OTHERS, OptionsCommand
 from mdl_toolkit.cli.main import toolkit
 from mdl_toolkit.config.data import ConvertOptions
 from mdl_toolkit.config.options import fields_in_order, setting_of, shown_name
+from tests.support.paths import DOCS
 
-DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {language: DOCS / f"cli.{language}.md" for language in ("zh", "en")}
 REGION = re.compile(r"(<!-- options: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 FIRST_GROUP = {field.name: setting_of(field).group for field in fields_in_order(ConvertOptions)}

@@ -34,9 +34,9 @@ from mdl_toolkit.config.yaml import SETTINGS_FILE
 from mdl_toolkit.data.convert import plan
 from mdl_toolkit.data.convert import run as conversion
 from mdl_toolkit.data.convert.work_folder import WorkFolder
+from tests.support.paths import MODEL
 from tests.support.runs import make_rows, write_csv
 
-MODEL = Path(__file__).parents[1] / "golden/checkpoints/A-small"
 ROWS, ROWS_PER_SHARD, SHARDS = 24, 4, 6
 PATIENCE = 60  # seconds; everything here takes one or two
 

@@ -6,14 +6,15 @@ compiles the .mo; `test_messages.py` fails while a template has no translation.
 
 import sys
 from io import BytesIO
-from pathlib import Path
 
 from babel.messages.catalog import Catalog
 from babel.messages.extract import extract_from_dir
 from babel.messages.mofile import write_mo
 from babel.messages.pofile import read_po, write_po
 
-SOURCE = Path(__file__).parents[2] / "src/mdl_toolkit"
+from tests.support.paths import PACKAGE
+
+SOURCE = PACKAGE
 PO = SOURCE / "locale/zh/LC_MESSAGES/mdl_toolkit.po"
 MO = PO.with_suffix(".mo")
 ERRORS = ("ToolkitError", "UsageError", "InputError", "AudioError", "DatasetError", "ModelError")

@@ -5,20 +5,18 @@ in Debian's fonts-noto-cjk.
 """
 
 import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from mdl_toolkit.config.data import DemoOptions
 from mdl_toolkit.demo import run_demo
 from tests.support.browser import chromium
+from tests.support.paths import DOCS
 
-IMAGES = Path(__file__).parents[2] / "docs/images"
+IMAGES = DOCS / "images"
 COLOURS = 200  # of a picture's palette: half of the bytes, and no difference to be seen
 SHOTS: dict[str, dict[str, Any]] = {
     "report-wide": {"size": (1200, 1000), "locale": "en-US", "scheme": "light", "top": "body"},

@@ -9,9 +9,8 @@ import numpy as np
 import soundfile
 import soxr
 
-import mdl_toolkit
+from tests.support.paths import PHRASES
 
-PHRASES = Path(mdl_toolkit.__file__).parent / "phrases"
 PROMPT = "Which language is spoken?"
 COLUMNS = ("audio", "user_prompt", "prediction", "comment")
 

@@ -20,9 +20,9 @@ from mdl_toolkit.training.checkpoints import damage, delete_oldest, due_steps, s
 from mdl_toolkit.training.run import train
 from mdl_toolkit.utils.run_folder import read_log
 from tests.support.fleet import die_before, fleet
+from tests.support.paths import MODEL
 from tests.support.runs import files_below, make_csv, train_options
 
-MODEL = Path(__file__).parents[1] / "golden/checkpoints/A-small"
 WRITTEN = {
     "adapter_config.json", "adapter_model.safetensors", "mdl-toolkit.yaml", "optimizer.safetensors",
     "state.json",

@@ -24,10 +24,10 @@ from mdl_toolkit.utils.distributed import PeerLostError, World
 from mdl_toolkit.utils.run_folder import read_log
 from tests.support.commands import children
 from tests.support.fleet import fleet, free_port, start_ranks, wait_for
+from tests.support.paths import MODEL
 from tests.support.runs import files_below, make_csv, make_rows, train_options, write_csv
 from tests.training.test_stopping import ASKED
 
-MODEL = Path(__file__).parents[1] / "golden/checkpoints/A-small"
 LOST = "error: another process of this run has ended; its own message says why"
 BIN = Path(sys.executable).parent
 

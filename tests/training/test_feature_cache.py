@@ -2,7 +2,6 @@
 
 import shutil
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,10 +20,10 @@ from mdl_toolkit.training.checkpoints import checkpoints
 from mdl_toolkit.training.feature_cache import FeatureCache
 from mdl_toolkit.training.run import train
 from tests.support.fleet import die_before, fleet, start_ranks
+from tests.support.paths import MODEL
 from tests.support.runs import LENGTHS, files_below, history, make_csv, train_options
 from tests.training.test_checkpoints import same_weights
 
-MODEL = Path(__file__).parents[1] / "golden/checkpoints/A-small"
 ROWS, EVAL_ROWS = 11, 5
 
 

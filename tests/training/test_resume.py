@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,9 +20,8 @@ from mdl_toolkit.training.run import train
 from mdl_toolkit.utils.run_folder import read_log
 from mdl_toolkit.weights.resolve import read_json
 from tests.support.fleet import fleet, start_ranks
+from tests.support.paths import MODEL
 from tests.support.runs import evaluations, make_csv, train_options
-
-MODEL = Path(__file__).parents[1] / "golden/checkpoints/A-small"
 
 
 @pytest.fixture

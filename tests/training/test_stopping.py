@@ -7,7 +7,6 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 
@@ -21,10 +20,10 @@ from mdl_toolkit.utils import signals as stopping
 from mdl_toolkit.utils.run_folder import read_log
 from mdl_toolkit.utils.signals import Interruption, StopRequest
 from tests.support.fleet import die_before, fleet, slow_steps, start_ranks, wait_for
+from tests.support.paths import MODEL
 from tests.support.runs import evaluations, make_csv, train_options
 from tests.training.test_checkpoints import same_weights
 
-MODEL = Path(__file__).parents[1] / "golden/checkpoints/A-small"
 BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 ASKED = "warning: stopping after this step, with a checkpoint; once more stops at once"
 

@@ -21,8 +21,8 @@ from mdl_toolkit.training.summary import say_results
 from mdl_toolkit.utils import console
 from mdl_toolkit.utils.run_folder import read_log
 from tests.support.fleet import fleet, slow_steps
+from tests.support.paths import MODEL
 from tests.support.runs import copy_checkpoint, make_csv, make_rows, train_options, write_csv
-from tests.training.test_trackers import MODEL
 
 
 def lines_of(capsys):

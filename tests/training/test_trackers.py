@@ -20,9 +20,9 @@ from mdl_toolkit.training.run import train
 from mdl_toolkit.training.trackers import Trackers
 from mdl_toolkit.utils.run_folder import read_log
 from tests.support.fleet import fleet, slow_steps, start_ranks
+from tests.support.paths import MODEL
 from tests.support.runs import files_below, make_csv, train_options
 
-MODEL = Path(__file__).parents[1] / "golden/checkpoints/A-small"
 # What a tensorboard series holds, by its name there.
 SERIES = {
     "train/loss": "loss", "train/grad_norm": "grad_norm", "train/learning_rate": "learning_rate",

@@ -17,9 +17,8 @@ from mdl_toolkit.training.run import train
 from mdl_toolkit.utils.files import claim_folder
 from mdl_toolkit.utils.run_folder import read_log
 from tests.support.fleet import fleet, slow_steps
+from tests.support.paths import MODEL
 from tests.support.runs import make_csv, train_options
-
-MODEL = Path(__file__).parents[1] / "golden/checkpoints/A-small"
 
 
 def test_a_second_training_in_the_same_folder_is_refused_and_changes_nothing(tmp_path):

@@ -26,6 +26,7 @@ from mdl_toolkit.weights.loading import best_device, choose_dtype, explaining_me
 from mdl_toolkit.weights.resolve import find_model, read_json, require_package
 from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 from tests.docs.test_chinese import wrong_in
+from tests.support.paths import MODEL
 from tests.support.runs import copy_checkpoint, files_below, make_rows, write_csv
 
 NAME = "mispeech/midashenglm-7b"
@@ -278,7 +279,7 @@ def test_a_vocabulary_that_is_none(model):
     assert refused(read_tokenizer_files, model).startswith(f"{model}: no tokenizer (")
 
 
-PUBLISHED = (Path(__file__).parents[1] / "golden/checkpoints/A-small/chat_template.jinja").read_text()
+PUBLISHED = (MODEL / "chat_template.jinja").read_text()
 PLACES: dict[str, tuple[str, Any]] = {
     "in the tokenizer's configuration": ("tokenizer_config.json", PUBLISHED),
     "in the processor's configuration": ("processor_config.json", PUBLISHED),

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import soundfile
 
-import mdl_toolkit
 from mdl_toolkit import __version__
 from mdl_toolkit.config.data import ConvertOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, from_mapping, read_settings
@@ -27,12 +26,11 @@ from mdl_toolkit.data.tokenization import IGNORE_INDEX, ChatTokenizer
 from mdl_toolkit.errors import InputError, ModelError, RowsError
 from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
+from tests.support.paths import MODEL, PHRASES
 from tests.support.recordings import pcm_wav
 from tests.support.runs import copy_checkpoint, files_below, make_rows, write_csv
 from tests.support.waves import wave
 
-MODEL = Path(__file__).parents[2] / "golden/checkpoints/A-small"
-PHRASES = Path(mdl_toolkit.__file__).parent / "phrases"
 DATA_FILES = {"data-00000-of-00001.arrow", "dataset_info.json", "mdl-toolkit.json", "state.json"}
 
 

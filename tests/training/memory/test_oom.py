@@ -5,7 +5,6 @@ import math
 import os
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,9 +23,8 @@ from mdl_toolkit.training.sampler import BatchSampler
 from mdl_toolkit.training.step import ForwardPass, TrainableState
 from mdl_toolkit.training.trainer import Trainer
 from mdl_toolkit.utils.run_folder import read_log
+from tests.support.paths import MODEL
 from tests.support.runs import evaluations, make_csv, train_options
-
-MODEL = Path(__file__).parents[2] / "golden/checkpoints/A-small"
 
 
 @pytest.fixture
