@@ -215,7 +215,7 @@ def test_a_server_that_drips(server, tmp_path):
 
     server.answers["/a"] = drip
     started = time.monotonic()
-    assert "takes too long" in refuse(f"{server.url}/a", tmp_path, deadline_s=0.3)
+    assert "takes too long" in refuse(f"{server.url}/a", tmp_path, deadline_s=0.5)
     assert time.monotonic() - started < 2
     assert len(server.asked) == 1
 
@@ -238,7 +238,7 @@ def test_a_server_that_drips_what_is_no_content(server, tmp_path, name):
 
     server.answers["/a"] = drip
     started = time.monotonic()
-    assert "takes too long" in refuse(f"{server.url}/a", tmp_path, deadline_s=0.3)
+    assert "takes too long" in refuse(f"{server.url}/a", tmp_path, deadline_s=0.5)
     assert time.monotonic() - started < 2
     assert len(server.asked) == 1
 
@@ -269,7 +269,7 @@ def test_no_server_at_all(server, tmp_path):
     assert "cannot be fetched (Connection refused)" in refuse(f"{server.url}/a", tmp_path)
 
 
-@pytest.mark.parametrize("url", ["http://[::1/", "http://h:x/", "http://a b/", f"http://{'é' * 90}/"])
+@pytest.mark.parametrize("url", ["http://[::1/", "http://h:x/", "http:///a", f"http://{'é' * 90}/"])
 def test_no_address(tmp_path, url):
     assert "the address is not valid" in refuse(url, tmp_path)
 

@@ -1,4 +1,4 @@
-"""What libsndfile and FFmpeg make of a file: mono float32 samples at the file's own rate.
+"""Decode a file with libsndfile or FFmpeg to mono float32 samples at the file's own rate.
 
 libsndfile decodes what it knows. FFmpeg (by PyAV) decodes what libsndfile does not know; it is the lenient
 one, so every error it reports and every second it owes is looked at here.
@@ -17,13 +17,16 @@ from mdl_toolkit.i18n import Localized
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 
-BLOCK = 8_192  # samples per channel that libsndfile decodes at once
-UNKNOWN_LENGTH = 2**63 - 1  # libsndfile's number of frames for FLAC whose header does not say it
+# Samples per channel that libsndfile decodes at once.
+BLOCK = 8_192
+# libsndfile's number of frames for FLAC whose header does not say it.
+UNKNOWN_LENGTH = 2**63 - 1
 # libsndfile's codes for: format not recognised, encoding not supported, format not implemented; bad resource
 # forks of the Mac. It looks for one where it recognises nothing, and takes any `._` or `.AppleDouble` in the
 # current directory for it.
 NOT_KNOWN = (1, 4, 18, *range(148, 155))
-OPUS_LEAST = 16_000  # Hz; libsndfile decodes Opus at no more than the rate in its header
+# Hz; libsndfile decodes Opus at no more than the rate in its header.
+OPUS_LEAST = 16_000
 # What libsndfile decodes: where FFmpeg finds this in a file that libsndfile refused, the file is damaged.
 KNOWN = {("flac", "flac"), ("ogg", "vorbis"), ("ogg", "opus"), ("mp3", "mp3float")}
 KNOWN_CODECS = ("pcm_", "adpcm_ms", "adpcm_ima_wav")
@@ -38,7 +41,7 @@ DELAY_FRAMES, DELAY_FRAME = 4, 2_048
 
 @dataclass(frozen=True, eq=False)
 class Decoded:
-    """What a decoder returned.
+    """Hold what a decoder returned.
 
     Attributes:
         format: the name of the file's format.
@@ -73,7 +76,7 @@ def decode(file: BinaryIO, finding: Finding) -> Decoded:
 
 
 def _in_full(sound: Any, finding: Finding) -> bool:
-    """Whether libsndfile gives all the sound of a file that it knows.
+    """Tell whether libsndfile gives all the sound of a file that it knows.
 
     It does not of MPEG audio without a right table of frames, where it stops at an estimate; of WAV that was
     written into a pipe with the size left at 0; of Opus whose header names under 16 kHz, or 0, though that is
@@ -98,15 +101,16 @@ def _damaged(name: str, decoder: str, problem: object) -> AudioError:
 
 
 def _words(problem: object) -> str:
-    """What a decoder says, without what Python adds to it."""
+    """Return what a decoder says, without what Python adds to it."""
     words = getattr(problem, "error_string", None) or getattr(problem, "strerror", None) or problem
     return str(words).rstrip(".")
 
 
 def _average(channels: Floats) -> Floats:
-    """Mono `[n]` of `[channels, n]`; added up one by one, so that every machine rounds alike."""
+    """Average `[channels, n]` to mono `[n]`, added up one by one, so that every machine rounds alike."""
     total: Floats = channels[0].copy()
-    with np.errstate(over="ignore", invalid="ignore"):  # infinity and NaN are found later
+    # Infinity and NaN are found later.
+    with np.errstate(over="ignore", invalid="ignore"):
         for channel in channels[1:]:
             total += channel
     total /= np.float32(len(channels))
@@ -141,7 +145,8 @@ def _libsndfile(sound: Any, file: BinaryIO) -> Decoded:
     problem = None
     try:
         for block in _blocks(sound):
-            blocks.append(_average(block.T))  # noqa: PERF401 - what came before an error is kept
+            # One by one, as what came before an error is kept.
+            blocks.append(_average(block.T))  # noqa: PERF401
     except soundfile.LibsndfileError as error:
         problem = error
         if file.tell() < file.seek(0, 2):
@@ -152,7 +157,7 @@ def _libsndfile(sound: Any, file: BinaryIO) -> Decoded:
 
 
 def _blocks(sound: Any) -> Iterator[Floats]:
-    """The samples, `[n, channels]` at a time."""
+    """Yield the samples, `[n, channels]` at a time."""
     # soundfile seeks after every block, at which libsndfile fails in FLAC of unknown length (from a pipe).
     sound.seekable = lambda: False
     while len(block := sound.read(BLOCK, dtype="float32", always_2d=True)):
@@ -160,7 +165,7 @@ def _blocks(sound: Any) -> Iterator[Floats]:
 
 
 def _sndfile_missing(sound: Any, count: int, problem: Any) -> Localized | None:
-    """What did not come: of MPEG audio the length is only an estimate, and shows nothing."""
+    """Say what did not come; the length of MPEG audio is only an estimate, and shows nothing."""
     if problem is not None:
         return _breaks_off(count / sound.samplerate, "libsndfile", problem)
     if sound.frames == UNKNOWN_LENGTH or count >= sound.frames or sound.subtype.startswith("MPEG"):
@@ -172,7 +177,7 @@ def _sndfile_missing(sound: Any, count: int, problem: Any) -> Localized | None:
 
 
 def _any_tags(version: str) -> dict[str, str]:
-    """Tags may be in any encoding: PyAV 19 takes them as they are, older ones must be told to."""
+    """Return the options that make PyAV take tags in any encoding, as version 19 does unasked."""
     return {"metadata_errors": "replace"} if int(version.partition(".")[0]) < 19 else {}
 
 
@@ -200,7 +205,7 @@ def _ffmpeg(file: BinaryIO, refused: Any) -> Decoded:
 
 
 class _Reader:
-    """Decodes one stream with FFmpeg, strictly."""
+    """Decode one stream with FFmpeg, strictly."""
 
     def __init__(self, container: Any, stream: Any) -> None:
         self.container = container
@@ -208,7 +213,8 @@ class _Reader:
         self.name = f"{container.format.long_name}, {stream.codec_context.name}"
         self.blocks: list[Floats] = []
         self.rate = self.channels = self.packets = self.longest = self.samples = 0
-        self.problem: object = None  # what went wrong in the last packet so far
+        # What went wrong in the last packet so far.
+        self.problem: object = None
 
     def read(self, file: BinaryIO) -> Decoded:
         """Decode to the end; an error after which nothing comes any more is a file that was cut off."""
@@ -275,12 +281,14 @@ class _Reader:
 
 
 def _floats(frame: Any) -> Floats:
-    """An FFmpeg frame as `[channels, n]` between -1 and 1."""
-    if frame.format.name.startswith("s64"):  # numpy arrays are not made of these
+    """Return an FFmpeg frame as `[channels, n]` between -1 and 1."""
+    # numpy arrays are not made of these.
+    if frame.format.name.startswith("s64"):
         import av
 
         (frame,) = av.AudioResampler("dblp").resample(frame)
-    samples = frame.to_ndarray()  # [channels, n] if planar, else [1, n * channels]
+    # [channels, n] if planar, else [1, n * channels].
+    samples = frame.to_ndarray()
     if not frame.format.is_planar:
         samples = samples.reshape(frame.samples, -1).T
     floats: Floats = samples.astype(np.float32)
@@ -292,7 +300,7 @@ def _floats(frame: Any) -> Floats:
 
 
 def _promised_seconds(container: Any, stream: Any, packets: int) -> float:
-    """How long the file itself says that the sound is; 0 if it does not say, or if all it lists was read."""
+    """Return how long the file says that the sound is; 0 if it does not say, or if all it lists was read."""
     name = container.format.name
     if name in STREAM_LENGTH and stream.duration and not 0 < stream.frames <= packets:
         return float(stream.duration * stream.time_base)
@@ -315,7 +323,7 @@ LOOKS = {
 
 
 def _no_recording(file: BinaryIO, refused: Any) -> AudioError:
-    """For a file that neither decoder can open."""
+    """Return the error for a file that neither decoder can open."""
     words = _words(refused) if refused else "there are no samples"
     return _look(file) or AudioError(
         "neither libsndfile nor FFmpeg can read it (libsndfile says: {words}): no recording, or damaged, "
@@ -325,14 +333,14 @@ def _no_recording(file: BinaryIO, refused: Any) -> AudioError:
 
 
 def _no_sound(file: BinaryIO, name: str) -> AudioError:
-    """For a file that FFmpeg opens without finding sound in it."""
+    """Return the error for a file that FFmpeg opens without finding sound in it."""
     return _look(file) or AudioError(
         "{name}: there is no sound track in it; give a file with sound", name=name
     )
 
 
 def _look(file: BinaryIO) -> AudioError | None:
-    """The error for a file that is something well known, by its first bytes."""
+    """Return the error for a file that is something well known, by its first bytes."""
     file.seek(0)
     head = file.read(80)
     looks = next((name for start, name in LOOKS.items() if head.startswith(start)), None) or _as_text(head)

@@ -1,4 +1,4 @@
-"""A waveform in 16 bits, as it is stored: FLAC, or plain samples where FLAC would not be smaller."""
+"""Store waveforms in 16 bits: as FLAC, or as plain samples where FLAC would not be smaller."""
 
 import io
 from dataclasses import dataclass
@@ -9,12 +9,13 @@ from numpy.typing import NDArray
 
 from mdl_toolkit.audio.loading import SAMPLE_RATE
 
-QUIETEST = -100  # smallest exponent of a scale: 32768 / scale must be a float32
+# Smallest exponent of a scale: 32768 / scale must be a float32.
+QUIETEST = -100
 
 
 @dataclass(frozen=True)
 class PackedAudio:
-    """A waveform as it is stored: 16-bit FLAC, or 16-bit samples where FLAC would not be smaller.
+    """Hold a waveform as it is stored: 16-bit FLAC, or 16-bit samples where FLAC would not be smaller.
 
     Attributes:
         data: the bytes.
@@ -46,9 +47,10 @@ def pack_audio(waveform: NDArray[np.float32]) -> PackedAudio:
 
 
 def _scale(waveform: NDArray[np.float32]) -> float:
-    """The power of two that stands for full scale."""
+    """Return the power of two that stands for full scale."""
     lowest, highest = float(waveform.min(initial=0.0)), float(waveform.max(initial=0.0))
-    exponent = int(np.frexp(max(-lowest, highest))[1])  # 2**(exponent - 1) <= peak < 2**exponent
+    # The peak is below two to the power of this, and not below half of that.
+    exponent = int(np.frexp(max(-lowest, highest))[1])
     scale = 2.0 ** max(min(exponent + 3, 0), QUIETEST)
     while np.rint(highest * 32768.0 / scale) > 32767 or np.rint(lowest * 32768.0 / scale) < -32768:
         scale *= 2.0
@@ -56,7 +58,7 @@ def _scale(waveform: NDArray[np.float32]) -> float:
 
 
 def unpack_audio(packed: PackedAudio) -> NDArray[np.float32]:
-    """The waveform of `pack_audio`, `[samples]` float32.
+    """Return the waveform given to `pack_audio`, `[samples]` float32.
 
     Raises:
         ValueError: the bytes are damaged.

@@ -38,7 +38,7 @@ _HEADER = re.compile(r"[\x20-\x7e\x80-\xff]{0,1000}")
 
 @dataclass(frozen=True)
 class Limits:
-    """How much, how long and how often.
+    """Hold the limits of size, time and tries of a download.
 
     Attributes:
         max_mb: the most megabytes that are accepted.
@@ -57,7 +57,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Version:
-    """Which content an address had; no part of the address itself, nor a password, is in it.
+    """Identify the content that an address had, without any part of the address or a password.
 
     Attributes:
         size: its bytes; -1 if there is none.
@@ -72,14 +72,14 @@ class Version:
     place: str = ""
 
     def is_sound(self) -> bool:
-        """Whether all values are of their types, and those that are sent to a server can be sent."""
+        """Tell whether all values are of their types, and those that are sent to a server can be sent."""
         types = [type(value) for value in asdict(self).values()]
         if types != [type(value) for value in asdict(type(self)()).values()]:
             return False
         return bool(_HEADER.fullmatch(self.etag) and _HEADER.fullmatch(self.modified))
 
     def condition(self, address: str) -> dict[str, str]:
-        """The header by which a server sends the content only if it has changed.
+        """Return the header by which a server sends the content only if it has changed.
 
         There is none for an address that the content did not come from (redirections may lead elsewhere by
         now): ETags and times of different addresses must not be compared.
@@ -96,7 +96,7 @@ NOTHING = Version()
 
 @dataclass(eq=False)
 class FetchError(Exception):
-    """What is at an address was not to be had.
+    """Say why the content of an address could not be fetched.
 
     Attributes:
         reason: why, without the address.
@@ -112,7 +112,7 @@ class FetchError(Exception):
 
 
 def refusal(url: str, reason: Localized) -> AudioError:
-    """The error for a recording whose address failed, with the address but no password."""
+    """Return the error for a recording whose address failed, with the address but no password."""
     shown = without_credentials(url)
     return AudioError(
         "{shown}: {reason}; check the address, or fetch the file yourself and give its path",
@@ -122,12 +122,12 @@ def refusal(url: str, reason: Localized) -> AudioError:
 
 
 def digest(text: str) -> str:
-    """What stands for an address on disk: its SHA-256."""
+    """Return the SHA-256 of an address, which stands for it on disk."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def origin(url: str) -> str:
-    """Scheme, host and port of an address."""
+    """Return scheme, host and port of an address."""
     scheme, _, rest = without_credentials(url).lower().partition("://")
     return f"{scheme}://{re.split('[/?#]', rest)[0]}"
 
@@ -147,8 +147,9 @@ def fetch(url: str, target: Path, limits: Limits, known: Version = NOTHING) -> V
     Raises:
         FetchError: what the server said, or how the connection failed, at the last try.
     """
+    client = _client(limits.timeout_s)
     ends = time.monotonic() + limits.deadline_s
-    with _client(limits.timeout_s) as client, _cut_off_at(ends) as watch:
+    with client, _cut_off_at(ends) as watch:
         transfer = _Transfer(client, watch, url, target, limits, known, ends)
         attempt = 1
         while True:
@@ -164,7 +165,7 @@ def fetch(url: str, target: Path, limits: Limits, known: Version = NOTHING) -> V
 
 @contextmanager
 def _cut_off_at(ends: float) -> Iterator[Callable[[str, dict[str, Any]], None]]:
-    """Shut connections down when the time is over; gives the callback by which httpx tells of them.
+    """Shut connections down when the time is over; yield the callback by which httpx tells of them.
 
     httpx's time-outs are for a single read: a server that drips headers or chunk sizes would never meet them.
     """
@@ -219,7 +220,7 @@ def _client(timeout_s: float) -> "httpx.Client":
 
 @dataclass(frozen=True)
 class _Transfer:
-    """Fetches one address; `ends` is when, by the monotonic clock, the time is over."""
+    """Fetch one address; `ends` is when, by the monotonic clock, the time is over."""
 
     client: "httpx.Client"
     watch: Callable[[str, dict[str, Any]], None]
@@ -253,16 +254,20 @@ class _Transfer:
 
     def _ask(self) -> "httpx.Response":
         """Send the request and follow redirections, to http(s) only."""
+        import httpx
+
         request = self.client.build_request("GET", self.url, extensions={"trace": self.watch})
-        for _ in range(MAX_REDIRECTS + 1):
-            self._check_time()
-            response = self._send(request)
-            if response.next_request is None:
-                return response
-            response.close()
-            request = response.next_request
-            if request.url.scheme not in ("http", "https"):
-                break
+        # An address that a server redirects to may be none.
+        with suppress(httpx.InvalidURL):
+            for _ in range(MAX_REDIRECTS + 1):
+                self._check_time()
+                response = self._send(request)
+                if response.next_request is None:
+                    return response
+                response.close()
+                request = response.next_request
+                if request.url.scheme not in ("http", "https"):
+                    break
         raise FetchError(
             Localized("the server redirects in a circle, too often, or to something else than http(s)"),
             is_final=True,
@@ -337,12 +342,10 @@ def _connection_error(problem: Exception) -> FetchError:
 
     if isinstance(problem, httpx.TimeoutException):
         return FetchError(Localized("the server does not answer in time"), is_answered=False)
-    cause: BaseException = problem
-    while cause.__cause__:
-        cause = cause.__cause__
-    words = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
+    words = getattr(problem, "strerror", None) or re.sub(r"^\[Errno -?\d+\] ", "", str(problem))
+    words = words or type(problem).__name__
     return FetchError(
         Localized("it cannot be fetched ({words})", words=words),
-        is_final=isinstance(cause, ssl.SSLCertVerificationError),
+        is_final="CERTIFICATE_VERIFY_FAILED" in words,
         is_answered=not isinstance(problem, (httpx.ConnectError, httpx.ProxyError)),
     )

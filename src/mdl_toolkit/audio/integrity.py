@@ -1,4 +1,4 @@
-"""Whether all of a recording is there: what headers, pages and frames promise, against the bytes.
+"""Check that all of a recording is there: what headers, pages and frames promise, against the bytes.
 
 Decoders return cut-off or damaged files shortened, without a word. What can be told from the structure of a
 file is told here, for WAV, RF64, W64, AIFF, AU, NIST Sphere, Ogg and MPEG audio; nothing is decoded. Files
@@ -22,7 +22,7 @@ BLOCK = 1 << 16
 
 @dataclass(frozen=True)
 class Finding:
-    """What the structure of a file says.
+    """Hold what the structure of a file says.
 
     Attributes:
         missing: what was promised and is not there, of a file that was cut off.
@@ -63,7 +63,7 @@ def examine(file: BinaryIO) -> Finding:
 
 
 class _Blocks:
-    """Gives slices of a file and finds bytes in it, with one block of it in memory; `size` is in bytes."""
+    """Slice and search a file with one block of it in memory; `size` is in bytes."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.size = _size(file)
@@ -107,7 +107,7 @@ PLACEHOLDER = 0x7F000000
 
 
 class _Promise(NamedTuple):
-    """Bytes of sound: as the header says, and as there are."""
+    """Count the bytes of sound: as the header says, and as there are."""
 
     promised: int
     present: int
@@ -133,7 +133,7 @@ def _size(file: BinaryIO) -> int:
 
 
 def _promise(file: BinaryIO, promised: int) -> _Promise | None:
-    """A promise for the bytes from here on, unless the size is a placeholder."""
+    """Return a promise for the bytes from here on, unless the size is a placeholder."""
     present = _size(file) - file.tell()
     return _Promise(promised, present) if promised < PLACEHOLDER else None
 
@@ -150,9 +150,10 @@ def _chunked(file: BinaryIO, order: str, wanted: bytes) -> Finding:
 
 
 def _chunk_promise(file: BinaryIO, order: str, wanted: bytes) -> _Promise | None:
-    """Of RIFF and its kin (RF64: EBU Tech 3306) and of AIFF: the size of the chunk that holds the sound."""
+    """Find the chunk that holds the sound, in RIFF and its kin (RF64: EBU Tech 3306) and in AIFF."""
     file.seek(12)
-    wide = 0  # RF64: the size in the chunk `ds64`, where the one in `data` is 0xFFFFFFFF
+    # RF64: the size in the chunk `ds64`, where the one in `data` is 0xFFFFFFFF.
+    wide = 0
     while len(head := file.read(8)) == 8:
         name, size = struct.unpack(f"{order}4sI", head)
         if name == wanted:
@@ -166,7 +167,7 @@ def _chunk_promise(file: BinaryIO, order: str, wanted: bytes) -> _Promise | None
 
 
 def _w64_promise(file: BinaryIO) -> _Promise | None:
-    """Of Sony Wave64: 16-byte names, 8-byte sizes that include the 24 bytes of both, chunks aligned to 8."""
+    """Read Sony Wave64: 16-byte names, 8-byte sizes that include the 24 bytes of both, alignment to 8."""
     file.seek(40)
     while len(head := file.read(24)) == 24:
         name, size = struct.unpack("<16sQ", head)
@@ -179,7 +180,7 @@ def _w64_promise(file: BinaryIO) -> _Promise | None:
 
 
 def _au_promise(file: BinaryIO, head: bytes) -> _Promise | None:
-    """Of Sun/NeXT audio, whose magic word is reversed where all its numbers are."""
+    """Read Sun/NeXT audio, whose magic word is reversed where all its numbers are."""
     if len(head) < 12:
         return None
     offset, size = struct.unpack(">II" if head[:4] == b".snd" else "<II", head[4:12])
@@ -188,7 +189,7 @@ def _au_promise(file: BinaryIO, head: bytes) -> _Promise | None:
 
 
 def _nist_promise(file: BinaryIO) -> _Promise | None:
-    """Of NIST Sphere (TIMIT): the header is text, and its second line says how long it is."""
+    """Read NIST Sphere (TIMIT): the header is text, and its second line says how long it is."""
     file.seek(0)
     header = file.read(1024)
     fields = dict(re.findall(rb"^(\w+) -\w+ (\S+)", header, re.MULTILINE))
@@ -204,7 +205,8 @@ def _nist_promise(file: BinaryIO) -> _Promise | None:
 # --- Ogg -------------------------------------------------------------------------------------------------
 
 _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
-_FIRST, _LAST = 2, 4  # RFC 3533: flags of a stream's first and last page
+# RFC 3533: flags of a stream's first and last page.
+_FIRST, _LAST = 2, 4
 
 
 class _Page(NamedTuple):
@@ -218,7 +220,8 @@ class _Page(NamedTuple):
 def _ogg(data: _Blocks) -> Finding:
     """Follow the pages (RFC 3533) of all streams in the file to their ends."""
     head = data.at(0, 40)
-    expected: dict[int, int] = {}  # per stream: number of the next page
+    # Per stream: number of the next page.
+    expected: dict[int, int] = {}
     open_streams: set[int] = set()
     position = end = 0
     for position, page in _pages(data):
@@ -247,7 +250,7 @@ def _ogg(data: _Blocks) -> Finding:
 
 
 def _pages(data: _Blocks) -> Iterator[tuple[int, _Page]]:
-    """Each complete page and the byte where it starts; whatever follows the last one is left aside.
+    """Yield each complete page and the byte where it starts; whatever follows the last one is left aside.
 
     Raises:
         AudioError: there are pages after bytes that are no page.
@@ -266,7 +269,7 @@ def _pages(data: _Blocks) -> Iterator[tuple[int, _Page]]:
 
 
 def _ogg_checksum(page: bytes) -> int:
-    """Ogg's CRC is zlib's with the bits of each byte and of the result mirrored, and without inversion."""
+    """Compute Ogg's CRC: zlib's with the bits of each byte and of the result mirrored, without inversion."""
     blank = page[:22] + bytes(4) + page[26:]
     mirrored = zlib.crc32(blank.translate(_REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
     return int.from_bytes(mirrored.to_bytes(4, "little").translate(_REVERSED), "big")
@@ -284,7 +287,8 @@ _KBITS = {
     (False, 3): (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
 _RATES = (44100, 48000, 32000)
-_SAME = 0xFFFE0C00  # bits of a header that are the same in all frames: sync, version, layer, rate
+# Bits of a header that are the same in all frames: sync, version, layer, rate.
+_SAME = 0xFFFE0C00
 _TAGS = (b"ID3", b"TAG", b"APETAGEX", b"LYRICSBEGIN")
 # Most samples that a decoder drops at both ends: LAME's delay and padding (12 bits each), and its own delay.
 GAPLESS_MOST = 4095 + 4095 + 529
@@ -387,7 +391,7 @@ def _next_frame(data: _Blocks, position: int, first: _Frame) -> int | None:
 
 
 def _table(frame: bytes) -> int | None:
-    """How many frames follow, by the table of Xing and LAME or of Fraunhofer in place of the first one."""
+    """Read how many frames follow from the table of Xing and LAME or of Fraunhofer in the first frame."""
     for name in (b"Xing", b"Info"):
         place = frame.find(name)
         if 0 < place <= 40 and len(frame) >= place + 12 and frame[place + 7] & 1:

@@ -1,4 +1,4 @@
-"""A file to mono float32 samples at the model's rate, or an error naming format and remedy.
+"""Load a file as mono float32 samples at the model's rate, or raise an error naming format and remedy.
 
 Nothing is cut, padded or clipped without a word. Addresses are fetched in `download`.
 """
@@ -20,15 +20,19 @@ from mdl_toolkit.i18n import Localized
 from mdl_toolkit.model.constants import SAMPLE_RATE as SAMPLE_RATE
 from mdl_toolkit.model.lengths import MIN_SAMPLES
 
-SILENCE = 1e-4  # -80 dBFS; the dither of 16-bit files stays below -90 dBFS
-FULL_SCALE = 32767 / 32768  # the largest 16-bit sample
-CLIPPED = 3  # samples in a row at full scale; a healthy peak touches it once or twice
-RATES = range(1_000, 1_000_001)  # Hz; a rate beyond these is a damaged header, not a recording
+# -80 dBFS; the dither of 16-bit files stays below -90 dBFS.
+SILENCE = 1e-4
+# The largest 16-bit sample.
+FULL_SCALE = 32767 / 32768
+# Samples in a row at full scale; a healthy peak touches it once or twice.
+CLIPPED = 3
+# Hz; a rate beyond these is a damaged header, not a recording.
+RATES = range(1_000, 1_000_001)
 
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """A recording as the model takes it.
+    """Hold a recording as the model takes it.
 
     Attributes:
         format: name of the source's format.
@@ -57,7 +61,7 @@ class Clip:
 
 
 def load(path: str | Path, *, allow_truncated: bool = False) -> Clip:
-    """Decode a local file (rules 14 to 16).
+    """Decode a local file, mix it down to mono, resample it to 16 kHz and check it.
 
     Args:
         path: the file; its extension means nothing.
@@ -78,14 +82,18 @@ def load(path: str | Path, *, allow_truncated: bool = False) -> Clip:
     try:
         plain = io.FileIO(path)
     except (OSError, ValueError) as problem:
-        raise _unopened(problem) from problem
-    plain.name = ""  # without it, the decoders cannot go by the extension
+        reason = getattr(problem, "strerror", None) or problem
+        raise AudioError(
+            "the file cannot be opened ({reason}); correct the path or its permissions", reason=reason
+        ) from problem
+    # Without a name, the decoders cannot go by the extension.
+    plain.name = ""
     with _File(plain) as file:
         return _load(file, allow_truncated)
 
 
 class _File(io.BufferedReader):
-    """A file whose `seek` to an impossible place returns -1, as C's does.
+    """Read a file, returning -1 from a `seek` to an impossible place, as C does.
 
     Decoders try such places in damaged files, and an exception there would be printed with a traceback.
     """
@@ -95,13 +103,6 @@ class _File(io.BufferedReader):
             return super().seek(offset, whence)
         except (OSError, ValueError):
             return -1
-
-
-def _unopened(problem: OSError | ValueError) -> AudioError:
-    reason = getattr(problem, "strerror", None) or problem
-    return AudioError(
-        "the file cannot be opened ({reason}); correct the path or its permissions", reason=reason
-    )
 
 
 def _load(file: BinaryIO, allow_truncated: bool) -> Clip:

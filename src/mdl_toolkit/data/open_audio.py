@@ -1,4 +1,4 @@
-"""Rows to clips, in a worker process: addresses are fetched ahead, and what cannot be used is a problem."""
+"""Open the recordings of rows, fetching addresses ahead; what cannot be used becomes a problem of its row."""
 
 import threading
 from collections import deque
@@ -13,12 +13,13 @@ from mdl_toolkit.data.csv_reader import stamp_of
 from mdl_toolkit.data.manifest import Row
 from mdl_toolkit.errors import AudioError, RowProblem
 
-FETCHED_AHEAD = 8  # recordings that a process fetches at the same time
+# Recordings that a process fetches at the same time.
+FETCHED_AHEAD = 8
 
 
 @dataclass(frozen=True)
 class Recordings:
-    """Opens the recordings of rows.
+    """Open the recordings of rows.
 
     Attributes:
         downloads: what fetches addresses.
@@ -29,15 +30,15 @@ class Recordings:
     allow_truncated: bool
 
     def clips(self, rows: list[Row]) -> Iterator[tuple[Row, Clip | RowProblem]]:
-        """Each row with its recording, or with what is wrong with that."""
+        """Yield each row with its recording, or with what is wrong with that."""
         for row, file in self._fetched(rows):
             yield row, self._look(row, file)
 
     def _look(self, row: Row, file: "Path | _Fetch") -> Clip | RowProblem:
         try:
-            place = file.result() if isinstance(file, _Fetch) else file
-            clip = load(place, allow_truncated=self.allow_truncated)
-            if not is_url(row.audio) and _stamp(place) != row.stamp:
+            path = file.result() if isinstance(file, _Fetch) else file
+            clip = load(path, allow_truncated=self.allow_truncated)
+            if not is_url(row.audio) and _stamp(path) != row.stamp:
                 raise AudioError(
                     "the file was changed while it was being read; start again when it is complete"
                 )
@@ -46,7 +47,7 @@ class Recordings:
         return clip
 
     def _fetched(self, rows: list[Row]) -> Iterator[tuple[Row, "Path | _Fetch"]]:
-        """Each row with its file; addresses are fetched ahead, some at a time."""
+        """Yield each row with its file, fetching some addresses ahead."""
         ahead: deque[tuple[Row, Path | _Fetch]] = deque()
         for row in rows:
             ahead.append((row, _Fetch(self.downloads, row.audio) if is_url(row.audio) else Path(row.audio)))
@@ -63,7 +64,7 @@ def _stamp(file: Path) -> tuple[int, int] | None:
 
 
 class _Fetch(threading.Thread):
-    """A download under way; nobody waits for it when the process is interrupted."""
+    """Download in the background; nobody waits for it when the process is interrupted."""
 
     def __init__(self, downloads: Downloads, url: str) -> None:
         super().__init__(daemon=True)
@@ -75,11 +76,12 @@ class _Fetch(threading.Thread):
         """Fetch; see `threading.Thread`."""
         try:
             self._answer.append(self._downloads.path_of(self._url))
-        except Exception as problem:  # noqa: BLE001 - raised where the file is wanted
+        # It is raised where the file is wanted.
+        except Exception as problem:  # noqa: BLE001
             self._answer.append(problem)
 
     def result(self) -> Path:
-        """The local file.
+        """Wait for the download and return the local file.
 
         Raises:
             AudioError: it cannot be had.
