@@ -192,7 +192,7 @@ def _reading(place: Place) -> Figure:
     convert = Conversion(place, place.phrases / "train.csv", 1, base_dir=place.phrases)
     convert()
     dataset = ConvertedDataset(convert.output)
-    rows = int(np.searchsorted(np.cumsum(dataset.samples), SECONDS_READ * SAMPLE_RATE)) + 1
+    rows = int(np.searchsorted(np.cumsum(dataset.audio_lengths), SECONDS_READ * SAMPLE_RATE)) + 1
     numbers = np.concatenate([dataset[row].waveform for row in range(rows)])
     stored = pa.array([numbers[: SECONDS_READ * SAMPLE_RATE]])
 

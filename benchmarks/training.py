@@ -220,16 +220,17 @@ def _kept(folder: Path, data: ConvertedDataset) -> KeptBlocks:
     tokenizer = ChatTokenizer(read_tokenizer_files(folder))
     beginning = tokenizer.shared_prefix_length(data.tokens(row).input_ids for row in range(len(data)))
     return plan_memory(
-        folder, options, _sampling(data), data.samples, beginning, torch.device("cpu"), torch.float32
+        folder, options, _sampling(data), data.audio_lengths, beginning, torch.device("cpu"), torch.float32
     ).kept
 
 
 def _padding(data: ConvertedDataset) -> Figure:
     """Decoder positions that are padding, in batches by length and in batches at random."""
     sampler = _sampling(data)
-    ours = _share(data.positions, [sampler.rows(step) for step in range(CLIPS // BATCH)])
+    ours = _share(data.token_counts, [sampler.rows(step) for step in range(CLIPS // BATCH)])
     random = np.random.default_rng(0)
-    shares = [_share(data.positions, list(random.permutation(CLIPS).reshape(-1, BATCH))) for _ in range(100)]
+    orders = [list(random.permutation(CLIPS).reshape(-1, BATCH)) for _ in range(100)]
+    shares = [_share(data.token_counts, order) for order in orders]
     other = statistics.mean(shares)
     return Figure(
         "padding in decoder positions; other: random batches", f"{ours:.1%}", f"{other:.1%}", other / ours
@@ -256,7 +257,7 @@ def _share(positions: np.ndarray, batches: list[np.ndarray]) -> float:
 
 
 def _sampling(data: ConvertedDataset) -> BatchSampler:
-    return BatchSampler(data.positions, data.supervised, BATCH, 1, 1, 42)
+    return BatchSampler(data.token_counts, data.supervised_counts, BATCH, 1, 1, 42)
 
 
 def _named(checkpointing: bool) -> str:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mdl_toolkit.data.collate import Collator, items_of, pinned, split
+from mdl_toolkit.data.collate import Collator, items_of, pin_batch, split
 from mdl_toolkit.data.dataset import Sample
 
 LENGTHS = [(12, 9_000), (5, 16_000), (9, 3_200), (12, 4_000), (7, 33_000)]  # positions, samples
@@ -29,7 +29,7 @@ def test_a_batch_that_cannot_be_pinned_stays_as_it_is(samples, monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", fail)
     batch = Collator(7)(samples)
-    assert pinned(batch) is batch
+    assert pin_batch(batch) is batch
 
 
 def test_text_is_padded_on_the_left_and_audio_on_the_right(samples):

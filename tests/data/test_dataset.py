@@ -168,8 +168,8 @@ def assert_equal(dataset: ConvertedDataset, rows: Rows) -> None:
         np.testing.assert_array_equal(sample.waveform, waveform)
         assert sample.input_ids.dtype == sample.labels.dtype == np.int32
         assert sample.waveform.dtype == np.float32
-    assert dataset.positions.tolist() == [len(tokens.input_ids) for tokens, _ in rows]
-    assert dataset.samples.tolist() == [len(waveform) for _, waveform in rows]
+    assert dataset.token_counts.tolist() == [len(tokens.input_ids) for tokens, _ in rows]
+    assert dataset.audio_lengths.tolist() == [len(waveform) for _, waveform in rows]
 
 
 @pytest.mark.parametrize(

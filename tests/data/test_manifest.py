@@ -340,7 +340,7 @@ def test_rows_can_be_had_when_their_recordings_are_gone(folder):
     manifest = opened("audio,prediction\na.wav,x\na.wav,y\n")
     Path("a.wav").unlink()
     assert [*manifest.rows()] == []
-    assert [(row.line, row.prediction) for row in manifest.rows_unseen()] == [(2, "x"), (3, "y")]
+    assert [(row.line, row.prediction) for row in manifest.rows_unchecked()] == [(2, "x"), (3, "y")]
 
 
 def test_problems_and_rows_come_in_the_file_s_order(folder):

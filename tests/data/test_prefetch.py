@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from mdl_toolkit.data.prefetch import Loader
+from mdl_toolkit.data.prefetch import Prefetcher
 from tests.support.fleet import wait_for
 
 
@@ -43,18 +43,18 @@ def _no_thread_stays():
 def test_the_order_is_kept(threads):
     kitchen = Kitchen()
     kitchen.slow = {number: 0.02 * (number % 3 == 0) for number in range(20)}  # others overtake these
-    made = list(Loader(kitchen.make, threads).batches(range(20)))
+    made = list(Prefetcher(kitchen.make, threads).batches(range(20)))
     assert made == [f"batch {number}" for number in range(20)]
     assert sorted(kitchen.begun) == [*range(20)]
 
 
 def test_nothing_wanted_is_nothing_made():
-    assert list(Loader(Kitchen().make, 2).batches([])) == []
+    assert list(Prefetcher(Kitchen().make, 2).batches([])) == []
 
 
 @pytest.mark.parametrize("threads", [1, 4])
 def test_an_error_comes_at_its_batch(threads):
-    batches = Loader(Kitchen().make, threads).batches([0, 1, 2, "bad", 4, 5])
+    batches = Prefetcher(Kitchen().make, threads).batches([0, 1, 2, "bad", 4, 5])
     assert [next(batches) for _ in range(3)] == ["batch 0", "batch 1", "batch 2"]
     with pytest.raises(ValueError, match="bad rows"):
         next(batches)
@@ -69,7 +69,7 @@ def test_only_so_many_are_made_ahead(threads):
             asked.append(number)
             yield number
 
-    batches = Loader(kitchen.make, threads).batches(wanted())
+    batches = Prefetcher(kitchen.make, threads).batches(wanted())
     for taken in range(1, 11):
         next(batches)
         wait_for(lambda taken=taken: len(kitchen.begun) == taken + threads + 1)
@@ -81,7 +81,7 @@ def test_only_so_many_are_made_ahead(threads):
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_consumer_may_stop_early(threads):
     kitchen, before = Kitchen(), {*threading.enumerate()}
-    batches = Loader(kitchen.make, threads).batches(range(100))
+    batches = Prefetcher(kitchen.make, threads).batches(range(100))
     next(batches)
     wait_for(lambda: len(kitchen.done) >= 2)
     kitchen.hold.clear()
@@ -96,7 +96,7 @@ def test_a_consumer_may_stop_early(threads):
 
 def test_an_early_end_by_an_error_of_the_consumer():
     def consume():
-        for _ in Loader(Kitchen().make, 2).batches(range(100)):
+        for _ in Prefetcher(Kitchen().make, 2).batches(range(100)):
             raise KeyError("mine")
 
     with pytest.raises(KeyError, match="mine"):
@@ -106,7 +106,7 @@ def test_an_early_end_by_an_error_of_the_consumer():
 def test_waiting_is_counted_but_for_the_first_batch():
     kitchen = Kitchen()
     kitchen.slow = {0: 0.3, 2: 0.2}
-    loader = Loader(kitchen.make, 1)
+    loader = Prefetcher(kitchen.make, 1)
     batches = loader.batches(range(3))
     next(batches)
     assert loader.waited == 0
@@ -118,7 +118,7 @@ def test_waiting_is_counted_but_for_the_first_batch():
 def test_what_is_ready_is_not_waited_for():
     kitchen = Kitchen()
     kitchen.slow = dict.fromkeys(range(5), 0.05)
-    loader = Loader(kitchen.make, 1)
+    loader = Prefetcher(kitchen.make, 1)
     for number, _ in enumerate(loader.batches(range(5))):
         wait_for(lambda number=number: len(kitchen.done) >= min(5, number + 2))
     assert loader.waited < 0.1  # half of what making them takes

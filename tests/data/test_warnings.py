@@ -85,7 +85,7 @@ def test_answers_of_the_same_length_that_differ(tmp_path):
     """Lengths do not decide it: the ids do."""
     rows = make_rows(tmp_path / "audio", 3)
     data = convert(tmp_path, with_answers(rows, ["a", "a", "b"]))
-    assert np.ptp(data.supervised) == 0
+    assert np.ptp(data.supervised_counts) == 0
     assert not advice.warn_of_identical_answers(data)
 
 
@@ -158,7 +158,7 @@ def test_of_a_long_recording_both_ends_are_compared(tmp_path):
         soundfile.write(tmp_path / f"{number}.wav", clip, 16_000, subtype="PCM_16")
         rows.append({"audio": str(tmp_path / f"{number}.wav"), "prediction": "noise"})
     data = convert(tmp_path, rows[:1], "a"), convert(tmp_path, rows, "b")
-    assert len(data[0].stored(0)) > 2 * advice.EDGE
+    assert len(data[0].encoded_audio(0)) > 2 * advice.EDGE
     assert find_leaks(*data).same == [0]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 from transformers import GenerationConfig
 
-from mdl_toolkit.data.collate import prompts_of
+from mdl_toolkit.data.collate import collate_prompts
 from mdl_toolkit.data.dataset import Sample
 from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.inference.generate import Answerer, Question, SamplingParams, admit, embed_prompts
@@ -48,7 +48,7 @@ def questions(model, count, seed=0, longest=40):
 
 def generated(model, question, **settings):
     """What transformers answers to the row alone, an end token included."""
-    prompts = prompts_of([question.sample], 0)
+    prompts = collate_prompts([question.sample], 0)
     ids = model.generate(
         inputs_embeds=embed_prompts(model, prompts), attention_mask=torch.ones(1, prompts.lengths[0]),
         generation_config=GenerationConfig(max_new_tokens=question.budget, **settings),
@@ -150,7 +150,7 @@ def test_what_prompts_begin_with_is_computed_once(golden, name, window):
     assert ids_of(model, tokenizer, asked, 6) == apart
     # 30 words of the system prompts once, 12 of them also for the others; 41 follows each of both
     assert counts[0] == sum(positions) - 2 * 31 - 13 - 13 - 12
-    prompts, rows = prompts_of([q.sample for q in asked], 0), DecodingBatch(model.decoder)
+    prompts, rows = collate_prompts([q.sample for q in asked], 0), DecodingBatch(model.decoder)
     logits = rows.admit(embed_prompts(model, prompts), prompts.lengths, 6, 50)
     assert counts[-1] == sum(positions)
     shared = admit(DecodingBatch(model.decoder), model, prompts, 6, 50)
@@ -169,7 +169,7 @@ def test_layers_that_see_only_a_window(golden, window):
 
 
 def generated_slowly(model, question, window):
-    base = embed_prompts(model, prompts_of([question.sample], 0))
+    base = embed_prompts(model, collate_prompts([question.sample], 0))
     ids = []
     for _ in range(question.budget):
         new = torch.tensor([ids], dtype=torch.long)
@@ -230,7 +230,7 @@ def test_choices_are_scored_as_by_a_pass_over_each(golden, name, window):
     model, _ = load(golden, name, window)
     asked = [*questions(model, 3)]
     choices = [[5], [5, 6], [5, 6, 7, 8], [9, 9, 9], [400, 3]]
-    prompts = prompts_of([q.sample for q in asked], 0)
+    prompts = collate_prompts([q.sample for q in asked], 0)
     rows = DecodingBatch(model.decoder)
     with torch.inference_mode():
         logits = rows.admit(embed_prompts(model, prompts), prompts.lengths, 3, 0)
@@ -249,7 +249,7 @@ def scored_slowly(model, question, choice):
     for token in choice:
         single = DecodingBatch(model.decoder)
         with torch.inference_mode():
-            x = embed_prompts(model, prompts_of([question.sample], 0))
+            x = embed_prompts(model, collate_prompts([question.sample], 0))
             if ids:
                 x = torch.cat([x, model.decoder.model.embed_tokens(torch.tensor([ids]))], 1)
             logits = single.admit(x, [x.shape[1]], 1, 0)
@@ -265,7 +265,7 @@ def scored_slowly(model, question, choice):
 def test_weights_laid_out_once_give_the_same_answers(golden, name):
     model, tokenizer = load(golden, name)
     asked = [*questions(model, 7)]
-    prompts = prompts_of([q.sample for q in asked], 0)
+    prompts = collate_prompts([q.sample for q in asked], 0)
     plain = DecodingBatch(model.decoder).admit(embed_prompts(model, prompts), prompts.lengths, 7, 0)
     expected = ids_of(model, tokenizer, asked, 3)
     prepack(model)

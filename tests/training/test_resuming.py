@@ -354,7 +354,7 @@ def sampled_after(options, step):
     from mdl_toolkit.training.sampler import BatchSampler
 
     data = ConvertedDataset(Path(options.train_dataset))
-    sampler = BatchSampler(data.positions, data.supervised, 2, 2, 1, options.seed)
+    sampler = BatchSampler(data.token_counts, data.supervised_counts, 2, 2, 1, options.seed)
     return [int(row) for later in range(step, 60) for row in sampler.rows(later)]
 
 

@@ -34,11 +34,11 @@ class PrecomputedSample:
     samples: int
 
 
-class Readable(Protocol):
+class SampleSource(Protocol):
     """Rows that a collator takes."""
 
     @property
-    def positions(self) -> NDArray[np.int64]:
+    def token_counts(self) -> NDArray[np.int64]:
         """Positions of every row in the decoder, `[rows]`."""
 
     def __getitem__(self, index: int, /) -> Sample | PrecomputedSample:
@@ -82,7 +82,7 @@ class PromptBatch:
     lengths: list[int]
 
 
-def prompts_of(samples: Sequence[Sample | PrecomputedSample], pad_id: int) -> PromptBatch:
+def collate_prompts(samples: Sequence[Sample | PrecomputedSample], pad_id: int) -> PromptBatch:
     """Put rows together; nothing of the padding on the right is ever seen by what is before it."""
     ids = [sample.input_ids for sample in samples]
     padded = torch.from_numpy(_right(ids, np.int64, pad_id))
@@ -134,7 +134,7 @@ def items_of(batch: Batch) -> Iterator[tuple[str, Tensor]]:
     yield from batch.items()  # type: ignore[misc]
 
 
-def pinned(batch: Batch) -> Batch:
+def pin_batch(batch: Batch) -> Batch:
     """The batch in memory from which a GPU copies while it computes; where there is none left, as it is."""
     try:
         return Batch(**{name: tensor.pin_memory() for name, tensor in items_of(batch)})  # type: ignore[typeddict-item]

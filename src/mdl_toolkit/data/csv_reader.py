@@ -33,7 +33,7 @@ class Line(NamedTuple):
     cells: list[str]
 
 
-def bad(path: Path, message: Localized) -> InputError:
+def csv_error(path: Path, message: Localized) -> InputError:
     """An error that names the file."""
     return InputError("{path}: {message}.", path=path, message=message)
 
@@ -41,13 +41,13 @@ def bad(path: Path, message: Localized) -> InputError:
 # --- lines to rows -----------------------------------------------------------------------------------
 
 
-def stamp_of(status: os.stat_result) -> tuple[int, int]:
+def file_stamp(status: os.stat_result) -> tuple[int, int]:
     """Size (bytes) and time of change (ns), by which a file that was changed is recognised."""
     return status.st_size, status.st_mtime_ns
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
+def open_csv(path: Path) -> Iterator[BinaryIO]:
     """The file, open and at its start.
 
     Raises:
@@ -57,25 +57,27 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         with _open(path) as file:
             yield file
     except FileNotFoundError:
-        raise bad(path, Localized("there is no such file; correct the path")) from None
+        raise csv_error(path, Localized("there is no such file; correct the path")) from None
     except IsADirectoryError:
-        raise bad(path, Localized("this is a folder; give a CSV file")) from None
+        raise csv_error(path, Localized("this is a folder; give a CSV file")) from None
     except OSError as problem:
         reason = problem.strerror or problem
-        raise bad(path, Localized("cannot be read ({reason})", reason=reason)) from problem
+        raise csv_error(path, Localized("cannot be read ({reason})", reason=reason)) from problem
 
 
 def _open(path: Path) -> BinaryIO:
     try:
         status = path.stat()
     except ValueError as problem:
-        raise bad(path, Localized("cannot be read ({reason})", reason=problem)) from problem
+        raise csv_error(path, Localized("cannot be read ({reason})", reason=problem)) from problem
     if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
-        raise bad(path, Localized("this is a device or pipe, and it is read more than once; give a file"))
+        raise csv_error(
+            path, Localized("this is a device or pipe, and it is read more than once; give a file")
+        )
     file = path.open("rb")
     if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
         file.close()
-        raise bad(path, Localized("this is UTF-16; save it as UTF-8"))
+        raise csv_error(path, Localized("this is UTF-16; save it as UTF-8"))
     file.seek(0)
     return file
 
@@ -113,7 +115,7 @@ def _ending(file: BinaryIO) -> str:
     return "\n" if found else "\r"
 
 
-def lines_of(path: Path, file: BinaryIO) -> Generator[Line, None, None]:
+def read_lines(path: Path, file: BinaryIO) -> Generator[Line, None, None]:
     r"""The rows that are not blank, the column names first; a \r inside a row must be quoted.
 
     Raises:
@@ -142,12 +144,12 @@ def copy_rows(path: Path, target: BinaryIO, is_wanted: Callable[[int], bool]) ->
     """Copy the column names and the rows that are wanted, by the lines where they start, byte for byte.
 
     Raises:
-        InputError: see `lines_of`.
+        InputError: see `read_lines`.
     """
     with (
-        opened(path) as file,
-        closing(lines_of(path, file)) as lines,
-        opened(path) as raw,
+        open_csv(path) as file,
+        closing(read_lines(path, file)) as lines,
+        open_csv(path) as raw,
         io.TextIOWrapper(raw, "latin-1", newline=_ending(raw)) as physical,
     ):
         next(lines)
@@ -165,7 +167,7 @@ def _cells(path: Path, reader: Iterator[list[str]], text: _Text, number: int) ->
     except csv.Error as problem:
         if text.is_bad:
             raise _not_utf8(path, number, "") from problem
-        raise bad(
+        raise csv_error(
             path,
             Localized(
                 "the row that starts on line {number} is no valid CSV ({reason}); check its quotes",
@@ -196,7 +198,7 @@ def _not_utf8(path: Path, line: int, column: str) -> InputError:
         )
     else:
         reason = Localized("{where}: not UTF-8 text; save the file as UTF-8", where=where)
-    return bad(path, reason)
+    return csv_error(path, reason)
 
 
 def _decodes(path: Path, encoding: str) -> bool:
@@ -214,7 +216,7 @@ def _decodes(path: Path, encoding: str) -> bool:
 # --- columns and cells ---------------------------------------------------------------------------------
 
 
-def header_of(path: Path, lines: Iterator[Line]) -> tuple[str, ...]:
+def read_header(path: Path, lines: Iterator[Line]) -> tuple[str, ...]:
     """The column names, which are the first of the lines.
 
     Raises:
@@ -222,13 +224,13 @@ def header_of(path: Path, lines: Iterator[Line]) -> tuple[str, ...]:
     """
     header = next(lines, None)
     if header is None:
-        raise bad(path, Localized("the file is empty; a CSV starts with a line of column names"))
+        raise csv_error(path, Localized("the file is empty; a CSV starts with a line of column names"))
     return tuple(header.cells)
 
 
-def no_rows(path: Path) -> InputError:
+def no_rows_error(path: Path) -> InputError:
     """The error for a CSV of column names alone."""
-    return bad(path, Localized("there is no row below the column names; add one"))
+    return csv_error(path, Localized("there is no row below the column names; add one"))
 
 
 def check_columns(path: Path, columns: Sequence[str], needed: Sequence[str]) -> None:
@@ -246,7 +248,7 @@ def check_columns(path: Path, columns: Sequence[str], needed: Sequence[str]) -> 
     if any(NUL_MARK in name for name in columns):
         complaints.append(Localized("line 1 holds a NUL byte; remove it"))
     if complaints:
-        raise bad(path, join_messages(complaints, "{left}; {right}"))
+        raise csv_error(path, join_messages(complaints, "{left}; {right}"))
 
 
 def _missing(name: str, columns: Sequence[str]) -> Localized:

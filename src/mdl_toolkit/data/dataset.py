@@ -372,25 +372,25 @@ class ConvertedDataset:
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "record": self.record}
 
-    def stored(self, index: int) -> memoryview:
+    def encoded_audio(self, index: int) -> memoryview:
         """The bytes that hold a row's audio; they are not decoded."""
         batch, row = self._locate(index)
         return memoryview(batch.column(_SCHEMA.names.index("audio"))[row].as_buffer())
 
     @cached_property
-    def positions(self) -> NDArray[np.int64]:
+    def token_counts(self) -> NDArray[np.int64]:
         """Positions of every row in the decoder, `[rows]`."""
         counts = [batch.column(0).value_lengths().to_numpy() for batch in self._batches]
         return np.concatenate([np.zeros(0, np.int64), *counts]).astype(np.int64)
 
     @cached_property
-    def supervised(self) -> NDArray[np.int64]:
+    def supervised_counts(self) -> NDArray[np.int64]:
         """Supervised positions of every row, `[rows]`."""
         counts = [_supervised(batch.column(1)) for batch in self._batches]
         return np.concatenate([np.zeros(0, np.int64), *counts]).astype(np.int64)
 
     @cached_property
-    def samples(self) -> NDArray[np.int64]:
+    def audio_lengths(self) -> NDArray[np.int64]:
         """Audio samples of every row, `[rows]`."""
         index = _SCHEMA.names.index("audio_length")
         return np.concatenate([np.zeros(0, np.int64), *(b.column(index).to_numpy() for b in self._batches)])

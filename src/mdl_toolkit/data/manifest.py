@@ -18,15 +18,15 @@ from mdl_toolkit.audio.urls import is_url, without_credentials
 from mdl_toolkit.data.csv_reader import (
     NUL_MARK,
     Line,
-    bad,
     check_columns,
     copy_rows,
+    csv_error,
     excess,
-    header_of,
-    lines_of,
-    no_rows,
-    opened,
-    stamp_of,
+    file_stamp,
+    no_rows_error,
+    open_csv,
+    read_header,
+    read_lines,
 )  # fmt: skip
 from mdl_toolkit.errors import InputError, Problems, RowProblem
 from mdl_toolkit.i18n import Localized
@@ -112,21 +112,21 @@ class Manifest:
         """The usable rows, for those who know of the problems already."""
         return (item for item in self if isinstance(item, Row))
 
-    def rows_unseen(self) -> Iterator[Row]:
+    def rows_unchecked(self) -> Iterator[Row]:
         """The rows without a look at their recordings, which may be gone by now; they have no stamps."""
         return (item for item in self._read(lambda _: (0, 0)) if isinstance(item, Row))
 
     def _read(self, look: Callable[[Row], tuple[int, int] | Localized]) -> Iterator[Row | RowProblem]:
         reader = _Reader(self, look)
-        with opened(self.path) as file, closing(lines_of(self.path, file)) as lines:
+        with open_csv(self.path) as file, closing(read_lines(self.path, file)) as lines:
             self._check_unchanged(os.fstat(file.fileno()))
             next(lines)  # the header
             for line in lines:
                 yield from reader.read(line)
 
     def _check_unchanged(self, status: os.stat_result) -> None:
-        if stamp_of(status) != self.stamp:
-            raise bad(
+        if file_stamp(status) != self.stamp:
+            raise csv_error(
                 self.path,
                 Localized("the file was changed while it was being read; start again when it is complete"),
             )
@@ -169,7 +169,7 @@ class Manifest:
 
     def no_rows(self) -> InputError:
         """The error for a CSV of column names alone."""
-        return no_rows(self.path)
+        return no_rows_error(self.path)
 
 
 def read_manifest(
@@ -201,9 +201,9 @@ def read_manifest(
             there twice.
     """
     path = Path(path)
-    with opened(path) as file, closing(lines_of(path, file)) as lines:
-        stamp = stamp_of(os.fstat(file.fileno()))
-        columns = header_of(path, lines)
+    with open_csv(path) as file, closing(read_lines(path, file)) as lines:
+        stamp = file_stamp(os.fstat(file.fileno()))
+        columns = read_header(path, lines)
     check_columns(path, columns, (AUDIO, PREDICTION) if needs_prediction else (AUDIO,))
     defaults = Defaults(base_dir, system_prompt, user_prompt)
     return Manifest(path, columns, defaults, needs_prediction and not allow_empty_prediction, stamp)
@@ -275,7 +275,7 @@ def _look_for(row: Row) -> tuple[int, int] | Localized:
         return Localized("not found (looked for {audio}); correct the path or --base-dir", audio=row.audio)
     except OSError as problem:
         return Localized("cannot be used ({reason}); correct it", reason=problem.strerror)
-    return _file_problem(status) or stamp_of(status)
+    return _file_problem(status) or file_stamp(status)
 
 
 def _file_problem(status: os.stat_result) -> Localized | None:

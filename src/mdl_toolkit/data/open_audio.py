@@ -9,7 +9,7 @@ from pathlib import Path
 from mdl_toolkit.audio.download_cache import Downloads
 from mdl_toolkit.audio.loading import Clip, load
 from mdl_toolkit.audio.urls import is_url
-from mdl_toolkit.data.csv_reader import stamp_of
+from mdl_toolkit.data.csv_reader import file_stamp
 from mdl_toolkit.data.manifest import Row
 from mdl_toolkit.errors import AudioError, RowProblem
 
@@ -58,7 +58,7 @@ class Recordings:
 
 def _stamp(file: Path) -> tuple[int, int] | None:
     try:
-        return stamp_of(file.stat())
+        return file_stamp(file.stat())
     except OSError:
         return None
 

@@ -23,7 +23,7 @@ GPU_THREADS = 4
 
 
 @dataclass
-class Loader(Generic[Made]):
+class Prefetcher(Generic[Made]):
     """Make batches of rows, some ahead of their use.
 
     Attributes:
@@ -37,9 +37,9 @@ class Loader(Generic[Made]):
     waited: float = 0.0
 
     @staticmethod
-    def beside(device: torch.device, make: Callable[[NDArray[np.int64]], Made]) -> "Loader[Made]":
+    def for_device(device: torch.device, make: Callable[[NDArray[np.int64]], Made]) -> "Prefetcher[Made]":
         """As many threads as a device needs that computes meanwhile."""
-        return Loader(make, GPU_THREADS if device.type == "cuda" else 1)
+        return Prefetcher(make, GPU_THREADS if device.type == "cuda" else 1)
 
     def batches(self, wanted: Iterable[NDArray[np.int64]]) -> Generator[Made, None, None]:
         """The batches, in order; closing it ends the threads."""

@@ -42,8 +42,11 @@ def warn_of_long_answers(dataset: ConvertedDataset) -> bool:
     """Warn if answers have more tokens than prompts, audio apart, on average; tell whether they have."""
     if not len(dataset):
         return False
-    audio = np.fromiter(map(audio_token_count, dataset.samples.tolist()), np.int64, len(dataset))
-    answer, prompt = dataset.supervised.mean(), (dataset.positions - dataset.supervised - audio).mean()
+    audio = np.fromiter(map(audio_token_count, dataset.audio_lengths.tolist()), np.int64, len(dataset))
+    answer, prompt = (
+        dataset.supervised_counts.mean(),
+        (dataset.token_counts - dataset.supervised_counts - audio).mean(),
+    )
     if is_long := bool(answer > prompt):
         warn(
             "answers are longer than prompts: {answer:.1f} tokens to {prompt:.1f}, mean of {count} rows; "
@@ -58,7 +61,7 @@ def warn_of_long_answers(dataset: ConvertedDataset) -> bool:
 
 def warn_of_identical_answers(dataset: ConvertedDataset) -> bool:
     """Warn if all rows have one answer; tell whether they have. Reading ends with the first other one."""
-    if len(dataset) < 2 or np.ptp(dataset.supervised):
+    if len(dataset) < 2 or np.ptp(dataset.supervised_counts):
         return False
     first = _answer(dataset, 0)
     if not all(np.array_equal(first, _answer(dataset, row)) for row in range(1, len(dataset))):
@@ -118,18 +121,20 @@ def find_leaks(train_set: ConvertedDataset, eval_set: ConvertedDataset) -> Leaks
 
 def _of_common_size(dataset: ConvertedDataset, other: ConvertedDataset) -> list[int]:
     """Rows with a recording as large as one of the other dataset; no recording is read."""
-    lengths = np.intersect1d(dataset.samples, other.samples)
-    ours, theirs = (np.flatnonzero(np.isin(each.samples, lengths)).tolist() for each in (dataset, other))
+    lengths = np.intersect1d(dataset.audio_lengths, other.audio_lengths)
+    ours, theirs = (
+        np.flatnonzero(np.isin(each.audio_lengths, lengths)).tolist() for each in (dataset, other)
+    )
     sizes = {_size(other, row) for row in theirs}
     return [row for row in ours if _size(dataset, row) in sizes]
 
 
 def _size(dataset: ConvertedDataset, row: int) -> tuple[int, int]:
-    return int(dataset.samples[row]), len(dataset.stored(row))
+    return int(dataset.audio_lengths[row]), len(dataset.encoded_audio(row))
 
 
 def _digest(dataset: ConvertedDataset, row: int) -> bytes:
-    stored = dataset.stored(row)
+    stored = dataset.encoded_audio(row)
     digest = hashlib.sha256(stored[:EDGE])
     digest.update(stored[max(EDGE, len(stored) - EDGE) :])
     digest.update(repr(_size(dataset, row)).encode())

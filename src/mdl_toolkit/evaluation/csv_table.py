@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mdl_toolkit.audio.urls import without_credentials
-from mdl_toolkit.data.csv_reader import NUL_MARK, check_columns, excess, header_of, lines_of, no_rows, opened
+from mdl_toolkit.data.csv_reader import (
+    NUL_MARK,
+    check_columns,
+    excess,
+    no_rows_error,
+    open_csv,
+    read_header,
+    read_lines,
+)
 from mdl_toolkit.data.manifest import AUDIO
 from mdl_toolkit.errors import InputError, Problems
 from mdl_toolkit.i18n import Localized, join_messages
@@ -57,8 +65,8 @@ def read_table(path: str | Path, needed: Sequence[str] = ()) -> Table:
     path, problems = Path(path), Problems()
     numbers: list[int] = []
     cells: list[tuple[str, ...]] = []
-    with opened(path) as file, closing(lines_of(path, file)) as lines:
-        columns = header_of(path, lines)
+    with open_csv(path) as file, closing(read_lines(path, file)) as lines:
+        columns = read_header(path, lines)
         check_columns(path, columns, needed)
         for line in lines:
             for problem in excess(columns, line):
@@ -68,7 +76,7 @@ def read_table(path: str | Path, needed: Sequence[str] = ()) -> Table:
             cells.append((*(cell.replace(NUL_MARK, "\0") for cell in line.cells), *missing))
     problems.check(str(path))
     if not cells:
-        raise no_rows(path)
+        raise no_rows_error(path)
     return Table(path, columns, tuple(numbers), tuple(cells))
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from mdl_toolkit.data.collate import prompts_of
-from mdl_toolkit.data.csv_reader import bad
+from mdl_toolkit.data.collate import collate_prompts
+from mdl_toolkit.data.csv_reader import csv_error
 from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.inference.generate import Question, admit, base_model
@@ -28,14 +28,16 @@ def read_choices(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise bad(path, Localized("there is no such file; correct --choices")) from None
+        raise csv_error(path, Localized("there is no such file; correct --choices")) from None
     except (OSError, ValueError) as problem:
-        raise bad(path, Localized("cannot be read as UTF-8 text ({reason})", reason=problem)) from problem
+        raise csv_error(
+            path, Localized("cannot be read as UTF-8 text ({reason})", reason=problem)
+        ) from problem
     found = [line.strip() for line in text.splitlines() if line.strip()]
     if len(found) < 2:
-        raise bad(path, Localized("write at least two choices, one on each line"))
+        raise csv_error(path, Localized("write at least two choices, one on each line"))
     if twice := next((choice for choice in found if found.count(choice) > 1), None):
-        raise bad(path, Localized("the choice {twice!r} is there twice; remove one", twice=twice))
+        raise csv_error(path, Localized("the choice {twice!r} is there twice; remove one", twice=twice))
     return found
 
 
@@ -66,7 +68,7 @@ class Chooser:
         tokens = [self.tokenizer.answer_ids(choice) for choice in self.choices]
         lengths = torch.tensor([len(each) if self.by_length else 1 for each in tokens])
         while batch := [*islice(waiting, self.batch_size)]:
-            prompts = prompts_of([question.sample for question in batch], self.tokenizer.pad_id)
+            prompts = collate_prompts([question.sample for question in batch], self.tokenizer.pad_id)
             rows = DecodingBatch(model.decoder)
             logits = admit(rows, model, prompts, len(batch), 0)
             scores = rows.score(logits, tokens).cpu() / lengths

@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from mdl_toolkit.config.results import InferenceOptions
-from mdl_toolkit.data.collate import prompts_of
+from mdl_toolkit.data.collate import collate_prompts
 from mdl_toolkit.data.dataset import Sample
 from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import ModelError, UsageError
@@ -122,7 +122,9 @@ class Beams:
     @torch.inference_mode()
     def _search(self, batch: list[Question]) -> list[list[int]]:
         model = base_model(self.model)
-        embeddings = embed_prompts(model, prompts_of([each.sample for each in batch], self.tokenizer.pad_id))
+        embeddings = embed_prompts(
+            model, collate_prompts([each.sample for each in batch], self.tokenizer.pad_id)
+        )
         settings = GenerationConfig(
             do_sample=False,
             num_beams=self.beams,

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mdl_toolkit.data.collate import PrecomputedSample, PromptBatch, prompts_of
+from mdl_toolkit.data.collate import PrecomputedSample, PromptBatch, collate_prompts
 from mdl_toolkit.data.dataset import Sample
 from mdl_toolkit.data.tokenization import IGNORE_INDEX, ChatTokenizer
 from mdl_toolkit.model.decoding_batch import DecodingBatch
@@ -124,7 +124,7 @@ class Answerer:
     def _admit(self, questions: list[Question]) -> Tensor | None:
         if not questions:
             return None
-        prompts = prompts_of([question.sample for question in questions], self._tokenizer.pad_id)
+        prompts = collate_prompts([question.sample for question in questions], self._tokenizer.pad_id)
         need = max(n + question.budget for n, question in zip(prompts.lengths, questions, strict=True))
         logits = admit(self._rows, self._model, prompts, self._places, need)
         self._running += [_Answer(q.key, q.budget, self._sampling.source(q.key), []) for q in questions]

@@ -46,7 +46,7 @@ class Inputs:
     def __iter__(self) -> Iterator[tuple[Row, int | None]]:
         """Yield every row of the CSV, with its number in the dataset, or None for one without an answer."""
         numbers = {int(line): number for number, line in enumerate(self.lines)}
-        for row in self.manifest.rows_unseen():
+        for row in self.manifest.rows_unchecked():
             yield row, None if row.line in self.problems else numbers[row.line]
 
     def question(self, number: int) -> Question:
@@ -60,7 +60,7 @@ class Inputs:
             for number, line in enumerate(self.lines)
         ]
         left, size = np.flatnonzero(is_left), WINDOW * batch_size
-        lengths = self.dataset.positions
+        lengths = self.dataset.token_counts
         windows = [left[start : start + size] for start in range(0, len(left), size)]
         return np.concatenate(
             [left[:0], *(each[np.argsort(-lengths[each], kind="stable")] for each in windows)]
@@ -141,7 +141,7 @@ def open_inputs(manifest: Manifest, place: Path, options: InferenceOptions, requ
     """
     dataset, keeps_going = ConvertedDataset(place), options.on_error == KEEP
     problems = {each.line: each for each in left_out(place)} if keeps_going else {}
-    lines = [row.line for row in manifest.rows_unseen()]
+    lines = [row.line for row in manifest.rows_unchecked()]
     # Such rows cannot be written: their cells cannot be told apart.
     if wrong := [problems[line] for line in problems.keys() - {*lines}]:
         manifest.check(Problems(wrong, len(wrong)))
@@ -157,17 +157,17 @@ def open_inputs(manifest: Manifest, place: Path, options: InferenceOptions, requ
 def _budgets(dataset: ConvertedDataset, options: InferenceOptions) -> NDArray[np.int64]:
     if options.max_new_tokens is not None:
         return np.full(len(dataset), options.max_new_tokens, dtype=np.int64)
-    return options.max_length - dataset.positions
+    return options.max_length - dataset.token_counts
 
 
 def _tight(inputs: Inputs, max_length: int, required: TokenBudget) -> Iterator[RowProblem]:
     """Yield a problem for each row without room for an answer."""
     short = {
-        int(line): int(inputs.dataset.positions[n])
+        int(line): int(inputs.dataset.token_counts[n])
         for n, line in enumerate(inputs.lines)
         if inputs.budgets[n] < required.tokens
     }
-    for row in inputs.manifest.rows_unseen() if short else ():
+    for row in inputs.manifest.rows_unchecked() if short else ():
         if row.line in short:
             yield RowProblem(row.line, "audio", row.shown, required.lacking(short[row.line], max_length))
 
@@ -204,7 +204,7 @@ def with_training_prompts(manifest: Manifest, trained: Prompts) -> Manifest:
 
 def _warn_other(manifest: Manifest, kind: PromptKind, prompt: str | None) -> None:
     others = [
-        row for row in manifest.rows_unseen() if (getattr(row, kind.column) or None) != (prompt or None)
+        row for row in manifest.rows_unchecked() if (getattr(row, kind.column) or None) != (prompt or None)
     ]
     if others:
         line, theirs = others[0].line, _shown(getattr(others[0], kind.column))

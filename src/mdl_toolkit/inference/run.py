@@ -18,10 +18,10 @@ from mdl_toolkit import __version__
 from mdl_toolkit.config.results import InferenceOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, to_yaml
 from mdl_toolkit.data.convert.run import PLAN_FILE, read_rows
-from mdl_toolkit.data.csv_reader import stamp_of
+from mdl_toolkit.data.csv_reader import file_stamp
 from mdl_toolkit.data.listing import is_listing, list_recordings, write_listing
 from mdl_toolkit.data.manifest import Manifest, Row
-from mdl_toolkit.data.prefetch import Loader
+from mdl_toolkit.data.prefetch import Prefetcher
 from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.i18n import Localized
@@ -225,7 +225,8 @@ class _Inference:
         plan = (self.journal.dataset / PLAN_FILE).read_text(encoding="utf-8")
         # Which rows of the CSV are in the dataset: not all, where some could not be fetched.
         rows = [
-            hashlib.sha256(array.tobytes()).hexdigest() for array in (inputs.lines, inputs.dataset.positions)
+            hashlib.sha256(array.tobytes()).hexdigest()
+            for array in (inputs.lines, inputs.dataset.token_counts)
         ]
         values = [__version__, used, self.choices, plan, *rows, *self._weights()]
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()
@@ -238,7 +239,7 @@ class _Inference:
         return [
             (
                 fingerprint(each),
-                [(file.name, *stamp_of(file.stat())) for file in sorted(each.iterdir()) if file.is_file()],
+                [(file.name, *file_stamp(file.stat())) for file in sorted(each.iterdir()) if file.is_file()],
             )
             for each in (folder, *base)
         ]
@@ -253,7 +254,7 @@ class _Inference:
             warn_of_idle_gpus(self.world.size, self.options.COMMAND)
             engine = make_engine(self.options, tokenizer, self.choices)
             group = max(1, self.options.batch_size // JOINING)
-            loader = Loader(lambda rows: [inputs.question(int(row)) for row in rows], THREADS)
+            loader = Prefetcher(lambda rows: [inputs.question(int(row)) for row in rows], THREADS)
             groups = (mine[start : start + group] for start in range(0, len(mine), group))
             with closing(loader.batches(groups)) as batches, self.journal.writer(self.world.rank) as pen:
                 questions = (question for batch in batches for question in batch)

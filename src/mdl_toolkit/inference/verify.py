@@ -202,7 +202,7 @@ def _comparable(one: Sequence[int], other: Sequence[int]) -> int:
 
 def choose_samples(dataset: ConvertedDataset) -> list[Sample]:
     """Return a few rows of a dataset, always the same: the shortest, one at a quarter, the median."""
-    order = dataset.positions.argsort(kind="stable")
+    order = dataset.token_counts.argsort(kind="stable")
     places = sorted({0, len(order) // 4, len(order) // 2})[:ROWS]
     return [dataset[int(order[place])] for place in places]
 

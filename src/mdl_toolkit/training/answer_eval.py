@@ -43,7 +43,7 @@ class AnswerEvaluator:
         """Prepare what `--eval-metric` asks for; None without the option or without evaluation examples."""
         if options.eval_metric is None or dataset is None:
             return None
-        drawn = draw(dataset.positions, options.eval_samples, options.seed)
+        drawn = draw(dataset.token_counts, options.eval_samples, options.seed)
         return cls(dataset, drawn, drawn[world.rank :: world.size], tokenizer, METRICS[options.eval_metric])
 
     def count(self, model: Any, batch_size: int, is_stopped: Callable[[], bool]) -> tuple[float, float]:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from mdl_toolkit.config.train import TrainOptions
-from mdl_toolkit.data.collate import Batch, Readable, split
-from mdl_toolkit.data.prefetch import Loader
+from mdl_toolkit.data.collate import Batch, SampleSource, split
+from mdl_toolkit.data.prefetch import Prefetcher
 from mdl_toolkit.data.tokenization import IGNORE_INDEX
 from mdl_toolkit.evaluation.text_metrics import LOSS, Best
 from mdl_toolkit.i18n import Localized
@@ -44,7 +44,7 @@ class Evaluator:
     options: TrainOptions
     schedule: Schedule
     forward: ForwardPass
-    dataset: Readable | None
+    dataset: SampleSource | None
     answers: AnswerEvaluator | None
     world: World
     log: RunLog
@@ -120,7 +120,7 @@ class Evaluator:
         dataset, device, every = self.dataset, self.forward.device, self.options.eval_accumulation_steps
         sums = torch.zeros(2, dtype=torch.float64)
         pending = torch.zeros(2, dtype=torch.float64, device=device)
-        loader = Loader.beside(device, lambda rows: self.forward.batch(dataset, rows))
+        loader = Prefetcher.for_device(device, lambda rows: self.forward.batch(dataset, rows))
         for number, batch in enumerate(loader.batches(self._rows()), 1):
             if is_stopped():
                 break
@@ -133,7 +133,7 @@ class Evaluator:
     def _rows(self) -> Iterator[Rows]:
         """The process's share of the rows, in batches of similar length."""
         assert self.dataset is not None
-        order = (-self.dataset.positions).argsort(kind="stable")[self.world.rank :: self.world.size]
+        order = (-self.dataset.token_counts).argsort(kind="stable")[self.world.rank :: self.world.size]
         return (order[start : start + self._size] for start in range(0, len(order), self._size))
 
     def _loss(self, batch: Batch) -> Tensor:

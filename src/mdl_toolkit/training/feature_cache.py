@@ -19,7 +19,7 @@ from torch import Tensor
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.data.collate import Batch, Collator, PrecomputedSample
 from mdl_toolkit.data.dataset import ConvertedDataset
-from mdl_toolkit.data.prefetch import Loader
+from mdl_toolkit.data.prefetch import Prefetcher
 from mdl_toolkit.errors import DatasetError, InputError, UsageError
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.model import MiDashengLMConfig
@@ -76,9 +76,9 @@ class PrecomputedDataset:
     samples: Rows
 
     @property
-    def positions(self) -> NDArray[np.int64]:
+    def token_counts(self) -> NDArray[np.int64]:
         """Positions of every row in the decoder, `[rows]`."""
-        return self.dataset.positions
+        return self.dataset.token_counts
 
     def __getitem__(self, index: int) -> PrecomputedSample:
         tokens, start = self.dataset.tokens(index), self.starts[index]
@@ -154,7 +154,7 @@ class FeatureCache:
         number = next((i for i, kept in enumerate(self._datasets) if kept is dataset), None)
         if number is None:
             return dataset
-        order = (-dataset.samples).argsort(kind="stable")  # batches of similar length
+        order = (-dataset.audio_lengths).argsort(kind="stable")  # batches of similar length
         shares = [order[rank :: self._world.size] for rank in range(self._world.size)]
         files = [self._folder / f"{number}-{rank}" for rank in range(self._world.size)]
         with writing(str(self._folder), DatasetError):
@@ -169,7 +169,7 @@ class FeatureCache:
             part[rows], starts[rows] = rank, counts[rows].cumsum() - counts[rows]
         totals = [int(counts[rows].sum()) for rows in shares]
         parts = [self._mapped(file, total) for file, total in zip(files, totals, strict=True)]
-        return PrecomputedDataset(dataset, parts, part, starts, counts, dataset.samples)
+        return PrecomputedDataset(dataset, parts, part, starts, counts, dataset.audio_lengths)
 
     def _mapped(self, file: Path, tokens: int) -> Tensor:
         numbers = tokens * self._hidden
@@ -184,7 +184,7 @@ class FeatureCache:
 
     def _write(self, file: Path, dataset: ConvertedDataset, rows: Rows, model: Any) -> None:
         batches = [rows[start : start + self._batch_size] for start in range(0, len(rows), self._batch_size)]
-        loader = Loader.beside(
+        loader = Prefetcher.for_device(
             self._device, lambda wanted: Collator(0)([dataset[int(row)] for row in wanted])
         )
         with file.open("wb") as sink, progress(len(rows), "audio features") as shown:
@@ -217,4 +217,6 @@ class FeatureCache:
 
 def _counts(dataset: ConvertedDataset) -> Rows:
     """Audio tokens of every row, `[rows]`."""
-    return np.array([audio_token_count(samples) for samples in dataset.samples.tolist()], dtype=np.int64)
+    return np.array(
+        [audio_token_count(samples) for samples in dataset.audio_lengths.tolist()], dtype=np.int64
+    )

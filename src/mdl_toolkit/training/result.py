@@ -39,7 +39,7 @@ def origin_of(
 
 
 def _amount(dataset: ConvertedDataset, prefix: str) -> dict[str, float]:
-    seconds, tokens = dataset.samples / SAMPLE_RATE, dataset.positions
+    seconds, tokens = dataset.audio_lengths / SAMPLE_RATE, dataset.token_counts
     amounts: dict[str, float] = {"rows": len(dataset), "hours": float(f"{seconds.sum() / HOUR:.4g}")}
     if len(dataset):
         amounts |= {

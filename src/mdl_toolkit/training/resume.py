@@ -15,7 +15,7 @@ from mdl_toolkit.config.options import setting_of, spelling
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.config.types import NAME, PATH, Kind
 from mdl_toolkit.config.yaml import SETTINGS_FILE, read_settings
-from mdl_toolkit.data.collate import Readable
+from mdl_toolkit.data.collate import SampleSource
 from mdl_toolkit.errors import InputError, ToolkitError
 from mdl_toolkit.evaluation.text_metrics import Best
 from mdl_toolkit.i18n import Localized, join_messages
@@ -42,14 +42,14 @@ def identity_of(sampler: BatchSampler) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def judged_by(eval_set: Readable | None, answers: AnswerEvaluator | None) -> dict[str, Any] | None:
+def judged_by(eval_set: SampleSource | None, answers: AnswerEvaluator | None) -> dict[str, Any] | None:
     """What evaluations are made by, if there are any: figures of others cannot be compared with theirs."""
     if eval_set is None:
         return None
     asked = {}
     if answers is not None:
         asked = {"metric": answers.metric.name, "answers": _digest(answers.drawn)}
-    return {"rows": len(eval_set.positions), "lengths": _digest(eval_set.positions), **asked}
+    return {"rows": len(eval_set.token_counts), "lengths": _digest(eval_set.token_counts), **asked}
 
 
 def _digest(*arrays: NDArray[np.int64]) -> str:

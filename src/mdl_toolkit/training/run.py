@@ -16,7 +16,7 @@ from mdl_toolkit.audio.loading import SAMPLE_RATE
 from mdl_toolkit.config.options import spelling
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, to_yaml
-from mdl_toolkit.data.collate import Collator, Readable
+from mdl_toolkit.data.collate import Collator, SampleSource
 from mdl_toolkit.data.dataset import ConvertedDataset
 from mdl_toolkit.data.tokenization import ChatTokenizer, prefix_sample
 from mdl_toolkit.data.warnings import LossWatch, advise
@@ -184,9 +184,13 @@ def _plan(
     converted: Converted,
 ) -> _Run:
     sampler = BatchSampler(
-        train_set.positions, train_set.supervised, options.batch_size, options.gradient_accumulation_steps,
-        world.size, options.seed,
-    )  # fmt: skip
+        train_set.token_counts,
+        train_set.supervised_counts,
+        options.batch_size,
+        options.gradient_accumulation_steps,
+        world.size,
+        options.seed,
+    )
     schedule = Schedule.of(sampler.steps_per_epoch, options)
     origin = origin_of(options, base, train_set, eval_set)
     return _Run(
@@ -205,7 +209,7 @@ def _run(run: _Run) -> TrainResult:
         run.train_set.tokens(row).input_ids for row in prefix_sample(len(run.train_set))
     )
     plan = plan_memory(
-        run.base, options, run.sampler, run.train_set.samples, beginning, run.device, run.dtype
+        run.base, options, run.sampler, run.train_set.audio_lengths, beginning, run.device, run.dtype
     )
     say_memory(plan)
     done, pace = _train(run, plan.kept)
@@ -240,12 +244,12 @@ def _train(run: _Run, kept: KeptBlocks) -> tuple[Outcome, Pace]:
     cache = FeatureCache(output / PRIVATE / FEATURES, options, run.base, run.world, repeated)
     model, counts = _trainable_model(options, run.base, run.device, run.dtype)
     say_targets(counts, model)
-    rows: Readable = cache.featured(run.train_set, model)
+    rows: SampleSource = cache.featured(run.train_set, model)
     eval_rows = None if run.eval_set is None else cache.featured(run.eval_set, model)
     with progress(schedule.total, "training") as shown:
         trackers = Trackers(options, schedule.total)
         watch = LossWatch(schedule.total, schedule.warmup, options.lr)
-        log = RunLog(output, shown, trackers, run.sampler, run.train_set.samples / SAMPLE_RATE, watch)
+        log = RunLog(output, shown, trackers, run.sampler, run.train_set.audio_lengths / SAMPLE_RATE, watch)
         answers = AnswerEvaluator.of(options, run.eval_set, run.tokenizer, run.world)
         forward = ForwardPass(model, Collator(run.tokenizer.pad_id), run.device, run.dtype)
         evaluator = Evaluator(options, schedule, forward, eval_rows, answers, run.world, log)

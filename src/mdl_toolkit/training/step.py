@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdl_toolkit.data.collate import Batch, Collator, Readable, items_of, pinned
+from mdl_toolkit.data.collate import Batch, Collator, SampleSource, items_of, pin_batch
 from mdl_toolkit.training.checkpoints import Checkpoint
 from mdl_toolkit.training.sampler import Rows
 
@@ -29,10 +29,10 @@ class ForwardPass:
     device: torch.device
     dtype: torch.dtype
 
-    def batch(self, dataset: Readable, rows: Rows) -> Batch:
+    def batch(self, dataset: SampleSource, rows: Rows) -> Batch:
         """Rows of a dataset put together, ready to be copied to the device."""
         batch = self.collator([dataset[int(row)] for row in rows])
-        return pinned(batch) if self.device.type == "cuda" else batch
+        return pin_batch(batch) if self.device.type == "cuda" else batch
 
     def loss(self, batch: Batch, tokens: int) -> Tensor:
         """The sum of a batch's losses, divided by a number of supervised tokens."""

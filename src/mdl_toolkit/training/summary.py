@@ -53,7 +53,7 @@ def say_data(train_set: ConvertedDataset, eval_set: ConvertedDataset | None) -> 
 
 
 def _amount(dataset: ConvertedDataset) -> Localized:
-    rows, seconds = len(dataset), float(dataset.samples.sum()) / SAMPLE_RATE
+    rows, seconds = len(dataset), float(dataset.audio_lengths.sum()) / SAMPLE_RATE
     hours = f"{seconds / HOUR:.2f}" if seconds >= 0.1 * HOUR else f"{seconds / HOUR:.2g}"
     return Localized("{rows:,} rows, {hours} hours of audio", rows=rows, hours=hours)
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.config.yaml import to_yaml
-from mdl_toolkit.data.collate import Batch, Readable, split
-from mdl_toolkit.data.prefetch import Loader
+from mdl_toolkit.data.collate import Batch, SampleSource, split
+from mdl_toolkit.data.prefetch import Prefetcher
 from mdl_toolkit.errors import ModelError, ToolkitError
 from mdl_toolkit.evaluation.text_metrics import Best
 from mdl_toolkit.i18n import Localized
@@ -77,7 +77,7 @@ class Trainer:
     options: TrainOptions
     schedule: Schedule
     sampler: BatchSampler
-    train_set: Readable
+    train_set: SampleSource
     forward: ForwardPass
     evaluator: Evaluator
     world: World
@@ -97,7 +97,7 @@ class Trainer:
         self.resumed: Checkpoint | None = None
         self.newest: Path | None = None  # checkpoint that was saved, or resumed from
         self.best_there: int | None = None  # its step, of those that are saved
-        self.loader = Loader.beside(
+        self.loader = Prefetcher.for_device(
             self.forward.device, lambda rows: self.forward.batch(self.train_set, rows)
         )
 

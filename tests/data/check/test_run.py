@@ -305,17 +305,17 @@ def test_size_tokens_and_memory_are_those_of_conversion_and_training(run, spoilt
     record = dataset.record
     assert 0 <= record.bytes - file["disk_bytes"] < 4_000  # the schema and the heads of batches
     assert file["text"]["max"] + file["audio_tokens"]["max"] >= record.most_tokens
-    tokens = sorted((1 + n // 160) // 20 for n in dataset.samples)
+    tokens = sorted((1 + n // 160) // 20 for n in dataset.audio_lengths)
     assert file["audio_tokens"]["median"] == tokens[(len(dataset) - 1) // 2]
     options = TrainOptions(train_dataset="x", output="y", batch_size=2, lora_rank=8, num_epochs=3)
-    sampler = BatchSampler(dataset.positions, dataset.supervised, 2, 1, 1, 42)
+    sampler = BatchSampler(dataset.token_counts, dataset.supervised_counts, 2, 1, 1, 42)
     first, *others = ([*dataset.tokens(row).input_ids] for row in range(len(dataset)))
     beginning = next(place for place, word in enumerate(first) if any(row[place] != word for row in others))
     audio = read_json(Path(model) / "config.json")["audio_token_id"]
     beginning = min(beginning, first.index(audio))
     assert beginning > 10  # the system prompt among others
     gpu = torch.device("cuda")
-    plan = plan_memory(Path(model), options, sampler, dataset.samples, beginning, gpu, torch.bfloat16)
+    plan = plan_memory(Path(model), options, sampler, dataset.audio_lengths, beginning, gpu, torch.bfloat16)
     assert training["bytes"]["total"] == plan.total
     assert training["steps"] == 3 * sampler.steps_per_epoch == 3 * -(-len(dataset) // 2)
     assert training["operations"] == pytest.approx(3 * counted(Path(model), dataset, sampler), rel=0.02)

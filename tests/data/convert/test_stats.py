@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mdl_toolkit import __version__
 from mdl_toolkit.audio.loading import Clip
 from mdl_toolkit.config.data import ConvertOptions
-from mdl_toolkit.data.convert.stats import Tally, say_summary, warn_of
+from mdl_toolkit.data.convert.stats import ConversionStats, say_summary, warn_of
 from mdl_toolkit.data.dataset import Record
 from mdl_toolkit.data.manifest import Row
 from mdl_toolkit.errors import MOST_ROWS_SHOWN, Problems, RowProblem
@@ -44,26 +44,26 @@ def clip_of(samples: int, **changes: Any) -> Clip:
     return Clip("WAV", np.zeros(samples, np.float32), samples / 16_000, 16_000, 1, **{**plain, **changes})
 
 
-def tally_of(first_line: int, clips: list[tuple[Any, ...]]) -> Tally:
+def stats_of(first_line: int, clips: list[tuple[Any, ...]]) -> ConversionStats:
     """As a worker does it for a shard."""
-    tally = Tally(bytes=10 * len(clips))
+    stats = ConversionStats(bytes=10 * len(clips))
     for line, clip in enumerate(clips, start=first_line):
         samples, positions, tokens, padded, silent, clipped, cut, bad = clip
         if bad:
-            tally.problems.add(RowProblem(line, "audio", f"{line}.wav", Verbatim("bad", "坏")))
+            stats.problems.add(RowProblem(line, "audio", f"{line}.wav", Verbatim("bad", "坏")))
             continue
         reason = Verbatim("cut off", "不完整") if cut else None
         loaded = clip_of(samples, padded=padded, silent=silent, clipped=clipped, truncated=reason)
-        tally.add(row(line), loaded, positions, tokens)
-    return tally
+        stats.add(row(line), loaded, positions, tokens)
+    return stats
 
 
-def merged(tallies: list[Tally]) -> Tally:
-    def merge(total: Tally, other: Tally) -> Tally:
+def merged(tallies: list[ConversionStats]) -> ConversionStats:
+    def merge(total: ConversionStats, other: ConversionStats) -> ConversionStats:
         total.merge(other)
         return total
 
-    return reduce(merge, tallies, Tally())
+    return reduce(merge, tallies, ConversionStats())
 
 
 # --- adding up -------------------------------------------------------------------------------------------
@@ -73,8 +73,8 @@ def merged(tallies: list[Tally]) -> Tally:
 @given(clips=CLIPS, cut=st.lists(st.integers(0, 80), max_size=4), seed=st.randoms(use_true_random=False))
 def test_parts_in_any_order_make_the_whole(clips, cut, seed):
     ends = sorted({0, len(clips), *(end for end in cut if end < len(clips))})
-    parts = [tally_of(start + 2, clips[start:end]) for start, end in itertools.pairwise(ends)]
-    whole = tally_of(2, clips)
+    parts = [stats_of(start + 2, clips[start:end]) for start, end in itertools.pairwise(ends)]
+    whole = stats_of(2, clips)
     shuffled = seed.sample(parts, len(parts))
     grouped = [merged(shuffled[:2]), merged(shuffled[2:])]
     assert merged(parts) == merged(shuffled) == merged(grouped) == whole
@@ -83,40 +83,52 @@ def test_parts_in_any_order_make_the_whole(clips, cut, seed):
 @settings(max_examples=40, deadline=None)
 @given(clips=CLIPS)
 def test_counts_are_those_of_the_clips(clips):
-    tally = tally_of(2, clips)
+    stats = stats_of(2, clips)
     good = [clip for clip in clips if not clip[-1]]
     lengths = [clip[0] for clip in good]
-    assert (tally.rows, tally.samples) == (len(good), sum(lengths))
-    assert (tally.shortest, tally.longest) == (min(lengths, default=0), max(lengths, default=0))
-    assert tally.audio_tokens == sum(clip[2] for clip in good)
-    counts = (tally.padded, tally.silent, tally.clipped, tally.truncated.count)
+    assert (stats.rows, stats.samples) == (len(good), sum(lengths))
+    assert (stats.shortest, stats.longest) == (min(lengths, default=0), max(lengths, default=0))
+    assert stats.audio_tokens == sum(clip[2] for clip in good)
+    counts = (stats.padded, stats.silent, stats.clipped, stats.truncated.count)
     assert counts == tuple(sum(clip[place] for clip in good) for place in (3, 4, 5, 6))
-    assert tally.problems.count == len(clips) - len(good)
+    assert stats.problems.count == len(clips) - len(good)
     bad = [line for line, clip in enumerate(clips, start=2) if clip[-1]]
-    assert [each.line for each in tally.problems.first] == bad[:MOST_ROWS_SHOWN]
+    assert [each.line for each in stats.problems.first] == bad[:MOST_ROWS_SHOWN]
 
 
 @settings(max_examples=40, deadline=None)
 @given(clips=CLIPS)
 def test_json_brings_it_back(clips):
-    tally = tally_of(2, clips)
-    assert Tally.from_json(json.loads(json.dumps(tally.to_json()))) == tally
+    stats = stats_of(2, clips)
+    assert ConversionStats.from_json(json.loads(json.dumps(stats.to_json()))) == stats
 
 
 def test_json_does_not_grow_with_the_rows():
     clip = (3200, 20, 1, True, False, False, True, False)
-    few, many = (len(json.dumps(tally_of(2, [clip] * count).to_json())) for count in (100, 2_000))
+    few, many = (len(json.dumps(stats_of(2, [clip] * count).to_json())) for count in (100, 2_000))
     assert many < few + 100
 
 
 @pytest.mark.parametrize(
     "values",
-    [{}, [], None, {**Tally().to_json(), "more": 1}, {**Tally().to_json(), "positions": {"x": 1}},
-     {**Tally().to_json(), "positions": None}, {**Tally().to_json(), "truncated": {"count": 1}}],
-)  # fmt: skip
+    [
+        {},
+        [],
+        None,
+        *(
+            {**ConversionStats().to_json(), **other}
+            for other in (
+                {"more": 1},
+                {"positions": {"x": 1}},
+                {"positions": None},
+                {"truncated": {"count": 1}},
+            )
+        ),
+    ],
+)
 def test_other_values_are_refused(values):
     with pytest.raises((TypeError, ValueError, KeyError, AttributeError)):
-        Tally.from_json(values)
+        ConversionStats.from_json(values)
 
 
 # --- the record ------------------------------------------------------------------------------------------
@@ -124,10 +136,10 @@ def test_other_values_are_refused(values):
 
 @given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=200))
 def test_percentiles_are_numpy_s(lengths):
-    tally = Tally()
+    stats = ConversionStats()
     for line, length in enumerate(lengths):
-        tally.add(row(line), clip_of(3200), length, 1)
-    record = tally.record(FILES, OPTIONS)
+        stats.add(row(line), clip_of(3200), length, 1)
+    record = stats.record(FILES, OPTIONS)
     expected = np.percentile(lengths, [50, 95, 100], method="inverted_cdf").tolist()
     assert [record.median_tokens, record.p95_tokens, record.most_tokens] == expected
     assert record.text_tokens + record.audio_tokens == sum(lengths)
@@ -138,7 +150,7 @@ def test_the_record():
         (16_000, 30, 5, False, False, True, False, False),
         (3_200, 12, 1, True, True, False, True, False),
     ]
-    assert tally_of(2, clips).record(FILES, OPTIONS) == Record(
+    assert stats_of(2, clips).record(FILES, OPTIONS) == Record(
         tokenizer=FILES.tokenizer_fingerprint, chat_template=FILES.template_fingerprint,
         system_prompt="Kurz.", user_prompt=None, rows=2, seconds=1.2, shortest_seconds=0.2,
         longest_seconds=1.0, text_tokens=36, audio_tokens=6, median_tokens=12, p95_tokens=30,
@@ -200,17 +212,17 @@ WARNINGS = {
 def test_the_warnings(monkeypatch, capsys, language):
     monkeypatch.setenv("LANGUAGE", language)
     problem = RowProblem(3, "audio", "a.wav", Verbatim("cut off", "不完整"))
-    warn_of(Tally(padded=4, silent=5, clipped=6, truncated=Problems([problem], 71)))
+    warn_of(ConversionStats(padded=4, silent=5, clipped=6, truncated=Problems([problem], 71)))
     assert capsys.readouterr().err == WARNINGS[language]
 
 
 def test_nothing_to_warn_of(capsys):
-    warn_of(Tally(rows=9))
+    warn_of(ConversionStats(rows=9))
     assert capsys.readouterr().err == ""
 
 
 def test_a_cut_off_address_shows_no_password():
     one = replace(row(3), audio_text="https://me:secret@host/a.wav")
-    tally = Tally()
-    tally.add(one, clip_of(3200, truncated=Verbatim("cut off", "不完整")), 10, 1)
-    assert tally.truncated.first[0].value == "https://host/a.wav"
+    stats = ConversionStats()
+    stats.add(one, clip_of(3200, truncated=Verbatim("cut off", "不完整")), 10, 1)
+    assert stats.truncated.first[0].value == "https://host/a.wav"

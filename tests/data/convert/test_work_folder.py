@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from mdl_toolkit.data.convert.plan import Plan, Shard
-from mdl_toolkit.data.convert.stats import Tally
+from mdl_toolkit.data.convert.stats import ConversionStats
 from mdl_toolkit.data.convert.work_folder import WorkFolder
 from mdl_toolkit.data.dataset import shard_name
 from mdl_toolkit.errors import DatasetError, InputError, Problems
@@ -92,7 +92,7 @@ def partial(output) -> Path:
 def commit(work: WorkFolder, shard: Shard, content: bytes = b"0123456789") -> None:
     file = work.file_to_write()
     file.write_bytes(content)
-    work.commit(shard, file, Tally(rows=shard.rows, bytes=len(content)))
+    work.commit(shard, file, ConversionStats(rows=shard.rows, bytes=len(content)))
 
 
 def fill(output: Path, *shards: Shard) -> None:
@@ -201,7 +201,7 @@ def test_finished_shards_are_known_again(output, partial):
     fill(output, SHARDS[0], SHARDS[2])
     with WorkFolder(output) as work:
         assert work.begin(PLAN) == 10
-        assert work.entry(SHARDS[0]).tally == Tally(rows=4, bytes=10)
+        assert work.entry(SHARDS[0]).stats == ConversionStats(rows=4, bytes=10)
         assert work.entry(SHARDS[1]) is None
         assert not work.claim(SHARDS[2])
         assert work.finished(PLAN) == 10
@@ -234,7 +234,7 @@ def test_another_number_of_shards_makes_all_stale(output, partial):
     assert files_below(partial / "dataset") == set()
 
 
-GOOD = {"fingerprint": "a", "tally": Tally(rows=4, bytes=10).to_json(), "is_stored": True}
+GOOD = {"fingerprint": "a", "tally": ConversionStats(rows=4, bytes=10).to_json(), "is_stored": True}
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_a_file_of_another_size_does_not_count(output, partial, size):
 def test_a_shard_that_was_given_up_counts_for_this_run_only(output):
     with WorkFolder(output) as work:
         work.begin(PLAN)
-        work.commit(SHARDS[0], work.file_to_write(), Tally())
+        work.commit(SHARDS[0], work.file_to_write(), ConversionStats())
         assert not work.entry(SHARDS[0]).is_stored
         assert not work.claim(SHARDS[0])
         assert work.finished(PLAN) == 0

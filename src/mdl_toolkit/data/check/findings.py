@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdl_toolkit.audio.loading import SAMPLE_RATE
-from mdl_toolkit.data.check.rows import FACTS, FLAGS, Facts, Inspected, digest, prompts_of
+from mdl_toolkit.data.check.rows import FACTS, FLAGS, Facts, Inspected, digest, prompt_texts
 from mdl_toolkit.data.manifest import Row
 from mdl_toolkit.errors import Problems, RowProblem
 from mdl_toolkit.model.lengths import audio_token_count
@@ -71,7 +71,7 @@ class Findings:
 
     def see(self, row: Row) -> None:
         """Note the words of a row; rows come in their order."""
-        self._prompts.see(digest(*prompts_of(row)), " | ".join(filter(None, prompts_of(row))))
+        self._prompts.see(digest(*prompt_texts(row)), " | ".join(filter(None, prompt_texts(row))))
         if row.prediction is not None:
             self._answers.see(digest(row.prediction), row.prediction)
 

@@ -114,7 +114,7 @@ class Inspection:
             return RowProblem(row.line, "audio", row.shown, too_long(audio + text, self.limit))
         packed = pack_audio(clip.samples)
         return (
-            row.line, digest(packed.data, str(packed.scale), str(packed.length)), digest(*prompts_of(row)),
+            row.line, digest(packed.data, str(packed.scale), str(packed.length)), digest(*prompt_texts(row)),
             digest(row.prediction or ""), packed.length, text, supervised, len(packed.data),
             clip.full_scale, _flags(row, clip),
         )  # fmt: skip
@@ -123,7 +123,7 @@ class Inspection:
         """How much of a row is no audio, and how much of that is learnt."""
         answer = row.prediction or "" if self.with_answer else ""
         if self.tokenizer is None:
-            return len("".join(prompts_of(row))) + len(answer), len(answer)
+            return len("".join(prompt_texts(row))) + len(answer), len(answer)
         tokens = self.tokenizer.encode_row(row, audio, with_answer=self.with_answer)
         return len(tokens.input_ids) - audio, int(np.count_nonzero(tokens.labels != IGNORE_INDEX))
 
@@ -138,7 +138,7 @@ def too_long(length: int, limit: int) -> Localized:
     )
 
 
-def prompts_of(row: Row) -> tuple[str, str]:
+def prompt_texts(row: Row) -> tuple[str, str]:
     """System and user prompt, empty where there is none."""
     return row.system_prompt or "", row.user_prompt or ""
 
@@ -169,7 +169,7 @@ def _flags(row: Row, clip: Clip) -> int:
         "empty_answer": answer == "",
         "number_answer": answer is not None and looks_mangled(answer),
         "space_answer": answer is not None and answer != answer.strip(),
-        "space_prompt": any(prompt != prompt.strip() for prompt in prompts_of(row)),
+        "space_prompt": any(prompt != prompt.strip() for prompt in prompt_texts(row)),
     }
     return sum(FLAGS[name] for name, holds in held.items() if holds)
 

@@ -138,7 +138,7 @@ def _look_at(manifest: Manifest, number: int, task: Inspection, options: CheckOp
         InputError: there is no row in it, or it is no CSV from some line on.
     """
     role = "inference" if options.for_inference else "evaluation" if number else "training"
-    found, rows = Findings(str(manifest.path), role), sum(1 for _ in manifest.rows_unseen())
+    found, rows = Findings(str(manifest.path), role), sum(1 for _ in manifest.rows_unchecked())
     workers = options.num_workers or default_workers() if rows >= FEW_ROWS else 1
     with progress(rows, "checking") as shown:
         jobs = _jobs(manifest, found)

@@ -23,7 +23,7 @@ from mdl_toolkit.audio.urls import is_url
 from mdl_toolkit.config.data import ConversionOptions, ConvertOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, to_yaml
 from mdl_toolkit.data.convert.plan import Plan, Shard, rows_of, survey
-from mdl_toolkit.data.convert.stats import Tally, say_summary, warn_of
+from mdl_toolkit.data.convert.stats import ConversionStats, say_summary, warn_of
 from mdl_toolkit.data.convert.work_folder import WorkFolder
 from mdl_toolkit.data.convert.worker import Job, ShardTask, Step
 from mdl_toolkit.data.dataset import FORMAT, ConvertedDataset, Record, check_output, write_metadata
@@ -248,14 +248,14 @@ class _Run:
             if not self._convert(lambda _: True):
                 self._wait(len(left))
         self._see_others_off()
-        tally = self._tally()
-        record = tally.record(self.tokenizer.files, self.options)
+        stats = self._total()
+        record = stats.record(self.tokenizer.files, self.options)
         write_metadata(self.work.dataset, len(self.plan.shards), record)
         with writing(str(self.work.dataset), DatasetError):
-            for name, text in {**beside, **self._left_out(tally)}.items():
+            for name, text in {**beside, **self._left_out(stats)}.items():
                 (self.work.dataset / name).write_text(text, encoding="utf-8")
         self.work.finish()
-        warn_of(tally, is_list=self.manifest.listed is not None)
+        warn_of(stats, is_list=self.manifest.listed is not None)
         return record
 
     def help(self) -> None:
@@ -310,9 +310,9 @@ class _Run:
                 if isinstance(message, Step):
                     shown.add(message)
                     continue
-                is_bad = message.tally.problems.count > 0 and not self.keeps_going
+                is_bad = message.stats.problems.count > 0 and not self.keeps_going
                 self.is_spoilt = self.is_spoilt or is_bad
-                self.work.commit(message.shard, message.file, message.tally)
+                self.work.commit(message.shard, message.file, message.stats)
                 done += 1
         return done
 
@@ -345,7 +345,7 @@ class _Run:
         self.is_waiting = True
         time.sleep(POLL)
 
-    def _tally(self) -> Tally:
+    def _total(self) -> ConversionStats:
         """All counts together.
 
         Raises:
@@ -353,10 +353,10 @@ class _Run:
             DatasetError: finished shards are not there any more.
         """
         most = None if self.keeps_going else MOST_ROWS_SHOWN
-        total = Tally(problems=Problems(most=most))
+        total = ConversionStats(problems=Problems(most=most))
         for shard in self.plan.shards:
             if entry := self.work.entry(shard):
-                total.merge(entry.tally)
+                total.merge(entry.stats)
         total.problems.merge(self.plan.problems)
         if not self.keeps_going:
             self.manifest.check(total.problems)
@@ -366,10 +366,10 @@ class _Run:
             )
         return total
 
-    def _left_out(self, tally: Tally) -> dict[str, str]:
+    def _left_out(self, stats: ConversionStats) -> dict[str, str]:
         if not self.keeps_going:
             return {}
-        return {LEFT_OUT_FILE: json.dumps([problem.to_json() for problem in tally.problems.first])}
+        return {LEFT_OUT_FILE: json.dumps([problem.to_json() for problem in stats.problems.first])}
 
     def _see_others_off(self) -> None:
         """Let the other ranks see that all is done, before what they look at is removed."""

@@ -22,7 +22,7 @@ DIFFERENT = 2  # prompts: as many as it takes to know that they are not all the 
 
 
 @dataclass
-class Tally:
+class ConversionStats:
     """Counts of some rows.
 
     Attributes:
@@ -60,7 +60,7 @@ class Tally:
     def add(self, row: Row, clip: Clip, positions: int, audio_tokens: int) -> None:
         """Count one row."""
         length = len(clip.samples)
-        one = Tally(
+        one = ConversionStats(
             1, length, length, length, audio_tokens, {positions: 1}, [row.system_prompt or None],
             [row.user_prompt or None], clip.padded, clip.silent, clip.clipped,
         )  # fmt: skip
@@ -68,7 +68,7 @@ class Tally:
             one.truncated.add(RowProblem(row.line, "audio", row.shown, clip.truncated))
         self.merge(one)
 
-    def merge(self, other: "Tally") -> None:
+    def merge(self, other: "ConversionStats") -> None:
         """Add the counts of other rows."""
         self.shortest = min(self.shortest or other.shortest, other.shortest or self.shortest)
         self.longest = max(self.longest, other.longest)
@@ -126,7 +126,7 @@ class Tally:
         return {**asdict(self), "truncated": self.truncated.to_json(), "problems": self.problems.to_json()}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Tally":
+    def from_json(cls, values: dict[str, Any]) -> "ConversionStats":
         """What `to_json` made.
 
         Raises:
@@ -150,9 +150,9 @@ def _problems(values: dict[str, Any]) -> Problems:
 # --- told to the user ----------------------------------------------------------------------------------
 
 
-def warn_of(tally: Tally, *, is_list: bool = False) -> None:
+def warn_of(stats: ConversionStats, *, is_list: bool = False) -> None:
     """Say what a user should know of the recordings; of a list of files nobody has seen the lines."""
-    for each in tally.truncated.first:
+    for each in stats.truncated.first:
         if is_list:
             warn("{recording}: {reason}", recording=each.value, reason=each.reason)
         else:
@@ -162,15 +162,15 @@ def warn_of(tally: Tally, *, is_list: bool = False) -> None:
                 recording=each.value,
                 reason=each.reason,
             )
-    more = tally.truncated.count - len(tally.truncated.first)
+    more = stats.truncated.count - len(stats.truncated.first)
     if more:
         warn("{more} more recordings were cut off", more=more)
-    if tally.padded:
-        warn("{padded} clips are shorter than 0.2 s and were padded to one audio token", padded=tally.padded)
-    if tally.silent:
-        warn("{silent} clips are silent", silent=tally.silent)
-    if tally.clipped:
-        warn("{clipped} clips are clipped (recorded too loud)", clipped=tally.clipped)
+    if stats.padded:
+        warn("{padded} clips are shorter than 0.2 s and were padded to one audio token", padded=stats.padded)
+    if stats.silent:
+        warn("{silent} clips are silent", silent=stats.silent)
+    if stats.clipped:
+        warn("{clipped} clips are clipped (recorded too loud)", clipped=stats.clipped)
 
 
 def say_summary(output: Path, record: Record) -> None:

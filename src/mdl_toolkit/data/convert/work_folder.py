@@ -25,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 
 from mdl_toolkit.data.convert.plan import Plan, Shard
-from mdl_toolkit.data.convert.stats import Tally
+from mdl_toolkit.data.convert.stats import ConversionStats
 from mdl_toolkit.data.dataset import shard_name
 from mdl_toolkit.errors import DatasetError, InputError
 from mdl_toolkit.utils.console import say
@@ -43,12 +43,12 @@ class Entry:
 
     Attributes:
         fingerprint: the shard's in the plan.
-        tally: its counts, problems included.
+        stats: its counts, problems included.
         is_stored: the shard's file is there; not so if a row of it, or of another shard, had a problem.
     """
 
     fingerprint: str
-    tally: Tally
+    stats: ConversionStats
     is_stored: bool
 
 
@@ -161,7 +161,9 @@ class WorkFolder:
         """What the journal says of a shard; None if it is not finished."""
         try:
             values = json.loads((self._entries / f"{shard.number}.json").read_text(encoding="utf-8"))
-            entry = Entry(values["fingerprint"], Tally.from_json(values["tally"]), values["is_stored"])
+            entry = Entry(
+                values["fingerprint"], ConversionStats.from_json(values["tally"]), values["is_stored"]
+            )
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
         return entry if entry.fingerprint == shard.fingerprint else None
@@ -170,14 +172,14 @@ class WorkFolder:
         """A new name for a file that may become a shard."""
         return self._writing / f"{secrets.token_hex(8)}.arrow"
 
-    def commit(self, shard: Shard, file: Path, tally: Tally) -> None:
+    def commit(self, shard: Shard, file: Path, stats: ConversionStats) -> None:
         """Write down that a shard is finished; `file` is its content, or not there if that was given up."""
         is_stored = file.exists()
         with writing(str(self.dataset), DatasetError):
             if is_stored:
                 file.replace(self._shard(shard))
                 fsync(self.dataset)
-            entry = {"fingerprint": shard.fingerprint, "tally": tally.to_json(), "is_stored": is_stored}
+            entry = {"fingerprint": shard.fingerprint, "tally": stats.to_json(), "is_stored": is_stored}
             write_text(self._entries / f"{shard.number}.json", json.dumps(entry))
         self._locks.release(_RANKS + shard.number)
 
@@ -187,7 +189,7 @@ class WorkFolder:
     def _is_good(self, shard: Shard) -> bool:
         entry, file = self.entry(shard), self._shard(shard)
         return entry is not None and entry.is_stored and file.is_file() and (
-            file.stat().st_size == entry.tally.bytes
+            file.stat().st_size == entry.stats.bytes
         )  # fmt: skip
 
     def finished(self, plan: Plan) -> int:

@@ -9,7 +9,7 @@ from mdl_toolkit.audio.download_cache import Downloads
 from mdl_toolkit.audio.flac import pack_audio
 from mdl_toolkit.audio.loading import Clip
 from mdl_toolkit.data.convert.plan import Shard
-from mdl_toolkit.data.convert.stats import Tally
+from mdl_toolkit.data.convert.stats import ConversionStats
 from mdl_toolkit.data.dataset import ShardWriter
 from mdl_toolkit.data.manifest import Row
 from mdl_toolkit.data.open_audio import Recordings
@@ -49,7 +49,7 @@ class Finished:
 
     shard: Shard
     file: Path
-    tally: Tally
+    stats: ConversionStats
 
 
 @dataclass(frozen=True)
@@ -74,28 +74,28 @@ class ShardTask:
 
     def __call__(self, job: Job) -> Iterator[Step | Finished]:
         """Convert the shard, and report."""
-        tally = Tally(problems=Problems(most=None if self.keeps_going else MOST_ROWS_SHOWN))
+        stats = ConversionStats(problems=Problems(most=None if self.keeps_going else MOST_ROWS_SHOWN))
         writer = None if job.is_check else ShardWriter(job.file)
-        clips = self._clips(job.rows, tally)
+        clips = self._clips(job.rows, stats)
         while group := list(itertools.islice(clips, self.rows_per_step)):
             for row, clip in group:
                 if clip is not None and writer is not None:
-                    self._store(row, clip, writer, tally)
-            if tally.problems.count and writer is not None and not self.keeps_going:
+                    self._store(row, clip, writer, stats)
+            if stats.problems.count and writer is not None and not self.keeps_going:
                 writer.discard()
                 writer = None
             yield Step(len(group), sum(len(clip.samples) for _, clip in group if clip is not None))
-        tally.bytes = 0 if writer is None else writer.close()
-        yield Finished(job.shard, job.file, tally)
+        stats.bytes = 0 if writer is None else writer.close()
+        yield Finished(job.shard, job.file, stats)
 
-    def _clips(self, rows: list[Row], tally: Tally) -> Iterator[tuple[Row, Clip | None]]:
+    def _clips(self, rows: list[Row], stats: ConversionStats) -> Iterator[tuple[Row, Clip | None]]:
         for row, found in Recordings(self.downloads, self.allow_truncated).clips(rows):
             if isinstance(found, RowProblem):
-                tally.problems.add(found)
+                stats.problems.add(found)
             yield row, None if isinstance(found, RowProblem) else found
 
-    def _store(self, row: Row, clip: Clip, writer: ShardWriter, tally: Tally) -> None:
+    def _store(self, row: Row, clip: Clip, writer: ShardWriter, stats: ConversionStats) -> None:
         count = audio_token_count(len(clip.samples))
         tokens = self.tokenizer.encode_row(row, count, with_answer=self.with_answer)
         writer.append(tokens, pack_audio(clip.samples))
-        tally.add(row, clip, len(tokens.input_ids), count)
+        stats.add(row, clip, len(tokens.input_ids), count)
