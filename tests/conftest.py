@@ -2,11 +2,13 @@
 
 import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.paths import GOLDEN, ROOT
+from tests.support.server import FileServer
 
 os.environ.update(
     HF_HUB_OFFLINE="1",
@@ -52,3 +54,12 @@ def losses(monkeypatch: pytest.MonkeyPatch) -> list[float | tuple[float, float]]
 
     monkeypatch.setattr(Evaluator, "record", recorded)
     return wanted
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
+    """Serve files on this machine as long as the test runs."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    served = FileServer()
+    yield served
+    served.close()

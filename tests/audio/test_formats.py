@@ -14,8 +14,8 @@ import soxr
 from mdl_toolkit.audio.decoders import decode
 from mdl_toolkit.audio.integrity import examine
 from mdl_toolkit.audio.loading import SAMPLE_RATE, Clip, load
-from tests.audio.test_integrity import crc
 from tests.support import recordings
+from tests.support.ogg import crc
 from tests.support.paths import DOCS
 from tests.support.recordings import by_ffmpeg, by_soundfile, recording, save
 

@@ -10,6 +10,7 @@ import pytest
 
 from mdl_toolkit.audio.integrity import Finding, examine
 from mdl_toolkit.errors import AudioError
+from tests.support.ogg import crc
 from tests.support.recordings import by_ffmpeg, by_soundfile, pcm_wav, sound
 
 WHOLE = Finding()
@@ -117,16 +118,6 @@ def test_headers_that_break_off(magic):
 
 
 # --- Ogg -------------------------------------------------------------------------------------------------
-
-
-def crc(page: bytes) -> int:
-    """RFC 3533, appendix: polynomial 0x04C11DB7, no reflection, start and end at 0; bit by bit."""
-    value = 0
-    for byte in page:
-        value ^= byte << 24
-        for _ in range(8):
-            value = (value << 1 ^ (0x04C11DB7 if value & 0x80000000 else 0)) & 0xFFFFFFFF
-    return value
 
 
 def page(stream: int, number: int, flags: int = 0, body: bytes = b"sound") -> bytes:

@@ -14,8 +14,8 @@ import soxr
 from mdl_toolkit.audio.loading import MIN_SAMPLES, SAMPLE_RATE, Clip, load
 from mdl_toolkit.errors import AudioError
 from mdl_toolkit.model.lengths import HOP_LENGTH, PATCH_STRIDE, SUBSAMPLE_FACTOR
-from tests.docs.test_chinese import wrong_in
 from tests.support import recordings
+from tests.support.chinese import wrong_in
 from tests.support.recordings import by_ffmpeg, by_soundfile, pcm_wav, recording, save, sound
 
 SIXTEEN = np.random.default_rng(0).integers(-32768, 32768, 8000).astype(np.int16)

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from mdl_toolkit.data.prefetch import Prefetcher
-from tests.support.fleet import wait_for
+from tests.support.processes import wait_for
 
 
 class Kitchen:

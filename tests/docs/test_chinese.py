@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.chinese import wrong_in
 from tests.support.paths import ROOT
 
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 PAGES = sorted([*(ROOT / "docs").glob("*.zh.md"), ROOT / "README.zh.md"])
-BESIDE = re.compile(r"(?:[\u4e00-\u9fff][A-Za-z0-9]|[A-Za-z0-9][\u4e00-\u9fff])")
 # What is put in for a placeholder is taken for Latin, unless its name says that it is Chinese.
 IS_CHINESE = re.compile(r"\bzh\b|_zh\b")
 MARKS = {"begin", "end"}  # colours of a terminal, or brackets
@@ -19,10 +19,6 @@ CODE, LINK = re.compile(r"`[^`]*`"), re.compile(r"\[([^\]]*)\]\([^)]*\)")
 
 def names(paths: list[Path]) -> list[str]:
     return [path.relative_to(ROOT).as_posix() for path in paths]
-
-
-def wrong_in(text: str) -> list[str]:
-    return [text[max(0, found.start() - 10) : found.end() + 10] for found in BESIDE.finditer(text)]
 
 
 def literals(source: str) -> list[str]:

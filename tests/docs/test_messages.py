@@ -11,7 +11,7 @@ import pytest
 
 from mdl_toolkit.errors import InputError, RowProblem, RowsError
 from mdl_toolkit.i18n import Localized, Verbatim, join_messages
-from tests.docs.test_chinese import wrong_in
+from tests.support.chinese import wrong_in
 from tests.support.messages import MO, PO, SOURCE, TAKES, extracted, translated, written
 
 PATHS = [path for path in sorted(SOURCE.rglob("*.py")) if path.name != "i18n.py"]

@@ -20,6 +20,7 @@ from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.weights.loading import load_model
 from mdl_toolkit.weights.resolve import find_model
 from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
+from tests.support.scoring import scored_slowly
 from tests.support.waves import wave
 
 GREEDY = SamplingParams()
@@ -242,20 +243,6 @@ def test_choices_are_scored_as_by_a_pass_over_each(golden, name, window):
             assert scores[number, place].item() == pytest.approx(
                 scored_slowly(model, question, choice), abs=2e-4
             )
-
-
-def scored_slowly(model, question, choice):
-    total, ids = 0.0, []
-    for token in choice:
-        single = DecodingBatch(model.decoder)
-        with torch.inference_mode():
-            x = embed_prompts(model, collate_prompts([question.sample], 0))
-            if ids:
-                x = torch.cat([x, model.decoder.model.embed_tokens(torch.tensor([ids]))], 1)
-            logits = single.admit(x, [x.shape[1]], 1, 0)
-        total += logits[0].log_softmax(-1)[token].item()
-        ids.append(token)
-    return total
 
 
 # --- weights laid out once ---------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from mdl_toolkit.inference.run import infer
 from mdl_toolkit.training.run import train
 from tests.support.fleet import fleet, slowly, start_ranks
 from tests.support.runs import copy_checkpoint, files_below, make_csv, make_rows, train_options, write_csv
+from tests.support.scoring import scored_slowly
 
 
 @pytest.fixture
@@ -568,7 +569,6 @@ def test_choices_are_those_a_plain_loop_finds_best(model, tmp_path, by_length):
     from mdl_toolkit.inference.generate import Question
     from mdl_toolkit.weights.loading import load_model
     from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
-    from tests.inference.test_generate import scored_slowly
 
     texts = ["rain", "a dog that barks and barks", "click", "狗在叫"]
     (tmp_path / "choices.txt").write_text("\n".join([*texts, "", " "]), encoding="utf-8-sig")

@@ -19,9 +19,9 @@ from mdl_toolkit.weights import merge as export
 from mdl_toolkit.weights.merge import merge
 from mdl_toolkit.weights.provenance import Prompts
 from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
+from tests.support.adapters import make_adapter
 from tests.support.runs import copy_checkpoint, files_below, make_csv, train_options
-from tests.support.shards_of import tensors_of
-from tests.weights.test_merge import make_adapter
+from tests.support.weight_files import tensors_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LINE = re.compile(r"largest logit difference (\S+) \(allowed (\S+), largest logit (\S+)\), (\d) of 3 greedy")

@@ -8,7 +8,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm, app
 from mdl_toolkit.model import modeling
 from mdl_toolkit.model import packed_decoder as packed
 from mdl_toolkit.training.gradient_checkpointing import is_again, recompute
-from tests.training.test_lora_layer import (
+from tests.support.lora_models import (
     CHECKPOINTS,
     CHOICES,
     adapted,

@@ -21,8 +21,9 @@ from pathlib import Path
 from random import Random
 
 from tests.stress.files import Files, check_same, listing, write_listing
-from tests.stress.inputs import MODEL, make_csv, write_csv
+from tests.stress.inputs import make_csv, write_csv
 from tests.stress.processes import FailedError, Run, say
+from tests.support.paths import MODEL
 
 PHRASES = 175  # recordings; some odd ones come on top
 OUT, WORK = "out", ".out.partial"

@@ -22,10 +22,11 @@ from typing import Any
 from mdl_toolkit.data.convert import plan
 from mdl_toolkit.inference import run as inference
 from tests.stress.files import Files, check_same, listing
-from tests.stress.inputs import MODEL, make_csv
+from tests.stress.inputs import make_csv
 from tests.stress.processes import FailedError
 from tests.stress.tries import INTERRUPTED, LOST, Attempt, Try, begin, main
 from tests.support.fleet import Job
+from tests.support.paths import MODEL
 
 PHRASES, BATCH = 20, 3  # recordings (some odd ones come on top), and rows at once
 ROWS = 5  # in a shard of the conversion

@@ -14,11 +14,11 @@ from pathlib import Path
 from mdl_toolkit.config.results import MergeOptions
 from mdl_toolkit.training.merge import merge_adapter
 from tests.stress.files import Files, check_same, listing, write_listing
-from tests.stress.inputs import MODEL
 from tests.stress.processes import FailedError
 from tests.stress.tries import OUT, Attempt, Try, main
-from tests.support.adapted import adapted
-from tests.support.shards_of import reshard
+from tests.support.adapters import adapted
+from tests.support.paths import MODEL
+from tests.support.weight_files import reshard
 
 
 class Merging(Attempt):

@@ -14,9 +14,10 @@ from pathlib import Path
 from mdl_toolkit.training.checkpoints import checkpoints, damage
 from mdl_toolkit.utils.run_folder import read_log
 from tests.stress.files import Files, check_same, listing
-from tests.stress.inputs import MODEL, make_csv
+from tests.stress.inputs import make_csv
 from tests.stress.processes import FailedError
 from tests.stress.tries import OUT, Attempt, main
+from tests.support.paths import MODEL
 
 PHRASES, ANSWERED = 9, 4  # recordings to learn (some odd ones come on top) and to be evaluated on
 TIMES = {"elapsed", "waited"}  # in the log: never the same

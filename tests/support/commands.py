@@ -35,19 +35,11 @@ from mdl_toolkit.data.convert import plan
 from mdl_toolkit.data.convert import run as conversion
 from mdl_toolkit.data.convert.work_folder import WorkFolder
 from tests.support.paths import MODEL
+from tests.support.processes import children, wait_for
 from tests.support.runs import make_rows, write_csv
 
 ROWS, ROWS_PER_SHARD, SHARDS = 24, 4, 6
 PATIENCE = 60  # seconds; everything here takes one or two
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = PATIENCE) -> Any:
-    """What the condition gives, as soon as it is true."""
-    ends = time.monotonic() + seconds
-    while not (answer := condition()):
-        assert time.monotonic() < ends, "it does not happen"
-        time.sleep(0.01)
-    return answer
 
 
 # --- rows and data ---------------------------------------------------------------------------------------
@@ -164,32 +156,11 @@ def killing_all() -> Iterator[Callable[..., Command]]:
             command.process.communicate(timeout=PATIENCE)
 
 
-def children(pid: int) -> list[int]:
-    """Processes that a process has started."""
-    found = (path for path in Path("/proc").iterdir() if path.name.isdecimal())
-    return [int(path.name) for path in found if _parent(path) == pid]
-
-
-def _parent(process: Path) -> int:
-    try:
-        return int((process / "stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:  # it has ended
-        return 0
-
-
 def _command_line(pid: int) -> bytes:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return b""
-
-
-def is_alive(pid: int) -> bool:
-    """Tell whether there is such a process, other than one that has ended and waits for its parent."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 # --- for the process -------------------------------------------------------------------------------------

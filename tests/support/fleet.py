@@ -17,7 +17,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-PATIENCE = 120.0  # seconds; everything here takes a few
+from tests.support.processes import PATIENCE, wait_for
+
 PRELOADED = [
     "mdl_toolkit.cli.main",
     "mdl_toolkit.training.run",
@@ -27,15 +28,6 @@ PRELOADED = [
     "transformers",
     __name__,
 ]
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = PATIENCE) -> Any:
-    """What the condition gives, as soon as it is true."""
-    ends = time.monotonic() + seconds
-    while not (answer := condition()):
-        assert time.monotonic() < ends, "it does not happen"
-        time.sleep(0.005)  # others want to compute meanwhile
-    return answer
 
 
 def free_port() -> int:

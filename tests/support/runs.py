@@ -13,6 +13,8 @@ from tests.support.waves import wave
 
 ANSWERS = ("rain", "A dog barking.", "music and engine noise", "狗在叫", "click", "the quick brown fox jumps")
 TIMES = {"elapsed", "waited"}  # in the log: never the same
+# The warning of a training that was asked to stop.
+STOPPING = "warning: stopping after this step, with a checkpoint; once more stops at once"
 LENGTHS = (16_000, 9_000, 32_333, 3_300, 20_111, 5_000)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from mdl_toolkit.config.yaml import as_command
 from mdl_toolkit.errors import ModelError, ToolkitError
@@ -22,6 +22,7 @@ from mdl_toolkit.utils.run_folder import read_log
 from tests.support.fleet import die_before, fleet
 from tests.support.paths import MODEL
 from tests.support.runs import files_below, make_csv, train_options
+from tests.support.weight_files import same_weights
 
 WRITTEN = {
     "adapter_config.json", "adapter_model.safetensors", "mdl-toolkit.yaml", "optimizer.safetensors",
@@ -258,14 +259,6 @@ def test_a_kill_right_before_the_renaming(tmp_path, moment):
     assert ("starting afresh" in job.said()) == (moment == 1)
     assert not [name for name in names(tmp_path / "run") if name.startswith(".")]
     assert same_weights(tmp_path / "run/final", whole.final)
-
-
-def same_weights(left, right):
-    files = sorted(path.name for path in right.glob("*.safetensors"))
-    assert files
-    assert files == sorted(path.name for path in left.glob("*.safetensors"))
-    pairs = [(load_file(left / name), load_file(right / name)) for name in files]
-    return all(torch.equal(one[key], other[key]) for one, other in pairs for key in one.keys() | other.keys())
 
 
 FULL = [

@@ -22,11 +22,10 @@ from mdl_toolkit.training.run import train
 from mdl_toolkit.utils import distributed
 from mdl_toolkit.utils.distributed import PeerLostError, World
 from mdl_toolkit.utils.run_folder import read_log
-from tests.support.commands import children
-from tests.support.fleet import fleet, free_port, start_ranks, wait_for
+from tests.support.fleet import fleet, free_port, start_ranks
 from tests.support.paths import MODEL
-from tests.support.runs import files_below, make_csv, make_rows, train_options, write_csv
-from tests.training.test_stopping import ASKED
+from tests.support.processes import children, wait_for
+from tests.support.runs import STOPPING, files_below, make_csv, make_rows, train_options, write_csv
 
 LOST = "error: another process of this run has ended; its own message says why"
 BIN = Path(sys.executable).parent
@@ -323,7 +322,7 @@ def test_sigterm_under_torchrun_leaves_one_checkpoint(place, tmp_path, asked):
     os.kill(process.pid if asked == "torchrun" else max(ranks), signal.SIGTERM)
     _, said = process.communicate(timeout=200)
     assert process.returncode != 0
-    assert ASKED in said.splitlines() or asked == "a rank"
+    assert STOPPING in said.splitlines() or asked == "a rank"
     assert "interrupted" in said.splitlines()
     saved = checkpoints(tmp_path / "run")
     assert [damage(path) for path in saved] == [None]

@@ -22,7 +22,7 @@ from mdl_toolkit.training.run import train
 from tests.support.fleet import die_before, fleet, start_ranks
 from tests.support.paths import MODEL
 from tests.support.runs import LENGTHS, files_below, history, make_csv, train_options
-from tests.training.test_checkpoints import same_weights
+from tests.support.weight_files import same_weights
 
 ROWS, EVAL_ROWS = 11, 5
 

@@ -18,9 +18,9 @@ from mdl_toolkit.training import merge as merging
 from mdl_toolkit.training.merge import merge_adapter
 from mdl_toolkit.training.run import train
 from mdl_toolkit.weights.provenance import read_provenance
-from tests.support.adapted import adapted
+from tests.support.adapters import adapted
 from tests.support.runs import copy_checkpoint, files_below, make_csv, train_options
-from tests.support.shards_of import heads_of, reshard, tensors_of
+from tests.support.weight_files import heads_of, reshard, tensors_of
 
 OURS = {"README.md", "mdl-toolkit.json", "mdl-toolkit.yaml"}
 

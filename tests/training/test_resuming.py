@@ -27,7 +27,7 @@ from mdl_toolkit.weights.resolve import read_json
 from tests.support.fleet import die_before, fleet, start_ranks
 from tests.support.paths import MODEL
 from tests.support.runs import history, make_csv, train_options
-from tests.training.test_checkpoints import same_weights
+from tests.support.weight_files import same_weights
 
 STEPS = 9  # 11 rows in steps of 4, three epochs: each ends with a partial step
 RESUME = ("--resume-from-checkpoint", "true")

@@ -14,7 +14,8 @@ from mdl_toolkit.data.dataset import RECORD_FILE, ConvertedDataset, Record
 from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import RowsError
 from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
-from tests.support.commands import MODEL, data_of, make_place, names
+from tests.support.commands import data_of, make_place, names
+from tests.support.paths import MODEL
 
 
 @pytest.fixture

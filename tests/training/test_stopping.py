@@ -19,13 +19,13 @@ from mdl_toolkit.training.run import train
 from mdl_toolkit.utils import signals as stopping
 from mdl_toolkit.utils.run_folder import read_log
 from mdl_toolkit.utils.signals import Interruption, StopRequest
-from tests.support.fleet import die_before, fleet, slow_steps, start_ranks, wait_for
+from tests.support.fleet import die_before, fleet, slow_steps, start_ranks
 from tests.support.paths import MODEL
-from tests.support.runs import evaluations, make_csv, train_options
-from tests.training.test_checkpoints import same_weights
+from tests.support.processes import wait_for
+from tests.support.runs import STOPPING, evaluations, make_csv, train_options
+from tests.support.weight_files import same_weights
 
 BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-ASKED = "warning: stopping after this step, with a checkpoint; once more stops at once"
 
 
 def options_of(place, output, **changes):
@@ -77,7 +77,7 @@ def test_the_first_signal_is_a_request_and_a_later_one_has_its_usual_effect(numb
         wait_for(lambda: len(came) == 2)
     finally:
         signal.signal(number, before)
-    assert capsys.readouterr().err.splitlines() == [ASKED]
+    assert capsys.readouterr().err.splitlines() == [STOPPING]
 
 
 @BOTH
@@ -102,7 +102,7 @@ def test_what_a_launcher_passes_on_is_the_same_request(capsys):
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
             os.kill(os.getpid(), number)
             wait_for(lambda: request.is_made)
-    assert capsys.readouterr().err.splitlines() == [ASKED]
+    assert capsys.readouterr().err.splitlines() == [STOPPING]
 
 
 @BOTH
@@ -320,7 +320,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(place, tmp_path, start, number):
     step = steps_in(tmp_path, "run")[-1]
     stopped = f"stopped after step {step} of 8; to go on: --resume-from-checkpoint true"
     kept = f"what was converted stays in {tmp_path}/run/.dataset, for the next run with this --output"
-    assert job.said().splitlines()[-4:] == [ASKED, stopped, kept, "interrupted"]
+    assert job.said().splitlines()[-4:] == [STOPPING, stopped, kept, "interrupted"]
     usual = ("device", "memory", "training", "steps")
     assert [line for line in job.said().splitlines()[:-4] if not line.startswith(usual)] == []
     assert 2 <= step < 8
@@ -366,7 +366,7 @@ def test_a_second_signal_stops_at_once(place, tmp_path, start, number, usual):
     job = start(command(place, str(tmp_path / "run"), *resume, save_steps=1), staying)
     assert job.until((tmp_path / "sign").exists)
     job.signal(number)
-    assert job.until(lambda: ASKED in job.said())
+    assert job.until(lambda: STOPPING in job.said())
     time.sleep(stopping.SAME + 0.2)
     job.signal(number)
     assert job.end() == 130

@@ -8,13 +8,10 @@ import struct
 import subprocess
 import sys
 import termios
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -22,67 +19,10 @@ from mdl_toolkit.errors import ModelError, RowProblem, RowsError, ToolkitError
 from mdl_toolkit.i18n import Verbatim
 from mdl_toolkit.utils import worker_pool as room
 from mdl_toolkit.utils.worker_pool import WorkerDiedError, available_cpus, default_workers, work_through
-
-# --- tasks, for processes that import this file ----------------------------------------------------------
-
-
-def squares(job: int) -> Iterator[tuple[int, int, int]]:
-    """As many reports as the job's number says."""
-    for number in range(job):
-        yield job, number, os.getpid()
-
-
-def meet(place: Path, job: int) -> Iterator[int]:
-    """Two jobs that need each other: each waits until the other one is under way."""
-    (place / str(job)).touch()
-    wait_for(lambda: (place / str(1 - job)).exists())
-    yield job
-
-
-def fail(error: Exception, job: int) -> Iterator[int]:
-    yield job
-    if job == 3:
-        raise error
-
-
-def broken(job: int) -> Iterator[int]:
-    yield job
-    raise LookupError(threading.Lock())  # cannot be sent
-
-
-def endless(job: int) -> Iterator[int]:
-    yield os.getpid()
-    while True:
-        time.sleep(100)
-
-
-def busy(job: int) -> Iterator[int]:
-    yield os.getpid()
-    while True:
-        pass
-
-
-def long_message(job: int) -> Iterator[Any]:
-    yield os.getpid()
-    yield bytes(50_000_000)
-
+from tests.support.processes import is_alive, wait_for
+from tests.support.worker_tasks import broken, busy, endless, fail, long_message, meet, squares
 
 # --- helpers ---------------------------------------------------------------------------------------------
-
-
-def wait_for(condition: Any, seconds: float = 50) -> None:
-    ends = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < ends, "it does not happen"
-        time.sleep(0.01)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
 
 
 def bytes_waiting() -> int:
@@ -250,11 +190,11 @@ def test_a_worker_killed_when_it_was_idle():
 
 PARENT = """
 import sys
-from tests.utils import test_worker_pool as test_workers
+from tests.support import worker_tasks
 from mdl_toolkit.utils.worker_pool import work_through
 
 if __name__ == "__main__":
-    for message in work_through(iter([1, 2]), getattr(test_workers, sys.argv[1]), 2):
+    for message in work_through(iter([1, 2]), getattr(worker_tasks, sys.argv[1]), 2):
         if isinstance(message, int):
             print(message, flush=True)
 """

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.weights.loading import quiet_peft
 from mdl_toolkit.weights.merge import merge
-from tests.support.adapted import adapted
+from tests.support.adapters import adapted
 from tests.support.runs import copy_checkpoint
-from tests.support.shards_of import tensors_of
+from tests.support.weight_files import tensors_of
 
 DECODER = ["q_proj", "down_proj"]
 KINDS = {

@@ -25,7 +25,7 @@ from mdl_toolkit.utils.machine import lack_of_memory
 from mdl_toolkit.weights.loading import best_device, choose_dtype, explaining_memory, load_model
 from mdl_toolkit.weights.resolve import find_model, read_json, require_package
 from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
-from tests.docs.test_chinese import wrong_in
+from tests.support.chinese import wrong_in
 from tests.support.paths import MODEL
 from tests.support.runs import copy_checkpoint, files_below, make_rows, write_csv
 

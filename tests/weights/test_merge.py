@@ -8,32 +8,15 @@ from safetensors.torch import load_file, save_file
 
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.model import MiDashengLMModel
-from mdl_toolkit.training.lora import add_adapters
-from mdl_toolkit.weights.loading import load_model
 from mdl_toolkit.weights.merge import export_adapter, export_merged, merge
 from mdl_toolkit.weights.model_card import ResultMetadata
 from mdl_toolkit.weights.provenance import Provenance
+from tests.support.adapters import make_adapter
 from tests.support.runs import copy_checkpoint, files_below
-from tests.support.shards_of import heads_of, layout, reshard, tensors_of
+from tests.support.weight_files import heads_of, layout, reshard, tensors_of
 
 CPU = torch.device("cpu")
 ABOUT = ResultMetadata(Provenance(), None, "")
-ALL = ("encoder", "projector", "decoder", "embed_tokens", "lm_head")
-
-
-def make_adapter(base, folder, targets=ALL, *, alpha=6.0, rank=4):
-    """An adapter with weights that are not zero anywhere."""
-    torch.manual_seed(0)
-    model, _ = add_adapters(
-        load_model(base, dtype=torch.float32, device=CPU), targets, rank=rank, alpha=alpha, dropout=0.0,
-        base_name=str(base),
-    )  # fmt: skip
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(folder, save_embedding_layers=False)
-    return folder
 
 
 @pytest.mark.parametrize("name", ["A-small", "B-small"])

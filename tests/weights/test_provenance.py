@@ -10,7 +10,7 @@ from mdl_toolkit.errors import ModelError
 from mdl_toolkit.training.run import train
 from mdl_toolkit.weights.provenance import Base, Prompts, Provenance, fingerprint, read_provenance
 from tests.support.runs import copy_checkpoint, make_rows, train_options, write_csv
-from tests.support.shards_of import reshard
+from tests.support.weight_files import reshard
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

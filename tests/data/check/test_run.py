@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ from mdl_toolkit.training.memory.plan import plan_memory
 from mdl_toolkit.training.sampler import BatchSampler
 from mdl_toolkit.weights.loading import load_model
 from mdl_toolkit.weights.resolve import read_json
-from tests.data.convert.test_run import Server, needs_server
 from tests.support.runs import make_rows, write_csv
+from tests.support.server import needs_server
 from tests.support.spoilt import PROMPT, Table, make_spoilt, phrases
 
 UNUSABLE = ("truncated", "text", "missing", "empty")
@@ -69,14 +69,6 @@ def run(capsys, model) -> Callable[..., Done]:
         return Done(capsys, *map(str, words), "--model-name", model, "--num-workers", "1")
 
     return run
-
-
-@pytest.fixture
-def server(monkeypatch) -> Iterator[Server]:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    served = Server()
-    yield served
-    served.close()
 
 
 def found_in(file: dict[str, Any]) -> dict[str, list[int]]:

@@ -22,8 +22,8 @@ from tests.support.commands import (
     killing_all,
     make_place,
     names,
-    wait_for,
 )
+from tests.support.processes import wait_for
 
 COMMIT = "mdl_toolkit.data.convert.work_folder:WorkFolder.commit:{}"
 

@@ -22,7 +22,6 @@ from mdl_toolkit.data.tokenization import IGNORE_INDEX, ChatTokenizer
 from mdl_toolkit.errors import DatasetError, RowsError
 from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 from tests.support.commands import (
-    MODEL,
     ROWS,
     ROWS_PER_SHARD,
     SHARDS,
@@ -35,8 +34,9 @@ from tests.support.commands import (
     make_place,
     marks,
     names,
-    wait_for,
-)  # fmt: skip
+)
+from tests.support.paths import MODEL
+from tests.support.processes import wait_for
 from tests.support.runs import copy_checkpoint, write_csv
 from tests.support.waves import wave
 

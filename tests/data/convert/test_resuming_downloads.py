@@ -1,24 +1,15 @@
 """A conversion of addresses that is killed or divided: nothing is asked for twice."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.data.convert.test_run import Server
-from tests.support.commands import convert_here, data_of, killing_all, names, wait_for
+from tests.support.commands import convert_here, data_of, killing_all, names
+from tests.support.processes import wait_for
 from tests.support.recordings import pcm_wav
 from tests.support.runs import write_csv
 from tests.support.waves import wave
-
-
-@pytest.fixture
-def server(monkeypatch) -> Iterator[Server]:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    served = Server()
-    yield served
-    served.close()
 
 
 @pytest.mark.allow_hosts(["127.0.0.1"])

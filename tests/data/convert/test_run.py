@@ -4,10 +4,7 @@ import json
 import multiprocessing
 import os
 import shutil
-import threading
 import time
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +26,7 @@ from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 from tests.support.paths import MODEL, PHRASES
 from tests.support.recordings import pcm_wav
 from tests.support.runs import copy_checkpoint, files_below, make_rows, write_csv
+from tests.support.server import needs_server
 from tests.support.waves import wave
 
 DATA_FILES = {"data-00000-of-00001.arrow", "dataset_info.json", "mdl-toolkit.json", "state.json"}
@@ -378,53 +376,6 @@ def wait_for(condition: Any, seconds: float = 50) -> None:
 
 
 # --- addresses -------------------------------------------------------------------------------------------
-
-
-class Server:
-    """Gives files by path, remembers what was asked for, and never answers `/slow`."""
-
-    def __init__(self) -> None:
-        self.files: dict[str, bytes] = {}
-        self.asked: list[str] = []
-        self.ends = threading.Event()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                outer.asked.append(self.path)
-                if self.path == "/slow":
-                    outer.ends.wait()
-                body = outer.files.get(self.path)
-                self.send_response(404 if body is None else 200)
-                self.end_headers()
-                self.wfile.write(body or b"")
-
-            def log_message(self, *words) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
-        self._thread.start()
-        self.host = f"127.0.0.1:{self._server.server_port}"
-        self.url = f"http://{self.host}"
-
-    def close(self) -> None:
-        self.ends.set()
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-
-@pytest.fixture
-def server(monkeypatch) -> Iterator[Server]:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    served = Server()
-    yield served
-    served.close()
-
-
-needs_server = pytest.mark.allow_hosts(["127.0.0.1"])
 
 
 @needs_server

@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch.autograd.profiler import profile
 
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.data.collate import Collator
@@ -22,6 +21,7 @@ from mdl_toolkit.training.step import TrainableState
 from mdl_toolkit.utils import machine as free_memory_room
 from mdl_toolkit.utils.machine import free_memory
 from mdl_toolkit.weights.loading import load_model
+from tests.support.memory import peak_bytes
 
 CPU = torch.device("cpu")
 LORA = ("encoder", "projector", "decoder")
@@ -85,15 +85,6 @@ def adapted(base, options, dtype, kept):
     if options.gradient_checkpointing:
         recompute(wrapped, kept)
     return wrapped.train()
-
-
-def peak_bytes(work):
-    """The most that torch held at once for `work`, beyond what it held before."""
-    with profile(profile_memory=True) as profiler:
-        work()
-    events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return int(np.cumsum([event.nbytes() for event in events]).max())
 
 
 def step(model, trained, batch, dtype):

@@ -1,9 +1,10 @@
-"""Weight files as published folders have them, and what there is to compare of them."""
+"""Spread weights over several files as published folders do, and compare the files of two folders."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -45,3 +46,12 @@ def heads_of(folder: Path) -> dict[str, bytes]:
         content = file.read_bytes()
         found[file.name] = content[: 8 + int.from_bytes(content[:8], "little")]
     return found
+
+
+def same_weights(left: Path, right: Path) -> bool:
+    """Tell whether two folders have the same weight files with the same tensors, bit for bit."""
+    files = sorted(path.name for path in right.glob("*.safetensors"))
+    assert files
+    assert files == sorted(path.name for path in left.glob("*.safetensors"))
+    pairs = [(load_file(left / name), load_file(right / name)) for name in files]
+    return all(torch.equal(one[key], other[key]) for one, other in pairs for key in one.keys() | other.keys())
