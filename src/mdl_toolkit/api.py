@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mdl_toolkit.config.data import CheckOptions
-    from mdl_toolkit.config.results import EvaluateOptions
+    from mdl_toolkit.config.evaluation import EvaluateOptions
     from mdl_toolkit.data.check.findings import Figures
     from mdl_toolkit.evaluation.results import Evaluation
 

@@ -17,8 +17,9 @@ from typing import Any
 from mdl_toolkit.api import evaluate
 from mdl_toolkit.audio.loading import SAMPLE_RATE, load
 from mdl_toolkit.config.data import ConvertOptions, DemoOptions
+from mdl_toolkit.config.evaluation import EvaluateOptions, ReportOptions
+from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.config.options import Options
-from mdl_toolkit.config.results import EvaluateOptions, InferenceOptions, ReportOptions
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, as_command
 from mdl_toolkit.data.convert.run import convert_dataset, read_rows

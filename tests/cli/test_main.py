@@ -19,7 +19,7 @@ from mdl_toolkit import __version__
 from mdl_toolkit.cli import main as cli
 from mdl_toolkit.cli.click_options import OptionsCommand
 from mdl_toolkit.config.data import ConvertOptions
-from mdl_toolkit.config.options import Options, fields_in_order, setting_of, spelling
+from mdl_toolkit.config.options import Options, fields_in_order, spec_of, spelling
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.config.types import BOOLEAN, is_boolean_word
 from mdl_toolkit.errors import InputError, RowProblem, RowsError
@@ -174,7 +174,7 @@ def test_a_bare_flag_leaves_the_word_after_it(door):
     assert (options.from_modelscope, options.input) == (True, "false")
 
 
-BARE = [spelling(f.name) for f in fields_in_order(ConvertOptions) if setting_of(f).kind is BOOLEAN]
+BARE = [spelling(f.name) for f in fields_in_order(ConvertOptions) if spec_of(f).type is BOOLEAN]
 
 
 @given(

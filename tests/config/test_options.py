@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from mdl_toolkit.cli.click_options import OptionsCommand, wrap
 from mdl_toolkit.cli.main import toolkit
-from mdl_toolkit.config import types as kinds
+from mdl_toolkit.config import types
 from mdl_toolkit.config.data import CheckOptions, CompletionOptions, ConvertOptions, DemoOptions
-from mdl_toolkit.config.options import Options, setting_of, shown_name
-from mdl_toolkit.config.results import EvaluateOptions, InferenceOptions, MergeOptions, ReportOptions
-from mdl_toolkit.config.train import TrainOptions
+from mdl_toolkit.config.evaluation import EvaluateOptions, ReportOptions
+from mdl_toolkit.config.inference import InferenceOptions
+from mdl_toolkit.config.options import Options, shown_name, spec_of
+from mdl_toolkit.config.train import MergeOptions, TrainOptions
 from mdl_toolkit.config.yaml import as_command, from_mapping, read_settings, to_yaml
 from mdl_toolkit.errors import InputError, UsageError
 
@@ -424,34 +425,34 @@ TEXT = st.text(st.characters(exclude_characters="\0", codec="utf-8"), max_size=2
 WORD = TEXT.filter(str)
 CADENCE = st.integers(0, 10**6) | st.floats(0, 1, exclude_min=True, exclude_max=True)
 POSITIVE = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
-VALUES: dict[kinds.Kind, st.SearchStrategy[Any]] = {
-    kinds.BOOLEAN: st.booleans(),
-    kinds.TEXT: TEXT,
-    kinds.PATH: WORD,
-    kinds.NAME: WORD,
-    kinds.CADENCE: CADENCE,
-    kinds.PATHS: st.lists(WORD, min_size=1),
-    kinds.RESUME: st.booleans() | WORD,
-    kinds.JSON: st.booleans() | WORD,
-    kinds.TARGETS: st.lists(st.sampled_from(kinds.TRAIN_TARGETS), min_size=1),
-    kinds.WORDS: st.lists(WORD.filter(lambda word: "[" not in word)),
-    kinds.COUNT: st.integers(1, 2**53),
-    kinds.WHOLE: st.integers(0, 2**53),
-    kinds.SEED: st.integers(0, 2**32 - 1),
-    kinds.POSITIVE: POSITIVE,
-    kinds.NOT_NEGATIVE: POSITIVE,
-    kinds.SHARE: st.floats(min_value=0, max_value=1, exclude_min=True),
-    kinds.DROPOUT: st.floats(0, 1, exclude_max=True),
-    kinds.METRICS: st.lists(st.sampled_from(kinds.METRIC_NAMES)),
-    kinds.RESULTS: st.lists(WORD.map(lambda word: f"{word}.json")),
+VALUES: dict[types.ValueType, st.SearchStrategy[Any]] = {
+    types.BOOLEAN: st.booleans(),
+    types.TEXT: TEXT,
+    types.PATH: WORD,
+    types.NAME: WORD,
+    types.CADENCE: CADENCE,
+    types.PATHS: st.lists(WORD, min_size=1),
+    types.RESUME: st.booleans() | WORD,
+    types.JSON: st.booleans() | WORD,
+    types.TARGETS: st.lists(st.sampled_from(types.TRAIN_TARGETS), min_size=1),
+    types.WORDS: st.lists(WORD.filter(lambda word: "[" not in word)),
+    types.COUNT: st.integers(1, 2**53),
+    types.WHOLE: st.integers(0, 2**53),
+    types.SEED: st.integers(0, 2**32 - 1),
+    types.POSITIVE: POSITIVE,
+    types.NOT_NEGATIVE: POSITIVE,
+    types.PROBABILITY: st.floats(min_value=0, max_value=1, exclude_min=True),
+    types.DROPOUT: st.floats(0, 1, exclude_max=True),
+    types.METRIC_LIST: st.lists(st.sampled_from(types.METRIC_NAMES)),
+    types.RESULT_FILES: st.lists(WORD.map(lambda word: f"{word}.json")),
 }
 
 
 def values_of(field: "dataclasses.Field[Any]") -> st.SearchStrategy[Any]:
-    setting = setting_of(field)
-    words = st.sampled_from(setting.kind.metavar.split("|"))
-    strategy = VALUES.get(setting.kind, words)
-    return strategy | st.none() if setting.nullable else strategy
+    spec = spec_of(field)
+    words = st.sampled_from(spec.type.metavar.split("|"))
+    strategy = VALUES.get(spec.type, words)
+    return strategy | st.none() if spec.nullable else strategy
 
 
 @st.composite
@@ -549,7 +550,7 @@ def test_as_command_says_only_what_differs():
 def test_yaml_explains_each_option():
     text = to_yaml(InferenceOptions(input="in.csv", output="out.csv", model_name="m"))
     for field in dataclasses.fields(InferenceOptions):
-        assert f"# {setting_of(field).help}\n{field.name}: " in text
+        assert f"# {spec_of(field).help}\n{field.name}: " in text
 
 
 def test_a_path_with_undecodable_bytes_survives(tmp_path):

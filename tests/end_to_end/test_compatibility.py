@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mdl_toolkit.config.results import InferenceOptions
+from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, read_settings
 from mdl_toolkit.data.dataset import ConvertedDataset

@@ -13,7 +13,7 @@ import pytest
 
 from mdl_toolkit import demo
 from mdl_toolkit.cli.main import run
-from mdl_toolkit.config.results import InferenceOptions
+from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.model import MiDashengLMModel
 from tests.support.runs import files_below
 

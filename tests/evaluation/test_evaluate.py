@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mdl_toolkit.cli.main import run
-from mdl_toolkit.config.results import EvaluateOptions
+from mdl_toolkit.config.evaluation import EvaluateOptions
 from mdl_toolkit.config.yaml import from_mapping, read_settings
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.evaluation.evaluate import evaluate

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mdl_toolkit.config.results import InferenceOptions
+from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.config.yaml import as_command
 from mdl_toolkit.data.convert import plan
 from mdl_toolkit.data.convert import run as conversion

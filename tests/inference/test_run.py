@@ -8,7 +8,7 @@ import soundfile
 import torch
 from safetensors.torch import load_file, save_file
 
-from mdl_toolkit.config.results import InferenceOptions
+from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.config.yaml import read_settings
 from mdl_toolkit.errors import InputError, ModelError, RowsError
 from mdl_toolkit.inference import engines

@@ -11,7 +11,8 @@ import pytest
 import soundfile
 
 from mdl_toolkit.cli.main import run
-from mdl_toolkit.config.results import InferenceOptions, ReportOptions
+from mdl_toolkit.config.evaluation import ReportOptions
+from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.inference.run import infer
 from mdl_toolkit.reporting import report as report_room
 from mdl_toolkit.reporting.audio_links import audio_values

@@ -11,7 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from mdl_toolkit.config.results import MergeOptions
+from mdl_toolkit.config.train import MergeOptions
 from mdl_toolkit.training.merge import merge_adapter
 from tests.stress.files import Files, check_same, listing, write_listing
 from tests.stress.processes import FailedError

@@ -13,12 +13,12 @@ from typing import Any
 from mdl_toolkit.cli.click_options import OTHERS, OptionsCommand
 from mdl_toolkit.cli.main import toolkit
 from mdl_toolkit.config.data import ConvertOptions
-from mdl_toolkit.config.options import fields_in_order, setting_of, shown_name
+from mdl_toolkit.config.options import fields_in_order, shown_name, spec_of
 from tests.support.paths import DOCS
 
 PAGES = {language: DOCS / f"cli.{language}.md" for language in ("zh", "en")}
 REGION = re.compile(r"(<!-- options: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-FIRST_GROUP = {field.name: setting_of(field).group for field in fields_in_order(ConvertOptions)}
+FIRST_GROUP = {field.name: spec_of(field).group for field in fields_in_order(ConvertOptions)}
 
 
 def refreshed(page: str, language: str) -> str:
@@ -36,7 +36,7 @@ def refreshed(page: str, language: str) -> str:
 def _options(command: OptionsCommand, language: str) -> str:
     groups = []
     for group in (*command.options.GROUPS, OTHERS):
-        fields = [field for field in command.fields if setting_of(field).group == group]
+        fields = [field for field in command.fields if spec_of(field).group == group]
         is_known = all(FIRST_GROUP.get(field.name) == group for field in fields)
         show = _names if is_known and command.options is not ConvertOptions else _explanations
         groups.append(show(_said(language, group.en, group.zh), fields, language))
@@ -55,23 +55,23 @@ def _explanations(heading: str, fields: list["Field[Any]"], language: str) -> st
 
 
 def _option(field: "Field[Any]", language: str) -> str:
-    setting = setting_of(field)
-    name = f"`{shown_name(field)} {setting.kind.metavar}`"
+    spec = spec_of(field)
+    name = f"`{shown_name(field)} {spec.type.metavar}`"
     notes = [_default(field, language)]
-    if setting.nullable and (field.default is not None or setting.dynamic):
+    if spec.nullable and (field.default is not None or spec.dynamic):
         notes.append(_said(language, "(may be `null`)", "（可为 `null`）"))
-    help_text = _said(language, setting.help.en, setting.help.zh)
+    help_text = _said(language, spec.help.en, spec.help.zh)
     return f"* {name}{_said(language, ': ', '：')}{' '.join([*notes, help_text])}"
 
 
 def _default(field: "Field[Any]", language: str) -> str:
-    setting = setting_of(field)
+    spec = spec_of(field)
     if field.default is MISSING:
-        place = _said(language, ", positional", "，位置参数") if setting.positional else ""
+        place = _said(language, ", positional", "，位置参数") if spec.positional else ""
         return f"**{_said(language, 'required', '必需')}{place}**"
     value = f"`{_shown(field.default)}`"
-    if setting.dynamic is not None:
-        value = _said(language, setting.dynamic.en, setting.dynamic.zh)
+    if spec.dynamic is not None:
+        value = _said(language, spec.dynamic.en, spec.dynamic.zh)
     return f"**{_said(language, 'default: ', '默认值：')}{value}**"
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mdl_toolkit.config.results import InferenceOptions
+from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.errors import ToolkitError, UsageError
 from mdl_toolkit.evaluation.text_metrics import LOSS, METRICS, Best, normalized

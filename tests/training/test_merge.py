@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mdl_toolkit.config.results import InferenceOptions, MergeOptions
+from mdl_toolkit.config.inference import InferenceOptions
+from mdl_toolkit.config.train import MergeOptions
 from mdl_toolkit.errors import InputError, ModelError
 from mdl_toolkit.inference.run import infer
 from mdl_toolkit.model import MiDashengLMModel

@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from mdl_toolkit.config.data import ConvertOptions
-from mdl_toolkit.config.results import InferenceOptions
+from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.data.collate import Collator
 from mdl_toolkit.data.convert.run import convert_dataset
 from mdl_toolkit.data.dataset import ConvertedDataset

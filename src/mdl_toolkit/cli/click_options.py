@@ -17,14 +17,14 @@ from click.shell_completion import CompletionItem
 
 from mdl_toolkit.config.options import (
     Options,
-    Setting,
+    OptionSpec,
     checked,
     fields_in_order,
     option,
-    setting_of,
     shown_name,
+    spec_of,
     spelling,
-)  # fmt: skip
+)
 from mdl_toolkit.config.types import BOOLEAN, PATH
 from mdl_toolkit.config.yaml import from_mapping, read_settings
 from mdl_toolkit.errors import UsageError
@@ -47,14 +47,17 @@ class _Shared(Options):
     GROUPS = (OTHERS,)
 
     config: str | None = option(
-        PATH, None, OTHERS,
+        PATH,
+        None,
+        OTHERS,
         "A YAML file of options, such as the mdl-toolkit.yaml beside every output; the command line wins.",
-        nullable=True,
-    )  # fmt: skip
+    )
     debug: bool = option(
-        BOOLEAN, False, OTHERS,
+        BOOLEAN,
+        False,
+        OTHERS,
         "Show the traceback of an error; so does the environment variable MDL_DEBUG=1.",
-    )  # fmt: skip
+    )
 
 
 @dataclass
@@ -112,7 +115,7 @@ class OptionsCommand(click.Command):
         needed = [_usage_word(field) for field in self.fields if field.default is MISSING]
         words = [ctx.command_path, *needed, str(Localized("[OPTIONS]"))]
         sections = [
-            (str(group), [_entry(field) for field in self.fields if setting_of(field).group == group])
+            (str(group), [_entry(field) for field in self.fields if spec_of(field).group == group])
             for group in (*self.options.GROUPS, OTHERS)
         ]
         sections[-1][1].append(HelpEntry(", ".join(HELP_NAMES), "", str(HELP_TEXT)))
@@ -124,19 +127,19 @@ def _parameter(field: "Field[Any]") -> click.Parameter:
 
     Every value reaches us as the text it was typed as, so that None and () can only mean "not given".
     """
-    setting = setting_of(field)
+    spec = spec_of(field)
     shared: dict[str, Any] = {
         "type": click.UNPROCESSED,
-        "metavar": setting.kind.metavar,
+        "metavar": spec.type.metavar,
         "shell_complete": _complete,
     }
-    if setting.positional:
-        count = -1 if setting.kind.is_repeated else 1
+    if spec.positional:
+        count = -1 if spec.type.is_repeated else 1
         return click.Argument([field.name], required=False, nargs=count, **shared)
     return click.Option(
         [spelling(field.name), field.name],
-        multiple=setting.kind.is_repeated,
-        help=str(setting.help),
+        multiple=spec.type.is_repeated,
+        help=str(spec.help),
         **shared,
     )
 
@@ -161,13 +164,13 @@ class _Names:
         flags: the words that never have one, and what click is told instead.
     """
 
-    options: Mapping[str, Setting]
+    options: Mapping[str, OptionSpec]
     flags: Mapping[str, str]
 
 
 def _names_of(table: Iterable["Field[Any]"]) -> _Names:
-    options = {spelling(field.name): setting_of(field) for field in table if not setting_of(field).positional}
-    alone = [name for name, setting in options.items() if setting.kind.takes]
+    options = {spelling(field.name): spec_of(field) for field in table if not spec_of(field).positional}
+    alone = [name for name, spec in options.items() if spec.type.takes]
     flags = {f"--no-{name[2:]}": f"{name}=false" for name in alone} | {name: name for name in HELP_NAMES}
     return _Names(options, flags)
 
@@ -204,14 +207,14 @@ def _spelled(command: str, word: str, rest: deque[str], names: _Names) -> str:
     return f"{name}={value}"
 
 
-def _value_after(command: str, name: str, setting: Setting, rest: deque[str]) -> str:
+def _value_after(command: str, name: str, spec: OptionSpec, rest: deque[str]) -> str:
     """The value of an option written without `=`: the next word, or true where the option stands alone."""
-    takes = setting.kind.takes
+    takes = spec.type.takes
     if takes is None:
         if not rest:
             raise UsageError("{command}: {name} needs a value", command=command, name=name)
         return rest.popleft()
-    if rest and (takes(rest[0]) or (setting.nullable and rest[0] == "null")):
+    if rest and (takes(rest[0]) or (spec.nullable and rest[0] == "null")):
         return rest.popleft()
     return "true"
 
@@ -238,20 +241,20 @@ class HelpEntry:
 
 
 def _usage_word(field: "Field[Any]") -> str:
-    name, setting = shown_name(field), setting_of(field)
-    if setting.positional:
-        return f"{name}..." if setting.kind.is_repeated else name
-    return f"{name} {setting.kind.metavar}"
+    name, spec = shown_name(field), spec_of(field)
+    if spec.positional:
+        return f"{name}..." if spec.type.is_repeated else name
+    return f"{name} {spec.type.metavar}"
 
 
 def _entry(field: "Field[Any]") -> HelpEntry:
-    setting = setting_of(field)
-    label = f"{shown_name(field)} {setting.kind.metavar}"
+    spec = spec_of(field)
+    label = f"{shown_name(field)} {spec.type.metavar}"
     if field.default is MISSING:
         note = Localized("(required)")
     else:
-        note = Localized("(default: {value})", value=setting.dynamic or _shown(field.default))
-    return HelpEntry(label, str(note), str(setting.help))
+        note = Localized("(default: {value})", value=spec.dynamic or _shown(field.default))
+    return HelpEntry(label, str(note), str(spec.help))
 
 
 def _shown(value: Any) -> str:

@@ -25,9 +25,10 @@ from mdl_toolkit.cli.click_options import (
     unknown,
 )  # fmt: skip
 from mdl_toolkit.config.data import CheckOptions, CompletionOptions, ConvertOptions, DemoOptions
+from mdl_toolkit.config.evaluation import EvaluateOptions, ReportOptions
+from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.config.options import Options
-from mdl_toolkit.config.results import EvaluateOptions, InferenceOptions, MergeOptions, ReportOptions
-from mdl_toolkit.config.train import TrainOptions
+from mdl_toolkit.config.train import MergeOptions, TrainOptions
 from mdl_toolkit.config.types import TRUE_WORDS
 from mdl_toolkit.errors import ToolkitError
 from mdl_toolkit.i18n import Localized

@@ -1,10 +1,11 @@
 """Options: what the commands accept, on the command line, in YAML and in Python.
 
 Modules:
-    types      how a value is spelled, and which values are accepted
-    options    one option, and what all options classes share
-    yaml       options to and from YAML
-    data       `ConvertOptions`, `CheckOptions` and what several commands share
-    train      `TrainOptions`
-    results    options of the commands that use a trained model
+    types        how a value is spelled, and which values are accepted
+    options      one option, and the base class of all options
+    yaml         options to and from YAML
+    data         `ConvertOptions`, `CheckOptions` and what several commands share
+    train        `TrainOptions`, `MergeOptions`
+    inference    `InferenceOptions`
+    evaluation   `EvaluateOptions`, `ReportOptions`
 """

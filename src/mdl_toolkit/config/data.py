@@ -18,7 +18,7 @@ from mdl_toolkit.config.types import (
     SEED,
     TEXT,
     choice,
-)  # fmt: skip
+)
 from mdl_toolkit.i18n import Localized
 
 COMMON = Localized("Common options")
@@ -37,63 +37,55 @@ class HubOptions(Options):
     """Where models are looked up by name."""
 
     from_modelscope: bool = option(
-        BOOLEAN, False, COMMON,
+        BOOLEAN,
+        False,
+        COMMON,
         "Load the model from ModelScope instead of Hugging Face (needs the extra `modelscope`).",
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionOptions(HubOptions):
     """How a CSV becomes samples; shared by all three commands."""
 
-    tokenizing_batch_size: int = option(
-        COUNT, 8, COMMON,
-        "Rows that are tokenised together.",
-    )  # fmt: skip
+    tokenizing_batch_size: int = option(COUNT, 8, COMMON, "Rows that are tokenised together.")
     num_workers: int | None = option(
-        COUNT, None, COMMON,
-        "Processes that decode and convert audio.",
-        nullable=True, dynamic=DYNAMIC_WORKERS,
-    )  # fmt: skip
+        COUNT, None, COMMON, "Processes that decode and convert audio.", dynamic=DYNAMIC_WORKERS
+    )
     system_prompt: str | None = option(
-        TEXT, None, DATASET,
-        "System prompt for rows without one in the column `system_prompt`.",
-        nullable=True,
-    )  # fmt: skip
+        TEXT, None, DATASET, "System prompt for rows without one in the column `system_prompt`."
+    )
     user_prompt: str | None = option(
-        TEXT, None, DATASET,
-        "User prompt for rows without one in the column `user_prompt`.",
-        nullable=True,
-    )  # fmt: skip
+        TEXT, None, DATASET, "User prompt for rows without one in the column `user_prompt`."
+    )
     base_dir: str | None = option(
-        PATH, None, DATASET,
+        PATH,
+        None,
+        DATASET,
         "Folder that relative audio paths start from; the current directory if not given.",
-        nullable=True,
-    )  # fmt: skip
+    )
     allow_empty_prediction: bool = option(
-        BOOLEAN, False, DATASET,
-        "Accept rows whose prediction is empty: the model learns to answer nothing.",
-    )  # fmt: skip
+        BOOLEAN, False, DATASET, "Accept rows whose prediction is empty: the model learns to answer nothing."
+    )
     allow_truncated: bool = option(
-        BOOLEAN, False, DATASET,
+        BOOLEAN,
+        False,
+        DATASET,
         "Accept recordings that are shorter than their header or size promises, with a warning.",
-    )  # fmt: skip
+    )
     max_download_mb: float = option(
-        POSITIVE, 512.0, DATASET,
-        "Largest recording, in megabytes, that is fetched from a URL.",
-    )  # fmt: skip
+        POSITIVE, 512.0, DATASET, "Largest recording, in megabytes, that is fetched from a URL."
+    )
     download_cache: str | None = option(
-        PATH, None, DATASET,
+        PATH,
+        None,
+        DATASET,
         "Folder that keeps recordings fetched from URLs for other runs, which ask only whether they "
-"changed. Without it they are kept until the conversion is complete.",
-        nullable=True,
-    )  # fmt: skip
+        "changed. Without it they are kept until the conversion is complete.",
+    )
 
 
 MODEL_HELP = Localized("The model: a name on the hub, or a local folder.")
-VERIFY_HELP = Localized(
-    "Ask the merged model the same few rows as base and adapter before it is put in place (both are loaded)."
-)
 INPUT_HELP = Localized("The CSV file.")
 
 
@@ -119,9 +111,11 @@ class ConvertOptions(ConversionOptions):
     model_name: str = option(NAME, DEFAULT_MODEL, COMMON, MODEL_HELP)
     input: str = option(PATH, REQUIRED, FILES, INPUT_HELP, positional=True)
     output: str = option(
-        PATH, REQUIRED, FILES,
+        PATH,
+        REQUIRED,
+        FILES,
         "Where the converted dataset goes; a dataset that is there already is replaced.",
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,37 +136,45 @@ class CheckOptions(ConversionOptions):
 
     model_name: str = option(NAME, DEFAULT_MODEL, COMMON, MODEL_HELP)
     input: tuple[str, ...] = option(
-        PATHS, REQUIRED, CHECKING,
+        PATHS,
+        REQUIRED,
+        CHECKING,
         "The CSV files: the first one is to be trained on, the others to be evaluated on.",
         positional=True,
-    )  # fmt: skip
+    )
     max_length: int | None = option(
-        COUNT, None, CHECKING,
+        COUNT,
+        None,
+        CHECKING,
         "Name the rows that take more tokens: prompt, audio, answer and special tokens together.",
-        nullable=True,
-    )  # fmt: skip
+    )
     for_inference: bool = option(
-        BOOLEAN, False, CHECKING,
+        BOOLEAN,
+        False,
+        CHECKING,
         "Check the files as input of `inference`: no column `prediction` is needed, and a row whose "
-"prompt reaches --max-length cannot be used.",
-    )  # fmt: skip
+        "prompt reaches --max-length cannot be used.",
+    )
     train_config: str | None = option(
-        PATH, None, CHECKING,
+        PATH,
+        None,
+        CHECKING,
         "A YAML file of the options of `train` for which memory and steps are predicted; its defaults "
-"without it.",
-        nullable=True,
-    )  # fmt: skip
+        "without it.",
+    )
     write_fixed: str | None = option(
-        PATH, None, CHECKING,
+        PATH,
+        None,
+        CHECKING,
         "Write the first CSV to this file without the rows that cannot be used, otherwise byte for byte.",
-        nullable=True,
-    )  # fmt: skip
+    )
     json: bool | str | None = option(
-        JSON, None, CHECKING,
+        JSON,
+        None,
+        CHECKING,
         "Write what was found as JSON: true, or --json alone, to standard output in place of the text; a "
-"path (--json=PATH, or --json NAME.json) to that file.",
-        nullable=True,
-    )  # fmt: skip
+        "path (--json=PATH, or --json NAME.json) to that file.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +198,9 @@ class CompletionOptions(Options):
     GROUPS = (COMPLETION,)
 
     shell: str = option(
-        choice("bash", "zsh", "fish"), REQUIRED, COMPLETION,
-        "bash, zsh or fish. In bash: eval \"$(mdl-toolkit completion bash)\".",
+        choice("bash", "zsh", "fish"),
+        REQUIRED,
+        COMPLETION,
+        'bash, zsh or fish. In bash: eval "$(mdl-toolkit completion bash)".',
         positional=True,
-    )  # fmt: skip
+    )

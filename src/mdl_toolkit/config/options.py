@@ -1,24 +1,24 @@
-"""One option: kind, default, help, group; and what all commands' options share.
+"""One option of a command, and the base class of all options.
 
-Values are checked here, one by one; what depends on files, models or the machine is not.
+Values are checked here one by one; nothing here depends on files, models or the machine.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
-from mdl_toolkit.config.types import Kind
+from mdl_toolkit.config.types import ValueType, refuse
 from mdl_toolkit.errors import UsageError
 from mdl_toolkit.i18n import Localized, join_messages
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What the table says of one option beside its default; kept in the field's metadata.
+class OptionSpec:
+    """Describe an option; kept in the metadata of its field.
 
     Attributes:
-        kind: how its value is read.
+        type: reads and checks its value.
         group: the heading under which `--help` shows it.
         help: one text for `--help`, settings files and the reference.
         nullable: the word `null` is accepted and means None.
@@ -26,38 +26,76 @@ class Setting:
         positional: the value stands on the command line without the option's name.
     """
 
-    kind: Kind
+    type: ValueType
     group: Localized
     help: Localized
     nullable: bool = False
     dynamic: Localized | None = None
     positional: bool = False
 
+    def parse(self, value: Any) -> Any:
+        """Bring a value to the option's type.
+
+        Raises:
+            ValueError: it is not accepted; the argument is a `Localized` that says which ones are.
+        """
+        if self.nullable and (value is None or value == "null"):
+            return None
+        if value is None:
+            raise refuse("expected a value")
+        try:
+            return self.type.parse(value)
+        except ValueError as problem:
+            if self.nullable:
+                raise refuse("{accepted} (or null)", accepted=problem.args[0]) from None
+            raise
+
 
 REQUIRED: Any = dataclasses.MISSING
 
 
-def option(kind: Kind, default: Any, group: Localized, help: str | Localized, /, **more: Any) -> Any:
-    """Declare one option; `more` goes to `Setting`."""
-    setting = Setting(kind, group, Localized.of(help, {}), **more)
-    return dataclasses.field(default=default, metadata={"setting": setting})
+def option(
+    value_type: ValueType, default: Any, group: Localized, help_text: str | Localized, /, **more: Any
+) -> Any:
+    """Declare a field of an options class.
+
+    Args:
+        value_type: reads and checks its value.
+        default: `REQUIRED` if there is none; where it is None, `null` is accepted.
+        group: the heading under which `--help` shows it.
+        help_text: what it does.
+        more: `dynamic` and `positional` of `OptionSpec`.
+    """
+    spec = OptionSpec(value_type, group, Localized.of(help_text, {}), nullable=default is None, **more)
+    return dataclasses.field(default=default, metadata={"spec": spec})
 
 
-def setting_of(field: "dataclasses.Field[Any]") -> Setting:
-    """What the table says of a field."""
-    setting = field.metadata["setting"]
-    assert isinstance(setting, Setting)
-    return setting
+def spec_of(field: "dataclasses.Field[Any]") -> OptionSpec:
+    """Return the description of a field's option."""
+    spec = field.metadata["spec"]
+    assert isinstance(spec, OptionSpec)
+    return spec
 
 
 def spelling(name: str) -> str:
-    """The option's spelling on the command line."""
+    """Spell a field's name as on the command line: `max_length` is `--max-length`."""
     return "--" + name.replace("_", "-")
+
+
+def shown_name(field: "dataclasses.Field[Any]") -> str:
+    """Name an option as help and messages do: `--max-length`, or `INPUT` if it is positional."""
+    return field.name.upper() if spec_of(field).positional else spelling(field.name)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What every command's options share: checking, and the way to and from YAML and words."""
+    """Check the values of a command's options; the base class of all of them.
+
+    Attributes:
+        COMMAND: the command's name.
+        SUMMARY: one sentence for `--help`.
+        GROUPS: the headings of `--help`, in order.
+    """
 
     COMMAND: ClassVar[str] = ""
     SUMMARY: ClassVar[Localized]
@@ -67,22 +105,20 @@ class Options:
         """Bring every value to its type.
 
         Raises:
-            UsageError: naming every value that is not accepted, in one message.
+            ValuesError: naming every value that is not accepted, in one message.
         """
         for name, value in checked(type(self), vars(self)).items():
             object.__setattr__(self, name, value)
 
 
-def shown_name(field: "dataclasses.Field[Any]") -> str:
-    """The option as messages name it: its spelling, or INPUT."""
-    return field.name.upper() if setting_of(field).positional else spelling(field.name)
+AnyOptions = TypeVar("AnyOptions", bound=Options)
 
 
 class ValuesError(UsageError):
-    """Values of options that are not accepted.
+    """Refuse values of options.
 
     Attributes:
-        lines: a line for each.
+        lines: a line for each value.
     """
 
     def __init__(self, lines: Sequence[Localized]) -> None:
@@ -91,48 +127,35 @@ class ValuesError(UsageError):
 
 
 def checked(options: type[Options], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by field name, each brought to its option's type; options without a value are left out.
+    """Return values by field name, each brought to its option's type; options without a value are left out.
 
     Raises:
         ValuesError: naming every value that is not accepted, in one message.
     """
-    fields = [field for field in dataclasses.fields(options) if field.name in values]
-    read = {field.name: _read(field, values[field.name]) for field in fields}
-    refused = [field for field in fields if isinstance(read[field.name], Localized)]
-    if refused:
-        lines = [
-            Localized(
+    read: dict[str, Any] = {}
+    refused: list[Localized] = []
+    for field in dataclasses.fields(options):
+        if field.name not in values:
+            continue
+        value = values[field.name]
+        try:
+            read[field.name] = spec_of(field).parse(value)
+        except ValueError as problem:
+            # The value of a repeated option is shown as the words that were typed.
+            shown = ", ".join(map(repr, value)) if isinstance(value, tuple) else repr(value)
+            line = Localized(
                 "{option}: {accepted}, not {value}",
                 option=shown_name(field),
-                accepted=read[field.name],
-                value=_quoted(values[field.name]),
+                accepted=problem.args[0],
+                value=shown,
             )
-            for field in refused
-        ]
-        raise ValuesError(lines)
+            refused.append(line)
+    if refused:
+        raise ValuesError(refused)
     return read
 
 
-def _quoted(value: Any) -> str:
-    """A value as messages show it; that of a repeated option as the words that were typed."""
-    return ", ".join(map(repr, value)) if isinstance(value, tuple) else repr(value)
-
-
-def _read(field: "dataclasses.Field[Any]", value: Any) -> Any:
-    """The value, or the `Localized` that says what is accepted."""
-    setting = setting_of(field)
-    if setting.nullable and (value is None or value == "null"):
-        return None
-    if value is None:
-        return Localized("expected a value")
-    try:
-        return setting.kind.parse(value)
-    except ValueError as refused:
-        accepted: Localized = refused.args[0]
-    return Localized("{accepted} (or null)", accepted=accepted) if setting.nullable else accepted
-
-
 def fields_in_order(options: type[Options]) -> list["dataclasses.Field[Any]"]:
-    """The fields of a command, group by group in the order of the reference: its own before the shared."""
+    """List the fields of a command group by group, its own before those it shares with others."""
     fields = sorted(dataclasses.fields(options), key=lambda field: field.name not in options.__annotations__)
-    return [f for group in options.GROUPS for f in fields if setting_of(f).group == group]
+    return [field for group in options.GROUPS for field in fields if spec_of(field).group == group]

@@ -1,8 +1,8 @@
-"""The options of `train`."""
+"""Define the options of `train` and `merge`."""
 
 from dataclasses import dataclass
 
-from mdl_toolkit.config.data import COMMON, DATASET, DEFAULT_MODEL, MODEL_HELP, VERIFY_HELP, ConversionOptions
+from mdl_toolkit.config.data import COMMON, DATASET, DEFAULT_MODEL, MODEL_HELP, ConversionOptions, HubOptions
 from mdl_toolkit.config.options import REQUIRED, option
 from mdl_toolkit.config.types import (
     BOOLEAN,
@@ -18,14 +18,18 @@ from mdl_toolkit.config.types import (
     WHOLE,
     WORDS,
     choice,
-)  # fmt: skip
+)
 from mdl_toolkit.i18n import Localized
 
 TRAINING = Localized("Training options")
 MEMORY = Localized("Memory options")
 EVALUATION = Localized("Evaluation options")
 CHECKPOINTS = Localized("Checkpoint and output options")
+MERGE = Localized("Merge options")
 
+VERIFY_HELP = Localized(
+    "Ask the merged model the same few rows as base and adapter before it is put in place (both are loaded)."
+)
 DYNAMIC_BF16 = Localized("true where CUDA supports bfloat16")
 
 
@@ -49,128 +53,170 @@ class TrainOptions(ConversionOptions):
 
     model_name: str = option(NAME, DEFAULT_MODEL, COMMON, MODEL_HELP)
     train_dataset: str = option(
-        PATH, REQUIRED, TRAINING,
-        "The training data: a CSV file or a folder written by convert-dataset.",
-    )  # fmt: skip
+        PATH, REQUIRED, TRAINING, "The training data: a CSV file or a folder written by convert-dataset."
+    )
     lr: float = option(POSITIVE, 1e-4, TRAINING, "Learning rate.")
     lora_rank: int = option(
-        COUNT, 32, TRAINING,
-        "Rank of the LoRA adapters; 8 to 16 for simple tasks, 32 or more for hard ones.",
-    )  # fmt: skip
+        COUNT, 32, TRAINING, "Rank of the LoRA adapters; 8 to 16 for simple tasks, 32 or more for hard ones."
+    )
     lora_alpha: float = option(
-        POSITIVE, 32.0, TRAINING,
-        "LoRA's alpha: the adapters are scaled by alpha / rank.",
-    )  # fmt: skip
+        POSITIVE, 32.0, TRAINING, "LoRA's alpha: the adapters are scaled by alpha / rank."
+    )
     lora_dropout: float = option(DROPOUT, 0.0, TRAINING, "Dropout rate of the LoRA adapters.")
     train_target: tuple[str, ...] = option(
-        TARGETS, ("encoder", "projector", "decoder"), TRAINING,
+        TARGETS,
+        ("encoder", "projector", "decoder"),
+        TRAINING,
         "What is trained: audio encoder, projector and text decoder by LoRA, word embeddings and output "
-"head in full. May be given several times; replaces the default.",
-    )  # fmt: skip
-    num_epochs: float = option(
-        POSITIVE, 1.0, TRAINING,
-        "Passes over the training data; may be a fraction.",
-    )  # fmt: skip
+        "head in full. May be given several times; replaces the default.",
+    )
+    num_epochs: float = option(POSITIVE, 1.0, TRAINING, "Passes over the training data; may be a fraction.")
     warmup_steps: int = option(
-        WHOLE, 0, TRAINING,
-        "Optimizer steps over which the learning rate rises from 0.",
-    )  # fmt: skip
-    seed: int = option(
-        SEED, 42, TRAINING,
-        "Seed of the data order, dropout and new adapter weights.",
-    )  # fmt: skip
+        WHOLE, 0, TRAINING, "Optimizer steps over which the learning rate rises from 0."
+    )
+    seed: int = option(SEED, 42, TRAINING, "Seed of the data order, dropout and new adapter weights.")
     batch_size: int = option(
-        COUNT, 8, MEMORY,
+        COUNT,
+        8,
+        MEMORY,
         "Rows per device and step. Effective batch: batch_size * gradient_accumulation_steps * devices.",
-    )  # fmt: skip
+    )
     gradient_accumulation_steps: int = option(
-        COUNT, 1, MEMORY,
-        "Steps whose gradients are added up before the weights are updated.",
-    )  # fmt: skip
+        COUNT, 1, MEMORY, "Steps whose gradients are added up before the weights are updated."
+    )
     gradient_checkpointing: bool = option(
-        BOOLEAN, True, MEMORY,
+        BOOLEAN,
+        True,
+        MEMORY,
         "Compute activations again in the backward pass: much less memory, some more time.",
-    )  # fmt: skip
+    )
     cache_audio_features: bool = option(
-        BOOLEAN, False, MEMORY,
+        BOOLEAN,
+        False,
+        MEMORY,
         "Compute the audio encoder and projector once per row and keep what they give on disk while the "
-"run lasts (36 KB per second of audio at 7B in bfloat16); only where neither is a train target.",
-    )  # fmt: skip
+        "run lasts (36 KB per second of audio at 7B in bfloat16); only where neither is a train target.",
+    )
     bf16: bool | None = option(
-        BOOLEAN, None, MEMORY,
+        BOOLEAN,
+        None,
+        MEMORY,
         "Load the base weights in bfloat16; adapters and full copies train in float32.",
-        nullable=True, dynamic=DYNAMIC_BF16,
-    )  # fmt: skip
+        dynamic=DYNAMIC_BF16,
+    )
     quantization: str | None = option(
-        choice("8bit", "4bit"), None, MEMORY,
+        choice("8bit", "4bit"),
+        None,
+        MEMORY,
         "Quantise the decoder's base weights (needs the extra `quantization`).",
-        nullable=True,
-    )  # fmt: skip
+    )
     eval_dataset: str | None = option(
-        PATH, None, EVALUATION,
+        PATH,
+        None,
+        EVALUATION,
         "Data to evaluate on: a CSV file or a converted folder. Without it the other evaluation options "
-"are ignored.",
-        nullable=True,
-    )  # fmt: skip
+        "are ignored.",
+    )
     eval_steps: int | float = option(
-        CADENCE, 500, EVALUATION,
+        CADENCE,
+        500,
+        EVALUATION,
         "Evaluate every so many steps, or so often per epoch (0.5: twice an epoch), and always at the "
-"end; 0: only there.",
-    )  # fmt: skip
+        "end; 0: only there.",
+    )
     eval_batch_size: int | None = option(
-        COUNT, None, EVALUATION,
-        "Rows per device in evaluation; as in training if not given.",
-        nullable=True,
-    )  # fmt: skip
+        COUNT, None, EVALUATION, "Rows per device in evaluation; as in training if not given."
+    )
     eval_accumulation_steps: int | None = option(
-        COUNT, None, EVALUATION,
-        "Move evaluation results to the CPU every so many steps.",
-        nullable=True,
-    )  # fmt: skip
+        COUNT, None, EVALUATION, "Move evaluation results to the CPU every so many steps."
+    )
     eval_metric: str | None = option(
-        choice("accuracy", "wer", "cer"), None, EVALUATION,
+        choice("accuracy", "wer", "cer"),
+        None,
+        EVALUATION,
         "Also let the model answer evaluation rows, and compare: share of equal answers, or error rate of "
-"words or characters.",
-        nullable=True,
-    )  # fmt: skip
+        "words or characters.",
+    )
     eval_samples: int = option(
-        COUNT, 200, EVALUATION,
-        "Most rows that are answered for --eval-metric; always the same ones.",
-    )  # fmt: skip
+        COUNT, 200, EVALUATION, "Most rows that are answered for --eval-metric; always the same ones."
+    )
     keep_best: bool = option(
-        BOOLEAN, False, EVALUATION,
+        BOOLEAN,
+        False,
+        EVALUATION,
         "Take the checkpoint with the best --eval-metric, or evaluation loss, as the result, not the last.",
-    )  # fmt: skip
+    )
     early_stopping_patience: int | None = option(
-        COUNT, None, EVALUATION,
-        "Stop after so many evaluations in a row without a better one.",
-        nullable=True,
-    )  # fmt: skip
+        COUNT, None, EVALUATION, "Stop after so many evaluations in a row without a better one."
+    )
     report_to: tuple[str, ...] = option(
-        WORDS, (), EVALUATION,
+        WORDS,
+        (),
+        EVALUATION,
         "Trackers to report to (tensorboard, wandb, swanlab ...). May be given several times.",
-    )  # fmt: skip
-    output: str = option(
-        PATH, REQUIRED, CHECKPOINTS,
-        "Folder for checkpoints and, in `final/`, the result.",
-    )  # fmt: skip
+    )
+    output: str = option(PATH, REQUIRED, CHECKPOINTS, "Folder for checkpoints and, in `final/`, the result.")
     resume_from_checkpoint: bool | str | None = option(
-        RESUME, None, CHECKPOINTS,
+        RESUME,
+        None,
+        CHECKPOINTS,
         "true: go on from the newest checkpoint in the output folder; a path: from that one.",
-        nullable=True,
-    )  # fmt: skip
+    )
     save_steps: int | float = option(
-        CADENCE, 500, CHECKPOINTS,
+        CADENCE,
+        500,
+        CHECKPOINTS,
         "Save a checkpoint every so many steps, or so often per epoch (0.5: twice an epoch); 0: only at "
-"the end.",
-    )  # fmt: skip
+        "the end.",
+    )
     save_total_limit: int | None = option(
-        COUNT, None, CHECKPOINTS,
-        "Keep only the newest so many checkpoints.",
-        nullable=True,
-    )  # fmt: skip
+        COUNT, None, CHECKPOINTS, "Keep only the newest so many checkpoints."
+    )
     merge_lora: bool = option(
-        BOOLEAN, True, CHECKPOINTS,
+        BOOLEAN,
+        True,
+        CHECKPOINTS,
         "Write a full model in the base model's format; false: only the adapter and fully trained weights.",
-    )  # fmt: skip
+    )
     verify: bool = option(BOOLEAN, True, CHECKPOINTS, VERIFY_HELP)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions(HubOptions):
+    """Options of `merge`.
+
+    Example:
+        ```python
+        from mdl_toolkit import MergeOptions
+
+        options = MergeOptions(adapter="run/checkpoint-500", output="merged", dtype="bfloat16")
+        ```
+    """
+
+    COMMAND = "merge"
+    SUMMARY = Localized("Merge an adapter into its base model: one model in the base model's format.")
+    GROUPS = (MERGE, COMMON)
+
+    adapter: str = option(
+        NAME,
+        REQUIRED,
+        MERGE,
+        "The adapter: a folder written by train, a checkpoint of a run, or any LoRA of PEFT for this model.",
+        positional=True,
+    )
+    output: str = option(
+        PATH, REQUIRED, MERGE, "Folder for the merged model; an earlier merged model is replaced."
+    )
+    model_name: str | None = option(
+        NAME,
+        None,
+        MERGE,
+        "The base model, where the adapter's record does not find it: a name on the hub, or a local folder.",
+    )
+    dtype: str | None = option(
+        choice("bfloat16", "float16", "float32"),
+        None,
+        MERGE,
+        "Numbers of the merged weights; the base model's if not given.",
+    )
+    verify: bool = option(BOOLEAN, True, MERGE, VERIFY_HELP)

@@ -19,7 +19,7 @@ TRAIN_TARGETS = ("encoder", "projector", "decoder", "embed_tokens", "lm_head")
 
 
 @dataclass(frozen=True)
-class Kind:
+class ValueType:
     """How the value of an option is read, from a word of the command line or a value of a YAML file.
 
     Attributes:
@@ -37,7 +37,7 @@ class Kind:
 
 
 def refuse(template: str, /, **fields: Any) -> ValueError:
-    """What `Kind.parse` raises: the values that are accepted."""
+    """What `ValueType.parse` raises: the values that are accepted."""
     return ValueError(Localized(template, **fields))
 
 
@@ -65,7 +65,7 @@ def _number(value: Any) -> float:
     return number
 
 
-def _integer(least: int, most: int = 2**53) -> Kind:  # 2**53: up to there a float holds every integer
+def _integer(least: int, most: int = 2**53) -> ValueType:  # 2**53: up to there a float holds every integer
     def parse(value: Any) -> int:
         number = _number(value)
         if number != int(number) or number < least:
@@ -74,17 +74,17 @@ def _integer(least: int, most: int = 2**53) -> Kind:  # 2**53: up to there a flo
             raise refuse("expected a whole number of at most {most}", most=most)
         return int(number)
 
-    return Kind("N", parse)
+    return ValueType("N", parse)
 
 
-def _real(accepts: Callable[[float], bool], message: Localized) -> Kind:
+def _real(accepts: Callable[[float], bool], message: Localized) -> ValueType:
     def parse(value: Any) -> float:
         number = _number(value)
         if not accepts(number):
             raise refuse("expected {message}", message=message)
         return number
 
-    return Kind("X", parse)
+    return ValueType("X", parse)
 
 
 def _cadence(value: Any) -> int | float:
@@ -134,7 +134,7 @@ def _true_or_path(value: Any) -> bool | str | None:
         return _path(value)
 
 
-def choice(*choices: str) -> Kind:
+def choice(*choices: str) -> ValueType:
     """One of some words, spelled exactly so."""
 
     def parse(value: Any) -> str:
@@ -143,7 +143,7 @@ def choice(*choices: str) -> Kind:
         listed = ", ".join(choices)
         raise refuse("expected one of {listed}", listed=listed)
 
-    return Kind("|".join(choices), parse)
+    return ValueType("|".join(choices), parse)
 
 
 def _words(value: Any) -> tuple[str, ...]:
@@ -177,7 +177,7 @@ def _split_commas(item: Any) -> list[str]:
     return [word.strip() for word in _text(item).split(",") if word.strip()]
 
 
-def some_of(*choices: str, least: int) -> Kind:
+def some_of(*choices: str, least: int) -> ValueType:
     """Some of a few words, at least so many; the option may be given several times."""
 
     def parse(value: Any) -> tuple[str, ...]:
@@ -187,7 +187,7 @@ def some_of(*choices: str, least: int) -> Kind:
             raise refuse("expected some of {listed}", listed=listed)
         return words
 
-    return Kind("|".join(choices), parse, is_repeated=True)
+    return ValueType("|".join(choices), parse, is_repeated=True)
 
 
 def _results(value: Any) -> tuple[str, ...]:
@@ -198,25 +198,25 @@ def _results(value: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(paths))
 
 
-BOOLEAN = Kind("true|false", _boolean, takes=is_boolean_word)
-TEXT = Kind("TEXT", _prompt)
-PATH = Kind("PATH", _path)
-NAME = Kind("NAME|PATH", _path)
-CADENCE = Kind("N|FRACTION", _cadence)
-PATHS = Kind("PATH", _paths, is_repeated=True)
-RESUME = Kind("true|false|PATH", _true_or_path, takes=lambda word: not word.startswith("-"))
+BOOLEAN = ValueType("true|false", _boolean, takes=is_boolean_word)
+TEXT = ValueType("TEXT", _prompt)
+PATH = ValueType("PATH", _path)
+NAME = ValueType("NAME|PATH", _path)
+CADENCE = ValueType("N|FRACTION", _cadence)
+PATHS = ValueType("PATH", _paths, is_repeated=True)
+RESUME = ValueType("true|false|PATH", _true_or_path, takes=lambda word: not word.startswith("-"))
 # A bare `--json` must not take the CSV after it for the file to write.
-JSON = Kind(
+JSON = ValueType(
     "true|false|PATH", _true_or_path, takes=lambda word: is_boolean_word(word) or word.endswith(".json")
 )
 TARGETS = some_of(*TRAIN_TARGETS, least=1)
-WORDS = Kind("NAME", _words, is_repeated=True)
-METRICS = some_of(*METRIC_NAMES, least=0)
-RESULTS = Kind("PATH", _results, is_repeated=True)
+WORDS = ValueType("NAME", _words, is_repeated=True)
+METRIC_LIST = some_of(*METRIC_NAMES, least=0)
+RESULT_FILES = ValueType("PATH", _results, is_repeated=True)
 COUNT = _integer(1)
 WHOLE = _integer(0)
 SEED = _integer(0, 2**32 - 1)  # what numpy.random.seed accepts
 POSITIVE = _real(lambda x: x > 0, Localized("a number above 0"))
 DROPOUT = _real(lambda x: 0 <= x < 1, Localized("a number from 0 to below 1"))
 NOT_NEGATIVE = _real(lambda x: x >= 0, Localized("a number of at least 0"))
-SHARE = _real(lambda x: 0 < x <= 1, Localized("a number above 0 and up to 1"))
+PROBABILITY = _real(lambda x: 0 < x <= 1, Localized("a number above 0 and up to 1"))

@@ -16,8 +16,8 @@ from mdl_toolkit.config.options import (
     ValuesError,
     checked,
     fields_in_order,
-    setting_of,
     shown_name,
+    spec_of,
     spelling,
 )
 from mdl_toolkit.errors import InputError, UsageError
@@ -94,7 +94,7 @@ def to_yaml(options: Options) -> str:
     for field in fields_in_order(type(options)):
         value = getattr(options, field.name)
         value = list(value) if isinstance(value, tuple) else value
-        lines += ["", f"# {setting_of(field).help}", _yaml_line(field.name, value)]
+        lines += ["", f"# {spec_of(field).help}", _yaml_line(field.name, value)]
     return "\n".join(lines) + "\n"
 
 
@@ -109,15 +109,12 @@ def as_command(options: Options) -> str:
     """The command line that gives these options, as a user would type it in a POSIX shell."""
     fields = fields_in_order(type(options))
     inputs = [
-        word
-        for field in fields
-        if setting_of(field).positional
-        for word in _items(getattr(options, field.name))
+        word for field in fields if spec_of(field).positional for word in _items(getattr(options, field.name))
     ]
     named = [
         word
         for field in fields
-        if not setting_of(field).positional and getattr(options, field.name) != field.default
+        if not spec_of(field).positional and getattr(options, field.name) != field.default
         for word in _words_of(field, getattr(options, field.name))
     ]
     dashed = any(word.startswith("-") for word in inputs)
@@ -127,7 +124,7 @@ def as_command(options: Options) -> str:
 
 
 def _words_of(field: "dataclasses.Field[Any]", value: Any) -> list[str]:
-    name, takes = spelling(field.name), setting_of(field).kind.takes
+    name, takes = spelling(field.name), spec_of(field).type.takes
     words: list[str] = []
     for shown in map(word_of, _items(value)):
         is_joined = shown.startswith("-") or (takes is not None and not takes(shown))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mdl_toolkit.config.results import EvaluateOptions
+from mdl_toolkit.config.evaluation import EvaluateOptions
 from mdl_toolkit.data.manifest import PREDICTION
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.evaluation.csv_table import Join, Table, joined, read_table

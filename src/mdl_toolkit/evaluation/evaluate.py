@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mdl_toolkit.config.results import EvaluateOptions
+from mdl_toolkit.config.evaluation import EvaluateOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, to_yaml
 from mdl_toolkit.errors import InputError, RowProblem, RowsError, UsageError
 from mdl_toolkit.evaluation.align import SCORE, Grouping, Pairs, grouped, read_pairs

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from transformers import GenerationConfig
 
-from mdl_toolkit.config.results import InferenceOptions
+from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.data.collate import collate_prompts
 from mdl_toolkit.data.dataset import Sample
 from mdl_toolkit.data.tokenization import ChatTokenizer

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mdl_toolkit.config.results import InferenceOptions
+from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.data.check.rows import too_long
 from mdl_toolkit.data.convert.run import convert_rows, left_out
 from mdl_toolkit.data.dataset import ConvertedDataset

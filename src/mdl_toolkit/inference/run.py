@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdl_toolkit import __version__
-from mdl_toolkit.config.results import InferenceOptions
+from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, to_yaml
 from mdl_toolkit.data.convert.run import PLAN_FILE, read_rows
 from mdl_toolkit.data.csv_reader import file_stamp

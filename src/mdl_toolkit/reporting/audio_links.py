@@ -15,7 +15,7 @@ import soundfile
 
 from mdl_toolkit.audio.loading import SAMPLE_RATE, load
 from mdl_toolkit.audio.urls import is_url, without_credentials
-from mdl_toolkit.config.results import InferenceOptions
+from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, read_settings
 from mdl_toolkit.data.listing import is_listing
 from mdl_toolkit.errors import AudioError, InputError

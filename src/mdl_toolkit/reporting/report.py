@@ -4,7 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from mdl_toolkit.config.results import EvaluateOptions, InferenceOptions, ReportOptions, ScoringOptions
+from mdl_toolkit.config.evaluation import EvaluateOptions, ReportOptions, ScoringOptions
+from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.data.listing import is_listing
 from mdl_toolkit.data.manifest import PREDICTION
 from mdl_toolkit.errors import UsageError

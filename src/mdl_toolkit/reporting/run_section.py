@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mdl_toolkit.config.options import fields_in_order, setting_of, spelling
+from mdl_toolkit.config.options import fields_in_order, spec_of, spelling
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, read_settings, word_of
 from mdl_toolkit.errors import InputError, ModelError
@@ -103,7 +103,7 @@ def _settings(folder: Path) -> list[dict[str, Any]]:
             "name": spelling(field.name),
             "value": _shown(values[field.name]),
             "is_changed": values[field.name] != field.default,
-            "help": setting_of(field).help.to_json(),
+            "help": spec_of(field).help.to_json(),
         }
         for field in fields_in_order(TrainOptions)
         if field.name in values

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mdl_toolkit.config.data import ConversionOptions
-from mdl_toolkit.config.options import setting_of, spelling
+from mdl_toolkit.config.options import spec_of, spelling
 from mdl_toolkit.config.train import EVALUATION, TrainOptions
 from mdl_toolkit.data.convert.run import convert_rows, read_rows
 from mdl_toolkit.data.dataset import ConvertedDataset
@@ -68,7 +68,7 @@ def _warn_ignored(options: TrainOptions) -> None:
     names = _given(options, converting - {"from_modelscope", "num_workers"})
     if names and all(Path(path).is_dir() for path in paths):
         warn("the data are converted already: {names} ignored", names=names)
-    evaluating = {f.name for f in dataclasses.fields(options) if setting_of(f).group == EVALUATION}
+    evaluating = {f.name for f in dataclasses.fields(options) if spec_of(f).group == EVALUATION}
     names = _given(options, evaluating - {"report_to"})
     if names and options.eval_dataset is None:
         warn("there is no --eval-dataset: {names} ignored", names=names)

@@ -3,7 +3,7 @@
 from functools import partial
 from pathlib import Path
 
-from mdl_toolkit.config.results import MergeOptions
+from mdl_toolkit.config.train import MergeOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, to_yaml
 from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import InputError, ModelError

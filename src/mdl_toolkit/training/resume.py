@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mdl_toolkit.config.options import setting_of, spelling
+from mdl_toolkit.config.options import spec_of, spelling
 from mdl_toolkit.config.train import TrainOptions
-from mdl_toolkit.config.types import NAME, PATH, Kind
+from mdl_toolkit.config.types import NAME, PATH, ValueType
 from mdl_toolkit.config.yaml import SETTINGS_FILE, read_settings
 from mdl_toolkit.data.collate import SampleSource
 from mdl_toolkit.errors import InputError, ToolkitError
@@ -157,7 +157,7 @@ def warn_changed(resume: Checkpoint, options: TrainOptions) -> None:
         before = read_settings(resume.folder / SETTINGS_FILE, TrainOptions)
     except InputError:  # of a version with other options
         return
-    kinds = {field.name: setting_of(field).kind for field in dataclasses.fields(options)}
+    value_types = {field.name: spec_of(field).type for field in dataclasses.fields(options)}
     changed = [
         Localized(
             "{option} {now} (was {then})",
@@ -167,7 +167,7 @@ def warn_changed(resume: Checkpoint, options: TrainOptions) -> None:
         )
         for name, value in before.items()
         if name not in ANY_TIME
-        and _meaning(kinds[name], getattr(options, name)) != _meaning(kinds[name], value)
+        and _meaning(value_types[name], getattr(options, name)) != _meaning(value_types[name], value)
     ]
     if changed:
         warn(
@@ -176,9 +176,9 @@ def warn_changed(resume: Checkpoint, options: TrainOptions) -> None:
         )
 
 
-def _meaning(kind: Kind, value: Any) -> Any:
+def _meaning(value_type: ValueType, value: Any) -> Any:
     """Return an option's value such that a path has one spelling."""
-    is_path = value is not None and kind in (PATH, NAME)
+    is_path = value is not None and value_type in (PATH, NAME)
     return Path(value).expanduser().resolve() if is_path else value
 
 

@@ -1,0 +1,91 @@
+"""Define the options of `inference`."""
+
+from dataclasses import dataclass
+
+from mdl_toolkit.config.data import COMMON, DATASET, ConversionOptions
+from mdl_toolkit.config.options import REQUIRED, option
+from mdl_toolkit.config.types import BOOLEAN, COUNT, NAME, NOT_NEGATIVE, PATH, PROBABILITY, SEED, choice
+from mdl_toolkit.i18n import Localized
+
+INFERENCE = Localized("Inference options")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceOptions(ConversionOptions):
+    """Options of `inference`.
+
+    Example:
+        ```python
+        from mdl_toolkit import InferenceOptions
+
+        options = InferenceOptions(
+            input="test.csv", output="predictions.csv", model_name="run/final", max_new_tokens=64
+        )
+        ```
+    """
+
+    COMMAND = "inference"
+    SUMMARY = Localized("Run the model over a CSV of recordings and write its predictions.")
+    GROUPS = (INFERENCE, COMMON, DATASET)
+
+    input: str = option(
+        PATH,
+        REQUIRED,
+        INFERENCE,
+        "The CSV file; or a folder, or a pattern such as 'clips/*.wav', of recordings.",
+        positional=True,
+    )
+    output: str = option(PATH, REQUIRED, INFERENCE, "The CSV file to write; an existing file is replaced.")
+    report: str | None = option(
+        PATH, None, INFERENCE, "An HTML file to write too, with all answers to look at and listen to."
+    )
+    model_name: str = option(
+        NAME,
+        REQUIRED,
+        INFERENCE,
+        "The model: a name on the hub, a local folder, or an adapter folder written by train.",
+    )
+    batch_size: int = option(COUNT, 32, INFERENCE, "Most rows per device at once.")
+    max_length: int = option(
+        COUNT, 128, INFERENCE, "Most tokens of one row: prompt, audio, answer and special tokens together."
+    )
+    max_new_tokens: int | None = option(
+        COUNT,
+        None,
+        INFERENCE,
+        "Most tokens of an answer, however long its prompt; takes the place of --max-length.",
+    )
+    temperature: float = option(
+        NOT_NEGATIVE,
+        0.0,
+        INFERENCE,
+        "0 always takes the most likely token; above 0 it is drawn, the more freely the higher.",
+    )
+    top_p: float = option(
+        PROBABILITY, 1.0, INFERENCE, "Draw among the most likely tokens that together have this probability."
+    )
+    seed: int = option(SEED, 42, INFERENCE, "Seed of what is drawn.")
+    num_beams: int = option(COUNT, 1, INFERENCE, "Beams of a beam search; 1 is greedy.")
+    choices: str | None = option(
+        PATH,
+        None,
+        INFERENCE,
+        "A text file with one choice on each line: the answer is the most likely of them, with its score.",
+    )
+    top_k: int = option(COUNT, 1, INFERENCE, "With --choices: how many of the best are given.")
+    normalize_scores: bool = option(
+        BOOLEAN, False, INFERENCE, "With --choices: divide each score by the choice's number of tokens."
+    )
+    on_error: str = option(
+        choice("stop", "keep"),
+        "stop",
+        INFERENCE,
+        "stop: check all recordings first, and do nothing if one cannot be used; keep: leave such rows "
+        "empty, and say why in the column `error`.",
+    )
+    engine: str = option(
+        choice("torch", "vllm"),
+        "torch",
+        INFERENCE,
+        "What computes the answers: this toolkit, or vLLM (a merged model; needs the extra `vllm`).",
+    )
