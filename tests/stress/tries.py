@@ -113,7 +113,9 @@ def begin(folder: str, act: Callable[[int], object]) -> None:
     """Go to the folder of the try, and act before each file operation, which are numbered from 1."""
     os.chdir(folder)
     Path(f"{folder}.ready-{os.environ.get('RANK', '0')}").touch()
-    distributed.MEETING = timedelta(seconds=20)  # the other one may have been killed before it came
+    distributed.RENDEZVOUS_TIMEOUT = timedelta(
+        seconds=20
+    )  # the other one may have been killed before it came
     numbers = itertools.count(1)
     sys.addaudithook(lambda event, words: act(next(numbers)) if is_operation(event, words) else None)
 

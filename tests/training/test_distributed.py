@@ -81,7 +81,7 @@ def figures(output):
 
 
 def only_the_first_converts_and_buckets_are_small():
-    distributed.BUCKET = 1000  # numbers; several tensors in one, some larger ones alone
+    distributed.BUCKET_NUMEL = 1000  # numbers; several tensors in one, some larger ones alone
     if os.environ["RANK"] != "0":
         conversion.convert_rows = training_data.convert_rows = None
 
@@ -202,7 +202,7 @@ def test_a_killed_process_ends_the_other_one_with_one_line(place, tmp_path, star
 
 
 def little_patience_for_a_meeting():
-    distributed.MEETING = timedelta(seconds=2)
+    distributed.RENDEZVOUS_TIMEOUT = timedelta(seconds=2)
 
 
 def gone_after_the_meeting():
@@ -245,7 +245,7 @@ def test_a_process_that_fails_before_the_first_step_ends_the_other_one(place, tm
 def a_group_that_ends_together():
     """As with NCCL: whoever leaves waits for all others, here for ever."""
     fail_in_second("_trainable_model")
-    distributed._end_together = lambda: True
+    distributed.must_leave_together = lambda: True
     distributed.distributed.destroy_process_group = lambda: time.sleep(600)
 
 

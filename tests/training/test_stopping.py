@@ -62,7 +62,7 @@ def start(tmp_path):
 
 @BOTH
 def test_the_first_signal_is_a_request_and_a_later_one_has_its_usual_effect(number, capsys, monkeypatch):
-    monkeypatch.setattr(stopping, "SAME", 0.0)
+    monkeypatch.setattr(stopping, "SAME_REQUEST_SECONDS", 0.0)
     came = []
     before = signal.signal(number, lambda *_: came.append(number))
     try:
@@ -83,7 +83,7 @@ def test_the_first_signal_is_a_request_and_a_later_one_has_its_usual_effect(numb
 @BOTH
 def test_a_later_signal_that_was_ignored_before_interrupts(number, monkeypatch):
     """Otherwise what a script starts with `&` would say that once more stops at once, and go on."""
-    monkeypatch.setattr(stopping, "SAME", 0.0)
+    monkeypatch.setattr(stopping, "SAME_REQUEST_SECONDS", 0.0)
     before = signal.signal(number, signal.SIG_IGN)
     try:
         with StopRequest() as request:
@@ -114,7 +114,7 @@ def test_what_a_launcher_passes_on_after_the_end_is_the_same_request(number, mon
             signal.raise_signal(number)
         signal.raise_signal(number)
         assert not came
-        monkeypatch.setattr(stopping, "SAME", 0.0)
+        monkeypatch.setattr(stopping, "SAME_REQUEST_SECONDS", 0.0)
         signal.raise_signal(number)
         assert came == [number]
         assert signal.getsignal(number) is hear
@@ -123,20 +123,20 @@ def test_what_a_launcher_passes_on_after_the_end_is_the_same_request(number, mon
 
 
 def test_an_interruption_that_a_callback_swallowed_is_not_lost(monkeypatch):
-    monkeypatch.setattr(stopping, "SAME", 0.0)
-    stopping.end_if_asked()
+    monkeypatch.setattr(stopping, "SAME_REQUEST_SECONDS", 0.0)
+    stopping.raise_if_interrupted()
     with Interruption():
         with suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
-            stopping.end_if_asked()
-    stopping.end_if_asked()
+            stopping.raise_if_interrupted()
+    stopping.raise_if_interrupted()
 
 
 @pytest.mark.parametrize("moment", ["convert_rows", "read_rows"])
 def test_a_training_ends_although_a_callback_swallowed_the_signal(place, tmp_path, monkeypatch, moment):
     """As soundfile's does, while a recording is read."""
-    monkeypatch.setattr(stopping, "SAME", 0.0)
+    monkeypatch.setattr(stopping, "SAME_REQUEST_SECONDS", 0.0)
     real = getattr(training_data, moment)
 
     def swallowing(*words, **more):
@@ -367,7 +367,7 @@ def test_a_second_signal_stops_at_once(place, tmp_path, start, number, usual):
     assert job.until((tmp_path / "sign").exists)
     job.signal(number)
     assert job.until(lambda: STOPPING in job.said())
-    time.sleep(stopping.SAME + 0.2)
+    time.sleep(stopping.SAME_REQUEST_SECONDS + 0.2)
     job.signal(number)
     assert job.end() == 130
     assert checkpoints(tmp_path / "run") == before

@@ -14,9 +14,9 @@ import pytest
 
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.utils.files import replace_file, replace_folder
-from mdl_toolkit.utils.locks import ByteLocks, held
+from mdl_toolkit.utils.locks import ByteLocks, hold_lock
 
-HOLD = "from mdl_toolkit.utils.locks import held\nwith held(path): wait()"
+HOLD = "from mdl_toolkit.utils.locks import hold_lock\nwith hold_lock(path): wait()"
 BYTE = (
     "from mdl_toolkit.utils.locks import ByteLocks\n"
     "locks = ByteLocks(path)\nassert locks.try_acquire(3)\nwait()"
@@ -28,9 +28,9 @@ with replace_file(path) as work:
     wait()
 """
 COUNT = """
-from mdl_toolkit.utils.locks import held
+from mdl_toolkit.utils.locks import hold_lock
 for _ in range(60):
-    with held(path.with_suffix(".lock"), remove=True):
+    with hold_lock(path.with_suffix(".lock"), remove=True):
         path.write_text(str(int(path.read_text()) + 1))
 """
 
@@ -50,7 +50,7 @@ def other(path, code):
 
 def is_held(path):
     try:
-        with held(path, InputError("busy", "")):
+        with hold_lock(path, InputError("busy")):
             return False
     except InputError:
         return True
@@ -75,7 +75,7 @@ def test_a_lock_is_waited_for(tmp_path):
         assert process.stdout.readline() == "in\n"
         threading.Timer(0.5, process.kill).start()
         began = time.monotonic()
-        with held(tmp_path / "lock") as is_there:
+        with hold_lock(tmp_path / "lock") as is_there:
             assert is_there
             assert 0.3 < time.monotonic() - began < 30
 
@@ -95,10 +95,10 @@ def test_a_lock_whose_folder_is_removed_is_made_anew(tmp_path):
     path, inside = tmp_path / "work/lock", []
 
     def enter():
-        with held(path):
+        with hold_lock(path):
             inside.append(path.exists())
 
-    with held(path):
+    with hold_lock(path):
         waiting = threading.Thread(target=enter)
         waiting.start()
         time.sleep(0.1)
@@ -114,7 +114,10 @@ def test_where_there_are_no_locks_nothing_is_taken_for_a_killed_process_s(tmp_pa
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", fail)
-    with held(tmp_path / "lock", remove=True) as first, held(tmp_path / "lock", remove=True) as second:
+    with (
+        hold_lock(tmp_path / "lock", remove=True) as first,
+        hold_lock(tmp_path / "lock", remove=True) as second,
+    ):
         assert (first, second) == (False, False)
     with replace_file(tmp_path / "out") as work:
         work.write_text("first")
@@ -135,7 +138,8 @@ def test_what_another_process_writes_is_left_alone_until_it_is_killed(tmp_path):
         assert theirs.read_text() == "theirs"
         process.kill()
         process.wait()
-        assert len([*tmp_path.glob(".out.*")]) == 2  # the file and its lock
+        # The file and its lock.
+        assert len([*tmp_path.glob(".out.*")]) == 2
     with replace_file(output) as work:
         work.write_text("last")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -1,4 +1,4 @@
-"""Work in several processes: how many, in what order, and what happens when one of them dies."""
+"""Work in several processes: in what order, and what happens when one of them dies."""
 
 import fcntl
 import multiprocessing
@@ -17,8 +17,7 @@ import pytest
 
 from mdl_toolkit.errors import ModelError, RowProblem, RowsError, ToolkitError
 from mdl_toolkit.i18n import Verbatim
-from mdl_toolkit.utils import worker_pool as room
-from mdl_toolkit.utils.worker_pool import WorkerDiedError, available_cpus, default_workers, work_through
+from mdl_toolkit.utils.worker_pool import WorkerDiedError, work_through
 from tests.support.processes import is_alive, wait_for
 from tests.support.worker_tasks import broken, busy, endless, fail, long_message, meet, squares
 
@@ -216,40 +215,3 @@ def test_workers_end_with_their_parent(tmp_path, task):
         assert all(map(is_alive, pids))
         parent.kill()
     wait_for(lambda: not any(map(is_alive, pids)))
-
-
-# --- how many workers (rule 20) --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("cpus", "limits", "available", "workers"),
-    [
-        (1, {}, 1, 1),
-        (2, {}, 2, 1),
-        (3, {}, 3, 1),
-        (8, {}, 8, 4),
-        (64, {}, 64, 32),
-        (200, {}, 200, 32),
-        (64, {"cpu.max": "max 100000\n"}, 64, 32),
-        (64, {"cpu.max": "800000 100000\n"}, 8, 4),
-        (4, {"cpu.max": "800000 100000\n"}, 4, 2),
-        (64, {"cpu.max": "150000 100000\n"}, 1, 1),
-        (64, {"cpu.max": "50000 100000\n"}, 1, 1),
-        (64, {"cpu.max": "nonsense\n"}, 64, 32),
-        (64, {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 64, 32),
-        (64, {"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4, 2),
-    ],
-)
-def test_default_workers(tmp_path, monkeypatch, cpus, limits, available, workers):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cpus)))
-    monkeypatch.setattr(room, "CGROUP", tmp_path)
-    for name, text in limits.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    assert available_cpus() == available
-    assert default_workers() == workers
-
-
-def test_this_machine():
-    assert 1 <= available_cpus() <= (os.cpu_count() or 1)
-    assert 1 <= default_workers() <= 32

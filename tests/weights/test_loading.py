@@ -21,7 +21,7 @@ from mdl_toolkit.cli.main import run
 from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.i18n import Verbatim
-from mdl_toolkit.utils.machine import lack_of_memory
+from mdl_toolkit.utils.machine import describe_oom
 from mdl_toolkit.weights.loading import best_device, choose_dtype, explaining_memory, load_model
 from mdl_toolkit.weights.resolve import find_model, read_json, require_package
 from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
@@ -408,7 +408,7 @@ MACHINE_LACK = Verbatim("the machine ran out of memory", "内存不足")
     ],
 )
 def test_a_lack_of_memory_whoever_says_so(problem, expected):
-    assert lack_of_memory(problem) == expected
+    assert describe_oom(problem) == expected
 
 
 @pytest.mark.parametrize("make", [torch.empty, partial(np.empty, dtype=np.float32)])

@@ -17,8 +17,8 @@ from pathlib import Path
 from mdl_toolkit.audio.http import MEGABYTE, FetchError, Limits, Version, digest, fetch, origin, refusal
 from mdl_toolkit.errors import AudioError
 from mdl_toolkit.i18n import Verbatim
-from mdl_toolkit.utils.files import partial_name, writing
-from mdl_toolkit.utils.locks import held
+from mdl_toolkit.utils.files import partial_name, report_write_errors
+from mdl_toolkit.utils.locks import hold_lock
 
 MOST_HOSTS = 1_000  # hosts out of reach that are remembered
 
@@ -47,9 +47,9 @@ class Downloads:
             AudioError: it cannot be had, for the same reason at every call; or the folder cannot be used.
         """
         content = self._content(url)
-        with writing(str(self._folder), AudioError):
+        with report_write_errors(str(self._folder), AudioError):
             self._folder.mkdir(parents=True, exist_ok=True)
-            with held(content.with_suffix(".lock")):
+            with hold_lock(content.with_suffix(".lock")):
                 record = self._record(url, content)
         if record.en:
             raise refusal(url, Verbatim(record.en, record.zh))

@@ -22,7 +22,7 @@ from mdl_toolkit.audio.flac import PackedAudio, unpack_audio
 from mdl_toolkit.data.tokenization import IGNORE_INDEX, Tokens
 from mdl_toolkit.errors import DatasetError, InputError
 from mdl_toolkit.i18n import Localized
-from mdl_toolkit.utils.files import fsync, writing
+from mdl_toolkit.utils.files import fsync, report_write_errors
 from mdl_toolkit.weights.provenance import Prompts
 from mdl_toolkit.weights.tokenizer_files import TokenizerFiles
 
@@ -194,7 +194,7 @@ class ShardWriter:
             self._rows, self._pending = [], 0
 
     def _writing(self) -> AbstractContextManager[None]:
-        return writing(str(self._file.parent), DatasetError)
+        return report_write_errors(str(self._file.parent), DatasetError)
 
 
 def _batch(tokens: Sequence[Tokens], audio: Sequence[PackedAudio]) -> pa.RecordBatch:
@@ -241,7 +241,7 @@ def write_metadata(folder: Path, shards: int, record: Record) -> None:
         DatasetError: the disk does not take it.
     """
     about = {"citation": "", "description": "", "features": _FEATURES}
-    with writing(str(folder), DatasetError):
+    with report_write_errors(str(folder), DatasetError):
         _write_json(folder / "dataset_info.json", about)
         _write_json(folder / RECORD_FILE, asdict(record))
         _write_json(folder / "state.json", _state([shard_name(i, shards) for i in range(shards)], record))

@@ -49,7 +49,7 @@ from mdl_toolkit.evaluation.results import (
 from mdl_toolkit.evaluation.text_metrics import CHARACTER, WORD
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.console import say
-from mdl_toolkit.utils.files import check_apart, check_file, removing_empty, replace_file, writing
+from mdl_toolkit.utils.files import check_apart, check_file, removing_empty, replace_file, report_write_errors
 
 MOST_LABELS = 50  # distinct references beyond which they are texts, unless a metric for labels is asked for
 MOST_CONFUSED = 200  # labels beyond which there is no confusion table
@@ -326,6 +326,6 @@ def _write(output: Path, evaluation: Evaluation, options: EvaluateOptions) -> No
             (output, text),
             (output.with_name(f"{output.name}.{SETTINGS_FILE}"), to_yaml(options)),
         ):
-            with writing(f"--output {path}", InputError), replace_file(path) as work:
+            with report_write_errors(f"--output {path}", InputError), replace_file(path) as work:
                 work.write_text(content, encoding="utf-8", newline="")
     say("written: {output}", output=output)

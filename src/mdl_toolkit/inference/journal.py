@@ -24,8 +24,8 @@ from typing import IO
 from mdl_toolkit.data.manifest import Row
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.utils.console import say
-from mdl_toolkit.utils.files import replace_file, writing
-from mdl_toolkit.utils.locks import held
+from mdl_toolkit.utils.files import replace_file, report_write_errors
+from mdl_toolkit.utils.locks import hold_lock
 
 RUN = "run.json"
 
@@ -45,12 +45,12 @@ class AnswerJournal:
         Raises:
             InputError: another run is at work on the same output, or the folder cannot be made.
         """
-        with writing(f"--output {self.output}", InputError):
+        with report_write_errors(f"--output {self.output}", InputError):
             self.path.mkdir(parents=True, exist_ok=True)
         busy = InputError(
             "--output {output}: another inference is writing it; wait for its end", output=self.output
         )
-        with held(self.path / "lock", busy):
+        with hold_lock(self.path / "lock", busy):
             yield
 
     # --- what is known already ---
@@ -63,7 +63,7 @@ class AnswerJournal:
     def begin(self, fingerprint: str) -> int:
         """Set the answers of other work aside, take up those of this one, and return how many there are."""
         if _fingerprint_in(self.path) != fingerprint:
-            with writing(f"--output {self.output}", InputError):
+            with report_write_errors(f"--output {self.output}", InputError):
                 self._set_aside()
                 for place in self._previous().values():
                     if _fingerprint_in(place) == fingerprint:
@@ -152,7 +152,7 @@ class AnswerWriter:
             InputError: the disk is full.
         """
         held = [cell.replace("\0", "\N{REPLACEMENT CHARACTER}") for cell in cells]
-        with writing(self._file.name, InputError):
+        with report_write_errors(self._file.name, InputError):
             self._file.write(json.dumps([row, held]) + "\n")
             self._file.flush()
 
@@ -174,7 +174,7 @@ def write_table(
     names = [*columns, *(name for name in new if name not in columns)]
     places = [names.index(name) for name in new]
     with (
-        writing(f"--output {output}", InputError),
+        report_write_errors(f"--output {output}", InputError),
         replace_file(output) as work,
         work.open("w", encoding="utf-8", newline="") as file,
     ):

@@ -39,9 +39,10 @@ from mdl_toolkit.inference.requests import (
 )
 from mdl_toolkit.reporting.report import report_answers
 from mdl_toolkit.utils.console import progress, say
-from mdl_toolkit.utils.distributed import PeerLostError, World, joined, warn_of_idle_gpus
+from mdl_toolkit.utils.distributed import PeerLostError, World, join_world
 from mdl_toolkit.utils.files import check_apart, check_file, removing_empty
-from mdl_toolkit.utils.signals import Interruption, end_if_asked
+from mdl_toolkit.utils.launcher import warn_of_idle_gpus
+from mdl_toolkit.utils.signals import Interruption, raise_if_interrupted
 from mdl_toolkit.weights.loading import base_of, explaining_memory
 from mdl_toolkit.weights.provenance import fingerprint, read_provenance
 from mdl_toolkit.weights.resolve import ADAPTER_CONFIG, find_model
@@ -97,7 +98,7 @@ def infer(options: InferenceOptions) -> list[str]:
         check_file(Path(options.report), [options.input, *lists], "--report")
         check_apart(Path(options.report), output, "--report", "--output")
     choices = None if options.choices is None else read_choices(Path(options.choices))
-    with Interruption(), joined() as world, removing_empty(output.resolve().parent):
+    with Interruption(), join_world() as world, removing_empty(output.resolve().parent):
         journal = AnswerJournal(output)
         with _at_work(journal, world):
             predictions, problems = _Inference(options, choices, journal, world).run()
@@ -261,7 +262,7 @@ class _Inference:
                 for number, cells in engine.answers(questions):
                     pen.add(number, cells)
                     shown.advance()
-                    end_if_asked()
+                    raise_if_interrupted()
 
     # --- after ---
 

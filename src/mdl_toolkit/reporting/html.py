@@ -15,7 +15,7 @@ from typing import Any
 
 from mdl_toolkit import __version__
 from mdl_toolkit.errors import InputError
-from mdl_toolkit.utils.files import replace_file, writing
+from mdl_toolkit.utils.files import replace_file, report_write_errors
 
 SCRIPTS = ("words", "differences", "charts", "rows", "filters", "start")  # in the order in which they run
 # Nothing is fetched but recordings; style and script are the ones in the file, known by their hash.
@@ -40,7 +40,7 @@ def write_page(path: Path, name: str, values: Mapping[str, Any], option: str = "
     """
     made = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     text = _page({"name": name, "toolkit": __version__, "made": made, **values})
-    with writing(f"{option} {path}", InputError), replace_file(path) as work:
+    with report_write_errors(f"{option} {path}", InputError), replace_file(path) as work:
         work.write_text(text, encoding="utf-8", newline="\n")
 
 

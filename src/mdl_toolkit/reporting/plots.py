@@ -8,8 +8,8 @@ from typing import Any
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.evaluation.text_metrics import METRICS
 from mdl_toolkit.utils.console import warn
-from mdl_toolkit.utils.files import replace_file, writing
-from mdl_toolkit.utils.run_folder import LOG, PLOT, Smooth, read_log, series
+from mdl_toolkit.utils.files import replace_file, report_write_errors
+from mdl_toolkit.utils.run_folder import LOG, PLOT, SmoothedLoss, read_log, series
 
 SIZE, DOTS = (9.0, 5.0), 120  # inches, and dots in an inch
 LIGHT, DARK, EVALUATION, RATE = "#b5cde3", "#1f4e79", "#d95f02", "#999999"
@@ -44,7 +44,7 @@ def _lines(run: Path) -> list[dict[str, Any]] | None:
 
 
 def _saved(figure: Any, path: Path) -> Path:
-    with writing(f"--png {path}", InputError):
+    with report_write_errors(f"--png {path}", InputError):
         _save(figure, path)
     return path
 
@@ -91,7 +91,7 @@ def _draw(axes: Any, rates: Any, lines: list[dict[str, Any]]) -> None:
     steps, losses = series(lines, "loss")
     mark = "." if len(steps) == 1 else None  # one point makes no line
     axes.plot(steps, losses, color=LIGHT, linewidth=1, marker=mark, label="training loss, each step")
-    smooth = Smooth()
+    smooth = SmoothedLoss()
     means = [smooth.add(loss) for loss in losses]
     axes.plot(steps, means, color=DARK, linewidth=2, marker=mark, label="training loss, smoothed")
     at, evaluations = series(lines, "eval_loss")

@@ -12,7 +12,7 @@ from mdl_toolkit.config.yaml import SETTINGS_FILE, read_settings, word_of
 from mdl_toolkit.errors import InputError, ModelError
 from mdl_toolkit.evaluation.text_metrics import LOSS, METRICS, Best, Metric
 from mdl_toolkit.i18n import Localized
-from mdl_toolkit.utils.run_folder import LOG, Smooth, read_log, series
+from mdl_toolkit.utils.run_folder import LOG, SmoothedLoss, read_log, series
 from mdl_toolkit.weights.provenance import read_provenance
 
 MOST_POINTS = 2000  # of a curve; of more, some in a row become their mean
@@ -116,7 +116,7 @@ def _shown(value: Any) -> str:
 
 def _curves(lines: Sequence[dict[str, Any]], metrics: Sequence[str]) -> dict[str, Any]:
     steps, losses = series(lines, "loss")
-    smooth = Smooth()
+    smooth = SmoothedLoss()
     return {
         "loss": _points(steps, losses),
         "smoothed": _points(steps, [smooth.add(loss) for loss in losses]),
@@ -147,7 +147,7 @@ def _outcome(lines: Sequence[dict[str, Any]], metrics: Sequence[str]) -> list[di
     steps, losses = series(lines, "loss")
     if not steps:
         return []
-    smooth = Smooth()
+    smooth = SmoothedLoss()
     last = [smooth.add(loss) for loss in losses][-1]
     outcome: list[dict[str, Any]] = [
         {"title": Localized("steps").to_json(), "value": steps[-1]},

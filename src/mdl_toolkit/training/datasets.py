@@ -15,7 +15,7 @@ from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import DatasetError, ToolkitError
 from mdl_toolkit.utils.console import is_first_process, say, warn
 from mdl_toolkit.utils.distributed import PeerLostError
-from mdl_toolkit.utils.machine import lack_of_memory
+from mdl_toolkit.utils.machine import describe_oom
 from mdl_toolkit.weights.resolve import check_trainable, find_model
 from mdl_toolkit.weights.tokenizer_files import TokenizerFiles, read_tokenizer_files
 
@@ -129,4 +129,4 @@ def _is_interruption(problem: BaseException) -> bool:
     """Tell whether the same data will be asked for again: after a stop, a crash, or a lack of memory."""
     is_refusal = isinstance(problem, ToolkitError) and not isinstance(problem, PeerLostError)
     cause = problem.__cause__
-    return not is_refusal or (cause is not None and lack_of_memory(cause) is not None)
+    return not is_refusal or (cause is not None and describe_oom(cause) is not None)

@@ -29,8 +29,8 @@ from mdl_toolkit.training.memory.plan import size
 from mdl_toolkit.training.sampler import Rows
 from mdl_toolkit.utils.console import progress, say
 from mdl_toolkit.utils.distributed import World
-from mdl_toolkit.utils.files import writing
-from mdl_toolkit.utils.signals import end_if_asked
+from mdl_toolkit.utils.files import report_write_errors
+from mdl_toolkit.utils.signals import raise_if_interrupted
 from mdl_toolkit.weights.loading import best_device, choose_dtype
 
 FROZEN = ("encoder", "projector")
@@ -122,7 +122,7 @@ class FeatureCache:
         self._hidden: int = MiDashengLMConfig.from_pretrained(base).parts[1].hidden_size
         if world.is_first:
             shutil.rmtree(folder, ignore_errors=True)
-            with writing(str(folder), InputError):
+            with report_write_errors(str(folder), InputError):
                 folder.mkdir(parents=True)
             self._check_room()
         world.wait()
@@ -157,7 +157,7 @@ class FeatureCache:
         order = (-dataset.audio_lengths).argsort(kind="stable")  # batches of similar length
         shares = [order[rank :: self._world.size] for rank in range(self._world.size)]
         files = [self._folder / f"{number}-{rank}" for rank in range(self._world.size)]
-        with writing(str(self._folder), DatasetError):
+        with report_write_errors(str(self._folder), DatasetError):
             self._write(files[self._world.rank], dataset, shares[self._world.rank], model.get_base_model())
         self._world.wait()
         return self._opened(dataset, shares, files)
@@ -192,7 +192,7 @@ class FeatureCache:
                 for features in self._computed(model, batch):
                     sink.write(features.to("cpu", self._dtype).contiguous().view(torch.uint8).numpy().data)
                 shown.advance(len(wanted))
-                end_if_asked()
+                raise_if_interrupted()
 
     @torch.no_grad()
     def _computed(self, model: Any, batch: Batch) -> Iterator[Tensor]:

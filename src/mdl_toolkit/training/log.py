@@ -18,8 +18,8 @@ from mdl_toolkit.i18n import Localized, join_messages
 from mdl_toolkit.training.sampler import BatchSampler, Rows
 from mdl_toolkit.training.trackers import Trackers
 from mdl_toolkit.utils.console import PLAIN_INTERVAL, Progress, clock, is_first_process, say, warn
-from mdl_toolkit.utils.files import write_text, writing
-from mdl_toolkit.utils.run_folder import LOG, Smooth, read_log
+from mdl_toolkit.utils.files import report_write_errors, write_text
+from mdl_toolkit.utils.run_folder import LOG, SmoothedLoss, read_log
 
 FORECAST_STEPS, FORECAST_SECONDS = 3, 20.0  # whichever comes first, then it is said how long all will take
 
@@ -88,7 +88,7 @@ class RunLog:
         self._file, self._shown, self._trackers = output / LOG, shown, trackers
         self._seconds, self._epoch = seconds, sampler.steps_per_epoch
         self._watch, self._forecast = watch, Forecast(sampler, watch.total)
-        self._smooth, self._end_of_a_cut_line = Smooth(), ""
+        self._smooth, self._end_of_a_cut_line = SmoothedLoss(), ""
         self._rows, self._audio, self._waited, self._has_warned = 0, 0.0, 0.0, False
         self._began = self._mark = time.monotonic()
 
@@ -97,7 +97,7 @@ class RunLog:
         self._shown.begin(step)
         if is_first_process() and self._file.exists():
             kept = [line for line in read_log(self._file) if line["step"] <= step]
-            with writing(str(self._file), InputError):
+            with report_write_errors(str(self._file), InputError):
                 write_text(self._file, "".join(map(_line, kept)))
             self._watch.losses[:] = [line["loss"] for line in kept if "loss" in line]
         self._began = self._mark = time.monotonic()

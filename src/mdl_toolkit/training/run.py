@@ -49,10 +49,11 @@ from mdl_toolkit.training.summary import (
 from mdl_toolkit.training.trackers import Trackers, check_trackers
 from mdl_toolkit.training.trainer import Outcome, Trainer
 from mdl_toolkit.utils.console import is_first_process, progress, say, warn
-from mdl_toolkit.utils.distributed import World, joined, warn_of_idle_gpus
-from mdl_toolkit.utils.files import check_apart, claim_folder, clear_up, writing
+from mdl_toolkit.utils.distributed import World, join_world
+from mdl_toolkit.utils.files import check_apart, claim_folder, recover_outputs, report_write_errors
+from mdl_toolkit.utils.launcher import warn_of_idle_gpus
 from mdl_toolkit.utils.run_folder import LOG, PLOT, REPORT
-from mdl_toolkit.utils.signals import Interruption, end_if_asked
+from mdl_toolkit.utils.signals import Interruption, raise_if_interrupted
 from mdl_toolkit.weights.loading import (
     best_device,
     choose_dtype,
@@ -120,13 +121,13 @@ def train(options: TrainOptions) -> TrainResult:
     # Of several processes the first one writes.
     with Interruption(), claim_folder(output) if is_first_process() else nullcontext():
         if is_first_process():
-            with writing(f"--output {output}", InputError):
+            with report_write_errors(f"--output {output}", InputError):
                 _clear_up(output)
         return _prepare_and_run(options, output / PRIVATE)
 
 
 def _prepare_and_run(options: TrainOptions, private: Path) -> TrainResult:
-    with joined() as world:
+    with join_world() as world:
         resume = _to_resume(options, world)
         converted = Converted(private)
         with converted.kept() if world.is_first else nullcontext():
@@ -216,7 +217,7 @@ def _run(run: _Run) -> TrainResult:
     # From here on the model that was trained is gone: what is written may be loaded to be looked at.
     if run.world.is_first:
         with _saying_how_to_go_on():
-            end_if_asked()
+            raise_if_interrupted()
             write_result(options, run.base, run.origin, done, run.resume, run.train_set)
         say_results(output, done.best.step, pace)
         plot(output)
@@ -261,7 +262,7 @@ def _train(run: _Run, kept: KeptBlocks) -> tuple[Outcome, Pace]:
         _bring_the_best(run, evaluator.best.step)
         run.converted.is_wanted = True
         log.begin(trainer.step)
-        end_if_asked()
+        raise_if_interrupted()
         done = trainer.run()
         log.close()
         return done, log.pace
@@ -316,7 +317,7 @@ def _prepare_output(run: _Run) -> None:
         return
     if options.resume_from_checkpoint is True and run.resume is None:
         warn("no complete checkpoint in {output}: starting afresh", output=output)
-    with writing(f"--output {output}", InputError):
+    with report_write_errors(f"--output {output}", InputError):
         if place := set_aside(output, run.resume):
             say("what an earlier run left is now in {place}", place=place)
         (output / SETTINGS_FILE).write_text(to_yaml(options), encoding="utf-8")
@@ -345,7 +346,7 @@ def _bring_the_best(run: _Run, step: int | None) -> None:
 
 def _clear_up(output: Path) -> None:
     """Remove what a killed run left half-written; what was away for something new is put back."""
-    clear_up(output, FINAL, LOG, PLOT, REPORT, "checkpoint-*")
+    recover_outputs(output, FINAL, LOG, PLOT, REPORT, "checkpoint-*")
     # As versions before 2026-12 left it.
     for away in output.glob(".saving/checkpoint-*.old"):
         if not (output / away.stem).exists():

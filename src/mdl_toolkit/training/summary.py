@@ -14,7 +14,7 @@ from mdl_toolkit.training.lora import TargetCount
 from mdl_toolkit.training.memory.plan import MemoryPlan
 from mdl_toolkit.training.sampler import BatchSampler
 from mdl_toolkit.utils.console import clock, say, warn
-from mdl_toolkit.utils.run_folder import LOG, Smooth, read_log
+from mdl_toolkit.utils.run_folder import LOG, SmoothedLoss, read_log
 
 MOST_EVALUATIONS = 10  # shown at the end: the last ones, and the best one
 HOUR = 3600.0
@@ -135,7 +135,7 @@ def say_results(output: Path, best: int | None, pace: Pace) -> None:
 def _say_losses(lines: list[dict[str, Any]]) -> None:
     if not lines:
         return
-    smooth, last = Smooth(), lines[-1]
+    smooth, last = SmoothedLoss(), lines[-1]
     losses = [smooth.add(line["loss"]) for line in lines]
     say(
         "trained: {step:,} steps, {epoch:.3g} epochs; smoothed loss: {first:.4f} at first, {last:.4f} at "

@@ -1,12 +1,13 @@
-"""Files, locks, processes, signals and the console: what every package needs.
+"""Provide what every package needs: files, locks, processes, signals, the console.
 
 Modules:
-    console       lines, warnings and progress on standard error
-    files         put files and folders in place, whole or not at all
+    console       write lines, warnings and progress to standard error
+    files         write files and folders whole or not at all
     locks         locks that end with their process
-    worker_pool   work in several processes
-    machine       memory that is free, and errors that say it ran out
-    run_folder    names of what lies in a run's folder, and the reader of its log
-    distributed   several processes that train together
-    signals       stop politely, then at once
+    machine       CPUs and memory that this process may use, errors that say memory ran out
+    worker_pool   run jobs in several processes
+    launcher      read what torchrun and its like say in the environment
+    distributed   join processes that train together, and sum over them
+    signals       stop after a step, or at once
+    run_folder    names of the files of a run, and the reader of its log
 """

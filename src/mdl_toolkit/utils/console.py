@@ -1,7 +1,7 @@
 """Write lines, warnings and progress for a person to standard error.
 
 In a terminal progress is a bar; in a pipe or a log file it is a plain line now and then. Of several
-processes that work together only the first speaks.
+processes that work together only the first writes.
 """
 
 import os
@@ -19,7 +19,7 @@ PLAIN_INTERVAL = 10.0
 
 
 def is_first_process() -> bool:
-    """Tell whether this is the process that speaks and writes (rank 0, or the only one)."""
+    """Tell whether this process has rank 0 or is the only one: it writes for all."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -43,11 +43,11 @@ class Progress(Protocol):
         """Count parts as done; a note, such as the loss, stays until the next one."""
 
     def begin(self, done: int) -> None:
-        """Count parts as done before, so that they are no part of the estimate of the time that is left."""
+        """Count parts as done before now, so that the estimate of the time left does not rest on them."""
 
 
 class _Lines:
-    """Show progress as plain lines, not more than one in ten seconds."""
+    """Show progress as plain lines, at most one in ten seconds."""
 
     def __init__(self, title: Localized, total: int) -> None:
         self._title, self._total = title, total
@@ -61,11 +61,9 @@ class _Lines:
     def advance(self, count: int = 1, note: str = "") -> None:
         self._done, self._note = self._done + count, note or self._note
         now = time.monotonic()
-        if now - self._last >= PLAIN_INTERVAL:
-            self._last = now
-            self._write(now - self._started)
-
-    def _write(self, elapsed: float) -> None:
+        if now - self._last < PLAIN_INTERVAL:
+            return
+        self._last, elapsed = now, now - self._started
         left = clock(elapsed / max(self._done - self._before, 1) * (self._total - self._done))
         state = {"title": self._title, "done": self._done, "total": self._total, "left": left}
         if self._note:
@@ -78,21 +76,15 @@ class _Lines:
 def progress(total: int, template: str | Localized, /, **fields: Any) -> Iterator[Progress]:
     """Show progress over `total` parts under a title: a bar in a terminal, lines elsewhere."""
     title = Localized.of(template, fields)
-    if sys.stderr.isatty() and is_first_process():
-        with _bar(title, total) as bar:
-            yield bar
-    else:
+    if not (sys.stderr.isatty() and is_first_process()):
         yield _Lines(title, total)
-
-
-@contextmanager
-def _bar(title: Localized, total: int) -> Iterator[Progress]:
+        return
     from rich import progress as rich_progress
     from rich.console import Console
     from rich.table import Column
 
     console = Console(stderr=True)
-    # The note takes what is left of the line; all else is whole.
+    # Where the terminal is narrow only the note is cut.
     note = Column(ratio=1, no_wrap=True, overflow="ellipsis")
     columns = (
         rich_progress.TextColumn("{task.description}"),
@@ -103,12 +95,11 @@ def _bar(title: Localized, total: int) -> Iterator[Progress]:
         rich_progress.TimeRemainingColumn(),
     )
     with rich_progress.Progress(*columns, console=console, expand=True) as shown:
-        task = shown.add_task(str(title), total=total, note="")
-        yield _Bar(shown, task)
+        yield _Bar(shown, shown.add_task(str(title), total=total, note=""))
 
 
 class _Bar:
-    """Show progress as a task of rich's."""
+    """Forward progress to a task of rich's."""
 
     def __init__(self, shown: Any, task: Any) -> None:
         self._shown, self._task = shown, task
@@ -130,5 +121,5 @@ def clock(seconds: float) -> str:
 
 
 def width_of(text: str) -> int:
-    """Return how many columns of a terminal a text takes; a Chinese character takes two."""
+    """Return the columns of a terminal that a text takes; a Chinese character takes two."""
     return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)

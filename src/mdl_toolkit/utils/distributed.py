@@ -1,4 +1,4 @@
-"""Join the processes that train together, and sum tensors over them.
+"""Join the processes that train or answer together, and sum tensors over them.
 
 Launchers (torchrun, accelerate launch, or any other that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT)
 start the processes. Every process holds the whole model; gradients are summed once per step.
@@ -16,23 +16,19 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed.rendezvous import rendezvous
 
-from mdl_toolkit.errors import ToolkitError, UsageError
-from mdl_toolkit.utils.console import warn
-from mdl_toolkit.utils.machine import lack_of_memory
-from mdl_toolkit.utils.worker_pool import Ranks
+from mdl_toolkit.errors import ToolkitError
+from mdl_toolkit.utils.launcher import Ranks, check_launch
+from mdl_toolkit.utils.machine import describe_oom
 
-# So many numbers travel together: 64 MiB of float32.
-BUCKET = 2**24
-# Time for all processes to be there: some machines begin later than others.
-MEETING = timedelta(minutes=15)
-# Time for the first process to convert; the usual ten minutes would not do.
-PATIENCE = timedelta(days=2)
+# The most gradients that are summed in one call: 64 MiB of float32.
+BUCKET_NUMEL = 2**24
+# The time within which all processes must have come: some machines begin later than others.
+RENDEZVOUS_TIMEOUT = timedelta(minutes=15)
+# The time that processes wait for the first one to convert; torch's ten minutes would not do.
+GROUP_TIMEOUT = timedelta(days=2)
 
-# What gloo and the store say of a process that has gone.
+# Parts of the errors of gloo and the store that say nothing but that a process has ended.
 CLOSED = ("onnection closed by peer", "onnection reset by peer", "Broken pipe", "onnection refused", "imeout")
-
-# Of an accelerate configuration: set where the model is to be divided among the processes.
-DIVIDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
 
 
 class PeerLostError(ToolkitError):
@@ -51,12 +47,12 @@ class PeerLostError(ToolkitError):
 
 @dataclass(frozen=True)
 class World:
-    """Hold this process's place among all, and sum over them.
+    """Hold this process's rank among all processes, and sum tensors over them.
 
     Attributes:
         rank: of this process; 0 speaks and writes.
         size: number of processes.
-        group: the process group of torch that sums travel in; None for the default one.
+        group: torch's process group for the sums; None for the default one.
     """
 
     rank: int = 0
@@ -69,13 +65,13 @@ class World:
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum over all processes, in place.
+        """Sum a tensor of any shape over all processes, in place, and return it.
 
         Raises:
             PeerLostError: another process has ended.
         """
         if self.size > 1:
-            with _noticing_loss():
+            with _peer_errors():
                 distributed.all_reduce(tensor, group=self.group)
         return tensor
 
@@ -89,16 +85,16 @@ class World:
         for bucket in _buckets(parameters):
             gradients = [parameter.grad for parameter in bucket if parameter.grad is not None]
             flat = self.sum(torch.cat([gradient.reshape(-1) for gradient in gradients]))
-            parts = torch.split(flat, [gradient.numel() for gradient in gradients])
-            for gradient, part in zip(gradients, parts, strict=True):
-                gradient.copy_(part.view_as(gradient))
+            sums = torch.split(flat, [gradient.numel() for gradient in gradients])
+            for gradient, total in zip(gradients, sums, strict=True):
+                gradient.copy_(total.view_as(gradient))
 
     def agrees(self, text: str) -> bool:
         """Tell whether all processes give the same text."""
-        said = torch.zeros(self.size, dtype=torch.float64)
+        hashes = torch.zeros(self.size, dtype=torch.float64)
         # Six bytes are exact in float64.
-        said[self.rank] = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
-        return len(set(self.sum(said).tolist())) == 1
+        hashes[self.rank] = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
+        return len(set(self.sum(hashes).tolist())) == 1
 
     def wait(self) -> None:
         """Wait until all processes are here.
@@ -110,78 +106,61 @@ class World:
 
 
 @contextmanager
-def joined() -> Iterator[World]:
-    """Join the others that a launcher started, for as long as the context lasts.
+def join_world() -> Iterator[World]:
+    """Join the processes that a launcher started, and leave them when the context ends.
 
     Raises:
-        UsageError: what the launcher says makes no sense.
+        UsageError: the launcher's variables do not fit together.
+        ToolkitError: not all processes came in time.
+        PeerLostError: another process has ended.
     """
     if Ranks.from_environment().count == 1:
         yield World()
         return
-    _check_environment()
-    _warn_dividing()
+    check_launch()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     store, rank, size = _meet()
-    with _noticing_loss():
-        # Connecting is a part of the meeting: who has ended since would be waited for without a word.
-        distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=MEETING)
-        # A group's patience is fixed when it is made: all that are here now make one with more.
-        group = distributed.new_group(timeout=PATIENCE)
-    store.set_timeout(PATIENCE)
+    # While processes connect the timeout is short: one that has ended since would be waited for in silence.
+    with _peer_errors():
+        distributed.init_process_group(
+            backend, store=store, rank=rank, world_size=size, timeout=RENDEZVOUS_TIMEOUT
+        )
+        # A group's timeout is fixed when it is made: all that are here now make one with a longer timeout.
+        group = distributed.new_group(timeout=GROUP_TIMEOUT)
+    store.set_timeout(GROUP_TIMEOUT)
     try:
         yield World(rank, size, group)
     except BaseException:
-        # NCCL would wait here for others that wait for this one, before it has said why.
-        if not _end_together():
+        # It would wait here for processes that wait for this one, before the error is shown.
+        if not must_leave_together():
             distributed.destroy_process_group()
         raise
     distributed.destroy_process_group()
 
 
-def _end_together() -> bool:
+def must_leave_together() -> bool:
     """Tell whether a group can only be left by all processes at once, as NCCL's."""
     return torch.cuda.is_available()
-
-
-def _check_environment() -> None:
-    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
-        names, size = ", ".join(missing), os.environ["WORLD_SIZE"]
-        raise UsageError(
-            "WORLD_SIZE={size} in the environment, but no {names}; start with torchrun, or unset WORLD_SIZE",
-            size=size,
-            names=names,
-        )
 
 
 def _meet() -> tuple[Any, int, int]:
     """Meet all processes, and return their store, the rank of this one and their number."""
     try:
-        store, rank, size = next(rendezvous("env://", timeout=MEETING))
+        store, rank, size = next(rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
     except RuntimeError as problem:
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        minutes = f"{MEETING.total_seconds() / 60:g}"
         raise ToolkitError(
             "not all processes of this run met at {place} within {minutes} min; start them together",
-            place=place,
-            minutes=minutes,
+            place=f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
+            minutes=f"{RENDEZVOUS_TIMEOUT.total_seconds() / 60:g}",
         ) from problem
     return store, rank, size
 
 
-def _warn_dividing() -> None:
-    for name in [name for variable, name in DIVIDING.items() if os.environ.get(variable) == "true"]:
-        warn(
-            "the launcher asks for {name}, which is not used: every process holds the whole model; where "
-            "memory is short, use --quantization 4bit",
-            name=name,
-        )
-
-
 def _buckets(parameters: Sequence[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
+    """Group parameters so that no group of several holds more than `BUCKET_NUMEL` numbers."""
     bucket: list[torch.nn.Parameter] = []
     for parameter in parameters:
-        if bucket and sum(p.numel() for p in bucket) + parameter.numel() > BUCKET:
+        if bucket and sum(p.numel() for p in bucket) + parameter.numel() > BUCKET_NUMEL:
             yield bucket
             bucket = []
         bucket.append(parameter)
@@ -190,23 +169,11 @@ def _buckets(parameters: Sequence[torch.nn.Parameter]) -> Iterator[list[torch.nn
 
 
 @contextmanager
-def _noticing_loss() -> Iterator[None]:
+def _peer_errors() -> Iterator[None]:
+    """Turn the RuntimeError of gloo and NCCL when a connection ends into a PeerLostError."""
     try:
         yield
-    # Gloo and NCCL raise this when a connection ends.
     except RuntimeError as problem:
-        if lack_of_memory(problem):
+        if describe_oom(problem):
             raise
         raise PeerLostError(problem) from problem
-
-
-def warn_of_idle_gpus(processes: int, command: str) -> None:
-    """Say how to use all GPUs if one process, which uses one, is all there is."""
-    count = torch.cuda.device_count()
-    if processes == 1 and count > 1:
-        warn(
-            "{count} GPUs are here and one is used; to use all: torchrun --nproc-per-node {count} "
-            "--no-python mdl-toolkit {command} ...",
-            count=count,
-            command=command,
-        )

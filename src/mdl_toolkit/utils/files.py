@@ -1,8 +1,8 @@
-"""Files and folders: put in place whole or not at all, kept apart from inputs, no empty folders left behind.
+"""Write files and folders whole or not at all, apart from inputs, and leave no empty folders behind.
 
-What is written becomes `.NAME.partial-MARK` beside its place first; for the moment between two renames the
+An output is written as `.NAME.partial-MARK` in its folder first; for the moment between two renames the
 previous content is `.NAME.old-MARK`, and `.NAME.lock-MARK` is locked meanwhile. By that lock the next process
-tells the living from the dead, puts back what a killed one had moved away, and removes the rest.
+tells whether the writer still runs; if not, it puts back the previous content and removes all else.
 """
 
 import fnmatch
@@ -17,14 +17,19 @@ from pathlib import Path
 
 from mdl_toolkit.errors import InputError, ToolkitError
 from mdl_toolkit.i18n import Localized
-from mdl_toolkit.utils.locks import held
+from mdl_toolkit.utils.locks import hold_lock
 
-_BESIDE = re.compile(r"\.(.+)\.(?:partial|old|lock)-([0-9a-f]{8})")
+_TEMPORARY = re.compile(r"\.(.+)\.(?:partial|old|lock)-([0-9a-f]{8})")
 
 
 @contextmanager
-def writing(place: str, error: type[ToolkitError]) -> Iterator[None]:
-    """Turn an operating system's refusal, such as a full disk, into an error that names the place."""
+def report_write_errors(place: str, error: type[ToolkitError]) -> Iterator[None]:
+    """Turn an OSError of the context, such as a full disk, into an error that names the file or option.
+
+    Args:
+        place: the file or folder as the message names it, with the option that gave it.
+        error: its kind.
+    """
     try:
         yield
     except OSError as problem:
@@ -48,7 +53,7 @@ def fsync(path: Path) -> None:
 
 @contextmanager
 def replace_folder(output: Path) -> Iterator[Path]:
-    """Give a new folder to fill; it takes the output's place when all went well, and is removed if not.
+    """Yield a new folder to fill; it becomes the output when the context ends well, and is removed if not.
 
     The previous content stays until then. A link is followed, and stays.
 
@@ -56,7 +61,7 @@ def replace_folder(output: Path) -> Iterator[Path]:
         OSError: the folder cannot be made or put in place.
     """
     target = output.resolve()
-    with removing_empty(target.parent), _beside(target) as (work, old):
+    with removing_empty(target.parent), _reserve(target) as (work, old):
         work.mkdir()
         yield work
         put_in_place(work, target, old)
@@ -65,7 +70,7 @@ def replace_folder(output: Path) -> Iterator[Path]:
 
 @contextmanager
 def replace_file(output: Path) -> Iterator[Path]:
-    """Give the name of a file to write; it takes the output's place when all went well, else it is removed.
+    """Yield a new file to write; it becomes the output when the context ends well, and is removed if not.
 
     Permissions of a previous file stay. A link is followed, and stays.
 
@@ -73,7 +78,7 @@ def replace_file(output: Path) -> Iterator[Path]:
         OSError: the file cannot be made or put in place.
     """
     target = output.resolve()
-    with removing_empty(target.parent), _beside(target) as (work, _):
+    with removing_empty(target.parent), _reserve(target) as (work, _):
         work.touch()
         yield work
         if target.exists():
@@ -82,12 +87,12 @@ def replace_file(output: Path) -> Iterator[Path]:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder whole or not at all: under its name there is never a part of it.
+    """Remove a folder whole or not at all: its name never stands for a part of it.
 
     Raises:
         OSError: it cannot be moved away.
     """
-    with _beside(folder) as (work, _):
+    with _reserve(folder) as (work, _):
         folder.rename(work)
 
 
@@ -109,7 +114,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def partial_name(target: Path) -> Iterator[Path]:
-    """Give a name beside a target that nobody else has; whatever has it in the end is removed."""
+    """Yield an unused path in the folder of a target; what is there when the context ends is removed."""
     work = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
     try:
         yield work
@@ -118,7 +123,7 @@ def partial_name(target: Path) -> Iterator[Path]:
 
 
 def put_in_place(work: Path, target: Path, old: Path) -> None:
-    """Give a folder the name `target`; what is there now becomes `old`."""
+    """Rename a folder to `target`; what is there now becomes `old`, and comes back if that fails."""
     if target.exists():
         target.rename(old)
     try:
@@ -129,23 +134,23 @@ def put_in_place(work: Path, target: Path, old: Path) -> None:
         raise
 
 
-def clear_up(folder: Path, *names: str) -> None:
-    """Put back what a killed process had moved away for a moment, and remove all else that it left.
+def recover_outputs(folder: Path, *names: str) -> None:
+    """Put back the outputs that a killed process had renamed for a moment, and remove all else that it left.
 
     Args:
         folder: in which it wrote.
-        names: of its outputs, as patterns; what stands beside others stays.
+        names: of its outputs, as patterns; temporary files of others stay.
 
     Raises:
         OSError: the folder cannot be read, or an output not be put back.
     """
-    beside = [found.groups() for path in folder.iterdir() if (found := _BESIDE.fullmatch(path.name))]
-    for name, mark in sorted(set(beside)):
+    matches = [match for path in folder.iterdir() if (match := _TEMPORARY.fullmatch(path.name))]
+    for name, mark in sorted({(match[1], match[2]) for match in matches}):
         if not any(fnmatch.fnmatchcase(name, pattern) for pattern in names):
             continue
         target = folder / name
-        work, old, lock = _names(target, mark)
-        with suppress(BlockingIOError), held(lock, BlockingIOError(), remove=True) as is_held:
+        work, old, lock = _temporary_paths(target, mark)
+        with suppress(BlockingIOError), hold_lock(lock, BlockingIOError(), remove=True) as is_held:
             if not is_held:
                 continue
             if old.exists() and not target.exists():
@@ -155,13 +160,13 @@ def clear_up(folder: Path, *names: str) -> None:
 
 
 @contextmanager
-def _beside(target: Path) -> Iterator[tuple[Path, Path]]:
-    """Give names for what becomes the target and for what it was; whatever has them in the end is removed."""
+def _reserve(target: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield paths for the new and the previous content of a target; what is there in the end is removed."""
     if not target.parent.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-    clear_up(target.parent, glob.escape(target.name))
-    work, old, lock = _names(target, secrets.token_hex(4))
-    with held(lock, remove=True):
+    recover_outputs(target.parent, glob.escape(target.name))
+    work, old, lock = _temporary_paths(target, secrets.token_hex(4))
+    with hold_lock(lock, remove=True):
         try:
             yield work, old
         finally:
@@ -169,7 +174,8 @@ def _beside(target: Path) -> Iterator[tuple[Path, Path]]:
             _remove(old)
 
 
-def _names(target: Path, mark: str) -> tuple[Path, Path, Path]:
+def _temporary_paths(target: Path, mark: str) -> tuple[Path, Path, Path]:
+    """Return the paths of the new content of a target, of its previous content, and of the lock."""
     partial, old, lock = (
         target.with_name(f".{target.name}.{kind}-{mark}") for kind in ("partial", "old", "lock")
     )
@@ -177,6 +183,7 @@ def _names(target: Path, mark: str) -> tuple[Path, Path, Path]:
 
 
 def _remove(path: Path) -> None:
+    """Remove a file or a folder if it is there, and as far as that is possible."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     with suppress(OSError):
@@ -188,7 +195,7 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def claim_folder(folder: Path, option: str = "--output") -> Iterator[None]:
-    """Make a folder that one process alone writes into, for as long as the context lasts.
+    """Make a folder that this process alone writes into while the context lasts.
 
     Raises:
         InputError: it cannot be made, or another process writes into it.
@@ -199,20 +206,20 @@ def claim_folder(folder: Path, option: str = "--output") -> Iterator[None]:
         folder=folder,
     )
     with removing_empty(folder):
-        with writing(f"{option} {folder}", InputError):
+        with report_write_errors(f"{option} {folder}", InputError):
             folder.mkdir(parents=True, exist_ok=True)
-        with held(folder / ".lock", busy, remove=True):
+        with hold_lock(folder / ".lock", busy, remove=True):
             yield
 
 
 @contextmanager
 def removing_empty(folder: Path) -> Iterator[None]:
-    """Leave no folder behind that is new and empty: the given one or any of its parents."""
+    """Remove a folder and its parents when the context ends, if they are new and empty."""
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         yield
     finally:
-        # They are not empty if all went well.
+        # They are not empty if the context ended well.
         with suppress(OSError):
             for path in new:
                 path.rmdir()
@@ -239,7 +246,7 @@ def check_apart(output: Path, path: Path, option: str = "--output", other: str |
     """Refuse an output that is, holds or lies inside an input or another output.
 
     Args:
-        output: where something is to be written.
+        output: the file or folder to write.
         path: the input or the other output.
         option: by which `output` was given.
         other: by which `path` was given; None for an input.

@@ -2,7 +2,7 @@
 
 The operating system frees both when their holder ends, however it ends: after `kill -9` nothing stays locked.
 They hold across hosts as far as the file system's locks do (NFS with its lock service). Where a platform or a
-file system has none, nobody is kept out. No marker file stands in for a lock: it would outlive its holder.
+file system has none, every lock succeeds. No marker file stands in for a lock: it would outlive its holder.
 """
 
 import errno
@@ -19,12 +19,12 @@ try:
 except ImportError:
     fcntl = None  # type: ignore[assignment]
 
-# How often a lock is tried that others may hold for a moment, and the seconds between.
+# Tries at a lock that others may hold for a moment, and the seconds between them.
 TRIES, PAUSE = 10, 0.02
 
 
 @contextmanager
-def held(path: Path, busy: Exception | None = None, *, remove: bool = False) -> Iterator[bool]:
+def hold_lock(path: Path, busy: Exception | None = None, *, remove: bool = False) -> Iterator[bool]:
     """Hold a lock file against other processes and threads for as long as the context lasts.
 
     Args:
@@ -49,6 +49,7 @@ def held(path: Path, busy: Exception | None = None, *, remove: bool = False) -> 
 
 
 def _acquire(lock: FileLock, busy: Exception | None) -> bool:
+    """Acquire a lock, and tell whether that worked: False where there are no locks."""
     for _ in range(TRIES):
         try:
             lock.acquire()
@@ -64,7 +65,7 @@ def _acquire(lock: FileLock, busy: Exception | None) -> bool:
 
 
 class ByteLocks:
-    """Locks of single bytes of one file, for thousands of claims that need no file each.
+    """Lock single bytes of one file: thousands of locks without a file for each.
 
     They keep processes apart, not threads, and all of them end when the process closes the file, also by
     another descriptor: no process may open it twice.
@@ -73,7 +74,7 @@ class ByteLocks:
         path: the file; it is made where it is missing.
 
     Attributes:
-        are_there: platform and file system have such locks, as far as is known; else every claim succeeds.
+        are_there: platform and file system have such locks, as far as is known; else every lock succeeds.
     """
 
     def __init__(self, path: Path) -> None:
@@ -110,7 +111,7 @@ class ByteLocks:
                 fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, byte)
 
     def is_free(self, byte: int) -> bool:
-        """Tell whether no other process has a byte; it is locked for the moment of looking."""
+        """Tell whether no other process has locked a byte, by locking it for a moment."""
         if not self.try_acquire(byte):
             return False
         self.release(byte)

@@ -1,4 +1,4 @@
-"""Memory of this machine: how much a process may still take, and which errors say that it ran out."""
+"""Tell how many CPUs and how much memory this process may use, and which errors say that memory ran out."""
 
 import os
 from collections.abc import Iterator
@@ -7,45 +7,64 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from mdl_toolkit.i18n import Localized
-from mdl_toolkit.utils.worker_pool import CGROUP
 
 if TYPE_CHECKING:
     import torch
 
-# The kinds of errors that tell of a lack of memory, and words of those that also tell of other things.
-OUT_OF_MEMORY = (RuntimeError, MemoryError)
-_GPU_LACKS = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
-_CPU_LACKS = ("DefaultCPUAllocator: ", "std::bad_alloc")
-PROC = Path("/proc")
-# Of a cgroup: its limit, what it uses, and in its memory.stat what of that are files that can be dropped.
+MOST_WORKERS = 32
+CGROUP, PROC = Path("/sys/fs/cgroup"), Path("/proc")
+# Microseconds of CPU time per period of so many: version 2 and version 1 of cgroups.
+CPU_QUOTAS = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))
+# Files of a cgroup with its limit and its use, and the line of its memory.stat for files that can be dropped.
 VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 VERSION_2 = ("memory.max", "memory.current", "inactive_file")
 
+# The kinds of errors that tell of a lack of memory, and parts of the texts of those that also tell of others.
+OOM_ERRORS = (RuntimeError, MemoryError)
+_GPU_TEXTS = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+_CPU_TEXTS = ("DefaultCPUAllocator: ", "std::bad_alloc")
+
+
+def default_workers() -> int:
+    """Return half the CPUs that this process may use, at least 1 and at most 32."""
+    return max(1, min(MOST_WORKERS, available_cpus() // 2))
+
+
+def available_cpus() -> int:
+    """Return the number of CPUs that this process may use, by affinity and cgroup quota."""
+    counts = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
+    for files in CPU_QUOTAS:
+        # There is no such file, or it holds the word `max`.
+        with suppress(OSError, ValueError):
+            text = " ".join((CGROUP / file).read_text(encoding="ascii") for file in files)
+            quota, period = map(int, text.split())
+            if quota > 0:
+                counts.append(quota // period)
+    return max(1, min(counts))
+
 
 def free_memory(device: "torch.device") -> int | None:
-    """Bytes that this process may still take on a device; None where that cannot be told or there is none.
+    """Return the bytes that this process may still take on a device; None where nothing tells.
 
-    On a CPU: what the system calls available, and what the limits of cgroups leave, in equal shares for the
-    processes that a launcher has started on this machine.
+    On a CPU: the least of what the system calls available and what the limits of cgroups leave, in equal
+    shares for the processes that a launcher has started on this machine.
     """
     if device.type == "cuda":
         import torch
 
         return int(torch.cuda.mem_get_info(device)[0]) if torch.cuda.is_available() else None
-    found = [*_available(), *_granted()]
-    return min(found) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if found else None
-
-
-def _available() -> Iterator[int]:
+    free = [*_cgroup_memory()]
     with suppress(OSError, ValueError):
         lines = (PROC / "meminfo").read_text(encoding="ascii").splitlines()
-        yield from (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        free += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return min(free) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if free else None
 
 
-def _granted() -> Iterator[int]:
-    """What the limits of this process's cgroups and those around them leave; cached files count as free."""
+def _cgroup_memory() -> Iterator[int]:
+    """Yield the bytes that the limits of this process's cgroups and their parents leave, caches as free."""
     for folder, (limit, used, cached) in _cgroups():
-        with suppress(OSError, ValueError):  # no such file, or the word `max`
+        # There is no such file, or it holds the word `max`.
+        with suppress(OSError, ValueError):
             most, now = (int((folder / file).read_text(encoding="ascii")) for file in (limit, used))
             lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
             files = sum(int(line.split()[1]) for line in lines if line.startswith(f"{cached} "))
@@ -53,7 +72,7 @@ def _granted() -> Iterator[int]:
 
 
 def _cgroups() -> Iterator[tuple[Path, tuple[str, str, str]]]:
-    """Folders with limits, and the names in them, by version 2 and version 1 of cgroups."""
+    """Yield folders with memory limits and the names of the files there, of both versions of cgroups."""
     with suppress(OSError):
         for line in (PROC / "self/cgroup").read_text(encoding="utf-8").splitlines():
             _, controllers, inside = line.split(":", 2)
@@ -64,17 +83,17 @@ def _cgroups() -> Iterator[tuple[Path, tuple[str, str, str]]]:
                 yield from ((CGROUP / "memory" / each, VERSION_1) for each in (path, *path.parents))
 
 
-def lack_of_memory(problem: BaseException) -> Localized | None:
-    """Return what ran out of memory, the GPU or the machine, in words; None for any other error.
+def describe_oom(problem: BaseException) -> Localized | None:
+    """Say whose memory ran out, the GPU's or the machine's; None for any other error.
 
     Args:
         problem: an error of torch, of a library that it calls, or of Python or numpy.
     """
     import torch
 
-    is_error, said = isinstance(problem, RuntimeError), str(problem)
-    if isinstance(problem, torch.OutOfMemoryError) or (is_error and any(each in said for each in _GPU_LACKS)):
+    text = str(problem) if isinstance(problem, RuntimeError) else ""
+    if isinstance(problem, torch.OutOfMemoryError) or any(part in text for part in _GPU_TEXTS):
         return Localized("the GPU ran out of memory")
-    if isinstance(problem, MemoryError) or (is_error and any(each in said for each in _CPU_LACKS)):
+    if isinstance(problem, MemoryError) or any(part in text for part in _CPU_TEXTS):
         return Localized("the machine ran out of memory")
     return None

@@ -10,26 +10,26 @@ from typing import Any
 from mdl_toolkit.utils.console import warn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# Signals within so many seconds are one request: a launcher passes on what everybody has got already.
-SAME = 1.0
+# Signals within so many seconds are one request: a launcher passes on a signal that all have got already.
+SAME_REQUEST_SECONDS = 1.0
 
 
 class StopRequest:
     """Take the first SIGINT or SIGTERM in this context as a request; the next one has its usual effect.
 
-    A next one that is usually ignored, as SIGINT by what a script starts with `&`, raises KeyboardInterrupt.
-    What a launcher passes on is still the same request if it comes after this context.
+    A next one that is usually ignored, as SIGINT by a script's background process, raises KeyboardInterrupt.
+    A signal that a launcher passes on is the same request, also after this context.
 
     Attributes:
-        is_made: somebody has asked.
+        is_made: a signal has come.
     """
 
     def __init__(self) -> None:
-        self.is_made, self._asked = False, 0.0
+        self.is_made, self._made_at = False, 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        # Python refuses this outside the main thread, where signals are somebody else's.
+        # Python refuses this outside the main thread, which alone gets signals.
         with suppress(ValueError):
             for number in SIGNALS:
                 self._before[number] = signal.signal(number, self._take)
@@ -43,26 +43,26 @@ class StopRequest:
     @property
     def _is_another(self) -> bool:
         """Tell whether a signal that comes now is another request, and not the first one passed on."""
-        return time.monotonic() - self._asked > SAME
+        return time.monotonic() - self._made_at > SAME_REQUEST_SECONDS
 
     def _take(self, number: int, _frame: FrameType | None) -> None:
+        """Handle a signal."""
         if self.is_made:
             if self._is_another:
-                self._insist(number)
+                self._restore()
+                if signal.getsignal(number) is signal.SIG_IGN:
+                    raise KeyboardInterrupt
+                os.kill(os.getpid(), number)
             return
-        self.is_made, self._asked = True, time.monotonic()
-        self._answer()
+        self.is_made, self._made_at = True, time.monotonic()
+        self.on_request()
 
-    def _answer(self) -> None:
+    def on_request(self) -> None:
+        """Answer the first signal."""
         warn("stopping after this step, with a checkpoint; once more stops at once")
 
-    def _insist(self, number: int) -> None:
-        self._restore()
-        if signal.getsignal(number) is signal.SIG_IGN:
-            raise KeyboardInterrupt
-        os.kill(os.getpid(), number)
-
     def _restore(self) -> None:
+        """Give signals the handlers back that they had before this context."""
         for number, handler in self._before.items():
             # Otherwise an inner context still waits for what is passed on.
             if signal.getsignal(number) == self._take:
@@ -74,7 +74,7 @@ class Interruption(StopRequest):
     """Raise KeyboardInterrupt at the first SIGINT or SIGTERM in this context; the next has its usual effect.
 
     It is for work that keeps all it has finished. Where the exception is lost, as in a callback of a C
-    library, `end_if_asked` raises it again.
+    library, `raise_if_interrupted` raises it again.
     """
 
     def __enter__(self) -> "Interruption":
@@ -86,15 +86,16 @@ class Interruption(StopRequest):
         _OPEN.remove(self)
         super().__exit__(*raised)
 
-    def _answer(self) -> None:
+    def on_request(self) -> None:
+        """Raise KeyboardInterrupt."""
         raise KeyboardInterrupt
 
 
 _OPEN: list[Interruption] = []
 
 
-def end_if_asked() -> None:
-    """Raise KeyboardInterrupt again if a signal asked for the end; long work calls this now and then.
+def raise_if_interrupted() -> None:
+    """Raise KeyboardInterrupt again if it was lost; long work calls this now and then.
 
     Raises:
         KeyboardInterrupt: a signal came in an `Interruption` that is still open.

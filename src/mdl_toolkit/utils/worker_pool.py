@@ -1,6 +1,6 @@
 """Run jobs in several worker processes, and report the death of one of them.
 
-Each process sits at a pipe of its own. When it is killed its pipe ends, even in the middle of an answer.
+Each process has a pipe of its own. When it is killed its pipe ends, even in the middle of a report.
 (With the shared queue of `ProcessPoolExecutor` the parent would then wait for the other half for ever.)
 """
 
@@ -16,19 +16,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing.connection import wait
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from mdl_toolkit.errors import ToolkitError, UsageError
+from mdl_toolkit.errors import ToolkitError
 
-MOST_WORKERS = 32
-CGROUP = Path("/sys/fs/cgroup")
-# Microseconds of CPU time per period of so many: version 2 and version 1 of cgroups.
-CPU_QUOTAS = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))
-
-Job = TypeVar("Job")
-Message = TypeVar("Message")
-# A worker sends this when a job is done; no job may report it.
+JobT = TypeVar("JobT")
+ReportT = TypeVar("ReportT")
+# A worker sends this when a job is done; no task may yield it.
 _END = None
 
 
@@ -42,7 +36,7 @@ class WorkerDiedError(ToolkitError):
 
 
 class RemoteTraceback(Exception):  # noqa: N818 - no error itself, but what an error of a worker comes from
-    """Show, as the cause of an exception, the lines of a worker process where it was raised."""
+    """Show the traceback of a worker process as the cause of an exception."""
 
 
 @dataclass(frozen=True)
@@ -50,92 +44,40 @@ class Failure:
     """Carry what a task raised from a worker process to the parent.
 
     Attributes:
-        problem: the exception, such that it can be pickled.
-        trace: the lines where it was raised.
+        problem: the exception, or one in its place that can be pickled.
+        trace: its traceback as text.
     """
 
     problem: Exception
     trace: str
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """Hold the rank of this process among those that a launcher started."""
-
-    rank: int = 0
-    count: int = 1
-
-    @classmethod
-    def from_environment(cls) -> "Ranks":
-        """Read rank and count from the environment that a launcher such as torchrun sets.
-
-        Raises:
-            UsageError: RANK or WORLD_SIZE is nonsense.
-        """
-        words = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-        if all(word.isdecimal() for word in words) and int(words[0]) < int(words[1]):
-            return cls(*map(int, words))
-        raise UsageError(
-            "RANK={rank} and WORLD_SIZE={size} in the environment do not fit; unset or correct them",
-            rank=words[0],
-            size=words[1],
-        )
-
-
-# --- how many ------------------------------------------------------------------------------------------
-
-
-def default_workers() -> int:
-    """Return half the CPUs that this process may use, at least 1 and at most 32."""
-    return max(1, min(MOST_WORKERS, available_cpus() // 2))
-
-
-def available_cpus() -> int:
-    """Return the number of CPUs that this process may use, by affinity and cgroup quota."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min([count, *_granted()]))
-
-
-def _granted() -> Iterator[int]:
-    """Yield the CPUs that this container's cgroup grants, if there is a limit."""
-    for files in CPU_QUOTAS:
-        # There is no such file, or it holds the word `max`.
-        with suppress(OSError, ValueError):
-            text = " ".join((CGROUP / file).read_text(encoding="ascii") for file in files)
-            quota, period = map(int, text.split())
-            if quota > 0:
-                yield quota // period
-
-
-# --- the work ------------------------------------------------------------------------------------------
-
-
 def work_through(
-    jobs: Iterator[Job], task: Callable[[Job], Iterator[Message]], count: int
-) -> Generator[Message, None, None]:
-    """Do all jobs in some processes, and yield what they report as it comes, in no order.
+    jobs: Iterator[JobT], task: Callable[[JobT], Iterator[ReportT]], count: int
+) -> Generator[ReportT, None, None]:
+    """Run a task on all jobs in several processes, and yield its reports as they come, in no order.
 
     Args:
         jobs: taken one by one, whenever a process is idle; must be picklable.
-        task: what to do with a job: yields reports; must be picklable.
+        task: takes a job and yields reports; must be picklable.
         count: of processes; 1 is this process itself.
 
     Raises:
         WorkerDiedError: a process was killed.
-        Exception: what the task raised.
+        Exception: the task raised it.
     """
     if count == 1:
         for job in jobs:
             yield from task(job)
         return
-    pool = _Pool[Job, Message](count)
+    pool = _Pool[JobT, ReportT](count)
     try:
         yield from pool.work_through(jobs, task)
     finally:
         pool.close()
 
 
-class _Pool(Generic[Job, Message]):
+class _Pool(Generic[JobT, ReportT]):
     """Hold worker processes and the pipes to them."""
 
     def __init__(self, count: int) -> None:
@@ -149,36 +91,36 @@ class _Pool(Generic[Job, Message]):
         for _ in range(count):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=True)
-            with _interrupted_later():
+            with _blocked_interrupts():
                 process.start()
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
 
     def work_through(
-        self, jobs: Iterator[Job], task: Callable[[Job], Iterator[Message]]
-    ) -> Iterator[Message]:
+        self, jobs: Iterator[JobT], task: Callable[[JobT], Iterator[ReportT]]
+    ) -> Iterator[ReportT]:
         # As an argument of `_serve`, the task would keep each process from starting before the last one has.
-        words = pickle.dumps(task)
+        pickled = pickle.dumps(task)
         for pipe in self._pipes:
-            _through(pipe.send_bytes, words)
+            _use(pipe.send_bytes, pickled)
         idle, busy = [*self._pipes], set[Any]()
         while True:
             for job in islice(jobs, len(idle)):
                 busy.add(pipe := idle.pop())
-                _through(pipe.send, job)
+                _use(pipe.send, job)
             if not busy:
                 return
             for ready in wait([*busy]):
-                message = _through(ready.recv)  # type: ignore[union-attr]
-                if message is _END:
+                report = _use(ready.recv)  # type: ignore[union-attr]
+                if report is _END:
                     busy.remove(ready)
                     idle.append(ready)
                 else:
-                    yield message
+                    yield report
 
     def close(self) -> None:
-        """End all processes, whatever they are at."""
+        """End all processes, also in the middle of a job."""
         for pipe, process in zip(self._pipes, self._processes, strict=True):
             pipe.close()
             process.terminate()
@@ -186,7 +128,7 @@ class _Pool(Generic[Job, Message]):
 
 
 @contextmanager
-def _interrupted_later() -> Iterator[None]:
+def _blocked_interrupts() -> Iterator[None]:
     """Block SIGINT for the context; a process that is started in it never gets the signal."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
@@ -198,9 +140,10 @@ def _interrupted_later() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _through(use_pipe: Callable[..., Any], *words: Any) -> Any:
+def _use(pipe_method: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a method of a pipe; raise what a task raised, or WorkerDiedError if the pipe has ended."""
     try:
-        answer = use_pipe(*words)
+        answer = pipe_method(*arguments)
     except (EOFError, OSError) as problem:
         raise WorkerDiedError from problem
     if isinstance(answer, Failure):
@@ -218,8 +161,8 @@ def _serve(pipe: Any) -> None:
         while True:
             job = pipe.recv()
             try:
-                for message in task(job):
-                    pipe.send(message)
+                for report in task(job):
+                    pipe.send(report)
                 answer = _END
             except Exception as problem:  # noqa: BLE001 - the parent raises it
                 answer = _failure(problem)

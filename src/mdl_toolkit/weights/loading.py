@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mdl_toolkit.errors import ModelError, ToolkitError
 from mdl_toolkit.i18n import Localized
-from mdl_toolkit.utils.machine import OUT_OF_MEMORY, lack_of_memory
+from mdl_toolkit.utils.machine import OOM_ERRORS, describe_oom
 from mdl_toolkit.weights.provenance import Base, read_provenance
 from mdl_toolkit.weights.resolve import ADAPTER_CONFIG, BASE_NAME, find_model, quantized_by, read_json
 
@@ -114,8 +114,8 @@ def explaining_memory(remedy: Localized) -> Iterator[None]:
     """
     try:
         yield
-    except OUT_OF_MEMORY as problem:
-        lack = lack_of_memory(problem)
+    except OOM_ERRORS as problem:
+        lack = describe_oom(problem)
         if lack is None:
             raise
         raise ModelError("{lack}; {remedy}", lack=lack, remedy=remedy) from problem

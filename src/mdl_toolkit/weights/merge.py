@@ -16,8 +16,8 @@ from torch import Tensor
 from mdl_toolkit.config.yaml import SETTINGS_FILE
 from mdl_toolkit.errors import InputError, ModelError
 from mdl_toolkit.utils.console import warn
-from mdl_toolkit.utils.files import replace_folder, writing
-from mdl_toolkit.utils.worker_pool import available_cpus
+from mdl_toolkit.utils.files import replace_folder, report_write_errors
+from mdl_toolkit.utils.machine import available_cpus
 from mdl_toolkit.weights.adapter import AdapterDelta
 from mdl_toolkit.weights.model_card import ResultMetadata, card
 from mdl_toolkit.weights.provenance import PROVENANCE_FILE
@@ -70,7 +70,7 @@ def export_merged(
         ModelError: the adapter does not fit the base, or a merged tensor is not finite.
         InputError: the disk does not take it.
     """
-    with writing(f"--output {output}", InputError), replace_folder(output) as work:
+    with report_write_errors(f"--output {output}", InputError), replace_folder(output) as work:
         merge(base, adapter, work, dtype)
         _describe(work, base, about, is_adapter=False)
         if verify is not None:
@@ -83,7 +83,7 @@ def export_adapter(base: Path, adapter: Path, output: Path, about: ResultMetadat
     Raises:
         InputError: the disk does not take it.
     """
-    with writing(f"--output {output}", InputError), replace_folder(output) as work:
+    with report_write_errors(f"--output {output}", InputError), replace_folder(output) as work:
         for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
             shutil.copyfile(adapter / name, work / name)
         for pattern in _BESIDE_ADAPTER:

@@ -12,7 +12,7 @@ import soundfile
 from mdl_toolkit.data.convert import run as conversion
 from mdl_toolkit.data.convert.work_folder import WorkFolder
 from mdl_toolkit.errors import UsageError
-from mdl_toolkit.utils.worker_pool import Ranks
+from mdl_toolkit.utils.launcher import Ranks
 from tests.support.commands import (
     SHARDS,
     Command,

@@ -28,8 +28,9 @@ from mdl_toolkit.data.tokenization import ChatTokenizer, prefix_sample
 from mdl_toolkit.errors import InputError, ModelError, RowProblem
 from mdl_toolkit.i18n import Localized, Verbatim, join_messages
 from mdl_toolkit.utils.console import progress, warn
-from mdl_toolkit.utils.files import check_apart, replace_file, writing
-from mdl_toolkit.utils.worker_pool import default_workers, work_through
+from mdl_toolkit.utils.files import check_apart, replace_file, report_write_errors
+from mdl_toolkit.utils.machine import default_workers
+from mdl_toolkit.utils.worker_pool import work_through
 from mdl_toolkit.weights.resolve import find_model
 from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 
@@ -216,7 +217,7 @@ def _write_fixed(output: Path, manifest: Manifest, found: Findings, options: Che
     """
     lines = set(found.bad)
     if found.rows:
-        with writing(f"--write-fixed {output}", InputError):
+        with report_write_errors(f"--write-fixed {output}", InputError):
             with replace_file(output) as work, work.open("wb") as file:
                 manifest.copy_without(lines, file)
             with replace_file(output.with_name(f"{output.name}.{SETTINGS_FILE}")) as work:
@@ -234,7 +235,7 @@ def _tell(figures: Figures, place: bool | str | None) -> None:
         return
     if isinstance(place, str):
         with (
-            writing(f"--json {place}", InputError),
+            report_write_errors(f"--json {place}", InputError),
             replace_file(Path(place)) as work,
             work.open("w", encoding="utf-8") as file,
         ):

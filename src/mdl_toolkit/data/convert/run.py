@@ -31,9 +31,11 @@ from mdl_toolkit.data.manifest import Manifest, Row, read_manifest
 from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import MOST_ROWS_SHOWN, DatasetError, Problems, RowProblem, RowsError
 from mdl_toolkit.utils.console import Progress, progress, say, warn
-from mdl_toolkit.utils.files import check_apart, removing_empty, writing
-from mdl_toolkit.utils.signals import end_if_asked
-from mdl_toolkit.utils.worker_pool import Ranks, default_workers, work_through
+from mdl_toolkit.utils.files import check_apart, removing_empty, report_write_errors
+from mdl_toolkit.utils.launcher import Ranks
+from mdl_toolkit.utils.machine import default_workers
+from mdl_toolkit.utils.signals import raise_if_interrupted
+from mdl_toolkit.utils.worker_pool import work_through
 from mdl_toolkit.weights.resolve import find_model
 from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 
@@ -251,7 +253,7 @@ class _Run:
         stats = self._total()
         record = stats.record(self.tokenizer.files, self.options)
         write_metadata(self.work.dataset, len(self.plan.shards), record)
-        with writing(str(self.work.dataset), DatasetError):
+        with report_write_errors(str(self.work.dataset), DatasetError):
             for name, text in {**beside, **self._left_out(stats)}.items():
                 (self.work.dataset / name).write_text(text, encoding="utf-8")
         self.work.finish()
@@ -407,7 +409,7 @@ class _Shown:
         Raises:
             KeyboardInterrupt: somebody asked for the end.
         """
-        end_if_asked()
+        raise_if_interrupted()
         self._seconds += step.samples / SAMPLE_RATE
         speed = self._seconds / max(time.monotonic() - self._began, 1e-3)
         self._shown.advance(step.rows, f"{self._seconds / 3600:.2f} h, {speed:.0f}x")

@@ -29,7 +29,7 @@ from mdl_toolkit.data.convert.stats import ConversionStats
 from mdl_toolkit.data.dataset import shard_name
 from mdl_toolkit.errors import DatasetError, InputError
 from mdl_toolkit.utils.console import say
-from mdl_toolkit.utils.files import fsync, put_in_place, write_text, writing
+from mdl_toolkit.utils.files import fsync, put_in_place, report_write_errors, write_text
 from mdl_toolkit.utils.locks import TRIES, ByteLocks
 
 # Byte r of the lock file stands for rank r, byte _RANKS + n for shard n; _BEGUN: the plan is made known.
@@ -72,7 +72,7 @@ class WorkFolder:
         self._count, self._began = 0, 0.0
 
     def __enter__(self) -> "WorkFolder":
-        with writing(f"--output {self.output}", InputError):
+        with report_write_errors(f"--output {self.output}", InputError):
             # A run that just ended may remove the folder in between.
             while not self._lock():
                 pass
@@ -89,7 +89,7 @@ class WorkFolder:
     def begin(self, plan: Plan) -> int:
         """Remove what another plan left, saying so; announce this one; return how many rows are finished."""
         self._count = len(plan.shards)
-        with writing(f"--output {self.output}", InputError):
+        with report_write_errors(f"--output {self.output}", InputError):
             shutil.rmtree(self._writing, ignore_errors=True)
             for folder in (self.dataset, self._entries, self._writing):
                 folder.mkdir(exist_ok=True)
@@ -175,7 +175,7 @@ class WorkFolder:
     def commit(self, shard: Shard, file: Path, stats: ConversionStats) -> None:
         """Write down that a shard is finished; `file` is its content, or not there if that was given up."""
         is_stored = file.exists()
-        with writing(str(self.dataset), DatasetError):
+        with report_write_errors(str(self.dataset), DatasetError):
             if is_stored:
                 file.replace(self._shard(shard))
                 fsync(self.dataset)
@@ -201,7 +201,7 @@ class WorkFolder:
 
     def finish(self) -> None:
         """Put the dataset in place, and remove everything else."""
-        with writing(f"--output {self.output}", InputError):
+        with report_write_errors(f"--output {self.output}", InputError):
             shutil.rmtree(self._previous, ignore_errors=True)
             put_in_place(self.dataset, self.output.resolve(), self._previous)
         self.remove()

@@ -7,7 +7,7 @@ import torch
 
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.console import warn
-from mdl_toolkit.utils.machine import OUT_OF_MEMORY, lack_of_memory
+from mdl_toolkit.utils.machine import OOM_ERRORS, describe_oom
 
 Computed = TypeVar("Computed")
 
@@ -41,8 +41,8 @@ class MicroBatcher:
         while True:
             try:
                 return compute(self.most)
-            except OUT_OF_MEMORY as problem:
-                lack = lack_of_memory(problem)
+            except OOM_ERRORS as problem:
+                lack = describe_oom(problem)
                 if lack is None or min(self.most, rows) <= 1:
                     raise
             # Here, where what had been computed is let go of.

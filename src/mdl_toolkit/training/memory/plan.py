@@ -24,7 +24,7 @@ from mdl_toolkit.training.gradient_checkpointing import NONE, KeptBlocks
 from mdl_toolkit.training.lora import FULL_TARGETS, LORA_TARGETS, add_adapters
 from mdl_toolkit.training.memory.activations import FLOAT, Integers, Step
 from mdl_toolkit.training.sampler import BatchSampler
-from mdl_toolkit.utils.distributed import BUCKET
+from mdl_toolkit.utils.distributed import BUCKET_NUMEL
 from mdl_toolkit.utils.machine import free_memory
 from mdl_toolkit.weights.loading import quiet_libraries
 from mdl_toolkit.weights.resolve import read_json
@@ -278,7 +278,7 @@ def _trained(model: Any, options: TrainOptions) -> tuple[list[int], dict[str, in
 
 def _update(sizes: list[int], processes: int) -> int:
     """Bytes for a moment: a gradient made anew, gradients between processes."""
-    travelling = min(sum(sizes), BUCKET) if processes > 1 else 0
+    travelling = min(sum(sizes), BUCKET_NUMEL) if processes > 1 else 0
     return FLOAT * max(*sizes, travelling)
 
 

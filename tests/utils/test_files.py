@@ -1,4 +1,4 @@
-"""One run at a time writes into an output folder."""
+"""Outputs of one run at a time: a folder is claimed, and given up when its process ends."""
 
 import errno
 import fcntl
