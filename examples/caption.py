@@ -57,7 +57,7 @@ def main() -> None:
     evaluation = evaluate(
         EvaluateOptions(input=str(answers), reference=str(test_csv), metric=("wer", "cer", "chrf"))
     )
-    for figure in evaluation.figures:
+    for figure in evaluation.metrics:
         print(f"{figure.metric}: {figure.value:.3f}")
     for answer, reference in list(zip(texts(answers), texts(test_csv), strict=True))[:5]:
         print(f"\nreference: {reference}\nanswer:    {answer}")

@@ -57,7 +57,7 @@ def main() -> None:
             output=(str(args.output / "evaluation.json"),),
         )
     )
-    for figure in evaluation.figures:
+    for figure in evaluation.metrics:
         print(f"{figure.metric}: {figure.value:.3f}")
 
 

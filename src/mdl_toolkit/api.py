@@ -50,7 +50,7 @@ def evaluate(options: "EvaluateOptions") -> "Evaluation":
         evaluation = evaluate(
             EvaluateOptions(input="predictions.csv", reference="test.csv", output=("evaluation.json",))
         )
-        for figure in evaluation.figures:
+        for figure in evaluation.metrics:
             print(figure.metric, figure.value, figure.low, figure.high)
         ```
     """

@@ -24,7 +24,8 @@ from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, as_command
 from mdl_toolkit.data.convert.run import convert_dataset, read_rows
 from mdl_toolkit.errors import InputError
-from mdl_toolkit.evaluation.results import Evaluation, as_text
+from mdl_toolkit.evaluation.render import as_text
+from mdl_toolkit.evaluation.results import Evaluation
 from mdl_toolkit.inference.run import infer
 from mdl_toolkit.reporting.report import report
 from mdl_toolkit.training.run import train
@@ -111,7 +112,7 @@ def _run_in(place: Path, seed: int) -> tuple[float, float]:
 def _report(evaluation: Evaluation) -> tuple[float, float]:
     """Say how good the answers were before and after, and return both accuracies."""
     table = as_text(evaluation)
-    after, before = evaluation.figures[0].value, evaluation.comparisons[0].other.value
+    after, before = evaluation.metrics[0].value, evaluation.comparisons[0].other.value
     assert after is not None
     assert before is not None
     rows = len(evaluation.rows)

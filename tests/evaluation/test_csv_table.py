@@ -3,7 +3,7 @@
 import pytest
 
 from mdl_toolkit.errors import InputError, RowsError
-from mdl_toolkit.evaluation.csv_table import joined, read_table
+from mdl_toolkit.evaluation.csv_table import join_tables, read_table
 from tests.support.runs import write_csv
 
 
@@ -54,7 +54,7 @@ def test_what_a_model_may_write_can_be_read(tmp_path):
 
 def test_by_audio_in_any_order(tmp_path):
     left, right = table(tmp_path, "l.csv", ["b", "a", "c"]), table(tmp_path, "r.csv", ["a", "b", "c"])
-    found = joined(left, right)
+    found = join_tables(left, right)
     assert found.rows == (1, 0, 2)
     assert found.by.en == "joined by the column audio"
 
@@ -69,7 +69,7 @@ def test_by_audio_in_any_order(tmp_path):
     ],
 )
 def test_by_number_otherwise(tmp_path, left, right):
-    found = joined(table(tmp_path, "l.csv", left, 2), table(tmp_path, "r.csv", right, 2))
+    found = join_tables(table(tmp_path, "l.csv", left, 2), table(tmp_path, "r.csv", right, 2))
     assert found.rows == (0, 1)
     assert found.by.en == "joined by row number"
 
@@ -112,7 +112,7 @@ def test_by_number_otherwise(tmp_path, left, right):
 )
 def test_a_mismatch_is_one_clear_sentence(tmp_path, left, right, message):
     with pytest.raises(InputError) as refused:
-        joined(table(tmp_path, "l.csv", left, 3), table(tmp_path, "r.csv", right, 3))
+        join_tables(table(tmp_path, "l.csv", left, 3), table(tmp_path, "r.csv", right, 3))
     assert message.format(tmp_path) in refused.value.message.en
     assert len(refused.value.message.en.splitlines()) == len(refused.value.message.zh.splitlines()) == 1
     assert "secret" not in f"{refused.value.message}"

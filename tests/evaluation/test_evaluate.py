@@ -13,7 +13,7 @@ from mdl_toolkit.config.evaluation import EvaluateOptions
 from mdl_toolkit.config.yaml import from_mapping, read_settings
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.evaluation.evaluate import evaluate
-from mdl_toolkit.evaluation.results import aligned, as_text
+from mdl_toolkit.evaluation.render import aligned, as_text
 from mdl_toolkit.utils.console import width_of
 from tests.support.runs import files_below, write_csv
 
@@ -72,7 +72,7 @@ def test_answers_of_inference_against_the_csv_they_were_asked_from(place, capsys
 def test_a_column_of_the_same_file(tmp_path):
     path = labels(tmp_path, ["yes", "no", "no", "no"])
     found = evaluate(EvaluateOptions(input=path))
-    assert [figure.metric for figure in found.figures] == ["accuracy", "macro-f1"]
+    assert [figure.metric for figure in found.metrics] == ["accuracy", "macro-f1"]
     assert found.value("accuracy") == 0.75
     assert found.confusion.labels == ("no", "yes")
     assert found.confusion.counts == ((2, 0, 0), (1, 1, 0))
@@ -163,9 +163,9 @@ def test_nothing_heavy_is_imported(place):
 def test_metrics_follow_from_the_data(tmp_path, references, expected):
     path = labels(tmp_path, references, references=references)
     found = evaluate(EvaluateOptions(input=path, bootstrap=0))
-    assert tuple(figure.metric for figure in found.figures) == expected
+    assert tuple(figure.metric for figure in found.metrics) == expected
     assert (found.confusion is not None) == (expected[0] == "accuracy")
-    assert all(figure.low is None for figure in found.figures)
+    assert all(figure.low is None for figure in found.metrics)
 
 
 def test_normalisation_can_be_switched_off(place, capsys):
@@ -189,13 +189,13 @@ def test_rows_with_an_error_are_wrong_and_counted(tmp_path, capsys):
     assert "rows with an error instead of an answer, counted as wrong: 2" in said
     assert "empty references, where every predicted word is an error: 1" in said
     assert "empty predictions" not in said
-    assert as_text(found).split("\n\n")[1].splitlines()[1].split() == ["(empty)", "no", "yes", "(other)"]
+    assert as_text(found).split("\n\n")[1].splitlines()[1].split() == ["(empty)", "no", "yes", "(others)"]
 
 
 def test_undefined_is_neither_zero_nor_an_error(tmp_path, capsys):
     path = labels(tmp_path, ["a", ""], references=["", "。"])
     found = evaluate(EvaluateOptions(input=path, metric=("wer",), output=(str(tmp_path / "o.json"),)))
-    assert found.figures[0] == found.figures[0].__class__("wer", None, None, None)
+    assert found.metrics[0] == found.metrics[0].__class__("wer", None, None, None)
     assert as_text(found).splitlines()[1].split() == ["WER", "–", "–"]
     assert json.loads((tmp_path / "o.json").read_text())["metrics"]["wer"]["value"] is None
 
@@ -232,7 +232,7 @@ def test_a_macro_f1_of_five_thousand_labels_still_works(tmp_path):
 
 def test_groups_by_columns_of_both_files(place):
     found = evaluate(options(place, group_by=("speaker", "language"), metric=("wer",)))
-    assert [(group.column, group.name, group.rows, group.figures[0].value) for group in found.groups] == [
+    assert [(group.column, group.name, group.rows, group.metrics[0].value) for group in found.groups] == [
         ("speaker", "1", 2, (1 + 1) / (6 + 3)),
         ("speaker", "2", 2, (0 + 6) / (3 + 6)),
         ("language", "en", 2, 1 / 9),
@@ -247,7 +247,7 @@ def test_a_group_has_the_interval_of_its_rows_alone(place, tmp_path):
     path = labels(tmp_path, answers, group=group)
     found = evaluate(EvaluateOptions(input=path, group_by=("group",), bootstrap=200))
     alone = labels(tmp_path / "alone", answers[20:], references=["yes", "no"] * 10)
-    assert found.groups[1].figures == evaluate(EvaluateOptions(input=alone, bootstrap=200)).figures
+    assert found.groups[1].metrics == evaluate(EvaluateOptions(input=alone, bootstrap=200)).metrics
 
 
 def test_length_in_quarters_of_characters(tmp_path):
@@ -331,8 +331,8 @@ def test_files(place, capsys):
     written = json.loads((place / "new/o.json").read_text(encoding="utf-8"))
     assert written["metrics"]["wer"] == {
         "value": found.value("wer"),
-        "low": found.figures[0].low,
-        "high": found.figures[0].high,
+        "low": found.metrics[0].low,
+        "high": found.metrics[0].high,
     }
     assert written["settings"]["normalize"] is True
     assert written["settings"]["seed"] == 7
@@ -352,7 +352,7 @@ def test_files(place, capsys):
     assert {(line["normalize"], line["seed"]) for line in lines} == {("true", "7")}
     assert "jiwer=" in lines[0]["versions"]
     again = from_mapping(EvaluateOptions, read_settings(place / "o.csv.mdl-toolkit.yaml", EvaluateOptions))
-    assert evaluate(again).figures == found.figures
+    assert evaluate(again).metrics == found.metrics
 
 
 def test_a_file_that_cannot_be_written_leaves_what_was_there(place, monkeypatch, capsys):

@@ -11,16 +11,16 @@ from sklearn.metrics import accuracy_score, average_precision_score, confusion_m
 from mdl_toolkit.config.types import METRIC_NAMES
 from mdl_toolkit.evaluation.bootstrap import value_of
 from mdl_toolkit.evaluation.metrics import (
-    SCORES,
+    CORPUS_METRICS,
     Answers,
     Manner,
     are_chinese,
     confusion,
-    in_order,
     is_same_set,
+    natural_order,
     versions,
 )
-from mdl_toolkit.evaluation.text_metrics import METRICS, edits, normalized
+from mdl_toolkit.evaluation.text_metrics import TEXT_METRICS, edits, normalized
 
 PLAIN = Manner(normalize=True, is_chinese=False, separator=None)
 RAW = Manner(normalize=False, is_chinese=False, separator=None)
@@ -49,7 +49,7 @@ def answers(pairs, failed=(), scores=None):
 
 
 def figure(name, pairs, manner=PLAIN, **more):
-    return value_of(SCORES[name].build(answers(pairs, **more), manner), len(pairs))
+    return value_of(CORPUS_METRICS[name].build(answers(pairs, **more), manner), len(pairs))
 
 
 def labelled(count, labels=5, seed=0, strange=True):
@@ -63,8 +63,8 @@ def labelled(count, labels=5, seed=0, strange=True):
 
 
 def test_every_name_of_the_option_is_a_metric():
-    assert tuple(SCORES) == METRIC_NAMES
-    assert set(METRICS) <= set(SCORES)
+    assert tuple(CORPUS_METRICS) == METRIC_NAMES
+    assert set(TEXT_METRICS) <= set(CORPUS_METRICS)
 
 
 # --- texts -----------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def test_white_space_of_any_kind_separates_words_even_without_normalisation():
 @pytest.mark.parametrize("name", ["wer", "cer", "accuracy"])
 def test_training_counts_the_same(name):
     """`--eval-metric` of train and `--metric` of evaluate are one definition."""
-    parts = np.array([METRICS[name].count(*pair) for pair in ENGLISH + HAN])
+    parts = np.array([TEXT_METRICS[name].count(*pair) for pair in ENGLISH + HAN])
     assert figure(name, ENGLISH + HAN) == pytest.approx(parts[:, 0].sum() / parts[:, 1].sum())
 
 
@@ -204,7 +204,7 @@ def several(count, seed, with_scores=True):
 def test_map_is_the_mean_of_scikit_learns_average_precisions(with_scores):
     """Also under weights and over some of the rows; equal scores are common, and so are labels not listed."""
     rows, scores = several(200, 1, with_scores)
-    measure = SCORES["map"].build(answers(rows, scores=scores), TAGS)
+    measure = CORPUS_METRICS["map"].build(answers(rows, scores=scores), TAGS)
     chosen = np.sort(np.random.default_rng(5).choice(200, 80, replace=False))
     weights = np.random.default_rng(6).integers(0, 3, size=(200, 4)).astype(float)
 
@@ -257,7 +257,7 @@ def test_weights_are_repetitions_and_parts_are_rows(name):
     """What intervals and groups rest on: the figure by weights is the figure of the rows written out."""
     rows, scores = several(40, 2) if name == "map" else (ENGLISH + HAN + labelled(31, 3), None)
     manner = TAGS if name == "map" else PLAIN
-    measure = SCORES[name].build(answers(rows, scores=scores), manner)
+    measure = CORPUS_METRICS[name].build(answers(rows, scores=scores), manner)
     weights = np.random.default_rng(1).multinomial(40, [1 / 40] * 40, size=5).T
     for column, value in zip(weights.T, measure.values(weights.astype(float)), strict=True):
         places = np.repeat(np.arange(40), column)
@@ -271,7 +271,15 @@ def test_weights_are_repetitions_and_parts_are_rows(name):
 
 
 def test_names_in_order():
-    assert in_order(["b", "s10", "s2", "aa", "s2", "", "1", "01"]) == ["", "01", "1", "aa", "b", "s2", "s10"]
+    assert natural_order(["b", "s10", "s2", "aa", "s2", "", "1", "01"]) == [
+        "",
+        "01",
+        "1",
+        "aa",
+        "b",
+        "s2",
+        "s10",
+    ]
 
 
 def test_versions_are_told():

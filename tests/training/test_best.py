@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.errors import ToolkitError, UsageError
-from mdl_toolkit.evaluation.text_metrics import LOSS, METRICS, Best, normalized
+from mdl_toolkit.evaluation.text_metrics import LOSS, TEXT_METRICS, Best, normalized
 from mdl_toolkit.inference.run import infer
 from mdl_toolkit.reporting.run_section import run_values
 from mdl_toolkit.training import trainer
@@ -49,7 +49,7 @@ def answers_of(final: Path, csv: Path, place: Path) -> list[str]:
     ],
 )
 def test_counts(name, reference, prediction, expected):
-    assert METRICS[name].count(reference, prediction) == expected
+    assert TEXT_METRICS[name].count(reference, prediction) == expected
 
 
 def test_normalisation():
@@ -62,7 +62,7 @@ def test_the_metric_is_that_of_the_answers_that_inference_gives(model, tmp_path,
     options = train_options(csv, model, tmp_path / "run", eval_dataset=str(csv), num_epochs=8)
     done = train(replace(options, eval_metric=name, eval_batch_size=4))
     answers = answers_of(done.final, csv, tmp_path)
-    counts = [METRICS[name].count(*pair) for pair in zip(ANSWERS, answers, strict=True)]
+    counts = [TEXT_METRICS[name].count(*pair) for pair in zip(ANSWERS, answers, strict=True)]
     expected = sum(part for part, _ in counts) / sum(whole for _, whole in counts)
     assert 0 < expected < 1 or name == "accuracy"
     assert evaluations(tmp_path / "run")[-1][f"eval_{name}"] == pytest.approx(expected)
@@ -165,7 +165,7 @@ def test_too_many_evaluations_without_a_better_one_end_the_run(model, tmp_path, 
 def test_of_equal_values_the_one_with_the_lower_loss_is_the_better(name, found, steps, worse):
     best, told = Best(), []
     for step, (loss, value) in enumerate(found, 1):
-        best = best.after({**METRICS, "loss": LOSS}[name], step, value, loss)
+        best = best.after({**TEXT_METRICS, "loss": LOSS}[name], step, value, loss)
         told.append((best.step, best.worse))
     assert told == [*zip(steps, worse, strict=True)]
 
@@ -201,7 +201,7 @@ def test_a_checkpoint_of_a_time_when_ties_were_left_to_the_first(model, tmp_path
 
 
 def test_what_is_no_number_is_worse_than_any():
-    nan, accuracy = float("nan"), METRICS["accuracy"]
+    nan, accuracy = float("nan"), TEXT_METRICS["accuracy"]
     assert Best().after(LOSS, 1, nan, nan).after(LOSS, 2, 9.0, 9.0).step == 2
     assert Best().after(LOSS, 1, 9.0, 9.0).after(LOSS, 2, nan, nan).step == 1
     assert Best().after(accuracy, 1, 0.5, nan).after(accuracy, 2, 0.5, 9.0).step == 2

@@ -76,7 +76,7 @@ def _check(options: CheckOptions) -> None:
 
 def _evaluate(options: EvaluateOptions) -> None:
     from mdl_toolkit.api import evaluate
-    from mdl_toolkit.evaluation.results import as_text
+    from mdl_toolkit.evaluation.render import as_text
 
     click.echo(as_text(evaluate(options)))
 

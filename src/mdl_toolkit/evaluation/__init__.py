@@ -7,5 +7,6 @@ Modules:
     bootstrap      confidence intervals and paired tests
     align          predictions beside their references
     csv_table      a whole CSV in memory, and which row belongs to which
-    results        what an evaluation came to, as text, JSON and CSV
+    results        values of an evaluation, and their JSON and CSV
+    render         text tables of an evaluation for the terminal
 """

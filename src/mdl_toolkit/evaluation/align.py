@@ -8,8 +8,8 @@ import numpy as np
 from mdl_toolkit.config.evaluation import EvaluateOptions
 from mdl_toolkit.data.manifest import PREDICTION
 from mdl_toolkit.errors import InputError
-from mdl_toolkit.evaluation.csv_table import Join, Table, joined, read_table
-from mdl_toolkit.evaluation.metrics import Answers, in_order
+from mdl_toolkit.evaluation.csv_table import Join, Table, join_tables, read_table
+from mdl_toolkit.evaluation.metrics import Answers, natural_order
 from mdl_toolkit.evaluation.text_metrics import normalized
 from mdl_toolkit.i18n import Localized
 
@@ -66,7 +66,7 @@ def read_pairs(options: EvaluateOptions) -> Pairs:
     else:
         source = read_table(options.reference)
         name = _their_column(table, source, options.reference_column)
-        found = joined(table, source)
+        found = join_tables(table, source)
         notes.append(Localized("references: {path}, {by}", path=source.path, by=found.by))
         theirs = {name: _ordered(source, name, found) for name in source.columns}
         references, columns = theirs[name], {**theirs, **columns}
@@ -116,7 +116,7 @@ def _other(
 ) -> Answers:
     assert options.compare is not None
     source = read_table(options.compare, [PREDICTION])
-    found = joined(table, source)
+    found = join_tables(table, source)
     notes.append(Localized("compared with: {path}, {by}", path=source.path, by=found.by))
     answers = _answers(source, references, found, options.score_column)
     notes += [Localized("{path}: {note}", path=source.path, note=note) for note in _oddities(answers)]
@@ -179,7 +179,7 @@ def grouped(pairs: Pairs, name: str) -> Grouping:
     """
     if name in pairs.columns:
         cells = [cell.strip() for cell in pairs.columns[name]]
-        names = in_order(cells)
+        names = natural_order(cells)
         number = {cell: place for place, cell in enumerate(names)}
         return Grouping(name, tuple(names), np.array([number[cell] for cell in cells]))
     if name == LENGTH:

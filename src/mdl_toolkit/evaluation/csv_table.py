@@ -96,7 +96,7 @@ class Join:
     by: Localized
 
 
-def joined(left: Table, right: Table) -> Join:
+def join_tables(left: Table, right: Table) -> Join:
     """Find the row of `right` for each row of `left`; all of both are used.
 
     By `audio`, if both have it, no two rows of either have the same, and at least one is written alike in

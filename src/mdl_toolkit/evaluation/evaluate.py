@@ -24,7 +24,7 @@ from mdl_toolkit.evaluation.bootstrap import (
     wilson_interval,
 )
 from mdl_toolkit.evaluation.metrics import (
-    SCORES,
+    CORPUS_METRICS,
     Answers,
     Manner,
     are_chinese,
@@ -40,8 +40,8 @@ from mdl_toolkit.evaluation.results import (
     Comparison,
     Confusion,
     Evaluation,
-    Figure,
     Group,
+    MetricValue,
     RowResult,
     as_csv,
     as_json,
@@ -128,11 +128,11 @@ def _computed(pairs: Pairs, manner: Manner, names: Sequence[str], options: Evalu
     rows = len(pairs.table)
     comparisons: tuple[Comparison, ...] = ()
     if pairs.other is None:
-        metrics = {name: SCORES[name].build(pairs.answers, manner) for name in names}
+        metrics = {name: CORPUS_METRICS[name].build(pairs.answers, manner) for name in names}
         figures = _figures(metrics, rows, options)
     else:
         both = stacked(pairs.answers, pairs.other, manner)
-        of_both = {name: SCORES[name].build(both, manner) for name in names}
+        of_both = {name: CORPUS_METRICS[name].build(both, manner) for name in names}
         metrics, others = (
             {name: metric.of(np.arange(start, start + rows)) for name, metric in of_both.items()}
             for start in (0, rows)
@@ -142,7 +142,7 @@ def _computed(pairs: Pairs, manner: Manner, names: Sequence[str], options: Evalu
     unit, counts = _edits(pairs.answers, manner, metrics)
     return Evaluation(
         rows=_rows(pairs, right, counts, groupings),
-        figures=figures,
+        metrics=figures,
         comparisons=comparisons,
         groups=tuple(group for each in groupings for group in _groups(each, metrics, options)),
         confusion=_confusion(pairs.answers, names),
@@ -151,19 +151,19 @@ def _computed(pairs: Pairs, manner: Manner, names: Sequence[str], options: Evalu
     )
 
 
-def _figures(metrics: Mapping[str, Any], rows: int, options: EvaluateOptions) -> tuple[Figure, ...]:
+def _figures(metrics: Mapping[str, Any], rows: int, options: EvaluateOptions) -> tuple[MetricValue, ...]:
     """Compute each metric with its confidence interval."""
     distributions = bootstrap_distribution([*metrics.values()], rows, options.bootstrap, options.seed)
     pairs = zip(metrics.items(), distributions, strict=True)
     return tuple(_figure(name, metric, rows, distribution) for (name, metric), distribution in pairs)
 
 
-def _figure(name: str, metric: Any, rows: int, distribution: np.ndarray) -> Figure:
+def _figure(name: str, metric: Any, rows: int, distribution: np.ndarray) -> MetricValue:
     """Give a metric's interval: Wilson's of a proportion, else the bootstrap's; none without resamples."""
     interval: Interval | None = percentile_interval(distribution, rows)
-    if SCORES[name].is_proportion and len(distribution):
+    if CORPUS_METRICS[name].is_proportion and len(distribution):
         interval = wilson_interval(int(metric.statistics[:, 0].sum()), rows)
-    return Figure(name, _known(value_of(metric, rows)), *(interval or (None, None)))
+    return MetricValue(name, _known(value_of(metric, rows)), *(interval or (None, None)))
 
 
 def _known(value: float) -> float | None:
@@ -176,7 +176,7 @@ def _compared(
     of_both: Mapping[str, Statistic],
     rows: int,
     options: EvaluateOptions,
-) -> tuple[tuple[Figure, ...], tuple[Comparison, ...]]:
+) -> tuple[tuple[MetricValue, ...], tuple[Comparison, ...]]:
     """Compute each metric of two systems, and how they differ.
 
     Args:
@@ -199,12 +199,12 @@ def _compared(
         value = None if figure.value is None or other.value is None else figure.value - other.value
         interval = percentile_interval(ours - theirs, rows)
         mcnemar = None
-        if SCORES[name].is_proportion:
+        if CORPUS_METRICS[name].is_proportion:
             is_right, is_other_right = (each[name].statistics[:, 0] > 0 for each in (metrics, others))
             mcnemar = mcnemar_test(
                 int((is_right & ~is_other_right).sum()), int((is_other_right & ~is_right).sum())
             )
-        difference = Figure(name, value, *(interval or (None, None)))
+        difference = MetricValue(name, value, *(interval or (None, None)))
         figures.append(figure)
         comparisons.append(Comparison(other, difference, _known(float(p_values[number])), mcnemar))
     return tuple(figures), tuple(comparisons)
@@ -243,7 +243,7 @@ def _edits(answers: Answers, manner: Manner, measures: Mapping[str, Any]) -> tup
     """The unit of rows' errors, and `[rows, 2]`: errors and length of the reference."""
     unit = WORD if "wer" in measures else CHARACTER if "cer" in measures else manner.unit
     name = "wer" if unit == WORD else "cer"
-    measure = measures[name] if name in measures else SCORES[name].build(answers, manner)
+    measure = measures[name] if name in measures else CORPUS_METRICS[name].build(answers, manner)
     return unit, measure.statistics
 
 
@@ -284,7 +284,7 @@ def _settings(
         "errors_in": unit,
         "bootstrap": options.bootstrap,
         "seed": options.seed,
-        "intervals": {name: WILSON if SCORES[name].is_proportion else PERCENTILE for name in names},
+        "intervals": {name: WILSON if CORPUS_METRICS[name].is_proportion else PERCENTILE for name in names},
         "paired_test": "permutation",
         "versions": versions(),
     }

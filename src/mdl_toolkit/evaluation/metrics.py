@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mdl_toolkit.evaluation.text_metrics import CHARACTER, METRICS, WORD, edits, normalized
+from mdl_toolkit.evaluation.text_metrics import CHARACTER, TEXT_METRICS, WORD, edits, normalized
 
 CHINESE = re.compile("[\u3400-\u9fff\uf900-\ufaff]")
 LETTER = re.compile(r"[^\W\d_]")
@@ -214,7 +214,7 @@ class MeanAveragePrecision:
 
 def is_exact(answers: Answers, _manner: Manner) -> np.ndarray:
     """Which rows are right to the letter, white space around them aside, `[rows]`."""
-    count = METRICS["accuracy"].count
+    count = TEXT_METRICS["accuracy"].count
     return _right(answers, lambda reference, prediction: count(reference, prediction)[0] > 0)
 
 
@@ -245,7 +245,7 @@ def labels_of(text: str, manner: Manner) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def in_order(names: Iterable[str]) -> list[str]:
+def natural_order(names: Iterable[str]) -> list[str]:
     """Different names sorted, numbers in them by their value."""
 
     def key(name: str) -> tuple[list[str], str]:
@@ -284,7 +284,7 @@ def coded(answers: Answers) -> tuple[list[str], np.ndarray, np.ndarray]:
         and for rows that failed.
     """
     names = [reference.strip() for reference in answers.references]
-    labels = in_order(names)
+    labels = natural_order(names)
     number = {label: place for place, label in enumerate(labels)}
     given = [number.get(prediction.strip(), len(labels)) for prediction in answers.predictions]
     return labels, np.array([number[name] for name in names]), np.where(answers.failed, len(labels), given)
@@ -420,7 +420,7 @@ Builder = Callable[[Answers, Manner], Any]
 
 
 @dataclass(frozen=True)
-class Score:
+class CorpusMetric:
     """A metric of `evaluate`.
 
     Attributes:
@@ -439,13 +439,13 @@ class Score:
     is_proportion: bool = False
 
 
-SCORES = {
-    "accuracy": Score("accuracy", _shares(is_exact), is_proportion=True),
-    "exact-match": Score("exact match", _shares(is_match), is_proportion=True),
-    "macro-f1": Score("macro F1", _macro_f1),
-    "wer": Score("WER", _error_rate(WORD), more_is_better=False),
-    "cer": Score("CER", _error_rate(CHARACTER), more_is_better=False),
-    "bleu": Score("BLEU", _bleu, is_share=False),
-    "chrf": Score("chrF", _chrf, is_share=False),
-    "map": Score("mAP", _mean_average_precision),
+CORPUS_METRICS = {
+    "accuracy": CorpusMetric("accuracy", _shares(is_exact), is_proportion=True),
+    "exact-match": CorpusMetric("exact match", _shares(is_match), is_proportion=True),
+    "macro-f1": CorpusMetric("macro F1", _macro_f1),
+    "wer": CorpusMetric("WER", _error_rate(WORD), more_is_better=False),
+    "cer": CorpusMetric("CER", _error_rate(CHARACTER), more_is_better=False),
+    "bleu": CorpusMetric("BLEU", _bleu, is_share=False),
+    "chrf": CorpusMetric("chrF", _chrf, is_share=False),
+    "map": CorpusMetric("mAP", _mean_average_precision),
 }

@@ -1,26 +1,17 @@
-"""What an evaluation came to, as values, as a table for the terminal, and as the content of JSON and CSV."""
+"""Values of an evaluation, and their JSON and CSV."""
 
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mdl_toolkit.evaluation.metrics import SCORES
 from mdl_toolkit.i18n import Localized
-from mdl_toolkit.utils.console import width_of
-
-MOST_LABELS = 30  # of a confusion table in the terminal
-MOST_GROUPS = 40  # of one column in the terminal; files have all
-WIDEST = 40  # columns of the terminal that one cell may take
-OTHER = Localized("others")
-EMPTY = Localized("(empty)")
-INTERVAL = Localized("95 % interval")
 
 
 @dataclass(frozen=True)
-class Figure:
+class MetricValue:
     """One metric over some rows.
 
     Attributes:
@@ -47,8 +38,8 @@ class Comparison:
         mcnemar: p-value of McNemar's exact test, None where rows are not right or wrong.
     """
 
-    other: Figure
-    difference: Figure
+    other: MetricValue
+    difference: MetricValue
     p_value: float | None
     mcnemar: float | None
 
@@ -60,7 +51,7 @@ class Group:
     column: str
     name: str
     rows: int
-    figures: tuple[Figure, ...]
+    metrics: tuple[MetricValue, ...]
 
 
 @dataclass(frozen=True)
@@ -109,7 +100,7 @@ class Evaluation:
 
     Attributes:
         rows: each row, in the order of the predictions' file.
-        figures: of all rows, one for each metric.
+        metrics: one value for each metric, over all rows.
         comparisons: with `--compare`, one for each metric; else none.
         groups: column by column.
         confusion: None where the references are no labels.
@@ -118,7 +109,7 @@ class Evaluation:
     """
 
     rows: tuple[RowResult, ...]
-    figures: tuple[Figure, ...]
+    metrics: tuple[MetricValue, ...]
     comparisons: tuple[Comparison, ...]
     groups: tuple[Group, ...]
     confusion: Confusion | None
@@ -127,118 +118,7 @@ class Evaluation:
 
     def value(self, metric: str) -> float | None:
         """The figure of one of the metrics over all rows."""
-        return next(figure.value for figure in self.figures if figure.metric == metric)
-
-
-# --- the terminal --------------------------------------------------------------------------------------
-
-
-def as_text(evaluation: Evaluation) -> str:
-    """All tables, aligned, in the user's language."""
-    parts = [_figures(evaluation)]
-    columns = dict.fromkeys(group.column for group in evaluation.groups)
-    parts += [_groups([group for group in evaluation.groups if group.column == column]) for column in columns]
-    if evaluation.confusion and len(evaluation.confusion.labels) <= MOST_LABELS:
-        parts.append(_confusion(evaluation.confusion))
-    return "\n\n".join(parts)
-
-
-def _figures(evaluation: Evaluation) -> str:
-    rows = len(evaluation.rows)
-    head = [str(Localized("{rows} rows", rows=rows)), str(Localized("value")), str(INTERVAL)]
-    lines = [[*_named(figure), _span(figure)] for figure in evaluation.figures]
-    if evaluation.comparisons:
-        head += [str(Localized("other")), str(Localized("difference")), str(INTERVAL), "p", "McNemar p"]
-        lines = [[*line, *_compared(pair)] for line, pair in zip(lines, evaluation.comparisons, strict=True)]
-        if all(pair.mcnemar is None for pair in evaluation.comparisons):
-            head, lines = head[:-1], [line[:-1] for line in lines]
-    return aligned([head, *lines])
-
-
-def _named(figure: Figure) -> list[str]:
-    return [SCORES[figure.metric].title, _number(figure.metric, figure.value)]
-
-
-def _compared(pair: Comparison) -> list[str]:
-    metric, difference = pair.other.metric, pair.difference
-    return [
-        _number(metric, pair.other.value), _number(metric, difference.value, "+"), _span(difference, "+"),
-        _p_value(pair.p_value), _p_value(pair.mcnemar),
-    ]  # fmt: skip
-
-
-def _number(metric: str, value: float | None, sign: str = "") -> str:
-    if value is None:
-        return "–"
-    return f"{value:{sign}.2%}" if SCORES[metric].is_share else f"{value:{sign}.2f}"
-
-
-def _span(figure: Figure, sign: str = "") -> str:
-    low, high = (_number(figure.metric, bound, sign) for bound in (figure.low, figure.high))
-    return "–" if figure.low is None else str(Localized("{low} to {high}", low=low, high=high))
-
-
-def _p_value(value: float | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.2g}" if value >= 1e-3 else "<0.001"
-
-
-def _groups(groups: Sequence[Group]) -> str:
-    shown = sorted(groups, key=lambda group: -group.rows)[:MOST_GROUPS]
-    head = [groups[0].column, str(Localized("rows"))]
-    for figure in groups[0].figures:
-        head += [SCORES[figure.metric].title, str(INTERVAL)]
-    rows = [
-        [
-            group.name or str(EMPTY),
-            str(group.rows),
-            *(cell for figure in group.figures for cell in (_named(figure)[1], _span(figure))),
-        ]
-        for group in groups
-        if group in shown
-    ]
-    left_out = len(groups) - len(rows)
-    more = str(Localized("\n... and {left_out} smaller groups", left_out=left_out))
-    return aligned([head, *rows]) + (more if left_out else "")
-
-
-def _confusion(confusion: Confusion) -> str:
-    names = [*(label or str(EMPTY) for label in confusion.labels), f"({OTHER})"]
-    used = len(names) if any(row[-1] for row in confusion.counts) else len(names) - 1
-    title = str(Localized("answers (columns) to each reference (rows)"))
-    rows = [
-        [label, *(str(count or "·") for count in row[:used])]
-        for label, row in zip(names[:-1], confusion.counts, strict=True)
-    ]
-    return f"{title}\n{aligned([['', *names[:used]], *rows])}"
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Lines whose cells stand below each other, the first of each to the left and all others to the right.
-
-    What would disturb a terminal is shown as a dot; long cells are cut.
-    """
-    clean = [[_clean(cell) for cell in row] for row in rows]
-    widths = [max(map(width_of, column)) for column in zip(*clean, strict=True)]
-    lines = []
-    for row in clean:
-        blanks = [" " * (width - width_of(cell)) for cell, width in zip(row, widths, strict=True)]
-        cells = [row[0] + blanks[0], *(blank + cell for blank, cell in zip(blanks[1:], row[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
-def _clean(cell: str) -> str:
-    shown = "".join(letter if letter.isprintable() else "·" for letter in cell)
-    if width_of(shown) <= WIDEST:
-        return shown
-    while width_of(shown) >= WIDEST:
-        shown = shown[:-1]
-    return f"{shown}…"
-
-
-# --- files ---------------------------------------------------------------------------------------------
+        return next(figure.value for figure in self.metrics if figure.metric == metric)
 
 
 def as_json(evaluation: Evaluation) -> str:
@@ -246,7 +126,7 @@ def as_json(evaluation: Evaluation) -> str:
     values = {
         "settings": evaluation.settings,
         "notes": [note.en for note in evaluation.notes],
-        "metrics": {figure.metric: _figure(figure) for figure in evaluation.figures},
+        "metrics": {figure.metric: _figure(figure) for figure in evaluation.metrics},
         "comparison": {
             pair.other.metric: {
                 "other": pair.other.value,
@@ -261,7 +141,7 @@ def as_json(evaluation: Evaluation) -> str:
                 "column": group.column,
                 "group": group.name,
                 "rows": group.rows,
-                "metrics": {figure.metric: _figure(figure) for figure in group.figures},
+                "metrics": {figure.metric: _figure(figure) for figure in group.metrics},
             }
             for group in evaluation.groups
         ],
@@ -271,7 +151,7 @@ def as_json(evaluation: Evaluation) -> str:
     return json.dumps(values, ensure_ascii=False, indent=1) + "\n"
 
 
-def _figure(figure: Figure) -> dict[str, float | None]:
+def _figure(figure: MetricValue) -> dict[str, float | None]:
     return {"value": figure.value, "low": figure.low, "high": figure.high}
 
 
@@ -289,11 +169,11 @@ def as_csv(evaluation: Evaluation) -> str:
     writer = csv.DictWriter(text, names, restval="")
     writer.writeheader()
     compared = {pair.other.metric: _comparison(pair) for pair in evaluation.comparisons}
-    for figure in evaluation.figures:
+    for figure in evaluation.metrics:
         whole = {"rows": len(evaluation.rows), **vars(figure), **compared.get(figure.metric, {})}
         writer.writerow({**whole, **how})
     for group in evaluation.groups:
-        for figure in group.figures:
+        for figure in group.metrics:
             part = {"column": group.column, "group": group.name, "rows": group.rows}
             writer.writerow({**part, **vars(figure), **how})
     return text.getvalue()

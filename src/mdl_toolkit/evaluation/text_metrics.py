@@ -17,7 +17,7 @@ EDITS = ("substitute", "delete", "insert")
 
 
 @dataclass(frozen=True)
-class Metric:
+class TextMetric:
     """A share of two sums over rows.
 
     Attributes:
@@ -51,7 +51,7 @@ class Best:
     worse: int = 0
     loss: float | None = None
 
-    def after(self, metric: Metric, step: int, value: float, loss: float) -> "Best":
+    def after(self, metric: TextMetric, step: int, value: float, loss: float) -> "Best":
         """The best one when another is known; anything is better than none."""
         least = -math.inf if self.loss is None else self.loss
         if self.value is None or metric.rank(value, loss) > metric.rank(self.value, least):
@@ -135,12 +135,12 @@ def edits(
     return counts
 
 
-LOSS = Metric("loss", False, lambda _reference, _prediction: (0.0, 0.0))
-METRICS = {
+LOSS = TextMetric("loss", False, lambda _reference, _prediction: (0.0, 0.0))
+TEXT_METRICS = {
     metric.name: metric
     for metric in (
-        Metric("accuracy", True, _accuracy),
-        Metric("wer", False, _word_errors),
-        Metric("cer", False, _character_errors),
+        TextMetric("accuracy", True, _accuracy),
+        TextMetric("wer", False, _word_errors),
+        TextMetric("cer", False, _character_errors),
     )
 }

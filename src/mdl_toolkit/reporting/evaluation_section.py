@@ -8,8 +8,8 @@ from typing import Any
 from mdl_toolkit.data.manifest import AUDIO, PREDICTION
 from mdl_toolkit.evaluation.align import ERROR, SCORE
 from mdl_toolkit.evaluation.csv_table import Table
-from mdl_toolkit.evaluation.metrics import SCORES, in_order
-from mdl_toolkit.evaluation.results import Comparison, Confusion, Evaluation, Figure, RowResult
+from mdl_toolkit.evaluation.metrics import CORPUS_METRICS, natural_order
+from mdl_toolkit.evaluation.results import Comparison, Confusion, Evaluation, MetricValue, RowResult
 from mdl_toolkit.evaluation.text_metrics import CHARACTER
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.reporting.audio_links import audio_values
@@ -126,7 +126,7 @@ def _groups(rows: Sequence[RowResult]) -> list[dict[str, Any]]:
     """The columns of `--group-by`."""
     groups = []
     for title in rows[0].groups:
-        names = in_order([row.groups[title] for row in rows])
+        names = natural_order([row.groups[title] for row in rows])
         number = {name: place for place, name in enumerate(names)}
         groups.append({"title": title, "names": names, "codes": [number[row.groups[title]] for row in rows]})
     return groups
@@ -150,13 +150,13 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
     compared = {pair.other.metric: pair for pair in evaluation.comparisons}
     confusion = evaluation.confusion
     return {
-        "figures": [_figure(figure, compared.get(figure.metric)) for figure in evaluation.figures],
+        "figures": [_figure(figure, compared.get(figure.metric)) for figure in evaluation.metrics],
         "groups": [
             {
                 "column": group.column,
                 "name": group.name,
                 "rows": group.rows,
-                "figures": [_figure(figure) for figure in group.figures],
+                "figures": [_figure(figure) for figure in group.metrics],
             }
             for group in evaluation.groups
         ],
@@ -165,8 +165,8 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def _figure(figure: Figure, comparison: Comparison | None = None) -> dict[str, Any]:
-    score = SCORES[figure.metric]
+def _figure(figure: MetricValue, comparison: Comparison | None = None) -> dict[str, Any]:
+    score = CORPUS_METRICS[figure.metric]
     values = {"title": score.title, "is_share": score.is_share, "value": figure.value}
     values |= {"low": figure.low, "high": figure.high}
     if comparison is not None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mdl_toolkit.errors import InputError
-from mdl_toolkit.evaluation.text_metrics import METRICS
+from mdl_toolkit.evaluation.text_metrics import TEXT_METRICS
 from mdl_toolkit.utils.console import warn
 from mdl_toolkit.utils.files import replace_file, report_write_errors
 from mdl_toolkit.utils.run_folder import LOG, PLOT, SmoothedLoss, read_log, series
@@ -69,7 +69,7 @@ def _empty_figure(width: float, height: float) -> Any:
 
 def _figure(lines: list[dict[str, Any]]) -> Any:
     """Losses over the learning rate, and beside them the metrics, if there are any."""
-    metrics = [name for name in METRICS if any(f"eval_{name}" in line for line in lines)]
+    metrics = [name for name in TEXT_METRICS if any(f"eval_{name}" in line for line in lines)]
     figure = _empty_figure(SIZE[0] * (1.6 if metrics else 1), SIZE[1])
     panels = figure.subplots(1, 2, width_ratios=(5, 3)) if metrics else [figure.add_subplot()]
     axes = panels[0]

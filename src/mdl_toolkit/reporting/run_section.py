@@ -10,7 +10,7 @@ from mdl_toolkit.config.options import fields_in_order, spec_of, spelling
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, read_settings, word_of
 from mdl_toolkit.errors import InputError, ModelError
-from mdl_toolkit.evaluation.text_metrics import LOSS, METRICS, Best, Metric
+from mdl_toolkit.evaluation.text_metrics import LOSS, TEXT_METRICS, Best, TextMetric
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.run_folder import LOG, SmoothedLoss, read_log, series
 from mdl_toolkit.weights.provenance import read_provenance
@@ -82,7 +82,7 @@ def run_values(folder: Path) -> dict[str, Any]:
         )
     lines = read_log(folder / LOG) if (folder / LOG).is_file() else []
     evaluated = [line for line in lines if "eval_loss" in line]
-    metrics = [name for name in METRICS if any(f"eval_{name}" in line for line in evaluated)]
+    metrics = [name for name in TEXT_METRICS if any(f"eval_{name}" in line for line in evaluated)]
     return {
         "settings": _settings(folder),
         **_origin(folder),
@@ -153,12 +153,12 @@ def _outcome(lines: Sequence[dict[str, Any]], metrics: Sequence[str]) -> list[di
         {"title": Localized("steps").to_json(), "value": steps[-1]},
         {"title": Localized("training loss, smoothed").to_json(), "value": last},
     ]
-    for metric in (LOSS, *(METRICS[name] for name in metrics)):
+    for metric in (LOSS, *(TEXT_METRICS[name] for name in metrics)):
         outcome += _best(lines, metric)
     return [each for each in outcome if math.isfinite(each["value"])]
 
 
-def _best(lines: Sequence[dict[str, Any]], metric: Metric) -> list[dict[str, Any]]:
+def _best(lines: Sequence[dict[str, Any]], metric: TextMetric) -> list[dict[str, Any]]:
     name, best = f"eval_{metric.name}", Best()
     evaluated = [line for line in lines if name in line]
     for line in evaluated:

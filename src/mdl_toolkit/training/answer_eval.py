@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.data.dataset import ConvertedDataset
 from mdl_toolkit.data.tokenization import IGNORE_INDEX, ChatTokenizer
-from mdl_toolkit.evaluation.text_metrics import METRICS, Metric
+from mdl_toolkit.evaluation.text_metrics import TEXT_METRICS, TextMetric
 from mdl_toolkit.inference.generate import Answerer, Question, prompt_of
 from mdl_toolkit.utils.distributed import World
 
@@ -34,7 +34,7 @@ class AnswerEvaluator:
     drawn: NDArray[np.int64]
     share: NDArray[np.int64]
     tokenizer: ChatTokenizer
-    metric: Metric
+    metric: TextMetric
 
     @classmethod
     def of(
@@ -44,7 +44,9 @@ class AnswerEvaluator:
         if options.eval_metric is None or dataset is None:
             return None
         drawn = draw(dataset.token_counts, options.eval_samples, options.seed)
-        return cls(dataset, drawn, drawn[world.rank :: world.size], tokenizer, METRICS[options.eval_metric])
+        return cls(
+            dataset, drawn, drawn[world.rank :: world.size], tokenizer, TEXT_METRICS[options.eval_metric]
+        )
 
     def count(self, model: Any, batch_size: int, is_stopped: Callable[[], bool]) -> tuple[float, float]:
         """Return the metric's numerator and denominator over this process's examples.
