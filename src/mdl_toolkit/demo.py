@@ -90,7 +90,7 @@ def _one_thread() -> Iterator[None]:
 def _run_in(place: Path, seed: int) -> tuple[float, float]:
     _prepare(place)
     model, phrases = place / "model", place / "phrases"
-    _lay_out(phrases, place)
+    lay_out_phrases(phrases, place)
     say("Making a tiny MiDashengLM with random weights; it knows nothing yet.")
     make_tiny_model(model, phrases, seed=seed)
     _check_inputs(place)
@@ -145,7 +145,7 @@ def _prepare(place: Path) -> None:
     (place / MARK).touch()
 
 
-def _lay_out(phrases: Path, place: Path) -> None:
+def lay_out_phrases(phrases: Path, place: Path) -> None:
     """Put recordings and CSVs where a user would have them; hold rows out of train.csv to evaluate on."""
     with resources.as_file(resources.files("mdl_toolkit") / "phrases") as source:
         shutil.copytree(source, phrases)

@@ -648,7 +648,7 @@ def test_new_content_is_never_beside_an_old_record(server, tmp_path, monkeypatch
     cached(f"{server.url}/a", tmp_path, "1")
     resource.body, resource.headers = b"new", {"ETag": '"two"'}
     with monkeypatch.context() as patch:
-        patch.setattr(download, "_write_record", killed)
+        patch.setattr(json, "dumps", killed)
         with pytest.raises(KeyboardInterrupt):
             cached(f"{server.url}/a", tmp_path, "2")
     resource.body, resource.headers = b"old", {"ETag": '"one"'}

@@ -15,6 +15,7 @@ from mdl_toolkit import demo
 from mdl_toolkit.cli.main import run
 from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.model import MiDashengLMModel
+from tests.support.paths import PHRASES
 from tests.support.runs import files_below
 
 
@@ -52,7 +53,7 @@ def test_it_learns_from_scratch_to_at_least_80_percent(tmp_path, seed):
 
 
 def test_the_splits_share_no_recording(tmp_path):
-    demo._lay_out(tmp_path / "phrases", tmp_path)
+    demo.lay_out_phrases(tmp_path / "phrases", tmp_path)
     files = {name: column(tmp_path / f"{name}.csv", "audio") for name in ("train", "eval", "test")}
     assert [len(files[name]) for name in files] == [160, 20, 60]
     for left, right in (("train", "eval"), ("train", "test"), ("eval", "test")):
@@ -60,11 +61,10 @@ def test_the_splits_share_no_recording(tmp_path):
 
 
 def test_the_tiny_model_is_a_model_like_any_other(tmp_path):
-    demo._lay_out(tmp_path / "phrases", tmp_path)
-    demo.make_tiny_model(tmp_path / "model", tmp_path / "phrases", seed=5)
+    demo.make_tiny_model(tmp_path / "model", PHRASES, seed=5)
     model = MiDashengLMModel.from_pretrained(tmp_path / "model")
     assert 400_000 < sum(parameter.numel() for parameter in model.parameters()) < 700_000
-    demo.make_tiny_model(tmp_path / "again", tmp_path / "phrases", seed=5)
+    demo.make_tiny_model(tmp_path / "again", PHRASES, seed=5)
     assert files_below(tmp_path / "again") == files_below(tmp_path / "model")
     for name in files_below(tmp_path / "again"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()

@@ -264,7 +264,7 @@ def test_the_first_answer_comes_within_two_batches(model, tmp_path, monkeypatch)
 
 def test_what_a_csv_cannot_hold_is_not_written(model, tmp_path, monkeypatch):
     """A byte-level tokenizer has a token for NUL, and our own reader refuses a file with one."""
-    monkeypatch.setattr(Answerer, "_text", lambda *_: "a\0b")
+    monkeypatch.setattr(ChatTokenizer, "decode", lambda *_: "a\0b")
     source = make_csv(tmp_path, 2)
     assert infer(options(source, model, source)) == ["a\N{REPLACEMENT CHARACTER}b"] * 2
     assert infer(options(source, model, source)) == ["a\N{REPLACEMENT CHARACTER}b"] * 2
@@ -505,10 +505,8 @@ def test_a_folder_or_a_pattern_of_recordings(model, tmp_path):
 
 
 def test_as_many_new_tokens_whatever_the_prompt(model, tmp_path, monkeypatch):
-    kept, text = [], Answerer._text
-    monkeypatch.setattr(
-        Answerer, "_text", lambda self, answer: kept.append(len(answer.ids)) or text(self, answer)
-    )
+    kept, decode = [], ChatTokenizer.decode
+    monkeypatch.setattr(ChatTokenizer, "decode", lambda self, ids: kept.append(len(ids)) or decode(self, ids))
     monkeypatch.setattr("mdl_toolkit.inference.generate.end_ids", lambda *_: set())
     rows = make_rows(tmp_path / "audio", 3)
     rows[1]["user_prompt"] = "What is it? " * 40

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.config.yaml import read_settings
+from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import InputError, ModelError, RowsError
 from mdl_toolkit.inference import engines
 from mdl_toolkit.inference import generate as answering
-from mdl_toolkit.inference.generate import Answerer
 from mdl_toolkit.inference.run import infer
 from mdl_toolkit.model import MiDashengLMModel
 from mdl_toolkit.training.run import train
@@ -67,8 +67,8 @@ def test_predictions_do_not_depend_on_the_batch(model, tmp_path):
 def test_each_row_has_its_own_budget(model, tmp_path, monkeypatch):
     """Rows of very different prompts in one batch: each gets max_length minus its own prompt."""
     monkeypatch.setattr(answering, "end_ids", lambda *_: {511})
-    kept, text = [], Answerer._text
-    monkeypatch.setattr(Answerer, "_text", lambda self, answer: kept.append(answer.ids) or text(self, answer))
+    kept, decode = [], ChatTokenizer.decode
+    monkeypatch.setattr(ChatTokenizer, "decode", lambda self, ids: kept.append(ids) or decode(self, ids))
     rows = make_rows(tmp_path / "audio", 3)
     rows[1]["user_prompt"] = "What is it? " * 5
     source = write_csv(tmp_path / "in.csv", rows)

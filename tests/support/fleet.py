@@ -76,7 +76,7 @@ def slow_steps(seconds: float, saving: float = 0.0) -> None:
     """Let every step, and every saving, take so much longer."""
     from mdl_toolkit.training import trainer
 
-    slowly(trainer.Trainer, "_add_up", seconds)
+    slowly(trainer.BatchSampler, "tokens", seconds)
     slowly(trainer, "save", saving)
 
 

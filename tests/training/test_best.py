@@ -1,6 +1,7 @@
 """Answers while training: the metric, the best checkpoint, and stopping early."""
 
 import errno
+import hashlib
 import json
 import os
 from dataclasses import replace
@@ -19,7 +20,7 @@ from mdl_toolkit.inference.run import infer
 from mdl_toolkit.reporting.run_section import run_values
 from mdl_toolkit.training import trainer
 from mdl_toolkit.training.answer_eval import draw
-from mdl_toolkit.training.checkpoints import CHECKSUMS, STATE, _seal, checkpoints
+from mdl_toolkit.training.checkpoints import CHECKSUMS, STATE, checkpoints
 from mdl_toolkit.training.run import train
 from tests.support.runs import ANSWERS, copy_checkpoint, evaluations, make_csv, train_options
 
@@ -192,9 +193,10 @@ def test_a_checkpoint_of_a_time_when_ties_were_left_to_the_first(model, tmp_path
     first = output / "checkpoint-1"
     state = json.loads((first / STATE).read_text())
     assert state["best"].pop("loss") == 3.0
-    (first / STATE).write_text(json.dumps(state))
-    (first / CHECKSUMS).unlink()
-    _seal(first)
+    (first / STATE).write_text(content := json.dumps(state))
+    sums = json.loads((first / CHECKSUMS).read_text())
+    sums[STATE] = {"bytes": len(content), "sha256": hashlib.sha256(content.encode()).hexdigest()}
+    (first / CHECKSUMS).write_text(json.dumps(sums))
     done = train(replace(options, resume_from_checkpoint=str(first)))
     trained, final = (load_file(each / "adapter_model.safetensors") for each in (first, done.final))
     assert all(torch.equal(trained[name], final[name]) for name in trained)

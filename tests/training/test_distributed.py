@@ -207,7 +207,13 @@ def little_patience_for_a_meeting():
 
 def gone_after_the_meeting():
     little_patience_for_a_meeting()
-    distributed._warn_dividing = lambda: (distributed._meet(), os._exit(7))
+    meet = distributed.rendezvous
+
+    def meet_and_end(*words, **more):
+        next(meet(*words, **more))
+        os._exit(7)
+
+    distributed.rendezvous = meet_and_end
 
 
 def test_a_process_that_ends_between_meeting_and_connecting_does_not_keep_others_waiting(
@@ -231,7 +237,7 @@ def test_a_process_that_nobody_joins_says_so(place, tmp_path, start, rank):
     assert job.said().splitlines()[-1].endswith("start them together")
 
 
-@pytest.mark.parametrize("moment", ["open_data", "_trainable_model"])
+@pytest.mark.parametrize("moment", ["open_data", "load_model"])
 def test_a_process_that_fails_before_the_first_step_ends_the_other_one(place, tmp_path, start, moment):
     """Whatever it is that fails: here a bug."""
     jobs = start_ranks(start, command(place, tmp_path / "run"), before=partial(fail_in_second, moment))
@@ -244,7 +250,7 @@ def test_a_process_that_fails_before_the_first_step_ends_the_other_one(place, tm
 
 def a_group_that_ends_together():
     """As with NCCL: whoever leaves waits for all others, here for ever."""
-    fail_in_second("_trainable_model")
+    fail_in_second("load_model")
     distributed.must_leave_together = lambda: True
     distributed.distributed.destroy_process_group = lambda: time.sleep(600)
 
@@ -275,15 +281,25 @@ def test_the_command_ends_at_once_where_tidying_up_would_hang(monkeypatch, capsy
         ),
     ],
 )
-def test_what_else_breaks_a_connection_is_told(reason, more):
-    with pytest.raises(PeerLostError) as caught, distributed._noticing_loss():
-        raise RuntimeError(reason)
+def test_what_else_breaks_a_connection_is_told(reason, more, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "all_reduce", raising(RuntimeError(reason)))
+    with pytest.raises(PeerLostError) as caught:
+        distributed.World(0, 2).wait()
     assert f"error: {caught.value.message.en}" == LOST + more
 
 
-def test_a_lack_of_memory_is_no_lost_connection():
-    with pytest.raises(torch.OutOfMemoryError), distributed._noticing_loss():
-        raise torch.OutOfMemoryError("CUDA out of memory")
+def test_a_lack_of_memory_is_no_lost_connection(monkeypatch):
+    problem = torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(torch.distributed, "all_reduce", raising(problem))
+    with pytest.raises(torch.OutOfMemoryError):
+        distributed.World(0, 2).wait()
+
+
+def raising(problem):
+    def fail(*_, **__):
+        raise problem
+
+    return fail
 
 
 def fail_in_second(name):

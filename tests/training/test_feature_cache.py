@@ -1,7 +1,10 @@
 """Cached audio features: the same run with each row encoded once, and nothing stale is ever read."""
 
+import os
 import shutil
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from mdl_toolkit.data.collate import Collator, PrecomputedSample, items_of, spli
 from mdl_toolkit.data.convert.run import convert_dataset
 from mdl_toolkit.data.dataset import ConvertedDataset
 from mdl_toolkit.errors import DatasetError, InputError, UsageError
+from mdl_toolkit.model import MiDashengLMModel
 from mdl_toolkit.model.encoder import MiDashengEncoder
 from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.training import feature_cache as features
@@ -133,11 +137,11 @@ def test_every_clip_is_encoded_once(place, tmp_path, encoded, changes, clips):
 @pytest.mark.parametrize("most", [1, 3])
 def test_too_little_memory_changes_nothing(place, tmp_path, monkeypatch, most):
     """In the pass before the first step, and in the steps, whose parts find their features."""
-    real, real_loss = FeatureCache._features, training.ForwardPass.loss
+    real, real_loss = MiDashengLMModel.audio_features, training.ForwardPass.loss
 
-    def scarce(self, model, clips, lengths):
+    def scarce(self, clips, lengths):
         check_room(len(clips))
-        return real(self, model, clips, lengths)
+        return real(self, clips, lengths)
 
     def scarce_loss(self, batch, tokens):
         check_room(len(batch["input_ids"]))
@@ -149,7 +153,7 @@ def test_too_little_memory_changes_nothing(place, tmp_path, monkeypatch, most):
 
     sizes = {"batch_size": 4, "gradient_accumulation_steps": 1, "eval_batch_size": 1}
     train(options_of(place, tmp_path / "plain", cache_audio_features=False, **sizes))
-    monkeypatch.setattr(FeatureCache, "_features", scarce)
+    monkeypatch.setattr(MiDashengLMModel, "audio_features", scarce)
     monkeypatch.setattr(training.ForwardPass, "loss", scarce_loss)
     train(options_of(place, tmp_path / "run", **sizes))
     check_follows(tmp_path / "run", tmp_path / "plain")
@@ -217,20 +221,17 @@ def test_several_processes_share_the_work(place, tmp_path, start, rows, processe
     assert not (tmp_path / "run/.dataset").exists()
 
 
-def lose_a_file():
-    """As if the other process had written to another machine's disk."""
-    real = FeatureCache._opened
-
-    def opened(self, dataset, shares, files):
-        return real(self, dataset, shares, [files[0], files[1].with_name("elsewhere")])
-
-    FeatureCache._opened = opened
+def work_in(folder):
+    """Work in a folder of its own, as on another machine."""
+    (folder / "run/.dataset/features").mkdir(parents=True)
+    os.chdir(folder)
 
 
 def test_processes_that_do_not_share_the_folder_are_told(place, tmp_path, start):
-    jobs = start_ranks(start, command(place, tmp_path / "run"), 2, lose_a_file)
+    befores = [partial(work_in, tmp_path / name) for name in ("one", "other")]
+    jobs = start_ranks(start, command(place, Path("run")), 2, befores)
     assert [job.end() for job in jobs] == [1, 1]
-    assert "elsewhere: not here as another process wrote it" in jobs[0].said()
+    assert "run/.dataset/features/0-1: not here as another process wrote it" in jobs[0].said()
 
 
 # --- refused ------------------------------------------------------------------------------------------------
@@ -238,10 +239,10 @@ def test_processes_that_do_not_share_the_folder_are_told(place, tmp_path, start)
 
 @pytest.fixture
 def _no_weights(monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise AssertionError("weights are loaded")
 
-    monkeypatch.setattr(training, "_trainable_model", fail)
+    monkeypatch.setattr(training, "load_model", fail)
 
 
 @pytest.mark.parametrize(
@@ -279,7 +280,7 @@ def bytes_needed(dtype_bytes):
 def test_the_size_is_estimated_before_weights_are_loaded(place, tmp_path, monkeypatch, bf16, dtype_bytes):
     needed = bytes_needed(dtype_bytes)
     monkeypatch.setattr(features, "size", lambda size: f"{size} B")
-    usage = shutil._ntuple_diskusage(10**12, 10**12, needed - 1)
+    usage = SimpleNamespace(free=needed - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(InputError) as caught:
         train(options_of(place, tmp_path / "run", bf16=bf16))
@@ -297,13 +298,15 @@ def test_the_size_is_estimated_before_weights_are_loaded(place, tmp_path, monkey
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_estimate_is_what_is_written(place, tmp_path, monkeypatch, capsys, bf16):
-    written, real = [], FeatureCache._opened
+    written, real = [], FeatureCache.featured
 
-    def opened(self, dataset, shares, files):
-        written.extend(file.stat().st_size for file in files)
-        return real(self, dataset, shares, files)
+    def featured(self, dataset, model):
+        done = real(self, dataset, model)
+        files = (tmp_path / "run/.dataset/features").iterdir()
+        written[:] = [file.stat().st_size for file in files]
+        return done
 
-    monkeypatch.setattr(FeatureCache, "_opened", opened)
+    monkeypatch.setattr(FeatureCache, "featured", featured)
     monkeypatch.setattr(features, "size", lambda size: f"{size} B")
     train(options_of(place, tmp_path / "run", bf16=bf16))
     assert sum(written) == bytes_needed(2 if bf16 else 4)
@@ -311,10 +314,13 @@ def test_the_estimate_is_what_is_written(place, tmp_path, monkeypatch, capsys, b
 
 
 def test_a_disk_that_fills_up_meanwhile(place, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    real = FeatureCache.featured
 
-    monkeypatch.setattr(FeatureCache, "_write", full)
+    def featured(self, dataset, model):
+        (tmp_path / "run/.dataset/features/0-0").symlink_to("/dev/full")
+        return real(self, dataset, model)
+
+    monkeypatch.setattr(FeatureCache, "featured", featured)
     with pytest.raises(DatasetError, match="features: cannot be written: No space left on device"):
         train(options_of(place, tmp_path / "run"))
     assert not (tmp_path / "run").exists()

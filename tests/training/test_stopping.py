@@ -342,7 +342,7 @@ def in_the_first_step(sign, usual):
         sign.touch()
         time.sleep(600)
 
-    trainer.Trainer._add_up = stay
+    trainer.BatchSampler.tokens = stay
     signal.signal(signal.SIGINT, usual)
 
 

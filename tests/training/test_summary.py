@@ -11,7 +11,6 @@ import soundfile
 from safetensors.torch import load_file
 
 from mdl_toolkit.config.yaml import as_command
-from mdl_toolkit.i18n import Verbatim
 from mdl_toolkit.training import log as runlog
 from mdl_toolkit.training import summary as briefing
 from mdl_toolkit.training.log import Forecast, Pace
@@ -126,11 +125,12 @@ def test_a_warm_up_that_never_ends_is_warned_of(tmp_path, capsys, warmup, told):
 def test_what_is_left_of_a_resumed_run_goes_by_the_steps_since(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
-    shown = console._Lines(Verbatim("training", "训练中"), 1000)
-    now[0] = 100.0  # what comes before the first step
-    shown.begin(900)
-    now[0] += 20.0
-    shown.advance(50)
+    with console.progress(1000, "training") as shown:
+        # The time before the first step does not count.
+        now[0] = 100.0
+        shown.begin(900)
+        now[0] += 20.0
+        shown.advance(50)
     assert lines_of(capsys) == ["training: 950/1000, 0:20 left"]
 
 

@@ -1,8 +1,10 @@
 """Two ranks on one file system: they divide the shards, take over from each other, and end the same."""
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -112,7 +114,7 @@ def test_a_rank_that_comes_too_late(place, start, unbroken):
 
 
 def test_a_rank_that_is_still_reading_when_all_is_done(place, start, unbroken):
-    second = start(1, HOLD="mdl_toolkit.data.manifest:_look_for:20")
+    second = start(1, HOLD="mdl_toolkit.data.manifest:Row.__init__:20")
     second.wait_until_held()
     assert start(0, FAREWELL="0").end()[0] == 0
     second.go_on()
@@ -124,7 +126,7 @@ def test_a_rank_that_is_still_reading_when_all_is_done(place, start, unbroken):
 def test_a_rank_waits_for_the_first_one(place, start, unbroken):
     second = start(1)
     wait_for((place / ".out.partial/lock").exists)
-    first = start(0, HOLD="mdl_toolkit.data.manifest:_look_for:20")
+    first = start(0, HOLD="mdl_toolkit.data.manifest:Row.__init__:20")
     first.wait_until_held()
     assert second.is_running
     first.go_on()
@@ -143,13 +145,15 @@ def test_waiting_starts_no_process_and_reads_no_rows(place, start, unbroken, mon
     second = start(1, HOLD=COMMIT.format(1))
     calls = Counter()
     spy(monkeypatch, calls, WorkFolder, "commit", lambda count: count > 1 or second.wait_until_held())
-    spy(monkeypatch, calls, conversion._Run, "_wait", lambda count: second.kill() if count == 3 else None)
+    waiting = SimpleNamespace(monotonic=time.monotonic, sleep=time.sleep)
+    monkeypatch.setattr(conversion, "time", waiting)
+    spy(monkeypatch, calls, waiting, "sleep", lambda count: second.kill() if count == 3 else None)
     spy(monkeypatch, calls, conversion, "rows_of")
     spy(monkeypatch, calls, conversion, "work_through")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert convert_here("out") == unbroken
-    assert calls == {"commit": SHARDS, "_wait": 3, "rows_of": 3, "work_through": 3}
+    assert calls == {"commit": SHARDS, "sleep": 3, "rows_of": 3, "work_through": 3}
 
 
 def spy(monkeypatch, calls: Counter, owner: Any, name: str, act: Callable[[int], Any] = int) -> None:

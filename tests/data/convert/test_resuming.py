@@ -17,6 +17,7 @@ from mdl_toolkit.config.data import ConvertOptions
 from mdl_toolkit.data import open_audio as recordings
 from mdl_toolkit.data.convert import plan
 from mdl_toolkit.data.convert import run as conversion
+from mdl_toolkit.data.convert.work_folder import WorkFolder
 from mdl_toolkit.data.dataset import ConvertedDataset
 from mdl_toolkit.data.tokenization import IGNORE_INDEX, ChatTokenizer
 from mdl_toolkit.errors import DatasetError, RowsError
@@ -101,7 +102,7 @@ def kept(place: Path, shards: int) -> str:
 # --- killed ----------------------------------------------------------------------------------------------
 
 MOMENTS = {  # where, in how many processes, and how many shards are finished then
-    "reading the CSV": ("mdl_toolkit.data.manifest:_look_for:5", 1, 0),
+    "reading the CSV": ("mdl_toolkit.data.manifest:Row.__init__:5", 1, 0),
     "before the fourth shard is written down": (
         "mdl_toolkit.data.convert.work_folder:WorkFolder.commit:4",
         1,
@@ -109,7 +110,7 @@ MOMENTS = {  # where, in how many processes, and how many shards are finished th
     ),
     "between the third shard's file and its line": ("pathlib:Path.replace:7", 1, 2),
     "workers in the middle of shards": ("mdl_toolkit.data.convert.worker:pack_audio:6", 2, 2),
-    "in the middle of the metadata": ("mdl_toolkit.data.dataset:_write_json:3", 1, SHARDS),
+    "in the middle of the metadata": ("mdl_toolkit.data.dataset:asdict:2", 1, SHARDS),
 }
 
 
@@ -159,7 +160,7 @@ def test_killed_at_the_very_moment_of_putting_in_place(place, start, unbroken):
     command.wait_until_held()
     command.kill()
     assert names(place) == {"audio", "rows.csv", ".out.partial"}
-    command = start(HOLD="mdl_toolkit.data.manifest:_look_for:1")
+    command = start(HOLD="mdl_toolkit.data.manifest:Row.__init__:9")
     command.wait_until_held()
     assert data_of(place / "out") == OLD
     command.go_on()
@@ -355,7 +356,7 @@ def test_ctrl_c_keeps_what_is_finished(place, start, unbroken):
     assert data_of(place / "out") == OLD
     before = finished(place)
     assert len(before) == 3
-    command = start(HOLD="mdl_toolkit.data.manifest:_look_for:9")  # and once more, before it goes on
+    command = start(HOLD="mdl_toolkit.data.manifest:Row.__init__:9")  # and once more, before it goes on
     command.wait_until_held()
     command.interrupt()
     assert command.end() == (130, "interrupted\n")
@@ -446,8 +447,15 @@ def test_work_that_somebody_removes(place, unbroken, monkeypatch):
     """Rather an error than a dataset that lacks a shard."""
     name = f"data-00002-of-{SHARDS:05d}.arrow"
     with monkeypatch.context() as patch:
-        remove = (place / ".out.partial/dataset" / name).unlink
-        patch.setattr(conversion._Run, "_see_others_off", lambda _: remove())
+        commit, shards = WorkFolder.commit, []
+
+        def commit_and_remove(*words: Any) -> Any:
+            shards.append(commit(*words))
+            if len(shards) == SHARDS:
+                (place / ".out.partial/dataset" / name).unlink()
+            return shards[-1]
+
+        patch.setattr(WorkFolder, "commit", commit_and_remove)
         with pytest.raises(DatasetError) as caught:
             convert_here("out")
     folder = place / ".out.partial"
