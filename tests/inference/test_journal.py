@@ -11,20 +11,27 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from mdl_toolkit.config.data import ConvertOptions
 from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.config.yaml import as_command
 from mdl_toolkit.data.convert import plan
 from mdl_toolkit.data.convert import run as conversion
+from mdl_toolkit.data.convert.run import convert_dataset
+from mdl_toolkit.data.dataset import ConvertedDataset
+from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import InputError, ModelError, RowsError, UsageError
 from mdl_toolkit.inference import engines
 from mdl_toolkit.inference import run as inference
 from mdl_toolkit.inference.choices import Chooser
-from mdl_toolkit.inference.generate import Answerer
+from mdl_toolkit.inference.generate import Answerer, Question
 from mdl_toolkit.inference.journal import AnswerJournal, AnswerWriter
 from mdl_toolkit.inference.requests import WINDOW
 from mdl_toolkit.inference.run import infer
 from mdl_toolkit.training.run import train
+from mdl_toolkit.weights.loading import load_model
+from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 from tests.support.fleet import fleet, slowly, start_ranks
 from tests.support.runs import copy_checkpoint, files_below, make_csv, make_rows, train_options, write_csv
 from tests.support.scoring import scored_slowly
@@ -558,16 +565,6 @@ def test_beams_find_what_transformers_finds_for_each_row_alone(model, tmp_path):
 
 @pytest.mark.parametrize("by_length", [False, True])
 def test_choices_are_those_a_plain_loop_finds_best(model, tmp_path, by_length):
-    import torch
-
-    from mdl_toolkit.config.data import ConvertOptions
-    from mdl_toolkit.data.convert.run import convert_dataset
-    from mdl_toolkit.data.dataset import ConvertedDataset
-    from mdl_toolkit.data.tokenization import ChatTokenizer
-    from mdl_toolkit.inference.generate import Question
-    from mdl_toolkit.weights.loading import load_model
-    from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
-
     texts = ["rain", "a dog that barks and barks", "click", "狗在叫"]
     (tmp_path / "choices.txt").write_text("\n".join([*texts, "", " "]), encoding="utf-8-sig")
     source = make_csv(tmp_path, 5)
