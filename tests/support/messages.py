@@ -28,6 +28,8 @@ TAKES = {
     "progress": 2,
     "option": 4,
     "join_messages": 2,
+    # Of the classes of errors that say one thing.
+    "__init__": 1,
     **dict.fromkeys(ERRORS, 1),
 }
 HEADER = """\
@@ -47,7 +49,8 @@ def extracted() -> Catalog:
     catalog = Catalog(locale="zh")
     keywords = {name: (position,) for name, position in TAKES.items()}
     for file, line, message, _, _ in extract_from_dir(SOURCE, [("**.py", "python")], keywords=keywords):
-        catalog.add(message, locations=[(file, line)])
+        if message:
+            catalog.add(message, locations=[(file, line)])
     return catalog
 
 

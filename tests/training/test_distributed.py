@@ -303,7 +303,7 @@ def raising(problem):
 
 
 def fail_in_second(name):
-    def fail(*_):
+    def fail(*_, **__):
         raise ValueError("broken")
 
     if os.environ["RANK"] == "1":
