@@ -12,7 +12,7 @@ import soundfile
 import soxr
 
 from mdl_toolkit.audio.decoders import decode
-from mdl_toolkit.audio.integrity import examine
+from mdl_toolkit.audio.integrity import check_integrity
 from mdl_toolkit.audio.loading import SAMPLE_RATE, Clip, load
 from tests.support import recordings
 from tests.support.ogg import crc
@@ -88,7 +88,7 @@ def same(clip: Clip, expected: tuple[np.ndarray, int], *, frame: int = 0, below:
 
 def reader(path: Path) -> str:
     with path.open("rb") as file:
-        name = decode(file, examine(file)).format
+        name = decode(file, check_integrity(file)).format
     return "libsndfile" if name in soundfile.available_formats() else "PyAV"
 
 

@@ -8,23 +8,23 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from mdl_toolkit.audio.integrity import Finding, examine
+from mdl_toolkit.audio.integrity import Integrity, check_integrity
 from mdl_toolkit.errors import AudioError
 from tests.support.ogg import crc
 from tests.support.recordings import by_ffmpeg, by_soundfile, pcm_wav, sound
 
-WHOLE = Finding()
+WHOLE = Integrity()
 
 
-def of(content: bytes) -> Finding:
-    return examine(io.BytesIO(content))
+def of(content: bytes) -> Integrity:
+    return check_integrity(io.BytesIO(content))
 
 
 def missing(content: bytes) -> str:
-    found = of(content).missing
-    assert found is not None
-    assert found.zh != found.en
-    return found.en
+    message = of(content).missing
+    assert message is not None
+    assert message.zh != message.en
+    return message.en
 
 
 def damage(content: bytes) -> str:
@@ -176,8 +176,8 @@ HEADERS = [  # frame header, its length in bytes and samples: LAME's and the ISO
 @pytest.mark.parametrize(("header", "length", "samples"), HEADERS)
 def test_frames(header, length, samples):
     frame = struct.pack(">I", header).ljust(length, b"\x55")
-    found = of(frame * 50)
-    assert found == Finding(least_samples=max(0, 50 * samples - 8719))
+    integrity = of(frame * 50)
+    assert integrity == Integrity(least_samples=max(0, 50 * samples - 8719))
     assert missing(frame * 49 + frame[:-1]) == "the last MPEG frame is incomplete"
     for leftover in (1, 2, 3, 4, length // 2):
         assert "incomplete" in missing(frame * 49 + frame[:leftover])
@@ -229,14 +229,14 @@ def test_tags_are_no_damage():
 def test_real_encoders_agree():
     samples = sound(2.0, 44_100)
     for mode in ("CONSTANT", "AVERAGE", "VARIABLE"):
-        found = of(by_soundfile(samples, 44_100, "MP3", None, bitrate_mode=mode, compression_level=0.5))
-        assert found.missing is None
-        assert found.is_counted
-        assert 2 * 44_100 - 9000 < found.least_samples <= 2 * 44_100
+        integrity = of(by_soundfile(samples, 44_100, "MP3", None, bitrate_mode=mode, compression_level=0.5))
+        assert integrity.missing is None
+        assert integrity.is_counted
+        assert 2 * 44_100 - 9000 < integrity.least_samples <= 2 * 44_100
     for write_xing in ("0", "1"):
-        found = of(by_ffmpeg(samples, 44_100, "mp3", "libmp3lame", write_xing=write_xing))
-        assert found.missing is None
-        assert found.is_counted == (write_xing == "1")
+        integrity = of(by_ffmpeg(samples, 44_100, "mp3", "libmp3lame", write_xing=write_xing))
+        assert integrity.missing is None
+        assert integrity.is_counted == (write_xing == "1")
     assert of(by_ffmpeg(samples, 44_100, "adts", "aac")) == WHOLE
 
 
@@ -253,12 +253,12 @@ LONG = {  # what a file of at least 16 MB is repeated from, what is in front of 
 }
 
 
-def peak_of(path) -> tuple[Finding, int]:
-    """What is found in a file, and the most bytes of memory that this took at once."""
+def peak_of(path) -> tuple[Integrity, int]:
+    """Return the integrity of a file, and the most bytes of memory that the check took at once."""
     tracemalloc.start()
     try:
         with path.open("rb") as file:
-            return examine(file), tracemalloc.get_traced_memory()[1]
+            return check_integrity(file), tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
 
@@ -272,8 +272,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path, name):
         for _ in range(16 * MEGABYTE // len(unit) + 1):
             file.write(unit)
         file.write(after)
-    found, peak = peak_of(path)
-    assert found.missing is None
+    integrity, peak = peak_of(path)
+    assert integrity.missing is None
     assert peak < 2 * MEGABYTE
 
 
@@ -281,8 +281,8 @@ def test_memory_does_not_grow_with_ogg(tmp_path):
     path = tmp_path / "long"
     large = [page(7, number, body=bytes(254 * 255)) for number in range(1, 24)]
     path.write_bytes(b"".join([page(7, 0, FIRST), *large, page(7, 24, LAST)]))
-    found, peak = peak_of(path)
-    assert found == WHOLE
+    integrity, peak = peak_of(path)
+    assert integrity == WHOLE
     assert peak < path.stat().st_size / 2
 
 

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import soundfile
 
-from mdl_toolkit.audio.integrity import Finding
+from mdl_toolkit.audio.integrity import Integrity
 from mdl_toolkit.errors import AudioError
 from mdl_toolkit.i18n import Localized
 
@@ -58,7 +58,7 @@ class Decoded:
     missing: Localized | None
 
 
-def decode(file: BinaryIO, finding: Finding) -> Decoded:
+def decode(file: BinaryIO, integrity: Integrity) -> Decoded:
     """Decode by libsndfile, or by FFmpeg what libsndfile does not know or would read only in part.
 
     Raises:
@@ -67,15 +67,15 @@ def decode(file: BinaryIO, finding: Finding) -> Decoded:
     file.seek(0)
     try:
         with soundfile.SoundFile(file) as sound:
-            decoded = _libsndfile(sound, file) if _in_full(sound, finding) else _ffmpeg(file, None)
+            decoded = _libsndfile(sound, file) if _in_full(sound, integrity) else _ffmpeg(file, None)
     except soundfile.LibsndfileError as refused:
         decoded = _ffmpeg(file, refused)
-    if len(decoded.samples) < finding.least_samples and not decoded.missing:
+    if len(decoded.samples) < integrity.least_samples and not decoded.missing:
         raise _damaged(decoded.format, "decoder", "stopped early")
     return decoded
 
 
-def _in_full(sound: Any, finding: Finding) -> bool:
+def _in_full(sound: Any, integrity: Integrity) -> bool:
     """Tell whether libsndfile gives all the sound of a file that it knows.
 
     It does not of MPEG audio without a right table of frames, where it stops at an estimate; of WAV that was
@@ -85,9 +85,9 @@ def _in_full(sound: Any, finding: Finding) -> bool:
     """
     if sound.subtype == "OPUS":
         rate: int = sound.samplerate
-        lost: float = finding.opus_seconds - sound.frames / rate
+        lost: float = integrity.opus_seconds - sound.frames / rate
         return rate >= OPUS_LEAST and lost < 1 / rate
-    return not finding.is_streamed and (finding.is_counted or not sound.subtype.startswith("MPEG"))
+    return not integrity.is_streamed and (integrity.is_counted or not sound.subtype.startswith("MPEG"))
 
 
 def _damaged(name: str, decoder: str, problem: object) -> AudioError:
@@ -333,7 +333,7 @@ def _no_recording(file: BinaryIO, refused: Any) -> AudioError:
 
 
 def _no_sound(file: BinaryIO, name: str) -> AudioError:
-    """Return the error for a file that FFmpeg opens without finding sound in it."""
+    """Return the error for a file that FFmpeg opens without integrity sound in it."""
     return _look(file) or AudioError(
         "{name}: there is no sound track in it; give a file with sound", name=name
     )

@@ -21,8 +21,8 @@ BLOCK = 1 << 16
 
 
 @dataclass(frozen=True)
-class Finding:
-    """Hold what the structure of a file says.
+class Integrity:
+    """Hold what the structure of a file says about its being whole.
 
     Attributes:
         missing: what was promised and is not there, of a file that was cut off.
@@ -40,7 +40,7 @@ class Finding:
     opus_seconds: float = 0.0
 
 
-def examine(file: BinaryIO) -> Finding:
+def check_integrity(file: BinaryIO) -> Integrity:
     """Compare what a file promises with what it holds; a format that is not known here promises nothing.
 
     Raises:
@@ -49,17 +49,21 @@ def examine(file: BinaryIO) -> Finding:
     """
     file.seek(0)
     head = file.read(40)
-    if head[:4] in _CHUNKED and head[8:12] in (b"WAVE", b"AIFF", b"AIFC"):
-        return _chunked(file, *_CHUNKED[head[:4]])
+    if head[:4] in _CHUNKS and head[8:12] in (b"WAVE", b"AIFF", b"AIFC"):
+        return _check_chunks(file, 12, *_CHUNKS[head[:4]])
     if head[:16] == _W64:
-        return _sized(_w64_promise(file))
-    if head[:4] in (b".snd", b"dns."):
-        return _sized(_au_promise(file, head))
+        return _check_chunks(file, 40, "<16sQ", b"data")
+    if head[:4] in (b".snd", b"dns.") and len(head) >= 12:
+        # Sun/NeXT audio, whose magic word is reversed where all its numbers are.
+        offset, size = struct.unpack(">II" if head[:4] == b".snd" else "<II", head[4:12])
+        file.seek(offset)
+        return _check_size(file, size)
     if head[:8] == b"NIST_1A\n":
-        return _sized(_nist_promise(file))
+        return _check_nist(file)
     if head[:4] == b"OggS":
-        return _ogg(_Blocks(file))
-    return _mpeg(_Blocks(file)) if head[:3] == b"ID3" or _frame(head[:4]) else Finding()
+        return _check_ogg(_Blocks(file))
+    is_mpeg = head[:3] == b"ID3" or _frame(head[:4])
+    return _check_mpeg(_Blocks(file)) if is_mpeg else Integrity()
 
 
 class _Blocks:
@@ -76,7 +80,7 @@ class _Blocks:
         return self._block[position - self._start : position - self._start + count]
 
     def find(self, wanted: bytes, position: int) -> int:
-        """Return the first place from a position on where these bytes are; -1 if there is none."""
+        """Return the first position, from this one on, of these bytes; -1 if there is none."""
         while self._load(position, len(wanted)):
             offset = self._block.find(wanted, position - self._start)
             if offset >= 0:
@@ -94,35 +98,17 @@ class _Blocks:
 
 # --- formats with a size in the header -------------------------------------------------------------------
 
-_CHUNKED = {
-    b"RIFF": ("<", b"data"),
-    b"RIFX": (">", b"data"),
-    b"RF64": ("<", b"data"),
-    b"FORM": (">", b"SSND"),
+# By magic word: the header of a chunk (name and size), and the name of the chunk that holds the sound.
+_CHUNKS = {
+    b"RIFF": ("<4sI", b"data"),
+    b"RIFX": (">4sI", b"data"),
+    b"RF64": ("<4sI", b"data"),
+    b"FORM": (">4sI", b"SSND"),
 }
 _W64 = b"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb\x04\xc1\x00\x00"
 # Programs that write into a pipe cannot go back to fill in the size: FFmpeg leaves 0xFFFFFFFF, arecord
 # 0x80000000, SoX 0x7FFFF000 in WAV and 0x7F000008 in AIFF, GStreamer 0. Such a size promises nothing.
 PLACEHOLDER = 0x7F000000
-
-
-class _Promise(NamedTuple):
-    """Count the bytes of sound: as the header says, and as there are."""
-
-    promised: int
-    present: int
-
-
-def _sized(promise: _Promise | None) -> Finding:
-    if promise is None or promise.promised <= promise.present:
-        return Finding()
-    return Finding(
-        Localized(
-            "the header promises {promised} bytes of sound, {present} are there",
-            promised=promise.promised,
-            present=promise.present,
-        )
-    )
 
 
 def _size(file: BinaryIO) -> int:
@@ -132,64 +118,55 @@ def _size(file: BinaryIO) -> int:
     return end
 
 
-def _promise(file: BinaryIO, promised: int) -> _Promise | None:
-    """Return a promise for the bytes from here on, unless the size is a placeholder."""
+def _check_size(file: BinaryIO, promised: int, is_exact: bool = False) -> Integrity:
+    """Compare the promised bytes of sound with those from here to the end of the file.
+
+    A size that may be a placeholder promises nothing, unless it `is_exact`.
+    """
     present = _size(file) - file.tell()
-    return _Promise(promised, present) if promised < PLACEHOLDER else None
+    if promised <= present or (promised >= PLACEHOLDER and not is_exact):
+        return Integrity()
+    return Integrity(
+        Localized(
+            "the header promises {promised} bytes of sound, {present} are there",
+            promised=promised,
+            present=present,
+        )
+    )
 
 
-def _chunked(file: BinaryIO, order: str, wanted: bytes) -> Finding:
-    promise = _chunk_promise(file, order, wanted)
-    if promise and promise.promised == 0 and promise.present:
-        # Either another chunk starts here, or sound that came from a pipe.
-        head = file.read(8)
-        is_named = len(head) == 8 and head[:4].rstrip().isalnum()
-        is_chunk = is_named and struct.unpack(f"{order}I", head[4:])[0] + 8 <= promise.present
-        return Finding(is_streamed=not is_chunk)
-    return _sized(promise)
-
-
-def _chunk_promise(file: BinaryIO, order: str, wanted: bytes) -> _Promise | None:
-    """Find the chunk that holds the sound, in RIFF and its kin (RF64: EBU Tech 3306) and in AIFF."""
-    file.seek(12)
+def _check_chunks(file: BinaryIO, start: int, header: str, sound: bytes) -> Integrity:
+    """Check the chunk of sound in RIFF and its kin (RF64: EBU Tech 3306), in AIFF, and in Sony Wave64."""
+    header_size, file_size = struct.calcsize(header), _size(file)
+    # Wave64: sizes include the header, and chunks are aligned to 8 bytes.
+    counted, alignment = (header_size, 8) if header_size == 24 else (0, 2)
     # RF64: the size in the chunk `ds64`, where the one in `data` is 0xFFFFFFFF.
-    wide = 0
-    while len(head := file.read(8)) == 8:
-        name, size = struct.unpack(f"{order}4sI", head)
-        if name == wanted:
-            present = _size(file) - file.tell()
-            return _Promise(wide, present) if wide and size == 0xFFFFFFFF else _promise(file, size)
+    long_size = 0
+    file.seek(start)
+    while len(head := file.read(header_size)) == header_size:
+        name, size = struct.unpack(header, head)
+        size -= counted
+        if name[:4] == sound:
+            present = file_size - file.tell()
+            if size == 0 and present and not counted:
+                # Either another chunk starts here, or sound that came from a pipe.
+                head = file.read(8)
+                is_named = len(head) == 8 and head[:4].rstrip().isalnum()
+                is_chunk = is_named and struct.unpack(header, head)[1] + 8 <= present
+                return Integrity(is_streamed=not is_chunk)
+            is_long = long_size > 0 and size == 0xFFFFFFFF
+            return _check_size(file, long_size if is_long else size, is_exact=is_long)
+        if not 0 <= size <= file_size:
+            break
         if name == b"ds64" and len(sizes := file.read(16)) == 16:
-            wide = struct.unpack("<QQ", sizes)[1]
+            long_size = struct.unpack("<QQ", sizes)[1]
             file.seek(-16, 1)
-        file.seek(size + size % 2, 1)
-    return None
+        file.seek(size + -size % alignment, 1)
+    return Integrity()
 
 
-def _w64_promise(file: BinaryIO) -> _Promise | None:
-    """Read Sony Wave64: 16-byte names, 8-byte sizes that include the 24 bytes of both, alignment to 8."""
-    file.seek(40)
-    while len(head := file.read(24)) == 24:
-        name, size = struct.unpack("<16sQ", head)
-        if name[:4] == b"data":
-            return _promise(file, size - 24)
-        if not 24 <= size <= _size(file):
-            return None
-        file.seek((size + 7) // 8 * 8 - 24, 1)
-    return None
-
-
-def _au_promise(file: BinaryIO, head: bytes) -> _Promise | None:
-    """Read Sun/NeXT audio, whose magic word is reversed where all its numbers are."""
-    if len(head) < 12:
-        return None
-    offset, size = struct.unpack(">II" if head[:4] == b".snd" else "<II", head[4:12])
-    file.seek(offset)
-    return _promise(file, size)
-
-
-def _nist_promise(file: BinaryIO) -> _Promise | None:
-    """Read NIST Sphere (TIMIT): the header is text, and its second line says how long it is."""
+def _check_nist(file: BinaryIO) -> Integrity:
+    """Check NIST Sphere (TIMIT): the header is text, and its second line says how long it is."""
     file.seek(0)
     header = file.read(1024)
     fields = dict(re.findall(rb"^(\w+) -\w+ (\S+)", header, re.MULTILINE))
@@ -198,26 +175,37 @@ def _nist_promise(file: BinaryIO) -> _Promise | None:
         names = (b"sample_count", b"channel_count", b"sample_n_bytes")
         samples, channels, width = (int(fields[name]) for name in names)
     except (KeyError, ValueError, OSError):
-        return None
-    return None if b"," in fields.get(b"sample_coding", b"") else _promise(file, samples * channels * width)
+        return Integrity()
+    is_compressed = b"," in fields.get(b"sample_coding", b"")
+    return Integrity() if is_compressed else _check_size(file, samples * channels * width)
 
 
 # --- Ogg -------------------------------------------------------------------------------------------------
 
-_REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+_MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 # RFC 3533: flags of a stream's first and last page.
 _FIRST, _LAST = 2, 4
 
 
 class _Page(NamedTuple):
+    """Hold the header of an Ogg page.
+
+    Attributes:
+        flags: `_FIRST` and `_LAST`.
+        end: the end of the packets that end here, in samples; -1 if none does.
+        stream: the number of its stream.
+        number: its own, in the stream.
+        is_intact: its checksum fits.
+    """
+
     flags: int
-    end: int  # in samples, of the packets that end here; -1 if none does
+    end: int
     stream: int
     number: int
-    is_intact: bool  # its checksum fits
+    is_intact: bool
 
 
-def _ogg(data: _Blocks) -> Finding:
+def _check_ogg(data: _Blocks) -> Integrity:
     """Follow the pages (RFC 3533) of all streams in the file to their ends."""
     head = data.at(0, 40)
     # Per stream: number of the next page.
@@ -246,7 +234,7 @@ def _ogg(data: _Blocks) -> Finding:
     # The first packet of Opus says how many samples are skipped (RFC 7845, section 5.1).
     skipped = int.from_bytes(head[38:40], "little")
     seconds = max(0, end - skipped) / 48_000 if head[28:36] == b"OpusHead" else 0.0
-    return Finding(missing if is_cut else None, opus_seconds=seconds)
+    return Integrity(missing if is_cut else None, opus_seconds=seconds)
 
 
 def _pages(data: _Blocks) -> Iterator[tuple[int, _Page]]:
@@ -261,23 +249,20 @@ def _pages(data: _Blocks) -> Iterator[tuple[int, _Page]]:
         size = 27 + segments + sum(data.at(position + 27, segments))
         if position + size > data.size:
             return
-        is_intact = _ogg_checksum(data.at(position, size)) == checksum
+        page = data.at(position, size)
+        # Ogg's CRC is zlib's with the bits of each byte and of the result mirrored, without inversion.
+        blank = (page[:22] + bytes(4) + page[26:]).translate(_MIRRORED)
+        crc = (zlib.crc32(blank, 0xFFFFFFFF) ^ 0xFFFFFFFF).to_bytes(4, "little").translate(_MIRRORED)
+        is_intact = int.from_bytes(crc, "big") == checksum
         yield position, _Page(flags, granule, stream, number, is_intact)
         position += size
     if data.find(b"OggS", position + 1) >= 0:
         raise _damaged("Ogg", Localized("bytes that are no page"), position)
 
 
-def _ogg_checksum(page: bytes) -> int:
-    """Compute Ogg's CRC: zlib's with the bits of each byte and of the result mirrored, without inversion."""
-    blank = page[:22] + bytes(4) + page[26:]
-    mirrored = zlib.crc32(blank.translate(_REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
-    return int.from_bytes(mirrored.to_bytes(4, "little").translate(_REVERSED), "big")
-
-
 # --- MPEG audio ------------------------------------------------------------------------------------------
 
-# kbit/s by (is MPEG-1, layer), ISO/IEC 11172-3 section 2.4.2.3 and 13818-3 section 2.4.2.3
+# kbit/s by (is MPEG-1, layer): ISO/IEC 11172-3 section 2.4.2.3 and 13818-3 section 2.4.2.3.
 _KBITS = {
     (True, 1): range(0, 449, 32),
     (True, 2): (0, 32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
@@ -295,8 +280,16 @@ GAPLESS_MOST = 4095 + 4095 + 529
 
 
 class _Frame(NamedTuple):
-    kind: int  # what `_SAME` leaves of its header
-    length: int  # bytes
+    """Hold what the header of an MPEG frame says.
+
+    Attributes:
+        kind: the bits of `_SAME` in its header.
+        length: bytes.
+        samples: per channel.
+    """
+
+    kind: int
+    length: int
     samples: int
 
 
@@ -318,19 +311,25 @@ def _frame(head: bytes) -> _Frame | None:
     return _Frame(header & _SAME, (bits // (8 * slot * hertz) + padding) * slot, samples)
 
 
-def _mpeg(data: _Blocks) -> Finding:
+def _check_mpeg(data: _Blocks) -> Integrity:
     """Walk from frame to frame to the end, and compare with the table in the first frame, if there is one."""
-    start = _after_id3(data)
+    start = _skip_id3(data)
     first = _frame(data.at(start, 4))
     if first is None:
-        return Finding()
-    frames, is_cut = _walk(data, start, first)
+        return Integrity()
+    frames, is_cut = _count_frames(data, start, first)
+    # The first frame may hold a table, of Xing and LAME or of Fraunhofer, that says how many frames follow.
     head = data.at(start, first.length)
-    promised = _table(head)
+    is_vbri = head[36:40] == b"VBRI"
+    promised = int.from_bytes(head[50:54], "big") if is_vbri else None
+    for name in (b"Info", b"Xing"):
+        offset = head.find(name)
+        if 0 < offset <= 40 and len(head) >= offset + 12 and head[offset + 7] & 1:
+            promised = int.from_bytes(head[offset + 8 : offset + 12], "big")
     sounding = frames - (promised is not None)
     least = max(0, sounding * first.samples - GAPLESS_MOST)
     # Encoders disagree whether the frame with the table counts, so one frame is neither missing nor too many.
-    is_counted = promised is not None and sounding <= promised + 1 and head[36:40] != b"VBRI"
+    is_counted = promised is not None and sounding <= promised + 1 and not is_vbri
     missing = Localized("the last MPEG frame is incomplete") if is_cut else None
     if promised is not None and sounding < promised - 1:
         missing = Localized(
@@ -338,11 +337,11 @@ def _mpeg(data: _Blocks) -> Finding:
             promised=promised,
             sounding=sounding,
         )
-    return Finding(missing, least, is_counted)
+    return Integrity(missing, least, is_counted)
 
 
-def _after_id3(data: _Blocks) -> int:
-    """Return where the frames start: after ID3v2 tags (id3.org, section 3.1) and zeros."""
+def _skip_id3(data: _Blocks) -> int:
+    """Return the position where the frames start: after ID3v2 tags (id3.org, section 3.1) and zeros."""
     position = 0
     while len(head := data.at(position, 10)) == 10 and head[:3] == b"ID3":
         size = sum((byte & 0x7F) << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
@@ -355,7 +354,7 @@ def _after_id3(data: _Blocks) -> int:
     return position
 
 
-def _walk(data: _Blocks, start: int, first: _Frame) -> tuple[int, bool]:
+def _count_frames(data: _Blocks, start: int, first: _Frame) -> tuple[int, bool]:
     """Return the number of complete frames, and whether another one is cut off by the end of the file.
 
     Raises:
@@ -379,7 +378,7 @@ def _walk(data: _Blocks, start: int, first: _Frame) -> tuple[int, bool]:
 
 
 def _next_frame(data: _Blocks, position: int, first: _Frame) -> int | None:
-    """Return the next place where a frame like the first is followed by another one."""
+    """Return the next position where a frame like the first is followed by another one."""
     while (position := data.find(b"\xff", position)) >= 0:
         frame = _frame(data.at(position, 4))
         if frame and frame.kind == first.kind:
@@ -388,15 +387,6 @@ def _next_frame(data: _Blocks, position: int, first: _Frame) -> int | None:
                 return position
         position += 1
     return None
-
-
-def _table(frame: bytes) -> int | None:
-    """Read how many frames follow from the table of Xing and LAME or of Fraunhofer in the first frame."""
-    for name in (b"Xing", b"Info"):
-        place = frame.find(name)
-        if 0 < place <= 40 and len(frame) >= place + 12 and frame[place + 7] & 1:
-            return int.from_bytes(frame[place + 8 : place + 12], "big")
-    return int.from_bytes(frame[50:54], "big") if frame[36:40] == b"VBRI" else None
 
 
 def _damaged(name: str, message: Localized, position: int) -> AudioError:

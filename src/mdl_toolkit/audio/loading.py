@@ -14,7 +14,7 @@ import soxr
 from numpy.typing import NDArray
 
 from mdl_toolkit.audio.decoders import Decoded, Floats, decode
-from mdl_toolkit.audio.integrity import examine
+from mdl_toolkit.audio.integrity import check_integrity
 from mdl_toolkit.errors import AudioError
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.model.constants import SAMPLE_RATE as SAMPLE_RATE
@@ -108,10 +108,10 @@ class _File(io.BufferedReader):
 def _load(file: BinaryIO, allow_truncated: bool) -> Clip:
     if not file.seek(0, 2):
         raise AudioError("the file is empty (0 bytes); get it again")
-    finding = examine(file)
-    _check_complete(finding.missing, allow_truncated)
-    decoded = decode(file, finding)
-    missing = finding.missing or decoded.missing
+    integrity = check_integrity(file)
+    _check_complete(integrity.missing, allow_truncated)
+    decoded = decode(file, integrity)
+    missing = integrity.missing or decoded.missing
     _check_complete(missing, allow_truncated)
     _check_samples(decoded)
     return _clip(decoded, missing)
