@@ -95,10 +95,10 @@ def _plain(model: Any, tokenizer: ChatTokenizer, questions: list[Question]) -> I
         part = questions[start : start + BATCH]
         batch: dict[str, Any] = {**collate([question.sample for question in part])}
         del batch["labels"]
-        most = max(question.budget for question in part)
+        most = max(question.max_new_tokens for question in part)
         settings = GenerationConfig(do_sample=False, max_new_tokens=most)
         for question, ids in zip(part, model.generate(**batch, generation_config=settings), strict=True):
-            yield question.key, tokenizer.decode(ids[: question.budget].tolist())
+            yield question.key, tokenizer.decode(ids[: question.max_new_tokens].tolist())
 
 
 def _first(model: Any, tokenizer: ChatTokenizer, questions: list[Question], two_batches: float) -> Figure:

@@ -10,41 +10,15 @@ from torch.nn import functional
 from transformers import GenerationConfig
 
 from mdl_toolkit.data.collate import collate_prompts
-from mdl_toolkit.data.dataset import Sample
-from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.inference.generate import Answerer, Question, SamplingParams, admit, embed_prompts
 from mdl_toolkit.model.decoding_batch import GROWTH, DecodingBatch
 from mdl_toolkit.model.kernels import matmul
 from mdl_toolkit.model.kernels.matmul import PrepackedLinear, prepack
-from mdl_toolkit.model.lengths import audio_token_count
-from mdl_toolkit.weights.loading import load_model
-from mdl_toolkit.weights.resolve import find_model
-from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
-from tests.support.scoring import scored_slowly
-from tests.support.waves import wave
+from tests.support.questions import load_checkpoint as load
+from tests.support.questions import questions
 
 GREEDY = SamplingParams()
 CHECKPOINTS = ["A-small", "B-small", "B-small-tied"]
-
-
-def load(golden, name, window=None, **changes):
-    folder = find_model(str(golden / "checkpoints" / name), from_modelscope=False, weights=True)
-    model = load_model(folder, dtype=torch.float32, device=torch.device("cpu")).eval()
-    for layer in model.decoder.model.layers[: None if window else 0 : 2]:
-        layer.self_attn.sliding_window = window
-    model.generation_config.eos_token_id = None  # every row is answered to its budget
-    return model, ChatTokenizer(read_tokenizer_files(folder))
-
-
-def questions(model, count, seed=0, longest=40):
-    """Prompts of noise: some text, a clip, some text; budgets from 1 on."""
-    rng = np.random.default_rng(seed)
-    for key in range(count):
-        clip = wave(int(rng.integers(3_200, 48_000)), seed=key)
-        before, after = (rng.integers(0, 400, rng.integers(1, longest)) for _ in range(2))
-        audio = np.full(audio_token_count(len(clip)), model.config.audio_token_id)
-        ids = np.concatenate([before, audio, after]).astype(np.int32)
-        yield Question(key, Sample(ids, np.full_like(ids, -100), clip), int(rng.integers(1, 30)))
 
 
 def generated(model, question, **settings):
@@ -52,7 +26,7 @@ def generated(model, question, **settings):
     prompts = collate_prompts([question.sample], 0)
     ids = model.generate(
         inputs_embeds=embed_prompts(model, prompts), attention_mask=torch.ones(1, prompts.lengths[0]),
-        generation_config=GenerationConfig(max_new_tokens=question.budget, **settings),
+        generation_config=GenerationConfig(max_new_tokens=question.max_new_tokens, **settings),
     )  # fmt: skip
     return ids[0].tolist()
 
@@ -102,7 +76,7 @@ def test_rows_join_one_another_under_autocast(golden, full, window):
     asked = [*questions(model, 9)]
     with torch.autocast("cpu", torch.bfloat16):
         found = ids_of(model, tokenizer, asked, 4)
-    assert {key: len(ids) for key, ids in found.items()} == {q.key: q.budget for q in asked}
+    assert {key: len(ids) for key, ids in found.items()} == {q.key: q.max_new_tokens for q in asked}
 
 
 def test_rows_end_at_an_end_token(golden):
@@ -183,7 +157,7 @@ def test_layers_that_see_only_a_window(golden, window):
 def generated_slowly(model, question, window):
     base = embed_prompts(model, collate_prompts([question.sample], 0))
     ids = []
-    for _ in range(question.budget):
+    for _ in range(question.max_new_tokens):
         new = torch.tensor([ids], dtype=torch.long)
         x = torch.cat([base, model.decoder.model.embed_tokens(new)], 1) if ids else base
         n = x.shape[1]
@@ -226,34 +200,12 @@ def test_draws_follow_the_probabilities(top_p):
             kept[token] = chances[token]
         mass += chances[token]
     sampling = SamplingParams(0.8, top_p, 3)
-    sources = [sampling.source(key) for key in range(20_000)]
+    sources = [sampling.generator(key) for key in range(20_000)]
     drawn = sampling.pick(logits.expand(20_000, -1), sources)
     for token in range(5):
         share = kept.get(token, 0.0) / sum(kept.values())
         assert drawn.count(token) / 20_000 == pytest.approx(share, abs=0.015)
         assert bool(drawn.count(token)) == bool(share)
-
-
-# --- choices -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("name", "window"), [("A-small", None), ("B-small-tied", None), ("B-small", 7)])
-def test_choices_are_scored_as_by_a_pass_over_each(golden, name, window):
-    model, _ = load(golden, name, window)
-    asked = [*questions(model, 3)]
-    choices = [[5], [5, 6], [5, 6, 7, 8], [9, 9, 9], [400, 3]]
-    prompts = collate_prompts([q.sample for q in asked], 0)
-    rows = DecodingBatch(model.decoder)
-    with torch.inference_mode():
-        logits = rows.admit(embed_prompts(model, prompts), prompts.lengths, 3, 0)
-        scores = rows.score(logits, choices)
-        again = rows.score(logits, choices)
-    assert torch.equal(scores, again)
-    for number, question in enumerate(asked):
-        for place, choice in enumerate(choices):
-            assert scores[number, place].item() == pytest.approx(
-                scored_slowly(model, question, choice), abs=2e-4
-            )
 
 
 # --- weights laid out once ---------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Inference: budgets, independence of the batch, what is written (rules 12, 13, 37 to 40)."""
+"""Inference: limits of new tokens, independence of the batch, and what is written."""
 
 import csv
 

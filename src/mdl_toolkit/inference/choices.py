@@ -1,11 +1,11 @@
-"""Answer with the most likely of given texts, for classification.
+"""Classify recordings: answer with the most likely of given texts.
 
-Each row's recording and prompt are computed once; all choices continue from there together.
+Each recording and prompt is computed once; all choices are scored from there in one batch.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ def read_choices(path: Path) -> list[str]:
     """Read the choices of a text file, one on each line; blank lines are left out.
 
     Raises:
-        InputError: it cannot be read, or holds fewer than two choices, or one twice.
+        InputError: the file cannot be read, or holds fewer than two choices, or one twice.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -33,12 +33,12 @@ def read_choices(path: Path) -> list[str]:
         raise csv_error(
             path, Localized("cannot be read as UTF-8 text ({reason})", reason=problem)
         ) from problem
-    found = [line.strip() for line in text.splitlines() if line.strip()]
-    if len(found) < 2:
+    choices = [line.strip() for line in text.splitlines() if line.strip()]
+    if len(choices) < 2:
         raise csv_error(path, Localized("write at least two choices, one on each line"))
-    if twice := next((choice for choice in found if found.count(choice) > 1), None):
+    if twice := next((choice for choice in choices if choices.count(choice) > 1), None):
         raise csv_error(path, Localized("the choice {twice!r} is there twice; remove one", twice=twice))
-    return found
+    return choices
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class Chooser:
         model: a MiDashengLM in evaluation mode, with or without adapters.
         tokenizer: its tokenizer.
         choices: the texts.
-        batch_size: most rows at once.
-        most: how many of the choices are given, the best first.
-        by_length: log-probabilities are divided by the number of tokens, so that long choices are not at a
+        batch_size: the most questions at once.
+        top_k: the number of choices that an answer lists, the best first.
+        normalize_scores: divide log-probabilities by the number of tokens, so that long choices are not at a
             disadvantage.
     """
 
@@ -59,33 +59,26 @@ class Chooser:
     tokenizer: ChatTokenizer
     choices: Sequence[str]
     batch_size: int
-    most: int
-    by_length: bool
+    top_k: int
+    normalize_scores: bool
 
     def answers(self, questions: Iterable[Question]) -> Iterator[tuple[int, list[str]]]:
         """Yield each question's key and its best choices, each followed by its log-probability."""
         model, waiting = base_model(self.model), iter(questions)
-        tokens = [self.tokenizer.answer_ids(choice) for choice in self.choices]
-        lengths = torch.tensor([len(each) if self.by_length else 1 for each in tokens])
+        choice_ids = [self.tokenizer.answer_ids(choice) for choice in self.choices]
+        divisors = torch.tensor([len(ids) if self.normalize_scores else 1 for ids in choice_ids])
         while batch := [*islice(waiting, self.batch_size)]:
             prompts = collate_prompts([question.sample for question in batch], self.tokenizer.pad_id)
-            rows = DecodingBatch(model.decoder)
-            logits = admit(rows, model, prompts, len(batch), 0)
-            scores = rows.score(logits, tokens).cpu() / lengths
-            for question, row in zip(batch, scores, strict=True):
-                yield question.key, self._cells(row)
-
-    def _cells(self, scores: torch.Tensor) -> list[str]:
-        best = scores.sort(descending=True, stable=True)
-        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        return [
-            cell
-            for choice, score in islice(pairs, self.most)
-            for cell in (self.choices[choice], f"{score:.4f}")
-        ]
+            decoding = DecodingBatch(model.decoder)
+            logits = admit(decoding, model, prompts, len(batch), 0)
+            scores = decoding.score(logits, choice_ids).cpu() / divisors
+            values, order = (part[:, : self.top_k] for part in scores.sort(descending=True, stable=True))
+            for question, best, row in zip(batch, order.tolist(), values.tolist(), strict=True):
+                pairs = zip([self.choices[n] for n in best], [f"{score:.4f}" for score in row], strict=True)
+                yield question.key, [*chain.from_iterable(pairs)]
 
 
-def answer_columns(choices: int, most: int) -> list[str]:
-    """Return columns for the best choices: `prediction`, `score`, `prediction_2`, `score_2` and so on."""
-    numbered = [(f"prediction_{place}", f"score_{place}") for place in range(2, min(choices, most) + 1)]
-    return ["prediction", "score", *(name for pair in numbered for name in pair)]
+def answer_columns(choices: int, top_k: int) -> list[str]:
+    """Name the columns of the best choices: `prediction`, `score`, `prediction_2`, `score_2` and so on."""
+    ranks = range(2, min(choices, top_k) + 1)
+    return ["prediction", "score", *(name for n in ranks for name in (f"prediction_{n}", f"score_{n}"))]

@@ -1,4 +1,4 @@
-"""Choose what computes answers by the options: decoding, beam search, choices, or vLLM."""
+"""Choose the engine that computes answers: decoding, beam search, scored choices, or vLLM."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,17 +32,17 @@ VLLM = "vllm"
 
 
 class Engine(Protocol):
-    """Answer questions."""
+    """Answer questions, in batches of its own."""
 
     def answers(self, questions: Iterable[Question]) -> Iterator[tuple[int, list[str]]]:
-        """Yield the key and the cells of each question, as they become complete."""
+        """Yield each question's key and the cells of its answer, in the order in which they are computed."""
 
 
 def check_engine(options: InferenceOptions) -> None:
-    """Refuse options that do not go together, and what is not installed.
+    """Refuse options that contradict each other or have no effect, and an engine that is not installed.
 
     Raises:
-        UsageError: they contradict each other, or one would do nothing.
+        UsageError: naming the two options.
         ModelError: vLLM is not installed.
     """
     contradictions = [
@@ -55,12 +55,12 @@ def check_engine(options: InferenceOptions) -> None:
     for one, other, is_given in contradictions:
         if is_given:
             raise UsageError("{one} and {other} do not go together; give one of them", one=one, other=other)
-    lonely = [
+    without_effect = [
         ("--top-k", "--choices", options.top_k > 1 and options.choices is None),
         ("--normalize-scores", "--choices", options.normalize_scores and options.choices is None),
         ("--top-p", "--temperature", options.top_p < 1 and not options.temperature),
     ]
-    for one, other, is_given in lonely:
+    for one, other, is_given in without_effect:
         if is_given:
             raise UsageError(
                 "{one} has no effect without {other}; give both, or neither", one=one, other=other
@@ -70,52 +70,52 @@ def check_engine(options: InferenceOptions) -> None:
 
 
 def make_engine(options: InferenceOptions, tokenizer: ChatTokenizer, choices: Sequence[str] | None) -> Engine:
-    """Load the model and make ready what the options ask for.
+    """Load the model and make the engine that the options ask for.
 
     Raises:
-        ModelError: the model is not to be had, or vLLM cannot use it.
+        ModelError: the model cannot be found or downloaded, or vLLM cannot use it.
     """
     sampling = SamplingParams(options.temperature, options.top_p, options.seed)
     if options.engine == VLLM:
         folder = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=True)
-        return Vllm(folder, tokenizer, sampling, options.batch_size)
+        return VllmEngine(folder, tokenizer, sampling, options.batch_size)
     model = load_for_inference(options.model_name, from_modelscope=options.from_modelscope)
     if model.device.type == "cpu":
         prepack(model)
     if choices is not None:
         return Chooser(model, tokenizer, choices, options.batch_size, options.top_k, options.normalize_scores)
     if options.num_beams > 1:
-        return Beams(model, tokenizer, options.batch_size, options.num_beams)
-    return Single(Answerer(model, tokenizer, options.batch_size, sampling))
+        return BeamSearch(model, tokenizer, options.batch_size, options.num_beams)
+    return TokenByToken(Answerer(model, tokenizer, options.batch_size, sampling))
 
 
 @dataclass(frozen=True)
-class Single:
-    """Answer with one text each, greedily or by sampling."""
+class TokenByToken:
+    """Answer with one text each, by greedy decoding or sampling."""
 
     answerer: Answerer
 
     def answers(self, questions: Iterable[Question]) -> Iterator[tuple[int, list[str]]]:
-        """See `Engine`."""
+        """Answer as `Engine` says."""
         return ((key, [text]) for key, text in self.answerer.answers(questions))
 
 
 @dataclass(frozen=True)
-class Beams:
-    """Answer by transformers' beam search, over rows of one length and one budget at a time.
+class BeamSearch:
+    """Answer by transformers' beam search, over prompts of one length and limit of new tokens at a time.
 
-    Nothing is padded, so that no row's answer depends on its neighbours.
+    Nothing is padded, so that no answer depends on the others of its batch.
     """
 
     model: Any
     tokenizer: ChatTokenizer
     batch_size: int
-    beams: int
+    num_beams: int
 
     def answers(self, questions: Iterable[Question]) -> Iterator[tuple[int, list[str]]]:
-        """See `Engine`."""
-        for _, alike in groupby(questions, lambda each: (len(each.sample.input_ids), each.budget)):
-            while batch := [*islice(alike, self.batch_size)]:
+        """Answer as `Engine` says."""
+        for _, group in groupby(questions, lambda each: (len(each.sample.input_ids), each.max_new_tokens)):
+            while batch := [*islice(group, self.batch_size)]:
                 for question, ids in zip(batch, self._search(batch), strict=True):
                     yield question.key, [self.tokenizer.decode(ids)]
 
@@ -127,20 +127,20 @@ class Beams:
         )
         settings = GenerationConfig(
             do_sample=False,
-            num_beams=self.beams,
-            max_new_tokens=batch[0].budget,
+            num_beams=self.num_beams,
+            max_new_tokens=batch[0].max_new_tokens,
             eos_token_id=sorted(end_ids(self.model, self.tokenizer)),
             pad_token_id=self.tokenizer.pad_id,
         )
-        attended = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
-        found = model.generate(inputs_embeds=embeddings, attention_mask=attended, generation_config=settings)
-        return [[*map(int, row)] for row in found.tolist()]
+        mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
+        answers = model.generate(inputs_embeds=embeddings, attention_mask=mask, generation_config=settings)
+        return [[*map(int, row)] for row in answers.tolist()]
 
 
-class Vllm:
-    """Run vLLM on a whole model; this project's tests, which have no GPU, do not run it.
+class VllmEngine:
+    """Answer with vLLM, from a whole model; this project's tests, which have no GPU, do not run it.
 
-    Our classes are registered in vLLM's processes by an entry point, so that no code of the folder is run.
+    An entry point registers our classes in vLLM's processes, so that no code of the folder is run.
     """
 
     def __init__(
@@ -157,17 +157,27 @@ class Vllm:
         self._model = LLM(model=str(folder), max_num_seqs=batch_size, trust_remote_code=False)
 
     def answers(self, questions: Iterable[Question]) -> Iterator[tuple[int, list[str]]]:
-        """See `Engine`."""
+        """Answer as `Engine` says."""
+        import vllm
+
         waiting = iter(questions)
         while batch := [*islice(waiting, 8 * self._batch_size)]:
-            found = self._model.generate(
-                [self._prompt(each) for each in batch], [self._settings(each) for each in batch]
-            )
-            for question, output in zip(batch, found, strict=True):
+            settings = [
+                vllm.SamplingParams(
+                    max_tokens=question.max_new_tokens,
+                    temperature=self._sampling.temperature,
+                    top_p=self._sampling.top_p,
+                    seed=self._sampling.seed + question.key,
+                    stop_token_ids=[self._tokenizer.end_id],
+                )
+                for question in batch
+            ]
+            outputs = self._model.generate([self._prompt(question) for question in batch], settings)
+            for question, output in zip(batch, outputs, strict=True):
                 yield question.key, [output.outputs[0].text]
 
     def _prompt(self, question: Question) -> dict[str, Any]:
-        """Return a prompt with one audio token for the recording; vLLM makes as many as are needed."""
+        """Return a prompt with one audio token for the recording, which vLLM expands."""
         assert isinstance(question.sample, Sample)
         audio = self._tokenizer.id_of(dict(self._tokenizer.files.specials)["audio_token"])
         ids = [
@@ -179,14 +189,3 @@ class Vllm:
             "prompt_token_ids": ids,
             "multi_modal_data": {"audio": (question.sample.waveform, SAMPLE_RATE)},
         }
-
-    def _settings(self, question: Question) -> Any:
-        import vllm
-
-        return vllm.SamplingParams(
-            max_tokens=question.budget,
-            temperature=self._sampling.temperature,
-            top_p=self._sampling.top_p,
-            seed=self._sampling.seed + question.key,
-            stop_token_ids=[self._tokenizer.end_id],
-        )

@@ -1,8 +1,8 @@
-"""Generate answers in batches, each row with its own budget of new tokens and up to its own end.
+"""Generate answers by continuous batching, each with its own limit of new tokens.
 
-A row joins the others when there is room and leaves when its answer is complete, so that there is always
-work for a whole batch. What a row is answered does not depend on the others: greedily it is the most likely
-token at every step, and each row draws from random numbers of its own.
+A prompt joins the batch when there is room and leaves it when its answer is complete, so that there is always
+work for a whole batch. No answer depends on the others of its batch: greedy decoding takes the most likely
+token at every step, and sampling draws from a random generator of the row's own.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,23 +19,23 @@ from mdl_toolkit.data.dataset import Sample
 from mdl_toolkit.data.tokenization import IGNORE_INDEX, ChatTokenizer
 from mdl_toolkit.model.decoding_batch import DecodingBatch
 
-# Rows join when a quarter of the places is free: taking one in costs about as much as a step for all.
+# Prompts join when a quarter of the batch is free: admitting one costs about as much as a step for all.
 JOINING = 4
 
 
 @dataclass(frozen=True)
 class Question:
-    """Hold a row to answer.
+    """Hold a prompt to answer.
 
     Attributes:
-        key: by which its answer is told from others.
+        key: identifies its answer.
         sample: prompt and recording.
-        budget: most new tokens, at least one.
+        max_new_tokens: the most tokens of an answer, at least one.
     """
 
     key: int
     sample: Sample | PrecomputedSample
-    budget: int
+    max_new_tokens: int
 
 
 @dataclass(frozen=True)
@@ -43,43 +43,44 @@ class SamplingParams:
     """Choose the next token, greedily or by sampling.
 
     Attributes:
-        temperature: 0 takes the most likely one; otherwise logits are divided by it and one is drawn.
-        top_p: draw among the fewest tokens whose probabilities add up to so much.
-        seed: of what is drawn.
+        temperature: 0 for greedy decoding; otherwise logits are divided by it before a token is drawn.
+        top_p: draw among the fewest tokens whose probabilities add up to so much (nucleus sampling).
+        seed: of the random numbers.
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 42
 
-    def source(self, key: int) -> np.random.Generator:
-        """Return the random numbers of one row, the same whatever the batch."""
+    def generator(self, key: int) -> np.random.Generator:
+        """Make the random generator of one question; its numbers do not depend on the batch."""
         return np.random.Generator(np.random.Philox(key=[self.seed, key]))
 
-    def pick(self, logits: Tensor, sources: list[np.random.Generator]) -> list[int]:
-        """Choose one token for each row of logits, `[rows, vocabulary]`."""
+    def pick(self, logits: Tensor, generators: list[np.random.Generator]) -> list[int]:
+        """Choose one token for each row of logits, `[rows, vocabulary]`, with that row's generator."""
         if not self.temperature:
             return [*map(int, logits.argmax(-1).tolist())]
-        chances, tokens = (logits.float() / self.temperature).softmax(-1).sort(-1, descending=True)
-        ends = chances.cumsum(-1)
-        mass = torch.where(ends - chances < self.top_p, ends, 0.0).amax(-1, keepdim=True)
-        drawn = torch.tensor([[source.random()] for source in sources], device=logits.device)
-        places = (ends <= drawn.to(ends.dtype) * mass).sum(-1, keepdim=True)
-        return [*map(int, tokens.gather(-1, places.clamp_(max=tokens.shape[-1] - 1)).flatten().tolist())]
+        probabilities, tokens = (logits.float() / self.temperature).softmax(-1).sort(-1, descending=True)
+        cumulated = probabilities.cumsum(-1)
+        in_nucleus = cumulated - probabilities < self.top_p
+        mass = torch.where(in_nucleus, cumulated, 0.0).amax(-1, keepdim=True)
+        drawn = torch.tensor([[generator.random()] for generator in generators], device=logits.device)
+        ranks = (cumulated <= drawn.to(cumulated.dtype) * mass).sum(-1, keepdim=True)
+        return [*map(int, tokens.gather(-1, ranks.clamp_(max=tokens.shape[-1] - 1)).flatten().tolist())]
 
 
 @dataclass
-class _Answer:
-    """Hold an answer under way."""
+class _PartialAnswer:
+    """Hold an answer that is being generated."""
 
     key: int
-    budget: int
-    source: np.random.Generator
+    max_new_tokens: int
+    generator: np.random.Generator
     ids: list[int]
 
 
 class Answerer:
-    """Answer questions with a model, as many rows at once as the batch size.
+    """Answer questions with a model, as many at once as the batch size.
 
     Attributes:
         ends: tokens that end an answer.
@@ -97,92 +98,99 @@ class Answerer:
         Args:
             model: a MiDashengLM in evaluation mode, with or without adapters.
             tokenizer: its tokenizer.
-            batch_size: most rows at once.
+            batch_size: the most questions at once.
             sampling: how tokens are chosen.
         """
         self._model = base_model(model)
-        self._tokenizer, self._sampling, self._places = tokenizer, sampling, batch_size
+        self._tokenizer, self._sampling, self._batch_size = tokenizer, sampling, batch_size
         self.ends = end_ids(model, tokenizer)
-        self._rows = DecodingBatch(self._model.decoder)
-        self._running: list[_Answer] = []
+        self._batch = DecodingBatch(self._model.decoder)
+        self._running: list[_PartialAnswer] = []
 
     def answers(self, questions: Iterable[Question]) -> Iterator[tuple[int, str]]:
         """Yield the key and the answer of each question, as they become complete.
 
-        They are taken as there is room; neighbours of like length are computed with the least padding.
+        Questions are taken as there is room; neighbours of like length are computed with the least padding.
         """
-        waiting, joining = iter(questions), max(1, self._places // JOINING)
+        waiting, fewest_free = iter(questions), max(1, self._batch_size // JOINING)
         while True:
-            free = self._places - len(self._running)
-            if not self._running or free >= joining:
-                yield from self._finished(self._admit([*islice(waiting, free)]))
+            free = self._batch_size - len(self._running)
+            if (not self._running or free >= fewest_free) and (joining := [*islice(waiting, free)]):
+                yield from self._advance(self._admit(joining))
             if not self._running:
                 return
             last = torch.tensor([answer.ids[-1] for answer in self._running], device=self._model.device)
-            yield from self._finished(self._rows.step(last))
+            yield from self._advance(self._batch.step(last))
 
-    def _admit(self, questions: list[Question]) -> Tensor | None:
-        if not questions:
-            return None
+    def _admit(self, questions: list[Question]) -> Tensor:
+        """Compute prompts; return logits for their first new tokens, `[questions, vocabulary]`."""
         prompts = collate_prompts([question.sample for question in questions], self._tokenizer.pad_id)
-        need = max(n + question.budget for n, question in zip(prompts.lengths, questions, strict=True))
-        logits = admit(self._rows, self._model, prompts, self._places, need)
-        self._running += [_Answer(q.key, q.budget, self._sampling.source(q.key), []) for q in questions]
+        longest = max(n + q.max_new_tokens for n, q in zip(prompts.lengths, questions, strict=True))
+        logits = admit(self._batch, self._model, prompts, self._batch_size, longest)
+        self._running += [
+            _PartialAnswer(q.key, q.max_new_tokens, self._sampling.generator(q.key), []) for q in questions
+        ]
         return logits
 
-    def _finished(self, logits: Tensor | None) -> Iterator[tuple[int, str]]:
-        """Add a token to those rows, the last ones, that have logits; let go what is complete."""
-        if logits is None:
-            return
-        mine = self._running[-len(logits) :]
-        tokens = self._sampling.pick(logits, [answer.source for answer in mine])
-        for answer, token in zip(mine, tokens, strict=True):
+    def _advance(self, logits: Tensor) -> Iterator[tuple[int, str]]:
+        """Add a token to as many of the last answers as have logits; release and yield complete ones."""
+        advanced = self._running[-len(logits) :]
+        tokens = self._sampling.pick(logits, [answer.generator for answer in advanced])
+        for answer, token in zip(advanced, tokens, strict=True):
             answer.ids.append(token)
-        done = [
-            place
-            for place, answer in enumerate(self._running)
-            if answer.ids[-1] in self.ends or len(answer.ids) == answer.budget
-        ]
-        if done:
-            complete = [self._running[place] for place in done]
-            self._running = [self._running[place] for place in self._rows.release(done)]
-            yield from ((answer.key, self._text(answer)) for answer in complete)
-
-    def _text(self, answer: _Answer) -> str:
-        ends_itself = answer.ids[-1] in self.ends
-        return self._tokenizer.decode(answer.ids[:-1] if ends_itself else answer.ids)
+        complete = {
+            slot: answer
+            for slot, answer in enumerate(self._running)
+            if answer.ids[-1] in self.ends or len(answer.ids) == answer.max_new_tokens
+        }
+        if complete:
+            self._running = [self._running[slot] for slot in self._batch.release([*complete])]
+        for answer in complete.values():
+            has_end = answer.ids[-1] in self.ends
+            yield answer.key, self._tokenizer.decode(answer.ids[:-1] if has_end else answer.ids)
 
 
 def base_model(model: Any) -> Any:
-    """Return the MiDashengLM itself, its layers with the adapters that they have."""
+    """Return the MiDashengLM inside a PEFT model, with the adapters in its layers."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @torch.inference_mode()
 def embed_prompts(model: Any, prompts: PromptBatch) -> Tensor:
-    """Return prompts with their recordings' features, `[rows, longest, hidden_size]`, padded right."""
-    there = {name: value.to(model.device) for name, value in prompts.tensors.items()}
+    """Embed prompts with their recordings' features, `[prompts, longest, hidden_size]`, padded right."""
+    inputs = {name: value.to(model.device) for name, value in prompts.tensors.items()}
     embeddings: Tensor = model.fuse(
-        there["input_ids"], there.get("input_values"), there["audio_length"], there.get("audio_features")
+        inputs["input_ids"], inputs.get("input_values"), inputs["audio_length"], inputs.get("audio_features")
     )
     return embeddings
 
 
-def admit(rows: DecodingBatch, model: Any, prompts: PromptBatch, places: int, need: int) -> Tensor:
-    """Admit prompts with recordings to a batch; a prefix that all share is computed once."""
-    words = model.shareable(prompts.tensors["input_ids"].to(model.device))
-    return rows.admit(embed_prompts(model, prompts), prompts.lengths, places, need, words)
+def admit(batch: DecodingBatch, model: Any, prompts: PromptBatch, batch_size: int, longest: int) -> Tensor:
+    """Admit prompts with recordings to a batch, and compute a prefix that they share once.
+
+    Args:
+        batch: where they are decoded.
+        model: a MiDashengLM without a wrapper around it.
+        prompts: padded on the right.
+        batch_size: the most sequences that the batch will hold at once.
+        longest: the most tokens that one of them will ever have, its answer included.
+
+    Returns:
+        Logits for each prompt's next token, `[prompts, vocabulary]`.
+    """
+    prefix_ids = model.shareable(prompts.tensors["input_ids"].to(model.device))
+    return batch.admit(embed_prompts(model, prompts), prompts.lengths, batch_size, longest, prefix_ids)
 
 
 def end_ids(model: Any, tokenizer: ChatTokenizer) -> set[int]:
-    """Return the tokens that end an answer: the model's own, and the one that closes a turn."""
+    """Return the tokens that end an answer: those of the model's settings, and the end of a chat turn."""
     ends = model.generation_config.eos_token_id
     listed = ends if isinstance(ends, list) else [ends] if ends is not None else []
     return {*listed, tokenizer.end_id}
 
 
 def prompt_of(sample: Sample) -> Sample:
-    """Return a row without its answer, if it has one."""
+    """Return a sample without its answer, if it has one."""
     answered = np.flatnonzero(sample.labels != IGNORE_INDEX)
     end = int(answered[0]) if len(answered) else len(sample.labels)
     return replace(sample, input_ids=sample.input_ids[:end], labels=sample.labels[:end])

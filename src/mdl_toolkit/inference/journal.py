@@ -1,15 +1,15 @@
-"""Keep answers in a journal as they come, and write the CSV that they become.
+"""Record answers on disk as they are computed, so that a killed run resumes; write the CSV of all answers.
 
-Beside the output lies `.NAME.partial` while it is made:
+While a run is at work, the folder `.NAME.partial` lies next to its output:
 
-    lock            held by the process that is at work
-    run.json        fingerprint of everything that the answers come from
-    input.csv       the recordings, where a folder or a pattern was given
-    dataset/        the rows, converted
-    answers-R.jsonl the answers of process R, one line each, written as soon as it is complete
+    lock             held by the process that is at work
+    run.json         fingerprint of everything that the answers depend on
+    input.csv        the recordings, where a folder or a pattern was given
+    dataset/         the converted rows
+    answers-R.jsonl  the answers of process R, one line each, written as soon as it is complete
 
-A killed run's answers are taken over by the next one with the same fingerprint. Those of other work are set
-aside in `NAME.previous-N`, with their fingerprint, and taken over from there when it is asked for again.
+The next run with the same fingerprint takes over the answers of a killed one. Those of another fingerprint
+are moved to `NAME.previous-N`, and taken over from there when a run asks for them again.
 """
 
 import csv
@@ -24,6 +24,7 @@ from typing import IO
 from mdl_toolkit.data.manifest import Row
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.utils.console import say
+from mdl_toolkit.utils.distributed import PeerLostError
 from mdl_toolkit.utils.files import replace_file, report_write_errors
 from mdl_toolkit.utils.locks import hold_lock
 
@@ -31,7 +32,14 @@ RUN = "run.json"
 
 
 class AnswerJournal:
-    """Keep the work folder of one output."""
+    """Keep the answers of one output in its work folder.
+
+    Attributes:
+        output: the CSV to write.
+        path: the work folder.
+        listing: a CSV in it, for the recordings of a folder or pattern.
+        dataset: a folder in it, for the converted rows.
+    """
 
     def __init__(self, output: Path) -> None:
         self._target = output.resolve()
@@ -40,7 +48,10 @@ class AnswerJournal:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder, for as long as the context lasts, against other runs.
+        """Lock the folder against other runs for the context; keep its answers only if an error ends that.
+
+        Without answers, an error keeps converted rows if it is an interruption, and what an unfinished
+        conversion has kept to resume from.
 
         Raises:
             InputError: another run is at work on the same output, or the folder cannot be made.
@@ -51,73 +62,84 @@ class AnswerJournal:
             "--output {output}: another inference is writing it; wait for its end", output=self.output
         )
         with hold_lock(self.path / "lock", busy):
-            yield
+            try:
+                yield
+            except BaseException as problem:
+                self._keep(was_stopped=isinstance(problem, (KeyboardInterrupt, PeerLostError)))
+                raise
+            self._remove()
 
-    # --- what is known already ---
+    def _keep(self, *, was_stopped: bool) -> None:
+        """Keep what a run of the same command can use, and say so; remove the folder if there is nothing."""
+        if answered := len(self.answers()):
+            say(
+                "{answered} rows are answered (in {path}): the same command goes on from there",
+                answered=answered,
+                path=self.path,
+            )
+        elif was_stopped and self.dataset.exists():
+            say("all rows are converted (in {path}): the same command goes on from there", path=self.path)
+        elif not self.dataset.with_name(f".{self.dataset.name}.partial").exists():
+            self._remove()
 
-    @property
-    def is_converting(self) -> bool:
-        """Tell whether a conversion has kept a part of its work, from which it goes on."""
-        return self.dataset.with_name(f".{self.dataset.name}.partial").exists()
+    def _remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    # --- resuming ---
 
     def begin(self, fingerprint: str) -> int:
-        """Set the answers of other work aside, take up those of this one, and return how many there are."""
+        """Take over the answers with a fingerprint, move others away, and return how many are there.
+
+        Raises:
+            InputError: the disk does not take it.
+        """
         if _fingerprint_in(self.path) != fingerprint:
             with report_write_errors(f"--output {self.output}", InputError):
                 self._set_aside()
-                for place in self._previous().values():
-                    if _fingerprint_in(place) == fingerprint:
-                        _move_answers(place, self.path)
-                        break
+                same = (old for old in self._previous().values() if _fingerprint_in(old) == fingerprint)
+                if (previous := next(same, None)) is not None:
+                    _move_answers(previous, self.path)
                 (self.path / RUN).write_text(json.dumps(fingerprint), encoding="utf-8")
         return len(self.answers())
 
     def _set_aside(self) -> None:
-        """Move the answers that are here to a folder beside the output, if there are any, and say so."""
+        """Move answers, if there are any, to a new folder next to the output, and say so."""
         if answered := len(self.answers()):
             number = max(self._previous(), default=0) + 1
-            place = self._target.with_name(f"{self._target.name}.previous-{number}")
-            place.mkdir()
-            _move_answers(self.path, place)
+            folder = self._target.with_name(f"{self._target.name}.previous-{number}")
+            folder.mkdir()
+            _move_answers(self.path, folder)
             say(
                 "{answered} answers here are of other work (another input, model, options or version): "
                 "they are set aside in {place}, and used when that is asked for again",
                 answered=answered,
-                place=place,
+                place=folder,
             )
 
     def _previous(self) -> dict[int, Path]:
-        """Return the folders of what was set aside, by number."""
+        """Return the folders of answers that were set aside, by number."""
         name = re.compile(re.escape(self._target.name) + r"\.previous-(\d+)")
-        found = ((name.fullmatch(path.name), path) for path in sorted(self._target.parent.iterdir()))
-        return {int(match[1]): path for match, path in found if match}
+        matches = ((name.fullmatch(path.name), path) for path in sorted(self._target.parent.iterdir()))
+        return {int(match[1]): path for match, path in matches if match}
 
     def answers(self) -> dict[int, list[str]]:
-        """Read the cells of every row that is answered, by its number in the dataset."""
-        found: dict[int, list[str]] = {}
+        """Read the cells of every answer, by the row's index in the dataset."""
+        answers: dict[int, list[str]] = {}
         for file in _answers_in(self.path):
             for line in file.read_text(encoding="utf-8").splitlines():
                 # The last line is broken where a run was killed.
                 with suppress(ValueError, TypeError):
                     row, cells = json.loads(line)
-                    found[row] = cells
-        return found
-
-    # --- more answers ---
+                    answers[row] = cells
+        return answers
 
     @contextmanager
     def writer(self, rank: int) -> Iterator["AnswerWriter"]:
-        """Open what writes the answers of one process down."""
+        """Open the file of one process's answers for the context."""
         with (self.path / f"answers-{rank}.jsonl").open("a", encoding="utf-8", newline="\n") as file:
             # End a line that a killed run has not finished.
             file.write("\n")
             yield AnswerWriter(file)
-
-    # --- the end ---
-
-    def remove(self) -> None:
-        """Remove the folder with all that is in it."""
-        shutil.rmtree(self.path, ignore_errors=True)
 
 
 def _answers_in(folder: Path) -> list[Path]:
@@ -125,7 +147,7 @@ def _answers_in(folder: Path) -> list[Path]:
 
 
 def _move_answers(source: Path, target: Path) -> None:
-    """Move answers and their fingerprint to another folder; an emptied one goes."""
+    """Move answers and their fingerprint to another folder, and remove an emptied one."""
     for file in (*_answers_in(source), source / RUN):
         with suppress(FileNotFoundError):
             file.replace(target / file.name)
@@ -140,39 +162,39 @@ def _fingerprint_in(folder: Path) -> str | None:
 
 
 class AnswerWriter:
-    """Write answers down, each at once: what is handed to the system survives the process."""
+    """Append answers to a file, each flushed to the system, so that it survives the process."""
 
     def __init__(self, file: IO[str]) -> None:
         self._file = file
 
     def add(self, row: int, cells: Sequence[str]) -> None:
-        """Write down a row's cells; a NUL, which a model may say and no CSV can hold, becomes U+FFFD.
+        """Append the cells of a row's answer; a NUL, which no CSV can hold, becomes U+FFFD.
 
         Raises:
             InputError: the disk is full.
         """
-        held = [cell.replace("\0", "\N{REPLACEMENT CHARACTER}") for cell in cells]
+        writable = [cell.replace("\0", "\N{REPLACEMENT CHARACTER}") for cell in cells]
         with report_write_errors(self._file.name, InputError):
-            self._file.write(json.dumps([row, held]) + "\n")
+            self._file.write(json.dumps([row, writable]) + "\n")
             self._file.flush()
 
 
 def write_table(
     output: Path, columns: Sequence[str], new: Sequence[str], rows: Iterable[tuple[Row, Sequence[str]]]
 ) -> None:
-    """Write the input's columns and cells as they are, with new ones in place or behind, whole or not at all.
+    """Write a CSV of the input's cells as they are and new ones, as a whole or not at all.
 
     Args:
         output: the CSV file; an existing one is replaced.
-        columns: the input's.
-        new: names of the new columns; one that is among the input's is replaced.
-        rows: each with its new cells.
+        columns: names of the input's columns.
+        new: names of the new columns, which come last; one that the input has is replaced where it is.
+        rows: the input's rows, each with its new cells.
 
     Raises:
         InputError: it cannot be written.
     """
     names = [*columns, *(name for name in new if name not in columns)]
-    places = [names.index(name) for name in new]
+    indices = [names.index(name) for name in new]
     with (
         report_write_errors(f"--output {output}", InputError),
         replace_file(output) as work,
@@ -182,6 +204,6 @@ def write_table(
         writer.writerow(names)
         for row, cells in rows:
             line = [*row.cells, *[""] * (len(names) - len(columns))]
-            for place, cell in zip(places, cells, strict=True):
-                line[place] = cell
+            for index, cell in zip(indices, cells, strict=True):
+                line[index] = cell
             writer.writerow(line)

@@ -1,4 +1,4 @@
-"""Convert the rows of an inference, each with a budget of new tokens or a reason for none."""
+"""Turn the rows of a CSV into questions, each with a limit of new tokens; report those without room."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,43 +21,42 @@ from mdl_toolkit.weights.provenance import Prompts
 
 # The value of --on-error.
 KEEP = "keep"
-# Rows are sorted by length within so many batches: the first answers need not wait for the last row.
+# Rows are sorted by length in windows of so many batches, so that the first answers need not wait for long.
 WINDOW = 16
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Hold the rows of an inference.
+    """Hold the rows to answer.
 
     Attributes:
         manifest: the CSV.
-        dataset: the rows whose recordings can be used, converted; prompts alone.
-        lines: of the CSV, where each of these starts, `[rows]`.
-        budgets: most new tokens of each, `[rows]`.
-        problems: by line of the CSV, why a row has no answer.
+        dataset: its rows with usable recordings, converted without answers.
+        lines: line of the CSV of each of these, `[rows]`.
+        max_new_tokens: the most new tokens of each, `[rows]`.
+        problems: by line of the CSV, the reason why a row gets no answer.
     """
 
     manifest: Manifest
     dataset: ConvertedDataset
     lines: NDArray[np.int64]
-    budgets: NDArray[np.int64]
+    max_new_tokens: NDArray[np.int64]
     problems: dict[int, RowProblem]
 
     def __iter__(self) -> Iterator[tuple[Row, int | None]]:
-        """Yield every row of the CSV, with its number in the dataset, or None for one without an answer."""
-        numbers = {int(line): number for number, line in enumerate(self.lines)}
+        """Yield every row of the CSV, with its index in the dataset, or None for one without an answer."""
+        indices = {int(line): index for index, line in enumerate(self.lines)}
         for row in self.manifest.rows_unchecked():
-            yield row, None if row.line in self.problems else numbers[row.line]
+            yield row, None if row.line in self.problems else indices[row.line]
 
-    def question(self, number: int) -> Question:
+    def question(self, index: int) -> Question:
         """Read and decode a row of the dataset."""
-        return Question(number, self.dataset[number], int(self.budgets[number]))
+        return Question(index, self.dataset[index], int(self.max_new_tokens[index]))
 
     def order(self, answered: set[int], batch_size: int) -> NDArray[np.int64]:
-        """Return the rows to answer: in each window the longest first, and those of one length together."""
+        """Sort the rows that are left, `[left]`: the longest first in each window, equal lengths together."""
         is_left = [
-            number not in answered and int(line) not in self.problems
-            for number, line in enumerate(self.lines)
+            index not in answered and int(line) not in self.problems for index, line in enumerate(self.lines)
         ]
         left, size = np.flatnonzero(is_left), WINDOW * batch_size
         lengths = self.dataset.token_counts
@@ -66,26 +65,25 @@ class Inputs:
             [left[:0], *(each[np.argsort(-lengths[each], kind="stable")] for each in windows)]
         )
 
-
-def convert_inputs(
-    manifest: Manifest, place: Path, tokenizer: ChatTokenizer, options: InferenceOptions
-) -> None:
-    """Convert all rows, unless what would come out is there already.
-
-    Raises:
-        RowsError: all rows that cannot be used; with `--on-error keep`, they are left out.
-    """
-    keeps_going = options.on_error == KEEP
-    convert_rows(manifest, place, tokenizer, options, with_answer=False, reuse=True, keeps_going=keeps_going)
+    def without_room(self, required: "TokenBudget", max_length: int) -> Iterator[RowProblem]:
+        """Yield a problem for each row whose prompt leaves fewer new tokens than are required."""
+        lengths = {
+            int(self.lines[index]): int(self.dataset.token_counts[index])
+            for index in np.flatnonzero(self.max_new_tokens < required.tokens)
+        }
+        for row in self.manifest.rows_unchecked() if lengths else ():
+            if row.line in lengths:
+                reason = required.shortage(lengths[row.line], max_length)
+                yield RowProblem(row.line, "audio", row.shown, reason)
 
 
 @dataclass(frozen=True)
 class TokenBudget:
-    """Hold how many new tokens every row must have room for.
+    """Hold the number of new tokens that every row must have room for.
 
     Attributes:
-        tokens: how many.
-        choice: the longest of the choices, which takes so many; None if any answer will do.
+        tokens: the number.
+        choice: the longest of the choices, which takes so many; None if there are no choices.
     """
 
     tokens: int = 1
@@ -93,13 +91,15 @@ class TokenBudget:
 
     @classmethod
     def of_choices(
-        cls, choices: Sequence[str], tokenizer: ChatTokenizer, options: InferenceOptions
+        cls, choices: Sequence[str] | None, tokenizer: ChatTokenizer, options: InferenceOptions
     ) -> "TokenBudget":
-        """Return what the longest choice takes.
+        """Count the tokens of the longest choice; without choices one token is enough.
 
         Raises:
-            InputError: `--max-new-tokens` gives less to every row.
+            InputError: `--max-new-tokens` is less.
         """
+        if choices is None:
+            return cls()
         tokens, choice = max((len(tokenizer.answer_ids(choice)), choice) for choice in choices)
         most = options.max_new_tokens
         if most is not None and most < tokens:
@@ -111,8 +111,8 @@ class TokenBudget:
             )
         return cls(tokens, choice)
 
-    def lacking(self, length: int, limit: int) -> Localized:
-        """Return what is wrong with a row whose prompt of so many tokens leaves too little."""
+    def shortage(self, length: int, limit: int) -> Localized:
+        """Explain why a prompt of so many tokens does not fit, and the limit that would do."""
         if self.choice is None:
             return too_long(length, limit)
         whole = length + self.tokens
@@ -127,49 +127,46 @@ class TokenBudget:
         )
 
 
-def open_inputs(manifest: Manifest, place: Path, options: InferenceOptions, required: TokenBudget) -> Inputs:
+def convert_inputs(
+    manifest: Manifest, folder: Path, tokenizer: ChatTokenizer, options: InferenceOptions
+) -> None:
+    """Convert all rows to a dataset, unless the folder holds that dataset already.
+
+    Raises:
+        RowsError: all rows that cannot be used; with `--on-error keep`, they are left out.
+    """
+    keeps_going = options.on_error == KEEP
+    convert_rows(manifest, folder, tokenizer, options, with_answer=False, reuse=True, keeps_going=keeps_going)
+
+
+def open_inputs(manifest: Manifest, folder: Path, options: InferenceOptions, required: TokenBudget) -> Inputs:
     """Open the converted rows, and find those without room for an answer.
 
     Args:
         manifest: the CSV.
-        place: the dataset that `convert_inputs` has made of it.
+        folder: the dataset that `convert_inputs` has made of it.
         options: the inference's.
-        required: what every row must have room for.
+        required: the new tokens that every row must have room for.
 
     Raises:
-        RowsError: all rows that have no room, or whose cells are wrong.
+        RowsError: all rows without room, or whose cells are wrong.
     """
-    dataset, keeps_going = ConvertedDataset(place), options.on_error == KEEP
-    problems = {each.line: each for each in left_out(place)} if keeps_going else {}
+    dataset, keeps_going = ConvertedDataset(folder), options.on_error == KEEP
+    problems = {each.line: each for each in left_out(folder)} if keeps_going else {}
     lines = [row.line for row in manifest.rows_unchecked()]
-    # Such rows cannot be written: their cells cannot be told apart.
-    if wrong := [problems[line] for line in problems.keys() - {*lines}]:
-        manifest.check(Problems(wrong, len(wrong)))
+    # Rows whose cells cannot be told apart cannot be written either.
+    if unreadable := [problems[line] for line in problems.keys() - {*lines}]:
+        manifest.check(Problems(unreadable, len(unreadable)))
     kept = np.array([line for line in lines if line not in problems], dtype=np.int64)
-    inputs = Inputs(manifest, dataset, kept, _budgets(dataset, options), problems)
-    tight = [*_tight(inputs, options.max_length, required)]
-    if tight and not keeps_going:
-        manifest.check(Problems(tight, len(tight)))
-    problems.update((each.line, each) for each in tight)
-    return inputs
-
-
-def _budgets(dataset: ConvertedDataset, options: InferenceOptions) -> NDArray[np.int64]:
+    limits = options.max_length - dataset.token_counts
     if options.max_new_tokens is not None:
-        return np.full(len(dataset), options.max_new_tokens, dtype=np.int64)
-    return options.max_length - dataset.token_counts
-
-
-def _tight(inputs: Inputs, max_length: int, required: TokenBudget) -> Iterator[RowProblem]:
-    """Yield a problem for each row without room for an answer."""
-    short = {
-        int(line): int(inputs.dataset.token_counts[n])
-        for n, line in enumerate(inputs.lines)
-        if inputs.budgets[n] < required.tokens
-    }
-    for row in inputs.manifest.rows_unchecked() if short else ():
-        if row.line in short:
-            yield RowProblem(row.line, "audio", row.shown, required.lacking(short[row.line], max_length))
+        limits = np.full(len(dataset), options.max_new_tokens, dtype=np.int64)
+    inputs = Inputs(manifest, dataset, kept, limits, problems)
+    too_tight = [*inputs.without_room(required, options.max_length)]
+    if too_tight and not keeps_going:
+        manifest.check(Problems(too_tight, len(too_tight)))
+    problems.update((each.line, each) for each in too_tight)
+    return inputs
 
 
 # --- the prompts of the training -------------------------------------------------------------------------
@@ -177,7 +174,7 @@ def _tight(inputs: Inputs, max_length: int, required: TokenBudget) -> Iterator[R
 
 @dataclass(frozen=True)
 class PromptKind:
-    """Name one of the two prompts: in the record of a training, as a column, and for users."""
+    """Name one of the two prompts: in a model's provenance, as a column, and for users."""
 
     name: str
     column: str
@@ -191,37 +188,34 @@ PROMPT_KINDS = (
 
 
 def with_training_prompts(manifest: Manifest, trained: Prompts) -> Manifest:
-    """Return the rows with the training's prompts where none are given, and warn of others."""
+    """Fill in the prompts of the training where the user gives none, and warn of other ones."""
     for kind in PROMPT_KINDS:
         prompt, given = getattr(trained, kind.name), getattr(manifest.defaults, kind.column)
         if given is None and kind.column not in manifest.columns and prompt:
-            say("{kind}: that of the training is used: {prompt}", kind=kind.text, prompt=_shown(prompt))
+            say("{kind}: that of the training is used: {prompt}", kind=kind.text, prompt=_excerpt(prompt))
             manifest = replace(manifest, defaults=replace(manifest.defaults, **{kind.column: prompt}))
         elif not getattr(trained, f"{kind.name}_differs"):
-            _warn_other(manifest, kind, prompt)
+            _warn_of_other_prompts(manifest, kind, prompt)
     return manifest
 
 
-def _warn_other(manifest: Manifest, kind: PromptKind, prompt: str | None) -> None:
-    others = [
-        row for row in manifest.rows_unchecked() if (getattr(row, kind.column) or None) != (prompt or None)
-    ]
-    if others:
-        line, theirs = others[0].line, _shown(getattr(others[0], kind.column))
+def _warn_of_other_prompts(manifest: Manifest, kind: PromptKind, trained: str | None) -> None:
+    prompts = ((row.line, getattr(row, kind.column)) for row in manifest.rows_unchecked())
+    if others := [(line, prompt) for line, prompt in prompts if (prompt or None) != (trained or None)]:
+        line, prompt = others[0]
         is_list = manifest.listed is not None
-        where = Localized("here") if is_list else Localized("line {line}", line=line)
         warn(
             "{kind}: {count} rows have another one than the training ({where}: {theirs}; the training: "
             "{prompt}); answers may be worse",
             kind=kind.text,
             count=len(others),
-            where=where,
-            theirs=theirs,
-            prompt=_shown(prompt),
+            where=Localized("here") if is_list else Localized("line {line}", line=line),
+            theirs=_excerpt(prompt),
+            prompt=_excerpt(trained),
         )
 
 
-def _shown(prompt: str | None, most: int = 60) -> str:
+def _excerpt(prompt: str | None, most: int = 60) -> str:
     if not prompt:
         return str(Localized("none"))
     return repr(prompt if len(prompt) <= most else prompt[: most - 1] + "…")

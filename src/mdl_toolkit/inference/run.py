@@ -1,14 +1,15 @@
-"""Predict an answer for every recording: check all rows first, then write each answer down at once.
+"""Answer every recording of a CSV: check all rows first, then record each answer as soon as it is computed.
 
-Answers do not depend on the batch: every clip is computed as if alone, and each row has its own budget of
-new tokens. That holds in float32; in bfloat16 rounding can turn a word that is a near tie.
+Answers do not depend on the batch: every clip is computed as if alone, and each row has its own limit of new
+tokens. That holds in float32; in bfloat16 rounding can change a token that is nearly tied with another one.
 """
 
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ from mdl_toolkit.inference.requests import (
 )
 from mdl_toolkit.reporting.report import report_answers
 from mdl_toolkit.utils.console import progress, say
-from mdl_toolkit.utils.distributed import PeerLostError, World, join_world
+from mdl_toolkit.utils.distributed import World, join_world
 from mdl_toolkit.utils.files import check_apart, check_file, removing_empty
 from mdl_toolkit.utils.launcher import warn_of_idle_gpus
 from mdl_toolkit.utils.signals import Interruption, raise_if_interrupted
@@ -51,13 +52,13 @@ from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 MEMORY_REMEDY = Localized("lower --batch-size")
 # The column that --on-error keep adds.
 ERROR = "error"
-# So many threads read and decode what comes next.
+# Threads that read and decode the next recordings.
 THREADS = 2
-# Options that may differ when a killed run is taken up again, since the answers do not depend on them.
-ANY_TIME = frozenset(
+# Options that may change before a killed run is resumed, since the answers do not depend on them.
+CHANGEABLE = frozenset(
     {"batch_size", "num_workers", "tokenizing_batch_size", "download_cache", "max_download_mb", "report"}
 )
-# Options of whose content the answers come: the fingerprint covers that, so that no spelling matters.
+# Options that name content: the fingerprint covers the content, so that no spelling of a path matters.
 BY_CONTENT = frozenset(
     {
         "input", "output", "base_dir", "system_prompt", "user_prompt", "allow_empty_prediction",
@@ -100,7 +101,7 @@ def infer(options: InferenceOptions) -> list[str]:
     choices = None if options.choices is None else read_choices(Path(options.choices))
     with Interruption(), join_world() as world, removing_empty(output.resolve().parent):
         journal = AnswerJournal(output)
-        with _at_work(journal, world):
+        with journal.locked() if world.is_first else nullcontext():
             predictions, problems = _Inference(options, choices, journal, world).run()
             # The answers are kept until the report is written.
             if options.report is not None and world.is_first:
@@ -115,34 +116,6 @@ def infer(options: InferenceOptions) -> list[str]:
     return predictions
 
 
-@contextmanager
-def _at_work(journal: AnswerJournal, world: World) -> Iterator[None]:
-    """Keep what is finished if the work does not come to its end, and nothing otherwise."""
-    with journal.locked() if world.is_first else nullcontext():
-        try:
-            yield
-        except BaseException as problem:
-            if world.is_first:
-                _leave(journal, is_stopped=isinstance(problem, (KeyboardInterrupt, PeerLostError)))
-            raise
-        if world.is_first:
-            journal.remove()
-
-
-def _leave(journal: AnswerJournal, *, is_stopped: bool) -> None:
-    """Keep answers always, converted rows if somebody has stopped it, and what a conversion says it keeps."""
-    if answered := len(journal.answers()):
-        say(
-            "{answered} rows are answered (in {path}): the same command goes on from there",
-            answered=answered,
-            path=journal.path,
-        )
-    elif is_stopped and journal.dataset.exists():
-        say("all rows are converted (in {path}): the same command goes on from there", path=journal.path)
-    elif not journal.is_converting:
-        journal.remove()
-
-
 @dataclass(frozen=True)
 class _Inference:
     """Run one process's part in an inference."""
@@ -153,32 +126,42 @@ class _Inference:
     world: World
 
     def run(self) -> tuple[list[str], int]:
-        """Check, convert, answer and write; return the predictions, and how many rows have none."""
-        manifest = self._manifest()
+        """Check, convert, answer and write; return the predictions, and the number of rows without one."""
+        manifest, world, journal = self._open_manifest(), self.world, self.journal
         if not any(True for _ in manifest):
-            if self.world.is_first:
-                self.journal.begin("no rows")
-            return (self._write(manifest, None) if self.world.is_first else []), 0
-        # Of a local folder everything is here to be checked at once; of a hub's, weights wait for the rows.
-        folder = self._find(weights=Path(self.options.model_name).is_dir())
+            if world.is_first:
+                journal.begin("no rows")
+            return (self._write(manifest, None) if world.is_first else []), 0
+        # A local folder is checked as a whole now; a hub's weights are downloaded once the rows are checked.
+        folder = self._find_model(weights=Path(self.options.model_name).is_dir())
         tokenizer = ChatTokenizer(read_tokenizer_files(folder))
         if (origin := read_provenance(folder)) is not None:
             manifest = with_training_prompts(manifest, origin.prompts)
-        inputs = self._inputs(manifest, tokenizer)
-        if self.world.is_first:
-            self._begin(inputs)
-        self.world.wait()
-        order = inputs.order({*self.journal.answers()}, self.options.batch_size)
-        # No process writes another answer before all know what is left.
-        self.world.wait()
-        self._answer(inputs, tokenizer, order[self.world.rank :: self.world.size])
-        self.world.wait()
-        return (self._write(manifest, inputs) if self.world.is_first else []), len(inputs.problems)
+        required = TokenBudget.of_choices(self.choices, tokenizer, self.options)
+        # The first process converts for all.
+        if world.is_first:
+            convert_inputs(manifest, journal.dataset, tokenizer, self.options)
+        else:
+            world.wait()
+        inputs = open_inputs(manifest, journal.dataset, self.options, required)
+        if world.is_first:
+            world.wait()
+            if answered := journal.begin(self._fingerprint(inputs)):
+                say(
+                    "going on from an earlier run: {answered} of {count} rows are answered already",
+                    answered=answered,
+                    count=len(inputs.lines),
+                )
+        world.wait()
+        left = inputs.order({*journal.answers()}, self.options.batch_size)
+        # No process writes another answer before all have read those that are there.
+        world.wait()
+        self._answer(inputs, tokenizer, left[world.rank :: world.size])
+        world.wait()
+        return (self._write(manifest, inputs) if world.is_first else []), len(inputs.problems)
 
-    # --- before ---
-
-    def _manifest(self) -> Manifest:
-        """Open the input as a CSV, which is made first of a folder or pattern."""
+    def _open_manifest(self) -> Manifest:
+        """Open the input's CSV, which is made first where a folder or pattern is given."""
         options = self.options
         if not is_listing(options.input):
             return read_rows(options.input, options, needs_prediction=False)
@@ -190,115 +173,75 @@ class _Inference:
         )
         return replace(listing, listed=options.input)
 
-    def _find(self, *, weights: bool) -> Path:
+    def _find_model(self, *, weights: bool) -> Path:
         options = self.options
         folder = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=weights)
         if weights and (folder / ADAPTER_CONFIG).is_file():
             base_of(folder, from_modelscope=options.from_modelscope)
         return folder
 
-    def _inputs(self, manifest: Manifest, tokenizer: ChatTokenizer) -> Inputs:
-        """Open the rows, which the first process converts for all."""
-        place, required = self.journal.dataset, TokenBudget()
-        if self.choices is not None:
-            required = TokenBudget.of_choices(self.choices, tokenizer, self.options)
-        if self.world.is_first:
-            convert_inputs(manifest, place, tokenizer, self.options)
-            inputs = open_inputs(manifest, place, self.options, required)
-            self.world.wait()
-            return inputs
-        self.world.wait()
-        return open_inputs(manifest, place, self.options, required)
-
-    def _begin(self, inputs: Inputs) -> None:
-        if answered := self.journal.begin(self._fingerprint(inputs)):
-            say(
-                "going on from an earlier run: {answered} of {count} rows are answered already",
-                answered=answered,
-                count=len(inputs.lines),
-            )
-
     def _fingerprint(self, inputs: Inputs) -> str:
-        """Return a digest of all that the answers come from: content, and never how a path is spelt."""
-        used = {
-            name: value for name, value in vars(self.options).items() if name not in ANY_TIME | BY_CONTENT
+        """Hash all that the answers depend on: content, however its paths are spelt."""
+        options = {
+            name: value for name, value in vars(self.options).items() if name not in CHANGEABLE | BY_CONTENT
         }
         plan = (self.journal.dataset / PLAN_FILE).read_text(encoding="utf-8")
-        # Which rows of the CSV are in the dataset: not all, where some could not be fetched.
-        rows = [
-            hashlib.sha256(array.tobytes()).hexdigest()
-            for array in (inputs.lines, inputs.dataset.token_counts)
-        ]
-        values = [__version__, used, self.choices, plan, *rows, *self._weights()]
-        return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+        # The rows of the CSV that are in the dataset: not all, where some could not be fetched.
+        arrays = (inputs.lines, inputs.dataset.token_counts)
+        rows = [hashlib.sha256(array.tobytes()).hexdigest() for array in arrays]
+        model = self._find_model(weights=True)
+        is_adapter = (model / ADAPTER_CONFIG).is_file()
+        base = [base_of(model, from_modelscope=self.options.from_modelscope)] if is_adapter else []
+        weights = []
+        for folder in (model, *base):
+            files = (file for file in sorted(folder.iterdir()) if file.is_file())
+            weights.append((fingerprint(folder), [(file.name, *file_stamp(file.stat())) for file in files]))
+        content = [__version__, options, self.choices, plan, *rows, *weights]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-    def _weights(self) -> list[tuple[str, list[tuple[str, int, int]]]]:
-        """Return a digest of the weights and each file's size and time, for the model and a base."""
-        folder = self._find(weights=True)
-        is_adapter = (folder / ADAPTER_CONFIG).is_file()
-        base = [base_of(folder, from_modelscope=self.options.from_modelscope)] if is_adapter else []
-        return [
-            (
-                fingerprint(each),
-                [(file.name, *file_stamp(file.stat())) for file in sorted(each.iterdir()) if file.is_file()],
-            )
-            for each in (folder, *base)
-        ]
-
-    # --- the answers ---
-
-    def _answer(self, inputs: Inputs, tokenizer: ChatTokenizer, mine: NDArray[np.int64]) -> None:
-        """Answer some rows, and write each answer down at once."""
-        with explaining_memory(MEMORY_REMEDY), progress(len(mine), "answering") as shown:
-            if not len(mine):
+    def _answer(self, inputs: Inputs, tokenizer: ChatTokenizer, rows: NDArray[np.int64]) -> None:
+        """Answer rows of the dataset, and record each answer at once."""
+        with explaining_memory(MEMORY_REMEDY), progress(len(rows), "answering") as bar:
+            if not len(rows):
                 return
             warn_of_idle_gpus(self.world.size, self.options.COMMAND)
             engine = make_engine(self.options, tokenizer, self.choices)
-            group = max(1, self.options.batch_size // JOINING)
-            loader = Prefetcher(lambda rows: [inputs.question(int(row)) for row in rows], THREADS)
-            groups = (mine[start : start + group] for start in range(0, len(mine), group))
-            with closing(loader.batches(groups)) as batches, self.journal.writer(self.world.rank) as pen:
-                questions = (question for batch in batches for question in batch)
-                for number, cells in engine.answers(questions):
-                    pen.add(number, cells)
-                    shown.advance()
+            size = max(1, self.options.batch_size // JOINING)
+            loader = Prefetcher(lambda group: [inputs.question(int(row)) for row in group], THREADS)
+            groups = (rows[start : start + size] for start in range(0, len(rows), size))
+            with closing(loader.batches(groups)) as batches, self.journal.writer(self.world.rank) as writer:
+                for row, cells in engine.answers(chain.from_iterable(batches)):
+                    writer.add(row, cells)
+                    bar.advance()
                     raise_if_interrupted()
-
-    # --- after ---
 
     def _write(self, manifest: Manifest, inputs: Inputs | None) -> list[str]:
         """Write the output and its settings, and return the predictions."""
         output, answers = Path(self.options.output), self.journal.answers()
-        names = (
-            ["prediction"] if self.choices is None else answer_columns(len(self.choices), self.options.top_k)
-        )
+        names = ["prediction"]
+        if self.choices is not None:
+            names = answer_columns(len(self.choices), self.options.top_k)
         columns = [*names, ERROR] if self.options.on_error == KEEP else names
+        problems = {} if inputs is None else inputs.problems
         predictions: list[str] = []
 
         def rows() -> Iterator[tuple[Row, list[str]]]:
-            for row, number in () if inputs is None else inputs:
-                cells = [""] * len(names) if number is None else answers[number]
+            for row, index in () if inputs is None else inputs:
+                cells = [""] * len(names) if index is None else answers[index]
                 predictions.append(cells[0])
-                yield row, [*cells, _reason(inputs, row)][: len(columns)]
+                reason = str(problems[row.line].reason) if row.line in problems else ""
+                yield row, [*cells, reason][: len(columns)]
 
         write_table(output, manifest.columns, columns, rows())
         output.with_name(f"{output.name}.{SETTINGS_FILE}").write_text(to_yaml(self.options), encoding="utf-8")
-        _tell(output, len(predictions), 0 if inputs is None else len(inputs.problems))
+        answered = len(predictions) - len(problems)
+        if problems:
+            say(
+                "{output}: {predictions} predictions, {without} rows without one",
+                output=output,
+                predictions=answered,
+                without=len(problems),
+            )
+        else:
+            say("{output}: {predictions} predictions", output=output, predictions=answered)
         return predictions
-
-
-def _tell(output: Path, rows: int, without: int) -> None:
-    if without:
-        say(
-            "{output}: {predictions} predictions, {without} rows without one",
-            output=output,
-            predictions=rows - without,
-            without=without,
-        )
-    else:
-        say("{output}: {predictions} predictions", output=output, predictions=rows)
-
-
-def _reason(inputs: Inputs | None, row: Row) -> str:
-    problem = None if inputs is None else inputs.problems.get(row.line)
-    return "" if problem is None else str(problem.reason)

@@ -4,6 +4,7 @@ Nothing is mapped and no tensor is held whole unless asked for, so memory does n
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -133,6 +134,21 @@ def weight_files(folder: Path) -> list[WeightFile]:
         ModelError: one of them is damaged.
     """
     return [WeightFile.open(path) for path in sorted(folder.glob(f"*{SUFFIX}"))]
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """Return the dtype of most of a model's numbers, or float32 where that is float64.
+
+    Raises:
+        ModelError: a file of weights is damaged.
+    """
+    sizes: Counter[str] = Counter()
+    for file in weight_files(folder):
+        for entry in file.entries:
+            if entry.dtype in FLOATS:
+                sizes[entry.dtype] += entry.stop - entry.start
+    [(dtype, _)] = sizes.most_common(1)
+    return torch.float32 if dtype == "F64" else FLOATS[dtype]
 
 
 def _parsed(path: Path, file: IO[bytes]) -> WeightFile:

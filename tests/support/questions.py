@@ -1,0 +1,33 @@
+"""Questions of noise for small models, and plain ways to answer them."""
+
+import numpy as np
+import torch
+
+from mdl_toolkit.data.dataset import Sample
+from mdl_toolkit.data.tokenization import ChatTokenizer
+from mdl_toolkit.inference.generate import Question
+from mdl_toolkit.model.lengths import audio_token_count
+from mdl_toolkit.weights.loading import load_model
+from mdl_toolkit.weights.resolve import find_model
+from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
+from tests.support.waves import wave
+
+
+def load_checkpoint(golden, name, window=None, **changes):
+    folder = find_model(str(golden / "checkpoints" / name), from_modelscope=False, weights=True)
+    model = load_model(folder, dtype=torch.float32, device=torch.device("cpu")).eval()
+    for layer in model.decoder.model.layers[: None if window else 0 : 2]:
+        layer.self_attn.sliding_window = window
+    model.generation_config.eos_token_id = None  # every row is answered to its budget
+    return model, ChatTokenizer(read_tokenizer_files(folder))
+
+
+def questions(model, count, seed=0, longest=40):
+    """Prompts of noise: some text, a clip, some text; budgets from 1 on."""
+    rng = np.random.default_rng(seed)
+    for key in range(count):
+        clip = wave(int(rng.integers(3_200, 48_000)), seed=key)
+        before, after = (rng.integers(0, 400, rng.integers(1, longest)) for _ in range(2))
+        audio = np.full(audio_token_count(len(clip)), model.config.audio_token_id)
+        ids = np.concatenate([before, audio, after]).astype(np.int32)
+        yield Question(key, Sample(ids, np.full_like(ids, -100), clip), int(rng.integers(1, 30)))
