@@ -1,7 +1,7 @@
-"""What several commands share, and the options of the small ones: name, kind, default, help, group.
+"""Define the options that several commands share, and those of the small commands.
 
 The command line, `--config` files, `--help`, the reference pages and Python callers are all read from
-these tables.
+these tables: name, type, default, group, help.
 """
 
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ DEFAULT_MODEL = "mispeech/midashenglm-7b"
 
 @dataclass(frozen=True, kw_only=True)
 class HubOptions(Options):
-    """Where models are looked up by name."""
+    """Say on which hub models are looked up by name."""
 
     from_modelscope: bool = option(
         BOOLEAN,
@@ -46,7 +46,7 @@ class HubOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionOptions(HubOptions):
-    """How a CSV becomes samples; shared by all three commands."""
+    """Say how the rows of a CSV become samples; shared by all commands that read recordings."""
 
     tokenizing_batch_size: int = option(COUNT, 8, COMMON, "Rows that are tokenised together.")
     num_workers: int | None = option(
@@ -91,7 +91,7 @@ INPUT_HELP = Localized("The CSV file.")
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions(ConversionOptions):
-    """Options of `convert-dataset`.
+    """Hold the options of `convert-dataset`.
 
     Example:
         ```python
@@ -120,7 +120,7 @@ class ConvertOptions(ConversionOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckOptions(ConversionOptions):
-    """Options of `check`.
+    """Hold the options of `check`.
 
     Example:
         ```python
@@ -179,7 +179,7 @@ class CheckOptions(ConversionOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions(Options):
-    """Options of `demo`."""
+    """Hold the options of `demo`."""
 
     COMMAND = "demo"
     SUMMARY = Localized("See the whole road on real recordings, offline, with a tiny model.")
@@ -191,7 +191,7 @@ class DemoOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class CompletionOptions(Options):
-    """Options of `completion`."""
+    """Hold the options of `completion`."""
 
     COMMAND = "completion"
     SUMMARY = Localized("Print the script that lets a shell complete commands and options.")

@@ -13,7 +13,7 @@ PAGE = Localized("Report options")
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringOptions(Options):
-    """How predictions are compared with references, and shown; shared by `evaluate` and `report`."""
+    """Say how predictions are compared with references and shown; shared by `evaluate` and `report`."""
 
     reference: str | None = option(
         PATH,
@@ -81,7 +81,7 @@ class ScoringOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(ScoringOptions):
-    """Options of `evaluate`.
+    """Hold the options of `evaluate`.
 
     Example:
         ```python
@@ -122,7 +122,7 @@ class EvaluateOptions(ScoringOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions(ScoringOptions):
-    """Options of `report`.
+    """Hold the options of `report`.
 
     Example:
         ```python

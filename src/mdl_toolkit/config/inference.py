@@ -12,7 +12,7 @@ INFERENCE = Localized("Inference options")
 
 @dataclass(frozen=True, kw_only=True)
 class InferenceOptions(ConversionOptions):
-    """Options of `inference`.
+    """Hold the options of `inference`.
 
     Example:
         ```python

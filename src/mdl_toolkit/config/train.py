@@ -35,7 +35,7 @@ DYNAMIC_BF16 = Localized("true where CUDA supports bfloat16")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(ConversionOptions):
-    """Options of `train`.
+    """Hold the options of `train`.
 
     Example:
         ```python
@@ -183,7 +183,7 @@ class TrainOptions(ConversionOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions(HubOptions):
-    """Options of `merge`.
+    """Hold the options of `merge`.
 
     Example:
         ```python
