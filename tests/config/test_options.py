@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mdl_toolkit.cli.click_options import OptionsCommand, wrap
+from mdl_toolkit.cli.click_options import OptionsCommand
+from mdl_toolkit.cli.help import wrap
 from mdl_toolkit.cli.main import toolkit
 from mdl_toolkit.config import types
 from mdl_toolkit.config.data import CheckOptions, CompletionOptions, ConvertOptions, DemoOptions

@@ -10,7 +10,8 @@ import re
 from dataclasses import MISSING, Field
 from typing import Any
 
-from mdl_toolkit.cli.click_options import OTHERS, OptionsCommand
+from mdl_toolkit.cli.click_options import OptionsCommand
+from mdl_toolkit.cli.help import OTHERS
 from mdl_toolkit.cli.main import toolkit
 from mdl_toolkit.config.data import ConvertOptions
 from mdl_toolkit.config.options import fields_in_order, shown_name, spec_of

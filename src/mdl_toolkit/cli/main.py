@@ -1,6 +1,6 @@
 """The commands: read options, make one call, and turn what went wrong into one line and an exit status.
 
-A command's work lives in the room it imports when it is called, never here, so that `--help` is quick.
+The module that does a command's work is imported when the command is called, so that `--help` is quick.
 """
 
 import os
@@ -12,18 +12,9 @@ from typing import Any, NoReturn
 import click
 from click.shell_completion import get_completion_class, shell_complete
 
-from mdl_toolkit import __version__
-from mdl_toolkit.cli.click_options import (
-    CONTEXT_SETTINGS,
-    HELP_NAMES,
-    HELP_TEXT,
-    OTHERS,
-    HelpEntry,
-    OptionsCommand,
-    Session,
-    help_page,
-    unknown,
-)  # fmt: skip
+import mdl_toolkit
+from mdl_toolkit.cli.click_options import CONTEXT_SETTINGS, OptionsCommand, Session, unknown
+from mdl_toolkit.cli.help import HELP_NAMES, OTHERS, HelpEntry, help_entry, help_page
 from mdl_toolkit.config.data import CheckOptions, CompletionOptions, ConvertOptions, DemoOptions
 from mdl_toolkit.config.evaluation import EvaluateOptions, ReportOptions
 from mdl_toolkit.config.inference import InferenceOptions
@@ -41,37 +32,13 @@ VERSION_TEXT = Localized("Show the version.")
 FAILED = 1
 WRONG_USAGE = 2
 INTERRUPTED = 130
-COMPLETION_VARIABLE = "_MDL_TOOLKIT_COMPLETE"  # the name that click's completion scripts set
+# The name that click's completion scripts set.
+COMPLETION_VARIABLE = "_MDL_TOOLKIT_COMPLETE"
 
 
-def _convert(options: ConvertOptions) -> None:
-    from mdl_toolkit.data.convert.run import convert_dataset
-
-    convert_dataset(options)
-
-
-def _train(options: TrainOptions) -> None:
-    from mdl_toolkit.training.run import train
-
-    train(options)
-
-
-def _infer(options: InferenceOptions) -> None:
-    from mdl_toolkit.inference.run import infer
-
-    infer(options)
-
-
-def _merge(options: MergeOptions) -> None:
-    from mdl_toolkit.training.merge import merge_adapter
-
-    merge_adapter(options)
-
-
-def _check(options: CheckOptions) -> None:
-    from mdl_toolkit.api import check
-
-    check(options)
+def _calls(name: str) -> Callable[[Any], object]:
+    """Return a call of a function of the Python API, which is imported only when it is called."""
+    return lambda options: getattr(mdl_toolkit, name)(options)
 
 
 def _evaluate(options: EvaluateOptions) -> None:
@@ -81,38 +48,29 @@ def _evaluate(options: EvaluateOptions) -> None:
     click.echo(as_text(evaluate(options)))
 
 
-def _show(options: ReportOptions) -> None:
-    from mdl_toolkit.reporting.report import report
-
-    report(options)
-
-
 def _demo(options: DemoOptions) -> None:
     from mdl_toolkit.demo import run_demo
 
     run_demo(options)
 
 
-def _completion(options: CompletionOptions) -> None:
+def _print_completion(options: CompletionOptions) -> None:
     script = get_completion_class(options.shell)
     assert script is not None
     click.echo(script(toolkit(), {}, PROGRAM, COMPLETION_VARIABLE).source())
 
 
 class _Toolkit(click.Group):
-    """All commands; what it refuses, it refuses in our words."""
+    """Group all commands, and refuse other words with messages of ours."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Refuse what is neither a command nor an option of ours.
+        """Refuse a first word that is neither a command nor an option of the program.
 
         Raises:
-            UsageError: naming the word and what it resembles.
+            UsageError: naming the word and the one it resembles.
         """
-        if not ctx.resilient_parsing:
-            self._refuse(ctx, args)
-        return super().parse_args(ctx, args)
-
-    def _refuse(self, ctx: click.Context, args: Sequence[str]) -> None:
+        if ctx.resilient_parsing:
+            return super().parse_args(ctx, args)
         if not args:
             click.echo(self.get_help(ctx), err=True)
             ctx.exit(WRONG_USAGE)
@@ -120,95 +78,97 @@ class _Toolkit(click.Group):
         if word.startswith("-") and word not in options:
             raise unknown(Localized("{program}: no option {word}", program=PROGRAM, word=word), word, options)
         if word not in options and word not in self.commands:
-            raise unknown(
-                Localized("{program}: no command {word}", program=PROGRAM, word=word), word, self.commands
-            )
+            message = Localized("{program}: no command {word}", program=PROGRAM, word=word)
+            raise unknown(message, word, self.commands)
+        return super().parse_args(ctx, args)
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write usage, summary and the commands."""
         usage = Localized("COMMAND [OPTIONS]")
         commands = [HelpEntry(name, "", str(command.help)) for name, command in self.commands.items()]
-        others = [
-            HelpEntry("--version", "", str(VERSION_TEXT)),
-            HelpEntry(", ".join(HELP_NAMES), "", str(HELP_TEXT)),
-        ]
+        others = [HelpEntry("--version", "", str(VERSION_TEXT)), help_entry()]
         sections = [(str(COMMANDS), commands), (str(OTHERS), others)]
         formatter.write(help_page(f"{ctx.command_path} {usage}", str(SUMMARY), sections, formatter.width))
 
 
 def toolkit() -> click.Group:
-    """The command `mdl-toolkit`, its texts in the user's language."""
+    """Return the command `mdl-toolkit`, its texts in the user's language."""
     works: list[tuple[type[Options], Callable[[Any], object]]] = [
-        (ConvertOptions, _convert),
-        (TrainOptions, _train),
-        (InferenceOptions, _infer),
-        (MergeOptions, _merge),
-        (CheckOptions, _check),
+        (ConvertOptions, _calls("convert_dataset")),
+        (TrainOptions, _calls("train")),
+        (InferenceOptions, _calls("infer")),
+        (MergeOptions, _calls("merge_adapter")),
+        (CheckOptions, _calls("check")),
         (EvaluateOptions, _evaluate),
-        (ReportOptions, _show),
+        (ReportOptions, _calls("report")),
         (DemoOptions, _demo),
-        (CompletionOptions, _completion),
+        (CompletionOptions, _print_completion),
     ]
+
+    def show_version(ctx: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
+        if wanted and not ctx.resilient_parsing:
+            click.echo(f"{PROGRAM} {mdl_toolkit.__version__}")
+            ctx.exit()
+
     version = click.Option(
-        ["--version"], is_flag=True, is_eager=True, expose_value=False, callback=_show_version,
+        ["--version"],
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=show_version,
         help=str(VERSION_TEXT),
-    )  # fmt: skip
+    )
     commands = [OptionsCommand(options, work) for options, work in works]
     return _Toolkit(
         PROGRAM, commands=commands, params=[version], help=str(SUMMARY), context_settings=CONTEXT_SETTINGS
     )
 
 
-def _show_version(ctx: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
-    if wanted and not ctx.resilient_parsing:
-        click.echo(f"{PROGRAM} {__version__}")
-        ctx.exit()
-
-
 def run(words: Sequence[str]) -> int:
-    """Do what the words of a command line say and return the exit status (rule 7).
+    """Run a command line.
+
+    Returns:
+        The exit status: 0; 1 if the work failed; 2 if the command line is wrong; 130 if interrupted.
 
     Raises:
         Exception: a bug in this toolkit, and `--debug` was given.
     """
     session = Session(debug=os.environ.get("MDL_DEBUG", "").lower() in TRUE_WORDS)
     try:
-        return _serve(words, session)
-    except ToolkitError as error:
-        if session.debug:
-            traceback.print_exc()
-        _report(Localized("error: {reason}", reason=error.message))
-        return error.exit_status
-    except KeyboardInterrupt:
-        _report(Localized("interrupted"))
-        return INTERRUPTED
-    except Exception as problem:
-        if session.debug:
-            raise
-        if not _nobody_reads(problem):
-            _report_bug(problem)
-        return FAILED
-
-
-def _serve(words: Sequence[str], session: Session) -> int:
-    commands = toolkit()
-    instruction = os.environ.get(COMPLETION_VARIABLE)
-    if instruction:
-        return shell_complete(commands, {}, PROGRAM, COMPLETION_VARIABLE, instruction)
-    try:
+        commands = toolkit()
+        if instruction := os.environ.get(COMPLETION_VARIABLE):
+            return shell_complete(commands, {}, PROGRAM, COMPLETION_VARIABLE, instruction)
         with commands.make_context(PROGRAM, list(words), obj=session) as context:
             commands.invoke(context)
     except click.exceptions.Exit as done:
         return done.exit_code
+    except ToolkitError as error:
+        if session.debug:
+            traceback.print_exc()
+        _write_error(Localized("error: {reason}", reason=error.message))
+        return error.exit_status
+    except KeyboardInterrupt:
+        _write_error(Localized("interrupted"))
+        return INTERRUPTED
+    except Exception as problem:
+        if session.debug:
+            raise
+        if not _reader_has_gone(problem):
+            what = " ".join(f"{type(problem).__name__}: {problem}".split())
+            _write_error(
+                Localized("error: a bug in mdl-toolkit: {what} (--debug shows the traceback)", what=what)
+            )
+        return FAILED
     return 0
 
 
-def _nobody_reads(problem: Exception) -> bool:
+def _reader_has_gone(problem: Exception) -> bool:
     """Tell whether the reader of standard output has gone, as in `| head`; if so, write no more to it."""
     if not isinstance(problem, BrokenPipeError):
         return False
     try:
-        sys.stdout.write("\n")  # nothing but a try: flushing alone says nothing when the buffer is empty
+        # Flushing alone raises nothing when the buffer is empty.
+        sys.stdout.write("\n")
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -216,27 +176,18 @@ def _nobody_reads(problem: Exception) -> bool:
     return False
 
 
-def _report(message: Localized) -> None:
+def _write_error(message: Localized) -> None:
     """Write why it ends; unlike `console.say`, in every process, since any one of several may fail alone."""
     sys.stderr.write(f"{message}\n")
 
 
-def _report_bug(problem: Exception) -> None:
-    what = " ".join(f"{type(problem).__name__}: {problem}".split())
-    _report(Localized("error: a bug in mdl-toolkit: {what} (--debug shows the traceback)", what=what))
-
-
 def main() -> NoReturn:
-    """The entry point of `mdl-toolkit` and of `python -m mdl_toolkit`."""
+    """Run the command line of this process and exit; the entry point of `mdl-toolkit`."""
     status = run(sys.argv[1:])
-    if _is_among_others():
+    distributed = sys.modules.get("torch.distributed")
+    # Among other processes of a distributed group, tidying up would wait for them forever.
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
-
-
-def _is_among_others() -> bool:
-    """Tell whether this process has failed in a group that it cannot leave alone: tidying up would hang."""
-    distributed = sys.modules.get("torch.distributed")
-    return distributed is not None and distributed.is_available() and distributed.is_initialized()
