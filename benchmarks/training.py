@@ -36,7 +36,7 @@ from mdl_toolkit.data.dataset import ConvertedDataset, Sample
 from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.demo import make_tiny_model
 from mdl_toolkit.model import MiDashengLMConfig, MiDashengLMModel
-from mdl_toolkit.training.gradient_checkpointing import KeptBlocks, recompute
+from mdl_toolkit.training.gradient_checkpointing import KeptBlocks, checkpoint_gradients
 from mdl_toolkit.training.lora import add_adapters
 from mdl_toolkit.training.memory.plan import plan_memory
 from mdl_toolkit.training.run import train
@@ -178,10 +178,10 @@ def _of_one_step(folder: Path, data: ConvertedDataset, speed: Speed, checkpointi
     loaded = sum(tensor.nbytes for tensor in model.state_dict().values())
     wrapped, _ = add_adapters(model, TARGETS, rank=RANK, alpha=RANK, dropout=0.0, base_name=str(folder))
     if checkpointing:
-        recompute(wrapped, _kept(folder, data))
+        checkpoint_gradients(wrapped, _kept(folder, data))
     wrapped.train()
     sampler, collate = _sampling(data), Collator(0)
-    batches = [collate([data[int(row)] for row in sampler.rows(step)]) for step in range(CLIPS // BATCH)]
+    batches = [collate([data[int(row)] for row in sampler.examples(step)]) for step in range(CLIPS // BATCH)]
     # The counter does not know of itself what these products cost.
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _added}) as counter:
         for batch in batches:
@@ -227,7 +227,7 @@ def _kept(folder: Path, data: ConvertedDataset) -> KeptBlocks:
 def _padding(data: ConvertedDataset) -> Figure:
     """Decoder positions that are padding, in batches by length and in batches at random."""
     sampler = _sampling(data)
-    ours = _share(data.token_counts, [sampler.rows(step) for step in range(CLIPS // BATCH)])
+    ours = _share(data.token_counts, [sampler.examples(step) for step in range(CLIPS // BATCH)])
     random = np.random.default_rng(0)
     orders = [list(random.permutation(CLIPS).reshape(-1, BATCH)) for _ in range(100)]
     shares = [_share(data.token_counts, order) for order in orders]

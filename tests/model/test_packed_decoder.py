@@ -7,7 +7,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm, app
 
 from mdl_toolkit.model import modeling
 from mdl_toolkit.model import packed_decoder as packed
-from mdl_toolkit.training.gradient_checkpointing import is_again, recompute
+from mdl_toolkit.training.gradient_checkpointing import checkpoint_gradients, is_recomputing
 from tests.support.lora_models import (
     CHECKPOINTS,
     CHOICES,
@@ -34,7 +34,7 @@ def test_as_transformers_computes_rows(golden, name, targets, checkpointing, mon
     batch = batch_of(model)
     batch["labels"][1, -25:-20] = batch["input_ids"][1, -25:-20]  # not only at the end
     if checkpointing:
-        recompute(model)
+        checkpoint_gradients(model)
     calls, plain = [], packed.packed_states
     monkeypatch.setattr(modeling, "packed_states", lambda *words: calls.append(words) or plain(*words))
     ours = learnt(model, batch)
@@ -74,7 +74,7 @@ def test_what_rows_begin_with_is_computed_once(golden, name, targets, checkpoint
     model = adapted(golden, name, targets)
     batch, counts = prompted(model), positions_of(model)
     if checkpointing:
-        recompute(model)
+        checkpoint_gradients(model)
     ours = learnt(model, batch)
     # 4 words and 3 more are all rows', 5 more are of the first and the last.
     assert counts[0] == needed(batch) - 3 * 7 - 5
@@ -171,7 +171,9 @@ def positions_of(model):
     """How many positions the first decoder layer is given each time it does not compute again."""
     counts = []
     first = model.get_base_model().decoder.model.layers[0]
-    first.register_forward_pre_hook(lambda _, words: None if is_again() else counts.append(len(words[0])))
+    first.register_forward_pre_hook(
+        lambda _, words: None if is_recomputing() else counts.append(len(words[0]))
+    )
     return counts
 
 

@@ -16,8 +16,10 @@ from safetensors.torch import save_file
 from mdl_toolkit.config.yaml import as_command
 from mdl_toolkit.errors import ModelError, ToolkitError
 from mdl_toolkit.training import checkpoints
-from mdl_toolkit.training.checkpoints import damage, delete_oldest, due_steps, save, set_aside, to_resume
+from mdl_toolkit.training.checkpoints import damage, delete_oldest, save, to_resume
+from mdl_toolkit.training.output import set_aside
 from mdl_toolkit.training.run import train
+from mdl_toolkit.training.schedule import due_steps
 from mdl_toolkit.utils.run_folder import read_log
 from tests.support.fleet import die_before, fleet
 from tests.support.paths import MODEL

@@ -298,7 +298,7 @@ def test_the_size_is_estimated_before_weights_are_loaded(place, tmp_path, monkey
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_estimate_is_what_is_written(place, tmp_path, monkeypatch, capsys, bf16):
-    written, real = [], FeatureCache.featured
+    written, real = [], FeatureCache.precomputed
 
     def featured(self, dataset, model):
         done = real(self, dataset, model)
@@ -306,7 +306,7 @@ def test_the_estimate_is_what_is_written(place, tmp_path, monkeypatch, capsys, b
         written[:] = [file.stat().st_size for file in files]
         return done
 
-    monkeypatch.setattr(FeatureCache, "featured", featured)
+    monkeypatch.setattr(FeatureCache, "precomputed", featured)
     monkeypatch.setattr(features, "size", lambda size: f"{size} B")
     train(options_of(place, tmp_path / "run", bf16=bf16))
     assert sum(written) == bytes_needed(2 if bf16 else 4)
@@ -314,13 +314,13 @@ def test_the_estimate_is_what_is_written(place, tmp_path, monkeypatch, capsys, b
 
 
 def test_a_disk_that_fills_up_meanwhile(place, tmp_path, monkeypatch):
-    real = FeatureCache.featured
+    real = FeatureCache.precomputed
 
     def featured(self, dataset, model):
         (tmp_path / "run/.dataset/features/0-0").symlink_to("/dev/full")
         return real(self, dataset, model)
 
-    monkeypatch.setattr(FeatureCache, "featured", featured)
+    monkeypatch.setattr(FeatureCache, "precomputed", featured)
     with pytest.raises(DatasetError, match="features: cannot be written: No space left on device"):
         train(options_of(place, tmp_path / "run"))
     assert not (tmp_path / "run").exists()

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from mdl_toolkit.model.kernels import cross_entropy
 from mdl_toolkit.model.kernels.cross_entropy import head_loss, slice_rows, summed_cross_entropy
-from mdl_toolkit.training.gradient_checkpointing import KeptBlocks, recompute
+from mdl_toolkit.training.gradient_checkpointing import KeptBlocks, checkpoint_gradients
 from mdl_toolkit.training.lora_layer import FastLoraLinear
 from tests.support.lora_models import (
     CHECKPOINTS,
@@ -36,7 +36,7 @@ def test_as_pefts_own_layer(golden, name, targets):
 def test_as_pefts_own_layer_under_checkpointing(golden):
     model = adapted(golden, "A-small")
     batch = batch_of(model)
-    recompute(model)
+    checkpoint_gradients(model)
     fast = learnt(model, batch)
     assert_same(fast, learnt(plainly(model), batch), 1e-5)
 
@@ -48,7 +48,7 @@ def test_checkpointing_changes_no_gradient(golden, name, targets):
     model = adapted(golden, name, targets)
     batch = batch_of(model)
     without = learnt(model, batch)
-    recompute(model)
+    checkpoint_gradients(model)
     assert_same(learnt(model, batch), without, 1e-6)
 
 
@@ -59,7 +59,7 @@ def test_what_is_kept_changes_no_bit(golden, kept):
     model = adapted(golden, "A-small")
     batch = batch_of(model)
     with_all = learnt(model, batch)
-    recompute(model, kept)
+    checkpoint_gradients(model, kept)
     loss, gradients = learnt(model, batch)
     assert loss == with_all[0]
     assert all(torch.equal(gradient, with_all[1][name]) for name, gradient in gradients.items())
@@ -67,11 +67,11 @@ def test_what_is_kept_changes_no_bit(golden, kept):
 
 def test_the_last_blocks_are_those_that_are_kept(golden):
     model = adapted(golden, "A-small")
-    recompute(model, KeptBlocks(1, 1))
+    checkpoint_gradients(model, KeptBlocks(1, 1))
     base = model.get_base_model()
     for blocks in (base.audio_encoder.blocks, base.decoder.model.layers):
         assert [block.gradient_checkpointing for block in blocks] == [True] * (len(blocks) - 1) + [False]
-    recompute(model)
+    checkpoint_gradients(model)
     assert all(block.gradient_checkpointing for block in blocks)
 
 
@@ -82,7 +82,7 @@ def test_what_is_not_computed_again(golden, monkeypatch):
     monkeypatch.setattr(functional, "linear", lambda x, *w: calls.append(x.shape) or plain(x, *w))
     learnt(model, batch)
     once = len(calls)
-    recompute(model)
+    checkpoint_gradients(model)
     calls.clear()
     learnt(model, batch)
     config = model.base_model.model.config
@@ -94,7 +94,7 @@ def test_what_is_not_computed_again(golden, monkeypatch):
 def test_in_bfloat16_no_further_from_the_truth_than_autocast(golden, checkpointing):
     model = adapted(golden, "A-small", dtype=torch.bfloat16)
     if checkpointing:
-        recompute(model)
+        checkpoint_gradients(model)
     ours, theirs = zip(*(distances(model, batch_of(model, seed)) for seed in range(6)), strict=True)
     assert sum(ours) < min(1.2 * sum(theirs), 0.6)
 

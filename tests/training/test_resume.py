@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from mdl_toolkit.config.yaml import as_command
 from mdl_toolkit.errors import ModelError
+from mdl_toolkit.training import output as output_folder
 from mdl_toolkit.training import run as training
 from mdl_toolkit.training import trainer
 from mdl_toolkit.training.checkpoints import checkpoint_at, checkpoints, to_resume
@@ -145,7 +146,7 @@ def test_a_best_checkpoint_that_cannot_be_copied_is_told_of(options, tmp_path, l
     def fail(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(training, "save_state", fail)
+    monkeypatch.setattr(output_folder, "save_state", fail)
     losses[:] = [3.0, 4.0]
     start = str(tmp_path / "run/checkpoint-2")
     done = train(replace(options, output=str(tmp_path / "other"), resume_from_checkpoint=start))
@@ -243,6 +244,7 @@ def test_an_evaluation_stays_in_the_log_until_another_takes_its_place(options, t
     train(options)
     before = evaluations(tmp_path / "run")
     other = replace(options, eval_metric="accuracy", resume_from_checkpoint=True)
+
     with monkeypatch.context() as patch:
         evaluate = Evaluator.evaluate
         patch.setattr(

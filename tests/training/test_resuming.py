@@ -355,7 +355,7 @@ def sampled_after(options, step):
 
     data = ConvertedDataset(Path(options.train_dataset))
     sampler = BatchSampler(data.token_counts, data.supervised_counts, 2, 2, 1, options.seed)
-    return [int(row) for later in range(step, 60) for row in sampler.rows(later)]
+    return [int(row) for later in range(step, 60) for row in sampler.examples(later)]
 
 
 def test_a_thing_of_the_past_is_gone(place, tmp_path, start):

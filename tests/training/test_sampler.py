@@ -32,7 +32,7 @@ def samplings(draw):
 
 def steps(sampler, epoch):
     first = epoch * sampler.steps_per_epoch
-    return [sampler.rows(first + number) for number in range(sampler.steps_per_epoch)]
+    return [sampler.examples(first + number) for number in range(sampler.steps_per_epoch)]
 
 
 # --- every row, and the same ones ---------------------------------------------------------------------------
@@ -59,7 +59,9 @@ def test_steps_have_the_size_asked_for_but_the_last_of_an_epoch(sampler, epoch):
 def test_the_batches_of_all_processes_are_the_step(sampler, number):
     step = number % (2 * sampler.steps_per_epoch)
     shares = [sampler.batches(step, process) for process in range(sampler.processes)]
-    assert sorted(row for share in shares for batch in share for row in batch) == sorted(sampler.rows(step))
+    assert sorted(row for share in shares for batch in share for row in batch) == sorted(
+        sampler.examples(step)
+    )
     sizes = [len(batch) for share in shares for batch in share]
     assert all(len(share) <= sampler.accumulation for share in shares)
     assert min(sizes) > 0
@@ -70,7 +72,7 @@ def test_the_batches_of_all_processes_are_the_step(sampler, number):
 @given(samplings())
 @settings(deadline=None)
 def test_the_first_step_of_a_run_has_the_longest_row(sampler):
-    assert sampler.lengths[sampler.rows(0)[0]] == sampler.lengths.max()
+    assert sampler.lengths[sampler.examples(0)[0]] == sampler.lengths.max()
 
 
 @pytest.mark.parametrize("rows", [5, 8, 83, 2500])
@@ -95,7 +97,7 @@ def test_the_batches_of_a_split_step_are_the_same_rows_in_the_same_order():
 def test_tokens_are_those_of_the_whole_step():
     sampler = make(ragged(83), 2, 2, 2)
     for step in (0, 3, sampler.steps_per_epoch - 1, sampler.steps_per_epoch):
-        assert sampler.tokens(step) == sum(int(n) % 7 + 1 for n in sampler.lengths[sampler.rows(step)])
+        assert sampler.tokens(step) == sum(int(n) % 7 + 1 for n in sampler.lengths[sampler.examples(step)])
 
 
 # --- random, and repeatable ---------------------------------------------------------------------------------
@@ -104,8 +106,8 @@ def test_tokens_are_those_of_the_whole_step():
 def test_the_order_is_the_same_every_time():
     ask = [7, 0, 25, 3]  # not in sequence: step N does not depend on the steps before it
     first, second = make(ragged(100)), make(ragged(100))
-    asked = [list(first.rows(step)) for step in ask]
-    assert asked == [list(second.rows(step)) for step in reversed(ask)][::-1]
+    asked = [list(first.examples(step)) for step in ask]
+    assert asked == [list(second.examples(step)) for step in reversed(ask)][::-1]
 
 
 def test_epochs_and_seeds_differ():
@@ -174,5 +176,5 @@ def test_a_million_rows_are_ordered_without_a_loop_over_rows():
     """Counted, not timed: numpy sorts a thousand rows at a time."""
     sampler = make(ragged(1_000_000))
     assert sampler.steps_per_epoch == 125_000
-    assert len(sampler.rows(100_000)) == 8
+    assert len(sampler.examples(100_000)) == 8
     assert np.array_equal(np.sort(np.concatenate([*map(sampler.rows, range(125_000))])), np.arange(1_000_000))

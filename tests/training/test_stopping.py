@@ -385,7 +385,7 @@ def in_the_beginning(sign, name):
 
 
 @BOTH
-@pytest.mark.parametrize("moment", ["convert_rows", "_trainable_model", "write_result"])
+@pytest.mark.parametrize("moment", ["convert_rows", "trainable_model", "write_result"])
 def test_a_signal_outside_the_steps_ends_the_run_tidily(place, tmp_path, start, number, moment):
     """While data are converted, a model is loaded, a result is written."""
     words = command(place, str(tmp_path / "run"), num_epochs=0.1)
@@ -400,7 +400,7 @@ def test_a_signal_outside_the_steps_ends_the_run_tidily(place, tmp_path, start, 
     written = {"checkpoint-1", "log.jsonl", "mdl-toolkit.json", "mdl-toolkit.yaml"}
     expected = {
         "convert_rows": set(),
-        "_trainable_model": {".dataset"},
+        "trainable_model": {".dataset"},
         "write_result": {".dataset", *written},
     }
     assert left == expected[moment]

@@ -144,22 +144,23 @@ def test_a_forecast_goes_by_the_length_of_steps():
     """Steps are of one length each, and of very different ones: the first few are no sample of all."""
     order, total, elapsed = sampler(), 200, 0.0
     cost = [
-        0.01 * int(order.lengths[order.rows(step)].sum()) + (30 if step == 0 else 0) for step in range(total)
+        0.01 * int(order.lengths[order.examples(step)].sum()) + (30 if step == 0 else 0)
+        for step in range(total)
     ]
     cost[0] -= 20  # warming up, but not so long that it is all that is known
     forecast, told = Forecast(order, total), []
     for step in range(total):
         elapsed += cost[step]
-        told.append(forecast.step(step + 1, order.rows(step), cost[step], 1.0))
+        told.append(forecast.step(step + 1, order.examples(step), cost[step], 1.0))
     assert [n for n, left in enumerate(told) if left is not None] == [2]
     assert told[2] == pytest.approx(sum(cost[3:]), rel=0.05)
 
 
 def test_a_slow_first_step_is_told_of_at_once():
     order = sampler()
-    left = Forecast(order, 100).step(1, order.rows(0), 25.0, 25.0)
+    left = Forecast(order, 100).step(1, order.examples(0), 25.0, 25.0)
     mean = order.lengths.sum() / 100
-    assert left == pytest.approx(25 / order.lengths[order.rows(0)].sum() * mean * 99)
+    assert left == pytest.approx(25 / order.lengths[order.examples(0)].sum() * mean * 99)
 
 
 def test_a_run_that_is_over_soon_is_not_forecast(tmp_path, capsys):

@@ -19,6 +19,7 @@ Modules:
     feature_cache            audio features of a frozen encoder, computed once
     lora                     `--train-target` to modules; wrap a model with adapters
     lora_layer               a linear layer and its LoRA adapter in one function
+    output                   the output folder: tidy it, set aside an earlier run
     result                   write `final/`: from which checkpoint, in which form
     memory/                  plan memory, and go on when it runs out
 """

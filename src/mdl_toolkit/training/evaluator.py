@@ -1,10 +1,11 @@
-"""Evaluations while a run trains: the loss of the evaluation rows, a metric of answers, which one was best.
+"""Evaluate while a run trains: the loss over the evaluation set, a metric of answers, the best evaluation.
 
 An evaluation that is given up, as the run is asked to stop, is owed: it comes first when the run goes on.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ from mdl_toolkit.training.checkpoints import Checkpoint
 from mdl_toolkit.training.log import RunLog
 from mdl_toolkit.training.memory.oom import MicroBatcher
 from mdl_toolkit.training.resume import is_judged_alike, judged_by, still_best
-from mdl_toolkit.training.sampler import Rows
 from mdl_toolkit.training.schedule import Schedule
 from mdl_toolkit.training.step import ForwardPass
 from mdl_toolkit.utils.distributed import World
@@ -29,16 +29,16 @@ from mdl_toolkit.utils.distributed import World
 
 @dataclass
 class Evaluator:
-    """A run's evaluations, and what they have come to so far.
+    """Make a run's evaluations, and remember the last and the best one.
 
     Attributes:
         options: the run's.
-        schedule: when one is due.
-        forward: what is computed with.
-        dataset: the rows to evaluate on, if any.
+        schedule: says when an evaluation is due.
+        forward: computes losses.
+        dataset: the evaluation examples, if any.
         answers: generates answers to some of them and compares these, if asked for.
         world: the processes.
-        log: where an evaluation is written.
+        log: takes the evaluations.
     """
 
     options: TrainOptions
@@ -50,16 +50,15 @@ class Evaluator:
     log: RunLog
 
     def __post_init__(self) -> None:
-        self.loss: float | None = None  # of the last evaluation
-        self.step: int | None = None  # after which it was
+        # Loss of the last evaluation, and the step after which it was made.
+        self.loss: float | None = None
+        self.step: int | None = None
         self.best = Best()
         self._judged_by = judged_by(self.dataset, self.answers)
-        self._size = self.options.eval_batch_size or self.options.batch_size
+        self._batch_size = self.options.eval_batch_size or self.options.batch_size
         device = self.forward.device
-        self._micro_batcher = MicroBatcher(self._size, device, Localized("when evaluating"))
-        self._answer_batcher = MicroBatcher(self._size, device, Localized("when answering"))
-
-    # --- when ---
+        self._loss_batcher = MicroBatcher(self._batch_size, device, Localized("when evaluating"))
+        self._answer_batcher = MicroBatcher(self._batch_size, device, Localized("when answering"))
 
     def is_due(self, step: int) -> bool:
         """Tell whether there is to be an evaluation after a step."""
@@ -76,14 +75,14 @@ class Evaluator:
         patience = self.options.early_stopping_patience
         return patience is not None and self.best.worse >= patience
 
-    # --- to a checkpoint and back ---
-
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
+        """Return the evaluations so far, as a checkpoint keeps them."""
         return {
-            "judged": self._judged_by, "eval_loss": self.loss, "evaluated": self.step,
+            "judged": self._judged_by,
+            "eval_loss": self.loss,
+            "evaluated": self.step,
             "best": asdict(self.best),
-        }  # fmt: skip
+        }
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint, as far as evaluations are made as they were then."""
@@ -91,11 +90,9 @@ class Evaluator:
             self.loss, self.step = (checkpoint.state.get(name) for name in ("eval_loss", "evaluated"))
         self.best = still_best(checkpoint, self.options, self._judged_by)
 
-    # --- how ---
-
     @torch.no_grad()
     def evaluate(self, step: int, is_stopped: Callable[[], bool]) -> bool:
-        """The loss over all supervised tokens of the rows; memory does not grow with the set.
+        """Evaluate the model; memory does not grow with the evaluation set.
 
         Args:
             step: optimizer steps made.
@@ -104,62 +101,64 @@ class Evaluator:
         Returns:
             Whether any process was: then the evaluation is given up.
         """
-        self.forward.model.eval()
-        sums = self._sums(is_stopped)
-        answered = self._score(is_stopped)
-        self.forward.model.train()
-        more = torch.tensor([*answered, is_stopped()], dtype=torch.float64)
-        loss, tokens, *scores, stops = self.world.sum(torch.cat([sums, more])).tolist()
+        model, answers = self.forward.model, self.answers
+        model.eval()
+        loss_and_tokens = self.sum_losses(is_stopped)
+        score = 0.0, 0.0
+        if answers is not None and not is_stopped():
+            with self.forward.precision():
+                score = self._answer_batcher.run(
+                    len(answers.share), lambda most: answers.count(model, most, is_stopped)
+                )
+        model.train()
+        others = torch.tensor([*score, is_stopped()], dtype=torch.float64)
+        loss, tokens, part, whole, stops = self.world.sum(torch.cat([loss_and_tokens, others])).tolist()
         if not stops:
-            self.record(step, loss / max(tokens, 1), scores[0] / max(scores[1], 1), int(tokens))
+            self.record(step, loss / max(tokens, 1), part / max(whole, 1), int(tokens))
         return bool(stops)
 
-    def _sums(self, is_stopped: Callable[[], bool]) -> Tensor:
-        """Losses and supervised tokens of this process's rows, or of those before a stop."""
+    def sum_losses(self, is_stopped: Callable[[], bool]) -> Tensor:
+        """Return the sum of losses and the number of supervised tokens of this process's examples, `[2]`.
+
+        A stop ends it early, with the examples so far.
+        """
         assert self.dataset is not None
         dataset, device, every = self.dataset, self.forward.device, self.options.eval_accumulation_steps
+        # Batches of similar length.
+        order = (-dataset.token_counts).argsort(kind="stable")[self.world.rank :: self.world.size]
+        size = self._batch_size
+        batches = (order[start : start + size] for start in range(0, len(order), size))
         sums = torch.zeros(2, dtype=torch.float64)
         pending = torch.zeros(2, dtype=torch.float64, device=device)
-        loader = Prefetcher.for_device(device, lambda rows: self.forward.batch(dataset, rows))
-        for number, batch in enumerate(loader.batches(self._rows()), 1):
+        loader = Prefetcher.for_device(device, lambda indices: self.forward.batch(dataset, indices))
+        for number, batch in enumerate(loader.batches(batches), 1):
             if is_stopped():
                 break
-            count = (batch["labels"][:, 1:] != IGNORE_INDEX).sum().double()
-            pending += torch.stack([self._loss(batch), count.to(device)])
+            loss = self._loss_batcher.run(len(batch["input_ids"]), partial(self._sum_of_parts, batch))
+            tokens = (batch["labels"][:, 1:] != IGNORE_INDEX).sum().double()
+            pending += torch.stack([loss, tokens.to(device)])
             if every is not None and number % every == 0:
                 sums, pending = sums + pending.cpu(), torch.zeros_like(pending)
         return sums + pending.cpu()
 
-    def _rows(self) -> Iterator[Rows]:
-        """The process's share of the rows, in batches of similar length."""
-        assert self.dataset is not None
-        order = (-self.dataset.token_counts).argsort(kind="stable")[self.world.rank :: self.world.size]
-        return (order[start : start + self._size] for start in range(0, len(order), self._size))
-
-    def _loss(self, batch: Batch) -> Tensor:
-        """Sum over a batch."""
-
-        def compute(most: int) -> Tensor:
-            parts = [self.forward.loss(part, 1) for part in split(batch, most)]
-            return torch.stack(parts).double().sum()
-
-        return self._micro_batcher.run(len(batch["input_ids"]), compute)
-
-    def _score(self, is_stopped: Callable[[], bool]) -> tuple[float, float]:
-        """The process's part of the metric's numerator and denominator."""
-        if self.answers is None or is_stopped():
-            return 0.0, 0.0
-        answers, model = self.answers, self.forward.model
-        with self.forward.precision():
-            return self._answer_batcher.run(
-                len(answers.share), lambda most: answers.count(model, most, is_stopped)
-            )
+    def _sum_of_parts(self, batch: Batch, most: int) -> Tensor:
+        """Return the sum of a batch's losses, computed in micro-batches of at most `most` examples."""
+        return torch.stack([self.forward.loss(part, 1) for part in split(batch, most)]).double().sum()
 
     def record(self, step: int, loss: float, score: float, tokens: int) -> None:
-        """Remember and say what was found, and whether it is the best so far."""
+        """Remember and log an evaluation, and whether it is the best so far.
+
+        Args:
+            step: optimizer steps made.
+            loss: mean over the supervised tokens.
+            score: the metric of the answers; without answers, anything.
+            tokens: number of supervised tokens.
+        """
         self.step, self.loss = step, loss
-        metric = LOSS if self.answers is None else self.answers.metric
-        value = loss if self.answers is None else score
-        self.best = self.best.after(metric, step, value, loss)
-        scores = {} if self.answers is None else {f"eval_{metric.name}": score}
-        self.log.evaluation(step, loss, tokens, scores)
+        if self.answers is None:
+            self.best = self.best.after(LOSS, step, loss, loss)
+            self.log.evaluation(step, loss, tokens, {})
+        else:
+            metric = self.answers.metric
+            self.best = self.best.after(metric, step, score, loss)
+            self.log.evaluation(step, loss, tokens, {f"eval_{metric.name}": score})

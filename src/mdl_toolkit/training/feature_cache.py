@@ -1,8 +1,8 @@
-"""Audio features on disk: what a frozen encoder and projector make of each row, computed once for a run.
+"""Cache audio features on disk: the output of a frozen encoder and projector, computed once for a run.
 
 They lie in flat files that are read through a memory map, and are computed anew whenever a run starts or goes
-on: nothing that a killed run left is ever used. Of several processes each computes its share of the rows into
-a file of its own and reads all files, so that they must share the output folder.
+on: nothing that a killed run left is ever used. Of several processes each computes its share of the examples
+into a file of its own and reads all files, so that they must share the output folder.
 """
 
 import shutil
@@ -26,8 +26,9 @@ from mdl_toolkit.model import MiDashengLMConfig
 from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.training.memory.oom import MicroBatcher
 from mdl_toolkit.training.memory.plan import size
-from mdl_toolkit.training.sampler import Rows
-from mdl_toolkit.utils.console import progress, say
+from mdl_toolkit.training.sampler import Indices
+from mdl_toolkit.training.schedule import Schedule
+from mdl_toolkit.utils.console import progress, say, warn
 from mdl_toolkit.utils.distributed import World
 from mdl_toolkit.utils.files import report_write_errors
 from mdl_toolkit.utils.signals import raise_if_interrupted
@@ -37,7 +38,7 @@ FROZEN = ("encoder", "projector")
 
 
 def check_frozen(options: TrainOptions) -> None:
-    """Refuse to keep what changes while it is trained.
+    """Refuse to cache features that change while the model is trained.
 
     Raises:
         UsageError: encoder or projector is a target.
@@ -52,57 +53,66 @@ def check_frozen(options: TrainOptions) -> None:
         )
 
 
-# --- reading -------------------------------------------------------------------------------------------
+def sets_to_cache(
+    options: TrainOptions, schedule: Schedule, train_set: ConvertedDataset, eval_set: ConvertedDataset | None
+) -> list[ConvertedDataset]:
+    """Return the datasets whose features `--cache-audio-features` keeps: those read more than once."""
+    if not options.cache_audio_features:
+        return []
+    repeated = [train_set] if schedule.total > schedule.per_epoch else []
+    if eval_set is not None and len(schedule.evaluating) > 1:
+        repeated.append(eval_set)
+    if not repeated:
+        warn("every row is computed only once: --cache-audio-features ignored")
+    return repeated
 
 
 @dataclass(frozen=True, eq=False)
 class PrecomputedDataset:
-    """A dataset's rows with their features in place of waveforms.
+    """Read a dataset's examples with their audio features in place of waveforms.
 
     Attributes:
-        dataset: the rows.
-        parts: of each process's file, `[audio tokens, hidden_size]`.
-        part: which of these holds a row, `[rows]`.
-        starts: where in it a row begins, `[rows]`.
-        counts: audio tokens of a row, `[rows]`.
-        samples: of a row's waveform, `[rows]`.
+        dataset: the examples.
+        features: those in each process's file, `[audio tokens, hidden_size]`.
+        files: number of the file that holds an example, `[examples]`.
+        starts: audio token of that file at which an example begins, `[examples]`.
+        counts: audio tokens of every example, `[examples]`.
+        samples: audio samples of every example, `[examples]`.
     """
 
     dataset: ConvertedDataset
-    parts: list[Tensor]
-    part: Rows
-    starts: Rows
-    counts: Rows
-    samples: Rows
+    features: list[Tensor]
+    files: Indices
+    starts: Indices
+    counts: Indices
+    samples: Indices
 
     @property
     def token_counts(self) -> NDArray[np.int64]:
-        """Positions of every row in the decoder, `[rows]`."""
+        """Return the decoder tokens of every example, `[examples]`."""
         return self.dataset.token_counts
 
     def __getitem__(self, index: int) -> PrecomputedSample:
+        """Return an example."""
         tokens, start = self.dataset.tokens(index), self.starts[index]
-        features = self.parts[self.part[index]][start : start + self.counts[index]]
+        features = self.features[self.files[index]][start : start + self.counts[index]]
         return PrecomputedSample(tokens.input_ids, tokens.labels, features, int(self.samples[index]))
 
 
-# --- computing -----------------------------------------------------------------------------------------
-
-
 class FeatureCache:
-    """The features of a run's datasets.
+    """Compute and keep the features of a run's datasets.
 
-    Made before weights are loaded: what an earlier run left is removed, and room on the disk looked for.
+    Made before weights are loaded: what an earlier run left is removed, and the disk's free space is checked.
 
     Args:
-        folder: where they go; in the output folder.
+        folder: of the features, in the output folder.
         options: the run's.
         base: folder of the base model.
         world: the processes.
         datasets: those whose features are kept; without any, nothing is done.
 
     Raises:
-        InputError: the disk has not enough room.
+        InputError: the disk has not enough space.
     """
 
     def __init__(
@@ -115,8 +125,7 @@ class FeatureCache:
     ) -> None:
         self._folder, self._batch_size, self._world = folder, options.batch_size, world
         self._datasets, self._dtype, self._device = datasets, choose_dtype(options.bf16), best_device()
-        what = Localized("for audio features")
-        self._micro_batcher = MicroBatcher(options.batch_size, self._device, what)
+        self._micro_batcher = MicroBatcher(options.batch_size, self._device, Localized("for audio features"))
         if not datasets:
             return
         self._hidden: int = MiDashengLMConfig.from_pretrained(base).parts[1].hidden_size
@@ -124,25 +133,22 @@ class FeatureCache:
             shutil.rmtree(folder, ignore_errors=True)
             with report_write_errors(str(folder), InputError):
                 folder.mkdir(parents=True)
-            self._check_room()
+            tokens = sum(int(_audio_tokens(dataset).sum()) for dataset in datasets)
+            needed = tokens * self._hidden * self._dtype.itemsize
+            free = shutil.disk_usage(folder).free
+            message = Localized(
+                "audio features: {needed} in {folder}, where {free} are free",
+                needed=size(needed),
+                folder=folder,
+                free=size(free),
+            )
+            if needed > free:
+                raise InputError("{message}; make room, or leave --cache-audio-features out", message=message)
+            say(message)
         world.wait()
 
-    def _check_room(self) -> None:
-        tokens = sum(int(_counts(dataset).sum()) for dataset in self._datasets)
-        needed = tokens * self._hidden * self._dtype.itemsize
-        free = shutil.disk_usage(self._folder).free
-        message = Localized(
-            "audio features: {needed} in {folder}, where {free} are free",
-            needed=size(needed),
-            folder=self._folder,
-            free=size(free),
-        )
-        if needed > free:
-            raise InputError("{message}; make room, or leave --cache-audio-features out", message=message)
-        say(message)
-
-    def featured(self, dataset: ConvertedDataset, model: Any) -> ConvertedDataset | PrecomputedDataset:
-        """The dataset with its features, if they are to be kept; all processes together.
+    def precomputed(self, dataset: ConvertedDataset, model: Any) -> ConvertedDataset | PrecomputedDataset:
+        """Return the dataset, with its features if they are to be kept; all processes call it together.
 
         Args:
             dataset: one of the run's.
@@ -154,69 +160,91 @@ class FeatureCache:
         number = next((i for i, kept in enumerate(self._datasets) if kept is dataset), None)
         if number is None:
             return dataset
-        order = (-dataset.audio_lengths).argsort(kind="stable")  # batches of similar length
+        # Batches of similar length.
+        order = (-dataset.audio_lengths).argsort(kind="stable")
         shares = [order[rank :: self._world.size] for rank in range(self._world.size)]
         files = [self._folder / f"{number}-{rank}" for rank in range(self._world.size)]
         with report_write_errors(str(self._folder), DatasetError):
-            self._write(files[self._world.rank], dataset, shares[self._world.rank], model.get_base_model())
+            rank = self._world.rank
+            self.write(files[rank], dataset, shares[rank], model.get_base_model())
         self._world.wait()
-        return self._opened(dataset, shares, files)
+        return self.open(dataset, shares, files)
 
-    def _opened(self, dataset: ConvertedDataset, shares: list[Rows], files: list[Path]) -> PrecomputedDataset:
-        counts = _counts(dataset)
-        part, starts = np.zeros_like(counts), np.zeros_like(counts)
-        for rank, rows in enumerate(shares):
-            part[rows], starts[rows] = rank, counts[rows].cumsum() - counts[rows]
-        totals = [int(counts[rows].sum()) for rows in shares]
-        parts = [self._mapped(file, total) for file, total in zip(files, totals, strict=True)]
-        return PrecomputedDataset(dataset, parts, part, starts, counts, dataset.audio_lengths)
+    def open(self, dataset: ConvertedDataset, shares: list[Indices], files: list[Path]) -> PrecomputedDataset:
+        """Open the files of all processes.
 
-    def _mapped(self, file: Path, tokens: int) -> Tensor:
-        numbers = tokens * self._hidden
-        if not file.exists() or file.stat().st_size != numbers * self._dtype.itemsize:
-            raise DatasetError(
-                "{file}: not here as another process wrote it; all must share the output folder", file=file
-            )
-        if not tokens:
-            return torch.empty(0, self._hidden, dtype=self._dtype)
-        flat = torch.from_file(str(file), shared=False, size=numbers, dtype=self._dtype)
-        return flat.view(tokens, self._hidden)
+        Args:
+            dataset: the examples.
+            shares: indices of the examples in each file, in the file's order.
+            files: one of each process.
 
-    def _write(self, file: Path, dataset: ConvertedDataset, rows: Rows, model: Any) -> None:
-        batches = [rows[start : start + self._batch_size] for start in range(0, len(rows), self._batch_size)]
+        Raises:
+            DatasetError: a file is not here, or has not the size that it should have.
+        """
+        counts = _audio_tokens(dataset)
+        numbers, starts, features = np.zeros_like(counts), np.zeros_like(counts), []
+        for number, (indices, file) in enumerate(zip(shares, files, strict=True)):
+            numbers[indices], starts[indices] = number, counts[indices].cumsum() - counts[indices]
+            tokens = int(counts[indices].sum())
+            elements = tokens * self._hidden
+            if not file.exists() or file.stat().st_size != elements * self._dtype.itemsize:
+                raise DatasetError(
+                    "{file}: not here as another process wrote it; all must share the output folder",
+                    file=file,
+                )
+            flat = torch.empty(0, dtype=self._dtype)
+            if tokens:
+                flat = torch.from_file(str(file), shared=False, size=elements, dtype=self._dtype)
+            features.append(flat.view(tokens, self._hidden))
+        return PrecomputedDataset(dataset, features, numbers, starts, counts, dataset.audio_lengths)
+
+    def write(self, file: Path, dataset: ConvertedDataset, indices: Indices, model: Any) -> None:
+        """Compute the features of some examples, and write them one behind the other."""
+        starts = range(0, len(indices), self._batch_size)
+        batches = [indices[start : start + self._batch_size] for start in starts]
         loader = Prefetcher.for_device(
-            self._device, lambda wanted: Collator(0)([dataset[int(row)] for row in wanted])
+            self._device, lambda batch: Collator(0)([dataset[int(index)] for index in batch])
         )
-        with file.open("wb") as sink, progress(len(rows), "audio features") as shown:
+        with file.open("wb") as sink, progress(len(indices), "audio features") as shown:
             for wanted, batch in zip(batches, loader.batches(batches), strict=True):
-                for features in self._computed(model, batch):
+                for features in self._micro_batches(model, batch):
                     sink.write(features.to("cpu", self._dtype).contiguous().view(torch.uint8).numpy().data)
                 shown.advance(len(wanted))
                 raise_if_interrupted()
 
     @torch.no_grad()
-    def _computed(self, model: Any, batch: Batch) -> Iterator[Tensor]:
-        """`[audio tokens, hidden_size]`, all at once, or fewer rows at a time if memory does not do."""
+    def _micro_batches(self, model: Any, batch: Batch) -> Iterator[Tensor]:
+        """Yield the features of a batch, `[audio tokens, hidden_size]`, in as few parts as memory allows."""
         clips, lengths, start = batch["input_values"], batch["audio_length"], 0
 
         def compute(most: int) -> Tensor:
-            now = slice(start, start + most)
-            return self._features(model, clips[now, : int(lengths[now].max())], lengths[now])
+            part = slice(start, start + most)
+            return self.compute(model, clips[part, : int(lengths[part].max())], lengths[part])
 
         while start < len(clips):
             features = self._micro_batcher.run(len(clips) - start, compute)
             yield features
             start += self._micro_batcher.most
 
-    def _features(self, model: Any, clips: Tensor, lengths: Tensor) -> Tensor:
+    def compute(self, model: Any, clips: Tensor, lengths: Tensor) -> Tensor:
+        """Compute features in the precision of training.
+
+        Args:
+            model: a MiDashengLM.
+            clips: waveforms, `[clips, longest]`, padded on the right.
+            lengths: samples of each, `[clips]`.
+
+        Returns:
+            `[audio tokens, hidden_size]`, clip behind clip.
+        """
         is_half = self._dtype == torch.bfloat16
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=is_half):  # as in training
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=is_half):
             features: Tensor = model.audio_features(clips.to(self._device), lengths)
         return features
 
 
-def _counts(dataset: ConvertedDataset) -> Rows:
-    """Audio tokens of every row, `[rows]`."""
+def _audio_tokens(dataset: ConvertedDataset) -> Indices:
+    """Return the number of audio tokens of every example, `[examples]`."""
     return np.array(
         [audio_token_count(samples) for samples in dataset.audio_lengths.tolist()], dtype=np.int64
     )

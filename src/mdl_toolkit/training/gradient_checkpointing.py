@@ -5,7 +5,7 @@ A block that is computed again keeps its input alone. What comes of it is the sa
 
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,30 +29,30 @@ class KeptBlocks:
 NONE = KeptBlocks()
 
 
-def recompute(model: Any, kept: KeptBlocks = NONE) -> None:
-    """Let all other blocks of a `PeftModel` be computed again in the backward pass."""
-    model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": _contexts})
+def checkpoint_gradients(model: Any, kept: KeptBlocks = NONE) -> None:
+    """Let all blocks of a `PeftModel` but those kept be computed again in the backward pass."""
+    model.activation_checkpointing_enable(
+        {"use_reentrant": False, "context_fn": lambda: (nullcontext(), _recomputing())}
+    )
     base = model.get_base_model()
-    parts = ((base.audio_encoder.blocks, kept.encoder), (base.decoder.model.layers, kept.decoder))
-    for blocks, count in parts:
+    for blocks, count in (
+        (base.audio_encoder.blocks, kept.encoder),
+        (base.decoder.model.layers, kept.decoder),
+    ):
         for block in blocks[len(blocks) - count :]:
             block.gradient_checkpointing = False
 
 
-def is_again() -> bool:
+def is_recomputing() -> bool:
     """Tell whether this thread is computing a block again."""
-    return getattr(_state, "is_again", False)
-
-
-def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Return the contexts in which `torch.utils.checkpoint` computes a block, and computes it again."""
-    return nullcontext(), _again()
+    return getattr(_state, "is_recomputing", False)
 
 
 @contextmanager
-def _again() -> Iterator[None]:
-    _state.is_again = True
+def _recomputing() -> Iterator[None]:
+    """Mark this thread as computing a block again."""
+    _state.is_recomputing = True
     try:
         yield
     finally:
-        _state.is_again = False
+        _state.is_recomputing = False

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mdl_toolkit.data.warnings import LossWatch
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.i18n import Localized, join_messages
-from mdl_toolkit.training.sampler import BatchSampler, Rows
+from mdl_toolkit.training.sampler import BatchSampler, Indices
 from mdl_toolkit.training.trackers import Trackers
 from mdl_toolkit.utils.console import PLAIN_INTERVAL, Progress, clock, is_first_process, say, warn
 from mdl_toolkit.utils.files import report_write_errors, write_text
@@ -57,7 +57,7 @@ class Forecast:
         self._steps: list[tuple[float, int]] = []  # seconds and positions
         self._is_told = False
 
-    def step(self, step: int, rows: Rows, seconds: float, elapsed: float) -> float | None:
+    def step(self, step: int, rows: Indices, seconds: float, elapsed: float) -> float | None:
         """Take a step in; once, when it can be told, the seconds that the steps left will take."""
         if self._is_told:
             return None
@@ -102,7 +102,7 @@ class RunLog:
             self._watch.losses[:] = [line["loss"] for line in kept if "loss" in line]
         self._began = self._mark = time.monotonic()
 
-    def step(self, step: int, *, loss: float, norm: float, rate: float, rows: Rows, waited: float) -> None:
+    def step(self, step: int, *, loss: float, norm: float, rate: float, rows: Indices, waited: float) -> None:
         """Log an optimizer step; `waited` are all seconds so far that were spent waiting for data."""
         smooth = self._smooth.add(loss)
         self._rows, self._audio = self._rows + len(rows), self._audio + float(self._seconds[rows].sum())

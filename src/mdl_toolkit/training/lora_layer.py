@@ -15,7 +15,7 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mdl_toolkit.training.gradient_checkpointing import is_again
+from mdl_toolkit.training.gradient_checkpointing import is_recomputing
 
 ADAPTER = "default"
 # Layers whose output is only added up, in encoder and decoder blocks.
@@ -34,7 +34,7 @@ class FastLoraLinear(Linear):
         if args or kwargs or not self._is_plain:
             plain: Tensor = super().forward(x, *args, **kwargs)
             return plain
-        is_needed = not (self.is_last and is_again())
+        is_needed = not (self.is_last and is_recomputing())
         return _FastLora.apply(x, is_needed, *self._parts)[0]  # type: ignore[no-any-return, no-untyped-call]
 
     def together(self, x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...] | None:

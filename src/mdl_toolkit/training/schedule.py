@@ -1,22 +1,21 @@
-"""When what is due in a run: optimizer steps, the learning rate of each, checkpoints, evaluations."""
+"""Schedule a run: its optimizer steps, their learning rates, when to save and when to evaluate."""
 
 import math
 from dataclasses import dataclass
 
 from mdl_toolkit.config.train import TrainOptions
-from mdl_toolkit.training.checkpoints import due_steps
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Optimizer steps of a run.
+    """Hold the optimizer steps of a run.
 
     Attributes:
-        per_epoch: in a whole epoch; partial batches and windows count.
-        total: of the run; at least 1.
-        warmup: over which the learning rate rises.
-        saving: after which a checkpoint is due.
-        evaluating: after which an evaluation is due.
+        per_epoch: steps in a whole epoch; a partial last one counts.
+        total: steps of the run; at least 1.
+        warmup: steps over which the learning rate rises.
+        saving: steps after which a checkpoint is due.
+        evaluating: steps after which an evaluation is due.
     """
 
     per_epoch: int
@@ -27,14 +26,34 @@ class Schedule:
 
     @staticmethod
     def of(per_epoch: int, options: TrainOptions) -> "Schedule":
-        """Plan a run with so many steps per epoch."""
+        """Schedule a run of `per_epoch` steps in an epoch."""
         total = max(1, math.ceil(options.num_epochs * per_epoch - 1e-9))
         evaluating = due_steps(options.eval_steps, per_epoch, total) if options.eval_dataset else frozenset()
         saving = due_steps(options.save_steps, per_epoch, total)
         return Schedule(per_epoch, total, options.warmup_steps, saving, evaluating)
 
     def rate(self, step: int) -> float:
-        """Share of the learning rate at a step, from 0: up over the warm-up, then down to 0 at the end."""
+        """Return the share of the learning rate at a step, from 0.
+
+        It rises over the warm-up and falls to 0 at the end, both linearly.
+        """
         if step < self.warmup:
             return step / self.warmup
         return max(0.0, (self.total - step) / max(1, self.total - self.warmup))
+
+
+def due_steps(cadence: int | float, steps_per_epoch: int, total: int) -> frozenset[int]:
+    """Return the optimizer steps after which something is due; the last step is always one of them.
+
+    Args:
+        cadence: every so many steps, or a fraction of an epoch, or 0 for the end alone.
+        steps_per_epoch: optimizer steps in an epoch.
+        total: optimizer steps of the run.
+    """
+    every = cadence if isinstance(cadence, int) else cadence * steps_per_epoch
+    if every == 0:
+        return frozenset({total})
+    if every <= 1:
+        return frozenset(range(1, total + 1))
+    count = int(total / every + 1e-9)
+    return frozenset({max(1, round(k * every)) for k in range(1, count + 1)} | {total})

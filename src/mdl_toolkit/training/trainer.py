@@ -25,7 +25,7 @@ from mdl_toolkit.evaluation.text_metrics import Best
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.training.checkpoints import Checkpoint, delete_oldest, save, save_state
 from mdl_toolkit.training.evaluator import Evaluator
-from mdl_toolkit.training.gradient_checkpointing import NONE, KeptBlocks, recompute
+from mdl_toolkit.training.gradient_checkpointing import NONE, KeptBlocks, checkpoint_gradients
 from mdl_toolkit.training.log import RunLog
 from mdl_toolkit.training.memory.oom import MicroBatcher
 from mdl_toolkit.training.resume import check_together, identity_of
@@ -88,7 +88,7 @@ class Trainer:
         self.output = Path(self.options.output)
         self.trainable = TrainableState(self.forward.model, self.forward.device)
         if self.options.gradient_checkpointing:
-            recompute(self.forward.model, self.kept)
+            checkpoint_gradients(self.forward.model, self.kept)
         self.step = 0
         self.losses, self.since = 0.0, 0  # the sum of all steps' losses, and the step after which it began
         what = Localized("the same effective batch")
@@ -179,7 +179,7 @@ class Trainer:
 
     def _make_step(self, batches: Iterator[Batch]) -> float:
         """One optimizer step; its loss. Whether any process was asked to stop is known afterwards."""
-        rows = self.sampler.rows(self.step)
+        rows = self.sampler.examples(self.step)
         with self._leaving_a_checkpoint():
             loss = self._accumulate(batches)
             # First, as this is where a process that has gone is noticed on GPUs too.
@@ -242,15 +242,15 @@ class Trainer:
 
     def _let_go(self) -> None:
         """Of gradients, and from now on of all activations that can be computed again."""
-        self.trainable.forget()
+        self.trainable.drop_gradients()
         if self.options.gradient_checkpointing:
-            recompute(self.forward.model)
+            checkpoint_gradients(self.forward.model)
 
     def _check_finite(self, loss: float, norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
             return
         self._check_weights()  # of the step before, if they are why
-        rows = ", ".join(str(row + 1) for row in sorted(self.sampler.rows(self.step))[:MOST_ROWS_NAMED])
+        rows = ", ".join(str(row + 1) for row in sorted(self.sampler.examples(self.step))[:MOST_ROWS_NAMED])
         raise ToolkitError(
             "step {next}: the loss or its gradient is not finite; try a smaller --lr, or look at rows "
             "{rows} of the training data",

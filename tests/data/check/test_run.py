@@ -330,7 +330,7 @@ def counted(folder, dataset, sampler):
     positions, total = [], 0.0
     loaded.decoder.model.layers[0].register_forward_pre_hook(lambda _, given: positions.append(len(given[0])))
     for step in range(sampler.steps_per_epoch):
-        samples = [dataset[int(row)] for row in sampler.rows(step)]
+        samples = [dataset[int(row)] for row in sampler.examples(step)]
         loaded(**Collator(0)(samples))
         patches = 5 * sum((1 + len(sample.waveform) // 160) // 20 for sample in samples)
         for blocks, rows in (

@@ -343,4 +343,4 @@ class _Spoiling(torch.autograd.Function):
 def rows_of_step(folder, csv, step):
     convert_dataset(ConvertOptions(input=str(csv), output=str(folder / "data"), model_name=str(MODEL)))
     data = ConvertedDataset(folder / "data")
-    return BatchSampler(data.token_counts, data.supervised_counts, 2, 2, 1, 42).rows(step)
+    return BatchSampler(data.token_counts, data.supervised_counts, 2, 2, 1, 42).examples(step)

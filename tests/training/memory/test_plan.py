@@ -12,7 +12,7 @@ from mdl_toolkit.data.collate import Collator
 from mdl_toolkit.data.dataset import Sample
 from mdl_toolkit.model import MiDashengLMConfig, MiDashengLMModel
 from mdl_toolkit.model.lengths import audio_token_count
-from mdl_toolkit.training.gradient_checkpointing import KeptBlocks, recompute
+from mdl_toolkit.training.gradient_checkpointing import KeptBlocks, checkpoint_gradients
 from mdl_toolkit.training.lora import add_adapters
 from mdl_toolkit.training.memory import plan as memory_room
 from mdl_toolkit.training.memory.plan import MemoryPlan, plan_memory
@@ -83,7 +83,7 @@ def adapted(base, options, dtype, kept):
         base_name="",
     )  # fmt: skip
     if options.gradient_checkpointing:
-        recompute(wrapped, kept)
+        checkpoint_gradients(wrapped, kept)
     return wrapped.train()
 
 

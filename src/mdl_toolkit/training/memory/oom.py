@@ -1,4 +1,4 @@
-"""How many rows are computed at once: half as many after each lack of memory."""
+"""Go on after an out-of-memory error: compute in micro-batches of half the size."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -13,45 +13,53 @@ Computed = TypeVar("Computed")
 
 
 class MicroBatcher:
-    """A number of rows that a device's memory does for, found out as it is used.
+    """Run computations in micro-batches, halving their size after each out-of-memory error.
 
     Args:
-        most: rows to begin with.
+        most: examples in a micro-batch, to begin with.
         device: where they are computed.
-        what: is said of, when there are less from now on.
+        purpose: ends the warning that micro-batches are smaller from now on.
+
+    Attributes:
+        most: examples in a micro-batch from now on.
     """
 
-    def __init__(self, most: int, device: torch.device, what: Localized) -> None:
+    def __init__(self, most: int, device: torch.device, purpose: Localized) -> None:
         self.most = most
-        self._device, self._what = device, what
+        self._device, self._purpose = device, purpose
 
     def run(
-        self, rows: int, compute: Callable[[int], Computed], before_again: Callable[[], object] | None = None
+        self,
+        examples: int,
+        compute: Callable[[int], Computed],
+        before_retry: Callable[[], object] | None = None,
     ) -> Computed:
-        """What is computed, with as many rows at once as memory does for.
+        """Return what is computed with as many examples at once as memory does for.
 
         Args:
-            rows: that there are; more at once are never computed.
-            compute: called with the most rows at once.
-            before_again: called before it is computed again.
+            examples: number of examples; more at once are never computed.
+            compute: called with the most examples of a micro-batch.
+            before_retry: called before `compute` is called again.
 
         Raises:
-            RuntimeError, MemoryError: it is not for lack of memory, or not even one row fits.
+            RuntimeError, MemoryError: memory is not why, or not even one example fits.
         """
         while True:
             try:
                 return compute(self.most)
             except OOM_ERRORS as problem:
                 lack = describe_oom(problem)
-                if lack is None or min(self.most, rows) <= 1:
+                if lack is None or min(self.most, examples) <= 1:
                     raise
-            # Here, where what had been computed is let go of.
-            if before_again is not None:
-                before_again()
-            self._halve(rows, lack)
-
-    def _halve(self, rows: int, lack: Localized) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
-        self.most = (min(self.most, rows) + 1) // 2
-        warn("{lack}: {most} rows at once from now on, {what}", lack=lack, most=self.most, what=self._what)
+            # Not in the handler: what had been computed is freed only here.
+            if before_retry is not None:
+                before_retry()
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.most = (min(self.most, examples) + 1) // 2
+            warn(
+                "{lack}: {most} rows at once from now on, {what}",
+                lack=lack,
+                most=self.most,
+                what=self._purpose,
+            )

@@ -201,9 +201,9 @@ def _kept(steps: list[Step], least: int, rest: int) -> KeptBlocks:
 
 
 def largest_batches(sampler: BatchSampler, samples: Integers) -> list[Integers]:
-    """Rows of the first epoch's batches with the most positions (padded), answers and audio."""
+    """Indices of the first epoch's batches with the most positions (padded), answers and audio."""
     steps = range(min(sampler.steps_per_epoch, MOST_STEPS))
-    rows = np.concatenate([sampler.rows(step) for step in steps])
+    rows = np.concatenate([sampler.examples(step) for step in steps])
     starts = np.arange(0, len(rows), sampler.batch_size)  # only the last step can be partial
     positions = np.maximum.reduceat(sampler.lengths[rows], starts) * np.diff([*starts, len(rows)])
     sums = [np.add.reduceat(each[rows], starts) for each in (sampler.supervised, samples)]

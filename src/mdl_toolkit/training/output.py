@@ -1,0 +1,130 @@
+"""Keep a run's output folder: check it, tidy it, set aside an earlier run, bring the best checkpoint."""
+
+import shutil
+from pathlib import Path
+
+from mdl_toolkit.config.options import spelling
+from mdl_toolkit.config.train import TrainOptions
+from mdl_toolkit.config.yaml import SETTINGS_FILE, to_yaml
+from mdl_toolkit.errors import InputError
+from mdl_toolkit.training.checkpoints import (
+    Checkpoint,
+    checkpoint_at,
+    checkpoints,
+    is_checkpoint,
+    save_state,
+    step_of,
+)
+from mdl_toolkit.utils.console import say, warn
+from mdl_toolkit.utils.files import check_apart, recover_outputs, report_write_errors
+from mdl_toolkit.utils.run_folder import LOG, PLOT, REPORT
+from mdl_toolkit.weights.provenance import PROVENANCE_FILE, Provenance
+from mdl_toolkit.weights.resolve import ADAPTER_CONFIG, FINAL, MODEL_CONFIG
+
+OUTPUT_FILES = (FINAL, SETTINGS_FILE, PROVENANCE_FILE, LOG, PLOT, REPORT)
+
+
+def check_output(output: Path, options: TrainOptions) -> None:
+    """Refuse an output folder that holds a model or what the run reads, and data that are not there.
+
+    Raises:
+        InputError: naming the option.
+    """
+    if output.is_file():
+        raise InputError("--output {output}: a file is there", output=output)
+    if any((output / name).exists() for name in (ADAPTER_CONFIG, MODEL_CONFIG)):
+        raise InputError(
+            "--output {output}: a checkpoint or a model is there; give the folder of a run, or a new one",
+            output=output,
+        )
+    if Path(options.model_name).is_dir():
+        check_apart(output, Path(options.model_name))
+    for option in ("train_dataset", "eval_dataset"):
+        value = getattr(options, option)
+        if value is None:
+            continue
+        if not Path(value).exists():
+            name = spelling(option)
+            raise InputError("{name} {value}: no such file or folder", name=name, value=value)
+        data = Path(value).resolve()
+        if data == output.resolve() or data in output.resolve().parents:
+            check_apart(output, Path(value))
+
+
+def tidy_output(output: Path) -> None:
+    """Remove what a killed run left half-written, and put back what it had moved away to replace it."""
+    recover_outputs(output, FINAL, LOG, PLOT, REPORT, "checkpoint-*")
+    # As versions before 2026-12 left it.
+    for away in output.glob(".saving/checkpoint-*.old"):
+        if not (output / away.stem).exists():
+            away.rename(output / away.stem)
+    shutil.rmtree(output / ".saving", ignore_errors=True)
+    (output / "log.partial").unlink(missing_ok=True)
+
+
+def prepare_output(options: TrainOptions, origin: Provenance, resumed: Checkpoint | None) -> None:
+    """Set aside what is not resumed; write the settings, and the origin of the checkpoints to come.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    output = Path(options.output)
+    if options.resume_from_checkpoint is True and resumed is None:
+        warn("no complete checkpoint in {output}: starting afresh", output=output)
+    with report_write_errors(f"--output {output}", InputError):
+        if previous := set_aside(output, resumed):
+            say("what an earlier run left is now in {place}", place=previous)
+        (output / SETTINGS_FILE).write_text(to_yaml(options), encoding="utf-8")
+        origin.write(output)
+
+
+def set_aside(output: Path, resumed: Checkpoint | None = None) -> Path | None:
+    """Move what an earlier run left into `previous-N/`, whole.
+
+    Of the run that is resumed, only checkpoints after the one resumed from are moved.
+
+    Returns:
+        The new folder; None when there is nothing to move.
+    """
+    if resumed is not None and resumed.folder.resolve().parent == output.resolve():
+        paths = [path for path in checkpoints(output) if step_of(path) > resumed.step]
+    else:
+        paths = [path for path in output.glob("*") if path.name in OUTPUT_FILES or is_checkpoint(path)]
+    if {path.name for path in paths} <= {SETTINGS_FILE, PROVENANCE_FILE}:
+        return None
+    numbers = [
+        int(path.name.removeprefix("previous-"))
+        for path in output.glob("previous-*")
+        if path.name.removeprefix("previous-").isdigit()
+    ]
+    previous = output / f"previous-{max(numbers, default=0) + 1}"
+    previous.mkdir()
+    for path in paths:
+        path.rename(previous / path.name)
+    # The resumed run keeps the lines of the steps before; here all of them stay.
+    if resumed is not None and not (previous / LOG).exists() and (output / LOG).is_file():
+        shutil.copyfile(output / LOG, previous / LOG)
+    return previous
+
+
+def copy_best(output: Path, resumed: Checkpoint, step: int) -> None:
+    """Copy the best checkpoint so far into the output folder: a later resumption looks there alone.
+
+    Args:
+        output: the run's folder.
+        resumed: the checkpoint that the run goes on from.
+        step: of the best checkpoint.
+    """
+    best = checkpoint_at(output, step, resumed)
+    if best.resolve() == (output / f"checkpoint-{step}").resolve():
+        return
+    try:
+        save_state(output, Checkpoint.at(best), {})
+    except OSError as problem:
+        reason = problem.strerror or str(problem)
+        warn(
+            "{checkpoint}, the best so far, cannot be copied: {reason}; after an interruption it does not "
+            "count",
+            checkpoint=best,
+            reason=reason,
+        )
