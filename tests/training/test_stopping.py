@@ -16,6 +16,7 @@ from mdl_toolkit.training import run as training
 from mdl_toolkit.training import trainer
 from mdl_toolkit.training.checkpoints import checkpoints, damage, to_resume
 from mdl_toolkit.training.run import train
+from mdl_toolkit.training.step import ForwardPass
 from mdl_toolkit.utils import signals as stopping
 from mdl_toolkit.utils.run_folder import read_log
 from mdl_toolkit.utils.signals import Interruption, StopRequest
@@ -177,7 +178,7 @@ def test_in_another_thread_signals_are_left_alone():
 
 @BOTH
 def test_the_step_under_way_is_the_last(place, tmp_path, monkeypatch, capsys, number):
-    compute, calls = training.ForwardPass.loss, []
+    compute, calls = ForwardPass.loss, []
 
     def compute_and_signal(self, *words):
         calls.append(1)
@@ -185,7 +186,7 @@ def test_the_step_under_way_is_the_last(place, tmp_path, monkeypatch, capsys, nu
             os.kill(os.getpid(), number)
         return compute(self, *words)
 
-    monkeypatch.setattr(training.ForwardPass, "loss", compute_and_signal)
+    monkeypatch.setattr(ForwardPass, "loss", compute_and_signal)
     options = train_options(place / "train.csv", MODEL, tmp_path / "run", batch_size=2, save_steps=0)
     with pytest.raises(KeyboardInterrupt):
         train(options)
@@ -200,7 +201,7 @@ def test_an_evaluation_is_given_up_and_made_later(place, tmp_path, monkeypatch):
     settings = {"batch_size": 2, "eval_dataset": str(place / "train.csv"), "eval_steps": 3, "save_steps": 0}
     options = partial(train_options, place / "train.csv", MODEL, **settings)
     train(options(tmp_path / "whole"))
-    compute, seen = training.ForwardPass.loss, []
+    compute, seen = ForwardPass.loss, []
 
     def compute_and_signal(self, batch, tokens):
         if not self.model.training:
@@ -210,7 +211,7 @@ def test_an_evaluation_is_given_up_and_made_later(place, tmp_path, monkeypatch):
         return compute(self, batch, tokens)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.ForwardPass, "loss", compute_and_signal)
+        patch.setattr(ForwardPass, "loss", compute_and_signal)
         with pytest.raises(KeyboardInterrupt):
             train(options(tmp_path / "run"))
     assert seen == [3, 3]
@@ -241,7 +242,7 @@ def test_a_request_while_the_last_checkpoint_is_saved_is_one(place, tmp_path, mo
 @pytest.fixture
 def owing(tmp_path, monkeypatch):
     """A run that was stopped in its last evaluation; an unbroken one is in `whole`."""
-    csv, compute = make_csv(tmp_path, 8), training.ForwardPass.loss
+    csv, compute = make_csv(tmp_path, 8), ForwardPass.loss
     changes = {"eval_dataset": str(csv), "eval_steps": 2, "save_steps": 2, "save_total_limit": 1}
     whole = train_options(csv, MODEL, tmp_path / "whole", num_epochs=2, lora_dropout=0.1, **changes)
     options = replace(whole, output=str(tmp_path / "run"), resume_from_checkpoint=True)
@@ -253,7 +254,7 @@ def owing(tmp_path, monkeypatch):
         return compute(self, *words)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.ForwardPass, "loss", compute_and_signal)
+        patch.setattr(ForwardPass, "loss", compute_and_signal)
         with pytest.raises(KeyboardInterrupt):
             train(options)
     assert [line["step"] for line in evaluations(tmp_path / "run")] == [2]

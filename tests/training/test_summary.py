@@ -197,7 +197,7 @@ def test_the_results_of_a_run(tmp_path, capsys):
     lines.insert(50, {"step": 50, "eval_loss": 1.25, "eval_tokens": 9, "eval_accuracy": 0.75, "epoch": 1.0})
     lines.append({"step": 100, "eval_loss": 1.5, "eval_tokens": 9, "eval_accuracy": 0.5, "epoch": 2.0})
     write_log(tmp_path, lines)
-    say_results(tmp_path, 50, Pace(rows=400, audio=7200.0, seconds=200.0, waited=3.0))
+    say_results(tmp_path, 50, Pace(examples=400, audio=7200.0, seconds=200.0, waited=3.0))
     assert lines_of(capsys) == [
         "trained: 100 steps, 2 epochs; smoothed loss: 2.0000 at first, 1.0046 at last",
         "time: 3:20; 2 samples/s, 36 hours of audio in an hour, 1.5% of the time waiting for data",

@@ -1,4 +1,4 @@
-"""What a run tells while it trains: a line of JSON for each step, a bar with the loss, and trackers.
+"""Log a run while it trains: a line of JSON for each step, a bar with the loss, and trackers.
 
 Only the first process speaks and writes.
 """
@@ -21,80 +21,95 @@ from mdl_toolkit.utils.console import PLAIN_INTERVAL, Progress, clock, is_first_
 from mdl_toolkit.utils.files import report_write_errors, write_text
 from mdl_toolkit.utils.run_folder import LOG, SmoothedLoss, read_log
 
-FORECAST_STEPS, FORECAST_SECONDS = 3, 20.0  # whichever comes first, then it is said how long all will take
+# Whichever comes first: then it is said how long all steps will take.
+FORECAST_STEPS, FORECAST_SECONDS = 3, 20.0
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How fast a run was, from its beginning or its resumption on.
+    """Measure how fast a run was, from its start or its resumption on.
 
     Attributes:
-        rows: learnt from, each as often as it came.
+        examples: number learnt from, each as often as it came.
         audio: seconds of audio in these.
         seconds: that it took, evaluations and checkpoints included.
         waited: of these, seconds spent waiting for data.
     """
 
-    rows: int
+    examples: int
     audio: float
     seconds: float
     waited: float
 
 
 class Forecast:
-    """How long a run will take, by the time that a decoder position has taken so far.
+    """Forecast how long a run will take, by the time that a decoder token has taken so far.
 
     The first step, which warms everything up, counts only when it is all there is.
 
     Args:
-        sampler: the order of the rows.
+        sampler: chooses the examples of each step.
         total: steps of the run.
     """
 
     def __init__(self, sampler: BatchSampler, total: int) -> None:
         self._lengths, self._total = sampler.lengths, total
-        self._mean = float(sampler.lengths.sum()) / sampler.steps_per_epoch  # positions of a step
-        self._steps: list[tuple[float, int]] = []  # seconds and positions
+        # Tokens of a step.
+        self._mean = float(sampler.lengths.sum()) / sampler.steps_per_epoch
+        # Seconds and tokens of each.
+        self._steps: list[tuple[float, int]] = []
         self._is_told = False
 
-    def step(self, step: int, rows: Indices, seconds: float, elapsed: float) -> float | None:
-        """Take a step in; once, when it can be told, the seconds that the steps left will take."""
+    def step(self, step: int, examples: Indices, seconds: float, elapsed: float) -> float | None:
+        """Take in a step; return once, as soon as it can be told, the seconds that the steps left will take.
+
+        Args:
+            step: optimizer steps made.
+            examples: indices of the step's examples.
+            seconds: that the step took.
+            elapsed: seconds since the start or the resumption.
+        """
         if self._is_told:
             return None
-        self._steps.append((seconds, int(self._lengths[rows].sum())))
+        self._steps.append((seconds, int(self._lengths[examples].sum())))
         if len(self._steps) < FORECAST_STEPS and elapsed < FORECAST_SECONDS:
             return None
         self._is_told = True
-        taken, positions = np.sum(self._steps[1:] or self._steps, axis=0).tolist()
-        return float(taken / max(positions, 1) * self._mean * (self._total - step))
+        taken, tokens = np.sum(self._steps[1:] or self._steps, axis=0).tolist()
+        return float(taken / max(tokens, 1) * self._mean * (self._total - step))
 
 
 class RunLog:
-    """The log of one run.
+    """Write the log of a run, move its bar and feed its trackers.
 
     Args:
         output: the run's folder, in which `log.jsonl` is written.
-        shown: the bar.
-        trackers: where else the figures go.
-        sampler: the order of the rows.
-        seconds: of audio in every row, `[rows]`.
-        watch: looks at the losses.
+        bar: shows the steps.
+        trackers: take the figures as well.
+        sampler: chooses the examples of each step.
+        seconds: of audio in every example, `[examples]`.
+        watch: warns of losses that do not fall.
     """
 
     def __init__(
-        self, output: Path, shown: Progress, trackers: Trackers, sampler: BatchSampler,
-        seconds: NDArray[np.float64], watch: LossWatch,
-    ) -> None:  # fmt: skip
-        self._file, self._shown, self._trackers = output / LOG, shown, trackers
+        self,
+        output: Path,
+        bar: Progress,
+        trackers: Trackers,
+        sampler: BatchSampler,
+        seconds: NDArray[np.float64],
+        watch: LossWatch,
+    ) -> None:
+        self._file, self._bar, self._trackers = output / LOG, bar, trackers
         self._seconds, self._epoch = seconds, sampler.steps_per_epoch
         self._watch, self._forecast = watch, Forecast(sampler, watch.total)
         self._smooth, self._end_of_a_cut_line = SmoothedLoss(), ""
-        self._rows, self._audio, self._waited, self._has_warned = 0, 0.0, 0.0, False
+        self._examples, self._audio, self._waited, self._has_warned = 0, 0.0, 0.0, False
         self._began = self._mark = time.monotonic()
 
     def begin(self, step: int) -> None:
-        """Go on after a step; what was logged of later ones, and lost with them, is dropped."""
-        self._shown.begin(step)
+        """Start logging after a step, and drop the lines of later steps, which were lost."""
+        self._bar.begin(step)
         if is_first_process() and self._file.exists():
             kept = [line for line in read_log(self._file) if line["step"] <= step]
             with report_write_errors(str(self._file), InputError):
@@ -102,42 +117,55 @@ class RunLog:
             self._watch.losses[:] = [line["loss"] for line in kept if "loss" in line]
         self._began = self._mark = time.monotonic()
 
-    def step(self, step: int, *, loss: float, norm: float, rate: float, rows: Indices, waited: float) -> None:
-        """Log an optimizer step; `waited` are all seconds so far that were spent waiting for data."""
+    def step(
+        self, step: int, *, loss: float, norm: float, rate: float, examples: Indices, waited: float
+    ) -> None:
+        """Log an optimizer step.
+
+        Args:
+            step: optimizer steps made.
+            loss: of the step.
+            norm: of the gradient.
+            rate: the learning rate.
+            examples: indices of the step's examples.
+            waited: seconds spent waiting for data so far.
+        """
         smooth = self._smooth.add(loss)
-        self._rows, self._audio = self._rows + len(rows), self._audio + float(self._seconds[rows].sum())
+        self._examples += len(examples)
+        self._audio += float(self._seconds[examples].sum())
         self._waited, now = waited, time.monotonic()
         elapsed = max(now - self._began, 1e-9)
         values = {"loss": loss, "grad_norm": norm, "learning_rate": rate, "epoch": step / self._epoch}
-        self._write(
-            step,
-            {**values, "rows": len(rows), "elapsed": round(elapsed, 3), "waited": round(waited / elapsed, 5)},
-        )
+        times = {"elapsed": round(elapsed, 3), "waited": round(waited / elapsed, 5)}
+        self._write(step, {**values, "rows": len(examples), **times})
         self._trackers.log(step, values)
-        speed, times = f"{self._rows / elapsed:.2g}", f"{self._audio / elapsed:.3g}x"
         note = Localized(
             "loss {smooth:.4f}, lr {rate:.2g}, {speed} samples/s, {times}",
             smooth=smooth,
             rate=rate,
-            speed=speed,
-            times=times,
+            speed=f"{self._examples / elapsed:.2g}",
+            times=f"{self._audio / elapsed:.3g}x",
         )
-        self._shown.advance(1, str(note))
+        self._bar.advance(1, str(note))
         self._watch.see(step, loss)
-        self._say_forecast(elapsed, self._forecast.step(step, rows, now - self._mark, elapsed))
-        self._mark = time.monotonic()
-
-    def _say_forecast(self, elapsed: float, left: float | None) -> None:
+        left = self._forecast.step(step, examples, now - self._mark, elapsed)
         if left is not None and left >= PLAIN_INTERVAL:
-            total, left_clock = clock(elapsed + left), clock(left)
             say(
                 "time: about {total}, of which {left} are left; evaluations still to come not counted",
-                total=total,
-                left=left_clock,
+                total=clock(elapsed + left),
+                left=clock(left),
             )
+        self._mark = time.monotonic()
 
     def evaluation(self, step: int, loss: float, tokens: int, scores: dict[str, float]) -> None:
-        """Log an evaluation, in place of an earlier one of its step; `scores` are other metrics by name."""
+        """Log an evaluation, in place of an earlier one of its step.
+
+        Args:
+            step: optimizer steps made.
+            loss: mean over the supervised tokens.
+            tokens: number of supervised tokens.
+            scores: other metrics by name, `eval_METRIC`.
+        """
         values = {"eval_loss": loss, "eval_tokens": tokens, **scores, "epoch": step / self._epoch}
         self._write(step, values)
         self._trackers.log(step, values)
@@ -156,38 +184,35 @@ class RunLog:
 
     @property
     def pace(self) -> Pace:
-        """How fast it was until now."""
-        return Pace(self._rows, self._audio, time.monotonic() - self._began, self._waited)
+        """Return the pace until now."""
+        return Pace(self._examples, self._audio, time.monotonic() - self._began, self._waited)
 
     def close(self) -> None:
-        """The run is over."""
+        """Tell the trackers that the run is over."""
         self._trackers.close()
 
     def _write(self, step: int, values: dict[str, Any]) -> None:
+        """Write the line of a step or an evaluation; a disk that does not take it is warned of once."""
         if not is_first_process():
             return
+        line = _line({"step": step, **values})
         try:
-            if "eval_loss" in values and (others := self._without_evaluation(step)) is not None:
-                write_text(self._file, "".join(map(_line, [*others, {"step": step, **values}])))
+            lines = read_log(self._file) if "eval_loss" in values and self._file.exists() else []
+            others = [each for each in lines if each["step"] != step or "eval_loss" not in each]
+            if len(others) < len(lines):
+                write_text(self._file, "".join(map(_line, others)) + line)
             else:
                 with self._file.open("a", encoding="utf-8") as file:
-                    file.write(f"{self._end_of_a_cut_line}{_line({'step': step, **values})}")
+                    file.write(self._end_of_a_cut_line + line)
             self._end_of_a_cut_line = ""
         except OSError as problem:
             self._end_of_a_cut_line = "\n"
-            self._warn_once(problem.strerror or str(problem))
-
-    def _without_evaluation(self, step: int) -> list[dict[str, Any]] | None:
-        """The lines without evaluations of a step; None if there are none of these."""
-        lines = read_log(self._file) if self._file.exists() else []
-        others = [line for line in lines if line["step"] != step or "eval_loss" not in line]
-        return others if len(others) < len(lines) else None
-
-    def _warn_once(self, reason: str) -> None:
-        if not self._has_warned:
-            warn("{log} cannot be written: {reason}; training goes on", log=LOG, reason=reason)
-        self._has_warned = True
+            if not self._has_warned:
+                reason = problem.strerror or str(problem)
+                warn("{log} cannot be written: {reason}; training goes on", log=LOG, reason=reason)
+            self._has_warned = True
 
 
 def _line(values: dict[str, Any]) -> str:
+    """Return a line of the log."""
     return json.dumps(values) + "\n"

@@ -1,4 +1,4 @@
-"""The words of `--train-target` to the modules they mean, and a model made ready for training.
+"""Add LoRA adapters to a model: the modules of each `--train-target`, and full copies of embeddings.
 
 encoder, projector and decoder are trained by LoRA; embed_tokens and lm_head as full float32 copies.
 """
@@ -25,7 +25,13 @@ FULL_TARGETS = {"embed_tokens": "decoder.model.embed_tokens", "lm_head": "decode
 
 @dataclass(frozen=True)
 class TargetCount:
-    """What one word of `--train-target` came to: layers matched and parameters trained."""
+    """Count the layers that a `--train-target` matches, and the parameters that it trains.
+
+    Attributes:
+        target: as on the command line.
+        layers: number of layers.
+        parameters: number of trained numbers.
+    """
 
     target: str
     layers: int
@@ -45,10 +51,10 @@ def add_adapters(
 
     Args:
         model: the base model; its own weights are frozen.
-        targets: words of `--train-target`.
+        targets: those of `--train-target`.
         rank: of the LoRA matrices.
-        alpha: the adapters are scaled by alpha / rank.
-        dropout: before the adapters.
+        alpha: adapters are scaled by alpha / rank.
+        dropout: on the adapters' input.
         base_name: recorded in the adapter, so that it finds its base again.
 
     Returns:
@@ -58,30 +64,44 @@ def add_adapters(
         ModelError: a target matches nothing.
     """
     from peft import LoraConfig, get_peft_model
+    from peft.utils.constants import DUMMY_TARGET_MODULES
 
     from mdl_toolkit.training.lora_layer import use_fast_lora
 
-    _check_targets(model, targets)
+    names = [name for name, _ in model.named_modules()]
+    for target in targets:
+        module = re.compile(LORA_TARGETS.get(target) or re.escape(FULL_TARGETS[target]))
+        if not any(module.fullmatch(name) for name in names):
+            raise ModelError("--train-target {target}: this model has nothing of that name", target=target)
+    patterns = [f"(?:{pattern})" for target, pattern in LORA_TARGETS.items() if target in targets]
     tied = bool(model.config.tie_word_embeddings)  # type: ignore[union-attr]
     full = _full_modules(targets, tied)
     config = LoraConfig(
-        task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout,
-        target_modules=_pattern(targets), modules_to_save=full or None,
-        ensure_weight_tying=tied and bool(full), base_model_name_or_path=base_name,
-    )  # fmt: skip
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules="|".join(patterns) or str(DUMMY_TARGET_MODULES),
+        modules_to_save=full or None,
+        ensure_weight_tying=tied and bool(full),
+        base_model_name_or_path=base_name,
+    )
     with quiet_peft():
         peft_model = get_peft_model(model, config, autocast_adapter_dtype=True)
     peft_model.peft_config["default"].base_model_name_or_path = base_name
-    _raise_to_float32(peft_model)
+    # PEFT leaves full copies in the dtype of the base.
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32)
     use_fast_lora(peft_model)
-    return peft_model, [_count(peft_model, target, tied) for target in targets]
+    return peft_model, [count_target(peft_model, target, tied=tied) for target in targets]
 
 
 def check_resumable(checkpoint: Path, targets: tuple[str, ...], rank: int) -> None:
     """Refuse to resume with an adapter of another shape than the checkpoint's.
 
     Raises:
-        ModelError: --lora-rank or --train-target differs.
+        ModelError: `--lora-rank` or `--train-target` differs.
     """
     config = read_json(checkpoint / ADAPTER_CONFIG)
     pattern, full = str(config.get("target_modules")), config.get("modules_to_save") or []
@@ -100,35 +120,14 @@ def check_resumable(checkpoint: Path, targets: tuple[str, ...], rank: int) -> No
         )
 
 
-def _pattern(targets: tuple[str, ...]) -> str:
-    from peft.utils.constants import DUMMY_TARGET_MODULES
-
-    patterns = [pattern for target, pattern in LORA_TARGETS.items() if target in targets]
-    return "|".join(f"(?:{pattern})" for pattern in patterns) or str(DUMMY_TARGET_MODULES)
-
-
 def _full_modules(targets: tuple[str, ...], tied: bool) -> list[str]:
-    """Tied embeddings are one matrix: either word trains it, under the name of the input side."""
+    """Return the modules that are trained as full copies; tied embeddings are one, named as the input's."""
     wanted = [module for target, module in FULL_TARGETS.items() if target in targets]
     return [FULL_TARGETS["embed_tokens"]] if wanted and tied else wanted
 
 
-def _check_targets(model: nn.Module, targets: tuple[str, ...]) -> None:
-    names = [name for name, _ in model.named_modules()]
-    for target in targets:
-        pattern = re.compile(LORA_TARGETS.get(target) or re.escape(FULL_TARGETS[target]))
-        if not any(pattern.fullmatch(name) for name in names):
-            raise ModelError("--train-target {target}: this model has nothing of that name", target=target)
-
-
-def _raise_to_float32(model: nn.Module) -> None:
-    """Full copies keep the base dtype in PEFT; training them wants float32."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.float32)
-
-
-def _count(model: nn.Module, target: str, tied: bool) -> TargetCount:
+def count_target(model: nn.Module, target: str, *, tied: bool) -> TargetCount:
+    """Count what a target trains in a `PeftModel`; `tied` tells whether its embeddings are tied."""
     if target in LORA_TARGETS:
         pattern = re.compile(rf".*?({LORA_TARGETS[target]})\.lora_[AB]\..*")
     else:

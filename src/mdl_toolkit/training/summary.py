@@ -1,4 +1,4 @@
-"""What a person wants to know before the first step of a run, and after its last one: a few plain lines."""
+"""Summarize a run in a few plain lines: its plan before the first step, its results after the last."""
 
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,13 @@ from mdl_toolkit.training.sampler import BatchSampler
 from mdl_toolkit.utils.console import clock, say, warn
 from mdl_toolkit.utils.run_folder import LOG, SmoothedLoss, read_log
 
-MOST_EVALUATIONS = 10  # shown at the end: the last ones, and the best one
+# Shown at the end: the last ones, and the best one.
+MOST_EVALUATIONS = 10
 HOUR = 3600.0
 
 
-# --- before ----------------------------------------------------------------------------------------------
-
-
 def say_machine(device: torch.device, dtype: torch.dtype, quantization: str | None, processes: int) -> None:
-    """Say what computes, and in which numbers."""
+    """Say the device, the number of processes and the dtype of the base weights."""
     name = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
     numbers = str(dtype).removeprefix("torch.")
     weights: str | Localized = numbers
@@ -44,7 +42,7 @@ def say_machine(device: torch.device, dtype: torch.dtype, quantization: str | No
 
 
 def say_data(train_set: ConvertedDataset, eval_set: ConvertedDataset | None) -> None:
-    """Say how much there is to learn, and to evaluate on."""
+    """Say how many examples and how much audio there are to learn from, and to evaluate on."""
     train = _amount(train_set)
     if eval_set is None:
         say("training data: {train}", train=train)
@@ -53,13 +51,14 @@ def say_data(train_set: ConvertedDataset, eval_set: ConvertedDataset | None) -> 
 
 
 def _amount(dataset: ConvertedDataset) -> Localized:
+    """Return the number of a dataset's examples and the hours of their audio, in words."""
     rows, seconds = len(dataset), float(dataset.audio_lengths.sum()) / SAMPLE_RATE
     hours = f"{seconds / HOUR:.2f}" if seconds >= 0.1 * HOUR else f"{seconds / HOUR:.2g}"
     return Localized("{rows:,} rows, {hours} hours of audio", rows=rows, hours=hours)
 
 
 def say_steps(options: TrainOptions, sampler: BatchSampler, total: int) -> None:
-    """Say how many steps there are, and what each consists of."""
+    """Say the number of steps and the effective batch; warn of a warm-up that is longer than the run."""
     factors = f"{sampler.batch_size} x {sampler.accumulation} x {sampler.processes}"
     say(
         "steps: {total:,} in {epochs:g} epochs of {per_epoch:,}; effective batch: {effective} = {factors} "
@@ -81,7 +80,7 @@ def say_steps(options: TrainOptions, sampler: BatchSampler, total: int) -> None:
 
 
 def say_memory(plan: MemoryPlan) -> None:
-    """Say how much memory is going to be needed and how much is free, and warn if that does not do."""
+    """Say how much memory is predicted and how much is free, and warn if that may not suffice."""
     for line in plan.lines():
         say(line)
     if warning := plan.warning():
@@ -89,90 +88,79 @@ def say_memory(plan: MemoryPlan) -> None:
 
 
 def say_targets(counts: list[TargetCount], model: Any) -> None:
-    """Say what of a `PeftModel` trains: each target, and the share of all parameters."""
-    trained, there = model.get_nb_trainable_parameters()  # knows that quantized ones are packed
+    """Say how many parameters of a `PeftModel` train, in each target and of all."""
+    # PEFT counts quantized parameters right, which are stored packed.
+    trained, total = model.get_nb_trainable_parameters()
     for count in counts:
-        share = f"{count.parameters / there:.2%}"
         say(
             "training {target}: {layers} layers, {parameters:,} parameters ({share})",
             target=count.target,
             layers=count.layers,
             parameters=count.parameters,
-            share=share,
+            share=f"{count.parameters / total:.2%}",
         )
     say(
         "training {trained:,} of {there:,} parameters ({share:.2%})",
         trained=trained,
-        there=there,
-        share=trained / there,
+        there=total,
+        share=trained / total,
     )
     tied = bool(model.get_base_model().config.tie_word_embeddings)
     if tied and {"embed_tokens", "lm_head"} & {count.target for count in counts}:
         say("this model ties embed_tokens and lm_head: training one trains both")
 
 
-# --- after -----------------------------------------------------------------------------------------------
-
-
 def say_results(output: Path, best: int | None, pace: Pace) -> None:
-    """Say what a run came to: losses of the whole run, from its log, and the pace of this process's life.
+    """Say the results of a run: losses and evaluations of the whole run, from its log, and the pace.
 
     Args:
         output: the run's folder.
         best: the step of the best evaluation.
-        pace: of the steps made since the beginning or the resumption.
+        pace: of the steps made since the start or the resumption.
     """
     try:
         lines = read_log(output / LOG)
-    except OSError:  # it could not be written, which was said
+    # It could not be written, which was said.
+    except OSError:
         lines = []
-    _say_losses([line for line in lines if "loss" in line])
-    if pace.rows:
-        _say_pace(pace)
+    if steps := [line for line in lines if "loss" in line]:
+        smooth = SmoothedLoss()
+        losses = [smooth.add(line["loss"]) for line in steps]
+        say(
+            "trained: {step:,} steps, {epoch:.3g} epochs; smoothed loss: {first:.4f} at first, {last:.4f} at "
+            "last",
+            step=steps[-1]["step"],
+            epoch=steps[-1]["epoch"],
+            first=losses[0],
+            last=losses[-1],
+        )
+    if pace.examples:
+        seconds = max(pace.seconds, 1e-9)
+        say(
+            "time: {seconds}; {speed:.3g} samples/s, {hours:.3g} hours of audio in an hour, {waited} of the "
+            "time waiting for data",
+            seconds=clock(pace.seconds),
+            speed=pace.examples / seconds,
+            hours=pace.audio / seconds,
+            waited=f"{pace.waited / seconds:.1%}",
+        )
     _say_evaluations([line for line in lines if "eval_loss" in line], best)
 
 
-def _say_losses(lines: list[dict[str, Any]]) -> None:
-    if not lines:
-        return
-    smooth, last = SmoothedLoss(), lines[-1]
-    losses = [smooth.add(line["loss"]) for line in lines]
-    say(
-        "trained: {step:,} steps, {epoch:.3g} epochs; smoothed loss: {first:.4f} at first, {last:.4f} at "
-        "last",
-        step=last["step"],
-        epoch=last["epoch"],
-        first=losses[0],
-        last=losses[-1],
-    )
-
-
-def _say_pace(pace: Pace) -> None:
-    seconds = max(pace.seconds, 1e-9)
-    speed, hours, waited = pace.rows / seconds, pace.audio / seconds, f"{pace.waited / seconds:.1%}"
-    say(
-        "time: {seconds}; {speed:.3g} samples/s, {hours:.3g} hours of audio in an hour, {waited} of the "
-        "time waiting for data",
-        seconds=clock(pace.seconds),
-        speed=speed,
-        hours=hours,
-        waited=waited,
-    )
-
-
 def _say_evaluations(lines: list[dict[str, Any]], best: int | None) -> None:
+    """Say the last evaluations of a run and the best one, as a table."""
     if not lines:
         return
     names = [name for name in lines[-1] if name not in ("step", "eval_loss", "eval_tokens", "epoch")]
     metrics = "".join(f"{name.removeprefix('eval_'):>10}" for name in names)
-    head = f"{'step':>9}{'loss':>10}{metrics}"
-    say("evaluation{columns}", columns=head)
-    left_out = len(lines) - MOST_EVALUATIONS
+    say("evaluation{columns}", columns=f"{'step':>9}{'loss':>10}{metrics}")
+    first = len(lines) - MOST_EVALUATIONS
     for number, line in enumerate(lines):
-        if number >= left_out or line["step"] == best:
+        is_best = line["step"] == best
+        if number >= first or is_best:
             figures = "".join(f"{line[name]:>10.4f}" for name in ("eval_loss", *names) if name in line)
             columns = f"{'':<10}{line['step']:>9}{figures}"
-            if line["step"] == best:
+            if is_best:
                 say("{columns}  best", columns=columns)
             else:
                 say("{columns}", columns=columns)

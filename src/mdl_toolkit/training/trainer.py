@@ -1,7 +1,7 @@
-"""The training loop: steps whose loss is the mean over their supervised tokens, however they are computed.
+"""Train: make steps whose loss is the mean over their supervised tokens, however they are computed.
 
-A step is a sum over rows. Batches, accumulation, processes and a lack of memory only decide how that sum is
-computed; so does an interruption: order, learning rate and dropout follow from the seed and the number of
+A step is a sum over examples. Batches, accumulation, processes and a lack of memory only decide how that sum
+is computed; so does an interruption: order, learning rate and dropout follow from the seed and the number of
 the step, and all else that matters is in the checkpoint.
 """
 
@@ -36,14 +36,16 @@ from mdl_toolkit.utils.console import say, warn
 from mdl_toolkit.utils.distributed import World
 from mdl_toolkit.utils.signals import StopRequest
 
-MAX_NORM = 1.0  # of the gradient, as in the HF Trainer
+# Of the gradient, as in the HF Trainer.
+MAX_NORM = 1.0
 MOST_ROWS_NAMED = 20
-FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk, or the user's share of it
+# The disk is full, or the user's share of it.
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to.
+    """Hold what a run came to.
 
     Attributes:
         steps: optimizer steps made, those before a resumption included.
@@ -60,18 +62,18 @@ class Outcome:
 
 @dataclass
 class Trainer:
-    """Everything that a run works with.
+    """Train a model over a schedule of steps, evaluating and saving when it is due.
 
     Attributes:
         options: the run's.
-        schedule: when what is due.
-        sampler: which rows when.
-        train_set: the rows to learn.
-        forward: what is computed with; exactly the trainable parameters of its model train.
-        evaluator: the run's evaluations.
+        schedule: says when what is due.
+        sampler: chooses the examples of each step.
+        train_set: the examples to learn from.
+        forward: computes losses; exactly the trainable parameters of its model train.
+        evaluator: makes the run's evaluations.
         world: the processes.
-        log: what is said and written while it runs.
-        kept: blocks that gradient checkpointing, if it is on, leaves alone.
+        log: takes the steps.
+        kept: blocks whose activations gradient checkpointing, if it is on, keeps.
     """
 
     options: TrainOptions
@@ -90,18 +92,18 @@ class Trainer:
         if self.options.gradient_checkpointing:
             checkpoint_gradients(self.forward.model, self.kept)
         self.step = 0
-        self.losses, self.since = 0.0, 0  # the sum of all steps' losses, and the step after which it began
-        what = Localized("the same effective batch")
-        self.micro_batcher = MicroBatcher(self.options.batch_size, self.forward.device, what)
+        # The sum of all steps' losses, and the step after which it began.
+        self.losses, self.since = 0.0, 0
+        purpose = Localized("the same effective batch")
+        self.micro_batcher = MicroBatcher(self.options.batch_size, self.forward.device, purpose)
         self.request, self.must_stop = StopRequest(), False
         self.resumed: Checkpoint | None = None
-        self.newest: Path | None = None  # checkpoint that was saved, or resumed from
-        self.best_there: int | None = None  # its step, of those that are saved
+        # The checkpoint that was saved, or resumed from, last; and the step of the best one saved.
+        self.newest: Path | None = None
+        self.best_saved: int | None = None
         self.loader = Prefetcher.for_device(
-            self.forward.device, lambda rows: self.forward.batch(self.train_set, rows)
+            self.forward.device, lambda indices: self.forward.batch(self.train_set, indices)
         )
-
-    # --- the run ---
 
     def run(self) -> Outcome:
         """Train to the end of the schedule.
@@ -111,9 +113,9 @@ class Trainer:
             ToolkitError: the loss is not finite any more, or the last checkpoint cannot be saved.
         """
         wanted = (
-            rows
+            indices
             for step in range(self.step, self.schedule.total)
-            for rows in self.sampler.batches(step, self.world.rank)
+            for indices in self.sampler.batches(step, self.world.rank)
         )
         identity = {**identity_of(self.sampler), **self.evaluator.state()}
         check_together(self.world, self.step, identity, self.schedule.total)
@@ -123,13 +125,19 @@ class Trainer:
             self._delete_oldest()
         with self.request, closing(self.loader.batches(wanted)) as batches:
             if self.evaluator.is_owed(self.step):
-                self._make_up_for_evaluation()
+                self._make_owed_evaluation()
             while self.step < self.schedule.total and not self.must_stop and not self.evaluator.is_enough:
                 self.losses += self._make_step(batches)
-                self._do_what_is_due()
+                self._evaluate_and_save()
             # All end together, when all is saved: a launcher ends those left behind.
             if float(self.world.sum(torch.tensor(float(self.request.is_made)))):
-                self._say_stopped()
+                if self.newest is not None:
+                    say(
+                        "stopped after step {step:,} of {total:,}; to go on: {option}",
+                        step=self.step,
+                        total=self.schedule.total,
+                        option=self._resuming(self.newest),
+                    )
                 raise KeyboardInterrupt
         best = self.evaluator.best
         if first < self.step < self.schedule.total:
@@ -140,18 +148,8 @@ class Trainer:
             )
         return Outcome(self.step, self.losses / max(self.step - self.since, 1), self.evaluator.loss, best)
 
-    def _say_stopped(self) -> None:
-        if self.newest is not None:
-            step, total, option = self.step, self.schedule.total, self._resuming(self.newest)
-            say(
-                "stopped after step {step:,} of {total:,}; to go on: {option}",
-                step=step,
-                total=total,
-                option=option,
-            )
-
-    def _make_up_for_evaluation(self) -> None:
-        """What the run was stopped before; the checkpoint that was left then has it from now on."""
+    def _make_owed_evaluation(self) -> None:
+        """Make the evaluation that the run was stopped before, and add it to the checkpoint of its step."""
         self._evaluate()
         if self.must_stop or self.resumed is None or not self.world.is_first:
             return
@@ -160,7 +158,8 @@ class Trainer:
         except OSError as problem:
             self._warn_unsaved(problem)
 
-    def _do_what_is_due(self) -> None:
+    def _evaluate_and_save(self) -> None:
+        """Make the evaluation and the checkpoint that are due after this step, if they are."""
         is_to_evaluate, is_to_save = self.evaluator.is_due(self.step), self.step in self.schedule.saving
         if is_to_evaluate or is_to_save or self.must_stop:
             self._check_weights()
@@ -168,38 +167,43 @@ class Trainer:
             with self._leaving_a_checkpoint():
                 self._evaluate()
         is_last = self.step == self.schedule.total or self.must_stop or self.evaluator.is_enough
-        is_kept = self.options.keep_best and self.evaluator.best.step == self.step
-        if is_to_save or is_last or is_kept:
-            self.save(is_needed=is_last or is_kept)
+        is_best = self.options.keep_best and self.evaluator.best.step == self.step
+        if is_to_save or is_last or is_best:
+            self.save(is_needed=is_last or is_best)
 
     def _evaluate(self) -> None:
+        """Evaluate, and note whether any process was asked to stop meanwhile."""
         self.must_stop = self.evaluator.evaluate(self.step, lambda: self.request.is_made)
 
-    # --- one step ---
-
     def _make_step(self, batches: Iterator[Batch]) -> float:
-        """One optimizer step; its loss. Whether any process was asked to stop is known afterwards."""
-        rows = self.sampler.examples(self.step)
+        """Make an optimizer step, and note whether any process was asked to stop; return the loss."""
+        indices = self.sampler.examples(self.step)
         with self._leaving_a_checkpoint():
-            loss = self._accumulate(batches)
+            own_loss = float(self._accumulate(batches))
             # First, as this is where a process that has gone is noticed on GPUs too.
-            totals = self.world.sum(torch.tensor([float(loss), self.request.is_made], dtype=torch.float64))
+            sums = self.world.sum(torch.tensor([own_loss, self.request.is_made], dtype=torch.float64))
             self.world.sum_gradients(self.trainable.parameters)
-            norm = self.trainable.clip(MAX_NORM)
-            self._check_finite(float(totals[0]), norm)
+            loss, norm = float(sums[0]), self.trainable.clip(MAX_NORM)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                # Of the step before, if they are why.
+                self._check_weights()
+                raise ToolkitError(
+                    "step {next}: the loss or its gradient is not finite; try a smaller --lr, or look at "
+                    "rows {rows} of the training data",
+                    next=self.step + 1,
+                    rows=", ".join(str(index + 1) for index in sorted(indices)[:MOST_ROWS_NAMED]),
+                )
         rate = self.options.lr * self.schedule.rate(self.step)
         self.trainable.update(rate)
         self.step += 1
-        self.log.step(
-            self.step, loss=float(totals[0]), norm=norm, rate=rate, rows=rows,
-            waited=self.loader.waited,
-        )  # fmt: skip
-        self.must_stop = bool(totals[1])
-        return float(totals[0])
+        waited = self.loader.waited
+        self.log.step(self.step, loss=loss, norm=norm, rate=rate, examples=indices, waited=waited)
+        self.must_stop = bool(sums[1])
+        return loss
 
     @contextmanager
     def _leaving_a_checkpoint(self) -> Iterator[None]:
-        """What fails here has not touched the weights: the steps since the last checkpoint are not lost.
+        """Save a checkpoint if this context fails, which has not touched the weights: no step is lost.
 
         Nothing is deleted for it: the trouble may have begun in these steps.
         """
@@ -208,66 +212,53 @@ class Trainer:
         except Exception:
             is_there = self.step == 0 or (self.output / f"checkpoint-{self.step}").exists()
             if self.world.is_first and not is_there and self.trainable.is_finite:
-                with suppress(Exception):  # what went wrong first is what is to be told
+                # The first error is the one to tell.
+                with suppress(Exception):
                     self._write()
             raise
 
     def _accumulate(self, batches: Iterator[Batch]) -> Tensor:
-        """Gradients of this process's batches, and the sum of their losses; again if memory does not do."""
+        """Add up the gradients of this process's batches; return the sum of their losses, a scalar."""
         wanted = self.sampler.batches(self.step, self.world.rank)
+        tokens = max(1, self.sampler.tokens(self.step))
         made: Iterable[Batch] = (next(batches) for _ in wanted)
 
-        def make_again() -> None:
-            """Gradients may be half added up: the whole step is computed again, from its rows."""
+        def compute(most: int) -> Tensor:
+            total = torch.zeros((), device=self.forward.device)
+            for number, batch in enumerate(made):
+                torch.manual_seed(self.sampler.dropout_seed(self.step, number, self.world.rank))
+                for part in split(batch, most):
+                    loss = self.forward.loss(part, tokens)
+                    loss.backward()
+                    total += loss.detach()
+            return total
+
+        def start_over() -> None:
+            """Make the whole step's batches again, as gradients may be half added up."""
             nonlocal made
-            self._let_go()
-            for _ in made:  # what was made ahead for this step
+            self.release_memory()
+            # Batches that were made ahead for this step.
+            for _ in made:
                 pass
-            made = [self.loader.make(rows) for rows in wanted]
+            made = [self.loader.make(indices) for indices in wanted]
 
-        return self.micro_batcher.run(
-            max(map(len, wanted), default=0), lambda most: self._add_up(made, most), make_again
-        )
+        return self.micro_batcher.run(max(map(len, wanted), default=0), compute, start_over)
 
-    def _add_up(self, made: Iterable[Batch], most: int) -> Tensor:
-        tokens = max(1, self.sampler.tokens(self.step))
-        total = torch.zeros((), device=self.forward.device)
-        for number, batch in enumerate(made):
-            torch.manual_seed(self.sampler.dropout_seed(self.step, number, self.world.rank))
-            for part in split(batch, most):
-                loss = self.forward.loss(part, tokens)
-                loss.backward()
-                total += loss.detach()
-        return total
-
-    def _let_go(self) -> None:
-        """Of gradients, and from now on of all activations that can be computed again."""
+    def release_memory(self) -> None:
+        """Drop the gradients; from now on, compute all activations again that can be."""
         self.trainable.drop_gradients()
         if self.options.gradient_checkpointing:
             checkpoint_gradients(self.forward.model)
 
-    def _check_finite(self, loss: float, norm: float) -> None:
-        if math.isfinite(loss) and math.isfinite(norm):
-            return
-        self._check_weights()  # of the step before, if they are why
-        rows = ", ".join(str(row + 1) for row in sorted(self.sampler.examples(self.step))[:MOST_ROWS_NAMED])
-        raise ToolkitError(
-            "step {next}: the loss or its gradient is not finite; try a smaller --lr, or look at rows "
-            "{rows} of the training data",
-            next=self.step + 1,
-            rows=rows,
-        )
-
     def _check_weights(self) -> None:
+        """Refuse to go on with weights that are not finite."""
         if not self.trainable.is_finite:
             raise ToolkitError(
                 "step {step}: the trained weights are not finite any more; try a smaller --lr", step=self.step
             )
 
-    # --- checkpoints ---
-
     def save(self, *, is_needed: bool) -> None:
-        """Leave a checkpoint of this step; if it is one of many, a full disk is only warned of.
+        """Save a checkpoint of this step; if it is one of many, a full disk is only warned of.
 
         Raises:
             ToolkitError: it is needed, and the disk does not take it.
@@ -275,73 +266,79 @@ class Trainer:
         if not self.world.is_first:
             return
         try:
-            self._save_with_room()
+            try:
+                self._write()
+            except OSError as problem:
+                # On a full disk, with one less of the checkpoints that may be deleted.
+                if problem.errno not in FULL or not self._delete_oldest(spared=1):
+                    raise
+                self._write()
         except OSError as problem:
-            if is_needed:
-                raise ToolkitError(
-                    "{what}; {remedy}", what=self._unsaved(problem), remedy=self._remedy()
-                ) from problem
-            self._warn_unsaved(problem)
-            return
-        self.best_there = self.evaluator.best.step
+            if not is_needed:
+                self._warn_unsaved(problem)
+                return
+            remedy = Localized("make room, and start again")
+            if self.newest is not None:
+                remedy = Localized("make room, and go on with {option}", option=self._resuming(self.newest))
+            raise ToolkitError("{what}; {remedy}", what=self._unsaved(problem), remedy=remedy) from problem
+        self.best_saved = self.evaluator.best.step
         self._delete_oldest()
 
     def _write(self) -> None:
-        state = {
-            "sampling": identity_of(self.sampler), **self.evaluator.state(),
-            "losses": self.losses, "since": self.since, "most_rows": self.micro_batcher.most,
-        }  # fmt: skip
+        """Write a checkpoint of this step."""
         save(
-            self.output, self.step, adapter=self.trainable.save, optimizer=self.trainable.optimizer_state(),
-            state=state, settings=to_yaml(self.options),
-        )  # fmt: skip
+            self.output,
+            self.step,
+            adapter=self.trainable.save,
+            optimizer=self.trainable.optimizer_state(),
+            state={
+                "sampling": identity_of(self.sampler),
+                **self.evaluator.state(),
+                "losses": self.losses,
+                "since": self.since,
+                "most_rows": self.micro_batcher.most,
+            },
+            settings=to_yaml(self.options),
+        )
         self.newest = self.output / f"checkpoint-{self.step}"
 
     def _unsaved(self, problem: OSError) -> Localized:
+        """Say that this step's checkpoint cannot be saved, and why."""
         reason = problem.strerror or str(problem)
         return Localized("checkpoint-{step} cannot be saved: {reason}", step=self.step, reason=reason)
 
-    def _remedy(self) -> Localized:
-        """What to do when no checkpoint can be saved any more."""
-        if self.newest is None:
-            return Localized("make room, and start again")
-        option = self._resuming(self.newest)
-        return Localized("make room, and go on with {option}", option=option)
+    def _warn_unsaved(self, problem: OSError) -> None:
+        """Warn that this step's checkpoint cannot be saved."""
+        warn("{what}; training goes on", what=self._unsaved(problem))
 
     def _resuming(self, checkpoint: Path) -> str:
-        """In the run's own folder the newest, whenever it is typed again."""
+        """Return the option that resumes from a checkpoint; in the run's own folder, from the newest."""
         is_own = checkpoint.resolve().parent == self.output.resolve()
         return f"--resume-from-checkpoint {'true' if is_own else shlex.quote(str(checkpoint))}"
 
-    def _warn_unsaved(self, problem: OSError) -> None:
-        warn("{what}; training goes on", what=self._unsaved(problem))
-
-    def _save_with_room(self) -> None:
-        """On a full disk, with one less of the checkpoints that may be deleted."""
-        try:
-            self._write()
-        except OSError as problem:
-            if problem.errno not in FULL or not self._delete_oldest(spared=1):
-                raise
-            self._write()
-
     def _delete_oldest(self, spared: int = 0) -> int:
-        """How many went; `spared` more than `--save-total-limit` asks for, but never the last."""
-        kept, limit = [self.resumed.folder] if self.resumed else [], self.options.save_total_limit
+        """Delete checkpoints beyond `--save-total-limit`, and `spared` more, but never the last.
+
+        Returns:
+            The number of those deleted.
+        """
+        limit = self.options.save_total_limit
+        if limit is None:
+            return 0
+        kept = [self.resumed.folder] if self.resumed else []
         if self.options.keep_best:
-            kept += [
-                self.output / f"checkpoint-{step}" for step in (self.best_there, self.evaluator.best.step)
-            ]
-        return 0 if limit is None else delete_oldest(self.output, limit - spared, frozenset(kept))
+            steps = (self.best_saved, self.evaluator.best.step)
+            kept += [self.output / f"checkpoint-{step}" for step in steps]
+        return delete_oldest(self.output, limit - spared, frozenset(kept))
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint.
 
         Raises:
-            ModelError: it is of another model.
+            ModelError: the checkpoint is of another model.
         """
-        theirs, ours = checkpoint.state.get("sampling", {}), identity_of(self.sampler)
-        if theirs != ours:
+        state, batcher = checkpoint.state, self.micro_batcher
+        if state.get("sampling", {}) != identity_of(self.sampler):
             warn(
                 "the training data or the seed are not the interrupted run's: the rows come in another order"
             )
@@ -355,8 +352,7 @@ class Trainer:
             ) from problem
         self.step, self.resumed, self.newest = checkpoint.step, checkpoint, checkpoint.folder
         self.evaluator.resume(checkpoint)
-        self.best_there = self.evaluator.best.step
+        self.best_saved = self.evaluator.best.step
         # Older checkpoints do not have these.
-        state, batcher = checkpoint.state, self.micro_batcher
         self.losses, self.since = state.get("losses", 0.0), state.get("since", checkpoint.step)
         batcher.most = min(batcher.most, state.get("most_rows", batcher.most))
