@@ -31,12 +31,17 @@ class PackedAudio:
 
 
 def pack_audio(waveform: NDArray[np.float32]) -> PackedAudio:
-    """Store a waveform in 16 bits.
+    """Store a waveform, `[samples]` float32, in 16 bits.
 
     The scale keeps loud clips (above full scale) from clipping and gives quiet ones at least 12 bits, so
     that rounding noise stays 77 dB below a clip's peak; 16-bit recordings at 16 kHz are kept exactly.
     """
-    scale = _scale(waveform)
+    lowest, highest = float(waveform.min(initial=0.0)), float(waveform.max(initial=0.0))
+    # The peak is below two to the power of this, and not below half of that.
+    exponent = int(np.frexp(max(-lowest, highest))[1])
+    scale = 2.0 ** max(min(exponent + 3, 0), QUIETEST)
+    while np.rint(highest * 32768.0 / scale) > 32767 or np.rint(lowest * 32768.0 / scale) < -32768:
+        scale *= 2.0
     samples = np.rint(waveform * np.float32(32768.0 / scale)).astype("<i2")
     raw = samples.tobytes()
     buffer = io.BytesIO()
@@ -44,17 +49,6 @@ def pack_audio(waveform: NDArray[np.float32]) -> PackedAudio:
     flac = buffer.getvalue()
     smaller = len(flac) < len(raw)
     return PackedAudio(flac if smaller else raw, "flac" if smaller else "pcm16", scale, len(samples))
-
-
-def _scale(waveform: NDArray[np.float32]) -> float:
-    """Return the power of two that stands for full scale."""
-    lowest, highest = float(waveform.min(initial=0.0)), float(waveform.max(initial=0.0))
-    # The peak is below two to the power of this, and not below half of that.
-    exponent = int(np.frexp(max(-lowest, highest))[1])
-    scale = 2.0 ** max(min(exponent + 3, 0), QUIETEST)
-    while np.rint(highest * 32768.0 / scale) > 32767 or np.rint(lowest * 32768.0 / scale) < -32768:
-        scale *= 2.0
-    return scale
 
 
 def unpack_audio(packed: PackedAudio) -> NDArray[np.float32]:

@@ -1,17 +1,15 @@
 """Load a file as mono float32 samples at the model's rate, or raise an error naming format and remedy.
 
-Nothing is cut, padded or clipped without a word. Addresses are fetched in `download`.
+Nothing is cut, padded or clipped without being marked. Addresses are not followed; `http` fetches them.
 """
 
 import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import soxr
-from numpy.typing import NDArray
 
 from mdl_toolkit.audio.decoders import Decoded, Floats, decode
 from mdl_toolkit.audio.integrity import check_integrity
@@ -89,13 +87,21 @@ def load(path: str | Path, *, allow_truncated: bool = False) -> Clip:
     # Without a name, the decoders cannot go by the extension.
     plain.name = ""
     with _File(plain) as file:
-        return _load(file, allow_truncated)
+        if not file.seek(0, 2):
+            raise AudioError("the file is empty (0 bytes); get it again")
+        integrity = check_integrity(file)
+        _check_complete(integrity.missing, allow_truncated)
+        decoded = decode(file, integrity)
+    missing = integrity.missing or decoded.missing
+    _check_complete(missing, allow_truncated)
+    _check_samples(decoded)
+    return _clip(decoded, missing)
 
 
 class _File(io.BufferedReader):
-    """Read a file, returning -1 from a `seek` to an impossible place, as C does.
+    """Read a file, returning -1 from a `seek` to an impossible position, as C does.
 
-    Decoders try such places in damaged files, and an exception there would be printed with a traceback.
+    Decoders try such positions in damaged files, and an exception there would be printed with a traceback.
     """
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
@@ -103,18 +109,6 @@ class _File(io.BufferedReader):
             return super().seek(offset, whence)
         except (OSError, ValueError):
             return -1
-
-
-def _load(file: BinaryIO, allow_truncated: bool) -> Clip:
-    if not file.seek(0, 2):
-        raise AudioError("the file is empty (0 bytes); get it again")
-    integrity = check_integrity(file)
-    _check_complete(integrity.missing, allow_truncated)
-    decoded = decode(file, integrity)
-    missing = integrity.missing or decoded.missing
-    _check_complete(missing, allow_truncated)
-    _check_samples(decoded)
-    return _clip(decoded, missing)
 
 
 def _check_complete(missing: Localized | None, allow_truncated: bool) -> None:
@@ -146,13 +140,14 @@ def _check_samples(decoded: Decoded) -> None:
 
 
 def _clip(decoded: Decoded, missing: Localized | None) -> Clip:
-    """Resample, and pad what is too short for one audio token."""
+    """Resample decoded samples, and pad those that are too few for one audio token."""
     mono, rate = decoded.samples, decoded.rate
     # soxr's HQ: aliases below -100 dB. FFmpeg's own resampler leaves -62 dB at 9 kHz.
     samples = mono if rate == SAMPLE_RATE else soxr.resample(mono, rate, SAMPLE_RATE, "HQ")
     padding = max(0, MIN_SAMPLES - len(samples))
     level = np.abs(mono)
     loud = level >= FULL_SCALE
+    runs = [loud[start : len(loud) - CLIPPED + 1 + start] for start in range(CLIPPED)]
     return Clip(
         format=decoded.format,
         samples=np.pad(samples, (0, padding)) if padding else samples,
@@ -161,12 +156,7 @@ def _clip(decoded: Decoded, missing: Localized | None) -> Clip:
         channels=decoded.channels,
         padded=padding > 0,
         silent=bool(np.max(level) < SILENCE),
-        clipped=_is_clipped(loud),
+        clipped=bool(np.logical_and.reduce(runs).any()),
         full_scale=float(np.mean(loud)),
         truncated=missing,
     )
-
-
-def _is_clipped(loud: NDArray[np.bool_]) -> bool:
-    runs = len(loud) - CLIPPED + 1
-    return runs > 0 and bool(np.logical_and.reduce([loud[i : i + runs] for i in range(CLIPPED)]).any())
