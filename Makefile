@@ -15,7 +15,7 @@ STAMP := $(VENV)/.set-up
 DOCS_STAMP := $(VENV)/.set-up-docs
 BROWSER_STAMP := $(VENV)/.set-up-browser
 
-.PHONY: setup check test test-fast torture demo bench bench-convert bench-train bench-infer messages screenshots docs clean
+.PHONY: setup check test test-fast stress demo bench bench-convert bench-train bench-infer messages screenshots docs clean
 
 setup: $(STAMP)
 
@@ -47,7 +47,7 @@ test: $(STAMP) $(BROWSER_STAMP)
 test-fast: $(STAMP) $(BROWSER_STAMP)
 	$(PYTEST) -m 'not slow'
 
-torture: $(STAMP)
+stress: $(STAMP)
 	$(BIN)/python -m tests.stress.convert --moments 200
 	$(BIN)/python -m tests.stress.train --tries 60
 	$(BIN)/python -m tests.stress.infer --tries 60

@@ -32,10 +32,18 @@ def calls(source: str) -> list[tuple[int, ast.expr, set[str]]]:
         if isinstance(node, ast.Call):
             name = getattr(node.func, "id", getattr(node.func, "attr", ""))
             position = TAKES.get(name, 0)
-            if 0 < position <= len(node.args) and not isinstance(node.args[position - 1], ast.Starred):
+            if 0 < position <= len(node.args) and not is_other(name, node.args[position - 1]):
                 given = {keyword.arg or "**" for keyword in node.keywords} if name != "option" else set()
                 found.append((node.lineno, node.args[position - 1], given | OWN.get(name, set())))
     return found
+
+
+def is_other(name: str, argument: ast.expr) -> bool:
+    """Tell whether an argument is no template: several in one, or what a class of another kind is made of."""
+    is_text = isinstance(argument, ast.JoinedStr | ast.BinOp) or (
+        isinstance(argument, ast.Constant) and bool(argument.value)
+    )
+    return isinstance(argument, ast.Starred) or (name == "__init__" and not is_text)
 
 
 def wrong_calls(source: str) -> list[int]:

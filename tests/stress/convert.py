@@ -1,7 +1,7 @@
 """Kill a conversion at hundreds of moments, let the same command go on, and compare every byte.
 
 `python -m tests.stress.convert --moments 200 [--seed N] [--only N]` in the repository's root, or
-`make torture`. The command is the real one, with 2 workers and small shards. `--moments` says at how many
+`make stress`. The command is the real one, with 2 workers and small shards. `--moments` says at how many
 moments it is killed: half are spread evenly over the seconds of an unbroken run, half over the shards that
 are written down. Others come on top: at the very end, and before an exact file operation. Some resumed runs
 are killed again; in some tries a dataset is there already. After each kill the output must be whole or,
@@ -297,7 +297,7 @@ def _unbroken(place: Path, name: str, words: list[str], command: list[str]) -> t
     return listing(place / name / OUT), seconds
 
 
-def torture(setting: Setting, tries: list[Try], moments: int) -> Counts:
+def run_tries(setting: Setting, tries: list[Try], moments: int) -> Counts:
     """Carry out all tries, and tell of each that fails."""
     counts = Counts()
     for tried in tries:
@@ -329,7 +329,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="number of the one try to carry out")
     given = parser.parse_args()
-    place = Path(tempfile.mkdtemp(prefix="mdl-torture-"))
+    place = Path(tempfile.mkdtemp(prefix="mdl-stress-"))
     setting = prepare(place)
     tries = list(all_tries(setting, given.moments, given.seed))
     if given.only is not None:
@@ -338,7 +338,7 @@ def main() -> int:
         f"{setting.shards} shards, {setting.steps} file operations, {setting.seconds:.2f} s unbroken; "
         f"{len(tries)} tries, seed {given.seed}"
     )
-    counts = torture(setting, tries, given.moments)
+    counts = run_tries(setting, tries, given.moments)
     say(str(counts))
     if not counts.failures:
         shutil.rmtree(place)

@@ -1,6 +1,6 @@
 """Kill an inference at random moments, let the same command go on, and compare every byte of the end.
 
-`python -m tests.stress.infer --tries 50 [--seed N] [--only N]` in the repository's root, or `make torture`.
+`python -m tests.stress.infer --tries 50 [--seed N] [--only N]` in the repository's root, or `make stress`.
 How it is killed is told in `tries.py`; a step is an answer that is written down, and some kills are a SIGTERM
 or a Ctrl-C. Rows may be spoilt and kept, answers may be chosen, and the output may be the input. After each
 kill the output must be whole or what it was, and no answer may be lost; no run may begin a row that is

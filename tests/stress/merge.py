@@ -1,6 +1,6 @@
 """Kill a merging at random moments, let the same command go on, and compare every byte of the end.
 
-`python -m tests.stress.merge --tries 50 [--seed N] [--only N]` in the repository's root, or `make torture`.
+`python -m tests.stress.merge --tries 50 [--seed N] [--only N]` in the repository's root, or `make stress`.
 How it is killed is told in `tries.py`. In every other try an earlier result is there already, in every third
 one nothing is proven. After each kill the output must be whole, or what it was, or, between two renames,
 whole where the next run puts it back from; at the end it must be that of the unbroken run, and nothing else

@@ -1,6 +1,6 @@
 """Kill a training at random moments, let the same command go on, and compare every byte of the end.
 
-`python -m tests.stress.train --tries 50 [--seed N] [--only N]` in the repository's root, or `make torture`.
+`python -m tests.stress.train --tries 50 [--seed N] [--only N]` in the repository's root, or `make stress`.
 How it is killed is told in `tries.py`; a step is a step of the training. After each kill every checkpoint
 must be whole; at the end weights, optimizer, log and result must be those of the unbroken run, bit for bit,
 and nothing else may be left.

@@ -348,7 +348,7 @@ def unbroken(kind: type[Attempt], place: Path, tried: Try) -> Unbroken:
     return found[1]
 
 
-def torture(kind: type[Attempt], place: Path, tries: list[Try], seed: int) -> Counts:
+def run_tries(kind: type[Attempt], place: Path, tries: list[Try], seed: int) -> Counts:
     """Carry out all tries, and tell of each that fails."""
     counts, references = Counts(), dict[str, Unbroken]()
     for tried in tries:
@@ -376,11 +376,11 @@ def main(kind: type[Attempt], summary: str) -> int:
     parser.add_argument("--only", type=int, help="number of the one try to carry out")
     given = parser.parse_args()
     os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", LANGUAGE="en")
-    place = Path(tempfile.mkdtemp(prefix="mdl-torture-"))
+    place = Path(tempfile.mkdtemp(prefix="mdl-stress-"))
     kind.make_inputs(place)
     tries = list(all_tries(kind, (given.only or 0) + given.tries, given.seed))
     chosen = [tried for tried in tries if given.only in (None, tried.number)]
-    counts = torture(kind, place, chosen, given.seed)
+    counts = run_tries(kind, place, chosen, given.seed)
     say(str(counts))
     if not counts.failures:
         shutil.rmtree(place)

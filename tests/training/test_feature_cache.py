@@ -1,9 +1,7 @@
 """Cached audio features: the same run with each row encoded once, and nothing stale is ever read."""
 
-import os
 import shutil
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +21,7 @@ from mdl_toolkit.training import run as training
 from mdl_toolkit.training.checkpoints import checkpoints
 from mdl_toolkit.training.feature_cache import FeatureCache
 from mdl_toolkit.training.run import train
+from mdl_toolkit.utils.distributed import World
 from tests.support.fleet import die_before, fleet, start_ranks
 from tests.support.paths import MODEL
 from tests.support.runs import LENGTHS, files_below, history, make_csv, train_options
@@ -221,17 +220,23 @@ def test_several_processes_share_the_work(place, tmp_path, start, rows, processe
     assert not (tmp_path / "run/.dataset").exists()
 
 
-def work_in(folder):
-    """Work in a folder of its own, as on another machine."""
-    (folder / "run/.dataset/features").mkdir(parents=True)
-    os.chdir(folder)
+def lose(file):
+    """Move what the second process wrote away, as if that were another machine's disk."""
+    wait = World.wait
+
+    def lose_and_wait(world):
+        if world.rank == 1 and file.exists():
+            file.rename(file.with_name("elsewhere"))
+        wait(world)
+
+    World.wait = lose_and_wait
 
 
 def test_processes_that_do_not_share_the_folder_are_told(place, tmp_path, start):
-    befores = [partial(work_in, tmp_path / name) for name in ("one", "other")]
-    jobs = start_ranks(start, command(place, Path("run")), 2, befores)
+    file = tmp_path / "run/.dataset/features/0-1"
+    jobs = start_ranks(start, command(place, tmp_path / "run"), 2, partial(lose, file))
     assert [job.end() for job in jobs] == [1, 1]
-    assert "run/.dataset/features/0-1: not here as another process wrote it" in jobs[0].said()
+    assert f"{file}: not here as another process wrote it" in jobs[0].said()
 
 
 # --- refused ------------------------------------------------------------------------------------------------
