@@ -11,16 +11,17 @@ from mdl_toolkit.evaluation.bootstrap import (
     mcnemar_test,
     percentile_interval,
     permutation_test,
-    value_of,
+    point_estimate,
     wilson_interval,
 )
-from mdl_toolkit.evaluation.metrics import MacroF1, MeanAveragePrecision, Sums
+from mdl_toolkit.evaluation.label_metrics import MacroF1, MeanAveragePrecision
+from mdl_toolkit.evaluation.metrics import SumBasedMetric
 
 
 def mean_of(rows):
     """The mean of some numbers, as a figure over rows."""
     statistics = np.stack([rows, np.ones(len(rows))], axis=1)
-    return Sums(statistics, lambda sums: sums[:, 0] / sums[:, 1])
+    return SumBasedMetric(statistics, lambda sums: sums[:, 0] / sums[:, 1])
 
 
 def test_wilsons_interval_by_its_formula():
@@ -48,7 +49,7 @@ def word_errors(generator, rows):
     """Rows of 1 and more words, of which some have many errors and most have none: a fifth of all words."""
     lengths = 1 + generator.poisson(9, rows)
     errors = generator.binomial(lengths, generator.beta(0.5, 2.0, rows))
-    return Sums(np.stack([errors, lengths], axis=1), lambda sums: sums[:, 0] / sums[:, 1]), 0.2
+    return SumBasedMetric(np.stack([errors, lengths], axis=1), lambda sums: sums[:, 0] / sums[:, 1]), 0.2
 
 
 def labels(generator, rows):
@@ -89,7 +90,7 @@ def test_an_interval_never_leaves_the_range_of_the_metric():
     predictions = np.where(np.arange(24) == 5, 0, references)
     statistic = MacroF1(references, predictions, 8)
     low, high = percentile_interval(bootstrap_distribution([statistic], 24, 2000, 1)[0], 24)
-    assert 0 <= low < value_of(statistic, 24) <= high <= 1
+    assert 0 <= low < point_estimate(statistic, 24) <= high <= 1
 
 
 def test_samples_are_those_of_a_plain_loop():
@@ -138,7 +139,7 @@ def test_an_interval_holds_the_value_even_where_drawing_rows_twice_moves_the_met
         scores,
         1,
     )
-    value = value_of(statistic, rows)
+    value = point_estimate(statistic, rows)
     distribution = bootstrap_distribution([statistic], rows, 1000, seed=1)[0]
     low, high = percentile_interval(distribution, rows)
     assert distribution.mean() > value + 0.01
@@ -182,7 +183,7 @@ def test_all_permutations_of_few_rows_are_counted():
 
 
 def test_two_equal_files_do_not_differ():
-    undefined = Sums(np.zeros((18, 1)), lambda sums: np.full(len(sums), np.nan))
+    undefined = SumBasedMetric(np.zeros((18, 1)), lambda sums: np.full(len(sums), np.nan))
     p_values = permutation_test([mean_of(np.tile(np.arange(9.0), 2)), undefined], 9, 100, seed=1)
     assert p_values[0] == 1
     assert np.isnan(p_values[1])

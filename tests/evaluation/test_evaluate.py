@@ -13,7 +13,7 @@ from mdl_toolkit.config.evaluation import EvaluateOptions
 from mdl_toolkit.config.yaml import from_mapping, read_settings
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.evaluation.evaluate import evaluate
-from mdl_toolkit.evaluation.render import aligned, as_text
+from mdl_toolkit.evaluation.render import align_columns, as_text
 from mdl_toolkit.utils.console import width_of
 from tests.support.runs import files_below, write_csv
 
@@ -357,7 +357,7 @@ def test_files(place, capsys):
 
 def test_a_file_that_cannot_be_written_leaves_what_was_there(place, monkeypatch, capsys):
     (place / "o.json").write_text("old")
-    monkeypatch.setattr("mdl_toolkit.evaluation.evaluate.as_json", lambda _: "\ud800")
+    monkeypatch.setattr("mdl_toolkit.evaluation.results.as_json", lambda _: "\ud800")
     with pytest.raises(UnicodeEncodeError):
         evaluate(options(place, output=(str(place / "o.json"),)))
     assert (place / "o.json").read_text() == "old"
@@ -378,7 +378,7 @@ def test_columns_stand_below_each_other_in_chinese_too(tmp_path, monkeypatch):
 
 
 def test_what_would_disturb_a_terminal_is_a_dot():
-    shown = aligned([["a\n\x1b[2J", "x" * 60], ["狗", "1"]])
+    shown = align_columns([["a\n\x1b[2J", "x" * 60], ["狗", "1"]])
     assert "\x1b" not in shown
     assert [width_of(line) for line in shown.splitlines()] == [6 + 2 + 40] * 2
     assert shown.splitlines()[0].endswith("x…")

@@ -9,23 +9,16 @@ import sacrebleu
 from sklearn.metrics import accuracy_score, average_precision_score, confusion_matrix, f1_score
 
 from mdl_toolkit.config.types import METRIC_NAMES
-from mdl_toolkit.evaluation.bootstrap import value_of
-from mdl_toolkit.evaluation.metrics import (
-    CORPUS_METRICS,
-    Answers,
-    Manner,
-    are_chinese,
-    confusion,
-    is_same_set,
-    natural_order,
-    versions,
-)
+from mdl_toolkit.evaluation.answers import Answers, ScoringRules, are_chinese, correct_rows
+from mdl_toolkit.evaluation.bootstrap import point_estimate
+from mdl_toolkit.evaluation.label_metrics import confusion_counts, natural_order
+from mdl_toolkit.evaluation.metrics import CORPUS_METRICS, library_versions
 from mdl_toolkit.evaluation.text_metrics import TEXT_METRICS, edits, normalized
 
-PLAIN = Manner(normalize=True, is_chinese=False, separator=None)
-RAW = Manner(normalize=False, is_chinese=False, separator=None)
-CHINESE = Manner(normalize=True, is_chinese=True, separator=None)
-TAGS = Manner(normalize=True, is_chinese=False, separator=";")
+PLAIN = ScoringRules(normalize=True, is_chinese=False, label_separator=None)
+RAW = ScoringRules(normalize=False, is_chinese=False, label_separator=None)
+CHINESE = ScoringRules(normalize=True, is_chinese=True, label_separator=None)
+TAGS = ScoringRules(normalize=True, is_chinese=False, label_separator=";")
 ENGLISH = [
     ("The cat sat on the mat.", "the cat sat on a mat"),
     ("It's half-past ten!", "its halfpast ten"),
@@ -48,8 +41,8 @@ def answers(pairs, failed=(), scores=None):
     return Answers(references, predictions, tuple(range(2, len(pairs) + 2)), lost, scores)
 
 
-def figure(name, pairs, manner=PLAIN, **more):
-    return value_of(CORPUS_METRICS[name].build(answers(pairs, **more), manner), len(pairs))
+def figure(name, pairs, rules=PLAIN, **more):
+    return point_estimate(CORPUS_METRICS[name].build(answers(pairs, **more), rules), len(pairs))
 
 
 def labelled(count, labels=5, seed=0, strange=True):
@@ -109,15 +102,15 @@ def test_no_reference_word_at_all_leaves_error_rates_undefined():
 
 
 @pytest.mark.parametrize(
-    ("pairs", "manner"),
+    ("pairs", "rules"),
     [(ENGLISH, PLAIN), (HAN, CHINESE), (ENGLISH + HAN, PLAIN), ([("a", "b")], PLAIN), ([("", "")], PLAIN)],
 )
-def test_bleu_and_chrf_are_those_of_sacrebleu(pairs, manner):
+def test_bleu_and_chrf_are_those_of_sacrebleu(pairs, rules):
     references, predictions = zip(*pairs, strict=True)
-    bleu = sacrebleu.corpus_bleu(predictions, [references], tokenize=manner.tokenize).score
-    assert figure("bleu", pairs, manner) == pytest.approx(bleu, rel=0, abs=1e-9)
+    bleu = sacrebleu.corpus_bleu(predictions, [references], tokenize=rules.bleu_tokenizer).score
+    assert figure("bleu", pairs, rules) == pytest.approx(bleu, rel=0, abs=1e-9)
     chrf = sacrebleu.corpus_chrf(predictions, [references]).score
-    assert figure("chrf", pairs, manner) == pytest.approx(chrf, rel=0, abs=1e-9)
+    assert figure("chrf", pairs, rules) == pytest.approx(chrf, rel=0, abs=1e-9)
 
 
 def test_chinese_is_tokenised_as_chinese():
@@ -161,7 +154,7 @@ def test_labels_against_scikit_learn(strange):
     assert figure("accuracy", pairs) == pytest.approx(accuracy_score(references, predictions))
     expected = f1_score(references, predictions, labels=labels, average="macro")
     assert figure("macro-f1", pairs) == pytest.approx(expected)
-    names, counts = confusion(answers(pairs))
+    names, counts = confusion_counts(answers(pairs))
     assert names == labels
     assert np.array_equal(
         counts[:, :-1], confusion_matrix(references, predictions, labels=[*labels, "what?"])[:5, :5]
@@ -180,7 +173,7 @@ def test_a_row_that_failed_is_wrong_whatever_its_reference():
     for name in ("accuracy", "exact-match"):
         assert figure(name, pairs, failed={0, 2}) == pytest.approx(1 / 3)
     assert figure("wer", pairs, failed={0, 2}) == 2 / 3
-    assert confusion(answers(pairs, failed={0}))[1][0].tolist() == [0, 0, 0, 1]
+    assert confusion_counts(answers(pairs, failed={0}))[1][0].tolist() == [0, 0, 0, 1]
 
 
 # --- several labels --------------------------------------------------------------------------------------
@@ -224,9 +217,9 @@ def test_map_is_the_mean_of_scikit_learns_average_precisions(with_scores):
         return np.mean(values)
 
     everywhere = range(200)
-    assert value_of(measure, 200) == pytest.approx(expected(everywhere, None))
+    assert point_estimate(measure, 200) == pytest.approx(expected(everywhere, None))
     assert measure.values(weights) == pytest.approx([expected(everywhere, weights[:, n]) for n in range(4)])
-    assert value_of(measure.of(chosen), 80) == pytest.approx(expected(chosen, None))
+    assert point_estimate(measure.subset(chosen), 80) == pytest.approx(expected(chosen, None))
 
 
 def test_map_by_hand():
@@ -246,7 +239,7 @@ def test_a_label_given_twice_counts_with_its_higher_score():
 
 def test_the_same_labels_in_any_order_are_right():
     rows = [("a; b", "b;a"), ("a;b", "a"), ("", ""), ("a", "a;b")]
-    assert is_same_set(answers(rows), TAGS).tolist() == [True, False, True, False]
+    assert correct_rows(answers(rows), TAGS, "same labels").tolist() == [True, False, True, False]
 
 
 # --- any rows, any weights -------------------------------------------------------------------------------
@@ -256,18 +249,18 @@ def test_the_same_labels_in_any_order_are_right():
 def test_weights_are_repetitions_and_parts_are_rows(name):
     """What intervals and groups rest on: the figure by weights is the figure of the rows written out."""
     rows, scores = several(40, 2) if name == "map" else (ENGLISH + HAN + labelled(31, 3), None)
-    manner = TAGS if name == "map" else PLAIN
-    measure = CORPUS_METRICS[name].build(answers(rows, scores=scores), manner)
+    rules = TAGS if name == "map" else PLAIN
+    measure = CORPUS_METRICS[name].build(answers(rows, scores=scores), rules)
     weights = np.random.default_rng(1).multinomial(40, [1 / 40] * 40, size=5).T
     for column, value in zip(weights.T, measure.values(weights.astype(float)), strict=True):
         places = np.repeat(np.arange(40), column)
         again = [rows[place] for place in places]
         cells = tuple(scores[place] for place in places) if scores else None
-        assert value == pytest.approx(figure(name, again, manner, scores=cells)), name
+        assert value == pytest.approx(figure(name, again, rules, scores=cells)), name
     part = np.array([0, 2, 3, 7, 12, 30, 39])
     cells = tuple(scores[place] for place in part) if scores else None
-    expected = figure(name, [rows[place] for place in part], manner, scores=cells)
-    assert value_of(measure.of(part), 7) == pytest.approx(expected)
+    expected = figure(name, [rows[place] for place in part], rules, scores=cells)
+    assert point_estimate(measure.subset(part), 7) == pytest.approx(expected)
 
 
 def test_names_in_order():
@@ -283,5 +276,5 @@ def test_names_in_order():
 
 
 def test_versions_are_told():
-    assert versions()["sacrebleu"] == sacrebleu.__version__
-    assert versions()["numpy"] == np.__version__
+    assert library_versions()["sacrebleu"] == sacrebleu.__version__
+    assert library_versions()["numpy"] == np.__version__

@@ -1,6 +1,6 @@
-"""Predictions beside their references, row by row, from one to three CSVs; and the groups of these rows."""
+"""Predictions aligned with their references, row by row, from one to three CSVs; and groups of these rows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,26 +8,29 @@ import numpy as np
 from mdl_toolkit.config.evaluation import EvaluateOptions
 from mdl_toolkit.data.manifest import PREDICTION
 from mdl_toolkit.errors import InputError
+from mdl_toolkit.evaluation.answers import Answers
 from mdl_toolkit.evaluation.csv_table import Join, Table, join_tables, read_table
-from mdl_toolkit.evaluation.metrics import Answers, natural_order
+from mdl_toolkit.evaluation.label_metrics import natural_order
 from mdl_toolkit.evaluation.text_metrics import normalized
 from mdl_toolkit.i18n import Localized
 
 REFERENCE, ERROR, SCORE, LENGTH = "reference", "error", "score", "length"
-SECONDS = ("seconds", "duration")  # columns that say how long a recording is
-BANDS = (0.25, 0.5, 0.75)  # quantiles between the bands of `length`
+# Columns with the length of a recording.
+SECONDS = ("seconds", "duration")
+# Quantiles that separate the groups of `length`.
+QUARTILES = (0.25, 0.5, 0.75)
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """What is compared.
+class AlignedAnswers:
+    """Hold predictions aligned with their references.
 
     Attributes:
         table: the predictions' file.
-        columns: all columns of it, and those of the references' file that it does not have, `[rows]` each.
+        columns: its columns, and those of the references' file that it does not have, `[rows]` cells each.
         answers: references and predictions.
         other: the same references, and the predictions of `--compare`.
-        notes: what the user should know of how they were found.
+        notes: messages on the files' join and on empty or failed rows.
     """
 
     table: Table
@@ -39,109 +42,111 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Grouping:
-    """How a column divides the rows.
+    """Divide rows into groups.
 
     Attributes:
-        title: the column, with its unit where bands were made.
-        names: of the groups, in order.
-        codes: `[rows]` the group of each row.
+        title: the column, with its unit if groups are ranges of numbers.
+        names: names of the groups, in order.
+        codes: `[rows]` index of each row's group.
     """
 
     title: str
     names: tuple[str, ...]
     codes: np.ndarray
 
+    def groups(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield the name of each group, and the ascending indices of its rows."""
+        for code, name in enumerate(self.names):
+            yield name, np.flatnonzero(self.codes == code)
 
-def read_pairs(options: EvaluateOptions) -> Pairs:
+
+def align_answers(options: EvaluateOptions) -> AlignedAnswers:
     """Read and join the files.
 
     Raises:
         InputError: a file or column is missing, or rows do not match.
     """
     table = read_table(options.input, [PREDICTION])
-    columns = {name: table.column(name) for name in table.columns}
-    notes: list[Localized] = []
-    if options.reference is None:
-        references = columns[_own_column(table, options.reference_column or REFERENCE)]
-    else:
-        source = read_table(options.reference)
-        name = _their_column(table, source, options.reference_column)
-        found = join_tables(table, source)
-        notes.append(Localized("references: {path}, {by}", path=source.path, by=found.by))
-        theirs = {name: _ordered(source, name, found) for name in source.columns}
-        references, columns = theirs[name], {**theirs, **columns}
+    columns, references, notes = _read_references(table, options)
     answers = _answers(table, references, None, options.score_column)
-    notes += [*_about_references(references), *_oddities(answers)]
-    other = _other(table, references, options, notes) if options.compare else None
-    return Pairs(table, columns, answers, other, tuple(notes))
+    if empty := _count_empty(references):
+        notes.append(
+            Localized("empty references, where every predicted word is an error: {empty}", empty=empty)
+        )
+    notes += _notes_on(answers)
+    other = None
+    if options.compare is not None:
+        source = read_table(options.compare, [PREDICTION])
+        join = join_tables(table, source)
+        other = _answers(source, references, join, options.score_column)
+        notes.append(Localized("compared with: {path}, {by}", path=source.path, by=join.by))
+        notes += [Localized("{path}: {note}", path=source.path, note=note) for note in _notes_on(other)]
+    return AlignedAnswers(table, columns, answers, other, tuple(notes))
 
 
-def _own_column(table: Table, name: str) -> str:
-    if name not in table.columns:
+def _read_references(
+    table: Table, options: EvaluateOptions
+) -> tuple[dict[str, list[str]], list[str], list[Localized]]:
+    """Read the references, which are in the predictions' file or in their own.
+
+    Returns:
+        The columns of both files and the references, in the predictions' order; and a message on the join.
+    """
+    source = table if options.reference is None else read_table(options.reference)
+    name = options.reference_column or REFERENCE
+    if options.reference is not None and options.reference_column is None and name not in source.columns:
+        name = PREDICTION if PREDICTION in source.columns else REFERENCE
+    if options.reference is None and name not in table.columns:
         raise InputError(
             "{path}: there is no column {name!r} with references; name it with --reference-column, or "
             "give the file that has them with --reference.",
             path=table.path,
             name=name,
         )
-    return _not_itself(table, table, name)
-
-
-def _their_column(table: Table, source: Table, name: str | None) -> str:
-    name = name or (
-        PREDICTION if REFERENCE not in source.columns and PREDICTION in source.columns else REFERENCE
-    )
-    source.need(name)
-    return _not_itself(table, source, name)
-
-
-def _not_itself(table: Table, source: Table, name: str) -> str:
-    """Refuse to compare the predictions with themselves."""
+    source.check_column(name)
     if name == PREDICTION and source.path.resolve() == table.path.resolve():
         raise InputError(
             "{path}: the column {name!r} would be compared with itself; name another one.",
             path=source.path,
             name=name,
         )
-    return name
+    columns = {name: table.column(name) for name in table.columns}
+    if options.reference is None:
+        return columns, columns[name], []
+    join = join_tables(table, source)
+    theirs = {name: _reordered(source, name, join) for name in source.columns}
+    note = Localized("references: {path}, {by}", path=source.path, by=join.by)
+    return {**theirs, **columns}, theirs[name], [note]
 
 
-def _ordered(table: Table, name: str, found: Join) -> list[str]:
+def _reordered(table: Table, name: str, join: Join) -> list[str]:
+    """Return a column's cells in the order of the table that it was joined to."""
     cells = table.column(name)
-    return [cells[row] for row in found.rows]
+    return [cells[row] for row in join.rows]
 
 
-def _other(
-    table: Table, references: Sequence[str], options: EvaluateOptions, notes: list[Localized]
-) -> Answers:
-    assert options.compare is not None
-    source = read_table(options.compare, [PREDICTION])
-    found = join_tables(table, source)
-    notes.append(Localized("compared with: {path}, {by}", path=source.path, by=found.by))
-    answers = _answers(source, references, found, options.score_column)
-    notes += [Localized("{path}: {note}", path=source.path, note=note) for note in _oddities(answers)]
-    return answers
-
-
-def _answers(table: Table, references: Sequence[str], found: Join | None, scores: str | None) -> Answers:
-    """The predictions of one file, in the references' order."""
-    join = found or Join(tuple(range(len(table))), Localized("joined by row number"))
-    if scores is not None:
-        table.need(scores)
-    errors = _ordered(table, ERROR, join) if ERROR in table.columns else [""] * len(references)
+def _answers(table: Table, references: Sequence[str], join: Join | None, score_column: str | None) -> Answers:
+    """Take the predictions of one file, in the references' order."""
+    join = join or Join(tuple(range(len(table))), Localized("joined by row number"))
+    if score_column is not None:
+        table.check_column(score_column)
+    errors = _reordered(table, ERROR, join) if ERROR in table.columns else [""] * len(references)
     failed = np.array([bool(error.strip()) for error in errors])
-    given = _ordered(table, PREDICTION, join)
-    predictions = ["" if lost else text for lost, text in zip(failed, given, strict=True)]
-    lines = tuple(table.lines[row] for row in join.rows)
-    name = scores or SCORE
-    cells = tuple(_ordered(table, name, join)) if name in table.columns else None
-    return Answers(tuple(references), tuple(predictions), lines, failed, cells)
+    predictions = _reordered(table, PREDICTION, join)
+    scores = score_column or SCORE
+    return Answers(
+        references=tuple(references),
+        predictions=tuple("" if lost else text for lost, text in zip(failed, predictions, strict=True)),
+        lines=tuple(table.lines[row] for row in join.rows),
+        failed=failed,
+        scores=tuple(_reordered(table, scores, join)) if scores in table.columns else None,
+    )
 
 
-def _oddities(answers: Answers) -> list[Localized]:
-    """What is worth a word about one file's predictions."""
+def _notes_on(answers: Answers) -> list[Localized]:
+    """Tell of failed rows and empty predictions of one file."""
     failed = int(answers.failed.sum())
-    empty = _empty(answers.predictions) - failed
+    empty = _count_empty(answers.predictions) - failed
     notes = []
     if failed:
         notes.append(
@@ -152,58 +157,43 @@ def _oddities(answers: Answers) -> list[Localized]:
     return notes
 
 
-def _about_references(references: Sequence[str]) -> list[Localized]:
-    empty = _empty(references)
-    return (
-        [Localized("empty references, where every predicted word is an error: {empty}", empty=empty)]
-        if empty
-        else []
-    )
-
-
-def _empty(texts: Sequence[str]) -> int:
+def _count_empty(texts: Sequence[str]) -> int:
     return sum(not text.strip() for text in texts)
 
 
 # --- groups --------------------------------------------------------------------------------------------
 
 
-def grouped(pairs: Pairs, name: str) -> Grouping:
+def group_rows(aligned: AlignedAnswers, name: str) -> Grouping:
     """Divide the rows by a column, or by their length.
 
-    `length` is a column where there is one; else bands between quartiles of the column `seconds` or
-    `duration`, or of the characters in each normalised reference.
+    If there is no column `length`, groups are the quarters of the column `seconds` or `duration`, or of the
+    number of characters in the normalized references.
 
     Raises:
         InputError: there is no such column.
     """
-    if name in pairs.columns:
-        cells = [cell.strip() for cell in pairs.columns[name]]
+    columns = aligned.columns
+    if name in columns:
+        cells = [cell.strip() for cell in columns[name]]
         names = natural_order(cells)
-        number = {cell: place for place, cell in enumerate(names)}
-        return Grouping(name, tuple(names), np.array([number[cell] for cell in cells]))
-    if name == LENGTH:
-        return _by_length(pairs)
-    listed = ", ".join(repr(column) for column in pairs.columns)
-    raise InputError(
-        "--group-by {name}: there is no such column; there are {listed}, and length.",
-        name=name,
-        listed=listed,
-    )
+        codes = {cell: code for code, cell in enumerate(names)}
+        return Grouping(name, tuple(names), np.array([codes[cell] for cell in cells]))
+    if name != LENGTH:
+        raise InputError(
+            "--group-by {name}: there is no such column; there are {listed}, and length.",
+            name=name,
+            listed=", ".join(repr(column) for column in columns),
+        )
+    for seconds in SECONDS:
+        if (lengths := _finite_numbers(columns.get(seconds, ()))) is not None:
+            return _quarters(f"{LENGTH} ({seconds})", lengths)
+    characters = np.array([len(normalized(text)) for text in aligned.answers.references])
+    return _quarters(f"{LENGTH} (characters)", characters)
 
 
-def _by_length(pairs: Pairs) -> Grouping:
-    for name in SECONDS:
-        lengths = _numbers(pairs.columns.get(name, ()))
-        if lengths is not None:
-            return _bands(f"{LENGTH} ({name})", lengths)
-    return _bands(
-        f"{LENGTH} (characters)", np.array([len(normalized(text)) for text in pairs.answers.references])
-    )
-
-
-def _numbers(cells: Sequence[str]) -> np.ndarray | None:
-    """The cells as finite numbers, or None if there are none or any is something else."""
+def _finite_numbers(cells: Sequence[str]) -> np.ndarray | None:
+    """Parse cells as finite numbers; None if there are none or any is something else."""
     try:
         numbers = np.array([float(cell) for cell in cells])
     except ValueError:
@@ -211,9 +201,9 @@ def _numbers(cells: Sequence[str]) -> np.ndarray | None:
     return numbers if len(numbers) and np.isfinite(numbers).all() else None
 
 
-def _bands(title: str, lengths: np.ndarray) -> Grouping:
-    """Up to four bands with about as many rows in each, named by their shortest and longest row."""
-    edges = np.unique(np.quantile(lengths, BANDS, method="lower"))
-    bands, codes = np.unique(np.searchsorted(edges, lengths), return_inverse=True)
-    inside = [lengths[codes == band] for band in range(len(bands))]
-    return Grouping(title, tuple(f"{band.min():g}-{band.max():g}" for band in inside), codes)
+def _quarters(title: str, lengths: np.ndarray) -> Grouping:
+    """Divide rows into up to four groups of about the same size, named by their shortest and longest row."""
+    edges = np.unique(np.quantile(lengths, QUARTILES, method="lower"))
+    quarters, codes = np.unique(np.searchsorted(edges, lengths), return_inverse=True)
+    members = [lengths[codes == code] for code in range(len(quarters))]
+    return Grouping(title, tuple(f"{each.min():g}-{each.max():g}" for each in members), codes)

@@ -4,7 +4,7 @@ Each metric is a function of a weight for each row. A bootstrap sample is then h
 and a permutation of two systems is which of a row's two answers counts for which system.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -15,23 +15,23 @@ MOST_WEIGHTS = 1 << 22
 
 
 class Statistic(Protocol):
-    """A metric over rows."""
+    """Compute a metric over weighted rows."""
 
     def values(self, weights: np.ndarray) -> np.ndarray:
         """Return the metric by columns of weights, `[rows, samples]` to `[samples]`; NaN if undefined."""
 
-    def of(self, rows: np.ndarray) -> "Statistic":
-        """Return the same metric over some of the rows, which are given by ascending numbers."""
+    def subset(self, rows: np.ndarray) -> "Statistic":
+        """Return the metric over some of the rows, given their ascending indices."""
 
 
 class Interval(NamedTuple):
-    """The bounds of a 95 % confidence interval."""
+    """Hold the bounds of a 95 % confidence interval."""
 
     low: float
     high: float
 
 
-def value_of(statistic: Statistic, rows: int) -> float:
+def point_estimate(statistic: Statistic, rows: int) -> float:
     """Return the metric with each row counted once."""
     return float(statistic.values(np.ones((rows, 1)))[0])
 
@@ -48,19 +48,16 @@ def bootstrap_distribution(
     """
     if not resamples:
         return np.empty((len(statistics), 0))
-    parts = [[each.values(weights) for each in statistics] for weights in _draws(rows, resamples, seed)]
-    return np.concatenate([np.stack(part) for part in parts], axis=1)
-
-
-def _draws(rows: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """Yield how often each row was drawn, `[rows, some of the resamples]`."""
     generator = np.random.default_rng(seed)
-    width = max(1, MOST_WEIGHTS // rows)
-    for start in range(0, resamples, width):
-        count = min(width, resamples - start)
+    most = max(1, MOST_WEIGHTS // rows)
+    parts = []
+    for start in range(0, resamples, most):
+        count = min(most, resamples - start)
+        # A row that is drawn for a sample counts one more in its column.
         draws = generator.integers(rows, size=(rows, count)) * count + np.arange(count)
-        drawn = np.bincount(draws.ravel(), minlength=rows * count)
-        yield drawn.reshape(rows, count).astype(np.float64)
+        weights = np.bincount(draws.ravel(), minlength=rows * count).reshape(rows, count).astype(np.float64)
+        parts.append(np.stack([each.values(weights) for each in statistics]))
+    return np.concatenate(parts, axis=1)
 
 
 def percentile_interval(distribution: np.ndarray, rows: int) -> Interval | None:
@@ -114,8 +111,8 @@ def permutation_test(statistics: Sequence[Statistic], rows: int, resamples: int,
         assert axis == -1
         is_own = (first.reshape(-1, rows) < rows).T
         weights = np.concatenate([is_own, ~is_own]).astype(np.float64)
-        found = [each.values(weights) - each.values(1 - weights) for each in statistics]
-        return np.stack(found, axis=-1).reshape(*first.shape[:-1], len(statistics))
+        by_metric = [each.values(weights) - each.values(1 - weights) for each in statistics]
+        return np.stack(by_metric, axis=-1).reshape(*first.shape[:-1], len(statistics))
 
     test = stats.permutation_test(
         (np.arange(rows), np.arange(rows, 2 * rows)),

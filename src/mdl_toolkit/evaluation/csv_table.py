@@ -1,6 +1,6 @@
-"""A whole CSV in memory, and which row of one CSV belongs to which row of another; recordings are not needed.
+"""CSVs that are read whole, and the join of two of them; recordings are not needed.
 
-Rows are joined by `audio` where that names each of them, else by their number; a mismatch is one sentence.
+Rows are joined by `audio` where its values are unique, else by their number.
 """
 
 import re
@@ -23,18 +23,19 @@ from mdl_toolkit.data.manifest import AUDIO
 from mdl_toolkit.errors import InputError, Problems
 from mdl_toolkit.i18n import Localized, join_messages
 
-EXAMPLES = 3  # so many rows are named in a message
+# Number of rows that a message names.
+MOST_EXAMPLES = 3
 
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of a CSV.
+    """Hold the rows of a CSV.
 
     Attributes:
         path: the file.
-        columns: their names.
-        lines: where each row starts, counted from 1, `[rows]`.
-        cells: the rows, each with as many cells as there are columns.
+        columns: names of the columns.
+        lines: `[rows]` line on which each row starts, counted from 1.
+        cells: `[rows]` the row's cells, one for each column.
     """
 
     path: Path
@@ -46,17 +47,17 @@ class Table:
         return len(self.cells)
 
     def column(self, name: str) -> list[str]:
-        """The cells of one column, as they were written."""
-        place = self.columns.index(name)
-        return [row[place] for row in self.cells]
+        """Return the cells of one column as they were written, `[rows]`."""
+        index = self.columns.index(name)
+        return [row[index] for row in self.cells]
 
-    def need(self, name: str) -> None:
+    def check_column(self, name: str) -> None:
         """Raise InputError if there is no such column."""
         check_columns(self.path, self.columns, [name])
 
 
 def read_table(path: str | Path, needed: Sequence[str] = ()) -> Table:
-    """Read a CSV; rows with too few cells are filled up with empty ones. A model may have written NUL bytes.
+    """Read a CSV; rows with too few cells are filled up with empty ones, and NUL bytes are kept.
 
     Raises:
         InputError: the file cannot be read, is no CSV, has no row, or lacks a column.
@@ -80,16 +81,13 @@ def read_table(path: str | Path, needed: Sequence[str] = ()) -> Table:
     return Table(path, columns, tuple(numbers), tuple(cells))
 
 
-# --- joining -------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Join:
-    """Which row of another table belongs to each row of a table.
+    """Map each row of a table to a row of another one.
 
     Attributes:
-        rows: numbers of the other's rows, counted from 0.
-        by: how they were found.
+        rows: indices of the other table's rows, counted from 0.
+        by: a message that names the key of the join.
     """
 
     rows: tuple[int, ...]
@@ -97,31 +95,39 @@ class Join:
 
 
 def join_tables(left: Table, right: Table) -> Join:
-    """Find the row of `right` for each row of `left`; all of both are used.
+    """Find the row of `right` for each row of `left`; each row of both has one counterpart.
 
-    By `audio`, if both have it, no two rows of either have the same, and at least one is written alike in
-    both. Else by number; then recordings, where both name them, must have the same file name in each row.
+    The key is `audio` if both tables have it, its values are unique in both, and at least one is in both.
+    Otherwise it is the row number; then recordings must have the same file name in each row of both.
 
     Raises:
         InputError: rows without a counterpart, or another number of rows.
     """
     if AUDIO in left.columns and AUDIO in right.columns:
-        names = left.column(AUDIO), right.column(AUDIO)
-        is_unique = all(len(set(column)) == len(column) for column in names)
-        if is_unique and set(names[0]) & set(names[1]):
-            return _by_audio(left, right)
-    return _by_number(left, right)
-
-
-def _by_audio(left: Table, right: Table) -> Join:
-    places = {name: row for row, name in enumerate(right.column(AUDIO))}
-    _check_known(left, right)
-    _check_known(right, left)
-    by = Localized("joined by the column audio")
-    return Join(tuple(places[name] for name in left.column(AUDIO)), by)
+        ours, theirs = left.column(AUDIO), right.column(AUDIO)
+        is_unique = all(len(set(names)) == len(names) for names in (ours, theirs))
+        if is_unique and set(ours) & set(theirs):
+            _check_known(left, right)
+            _check_known(right, left)
+            rows = {name: row for row, name in enumerate(theirs)}
+            return Join(tuple(rows[name] for name in ours), Localized("joined by the column audio"))
+        if len(left) == len(right):
+            _check_file_names(left, right)
+    if len(left) != len(right):
+        raise InputError(
+            "{left} has {count} rows and {right} {right_rows}, and they cannot be joined by audio "
+            "({why}); give files with the same rows.",
+            left=left.path,
+            count=len(left),
+            right=right.path,
+            right_rows=len(right),
+            why=_why_not_by_audio(left, right),
+        )
+    return Join(tuple(range(len(left))), Localized("joined by row number"))
 
 
 def _check_known(table: Table, other: Table) -> None:
+    """Raise InputError if recordings of a table are not in another one."""
     known = set(other.column(AUDIO))
     lost = [row for row, name in enumerate(table.column(AUDIO)) if name not in known]
     if lost:
@@ -132,29 +138,12 @@ def _check_known(table: Table, other: Table) -> None:
             lost=len(lost),
             rows=len(table),
             other=other.path,
-            examples=_listed([_shown(table, row) for row in lost]),
+            examples=_examples([_recording(table, row) for row in lost]),
         )
 
 
-def _by_number(left: Table, right: Table) -> Join:
-    if len(left) != len(right):
-        why = _no_audio(left, right)
-        raise InputError(
-            "{left} has {count} rows and {right} {right_rows}, and they cannot be joined by audio "
-            "({why}); give files with the same rows.",
-            left=left.path,
-            count=len(left),
-            right=right.path,
-            right_rows=len(right),
-            why=why,
-        )
-    if AUDIO in left.columns and AUDIO in right.columns:
-        _check_file_names(left, right)
-    return Join(tuple(range(len(left))), Localized("joined by row number"))
-
-
-def _no_audio(left: Table, right: Table) -> Localized:
-    """Why the column `audio` does not join two tables."""
+def _why_not_by_audio(left: Table, right: Table) -> Localized:
+    """Explain why the column `audio` is no key for two tables."""
     for table in (left, right):
         if AUDIO not in table.columns:
             return Localized("{path} has no such column", path=table.path)
@@ -171,16 +160,17 @@ def _no_audio(left: Table, right: Table) -> Localized:
                 )
             seen[name] = line
     return Localized(
-        "none is written alike in both: {left}, {right}", left=_shown(left, 0), right=_shown(right, 0)
+        "none is written alike in both: {left}, {right}", left=_recording(left, 0), right=_recording(right, 0)
     )
 
 
 def _check_file_names(left: Table, right: Table) -> None:
+    """Raise InputError if recordings of rows with the same number have different file names."""
     pairs = enumerate(zip(left.column(AUDIO), right.column(AUDIO), strict=True))
-    wrong = [row for row, (one, other) in pairs if _file_name(one) != _file_name(other)]
+    wrong = [row for row, paths in pairs if len({re.split(r"[/\\]", path)[-1] for path in paths}) > 1]
     if wrong:
         shown = [
-            Localized("{left} is beside {right}", left=_shown(left, row), right=_shown(right, row))
+            Localized("{left} is beside {right}", left=_recording(left, row), right=_recording(right, row))
             for row in wrong
         ]
         raise InputError(
@@ -190,21 +180,19 @@ def _check_file_names(left: Table, right: Table) -> None:
             right=right.path,
             wrong=len(wrong),
             rows=len(left),
-            examples=_listed(shown),
+            examples=_examples(shown),
         )
 
 
-def _file_name(audio: str) -> str:
-    return re.split(r"[/\\]", audio)[-1]
-
-
-def _shown(table: Table, row: int) -> Localized:
+def _recording(table: Table, row: int) -> Localized:
+    """Name a row's recording and line in a message."""
     line, name = table.lines[row], without_credentials(table.column(AUDIO)[row])
     return Localized("{name!r} on line {line}", name=name, line=line)
 
 
-def _listed(shown: Sequence[Localized]) -> Localized:
-    parts = [*shown[:EXAMPLES]]
-    if len(shown) > EXAMPLES:
+def _examples(messages: Sequence[Localized]) -> Localized:
+    """Join the first of some messages."""
+    parts = [*messages[:MOST_EXAMPLES]]
+    if len(messages) > MOST_EXAMPLES:
         parts.append(Localized("..."))
     return join_messages(parts, "{left}, {right}")

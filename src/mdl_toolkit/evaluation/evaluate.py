@@ -1,6 +1,6 @@
-"""Predictions against references: which metrics, how sure they are, for which rows, and against which others.
+"""Evaluation of predictions: metrics, intervals, groups of rows, and the comparison of two systems.
 
-`evaluate` gives the report and the demonstration what the command shows. No model, no torch.
+No model, no torch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,32 +10,20 @@ from typing import Any
 import numpy as np
 
 from mdl_toolkit.config.evaluation import EvaluateOptions
-from mdl_toolkit.config.yaml import SETTINGS_FILE, to_yaml
-from mdl_toolkit.errors import InputError, RowProblem, RowsError, UsageError
-from mdl_toolkit.evaluation.align import SCORE, Grouping, Pairs, grouped, read_pairs
+from mdl_toolkit.errors import UsageError
+from mdl_toolkit.evaluation.align import SCORE, AlignedAnswers, Grouping, align_answers, group_rows
+from mdl_toolkit.evaluation.answers import Answers, ScoringRules, are_chinese, concatenate, correct_rows
 from mdl_toolkit.evaluation.bootstrap import (
     Interval,
-    Statistic,
     bootstrap_distribution,
     mcnemar_test,
     percentile_interval,
     permutation_test,
-    value_of,
+    point_estimate,
     wilson_interval,
 )
-from mdl_toolkit.evaluation.metrics import (
-    CORPUS_METRICS,
-    Answers,
-    Manner,
-    are_chinese,
-    confusion,
-    is_exact,
-    is_match,
-    is_same_set,
-    listed_labels,
-    stacked,
-    versions,
-)  # fmt: skip
+from mdl_toolkit.evaluation.label_metrics import check_scores, confusion_counts
+from mdl_toolkit.evaluation.metrics import CORPUS_METRICS, library_versions
 from mdl_toolkit.evaluation.results import (
     Comparison,
     Confusion,
@@ -43,42 +31,28 @@ from mdl_toolkit.evaluation.results import (
     Group,
     MetricValue,
     RowResult,
-    as_csv,
-    as_json,
-)  # fmt: skip
+    write_results,
+)
 from mdl_toolkit.evaluation.text_metrics import CHARACTER, WORD
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.console import say
-from mdl_toolkit.utils.files import check_apart, check_file, removing_empty, replace_file, report_write_errors
+from mdl_toolkit.utils.files import check_apart, check_file
 
-MOST_LABELS = 50  # distinct references beyond which they are texts, unless a metric for labels is asked for
-MOST_CONFUSED = 200  # labels beyond which there is no confusion table
-ON_LABELS = ("accuracy", "macro-f1")
+# Distinct references beyond which they are texts, unless a metric of labels is asked for.
+MOST_LABELS = 50
+# Labels beyond which there is no confusion table.
+MOST_CONFUSED = 200
+LABEL_METRICS = {"accuracy", "macro-f1"}
 WILSON, PERCENTILE = "Wilson score", "expanded percentile bootstrap"
 
 
 def evaluate(options: EvaluateOptions) -> Evaluation:
-    """Compare predictions with references, and write what `--output` names.
+    """Compare predictions with references, and write the files of `--output`.
 
     Raises:
         UsageError: `map` without `--label-separator`.
         InputError: files that cannot be read, joined or written; a column that is not there.
     """
-    _check(options)
-    pairs = read_pairs(options)
-    manner = Manner(options.normalize, are_chinese(pairs.answers.references), options.label_separator or None)
-    names = options.metric or _chosen(pairs.answers.references, manner)
-    if "map" in names:
-        _check_scores(pairs, options, manner)
-    evaluation = _computed(pairs, manner, names, options)
-    for note in evaluation.notes:
-        say(note)
-    for output in options.output:
-        _write(Path(output), evaluation, options)
-    return evaluation
-
-
-def _check(options: EvaluateOptions) -> None:
     if "map" in options.metric and not options.label_separator:
         raise UsageError(
             "--metric map needs --label-separator: what separates the labels of a row, such as ';'"
@@ -90,242 +64,206 @@ def _check(options: EvaluateOptions) -> None:
         check_file(Path(options.report), inputs, "--report")
         for output in options.output:
             check_apart(Path(options.report), Path(output), "--report", "--output")
+    aligned = align_answers(options)
+    references = aligned.answers.references
+    rules = ScoringRules(options.normalize, are_chinese(references), options.label_separator or None)
+    names = options.metric or _suitable_metrics(references, rules)
+    if "map" in names:
+        for path, answers in ((options.input, aligned.answers), (options.compare, aligned.other)):
+            if path is not None and answers is not None:
+                check_scores(path, options.score_column or SCORE, answers, rules)
+    evaluation = _compute(aligned, rules, names, options)
+    for note in evaluation.notes:
+        say(note)
+    for output in options.output:
+        write_results(Path(output), evaluation, options)
+        say("written: {output}", output=output)
+    return evaluation
 
 
-def _chosen(references: Sequence[str], manner: Manner) -> tuple[str, ...]:
-    """The metrics that suit the references."""
-    if manner.separator:
+def _suitable_metrics(references: Sequence[str], rules: ScoringRules) -> tuple[str, ...]:
+    """Choose metrics: of labels where references repeat, else of texts."""
+    if rules.label_separator:
         return ("map",)
     labels = len({reference.strip() for reference in references})
     if labels <= MOST_LABELS and 2 * labels <= len(references):
-        return ON_LABELS
-    return ("cer",) if manner.is_chinese else ("wer", "cer")
+        return "accuracy", "macro-f1"
+    return ("cer",) if rules.is_chinese else ("wer", "cer")
 
 
-def _check_scores(pairs: Pairs, options: EvaluateOptions, manner: Manner) -> None:
-    """Report all rows of the predictions' file whose scores do not belong to their labels."""
-    for path, answers in ((options.input, pairs.answers), (options.compare, pairs.other)):
-        if answers is None or answers.scores is None:
-            continue
-        name, separator = options.score_column or SCORE, manner.separator
-        reason = Localized(
-            "expected a number for each label, separated by {separator!r}; correct it", separator=separator
-        )
-        problems = [
-            RowProblem(answers.lines[row], name, answers.scores[row], reason)
-            for row in range(len(answers.lines))
-            if listed_labels(answers, row, manner) is None
-        ]
-        if problems:
-            raise RowsError(str(path), problems)
-
-
-# --- figures -------------------------------------------------------------------------------------------
-
-
-def _computed(pairs: Pairs, manner: Manner, names: Sequence[str], options: EvaluateOptions) -> Evaluation:
-    groupings = [grouped(pairs, name) for name in options.group_by]
-    rows = len(pairs.table)
+def _compute(
+    aligned: AlignedAnswers, rules: ScoringRules, names: Sequence[str], options: EvaluateOptions
+) -> Evaluation:
+    """Compute the metrics of all rows and of groups, and the results of each row."""
+    answers, rows = aligned.answers, len(aligned.table)
+    groupings = [group_rows(aligned, name) for name in options.group_by]
     comparisons: tuple[Comparison, ...] = ()
-    if pairs.other is None:
-        metrics = {name: CORPUS_METRICS[name].build(pairs.answers, manner) for name in names}
-        figures = _figures(metrics, rows, options)
+    if aligned.other is None:
+        statistics = {name: CORPUS_METRICS[name].build(answers, rules) for name in names}
+        values = _metric_values(statistics, rows, options)
     else:
-        both = stacked(pairs.answers, pairs.other, manner)
-        of_both = {name: CORPUS_METRICS[name].build(both, manner) for name in names}
-        metrics, others = (
-            {name: metric.of(np.arange(start, start + rows)) for name, metric in of_both.items()}
-            for start in (0, rows)
-        )
-        figures, comparisons = _compared(metrics, others, of_both, rows, options)
-    kind, right = _right(pairs.answers, manner, names)
-    unit, counts = _edits(pairs.answers, manner, metrics)
+        both = concatenate(answers, aligned.other, rules)
+        of_both = {name: CORPUS_METRICS[name].build(both, rules) for name in names}
+        statistics = {name: statistic.subset(np.arange(rows)) for name, statistic in of_both.items()}
+        values, comparisons = _compare(statistics, of_both, rows, options)
+    groups = []
+    for grouping in groupings:
+        for group, members in grouping.groups():
+            subsets = {name: statistic.subset(members) for name, statistic in statistics.items()}
+            of_group = _metric_values(subsets, len(members), options)
+            groups.append(Group(grouping.title, group, len(members), of_group))
+    are_labels = not LABEL_METRICS.isdisjoint(names)
+    right_by = "same labels" if rules.label_separator else "accuracy" if are_labels else "exact-match"
+    unit = WORD if "wer" in names else CHARACTER if "cer" in names else rules.unit
+    error_rate = "wer" if unit == WORD else "cer"
+    errors = statistics.get(error_rate) or CORPUS_METRICS[error_rate].build(answers, rules)
+    confusion = None
+    if are_labels and len({reference.strip() for reference in answers.references}) <= MOST_CONFUSED:
+        labels, counts = confusion_counts(answers)
+        confusion = Confusion(tuple(labels), tuple(map(tuple, counts.tolist())))
     return Evaluation(
-        rows=_rows(pairs, right, counts, groupings),
-        metrics=figures,
+        rows=_row_results(aligned, correct_rows(answers, rules, right_by), errors.statistics, groupings),
+        metrics=values,
         comparisons=comparisons,
-        groups=tuple(group for each in groupings for group in _groups(each, metrics, options)),
-        confusion=_confusion(pairs.answers, names),
-        settings=_settings(options, manner, kind, unit, names),
-        notes=(*pairs.notes, *_notes(options, names, manner, pairs.answers)),
+        groups=tuple(groups),
+        confusion=confusion,
+        settings={**_settings(options, rules, names), "right_by": right_by, "errors_in": unit},
+        notes=(*aligned.notes, *_notes(options, names, rules, answers)),
     )
 
 
-def _figures(metrics: Mapping[str, Any], rows: int, options: EvaluateOptions) -> tuple[MetricValue, ...]:
+# --- values of metrics ---------------------------------------------------------------------------------
+
+
+def _metric_values(
+    statistics: Mapping[str, Any], rows: int, options: EvaluateOptions
+) -> tuple[MetricValue, ...]:
     """Compute each metric with its confidence interval."""
-    distributions = bootstrap_distribution([*metrics.values()], rows, options.bootstrap, options.seed)
-    pairs = zip(metrics.items(), distributions, strict=True)
-    return tuple(_figure(name, metric, rows, distribution) for (name, metric), distribution in pairs)
+    distributions = bootstrap_distribution([*statistics.values()], rows, options.bootstrap, options.seed)
+    pairs = zip(statistics.items(), distributions, strict=True)
+    return tuple(_metric_value(name, each, rows, distribution) for (name, each), distribution in pairs)
 
 
-def _figure(name: str, metric: Any, rows: int, distribution: np.ndarray) -> MetricValue:
-    """Give a metric's interval: Wilson's of a proportion, else the bootstrap's; none without resamples."""
+def _metric_value(name: str, statistic: Any, rows: int, distribution: np.ndarray) -> MetricValue:
+    """Compute a metric with its interval: Wilson's for a proportion, else the bootstrap's."""
     interval: Interval | None = percentile_interval(distribution, rows)
     if CORPUS_METRICS[name].is_proportion and len(distribution):
-        interval = wilson_interval(int(metric.statistics[:, 0].sum()), rows)
-    return MetricValue(name, _known(value_of(metric, rows)), *(interval or (None, None)))
+        interval = wilson_interval(int(statistic.statistics[:, 0].sum()), rows)
+    return MetricValue(name, _finite(point_estimate(statistic, rows)), *(interval or (None, None)))
 
 
-def _known(value: float) -> float | None:
+def _finite(value: float) -> float | None:
     return value if np.isfinite(value) else None
 
 
-def _compared(
-    metrics: Mapping[str, Any],
-    others: Mapping[str, Any],
-    of_both: Mapping[str, Statistic],
-    rows: int,
-    options: EvaluateOptions,
+def _compare(
+    statistics: Mapping[str, Any], of_both: Mapping[str, Any], rows: int, options: EvaluateOptions
 ) -> tuple[tuple[MetricValue, ...], tuple[Comparison, ...]]:
-    """Compute each metric of two systems, and how they differ.
+    """Compute each metric of two systems, and their differences.
 
     Args:
-        metrics: of the first system.
-        others: the same of the second.
-        of_both: the same over the rows of both, the first system's and then the second's.
-        rows: of each system.
-        options: how many resamples, and their seed.
+        statistics: metrics of the first system.
+        of_both: the same metrics over `2 * rows` rows: the first system's, then the second's.
+        rows: number of rows of each system.
+        options: number of resamples, and their seed.
     """
-    systems = [*metrics.values(), *others.values()]
+    others = {name: each.subset(np.arange(rows, 2 * rows)) for name, each in of_both.items()}
+    systems = [*statistics.values(), *others.values()]
     distributions = bootstrap_distribution(systems, rows, options.bootstrap, options.seed)
-    p_values = np.full(len(metrics), np.nan)
+    p_values = np.full(len(statistics), np.nan)
     if options.bootstrap:
         p_values = permutation_test([*of_both.values()], rows, options.bootstrap, options.seed)
-    figures, comparisons = [], []
-    for number, name in enumerate(metrics):
-        ours, theirs = distributions[number], distributions[len(metrics) + number]
-        figure = _figure(name, metrics[name], rows, ours)
-        other = _figure(name, others[name], rows, theirs)
-        value = None if figure.value is None or other.value is None else figure.value - other.value
+    values, comparisons = [], []
+    for index, name in enumerate(statistics):
+        ours, theirs = distributions[index], distributions[len(statistics) + index]
+        value = _metric_value(name, statistics[name], rows, ours)
+        other = _metric_value(name, others[name], rows, theirs)
+        difference = None if value.value is None or other.value is None else value.value - other.value
         interval = percentile_interval(ours - theirs, rows)
         mcnemar = None
         if CORPUS_METRICS[name].is_proportion:
-            is_right, is_other_right = (each[name].statistics[:, 0] > 0 for each in (metrics, others))
-            mcnemar = mcnemar_test(
-                int((is_right & ~is_other_right).sum()), int((is_other_right & ~is_right).sum())
+            is_right, is_other_right = (each[name].statistics[:, 0] > 0 for each in (statistics, others))
+            only_ours, only_theirs = is_right & ~is_other_right, is_other_right & ~is_right
+            mcnemar = mcnemar_test(int(only_ours.sum()), int(only_theirs.sum()))
+        values.append(value)
+        comparisons.append(
+            Comparison(
+                other=other,
+                difference=MetricValue(name, difference, *(interval or (None, None))),
+                p_value=_finite(float(p_values[index])),
+                mcnemar=mcnemar,
             )
-        difference = MetricValue(name, value, *(interval or (None, None)))
-        figures.append(figure)
-        comparisons.append(Comparison(other, difference, _known(float(p_values[number])), mcnemar))
-    return tuple(figures), tuple(comparisons)
+        )
+    return tuple(values), tuple(comparisons)
 
 
-def _groups(grouping: Grouping, metrics: Mapping[str, Statistic], options: EvaluateOptions) -> list[Group]:
-    groups = []
-    for code, name in enumerate(grouping.names):
-        rows = np.flatnonzero(grouping.codes == code)
-        parts = {metric: statistic.of(rows) for metric, statistic in metrics.items()}
-        groups.append(Group(grouping.title, name, len(rows), _figures(parts, len(rows), options)))
-    return groups
+# --- rows, settings, notes -----------------------------------------------------------------------------
 
 
-def _confusion(answers: Answers, names: Sequence[str]) -> Confusion | None:
-    few = len({reference.strip() for reference in answers.references}) <= MOST_CONFUSED
-    if not few or not set(names) & set(ON_LABELS):
-        return None
-    labels, counts = confusion(answers)
-    return Confusion(tuple(labels), tuple(tuple(row) for row in counts.tolist()))
-
-
-# --- rows ----------------------------------------------------------------------------------------------
-
-
-def _right(answers: Answers, manner: Manner, names: Sequence[str]) -> tuple[str, np.ndarray]:
-    """By which rule a row is right, and which rows are, `[rows]`."""
-    if manner.separator:
-        return "same labels", is_same_set(answers, manner)
-    if set(names) & set(ON_LABELS):
-        return "accuracy", is_exact(answers, manner)
-    return "exact-match", is_match(answers, manner)
-
-
-def _edits(answers: Answers, manner: Manner, measures: Mapping[str, Any]) -> tuple[str, np.ndarray]:
-    """The unit of rows' errors, and `[rows, 2]`: errors and length of the reference."""
-    unit = WORD if "wer" in measures else CHARACTER if "cer" in measures else manner.unit
-    name = "wer" if unit == WORD else "cer"
-    measure = measures[name] if name in measures else CORPUS_METRICS[name].build(answers, manner)
-    return unit, measure.statistics
-
-
-def _rows(
-    pairs: Pairs, right: np.ndarray, counts: np.ndarray, groupings: Sequence[Grouping]
+def _row_results(
+    aligned: AlignedAnswers, is_right: np.ndarray, errors: np.ndarray, groupings: Sequence[Grouping]
 ) -> tuple[RowResult, ...]:
-    answers, columns = pairs.answers, list(pairs.columns)
-    cells = zip(*pairs.columns.values(), strict=True)
+    """Collect the results of each row.
+
+    Args:
+        aligned: the rows.
+        is_right: `[rows]` booleans.
+        errors: `[rows, 2]` errors, and length of the reference.
+        groupings: how `--group-by` divides them.
+    """
+    answers, columns = aligned.answers, list(aligned.columns)
+    cells = zip(*aligned.columns.values(), strict=True)
     return tuple(
         RowResult(
-            line=pairs.table.lines[row],
+            line=aligned.table.lines[row],
             cells=dict(zip(columns, row_cells, strict=True)),
             reference=answers.references[row],
             prediction=answers.predictions[row],
             failed=bool(answers.failed[row]),
-            is_right=bool(right[row]),
-            errors=int(counts[row, 0]),
-            length=int(counts[row, 1]),
+            is_right=bool(is_right[row]),
+            errors=int(errors[row, 0]),
+            length=int(errors[row, 1]),
             groups={each.title: each.names[each.codes[row]] for each in groupings},
         )
         for row, row_cells in enumerate(cells)
     )
 
 
-# --- what is told --------------------------------------------------------------------------------------
-
-
-def _settings(
-    options: EvaluateOptions, manner: Manner, right: str, unit: str, names: Sequence[str]
-) -> dict[str, Any]:
+def _settings(options: EvaluateOptions, rules: ScoringRules, names: Sequence[str]) -> dict[str, Any]:
+    """Name the options, rules and libraries by which metrics are computed."""
     return {
         "input": options.input,
         "reference": options.reference,
         "compare": options.compare,
         "normalize": options.normalize,
-        "bleu_tokenize": manner.tokenize,
-        "right_by": right,
-        "errors_in": unit,
+        "bleu_tokenize": rules.bleu_tokenizer,
         "bootstrap": options.bootstrap,
         "seed": options.seed,
         "intervals": {name: WILSON if CORPUS_METRICS[name].is_proportion else PERCENTILE for name in names},
         "paired_test": "permutation",
-        "versions": versions(),
+        "versions": library_versions(),
     }
 
 
 def _notes(
-    options: EvaluateOptions, names: Sequence[str], manner: Manner, answers: Answers
+    options: EvaluateOptions, names: Sequence[str], rules: ScoringRules, answers: Answers
 ) -> list[Localized]:
-    listed = ", ".join(names)
+    """Tell how metrics were chosen and texts compared."""
     notes = []
     if not options.metric:
+        listed = ", ".join(names)
         notes.append(
             Localized("metrics chosen from the data: {listed}; --metric chooses others", listed=listed)
         )
     if {"wer", "cer", "exact-match"} & set(names):
-        notes.append(_about_normalisation(options.normalize))
+        normalized = Localized(
+            "compared after NFKC, case folding and removal of punctuation (--normalize false: as they are)"
+        )
+        notes.append(normalized if options.normalize else Localized("texts are compared as they are"))
     if "bleu" in names:
-        notes.append(Localized("BLEU tokenises by {tokenize}", tokenize=manner.tokenize))
+        notes.append(Localized("BLEU tokenises by {tokenize}", tokenize=rules.bleu_tokenizer))
     if "map" in names and answers.scores is None:
         notes.append(
             Localized("map without a column of scores: every predicted label counts alike, so it is coarse")
         )
     return notes
-
-
-def _about_normalisation(normalize: bool) -> Localized:
-    if normalize:
-        return Localized(
-            "compared after NFKC, case folding and removal of punctuation (--normalize false: as they are)"
-        )
-    return Localized("texts are compared as they are")
-
-
-def _write(output: Path, evaluation: Evaluation, options: EvaluateOptions) -> None:
-    """Write the file, whole or not at all, and the options beside it."""
-    text = as_json(evaluation) if output.suffix.lower() == ".json" else as_csv(evaluation)
-    with removing_empty(output.parent):
-        for path, content in (
-            (output, text),
-            (output.with_name(f"{output.name}.{SETTINGS_FILE}"), to_yaml(options)),
-        ):
-            with report_write_errors(f"--output {path}", InputError), replace_file(path) as work:
-                work.write_text(content, encoding="utf-8", newline="")
-    say("written: {output}", output=output)

@@ -1,120 +1,128 @@
-"""Text tables of an evaluation for the terminal."""
+"""Text tables of an evaluation for the terminal, in the user's language."""
 
 from collections.abc import Sequence
 
 from mdl_toolkit.evaluation.metrics import CORPUS_METRICS
-from mdl_toolkit.evaluation.results import Comparison, Confusion, Evaluation, Group, MetricValue
+from mdl_toolkit.evaluation.results import Confusion, Evaluation, Group, MetricValue
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.console import width_of
 
-MOST_LABELS = 30
-MOST_GROUPS = 40
-WIDEST = 40
+# Labels beyond which the confusion table is left out.
+MOST_SHOWN_LABELS = 30
+# Groups of one column that are shown; files have all.
+MOST_SHOWN_GROUPS = 40
+# Columns of the terminal that a cell may take.
+WIDEST_CELL = 40
 OTHER = Localized("others")
 EMPTY = Localized("(empty)")
 INTERVAL = Localized("95 % interval")
+UNDEFINED = "–"
 
 
 def as_text(evaluation: Evaluation) -> str:
-    """All tables, aligned, in the user's language."""
-    parts = [_figures(evaluation)]
+    """Return all tables: metrics, groups of each column, confused labels."""
     columns = dict.fromkeys(group.column for group in evaluation.groups)
-    parts += [_groups([group for group in evaluation.groups if group.column == column]) for column in columns]
-    if evaluation.confusion and len(evaluation.confusion.labels) <= MOST_LABELS:
-        parts.append(_confusion(evaluation.confusion))
-    return "\n\n".join(parts)
+    tables = [
+        _metrics_table(evaluation),
+        *(_groups_table([group for group in evaluation.groups if group.column == name]) for name in columns),
+    ]
+    if evaluation.confusion and len(evaluation.confusion.labels) <= MOST_SHOWN_LABELS:
+        tables.append(_confusion_table(evaluation.confusion))
+    return "\n\n".join(tables)
 
 
-def _figures(evaluation: Evaluation) -> str:
-    rows = len(evaluation.rows)
-    head = [str(Localized("{rows} rows", rows=rows)), str(Localized("value")), str(INTERVAL)]
-    lines = [[*_named(figure), _span(figure)] for figure in evaluation.metrics]
+def _metrics_table(evaluation: Evaluation) -> str:
+    """Lay out the metrics of all rows, with `--compare` those of the other file and their differences."""
+    head = [str(Localized("{rows} rows", rows=len(evaluation.rows))), str(Localized("value")), str(INTERVAL)]
+    lines = [[_title(each), _number(each, each.value), _interval(each)] for each in evaluation.metrics]
     if evaluation.comparisons:
         head += [str(Localized("other")), str(Localized("difference")), str(INTERVAL), "p", "McNemar p"]
-        lines = [[*line, *_compared(pair)] for line, pair in zip(lines, evaluation.comparisons, strict=True)]
-        if all(pair.mcnemar is None for pair in evaluation.comparisons):
-            head, lines = head[:-1], [line[:-1] for line in lines]
-    return aligned([head, *lines])
+    for line, each in zip(lines, evaluation.comparisons, strict=False):
+        line += [
+            _number(each.other, each.other.value),
+            _number(each.difference, each.difference.value, "+"),
+            _interval(each.difference, "+"),
+            _p_value(each.p_value),
+            _p_value(each.mcnemar),
+        ]
+    if evaluation.comparisons and all(each.mcnemar is None for each in evaluation.comparisons):
+        head, lines = head[:-1], [line[:-1] for line in lines]
+    return align_columns([head, *lines])
 
 
-def _named(figure: MetricValue) -> list[str]:
-    return [CORPUS_METRICS[figure.metric].title, _number(figure.metric, figure.value)]
+def _groups_table(groups: Sequence[Group]) -> str:
+    """Lay out the largest groups of a column in their order."""
+    largest = sorted(groups, key=lambda group: -group.rows)[:MOST_SHOWN_GROUPS]
+    head = [groups[0].column, str(Localized("rows"))]
+    for each in groups[0].metrics:
+        head += [_title(each), str(INTERVAL)]
+    lines = []
+    for group in (group for group in groups if group in largest):
+        cells = [cell for each in group.metrics for cell in (_number(each, each.value), _interval(each))]
+        lines.append([group.name or str(EMPTY), str(group.rows), *cells])
+    left_out = len(groups) - len(lines)
+    more = str(Localized("\n... and {left_out} smaller groups", left_out=left_out)) if left_out else ""
+    return align_columns([head, *lines]) + more
 
 
-def _compared(pair: Comparison) -> list[str]:
-    metric, difference = pair.other.metric, pair.difference
-    return [
-        _number(metric, pair.other.value), _number(metric, difference.value, "+"), _span(difference, "+"),
-        _p_value(pair.p_value), _p_value(pair.mcnemar),
-    ]  # fmt: skip
+def _confusion_table(confusion: Confusion) -> str:
+    """Lay out the counts of labels; the column of other predictions is left out if it is empty."""
+    names = [*(label or str(EMPTY) for label in confusion.labels), f"({OTHER})"]
+    width = len(names) if any(row[-1] for row in confusion.counts) else len(names) - 1
+    lines = [
+        [label, *(str(count or "·") for count in row[:width])]
+        for label, row in zip(names[:-1], confusion.counts, strict=True)
+    ]
+    title = str(Localized("answers (columns) to each reference (rows)"))
+    return f"{title}\n{align_columns([['', *names[:width]], *lines])}"
 
 
-def _number(metric: str, value: float | None, sign: str = "") -> str:
+# --- cells ---------------------------------------------------------------------------------------------
+
+
+def _title(each: MetricValue) -> str:
+    return CORPUS_METRICS[each.metric].title
+
+
+def _number(of: MetricValue, value: float | None, sign: str = "") -> str:
+    """Format a number in the unit of a metric."""
     if value is None:
-        return "–"
-    return f"{value:{sign}.2%}" if CORPUS_METRICS[metric].is_share else f"{value:{sign}.2f}"
+        return UNDEFINED
+    return f"{value:{sign}.2%}" if CORPUS_METRICS[of.metric].is_share else f"{value:{sign}.2f}"
 
 
-def _span(figure: MetricValue, sign: str = "") -> str:
-    low, high = (_number(figure.metric, bound, sign) for bound in (figure.low, figure.high))
-    return "–" if figure.low is None else str(Localized("{low} to {high}", low=low, high=high))
+def _interval(each: MetricValue, sign: str = "") -> str:
+    low, high = (_number(each, bound, sign) for bound in (each.low, each.high))
+    return UNDEFINED if each.low is None else str(Localized("{low} to {high}", low=low, high=high))
 
 
 def _p_value(value: float | None) -> str:
     if value is None:
-        return "–"
+        return UNDEFINED
     return f"{value:.2g}" if value >= 1e-3 else "<0.001"
 
 
-def _groups(groups: Sequence[Group]) -> str:
-    shown = sorted(groups, key=lambda group: -group.rows)[:MOST_GROUPS]
-    head = [groups[0].column, str(Localized("rows"))]
-    for figure in groups[0].metrics:
-        head += [CORPUS_METRICS[figure.metric].title, str(INTERVAL)]
-    rows = [
-        [
-            group.name or str(EMPTY),
-            str(group.rows),
-            *(cell for figure in group.metrics for cell in (_named(figure)[1], _span(figure))),
-        ]
-        for group in groups
-        if group in shown
-    ]
-    left_out = len(groups) - len(rows)
-    more = str(Localized("\n... and {left_out} smaller groups", left_out=left_out))
-    return aligned([head, *rows]) + (more if left_out else "")
+def align_columns(rows: Sequence[Sequence[str]]) -> str:
+    """Join cells to lines of equal columns, the first one aligned left and all others right.
 
-
-def _confusion(confusion: Confusion) -> str:
-    names = [*(label or str(EMPTY) for label in confusion.labels), f"({OTHER})"]
-    used = len(names) if any(row[-1] for row in confusion.counts) else len(names) - 1
-    title = str(Localized("answers (columns) to each reference (rows)"))
-    rows = [
-        [label, *(str(count or "·") for count in row[:used])]
-        for label, row in zip(names[:-1], confusion.counts, strict=True)
-    ]
-    return f"{title}\n{aligned([['', *names[:used]], *rows])}"
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Lines whose cells stand below each other, the first of each to the left and all others to the right.
-
-    What would disturb a terminal is shown as a dot; long cells are cut.
+    Unprintable characters are shown as dots, and long cells are cut.
     """
-    clean = [[_clean(cell) for cell in row] for row in rows]
-    widths = [max(map(width_of, column)) for column in zip(*clean, strict=True)]
+    shown = [[_printable(cell) for cell in row] for row in rows]
+    widths = [max(map(width_of, column)) for column in zip(*shown, strict=True)]
     lines = []
-    for row in clean:
-        blanks = [" " * (width - width_of(cell)) for cell, width in zip(row, widths, strict=True)]
-        cells = [row[0] + blanks[0], *(blank + cell for blank, cell in zip(blanks[1:], row[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
+    for first, *others in shown:
+        right = [
+            " " * (width - width_of(cell)) + cell for cell, width in zip(others, widths[1:], strict=True)
+        ]
+        lines.append("  ".join([first + " " * (widths[0] - width_of(first)), *right]).rstrip())
     return "\n".join(lines)
 
 
-def _clean(cell: str) -> str:
+def _printable(cell: str) -> str:
+    """Replace unprintable characters, and cut a cell that is too wide."""
     shown = "".join(letter if letter.isprintable() else "·" for letter in cell)
-    if width_of(shown) <= WIDEST:
+    if width_of(shown) <= WIDEST_CELL:
         return shown
-    while width_of(shown) >= WIDEST:
+    while width_of(shown) >= WIDEST_CELL:
         shown = shown[:-1]
     return f"{shown}…"

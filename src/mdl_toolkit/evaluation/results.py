@@ -3,22 +3,27 @@
 import csv
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from mdl_toolkit.config.evaluation import EvaluateOptions
+from mdl_toolkit.config.yaml import SETTINGS_FILE, to_yaml
+from mdl_toolkit.errors import InputError
 from mdl_toolkit.i18n import Localized
+from mdl_toolkit.utils.files import removing_empty, replace_file, report_write_errors
 
 
 @dataclass(frozen=True)
 class MetricValue:
-    """One metric over some rows.
+    """Hold the value of a metric over some rows.
 
     Attributes:
-        metric: its name.
+        metric: name of the metric.
         value: a share, or for bleu and chrf a number up to 100; None if undefined.
-        low: lower end of the 95 % interval, None without one.
-        high: upper end.
+        low: lower bound of the 95 % interval; None without one.
+        high: upper bound of the 95 % interval; None without one.
     """
 
     metric: str
@@ -29,13 +34,13 @@ class MetricValue:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One metric of both prediction files.
+    """Compare a metric of two prediction files.
 
     Attributes:
-        other: the figure of `--compare`.
-        difference: ours minus the other's; its interval is that of the paired bootstrap.
-        p_value: of the paired permutation test, None without one.
-        mcnemar: p-value of McNemar's exact test, None where rows are not right or wrong.
+        other: value of the file of `--compare`.
+        difference: value of the first file minus that of the other, its interval by the paired bootstrap.
+        p_value: p-value of the paired permutation test; None without one.
+        mcnemar: p-value of McNemar's exact test; None for a metric that is no share of right rows.
     """
 
     other: MetricValue
@@ -46,7 +51,14 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Group:
-    """The figures of the rows with one value in a column."""
+    """Hold the metrics of the rows with one value in a column.
+
+    Attributes:
+        column: the column, with its unit if groups are ranges of numbers.
+        name: the value in the column.
+        rows: number of rows.
+        metrics: one value for each metric.
+    """
 
     column: str
     name: str
@@ -56,11 +68,11 @@ class Group:
 
 @dataclass(frozen=True)
 class Confusion:
-    """How often rows of each label were answered with each label.
+    """Count how often each label was answered with each label.
 
     Attributes:
-        labels: those of the references, sorted.
-        counts: `[labels, labels + 1]`, references first; the last column is for what is no such label.
+        labels: labels of the references, sorted.
+        counts: `[labels, labels + 1]`, references first; the last column counts all other predictions.
     """
 
     labels: tuple[str, ...]
@@ -69,17 +81,17 @@ class Confusion:
 
 @dataclass(frozen=True)
 class RowResult:
-    """One row.
+    """Hold the results of one row.
 
     Attributes:
-        line: where it starts in the predictions' file.
-        cells: its cells by column, of both files.
-        reference: as written.
-        prediction: as written; empty if the row failed.
-        failed: there is an error in place of an answer.
-        is_right: the answer is right, by what `Evaluation.settings` names.
-        errors: edits between reference and prediction, in the unit that `Evaluation.settings` names.
-        length: units of the reference.
+        line: line of the predictions' file on which the row starts.
+        cells: cells of both files by column.
+        reference: the reference as written.
+        prediction: the prediction as written; empty if the row failed.
+        failed: the row has an error instead of a prediction.
+        is_right: the prediction is right by the criterion `right_by` of `Evaluation.settings`.
+        errors: edits between reference and prediction, in the unit `errors_in` of `Evaluation.settings`.
+        length: length of the reference in this unit.
         groups: the row's group by column of `--group-by`.
     """
 
@@ -96,16 +108,16 @@ class RowResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found.
+    """Hold the results of `evaluate`.
 
     Attributes:
-        rows: each row, in the order of the predictions' file.
+        rows: results of each row, in the order of the predictions' file.
         metrics: one value for each metric, over all rows.
-        comparisons: with `--compare`, one for each metric; else none.
-        groups: column by column.
-        confusion: None where the references are no labels.
-        settings: how it was computed: normalisation, units, seed, versions of the libraries.
-        notes: what the user should know.
+        comparisons: one for each metric with `--compare`, else none.
+        groups: groups of rows, column by column.
+        confusion: counts of confused labels; None if the references are no labels.
+        settings: normalisation, units, seed and versions of the libraries by which metrics were computed.
+        notes: messages on the files and on the settings.
     """
 
     rows: tuple[RowResult, ...]
@@ -117,78 +129,90 @@ class Evaluation:
     notes: tuple[Localized, ...]
 
     def value(self, metric: str) -> float | None:
-        """The figure of one of the metrics over all rows."""
-        return next(figure.value for figure in self.metrics if figure.metric == metric)
+        """Return the value of one of the metrics over all rows."""
+        return next(each.value for each in self.metrics if each.metric == metric)
 
 
 def as_json(evaluation: Evaluation) -> str:
-    """Everything but the rows' other cells."""
-    values = {
+    """Return everything but the rows' cells as JSON."""
+
+    def by_metric(values: Sequence[MetricValue]) -> dict[str, dict[str, float | None]]:
+        return {each.metric: {"value": each.value, "low": each.low, "high": each.high} for each in values}
+
+    content = {
         "settings": evaluation.settings,
         "notes": [note.en for note in evaluation.notes],
-        "metrics": {figure.metric: _figure(figure) for figure in evaluation.metrics},
+        "metrics": by_metric(evaluation.metrics),
         "comparison": {
-            pair.other.metric: {
-                "other": pair.other.value,
-                "difference": _figure(pair.difference),
-                "p_value": pair.p_value,
-                "mcnemar_p_value": pair.mcnemar,
+            name: {
+                "other": each.other.value,
+                "difference": difference,
+                "p_value": each.p_value,
+                "mcnemar_p_value": each.mcnemar,
             }
-            for pair in evaluation.comparisons
+            for each in evaluation.comparisons
+            for name, difference in by_metric([each.difference]).items()
         },
         "groups": [
             {
                 "column": group.column,
                 "group": group.name,
                 "rows": group.rows,
-                "metrics": {figure.metric: _figure(figure) for figure in group.metrics},
+                "metrics": by_metric(group.metrics),
             }
             for group in evaluation.groups
         ],
         "confusion": asdict(evaluation.confusion) if evaluation.confusion else None,
-        "rows": [_row(row) for row in evaluation.rows],
+        "rows": [
+            {name: value for name, value in vars(row).items() if name != "cells"} for row in evaluation.rows
+        ],
     }
-    return json.dumps(values, ensure_ascii=False, indent=1) + "\n"
-
-
-def _figure(figure: MetricValue) -> dict[str, float | None]:
-    return {"value": figure.value, "low": figure.low, "high": figure.high}
-
-
-def _row(row: RowResult) -> dict[str, Any]:
-    return {name: value for name, value in vars(row).items() if name != "cells"}
+    return json.dumps(content, ensure_ascii=False, indent=1) + "\n"
 
 
 def as_csv(evaluation: Evaluation) -> str:
-    """A line for each metric over all rows and over each group; how it was computed stands in every line."""
+    """Return a CSV with a line for each metric over all rows and over each group, settings in every line."""
+    settings = {name: evaluation.settings[name] for name in ("normalize", "bootstrap", "seed")}
+    settings["normalize"] = str(settings["normalize"]).lower()
+    versions = evaluation.settings["versions"].items()
+    settings["versions"] = " ".join(f"{library}={version}" for library, version in versions)
+    names = ["column", "group", "rows", "metric", "value", "low", "high", "other", "difference"]
+    names += ["difference_low", "difference_high", "p_value", "mcnemar_p_value", *settings]
     text = io.StringIO()
-    settings = evaluation.settings
-    how = {name: _plain(settings[name]) for name in ("normalize", "bootstrap", "seed", "versions")}
-    names = ["column", "group", "rows", "metric", "value", "low", "high"]
-    names += ["other", "difference", "difference_low", "difference_high", "p_value", "mcnemar_p_value", *how]
     writer = csv.DictWriter(text, names, restval="")
     writer.writeheader()
-    compared = {pair.other.metric: _comparison(pair) for pair in evaluation.comparisons}
-    for figure in evaluation.metrics:
-        whole = {"rows": len(evaluation.rows), **vars(figure), **compared.get(figure.metric, {})}
-        writer.writerow({**whole, **how})
+    comparisons = {
+        each.other.metric: {
+            "other": each.other.value,
+            "difference": each.difference.value,
+            "difference_low": each.difference.low,
+            "difference_high": each.difference.high,
+            "p_value": each.p_value,
+            "mcnemar_p_value": each.mcnemar,
+        }
+        for each in evaluation.comparisons
+    }
+    for each in evaluation.metrics:
+        compared = comparisons.get(each.metric, {})
+        writer.writerow({"rows": len(evaluation.rows), **vars(each), **compared, **settings})
     for group in evaluation.groups:
-        for figure in group.metrics:
-            part = {"column": group.column, "group": group.name, "rows": group.rows}
-            writer.writerow({**part, **vars(figure), **how})
+        for each in group.metrics:
+            of_group = {"column": group.column, "group": group.name, "rows": group.rows}
+            writer.writerow({**of_group, **vars(each), **settings})
     return text.getvalue()
 
 
-def _comparison(pair: Comparison) -> dict[str, float | None]:
-    difference = pair.difference
-    return {
-        "other": pair.other.value, "difference": difference.value, "difference_low": difference.low,
-        "difference_high": difference.high, "p_value": pair.p_value, "mcnemar_p_value": pair.mcnemar,
-    }  # fmt: skip
+def write_results(path: Path, evaluation: Evaluation, options: EvaluateOptions) -> None:
+    """Write an evaluation as JSON or CSV, by the file's extension, and its options next to it.
 
+    Each file is written whole or not at all.
 
-def _plain(value: Any) -> str:
-    """A setting as one cell."""
-    if isinstance(value, Mapping):
-        return " ".join(f"{name}={each}" for name, each in value.items())
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    Raises:
+        InputError: a file cannot be written.
+    """
+    text = as_json(evaluation) if path.suffix.lower() == ".json" else as_csv(evaluation)
+    options_file = path.with_name(f"{path.name}.{SETTINGS_FILE}")
+    with removing_empty(path.parent):
+        for file, content in ((path, text), (options_file, to_yaml(options))):
+            with report_write_errors(f"--output {file}", InputError), replace_file(file) as work:
+                work.write_text(content, encoding="utf-8", newline="")

@@ -1,12 +1,13 @@
-"""How good answers are, as sums that can be added up over rows and processes. No model, no files.
+"""Metrics of single answers, as sums that add up over rows and processes; the best of several evaluations.
 
-Also which of several evaluations is the best.
+Nothing here needs a model or a file.
 """
 
 import math
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -18,12 +19,12 @@ EDITS = ("substitute", "delete", "insert")
 
 @dataclass(frozen=True)
 class TextMetric:
-    """A share of two sums over rows.
+    """Define a metric that is the ratio of two sums over rows.
 
     Attributes:
         name: as on the command line.
         more_is_better: whether a larger value is the better one.
-        count: reference and prediction to the row's part of numerator and denominator.
+        count: gives a row's numerator and denominator for its reference and prediction.
     """
 
     name: str
@@ -31,19 +32,24 @@ class TextMetric:
     count: Count
 
     def rank(self, value: float, loss: float) -> tuple[float, float]:
-        """What is higher for a better evaluation: of equal values, the lower loss is the better one."""
-        return _or_least(value if self.more_is_better else -value), _or_least(-loss)
+        """Return a sort key that is higher for a better evaluation: by value, then by lower loss.
+
+        NaN ranks below everything, else it would stay the best for ever.
+        """
+        keys = (value if self.more_is_better else -value, -loss)
+        first, second = (-math.inf if math.isnan(key) else key for key in keys)
+        return first, second
 
 
 @dataclass(frozen=True)
 class Best:
-    """The best evaluation so far.
+    """Remember the best evaluation so far.
 
     Attributes:
-        value: of the metric, or the loss; None before the first evaluation.
-        step: after which it was.
-        worse: evaluations since then.
-        loss: of the same evaluation; None in checkpoints of a time when ties were left to the first.
+        value: its metric, or its loss; None before the first evaluation.
+        step: optimizer steps that were made before it.
+        worse: number of evaluations since then.
+        loss: its loss; None in old checkpoints, which kept the first of equal values.
     """
 
     value: float | None = None
@@ -52,20 +58,15 @@ class Best:
     loss: float | None = None
 
     def after(self, metric: TextMetric, step: int, value: float, loss: float) -> "Best":
-        """The best one when another is known; anything is better than none."""
+        """Return the best evaluation once another one is known; the first one is always the best."""
         least = -math.inf if self.loss is None else self.loss
         if self.value is None or metric.rank(value, loss) > metric.rank(self.value, least):
             return Best(value, step, loss=loss)
         return replace(self, worse=self.worse + 1)
 
 
-def _or_least(value: float) -> float:
-    """Without it, NaN would stay the best: nothing is more than that."""
-    return -math.inf if math.isnan(value) else value
-
-
-class _Letters(dict[int, str]):
-    """What remains of each character, filled in as they come by: nothing of punctuation."""
+class _PunctuationRemoval(dict[int, str]):
+    """Map code points for `str.translate`, punctuation to nothing; filled in as characters occur."""
 
     def __missing__(self, code: int) -> str:
         letter = chr(code)
@@ -73,48 +74,35 @@ class _Letters(dict[int, str]):
         return self[code]
 
 
-_LETTERS = _Letters()
+_WITHOUT_PUNCTUATION = _PunctuationRemoval()
 
 
 def normalized(text: str) -> str:
-    """A text as error rates compare it: NFKC, case folded, without punctuation, single spaces."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().translate(_LETTERS).split())
+    """Normalize a text for error rates: NFKC, case folded, without punctuation, single spaces."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().translate(_WITHOUT_PUNCTUATION).split())
 
 
-def _accuracy(reference: str, prediction: str) -> tuple[float, float]:
-    """The same text to the letter, white space around it aside."""
-    return float(reference.strip() == prediction.strip()), 1.0
-
-
-def _word_errors(reference: str, prediction: str) -> tuple[float, float]:
-    """Words to substitute, delete and insert, and words of the reference."""
-    return _errors(WORD, reference, prediction)
-
-
-def _character_errors(reference: str, prediction: str) -> tuple[float, float]:
-    """The same of characters, spaces left out: for Chinese and other scripts without them."""
-    return _errors(CHARACTER, reference, prediction)
-
-
-def _errors(unit: str, reference: str, prediction: str) -> tuple[float, float]:
-    (counts,) = edits([reference], [prediction], unit)
-    return float(counts[:3].sum()), float(counts[3])
+def ratio(sums: np.ndarray) -> np.ndarray:
+    """Divide the first sum by the second, `[samples, 2]` to `[samples]`; NaN where the second is 0."""
+    undefined = np.full(len(sums), np.nan)
+    quotient: np.ndarray = np.divide(sums[:, 0], sums[:, 1], out=undefined, where=sums[:, 1] > 0)
+    return quotient
 
 
 def edits(
     references: Sequence[str], predictions: Sequence[str], unit: str, *, normalize: bool = True
 ) -> np.ndarray:
-    """What must be changed in each reference to get its prediction, by jiwer.
+    """Count the edits that turn each reference into its prediction, by jiwer.
 
     Args:
         references: `[rows]`, at least one.
         predictions: `[rows]`.
-        unit: `WORD` (what white space separates) or `CHARACTER`.
-        normalize: compare what `normalized` leaves, characters without spaces; else the texts as they are,
-            with single spaces.
+        unit: `WORD` (separated by white space) or `CHARACTER`.
+        normalize: compare normalized texts, characters without spaces; else the texts as they are, with
+            single spaces.
 
     Returns:
-        `[rows, 4]` whole numbers: substitutions, deletions, insertions, and the reference's length in units.
+        `[rows, 4]` integers: substitutions, deletions, insertions, and the reference's length in units.
     """
     import jiwer
 
@@ -135,12 +123,18 @@ def edits(
     return counts
 
 
+def _errors(unit: str, reference: str, prediction: str) -> tuple[float, float]:
+    """Count the edits of one row, and the units of its reference."""
+    (counts,) = edits([reference], [prediction], unit)
+    return float(counts[:3].sum()), float(counts[3])
+
+
 LOSS = TextMetric("loss", False, lambda _reference, _prediction: (0.0, 0.0))
 TEXT_METRICS = {
     metric.name: metric
     for metric in (
-        TextMetric("accuracy", True, _accuracy),
-        TextMetric("wer", False, _word_errors),
-        TextMetric("cer", False, _character_errors),
+        TextMetric("accuracy", True, lambda *texts: (float(texts[0].strip() == texts[1].strip()), 1.0)),
+        TextMetric("wer", False, partial(_errors, WORD)),
+        TextMetric("cer", False, partial(_errors, CHARACTER)),
     )
 }

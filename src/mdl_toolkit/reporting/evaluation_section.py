@@ -8,7 +8,8 @@ from typing import Any
 from mdl_toolkit.data.manifest import AUDIO, PREDICTION
 from mdl_toolkit.evaluation.align import ERROR, SCORE
 from mdl_toolkit.evaluation.csv_table import Table
-from mdl_toolkit.evaluation.metrics import CORPUS_METRICS, natural_order
+from mdl_toolkit.evaluation.label_metrics import natural_order
+from mdl_toolkit.evaluation.metrics import CORPUS_METRICS
 from mdl_toolkit.evaluation.results import Comparison, Confusion, Evaluation, MetricValue, RowResult
 from mdl_toolkit.evaluation.text_metrics import CHARACTER
 from mdl_toolkit.i18n import Localized

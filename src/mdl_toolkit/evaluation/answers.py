@@ -1,0 +1,115 @@
+"""References and one system's predictions, and the rules by which they are compared."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mdl_toolkit.evaluation.text_metrics import CHARACTER, WORD, normalized
+
+CHINESE = re.compile("[\u3400-\u9fff\uf900-\ufaff]")
+LETTER = re.compile(r"[^\W\d_]")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Hold one system's predictions with their references.
+
+    Attributes:
+        references: `[rows]`.
+        predictions: `[rows]`; empty for a row without one.
+        lines: `[rows]` line of each prediction in its file.
+        failed: `[rows]` booleans: the row has an error instead of a prediction.
+        scores: `[rows]` cells with the scores of the predicted labels, or None.
+    """
+
+    references: tuple[str, ...]
+    predictions: tuple[str, ...]
+    lines: tuple[int, ...]
+    failed: np.ndarray
+    scores: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class ScoringRules:
+    """Say how references and predictions are compared.
+
+    Attributes:
+        normalize: compare normalized texts in word and character errors and in exact match.
+        is_chinese: the references are mostly Chinese.
+        label_separator: separates the labels of one row; None where each row has one label.
+    """
+
+    normalize: bool
+    is_chinese: bool
+    label_separator: str | None
+
+    @property
+    def bleu_tokenizer(self) -> str:
+        """Name sacrebleu's tokenizer."""
+        return "zh" if self.is_chinese else "13a"
+
+    @property
+    def unit(self) -> str:
+        """Name the unit of a row's errors where no metric sets it."""
+        return CHARACTER if self.is_chinese else WORD
+
+    def comparable(self, text: str) -> str:
+        """Return a text as exact match compares it."""
+        return normalized(text) if self.normalize else text.strip()
+
+    def split_labels(self, text: str) -> list[str]:
+        """Split a cell into its labels, in their order."""
+        parts = text.split(self.label_separator) if self.label_separator else [text]
+        return [part.strip() for part in parts if part.strip()]
+
+
+def are_chinese(texts: Sequence[str]) -> bool:
+    """Tell whether at least half of the letters are Chinese characters."""
+    joined = "".join(texts)
+    return 2 * len(CHINESE.findall(joined)) >= max(len(LETTER.findall(joined)), 1)
+
+
+def correct_rows(answers: Answers, rules: ScoringRules, criterion: str) -> np.ndarray:
+    """Tell which rows are right; those that failed are not.
+
+    Args:
+        answers: references and predictions.
+        rules: how they are compared.
+        criterion: `accuracy` compares texts to the letter but for white space around them, `exact-match`
+            compares them as the rules say, `same labels` compares sets of labels.
+
+    Returns:
+        `[rows]` booleans.
+    """
+    keys: dict[str, Callable[[str], object]] = {
+        "accuracy": str.strip,
+        "exact-match": rules.comparable,
+        "same labels": lambda text: {*rules.split_labels(text)},
+    }
+    key = keys[criterion]
+    texts = zip(answers.references, answers.predictions, strict=True)
+    is_same = np.array([key(reference) == key(prediction) for reference, prediction in texts])
+    is_right: np.ndarray = is_same & ~answers.failed
+    return is_right
+
+
+def concatenate(first: Answers, second: Answers, rules: ScoringRules) -> Answers:
+    """Append the rows of a second system; if only one system has scores, each label of the other gets 1."""
+    scores = None
+    if first.scores is not None or second.scores is not None:
+        separator = rules.label_separator or ";"
+        scores = tuple(
+            cell
+            for each in (first, second)
+            for cell in each.scores
+            or (separator.join("1" for _ in rules.split_labels(text)) for text in each.predictions)
+        )
+    return Answers(
+        references=first.references + second.references,
+        predictions=first.predictions + second.predictions,
+        lines=first.lines + second.lines,
+        failed=np.concatenate([first.failed, second.failed]),
+        scores=scores,
+    )
