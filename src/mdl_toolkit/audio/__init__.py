@@ -2,7 +2,7 @@
 
 Modules:
     loading          `load`: decode, check, resample, pad
-    decoders         what libsndfile and FFmpeg make of a file
+    decoders         libsndfile and FFmpeg: a file to samples at its own rate
     integrity        whether a file is all there; nothing is decoded
     flac             samples as FLAC and back
     http             download one address

@@ -4,7 +4,6 @@ libsndfile decodes what it knows. FFmpeg (by PyAV) decodes what libsndfile does 
 one, so every error it reports and every second it owes is looked at here.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -67,21 +66,22 @@ def decode(file: BinaryIO, integrity: Integrity) -> Decoded:
     file.seek(0)
     try:
         with soundfile.SoundFile(file) as sound:
-            decoded = _libsndfile(sound, file) if _in_full(sound, integrity) else _ffmpeg(file, None)
+            reads_all = _reads_all(sound, integrity)
+            decoded = _decode_with_libsndfile(sound, file) if reads_all else _decode_with_ffmpeg(file, None)
     except soundfile.LibsndfileError as refused:
-        decoded = _ffmpeg(file, refused)
+        decoded = _decode_with_ffmpeg(file, refused)
     if len(decoded.samples) < integrity.least_samples and not decoded.missing:
         raise _damaged(decoded.format, "decoder", "stopped early")
     return decoded
 
 
-def _in_full(sound: Any, integrity: Integrity) -> bool:
-    """Tell whether libsndfile gives all the sound of a file that it knows.
+def _reads_all(sound: Any, integrity: Integrity) -> bool:
+    """Tell whether libsndfile reads all the sound of a file that it knows.
 
-    It does not of MPEG audio without a right table of frames, where it stops at an estimate; of WAV that was
-    written into a pipe with the size left at 0; of Opus whose header names under 16 kHz, or 0, though that is
-    a mere remark on the source (RFC 7845, section 5.1); and of Opus that starts in the middle of a stream,
-    where it plays what is to be skipped, and ends as much too early.
+    It does not read all of MPEG audio without a right table of frames, where it stops at an estimate; of WAV
+    that was written into a pipe with the size left at 0; of Opus whose header names under 16 kHz, or 0, though
+    that is a mere remark on the source (RFC 7845, section 5.1); and of Opus that starts in the middle of a
+    stream, where it plays what is to be skipped, and ends as much too early.
     """
     if sound.subtype == "OPUS":
         rate: int = sound.samplerate
@@ -91,7 +91,7 @@ def _in_full(sound: Any, integrity: Integrity) -> bool:
 
 
 def _damaged(name: str, decoder: str, problem: object) -> AudioError:
-    words = _words(problem)
+    words = _reason(problem)
     return AudioError(
         "{name}: {decoder} says: {words}; the file is damaged, get it again",
         name=name,
@@ -100,8 +100,8 @@ def _damaged(name: str, decoder: str, problem: object) -> AudioError:
     )
 
 
-def _words(problem: object) -> str:
-    """Return what a decoder says, without what Python adds to it."""
+def _reason(problem: object) -> str:
+    """Return the message of a decoder, without the text that Python adds to it."""
     words = getattr(problem, "error_string", None) or getattr(problem, "strerror", None) or problem
     return str(words).rstrip(".")
 
@@ -117,10 +117,6 @@ def _average(channels: Floats) -> Floats:
     return total
 
 
-def _join(blocks: list[Floats]) -> Floats:
-    return np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
-
-
 def _seconds_missing(promised: float, present: float) -> Localized:
     return Localized(
         "the header promises {promised:.2f} s, {present:.2f} s are there", promised=promised, present=present
@@ -132,69 +128,62 @@ def _breaks_off(seconds: float, decoder: str, problem: object) -> Localized:
         "it breaks off after {seconds:.2f} s ({decoder} says: {reason})",
         seconds=seconds,
         decoder=decoder,
-        reason=_words(problem),
+        reason=_reason(problem),
     )
 
 
 # --- libsndfile ------------------------------------------------------------------------------------------
 
 
-def _libsndfile(sound: Any, file: BinaryIO) -> Decoded:
+def _decode_with_libsndfile(sound: Any, file: BinaryIO) -> Decoded:
     """Decode an open `soundfile.SoundFile` to its end, or up to an error at the end of the file."""
+    # soundfile seeks after every block, at which libsndfile fails in FLAC of unknown length (from a pipe).
+    sound.seekable = lambda: False
     blocks: list[Floats] = []
     problem = None
     try:
-        for block in _blocks(sound):
-            # One by one, as what came before an error is kept.
-            blocks.append(_average(block.T))  # noqa: PERF401
+        while len(block := sound.read(BLOCK, dtype="float32", always_2d=True)):
+            blocks.append(_average(block.T))
     except soundfile.LibsndfileError as error:
         problem = error
         if file.tell() < file.seek(0, 2):
             raise _damaged(sound.format, "libsndfile", error) from error
-    samples = _join(blocks)
-    missing = _sndfile_missing(sound, len(samples), problem)
+    samples = np.concatenate(blocks or [np.zeros(0, np.float32)])
+    promised, present = sound.frames / sound.samplerate, len(samples) / sound.samplerate
+    # The length of MPEG audio is only an estimate.
+    is_known = sound.frames != UNKNOWN_LENGTH and not sound.subtype.startswith("MPEG")
+    missing = _seconds_missing(promised, present) if is_known and present < promised else None
+    if problem:
+        missing = _breaks_off(present, "libsndfile", problem)
     return Decoded(sound.format, samples, sound.samplerate, sound.channels, missing)
-
-
-def _blocks(sound: Any) -> Iterator[Floats]:
-    """Yield the samples, `[n, channels]` at a time."""
-    # soundfile seeks after every block, at which libsndfile fails in FLAC of unknown length (from a pipe).
-    sound.seekable = lambda: False
-    while len(block := sound.read(BLOCK, dtype="float32", always_2d=True)):
-        yield block
-
-
-def _sndfile_missing(sound: Any, count: int, problem: Any) -> Localized | None:
-    """Say what did not come; the length of MPEG audio is only an estimate, and shows nothing."""
-    if problem is not None:
-        return _breaks_off(count / sound.samplerate, "libsndfile", problem)
-    if sound.frames == UNKNOWN_LENGTH or count >= sound.frames or sound.subtype.startswith("MPEG"):
-        return None
-    return _seconds_missing(sound.frames / sound.samplerate, count / sound.samplerate)
 
 
 # --- FFmpeg ----------------------------------------------------------------------------------------------
 
 
-def _any_tags(version: str) -> dict[str, str]:
-    """Return the options that make PyAV take tags in any encoding, as version 19 does unasked."""
-    return {"metadata_errors": "replace"} if int(version.partition(".")[0]) < 19 else {}
-
-
-def _ffmpeg(file: BinaryIO, refused: Any) -> Decoded:
+def _decode_with_ffmpeg(file: BinaryIO, refused: Any) -> Decoded:
     """Decode with FFmpeg what libsndfile refused, with the error `refused`, or would read only in part."""
     import av
 
+    # PyAV takes tags in any encoding from version 19 on, and before that if it is asked to.
+    tags = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
     file.seek(0)
     try:
         # The file stands for itself alone: a playlist in it opens nothing else.
-        container = av.open(file, options={"protocol_whitelist": "none"}, **_any_tags(av.__version__))
+        container = av.open(file, options={"protocol_whitelist": "none"}, **tags)
     except (av.FFmpegError, OSError, ValueError, LookupError) as error:
-        raise _no_recording(file, refused) from error
+        words = _reason(refused) if refused else "there are no samples"
+        raise _other_content(file) or AudioError(
+            "neither libsndfile nor FFmpeg can read it (libsndfile says: {words}): no recording, or damaged, "
+            "or cut off; get it again",
+            words=words,
+        ) from error
     with container:
         name, stream = container.format.long_name, container.streams.best("audio")
         if stream is None:
-            raise _no_sound(file, name)
+            raise _other_content(file) or AudioError(
+                "{name}: there is no sound track in it; give a file with sound", name=name
+            )
         if stream.codec_context is None:
             raise AudioError("{name}: FFmpeg lacks its codec; {convert}", name=name, convert=CONVERT)
         codec = stream.codec_context.name
@@ -219,30 +208,27 @@ class _Reader:
     def read(self, file: BinaryIO) -> Decoded:
         """Decode to the end; an error after which nothing comes any more is a file that was cut off."""
         import av
+        from av.codec.context import Flags2
 
-        self._be_strict()
+        codec = self.stream.codec_context
+        # Errors are reported that FFmpeg would pass over: checksums, broken bit streams, short packets.
+        codec.options = {"err_detect": "crccheck+bitstream+buffer+explode"}
+        if (self.container.format.name, codec.name) == ("caf", "alac"):
+            # FFmpeg 8 cuts the padding of the last frame off twice: 956 samples of 44,100 are lost.
+            codec.flags2 |= Flags2.skip_manual
         try:
             for packet in self.container.demux(self.stream):
-                self._take(packet)
+                self._decode_packet(packet)
         except (av.FFmpegError, OSError, ValueError, LookupError) as error:
             self.problem = error
             if file.tell() < file.seek(0, 2):
                 raise _damaged(self.name, "FFmpeg", self.problem) from error
         if self.problem and not self.blocks:
             raise _damaged(self.name, "FFmpeg", self.problem)
-        return Decoded(self.name, _join(self.blocks), self.rate, self.channels, self._missing())
+        samples = np.concatenate(self.blocks or [np.zeros(0, np.float32)])
+        return Decoded(self.name, samples, self.rate, self.channels, self._missing())
 
-    def _be_strict(self) -> None:
-        """Have errors reported that FFmpeg would pass over: checksums, broken bit streams, short packets."""
-        from av.codec.context import Flags2
-
-        codec = self.stream.codec_context
-        codec.options = {"err_detect": "crccheck+bitstream+buffer+explode"}
-        if (self.container.format.name, codec.name) == ("caf", "alac"):
-            # FFmpeg 8 cuts the padding of the last frame off twice: 956 samples of 44,100 are lost.
-            codec.flags2 |= Flags2.skip_manual
-
-    def _take(self, packet: Any) -> None:
+    def _decode_packet(self, packet: Any) -> None:
         """Decode a packet; after a bad one only the empty packet at the end may come."""
         import av
 
@@ -254,28 +240,33 @@ class _Reader:
             self.problem = "incomplete packet"
         try:
             for frame in packet.decode():
-                self._add(frame)
+                if frame.is_corrupt:
+                    self.problem = "incomplete frame"
+                if self.rate not in (0, frame.sample_rate):
+                    raise AudioError(
+                        "{name}: the sampling rate changes in the middle; {convert}",
+                        name=self.name,
+                        convert=CONVERT,
+                    )
+                channels = _floats(frame)
+                self.blocks.append(_average(channels))
+                self.rate, self.channels = frame.sample_rate, len(channels)
+                self.longest = max(self.longest, frame.samples)
+                self.samples += frame.samples
         except (av.FFmpegError, OSError, ValueError, LookupError) as error:
             self.problem = error
 
-    def _add(self, frame: Any) -> None:
-        if frame.is_corrupt:
-            self.problem = "incomplete frame"
-        if self.rate not in (0, frame.sample_rate):
-            raise AudioError(
-                "{name}: the sampling rate changes in the middle; {convert}", name=self.name, convert=CONVERT
-            )
-        channels = _floats(frame)
-        self.blocks.append(_average(channels))
-        self.rate, self.channels = frame.sample_rate, len(channels)
-        self.longest = max(self.longest, frame.samples)
-        self.samples += frame.samples
-
     def _missing(self) -> Localized | None:
+        """Return the sound that is missing; None if the file does not say its length, or all packets came."""
         present = self.samples / (self.rate or 1)
         if self.problem:
             return _breaks_off(present, "FFmpeg", self.problem)
-        promised = _promised_seconds(self.container, self.stream, self.packets)
+        promised, container, stream = 0.0, self.container, self.stream
+        name = container.format.name
+        if name in STREAM_LENGTH and stream.duration and not 0 < stream.frames <= self.packets:
+            promised = float(stream.duration * stream.time_base)
+        elif name in FILE_LENGTH and container.duration and len(container.streams) == 1:
+            promised = float(container.duration / 1_000_000)
         tolerance = DELAY_FRAMES * min(self.longest, DELAY_FRAME) / (self.rate or 1)
         return _seconds_missing(promised, present) if present < promised - tolerance else None
 
@@ -299,17 +290,7 @@ def _floats(frame: Any) -> Floats:
     return floats
 
 
-def _promised_seconds(container: Any, stream: Any, packets: int) -> float:
-    """Return how long the file says that the sound is; 0 if it does not say, or if all it lists was read."""
-    name = container.format.name
-    if name in STREAM_LENGTH and stream.duration and not 0 < stream.frames <= packets:
-        return float(stream.duration * stream.time_base)
-    if name in FILE_LENGTH and container.duration and len(container.streams) == 1:
-        return float(container.duration / 1_000_000)
-    return 0.0
-
-
-# --- what is no recording --------------------------------------------------------------------------------
+# --- files that are no recordings ------------------------------------------------------------------------
 
 CONVERT = Localized("convert it first, for example with: ffmpeg -i FILE new.flac")
 LOOKS = {
@@ -322,37 +303,16 @@ LOOKS = {
 }
 
 
-def _no_recording(file: BinaryIO, refused: Any) -> AudioError:
-    """Return the error for a file that neither decoder can open."""
-    words = _words(refused) if refused else "there are no samples"
-    return _look(file) or AudioError(
-        "neither libsndfile nor FFmpeg can read it (libsndfile says: {words}): no recording, or damaged, "
-        "or cut off; get it again",
-        words=words,
-    )
-
-
-def _no_sound(file: BinaryIO, name: str) -> AudioError:
-    """Return the error for a file that FFmpeg opens without integrity sound in it."""
-    return _look(file) or AudioError(
-        "{name}: there is no sound track in it; give a file with sound", name=name
-    )
-
-
-def _look(file: BinaryIO) -> AudioError | None:
-    """Return the error for a file that is something well known, by its first bytes."""
+def _other_content(file: BinaryIO) -> AudioError | None:
+    """Return the error for a file that is something well known, by its first bytes; None for any other."""
     file.seek(0)
     head = file.read(80)
-    looks = next((name for start, name in LOOKS.items() if head.startswith(start)), None) or _as_text(head)
+    looks = next((name for start, name in LOOKS.items() if head.startswith(start)), None)
+    text = head.decode("utf-8", "ignore")
+    # The last character may be cut.
+    is_text = len(text.encode()) > len(head) - 4
+    if looks is None and is_text and all(one.isprintable() or one in "\r\n\t" for one in text):
+        looks = Localized("a text file that starts with {start!r}", start=" ".join(text.split())[:40])
     if looks is None:
         return None
     return AudioError("this is {looks}, not a recording; correct the path", looks=looks)
-
-
-def _as_text(head: bytes) -> Localized | None:
-    words = head.decode("utf-8", "ignore")
-    is_whole = len(words.encode()) > len(head) - 4  # the last character may be cut
-    if not is_whole or not all(character.isprintable() or character in "\r\n\t" for character in words):
-        return None
-    start = " ".join(words.split())[:40]
-    return Localized("a text file that starts with {start!r}", start=start)
