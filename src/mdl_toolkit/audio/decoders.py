@@ -79,9 +79,9 @@ def _reads_all(sound: Any, integrity: Integrity) -> bool:
     """Tell whether libsndfile reads all the sound of a file that it knows.
 
     It does not read all of MPEG audio without a right table of frames, where it stops at an estimate; of WAV
-    that was written into a pipe with the size left at 0; of Opus whose header names under 16 kHz, or 0, though
-    that is a mere remark on the source (RFC 7845, section 5.1); and of Opus that starts in the middle of a
-    stream, where it plays what is to be skipped, and ends as much too early.
+    that was written into a pipe with the size left at 0; of Opus whose header names under 16 kHz, or 0, which
+    is a mere remark on the source (RFC 7845, section 5.1); and of Opus that starts in the middle of a stream,
+    where it plays what is to be skipped, and ends as much too early.
     """
     if sound.subtype == "OPUS":
         rate: int = sound.samplerate
