@@ -22,10 +22,9 @@ from transformers import AutoConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mdl_toolkit.model import MiDashengLMConfig, MiDashengLMModel, modeling
-from mdl_toolkit.model import mel as frontend
-from mdl_toolkit.model.encoder import Packing
+from mdl_toolkit.model.encoder import PatchLayout
 from mdl_toolkit.model.lengths import audio_token_count, patch_count, visible_patch_count
-from mdl_toolkit.model.mel import log_mel
+from mdl_toolkit.model.mel import log_mel, window_and_filters
 from tests.support.paths import GOLDEN
 from tests.support.waves import padded, wave
 
@@ -136,7 +135,7 @@ def assert_same(got: dict[str, Tensor], wanted: dict[str, Tensor], atol: float) 
         )
 
 
-def encode(model: MiDashengLMModel, waves: list[np.ndarray]) -> tuple[Tensor, Packing]:
+def encode(model: MiDashengLMModel, waves: list[np.ndarray]) -> tuple[Tensor, PatchLayout]:
     return model.audio_encoder(torch.tensor(padded(waves)), [len(clip) for clip in waves])
 
 
@@ -155,7 +154,8 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 def test_window_and_filters_are_the_published_ones():
     table, config = numbers("frontend"), model_of("A-small").config.audio_encoder_config
-    window, filters = frontend._constants(frontend._key(config), torch.device("cpu"))
+    sizes = config.n_fft, config.win_length, config.n_mels, config.sample_rate, config.f_min, config.f_max
+    window, filters = window_and_filters(*sizes, torch.device("cpu"))
     np.testing.assert_array_equal(window.numpy(), table["win"])
     np.testing.assert_array_equal(filters.numpy(), table["fbanks"])
 
@@ -163,8 +163,7 @@ def test_window_and_filters_are_the_published_ones():
 def golden_mels() -> dict[str, tuple[list[np.ndarray], np.ndarray]]:
     table = numbers("frontend")
     second = table["wav_1s"]
-    # A thousandth is a factor, not a divisor: in its quietest bins float32 is within 2e-4 dB of the truth
-    # only, and the two roundings of the waveform differ by as much.
+    # A thousandth is a factor, not a divisor: the two roundings of the waveform differ in its quietest bins.
     batch = [second, second * np.float32(1e-3), np.zeros_like(second)]
     return {
         "1s": ([second], table["mel_1s"][None]),
@@ -183,7 +182,11 @@ def test_log_mel_is_golden(name: str):
         [len(clip) for clip in clips],
         model_of("A-small").config.audio_encoder_config,
     )
-    np.testing.assert_allclose(mel.numpy(), wanted, atol=1e-4, rtol=0)
+    # An FFT's rounding errors are alike in all bins of a frame, so in decibels they weigh more where there is
+    # less energy: 50 dB and more below a clip's loudest bin, two CPUs' FFTs are up to 4e-4 dB apart.
+    loudest = wanted.max(axis=(1, 2), keepdims=True)
+    tolerance = np.where(wanted > loudest - 40, 1e-4, 1e-3)
+    np.testing.assert_array_less(np.abs(mel.numpy() - wanted), tolerance)
 
 
 def test_log_mel_of_a_clip_does_not_depend_on_its_company():
@@ -214,7 +217,7 @@ def mel_seen_by(model: MiDashengLMModel, clip: np.ndarray) -> tuple[Tensor, Tens
 def test_front_end_stays_float32_whatever_the_weights_are(how: str, model: MiDashengLMModel):
     clip = wave(32333, 41)
     mel, normalised = mel_seen_by(model, clip)
-    frontend._constants.cache_clear()
+    window_and_filters.cache_clear()
     if how == "loaded":
         got = mel_seen_by(fresh_model(dtype=torch.bfloat16), clip)
     elif how == "constructed":
@@ -263,9 +266,9 @@ def test_encoder_and_projector_are_golden(company: str):
     batches = [clips] if company == "together" else [[clip] for clip in clips]
     encoded, projected = [], []
     for batch in batches:
-        row, packing = encode(model, batch)
-        encoded += row.split(list(packing.clips))
-        projected += model.audio_projector(row, packing).split([n // 5 for n in packing.clips])
+        row, layout = encode(model, batch)
+        encoded += row.split(list(layout.clips))
+        projected += model.audio_projector(row, layout).split([n // 5 for n in layout.clips])
     for case, enc, proj in zip(ENCODER_CASES, encoded, projected, strict=True):
         np.testing.assert_allclose(enc.numpy(), table[f"{case}_enc"], atol=1e-4, rtol=0, err_msg=case)
         np.testing.assert_allclose(proj.numpy(), table[f"{case}_proj"], atol=1e-4, rtol=0, err_msg=case)
@@ -351,8 +354,8 @@ def test_packed_encoder_equals_a_plain_loop(which: str, lengths: list[int]):
     model = model_of("A-small") if which == "plain" else model_with_layer_scale()
     clips = [wave(n, seed) for seed, n in enumerate(lengths)]
     with torch.no_grad():
-        encoded, packing = encode(model, clips)
-    for got, clip in zip(encoded.split(list(packing.clips)), clips, strict=True):
+        encoded, layout = encode(model, clips)
+    for got, clip in zip(encoded.split(list(layout.clips)), clips, strict=True):
         wanted = plain_encoder(model, clip, numbers("frontend")["fbanks"])
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
 
@@ -365,9 +368,9 @@ def test_packed_encoder_equals_a_plain_loop(which: str, lengths: list[int]):
 def test_a_hidden_last_patch_is_computed_and_finite(attention: str, samples: int, patches: int, visible: int):
     model = fresh_model(attn_implementation=attention)
     assert (patch_count(samples), visible_patch_count(samples)) == (patches, visible)
-    encoded, packing = encode(model, [wave(samples, 9), wave(16000, 1)])
-    assert packing.clips == (patches, 25)
-    features = model.audio_projector(encoded, packing)
+    encoded, layout = encode(model, [wave(samples, 9), wave(16000, 1)])
+    assert layout.clips == (patches, 25)
+    features = model.audio_projector(encoded, layout)
     features.square().sum().backward()
     assert encoded.isfinite().all()
     assert all(grad.isfinite().all() for grad in gradients(model).values())
@@ -406,8 +409,8 @@ def test_flash_attention_over_the_flat_row_equals_sdpa(
     lengths: list[int], model: MiDashengLMModel, monkeypatch: pytest.MonkeyPatch
 ):
     clips = [wave(n, seed) for seed, n in enumerate(lengths)]
-    wanted, packing = encode(model, clips)
-    assert packing.keys != packing.chunks
+    wanted, layout = encode(model, clips)
+    assert layout.keys != layout.chunks
     wanted.square().sum().backward()
     wanted_gradients = gradients(model)
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", plain_flash)
@@ -550,8 +553,8 @@ def test_only_real_patches_are_computed(attention: str):
     block = model.audio_encoder.blocks[0]
     layers = [block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2]
     rows, tokens = [counted(layer) for layer in layers], counted(model.audio_projector.net[0])
-    encoded, packing = encode(model, [wave(n, n) for n in lengths])
-    model.audio_projector(encoded, packing)
+    encoded, layout = encode(model, [wave(n, n) for n in lengths])
+    model.audio_projector(encoded, layout)
     assert rows == [[sum(patch_count(n) for n in lengths)]] * 4
     assert tokens == [sum(audio_token_count(n) for n in lengths)]
 

@@ -1,4 +1,4 @@
-"""The decoder over real positions, and its functions with their own gradients, against transformers' way."""
+"""The decoder over packed tokens, and its functions with gradients of their own, against transformers'."""
 
 import numpy as np
 import pytest
@@ -22,17 +22,18 @@ BF16 = torch.bfloat16
 
 
 def padded(monkeypatch):
-    """Let transformers compute rows."""
+    """Let transformers compute padded sequences."""
     monkeypatch.setattr(modeling, "can_pack", lambda _: False)
 
 
 @pytest.mark.parametrize("targets", CHOICES, ids="+".join)
 @pytest.mark.parametrize("name", CHECKPOINTS)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_as_transformers_computes_rows(golden, name, targets, checkpointing, monkeypatch):
+def test_the_loss_is_transformers(golden, name, targets, checkpointing, monkeypatch):
     model = adapted(golden, name, targets)
     batch = batch_of(model)
-    batch["labels"][1, -25:-20] = batch["input_ids"][1, -25:-20]  # not only at the end
+    # Supervised tokens are not only at the end.
+    batch["labels"][1, -25:-20] = batch["input_ids"][1, -25:-20]
     if checkpointing:
         checkpoint_gradients(model)
     calls, plain = [], packed.packed_states
@@ -56,7 +57,7 @@ def test_without_padding_and_with_dropout(golden, monkeypatch):
     assert_same(ours, learnt(model, whole), 1e-5)
 
 
-def test_a_row_is_computed_as_if_alone(golden):
+def test_a_sequence_is_computed_as_if_alone(golden):
     model = adapted(golden, "B-small")
     batch = batch_of(model)
     alone = {name: tensor[:1] for name, tensor in batch.items()}
@@ -70,15 +71,15 @@ def test_a_row_is_computed_as_if_alone(golden):
 @pytest.mark.parametrize("targets", CHOICES, ids="+".join)
 @pytest.mark.parametrize("name", CHECKPOINTS)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_what_rows_begin_with_is_computed_once(golden, name, targets, checkpointing, monkeypatch):
+def test_a_shared_prefix_is_computed_once(golden, name, targets, checkpointing, monkeypatch):
     model = adapted(golden, name, targets)
-    batch, counts = prompted(model), positions_of(model)
+    batch, counts = prompted(model), token_counts(model)
     if checkpointing:
         checkpoint_gradients(model)
     ours = learnt(model, batch)
-    # 4 words and 3 more are all rows', 5 more are of the first and the last.
+    # 7 tokens are shared by all four sequences, 5 more by the first and the last.
     assert counts[0] == needed(batch) - 3 * 7 - 5
-    monkeypatch.setattr(modeling, "is_random", lambda _: True)
+    monkeypatch.setattr(modeling, "has_dropout", lambda _: True)
     apart = learnt(model, batch)
     assert counts[-1] == needed(batch)
     padded(monkeypatch)
@@ -87,9 +88,9 @@ def test_what_rows_begin_with_is_computed_once(golden, name, targets, checkpoint
     assert_same(ours, theirs, 1e-5)
 
 
-def test_each_row_is_computed_by_itself_where_something_is_dropped(golden):
+def test_with_dropout_no_prefix_is_shared(golden):
     model = adapted(golden, "A-small", dropout=0.1)
-    batch, counts = prompted(model), positions_of(model)
+    batch, counts = prompted(model), token_counts(model)
     learnt(model, batch)
     learnt(model.eval(), batch)
     model.train().get_base_model().decoder.config.attention_dropout = 0.1
@@ -101,9 +102,9 @@ def test_each_row_is_computed_by_itself_where_something_is_dropped(golden):
     assert counts == [every, every - 26, every]
 
 
-def test_embeddings_that_are_given_may_be_of_other_words(golden):
+def test_embeddings_that_are_given_share_no_prefix(golden):
     model = adapted(golden, "A-small")
-    batch, counts = prompted(model), positions_of(model)
+    batch, counts = prompted(model), token_counts(model)
     inner = model.get_base_model()
     embeddings = inner.fuse(batch["input_ids"], batch["input_values"], batch["audio_length"]).detach()
     embeddings[0, batch["attention_mask"][0].argmax()] += 1
@@ -112,20 +113,23 @@ def test_embeddings_that_are_given_may_be_of_other_words(golden):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_what_comes_after_a_row_s_answer_is_not_computed(golden, side, monkeypatch):
+def test_tokens_after_the_answer_are_not_computed(golden, side, monkeypatch):
     model = adapted(golden, "A-small", ("encoder", "decoder"))
-    batch, counts = prompted(model), positions_of(model)
+    batch, counts = prompted(model), token_counts(model)
     if side == "right":
         for name in ("input_ids", "attention_mask", "labels"):
-            batch[name] = torch.stack([
-                row.roll(int(mask.sum()) - len(row))
-                for row, mask in zip(batch[name], batch["attention_mask"].clone(), strict=True)
-            ])  # fmt: skip
+            batch[name] = torch.stack(
+                [
+                    row.roll(int(mask.sum()) - len(row))
+                    for row, mask in zip(batch[name], batch["attention_mask"].clone(), strict=True)
+                ]
+            )
     ours = learnt(model, batch)
     ends = {"input_ids": 77, "attention_mask": 1, "labels": -100}
-    longer = {**batch, **{
-        name: torch.nn.functional.pad(batch[name], (0, 3), value=value) for name, value in ends.items()
-    }}  # fmt: skip
+    longer = {
+        **batch,
+        **{name: torch.nn.functional.pad(batch[name], (0, 3), value=value) for name, value in ends.items()},
+    }
     assert_same(learnt(model, longer), ours, 1e-5)
     assert counts == [needed(batch) - 26] * 2
     padded(monkeypatch)
@@ -142,12 +146,12 @@ def test_nothing_supervised_is_a_loss_of_nothing(golden):
 
 
 def needed(batch):
-    """Positions that decide something: all but the last of each row, the end of its answer."""
+    """Tokens that the loss depends on: all but the last of each sequence, the end of its answer."""
     return int(batch["attention_mask"].sum()) - len(batch["input_ids"])
 
 
 def prompted(model):
-    """Four rows of different lengths: words that all have, words that two have, audio, words of their own."""
+    """Four sequences of different lengths: ids that all share, ids that two share, audio, own ids."""
     one, random = batch_of(model), torch.Generator().manual_seed(1)
     audio, ids, start = model.get_base_model().config.audio_token_id, [], torch.arange(10, 17)
     for row, more in enumerate((range(30, 35), range(40, 47), (), range(30, 35))):
@@ -162,13 +166,16 @@ def prompted(model):
     labels[:, -5:] = ids[:, -5:]
     again = [0, 1, 2, 0]
     return {
-        "input_ids": ids, "attention_mask": mask, "labels": labels,
-        "input_values": one["input_values"][again], "audio_length": one["audio_length"][again],
-    }  # fmt: skip
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": labels,
+        "input_values": one["input_values"][again],
+        "audio_length": one["audio_length"][again],
+    }
 
 
-def positions_of(model):
-    """How many positions the first decoder layer is given each time it does not compute again."""
+def token_counts(model):
+    """Count the tokens of the first decoder layer each time it does not compute again."""
     counts = []
     first = model.get_base_model().decoder.model.layers[0]
     first.register_forward_pre_hook(
@@ -230,11 +237,12 @@ def test_the_norm_is_transformers():
     norm = Qwen2RMSNorm(96, eps=1e-5)
     norm.weight.data.normal_(1, 0.3)
     x = 3 * torch.randn(4, 5, 96)
-    trained = packed.normed(norm, x)
-    assert trained.requires_grad  # the plain way
+    trained = packed.rms_norm(norm, x)
+    # A weight that is trained takes the plain way.
+    assert trained.requires_grad
     norm.requires_grad_(False)
-    assert_agree(lambda x: packed.normed(norm, x), norm, x)
-    torch.testing.assert_close(packed.normed(norm, x.to(BF16)), norm(x.to(BF16)), rtol=1e-2, atol=1e-2)
+    assert_agree(lambda x: packed.rms_norm(norm, x), norm, x)
+    torch.testing.assert_close(packed.rms_norm(norm, x.to(BF16)), norm(x.to(BF16)), rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
@@ -243,7 +251,7 @@ def test_the_gate_is_transformers(activation):
     config = type("Config", (), {"hidden_size": 8, "intermediate_size": 16, "hidden_act": activation})
     act = Qwen2MLP(config).act_fn
     gate, up = torch.randn(2, 7, 16)
-    assert_agree(lambda g, u: packed.gated(act, g, u), lambda g, u: act(g) * u, gate, up)
+    assert_agree(lambda g, u: packed.gated_linear_unit(act, g, u), lambda g, u: act(g) * u, gate, up)
 
 
 def test_the_rotation_is_transformers():
@@ -251,66 +259,65 @@ def test_the_rotation_is_transformers():
     x, angle = torch.randn(11, 3, 16), torch.rand(11, 8)
     cos, sin = (torch.cat([part, part], -1).unsqueeze(1) for part in (angle.cos(), angle.sin()))
     assert_agree(
-        lambda x: packed._Rotated.apply(x, cos, sin),
+        lambda x: packed.rotate(x, cos, sin),
         lambda x: apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=0)[0][0],
         x,
     )
 
 
-def test_rows_are_gathered_from_the_left_and_scattered_back():
+def test_sequences_are_padded_on_the_right_and_unpadded():
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 0, 1]])
-    rows = packed.Rows.of(mask.bool())
-    assert rows.real.tolist() == [2, 3, 4, 5, 6, 7, 9, 11]
-    assert rows.gather.tolist() == [[0, 1, 0, 0], [2, 3, 4, 5], [6, 7, 0, 0]]
-    assert rows.scatter.tolist() == [0, 1, 4, 5, 6, 7, 8, 9]
-    assert rows.columns.tolist() == [0, 1, 0, 1, 2, 3, 0, 2]
-    assert_places_are_transposed(rows, 8)
+    tokens = packed.PackedTokens.of(mask.bool())
+    assert tokens.source.tolist() == [2, 3, 4, 5, 6, 7, 9, 11]
+    assert tokens.gather.tolist() == [[0, 1, 0, 0], [2, 3, 4, 5], [6, 7, 0, 0]]
+    assert tokens.scatter.tolist() == [0, 1, 4, 5, 6, 7, 8, 9]
+    assert tokens.positions.tolist() == [0, 1, 0, 1, 2, 3, 0, 2]
+    assert_gradient_of_pad(tokens, 8)
     wide = torch.randn(3, 4, 5)
-    assert_agree(
-        lambda x: packed._Taken.apply(x, rows.scatter), lambda x: x.flatten(0, 1)[rows.scatter], wide
-    )
+    assert_agree(tokens.unpad, lambda x: x.flatten(0, 1)[tokens.scatter], wide)
 
 
-def test_rows_share_what_they_begin_with():
+def test_sequences_share_a_prefix():
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 0, 1, 1], [0, 1, 1, 1, 1]])
-    words = torch.tensor([[9, 9, 5, 6, -7], [5, 6, 8, 4, -2], [9, 5, 9, 6, -3], [9, 5, 6, 8, -4]])
-    rows = packed.Rows.of(mask.bool(), words)
-    # 5, 6 and -7; 4 and -2 of the second row; 6 and -3 of the third, which has a hole before 6; 8 and -4
-    assert rows.real.tolist() == [2, 3, 4, 8, 9, 13, 14, 18, 19]
-    assert rows.columns.tolist() == [0, 1, 2, 3, 4, 2, 3, 2, 3]
-    assert rows.gather.tolist() == [[0, 1, 2, 0, 0], [0, 1, 7, 3, 4], [0, 5, 6, 0, 0], [0, 1, 7, 8, 0]]
-    assert rows.scatter.tolist() == [0, 1, 2, 8, 9, 11, 12, 17, 18]
-    assert rows.again.tolist() == [5, 6, 7, 10, 15, 16]
-    assert_places_are_transposed(rows, 9)
+    ids = torch.tensor([[9, 9, 5, 6, -7], [5, 6, 8, 4, -2], [9, 5, 9, 6, -3], [9, 5, 6, 8, -4]])
+    tokens = packed.PackedTokens.of(mask.bool(), ids)
+    # 5, 6 and -7; 4 and -2 of the second; 6 and -3 of the third, which has a hole before 6; 8 and -4
+    assert tokens.source.tolist() == [2, 3, 4, 8, 9, 13, 14, 18, 19]
+    assert tokens.positions.tolist() == [0, 1, 2, 3, 4, 2, 3, 2, 3]
+    assert tokens.gather.tolist() == [[0, 1, 2, 0, 0], [0, 1, 7, 3, 4], [0, 5, 6, 0, 0], [0, 1, 7, 8, 0]]
+    assert tokens.scatter.tolist() == [0, 1, 2, 8, 9, 11, 12, 17, 18]
+    assert tokens.duplicates.tolist() == [5, 6, 7, 10, 15, 16]
+    assert_gradient_of_pad(tokens, 9)
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_there_are_as_many_positions_as_beginnings(seed):
+def test_there_are_as_many_tokens_as_prefixes(seed):
     random = np.random.default_rng(seed)
     counts = random.integers(1, 7, random.integers(1, 9))
     lines = [[*random.integers(0, 3, count)] for count in counts]
-    cut = [random.integers(0, count + 1) for count in counts]  # from where on a row is unique
+    # Where the unique tokens of each sequence begin.
+    cut = [random.integers(0, count + 1) for count in counts]
     table = np.full((len(lines), 7), 9)
     for number, (line, unique) in enumerate(zip(lines, cut, strict=True)):
         line[unique:] = [-2 - 7 * number - place for place in range(unique, len(line))]
         table[number, 7 - len(line) :] = line
     mask = np.arange(7) >= 7 - counts[:, None]
-    rows = packed.Rows.of(torch.from_numpy(mask), torch.from_numpy(table))
-    assert len(rows.real) == len({(*line[: end + 1],) for line in lines for end in range(len(line))})
-    found = torch.from_numpy(table).flatten()[rows.real][rows.gather]
-    for line, words in zip(lines, found.tolist(), strict=True):
-        assert words[: len(line)] == line
+    tokens = packed.PackedTokens.of(torch.from_numpy(mask), torch.from_numpy(table))
+    assert len(tokens.source) == len({(*line[: end + 1],) for line in lines for end in range(len(line))})
+    found = torch.from_numpy(table).flatten()[tokens.source][tokens.gather]
+    for line, ids in zip(lines, found.tolist(), strict=True):
+        assert ids[: len(line)] == line
 
 
-def test_many_rows_gradients_are_added_up_in_float32(monkeypatch):
+def test_gradients_of_a_prefix_are_added_up_in_float32(monkeypatch):
     """One after the other, each sum rounded, as a GPU adds; a CPU rounds once."""
     monkeypatch.setattr(torch.Tensor, "index_add_", one_by_one)
-    words = torch.arange(3).repeat(200, 1)
-    words[:, 2] = -2 - torch.arange(200)
-    rows = packed.Rows.of(torch.ones(200, 3, dtype=torch.bool), words)
+    ids = torch.arange(3).repeat(200, 1)
+    ids[:, 2] = -2 - torch.arange(200)
+    tokens = packed.PackedTokens.of(torch.ones(200, 3, dtype=torch.bool), ids)
     x = torch.zeros(202, 1, 4, dtype=BF16, requires_grad=True)
     given = torch.rand(200, 3, 1, 4).to(BF16)
-    packed._Placed.apply(x, rows.gather, rows.scatter, rows.again).backward(given)
+    tokens.pad(x).backward(given)
     assert x.grad.dtype == BF16
     torch.testing.assert_close(x.grad[:2].double(), given[:, :2].double().sum(0), rtol=2**-8, atol=0)
 
@@ -320,24 +327,25 @@ def one_by_one(self, _, index, source):
         self[place] += one
 
 
-def test_rows_of_words_alone_share_all_of_them():
-    rows = packed.Rows.of(torch.ones(3, 6, dtype=torch.bool), torch.arange(6).repeat(3, 1))
-    assert rows.real.tolist() == rows.scatter.tolist() == [*range(6)]
-    assert rows.gather.tolist() == [[*range(6)]] * 3
+def test_equal_sequences_are_computed_once():
+    tokens = packed.PackedTokens.of(torch.ones(3, 6, dtype=torch.bool), torch.arange(6).repeat(3, 1))
+    assert tokens.source.tolist() == tokens.scatter.tolist() == [*range(6)]
+    assert tokens.gather.tolist() == [[*range(6)]] * 3
 
 
-def assert_places_are_transposed(rows, count):
+def assert_gradient_of_pad(tokens, count):
     x = torch.randn(count, 2, 3)
-    placed = packed._Placed.apply(x, rows.gather, rows.scatter, rows.again)
-    assert torch.equal(packed._Taken.apply(placed.flatten(2), rows.scatter), x.flatten(1))
+    padded = tokens.pad(x)
+    assert torch.equal(tokens.unpad(padded.flatten(2)), x.flatten(1))
     assert_agree(
-        lambda x: packed._Placed.apply(x, rows.gather, rows.scatter, rows.again) * there(rows),
-        lambda x: x[rows.gather] * there(rows), x,
-    )  # fmt: skip
+        lambda x: tokens.pad(x) * is_real(tokens),
+        lambda x: x[tokens.gather] * is_real(tokens),
+        x,
+    )
 
 
-def there(rows):
-    """1 where a position is, `[rows, longest, 1, 1]`."""
-    found = torch.zeros(rows.gather.numel())
-    found[torch.cat([rows.scatter, rows.again])] = 1
-    return found.view(*rows.gather.shape, 1, 1)
+def is_real(tokens):
+    """Return 1 where a token is and 0 at padding, `[sequences, longest, 1, 1]`."""
+    found = torch.zeros(tokens.gather.numel())
+    found[torch.cat([tokens.scatter, tokens.duplicates])] = 1
+    return found.view(*tokens.gather.shape, 1, 1)

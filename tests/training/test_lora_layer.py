@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from mdl_toolkit.model.kernels import cross_entropy
-from mdl_toolkit.model.kernels.cross_entropy import head_loss, slice_rows, summed_cross_entropy
+from mdl_toolkit.model.kernels.cross_entropy import head_loss, slice_size, summed_cross_entropy
 from mdl_toolkit.training.gradient_checkpointing import KeptBlocks, checkpoint_gradients
 from mdl_toolkit.training.lora_layer import FastLoraLinear
 from tests.support.lora_models import (
@@ -191,14 +191,17 @@ def test_one_slice_of_logits_exists_at_a_time(dtype, monkeypatch):
     monkeypatch.setattr(cross_entropy, "MOST_LOGITS", 64 * 8000)
     head, targets = torch.randn(8000, 16).to(dtype), torch.randint(0, 8000, (256,))
     states, slice_bytes = torch.randn(256, 16, dtype=dtype, requires_grad=True), 64 * 8000 * 4
-    head_loss(states, head, targets)  # whatever is made once
+    # The first call makes what is kept for later ones.
+    head_loss(states, head, targets)
     most = peak_bytes(lambda: head_loss(states, head, targets))
-    assert most < (1.2 if dtype == torch.float32 else 1.7) * slice_bytes
+    # In bfloat16 a slice is there in both dtypes for a moment, 1.5 slices, and without bfloat16 products the
+    # CPU adds a float32 copy of the head, 0.25. Two slices would be 2 in float32 alone.
+    assert most < (1.2 if dtype == torch.float32 else 1.95) * slice_bytes
 
 
 def test_slices_are_even_and_have_few_logits():
     for vocabulary in (100, 32_768, 152_064):
-        sizes = {slice_rows(positions, vocabulary) for positions in range(1, 3000)}
+        sizes = {slice_size(positions, vocabulary) for positions in range(1, 3000)}
         assert max(sizes) * vocabulary <= 2**26
-    assert [slice_rows(positions, 2**17) for positions in (0, 1, 512, 513, 1025)] == [1, 1, 512, 257, 342]
-    assert slice_rows(3, 2**27) == 1
+    assert [slice_size(positions, 2**17) for positions in (0, 1, 512, 513, 1025)] == [1, 1, 512, 257, 342]
+    assert slice_size(3, 2**27) == 1

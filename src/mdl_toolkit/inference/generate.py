@@ -178,7 +178,7 @@ def admit(batch: DecodingBatch, model: Any, prompts: PromptBatch, batch_size: in
     Returns:
         Logits for each prompt's next token, `[prompts, vocabulary]`.
     """
-    prefix_ids = model.shareable(prompts.tensors["input_ids"].to(model.device))
+    prefix_ids = model.prefix_ids(prompts.tensors["input_ids"].to(model.device))
     return batch.admit(embed_prompts(model, prompts), prompts.lengths, batch_size, longest, prefix_ids)
 
 

@@ -1,17 +1,17 @@
-"""MiDashengLM as a transformers model: audio encoder, projector and Qwen decoder.
+"""Compute MiDashengLM as a transformers model: audio encoder, projector and Qwen decoder.
 
 Modules:
-    configuration    of encoder, projector and decoder, with the published defaults
-    constants        numbers that the model and everything around it must agree on; no torch
-    lengths          how long a clip is at each stage: samples, frames, patches, audio tokens; no torch
+    configuration    configurations of encoder, projector and decoder, with the published defaults
+    constants        numbers that the model and the toolkit must agree on; no torch
+    lengths          a clip's frames, patches and audio tokens, from its samples; no torch
     mel              waveforms to log-mel spectrograms, in float32
     encoder          the Dasheng encoder and the projector, over real patches only
     modeling         the whole model: fusion, loss, generation, strict loading
-    packed_decoder   the decoder over real positions only, shared prefixes once
-    decoding_batch   rows answered side by side over one key-value store
+    packed_decoder   the decoder's states for the loss, without padding and with shared prefixes once
+    decoding_batch   sequences decoded together over one key-value store
     processing       text and audio to tensors, for use through transformers
-    registration     make the classes known to transformers' Auto classes
-    kernels/         operations that torch's plain ones are much slower or larger at
+    registration     register the classes with transformers' Auto classes
+    kernels/         operations at which torch's plain ones are slow or large
 
 Taking any name from this package registers the model: `AutoConfig`, `AutoModelForCausalLM`, `AutoProcessor`
 and `AutoTokenizer` then open a published folder without remote code.
@@ -35,7 +35,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Bring the model along when it is first used."""
+    """Import a name of `__all__` when it is first used, and with it the model."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from mdl_toolkit.model import registration

@@ -51,24 +51,28 @@ class MiDashengEncoderConfig(PreTrainedConfig):
         return self.target_length // self.patch_frames
 
     def check(self) -> None:
-        """Refuse what no published MiDashengLM has and this implementation does not compute.
+        """Refuse settings that no published MiDashengLM has and this implementation does not compute.
 
         Raises:
-            ValueError: naming the key and its value.
+            ValueError: a setting is not supported; the message names it and its value.
         """
-        whole = (self.n_mels, self.patch_frames)
-        computed: dict[str, Any] = {
-            "patch_size": whole, "patch_stride": whole, "input_channels": 1, "center": True,
-            "drop_rate": 0.0, "attn_drop_rate": 0.0,
-        }  # fmt: skip
-        for key, wanted in computed.items():
+        patch = (self.n_mels, self.patch_frames)
+        supported: dict[str, Any] = {
+            "patch_size": patch,
+            "patch_stride": patch,
+            "input_channels": 1,
+            "center": True,
+            "drop_rate": 0.0,
+            "attn_drop_rate": 0.0,
+        }
+        for key, wanted in supported.items():
             value = _pair(getattr(self, key)) if key.startswith("patch") else getattr(self, key)
             if value != wanted:
                 raise ValueError(f"audio_encoder_config.{key} = {value} is not supported, only {wanted}")
 
 
 class MiDashengLMConfig(PreTrainedConfig):
-    """Configure the whole model; `text_config` says which Qwen the decoder is (by its `model_type`)."""
+    """Configure the whole model; the `model_type` of `text_config` is that of the decoder, a Qwen."""
 
     model_type = "midashenglm"
     sub_configs_defaults: ClassVar[dict[str, Any]] = {
@@ -83,7 +87,7 @@ class MiDashengLMConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Make the two parts, and settle in one place whether input and output embeddings are tied.
+        """Make the two parts; whole and decoder agree on whether input and output embeddings are tied.
 
         Raises:
             ValueError: the decoder is of a kind that no MiDashengLM has.
@@ -109,5 +113,6 @@ class MiDashengLMConfig(PreTrainedConfig):
 
 
 def _pair(size: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
+    """Return a patch's bins and frames, from one number for both or from two."""
     first, second = (size, size) if isinstance(size, int) else size
     return first, second

@@ -1,8 +1,8 @@
-"""Define the numbers that the model and everything around it must agree on; torch is not imported."""
+"""Define numbers that the model and the toolkit must agree on, without importing torch."""
 
-# Hz, of the audio that the model's mel front end takes.
+# Hz, of the audio that the model takes.
 SAMPLE_RATE = 16_000
-# A label where nothing is to be learnt; cross entropy skips it, in transformers' models too.
+# The label of a token that is not supervised; cross entropy skips it, in transformers' models too.
 IGNORE_INDEX = -100
-# Logits that exist at once: 2**26 float32 are 256 MiB, or 441 positions of 152,064 words.
+# Logits that exist at once: 2**26 float32 are 256 MiB, or those of 441 tokens in a vocabulary of 152,064.
 MOST_LOGITS = 2**26

@@ -1,8 +1,8 @@
-"""Decode a batch whose rows come when a place is free and leave when their answer is complete.
+"""Decode a batch whose sequences come when a slot is free and leave when their answer is complete.
 
-transformers' `generate` decodes every row of a batch until the longest answer is complete, and copies all
-keys and values to add a position. Here each row has a place in one store of keys and values, at its own
-length; the layers are transformers' own, called one by one.
+transformers' `generate` decodes every sequence of a batch until the longest answer is complete, and copies
+all keys and values to add a token. Here each sequence has a slot in one key-value store, at its own length;
+the layers are transformers' own, called one by one.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,211 +14,226 @@ from torch.nn import functional
 from transformers.models.qwen2.modeling_qwen2 import rotate_half
 
 from mdl_toolkit.model.constants import MOST_LOGITS
-from mdl_toolkit.model.packed_decoder import Rows
+from mdl_toolkit.model.packed_decoder import PackedTokens
 
-# Cosines and sines, each `[rows or 1, positions, head size]`.
+# Cosines and sines, each `[sequences or 1, tokens, head_dim]`.
 Rotary = tuple[Tensor, Tensor]
-# Positions by which the store grows, at least.
+# Tokens by which the key-value store grows, at least.
 GROWTH = 64
-# Tokens of choices that are scored together.
+# Tokens of choices that are scored in one pass.
 TOKENS_AT_ONCE = 512
 
 
 class DecodingBatch:
-    """Hold the rows that are being answered together.
+    """Hold the keys and values of the sequences that are being answered.
 
     Attributes:
-        lengths: positions of each row so far.
+        lengths: tokens of each sequence so far.
     """
 
     def __init__(self, decoder: Any) -> None:
-        """Start without rows.
+        """Start without sequences.
 
         Args:
             decoder: the causal language model of a MiDashengLM, with or without adapters.
         """
         self._decoder = decoder
         self._layers: list[Any] = list(decoder.model.layers)
-        # Keys and values, each `[places, heads, capacity, head size]`.
+        # Keys and values of each layer, each `[slots, key heads, capacity, head_dim]`.
         self._stores: list[tuple[Tensor, Tensor]] = []
         self.lengths: list[int] = []
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    # --- rows come, go on, and leave ---
+    # --- sequences come, go on, and leave ---
 
     @torch.inference_mode()
     def admit(
-        self, embeddings: Tensor, lengths: Sequence[int], places: int, need: int, words: Tensor | None = None
+        self,
+        embeddings: Tensor,
+        lengths: Sequence[int],
+        slots: int,
+        max_length: int,
+        prefix_ids: Tensor | None = None,
     ) -> Tensor:
-        """Take in rows behind those that are here; padding is not computed, and a common beginning once.
+        """Take in sequences behind those that are here, without padding and with shared prefixes once.
 
         Args:
-            embeddings: `[rows, longest, hidden_size]`, padded on the right.
-            lengths: positions of each.
-            places: most rows that will be here at once.
-            need: most positions that one of these rows will ever have.
-            words: `[rows, longest]`, as of `Rows.of`; None to compute each row by itself.
+            embeddings: `[sequences, longest, hidden_size]`, padded on the right.
+            lengths: tokens of each.
+            slots: most sequences that will be here at once.
+            max_length: most tokens that one of these sequences will ever have.
+            prefix_ids: `[sequences, longest]`, as of `PackedTokens.of`; None to share no prefix.
 
         Returns:
-            Logits for each row's next token, `[rows, vocabulary]`.
+            Logits for each sequence's next token, `[sequences, vocabulary]`.
         """
         first, ends = len(self), torch.tensor(lengths, device=embeddings.device).unsqueeze(1)
-        rows = Rows.of(torch.arange(embeddings.shape[1], device=ends.device) < ends, words)
-        x = embeddings.flatten(0, 1)[rows.real].unsqueeze(0)
-        rotary = self._rotary(x, rows.columns.unsqueeze(0))
+        packed = PackedTokens.of(torch.arange(embeddings.shape[1], device=ends.device) < ends, prefix_ids)
+        x = embeddings.flatten(0, 1)[packed.source].unsqueeze(0)
+        rotary = self._rotary(x, packed.positions.unsqueeze(0))
         *lower, top = enumerate(self._layers)
         for number, layer in lower:
-            q, k, v = (_spread(part, rows) for part in _project(layer, x, rotary))
-            self._store(number, k, v, first, places, need)
-            x = _finish(layer, x, _collected(_attend_causally(layer, q, k, v), rows))
+            q, k, v = (_pad(part, packed) for part in _project(layer, x, rotary))
+            self._store(number, k, v, first, slots, max_length)
+            x = _finish(layer, x, _unpad(_attend_causally(layer, q, k, v), packed))
         self.lengths += lengths
+        # The last layer goes on with each sequence's last token alone, `[sequences, 1, ...]`.
         number, layer = top
-        k, v = (_spread(part, rows) for part in _keys_values(layer, layer.input_layernorm(x), rotary))
-        self._store(number, k, v, first, places, need)
-        last = rows.gather.gather(1, ends - 1)
-        return self._answered(layer, x[0, last], (rotary[0][0, last], rotary[1][0, last]), ends - 1, k, v)
-
-    def _answered(self, layer: Any, x: Tensor, rotary: Rotary, place: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Compute the last layer at each row's last `place` `[rows, 1]`: `[rows, 1, hidden_size]`."""
-        q = _queries(layer, layer.input_layernorm(x), rotary)
-        seen = _seen(place, torch.arange(k.shape[2], device=x.device), _window(layer))
+        k, v = (_pad(part, packed) for part in _keys_values(layer, layer.input_layernorm(x), rotary))
+        self._store(number, k, v, first, slots, max_length)
+        last = packed.gather.gather(1, ends - 1)
+        x = x[0, last]
+        q = _queries(layer, layer.input_layernorm(x), (rotary[0][0, last], rotary[1][0, last]))
+        seen = _seen(ends - 1, torch.arange(k.shape[2], device=x.device), _window(layer))
         return self._head(_finish(layer, x, _attend(q, k, v, _additive(seen, q.dtype)))[:, 0])
 
     @torch.inference_mode()
     def step(self, ids: Tensor) -> Tensor:
-        """Add a token to every row.
+        """Add a token to every sequence.
 
         Args:
-            ids: `[rows]`.
+            ids: `[sequences]`.
 
         Returns:
-            Logits for each row's next token, `[rows, vocabulary]`.
+            Logits for each sequence's next token, `[sequences, vocabulary]`.
         """
-        self._make_room(max(self.lengths) + 1)
+        longest, capacity = max(self.lengths) + 1, self._stores[0][0].shape[2]
+        if longest > capacity:
+            for number in range(len(self._stores)):
+                self._grow(number, max(longest + GROWTH, capacity * 3 // 2))
         device = ids.device
         x = self._decoder.model.embed_tokens(ids.unsqueeze(1))
         ends = torch.tensor(self.lengths, device=device)
-        rows = torch.arange(len(self), device=device)
+        sequences = torch.arange(len(self), device=device)
         rotary, masks = self._rotary(x, ends.unsqueeze(1)), self._masks(ends, x.dtype)
         for number, layer in enumerate(self._layers):
             q, k, v = _project(layer, x, rotary)
             keys, values = self._stores[number]
-            keys[rows, :, ends], values[rows, :, ends] = k[:, :, 0], v[:, :, 0]
-            seen = (slice(len(self)), slice(None), slice(max(self.lengths) + 1))
-            x = _finish(layer, x, _attend(q, keys[seen], values[seen], masks[_window(layer)]))
+            keys[sequences, :, ends], values[sequences, :, ends] = k[:, :, 0], v[:, :, 0]
+            used = (slice(len(self)), slice(None), slice(longest))
+            x = _finish(layer, x, _attend(q, keys[used], values[used], masks[_window(layer)]))
         self.lengths = [length + 1 for length in self.lengths]
         return self._head(x[:, 0])
 
     @torch.inference_mode()
-    def release(self, places: Sequence[int]) -> list[int]:
-        """Let rows go; the last ones move into their places.
+    def release(self, slots: Sequence[int]) -> list[int]:
+        """Remove sequences, and move the last ones into their slots.
 
         Returns:
-            For each place now, the place in which its row was before.
+            For each slot now, the slot in which its sequence was before.
         """
-        gone, left = {*places}, len(self) - len(places)
-        holes = [place for place in range(left) if place in gone]
-        movers = [place for place in range(left, len(self)) if place not in gone]
+        removed, left = {*slots}, len(self) - len(slots)
+        holes = [slot for slot in range(left) if slot in removed]
+        movers = [slot for slot in range(left, len(self)) if slot not in removed]
         order = list(range(left))
         for hole, mover in zip(holes, movers, strict=True):
             order[hole] = mover
             for keys, values in self._stores:
                 keys[hole], values[hole] = keys[mover], values[mover]
-        self.lengths = [self.lengths[place] for place in order]
+        self.lengths = [self.lengths[slot] for slot in order]
         return order
 
     # --- choices ---
 
     @torch.inference_mode()
     def score(self, logits: Tensor, choices: Sequence[Sequence[int]]) -> Tensor:
-        """Return each choice's log-probability as the continuation of each row; the rows stay as they are.
+        """Compute each choice's log-probability as the continuation of each sequence; these stay as they are.
 
         Args:
-            logits: of each row's next token, as `admit` gave them.
+            logits: of each sequence's next token, as `admit` gave them.
             choices: the tokens of each, at least one.
 
         Returns:
-            `[rows, choices]` float32.
+            `[sequences, choices]` float32.
         """
         device = logits.device
         scores = logits.float().log_softmax(-1)[:, torch.tensor([c[0] for c in choices], device=device)]
-        for part in _parts(choices):
-            states = self._continue([choices[owner][:-1] for owner in part])
-            targets = torch.tensor([token for owner in part for token in choices[owner][1:]], device=device)
-            owners = torch.tensor([owner for owner in part for _ in choices[owner][1:]], device=device)
-            scores.index_add_(1, owners, self._log_probabilities(states, targets))
+        for group in _group_choices(choices):
+            states = self._continue([choices[number][:-1] for number in group])
+            targets = torch.tensor([id_ for number in group for id_ in choices[number][1:]], device=device)
+            numbers = torch.tensor([number for number in group for _ in choices[number][1:]], device=device)
+            scores.index_add_(1, numbers, self._log_probabilities(states, targets))
         return scores
 
     def _log_probabilities(self, states: Tensor, targets: Tensor) -> Tensor:
-        """Return the log-probability of each target at its state, `[rows, tokens]`."""
-        at_once = max(1, MOST_LOGITS // (len(states) * self._decoder.config.vocab_size))
+        """Compute the log-probability of targets `[tokens]` at states `[sequences, tokens, hidden_size]`.
+
+        Returns:
+            `[sequences, tokens]` float32.
+        """
+        size = max(1, MOST_LOGITS // (len(states) * self._decoder.config.vocab_size))
         parts = []
-        for some, wanted in zip(states.split(at_once, 1), targets.split(at_once), strict=True):
-            logits = self._head(some).float()
-            places = wanted.expand(len(states), -1).unsqueeze(2)
-            parts.append(logits.gather(2, places).squeeze(2) - logits.logsumexp(-1))
+        for part, ids in zip(states.split(size, 1), targets.split(size), strict=True):
+            logits = self._head(part).float()
+            chosen = logits.gather(2, ids.expand(len(states), -1).unsqueeze(2)).squeeze(2)
+            parts.append(chosen - logits.logsumexp(-1))
         return torch.cat(parts, 1)
 
-    def _continue(self, pieces: Sequence[Sequence[int]]) -> Tensor:
-        """Return states of continuations, each seeing its row and itself: `[rows, tokens, hidden_size]`."""
-        device, rows, width = self._stores[0][0].device, len(self), max(self.lengths)
-        ids, owner, offset = _laid_out(pieces, device)
+    def _continue(self, continuations: Sequence[Sequence[int]]) -> Tensor:
+        """Compute states of continuations, each seeing its sequence and itself.
+
+        Returns:
+            `[sequences, tokens of all continuations, hidden_size]`.
+        """
+        device, sequences, width = self._stores[0][0].device, len(self), max(self.lengths)
+        flat = [(id_, number, i) for number, ids in enumerate(continuations) for i, id_ in enumerate(ids)]
+        ids, owner, offset = torch.tensor(flat, device=device).unbind(1)
         ends = torch.tensor(self.lengths, device=device)
-        x = self._decoder.model.embed_tokens(ids).expand(rows, -1, -1)
+        x = self._decoder.model.embed_tokens(ids).expand(sequences, -1, -1)
         positions = ends.unsqueeze(1) + offset
         rotary = self._rotary(x, positions)
-        before = torch.arange(width, device=device).expand(rows, len(ids), width)
-        own = ((owner.unsqueeze(1) == owner) & (offset.unsqueeze(1) >= offset)).expand(rows, -1, -1)
-        is_there = torch.cat([before < ends[:, None, None], own], 2)
-        places = torch.cat([before, positions.unsqueeze(1).expand(-1, len(ids), -1)], 2)
+        before = torch.arange(width, device=device).expand(sequences, len(ids), width)
+        own = ((owner.unsqueeze(1) == owner) & (offset.unsqueeze(1) >= offset)).expand(sequences, -1, -1)
+        is_visible = torch.cat([before < ends[:, None, None], own], 2)
+        key_positions = torch.cat([before, positions.unsqueeze(1).expand(-1, len(ids), -1)], 2)
         for number, layer in enumerate(self._layers):
-            window = _window(layer)
-            seen = is_there if window is None else is_there & (places > positions.unsqueeze(2) - window)
+            seen, window = is_visible, _window(layer)
+            if window is not None:
+                seen = seen & (key_positions > positions.unsqueeze(2) - window)
             q, k, v = _project(layer, x, rotary)
-            keys, values = (store[:rows, :, :width] for store in self._stores[number])
+            keys, values = (store[:sequences, :, :width] for store in self._stores[number])
             mask = _additive(seen.unsqueeze(1), q.dtype)
             x = _finish(layer, x, _attend(q, torch.cat([keys, k], 2), torch.cat([values, v], 2), mask))
         return x
 
     def _rotary(self, x: Tensor, positions: Tensor) -> Rotary:
+        """Return the rotary embedding of positions `[sequences or 1, tokens]`."""
         cos, sin = self._decoder.model.rotary_emb(x, positions.to(x.device))
         return cos, sin
 
     def _head(self, states: Tensor) -> Tensor:
+        """Map states `[..., hidden_size]` to logits `[..., vocabulary]`."""
         logits: Tensor = self._decoder.lm_head(self._decoder.model.norm(states))
         return logits
 
     def _masks(self, ends: Tensor, dtype: torch.dtype) -> dict[int | None, Tensor | None]:
-        """Return, by window, what each row's new token sees: `[rows, 1, 1, positions]` or None (all)."""
+        """Return by window the mask of each sequence's new token, `[sequences, 1, 1, tokens]` or None."""
         longest = max(self.lengths) + 1
-        place, last = torch.arange(longest, device=ends.device), ends.unsqueeze(1)
+        positions, last = torch.arange(longest, device=ends.device), ends.unsqueeze(1)
         masks: dict[int | None, Tensor | None] = {}
         for window in {_window(layer) for layer in self._layers}:
-            is_all = min(self.lengths) + 1 == longest and (window is None or longest <= window)
-            masks[window] = None if is_all else _additive(_seen(last, place, window), dtype)
+            sees_all = min(self.lengths) + 1 == longest and (window is None or longest <= window)
+            masks[window] = None if sees_all else _additive(_seen(last, positions, window), dtype)
         return masks
 
-    # --- the store ---
+    # --- the key-value store ---
 
-    def _store(self, number: int, k: Tensor, v: Tensor, first: int, places: int, need: int) -> None:
-        rows, heads, width, size = k.shape
+    def _store(self, number: int, k: Tensor, v: Tensor, first: int, slots: int, max_length: int) -> None:
+        """Store a layer's keys and values of new sequences, from slot `first` on."""
+        sequences, heads, width, head_dim = k.shape
         if len(self._stores) == number:
-            shape = (max(places, rows), heads, min(width + GROWTH, max(need, width)), size)
+            shape = (max(slots, sequences), heads, min(width + GROWTH, max(max_length, width)), head_dim)
             self._stores.append((k.new_zeros(shape), v.new_zeros(shape)))
         capacity = self._stores[number][0].shape[2]
         if width > capacity:
-            self._grow(number, min(max(width + GROWTH, capacity * 3 // 2), max(need, width)))
+            self._grow(number, min(max(width + GROWTH, capacity * 3 // 2), max(max_length, width)))
         for store, new in zip(self._stores[number], (k, v), strict=True):
-            store[first : first + rows, :, :width] = new
-
-    def _make_room(self, need: int) -> None:
-        if need > (capacity := self._stores[0][0].shape[2]):
-            for number in range(len(self._stores)):
-                self._grow(number, max(need + GROWTH, capacity * 3 // 2))
+            store[first : first + sequences, :, :width] = new
 
     def _grow(self, number: int, capacity: int) -> None:
+        """Make room for longer sequences in a layer's store."""
         keys, values = self._stores[number]
         shape = (*keys.shape[:2], capacity, keys.shape[3])
         larger = keys.new_zeros(shape), values.new_zeros(shape)
@@ -231,72 +246,80 @@ class DecodingBatch:
 
 
 def _project(layer: Any, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries, keys and values, each `[rows, heads, positions, head size]`."""
+    """Compute queries, keys and values, each `[sequences, heads, tokens, head_dim]`."""
     normed = layer.input_layernorm(x)
     return _queries(layer, normed, rotary), *_keys_values(layer, normed, rotary)
 
 
 def _queries(layer: Any, normed: Tensor, rotary: Rotary) -> Tensor:
-    return _turned(_heads(layer, normed, "q"), rotary)
+    """Compute rotated queries, `[sequences, heads, tokens, head_dim]`."""
+    return _rotate(_heads(layer, normed, "q"), rotary)
 
 
 def _keys_values(layer: Any, normed: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
-    return _turned(_heads(layer, normed, "k"), rotary), _heads(layer, normed, "v")
+    """Compute rotated keys, and values, each `[sequences, key heads, tokens, head_dim]`."""
+    return _rotate(_heads(layer, normed, "k"), rotary), _heads(layer, normed, "v")
 
 
 def _heads(layer: Any, normed: Tensor, name: str) -> Tensor:
+    """Project to q, k or v, and split into heads; Qwen3 normalises q and k."""
     attention = layer.self_attn
     split = getattr(attention, f"{name}_proj")(normed).unflatten(-1, (-1, attention.head_dim))
-    # Qwen3 has two.
     norm = getattr(attention, f"{name}_norm", None)
     return (split if norm is None else norm(split)).transpose(1, 2)
 
 
-def _spread(x: Tensor, rows: Rows) -> Tensor:
-    """Lay `[1, heads, positions, head size]` of several rows out as `[rows, heads, longest, head size]`."""
-    return x[0].index_select(1, rows.gather.flatten()).unflatten(1, tuple(rows.gather.shape)).transpose(0, 1)
+def _pad(x: Tensor, packed: PackedTokens) -> Tensor:
+    """Lay `[1, heads, tokens, head_dim]` of all sequences out as `[sequences, heads, longest, head_dim]`."""
+    gather = packed.gather
+    return x[0].index_select(1, gather.flatten()).unflatten(1, tuple(gather.shape)).transpose(0, 1)
 
 
-def _collected(x: Tensor, rows: Rows) -> Tensor:
-    """Undo `_spread`."""
-    return x.transpose(0, 1).flatten(1, 2).index_select(1, rows.scatter).unsqueeze(0)
+def _unpad(x: Tensor, packed: PackedTokens) -> Tensor:
+    """Undo `_pad`."""
+    return x.transpose(0, 1).flatten(1, 2).index_select(1, packed.scatter).unsqueeze(0)
 
 
-def _turned(x: Tensor, rotary: Rotary) -> Tensor:
+def _rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Rotate by the angles of the positions (RoFormer, arXiv 2104.09864)."""
     cos, sin = rotary
     return x * cos.unsqueeze(1) + rotate_half(x) * sin.unsqueeze(1)
 
 
 def _finish(layer: Any, x: Tensor, attended: Tensor) -> Tensor:
-    """Compute the rest of a layer; `attended` as `[rows, heads, positions, head size]`."""
+    """Compute a layer from attention's output `[sequences, heads, tokens, head_dim]` on."""
     x = x + layer.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
     return x + layer.mlp(layer.post_attention_layernorm(x))
 
 
 def _attend_causally(layer: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attend among a row's own positions; no earlier one sees padding on the right."""
+    """Attend within sequences that are padded on the right, which no earlier token sees."""
     window, width = _window(layer), q.shape[2]
     if window is None or width <= window:
         groups = q.shape[1] // k.shape[1]
         k, v = (part.repeat_interleave(groups, 1) if groups > 1 else part for part in (k, v))
         return functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    place = torch.arange(width, device=q.device)
-    return _attend(q, k, v, _additive(_seen(place.unsqueeze(0), place, window), q.dtype))
+    positions = torch.arange(width, device=q.device)
+    return _attend(q, k, v, _additive(_seen(positions.unsqueeze(0), positions, window), q.dtype))
 
 
 def _seen(query: Tensor, key: Tensor, window: int | None) -> Tensor:
-    """Tell whether positions `[rows, queries]` see positions `[keys]`: `[rows, 1, queries, keys]`."""
-    behind = query[:, None, :, None] - key
-    return behind >= 0 if window is None else (behind >= 0) & (behind < window)
+    """Tell which key positions `[keys]` query positions `[sequences, queries]` see.
+
+    Returns:
+        `[sequences, 1, queries, keys]`.
+    """
+    distance = query[:, None, :, None] - key
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
 def _window(layer: Any) -> int | None:
-    """Return how far back a layer sees; None for everything."""
+    """Return the tokens that a layer's sliding window spans; None for all."""
     return getattr(layer.self_attn, "sliding_window", None)
 
 
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a mask to add to scores: 0 where a key is seen, else -inf."""
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
 
 
@@ -304,32 +327,26 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attend with the query heads that share a key head as further queries of it: no copy of keys.
 
     Args:
-        q: `[rows, heads, queries, head size]`.
-        k: `[rows, key heads, keys, head size]`.
+        q: `[sequences, heads, queries, head_dim]`.
+        k: `[sequences, key heads, keys, head_dim]`.
         v: likewise.
-        mask: `[rows or 1, 1, queries, keys]`, added to the scores.
+        mask: `[sequences or 1, 1, queries, keys]`, added to the scores.
     """
     groups = q.shape[1] // k.shape[1]
-    together = q.reshape(q.shape[0], k.shape[1], groups * q.shape[2], q.shape[3])
+    grouped = q.reshape(q.shape[0], k.shape[1], groups * q.shape[2], q.shape[3])
     if mask is not None and q.shape[2] > 1:
         mask = mask.repeat(1, 1, groups, 1)
-    return functional.scaled_dot_product_attention(together, k, v, attn_mask=mask).reshape(q.shape)
+    return functional.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(q.shape)
 
 
-def _parts(choices: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """Return the numbers of choices of more than one token, about `TOKENS_AT_ONCE` tokens together."""
-    part: list[int] = []
-    for owner, choice in enumerate(choices):
+def _group_choices(choices: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Yield the numbers of choices of more than one token, in groups of about `TOKENS_AT_ONCE` tokens."""
+    group: list[int] = []
+    for number, choice in enumerate(choices):
         if len(choice) > 1:
-            part.append(owner)
-        if sum(len(choices[owner]) - 1 for owner in part) >= TOKENS_AT_ONCE:
-            yield part
-            part = []
-    if part:
-        yield part
-
-
-def _laid_out(pieces: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Lay pieces side by side: tokens, the piece that each is of, and its place there, each `[tokens]`."""
-    flat = [(token, owner, i) for owner, piece in enumerate(pieces) for i, token in enumerate(piece)]
-    return tuple(torch.tensor(flat, device=device).unbind(1))  # type: ignore[return-value]
+            group.append(number)
+        if sum(len(choices[each]) - 1 for each in group) >= TOKENS_AT_ONCE:
+            yield group
+            group = []
+    if group:
+        yield group

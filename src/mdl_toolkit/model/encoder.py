@@ -1,7 +1,7 @@
 """Encode and project audio: the Dasheng encoder and the projector, over real patches only.
 
-All patches of all clips lie in one row, `[patches, embed_dim]`. Only attention sees chunks of 10.08 s,
-each on its own. Padding is never computed: a clip's numbers do not depend on the company it keeps.
+All patches of all clips lie in one tensor, `[patches, embed_dim]`. Only attention sees chunks of 10.08 s,
+each by itself. Padding is never computed: a clip's features do not depend on the others of its batch.
 """
 
 from dataclasses import dataclass
@@ -24,13 +24,13 @@ LAYER_NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
-class Packing:
-    """Hold which patches there are, and which of them see each other.
+class PatchLayout:
+    """Hold the patches of each clip and chunk, and which of them attention sees.
 
     Attributes:
         clips: patches of each clip.
         chunks: patches of each chunk, clip after clip.
-        keys: patches of each chunk that can be seen; at least one.
+        keys: patches of each chunk that can be seen, its first ones; at least one.
         device: where the index tensors live.
     """
 
@@ -40,8 +40,8 @@ class Packing:
     device: torch.device
 
     @staticmethod
-    def of(lengths: list[int], config: MiDashengEncoderConfig, device: torch.device) -> "Packing":
-        """Pack clips of `lengths` samples."""
+    def of(lengths: list[int], config: MiDashengEncoderConfig, device: torch.device) -> "PatchLayout":
+        """Lay out clips of `lengths` samples."""
         clips, chunks, keys = [], [], []
         for length in lengths:
             patches = patch_count(length, config.hop_length, config.patch_frames)
@@ -50,9 +50,9 @@ class Packing:
             for start in range(0, patches, config.chunk_patches):
                 chunk = min(config.chunk_patches, patches - start)
                 chunks.append(chunk)
-                # A chunk of the one patch that nobody may see still sees itself.
+                # A chunk of a single invisible patch still sees itself.
                 keys.append(min(chunk, max(visible - start, 1)))
-        return Packing(tuple(clips), tuple(chunks), tuple(keys), device)
+        return PatchLayout(tuple(clips), tuple(chunks), tuple(keys), device)
 
     @property
     def is_even(self) -> bool:
@@ -61,28 +61,27 @@ class Packing:
 
     @cached_property
     def positions(self) -> Tensor:
-        """Return the place of every patch in its chunk, `[patches]`."""
+        """Return the position of every patch in its chunk, `[patches]`."""
         return torch.cat([torch.arange(n) for n in self.chunks]).to(self.device)
 
     @cached_property
     def gather(self) -> Tensor:
-        """Return where the patches of each chunk lie, `[chunks, longest]`; 0 where there is none."""
+        """Return the index of each chunk's patches, `[chunks, longest]`; 0 at padding."""
         starts = torch.tensor((0, *self.chunks[:-1])).cumsum(0).unsqueeze(1)
-        place = torch.arange(max(self.chunks)).unsqueeze(0)
-        return ((starts + place) * (place < torch.tensor(self.chunks).unsqueeze(1))).to(self.device)
+        column = torch.arange(max(self.chunks)).unsqueeze(0)
+        return ((starts + column) * (column < torch.tensor(self.chunks).unsqueeze(1))).to(self.device)
 
     @cached_property
     def scatter(self) -> Tensor:
-        """Return where every patch lies in a flattened `[chunks, longest]`; `[patches]`."""
+        """Return the index of every patch in a flattened `[chunks, longest]`; `[patches]`."""
         longest = max(self.chunks)
-        rows = torch.repeat_interleave(torch.arange(len(self.chunks)), torch.tensor(self.chunks))
-        return rows.to(self.device) * longest + self.positions
+        chunk = torch.repeat_interleave(torch.arange(len(self.chunks)), torch.tensor(self.chunks))
+        return chunk.to(self.device) * longest + self.positions
 
     @cached_property
     def mask(self) -> Tensor:
         """Return True where a key can be seen, `[chunks, 1, 1, longest]`."""
-        place = torch.arange(max(self.chunks))
-        seen = place < torch.tensor(self.keys).unsqueeze(1)
+        seen = torch.arange(max(self.chunks)) < torch.tensor(self.keys).unsqueeze(1)
         return seen[:, None, None, :].to(self.device)
 
     @cached_property
@@ -125,7 +124,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         """Embed `[patches, bins, frames]` as `[patches, embed_dim]`."""
-        # An adapter of another tool.
+        # Another tool's adapter has replaced the convolution.
         if type(self.proj) is not nn.Conv2d:
             return self.proj(patches.unsqueeze(1).to(self.proj.weight.dtype)).flatten(1)
         weight = self.proj.weight.flatten(1)
@@ -163,38 +162,47 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim, bias=config.qkv_bias)
         self.proj = nn.Linear(config.embed_dim, config.embed_dim)
 
-    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+    def forward(self, x: Tensor, layout: PatchLayout) -> Tensor:
         """Map `[patches, embed_dim]` to the same shape."""
         qkv = self.qkv(x).view(-1, 3, self.heads, self.head_dim)
         name = self.config._attn_implementation or "eager"
         if "flash" in name:
-            out = self._attend_flat(qkv, packing, name)
+            out = self._attend_flat(qkv, layout, name)
         elif name == "sdpa" and qkv.device.type == "cpu":
-            out = chunked_attention(qkv, packing.chunks, packing.keys, self.scaling)
+            out = chunked_attention(qkv, layout.chunks, layout.keys, self.scaling)
         else:
-            out = self._attend_padded(qkv, packing, name)
+            out = self._attend_padded(qkv, layout, name)
         return self.proj(out.reshape(-1, self.heads * self.head_dim))
 
-    def _attend_padded(self, qkv: Tensor, packing: Packing, name: str) -> Tensor:
-        chunks, longest = packing.gather.shape
-        padded = qkv.index_select(0, packing.gather.flatten())
+    def _attend_padded(self, qkv: Tensor, layout: PatchLayout, name: str) -> Tensor:
+        """Attend over chunks that are padded to the longest: `[patches, 3, heads, head_dim]`."""
+        chunks, longest = layout.gather.shape
+        padded = qkv.index_select(0, layout.gather.flatten())
         q, k, v = padded.view(chunks, longest, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
         attend = ALL_ATTENTION_FUNCTIONS.get(name, eager_attention) if name != "eager" else eager_attention
-        mask = None if packing.is_even else packing.mask
+        mask = None if layout.is_even else layout.mask
         out, _ = attend(self, q, k, v, mask, scaling=self.scaling, dropout=0.0)
-        return out.flatten(0, 1).index_select(0, packing.scatter)
+        return out.flatten(0, 1).index_select(0, layout.scatter)
 
-    def _attend_flat(self, qkv: Tensor, packing: Packing, name: str) -> Tensor:
-        """Attend by flash attention over sequences of different lengths, without padding."""
+    def _attend_flat(self, qkv: Tensor, layout: PatchLayout, name: str) -> Tensor:
+        """Attend by flash attention over chunks of different lengths: `[patches, 3, heads, head_dim]`."""
         query = qkv[:, 0]
-        key, value = qkv.index_select(0, packing.visible)[:, 1:].unbind(1)
+        key, value = qkv.index_select(0, layout.visible)[:, 1:].unbind(1)
         q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in (query, key, value))
-        q_bounds, k_bounds = packing.bounds
+        q_bounds, k_bounds = layout.bounds
         out, _ = ALL_ATTENTION_FUNCTIONS[name](
-            self, q, k, v, None, scaling=self.scaling, dropout=0.0,
-            cu_seq_lens_q=q_bounds, cu_seq_lens_k=k_bounds,
-            max_length_q=max(packing.chunks), max_length_k=max(packing.keys),
-        )  # fmt: skip
+            self,
+            q,
+            k,
+            v,
+            None,
+            scaling=self.scaling,
+            dropout=0.0,
+            cu_seq_lens_q=q_bounds,
+            cu_seq_lens_k=k_bounds,
+            max_length_q=max(layout.chunks),
+            max_length_k=max(layout.keys),
+        )
         return out
 
 
@@ -225,7 +233,7 @@ class LayerScale(nn.Module):
 
 
 class MiDashengEncoderBlock(GradientCheckpointingLayer):
-    """Compute one transformer block: x + Attn(LN x); x + MLP(LN x)."""
+    """Compute a transformer block: x + attention(norm x), then x + MLP(norm x)."""
 
     def __init__(self, config: MiDashengEncoderConfig) -> None:
         super().__init__()
@@ -238,9 +246,9 @@ class MiDashengEncoderBlock(GradientCheckpointingLayer):
         self.ls1 = nn.Identity() if scale is None else LayerScale(dim, scale)
         self.ls2 = nn.Identity() if scale is None else LayerScale(dim, scale)
 
-    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+    def forward(self, x: Tensor, layout: PatchLayout) -> Tensor:
         """Map `[patches, embed_dim]` to the same shape."""
-        x = x + self.ls1(self.attn(self.norm1(x), packing))
+        x = x + self.ls1(self.attn(self.norm1(x), layout))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
@@ -258,7 +266,7 @@ class MiDashengEncoder(nn.Module):
         self.blocks = nn.ModuleList(MiDashengEncoderBlock(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.embed_dim, eps=LAYER_NORM_EPS)
 
-    def forward(self, waveforms: Tensor, lengths: list[int]) -> tuple[Tensor, Packing]:
+    def forward(self, waveforms: Tensor, lengths: list[int]) -> tuple[Tensor, PatchLayout]:
         """Encode clips.
 
         Args:
@@ -266,31 +274,29 @@ class MiDashengEncoder(nn.Module):
             lengths: samples of each clip.
 
         Returns:
-            `[patches of all clips, embed_dim]`, and how they are packed.
+            `[patches of all clips, embed_dim]`, and their layout.
         """
-        packing = Packing.of(lengths, self.config, waveforms.device)
+        layout = PatchLayout.of(lengths, self.config, waveforms.device)
         mel = log_mel(waveforms, lengths, self.config)
         # Clips of under 480 samples have no patch.
-        if not packing.chunks:
-            return self.norm.weight.new_zeros(0, self.config.embed_dim), packing
-        patches = self._cut(mel, packing)
-        x = self.patch_embed(self.init_bn(patches)) + self._positions(packing)
+        if not layout.chunks:
+            return self.norm.weight.new_zeros(0, self.config.embed_dim), layout
+        patches = self._cut(mel, layout)
+        x = self.patch_embed(self.init_bn(patches)) + (
+            self.time_pos_embed[0, :, 0].T.index_select(0, layout.positions) + self.freq_pos_embed[0, :, 0, 0]
+        )
         for block in self.blocks:
-            x = block(x, packing)
-        return self.norm(x), packing
+            x = block(x, layout)
+        return self.norm(x), layout
 
-    def _cut(self, mel: Tensor, packing: Packing) -> Tensor:
+    def _cut(self, mel: Tensor, layout: PatchLayout) -> Tensor:
         """Cut `[clips, bins, frames]` into the real patches, `[patches, bins, frames of one]`."""
-        width, most = self.config.patch_frames, max(packing.clips)
+        width, most = self.config.patch_frames, max(layout.clips)
         whole = mel[:, :, : most * width].unflatten(2, (most, width)).transpose(1, 2)
-        # Indices made here, not a mask: a device need not count what is true in it before it can go on.
-        real = torch.arange(most) < torch.tensor(packing.clips).unsqueeze(1)
-        clip, place = real.nonzero(as_tuple=True)
-        return whole[clip.to(mel.device), place.to(mel.device)].contiguous()
-
-    def _positions(self, packing: Packing) -> Tensor:
-        time = self.time_pos_embed[0, :, 0].T.index_select(0, packing.positions)
-        return time + self.freq_pos_embed[0, :, 0, 0]
+        # Indices from the CPU, not a mask: a GPU would have to wait for the count of what is true in it.
+        real = torch.arange(most) < torch.tensor(layout.clips).unsqueeze(1)
+        clip, patch = real.nonzero(as_tuple=True)
+        return whole[clip.to(mel.device), patch.to(mel.device)].contiguous()
 
 
 class AudioProjector(nn.Module):
@@ -305,15 +311,13 @@ class AudioProjector(nn.Module):
             nn.Linear(hidden_size, hidden_size),
         )
 
-    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+    def forward(self, x: Tensor, layout: PatchLayout) -> Tensor:
         """Map `[patches, embed_dim]` to `[audio tokens, hidden_size]`; groups straddle chunk borders."""
-        return self.net(x.index_select(0, self._used(packing)).unflatten(0, (-1, self.k)).flatten(1))
-
-    def _used(self, packing: Packing) -> Tensor:
-        """Return the index of every patch in a whole group: a clip's last `patches mod 5` are in none."""
-        starts = accumulate(packing.clips[:-1], initial=0)
-        used = [
+        # A clip's last `patches mod 5` are in no group.
+        starts = accumulate(layout.clips[:-1], initial=0)
+        grouped = [
             torch.arange(start, start + n // self.k * self.k)
-            for start, n in zip(starts, packing.clips, strict=True)
+            for start, n in zip(starts, layout.clips, strict=True)
         ]
-        return torch.cat(used).to(packing.device)
+        x = x.index_select(0, torch.cat(grouped).to(layout.device))
+        return self.net(x.unflatten(0, (-1, self.k)).flatten(1))

@@ -1,7 +1,7 @@
-"""Count how long a clip is at each stage: samples, frames, patches, audio tokens. No torch.
+"""Count a clip's frames, patches and audio tokens from its samples, without importing torch.
 
-The formulas stand here once; the golden table `tests/golden/audio_tokens.npz` holds them to the published
-model.
+The formulas stand here once; the golden table `tests/golden/audio_tokens.npz` compares them with the
+published model.
 """
 
 # Samples between two frames: 10 ms at 16 kHz.
@@ -10,7 +10,7 @@ HOP_LENGTH = 160
 PATCH_STRIDE = 4
 # Patches in an audio token: 200 ms.
 SUBSAMPLE_FACTOR = 5
-# Samples of one audio token, 0.2 s: shorter clips are padded to it; vLLM pads to the same.
+# Samples of one audio token, 0.2 s: shorter clips are padded to it, by vLLM too.
 MIN_SAMPLES = HOP_LENGTH * PATCH_STRIDE * SUBSAMPLE_FACTOR
 
 

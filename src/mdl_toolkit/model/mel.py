@@ -1,6 +1,6 @@
 """Turn waveforms into log-mel spectrograms, in float32 whatever the model's dtype.
 
-There is nothing to load and nothing to cast: window and filters are constants made when first needed.
+Window and filters are no weights: they are constants, made when first needed.
 """
 
 import math
@@ -12,9 +12,9 @@ from torch import Tensor
 from mdl_toolkit.model.configuration import MiDashengEncoderConfig
 from mdl_toolkit.model.lengths import frame_count
 
-# -100 dB.
+# The least power of a mel bin, -100 dB.
 FLOOR_POWER = 1e-10
-# Below the loudest bin of the same clip.
+# The lowest level of a bin below the loudest bin of the same clip.
 DYNAMIC_RANGE_DB = 120.0
 
 
@@ -27,68 +27,83 @@ def log_mel(waveforms: Tensor, lengths: list[int], config: MiDashengEncoderConfi
         config: n_fft, hop_length, n_mels and so on.
 
     Returns:
-        `[clips, n_mels, frames of the longest]` float32; what lies beyond a clip's own frames is arbitrary.
+        `[clips, n_mels, frames of the longest]` float32; frames beyond a clip's own are arbitrary.
 
     Raises:
         ValueError: a clip is longer than its row or too short for one frame.
     """
-    _check(waveforms, lengths, config.n_fft)
-    device = waveforms.device
-    with torch.autocast(device.type, enabled=False):
-        padded = _reflect(waveforms.float(), lengths, config.n_fft // 2)
-        window, filters = _constants(_key(config), device)
-        spectrum = torch.stft(
-            padded, config.n_fft, config.hop_length, config.win_length, window,
-            center=False, return_complex=True,
-        )  # fmt: skip
-        power = spectrum.real.square() + spectrum.imag.square()
-        mel = torch.matmul(filters.T, power)
-        decibels = 10.0 * torch.log10(mel.clamp(min=FLOOR_POWER))
-        return _floor(decibels, lengths, config.hop_length)
-
-
-def _check(waveforms: Tensor, lengths: list[int], n_fft: int) -> None:
     # A reflection of n_fft / 2 samples needs one sample more to be reflected at.
-    least = n_fft // 2 + 1
+    padding = config.n_fft // 2
     if waveforms.ndim != 2 or len(lengths) != len(waveforms):
         shape = list(waveforms.shape)
         raise ValueError(f"input_values {shape} do not match {len(lengths)} audio lengths")
     for clip, length in enumerate(lengths):
-        if not least <= length <= waveforms.shape[1]:
+        if not padding < length <= waveforms.shape[1]:
             raise ValueError(
-                f"clip {clip} has {length} samples; from {least} to {waveforms.shape[1]} are possible"
+                f"clip {clip} has {length} samples; from {padding + 1} to {waveforms.shape[1]} are possible"
             )
+    with torch.autocast(waveforms.device.type, enabled=False):
+        padded = _reflect(waveforms.float(), lengths, padding)
+        window, filters = window_and_filters(
+            config.n_fft,
+            config.win_length,
+            config.n_mels,
+            config.sample_rate,
+            config.f_min,
+            config.f_max,
+            waveforms.device,
+        )
+        spectrum = torch.stft(
+            padded,
+            config.n_fft,
+            config.hop_length,
+            config.win_length,
+            window,
+            center=False,
+            return_complex=True,
+        )
+        power = spectrum.real.square() + spectrum.imag.square()
+        mel = torch.matmul(filters.T, power)
+        decibels = 10.0 * torch.log10(mel.clamp(min=FLOOR_POWER))
+        return _limit_range(decibels, lengths, config.hop_length)
 
 
 def _reflect(waveforms: Tensor, lengths: list[int], padding: int) -> Tensor:
-    """Pad every clip at both of *its own* ends with its reflection: `[clips, longest + 2 * padding]`."""
+    """Pad every clip at both of its own ends with its reflection.
+
+    Args:
+        waveforms: `[clips, longest]`.
+        lengths: samples of each clip.
+        padding: samples at each end.
+
+    Returns:
+        `[clips, longest + 2 * padding]`.
+    """
     last = torch.tensor(lengths, device=waveforms.device).unsqueeze(1) - 1
     position = torch.arange(-padding, waveforms.shape[1] + padding, device=waveforms.device).abs()
     position = torch.where(position > last, 2 * last - position, position)
     return waveforms.gather(1, position.clamp(min=0))
 
 
-def _floor(decibels: Tensor, lengths: list[int], hop_length: int) -> Tensor:
-    """Raise every bin to at most 120 dB below the loudest one of its own clip."""
+def _limit_range(decibels: Tensor, lengths: list[int], hop_length: int) -> Tensor:
+    """Raise every bin `[clips, n_mels, frames]` to at most 120 dB below the loudest one of its own clip."""
     frames = torch.tensor([frame_count(length, hop_length) for length in lengths], device=decibels.device)
-    beyond = torch.arange(decibels.shape[-1], device=decibels.device) >= frames.unsqueeze(1)
-    loudest = decibels.masked_fill(beyond.unsqueeze(1), -torch.inf).amax(dim=(1, 2), keepdim=True)
+    is_padding = torch.arange(decibels.shape[-1], device=decibels.device) >= frames.unsqueeze(1)
+    loudest = decibels.masked_fill(is_padding.unsqueeze(1), -torch.inf).amax(dim=(1, 2), keepdim=True)
     return torch.maximum(decibels, loudest - DYNAMIC_RANGE_DB)
 
 
-_Key = tuple[int, int, int, int, float, float]
-
-
-def _key(config: MiDashengEncoderConfig) -> _Key:
-    return (
-        config.n_fft, config.win_length, config.n_mels, config.sample_rate, config.f_min, config.f_max,
-    )  # fmt: skip
-
-
 @lru_cache(maxsize=8)
-def _constants(key: _Key, device: torch.device) -> tuple[Tensor, Tensor]:
+def window_and_filters(
+    n_fft: int,
+    win_length: int,
+    n_mels: int,
+    sample_rate: int,
+    f_min: float,
+    f_max: float,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
     """Return the periodic Hann window `[win_length]` and the mel filters `[n_fft // 2 + 1, n_mels]`."""
-    n_fft, win_length, n_mels, sample_rate, f_min, f_max = key
     with torch.inference_mode(False), torch.device("cpu"):
         window = torch.hann_window(win_length, periodic=True, dtype=torch.float32)
         filters = mel_filters(n_fft // 2 + 1, n_mels, sample_rate, f_min, f_max)

@@ -1,7 +1,7 @@
 """Compute MiDashengLM: audio encoder, projector and Qwen decoder as one transformers model.
 
-The decoder and its generation loop are transformers' own. Nothing here reads files beyond what
-`from_pretrained` does, and no code from a checkpoint is ever run.
+The decoder and its generation loop are transformers' own. No file is read but by `from_pretrained`, and no
+code from a checkpoint is ever run.
 """
 
 import copy
@@ -27,11 +27,14 @@ from mdl_toolkit.model.configuration import MiDashengLMConfig
 from mdl_toolkit.model.constants import IGNORE_INDEX, MOST_LOGITS
 from mdl_toolkit.model.encoder import AudioProjector, LayerScale, MiDashengEncoder
 from mdl_toolkit.model.kernels.cross_entropy import head_loss, summed_cross_entropy
-from mdl_toolkit.model.packed_decoder import PACKED, can_pack, is_random, packed_states
+from mdl_toolkit.model.packed_decoder import PACKED_LAYERS, can_pack, has_dropout, packed_states
+
+# Tensors that a message names of each kind.
+MOST_LISTED = 20
 
 
 class CheckpointError(ValueError):
-    """Say that a checkpoint's tensors are not the model's; the message names them."""
+    """Report that a checkpoint's tensors do not fit the model; the message names them."""
 
 
 @dataclass
@@ -39,14 +42,14 @@ class MiDashengLMOutput(CausalLMOutputWithPast):
     """Hold what a forward pass returns.
 
     Attributes:
-        loss: cross entropy over the supervised positions; with `labels` only.
-        logits: `[batch, positions, vocabulary]`; without `labels`, or when asked for.
+        loss: cross entropy over the supervised tokens; with `labels` only.
+        logits: `[batch, tokens, vocabulary]`; without `labels`, or when asked for.
         past_key_values: the decoder's cache, when it is used; `cache` from transformers 5.24 on.
     """
 
 
 class MiDashengLMPreTrainedModel(PreTrainedModel):
-    """Tell transformers what it needs to know of the model."""
+    """Tell transformers what the model supports, and initialise its weights."""
 
     config_class = MiDashengLMConfig
     base_model_prefix = ""
@@ -56,8 +59,11 @@ class MiDashengLMPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = "past_key_values"
     # Each by name: `init_bn` alone would make a float of the counter `num_batches_tracked` too.
     _keep_in_fp32_modules_strict = {  # noqa: RUF012
-        "init_bn.weight", "init_bn.bias", "init_bn.running_mean", "init_bn.running_var",
-    }  # fmt: skip
+        "init_bn.weight",
+        "init_bn.bias",
+        "init_bn.running_mean",
+        "init_bn.running_var",
+    }
     _keys_to_ignore_on_load_unexpected = [r"^audio_encoder\.front_end\."]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -65,6 +71,7 @@ class MiDashengLMPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        """Initialise the weights that a module holds itself; transformers calls this for each."""
         super()._init_weights(module)
         if isinstance(module, MiDashengEncoder):
             nn.init.trunc_normal_(module.time_pos_embed, std=0.02)
@@ -74,10 +81,10 @@ class MiDashengLMPreTrainedModel(PreTrainedModel):
 
 
 class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
-    """Answer prompts that hold audio: the audio-language model.
+    """Answer prompts that hold audio.
 
-    The interface is the published one: `input_ids` and `attention_mask` `[batch, positions]`, padded on
-    the left, with one `<|AUDIO|>` token per audio token; `input_values` `[clips, longest]`, zero-padded on
+    The interface is the published one: `input_ids` and `attention_mask` `[batch, tokens]`, padded on the
+    left, with one `<|AUDIO|>` placeholder per audio token; `input_values` `[clips, longest]`, zero-padded on
     the right; `audio_length` `[clips]` in samples; clips in the order of their placeholders.
     """
 
@@ -92,7 +99,7 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
         self.audio_projector = AudioProjector(audio.embed_dim, text.hidden_size, config.subsample_factor)
         self.decoder = (Qwen3ForCausalLM if text.model_type == "qwen3" else Qwen2ForCausalLM)(text)
         for layer in self.decoder.model.layers:
-            layer.__class__ = PACKED[type(layer)]
+            layer.__class__ = PACKED_LAYERS[type(layer)]
         # The whole model's settings are the only ones.
         self.decoder.generation_config = GenerationConfig()
         self.post_init()
@@ -130,11 +137,19 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
         self.decoder.set_output_embeddings(value)
 
     def audio_features(self, input_values: Tensor, audio_length: Tensor | None = None) -> Tensor:
-        """Encode and project clips (whole rows if no lengths are given): `[audio tokens, hidden_size]`."""
-        whole = [input_values.shape[-1]] * len(input_values)
-        lengths = whole if audio_length is None else audio_length.tolist()
-        encoded, packing = self.audio_encoder(input_values, lengths)
-        return self.audio_projector(encoded, packing)
+        """Encode and project clips.
+
+        Args:
+            input_values: `[clips, longest]` samples at 16 kHz.
+            audio_length: `[clips]` in samples; all have the longest if not given.
+
+        Returns:
+            `[audio tokens of all clips, hidden_size]`.
+        """
+        longest = [input_values.shape[-1]] * len(input_values)
+        lengths = longest if audio_length is None else audio_length.tolist()
+        encoded, layout = self.audio_encoder(input_values, lengths)
+        return self.audio_projector(encoded, layout)
 
     def fuse(
         self,
@@ -143,9 +158,16 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
         audio_length: Tensor | None,
         audio_features: Tensor | None = None,
     ) -> Tensor:
-        """Put audio features into the placeholders' word embeddings, `[batch, positions, hidden_size]`.
+        """Embed tokens, and put audio features in the place of the placeholders' embeddings.
 
-        Features that are given are taken as they are, in place of the clips'.
+        Args:
+            input_ids: `[batch, tokens]`.
+            input_values: `[clips, longest]` samples at 16 kHz.
+            audio_length: `[clips]` in samples.
+            audio_features: `[audio tokens of all clips, hidden_size]`, in place of the clips.
+
+        Returns:
+            `[batch, tokens, hidden_size]`.
 
         Raises:
             ValueError: there are no ids, or not as many placeholders as audio features.
@@ -153,32 +175,36 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
         if input_ids is None:
             raise ValueError("neither input_ids nor inputs_embeds are given")
         embeddings = self.get_input_embeddings()(input_ids)
-        places = input_ids == self.config.audio_token_id
+        is_audio = input_ids == self.config.audio_token_id
         if audio_features is not None:
             features = audio_features
         elif input_values is None:
             features = embeddings.new_zeros(0, embeddings.shape[-1])
         else:
             features = self.audio_features(input_values, audio_length)
-        wanted = int(places.sum())
-        if wanted != len(features):
+        placeholders = int(is_audio.sum())
+        if placeholders != len(features):
             raise ValueError(
-                f"input_ids hold {wanted} audio placeholders, but the clips give {len(features)} features"
+                f"input_ids hold {placeholders} audio placeholders, "
+                f"but the clips give {len(features)} features"
             )
         return embeddings.masked_scatter(
-            places.unsqueeze(-1), features.to(embeddings.device, embeddings.dtype)
+            is_audio.unsqueeze(-1), features.to(embeddings.device, embeddings.dtype)
         )
 
-    def shareable(self, ids: Tensor, apart: Tensor | None = None) -> Tensor:
-        """Return ids, with unique negative numbers for audio, that tell which prefix rows share.
+    def prefix_ids(self, ids: Tensor, apart: Tensor | None = None) -> Tensor:
+        """Return ids by which a shared prefix is found: unique negative ones in the place of audio.
 
         Args:
-            ids: `[batch, positions]`.
-            apart: `[batch, positions]`, true where nothing is to be shared either.
+            ids: `[batch, tokens]`.
+            apart: `[batch, tokens]`, true where nothing is to be shared either.
+
+        Returns:
+            `[batch, tokens]`.
         """
         unique = -2 - torch.arange(ids.numel(), device=ids.device).view_as(ids)
-        audio = ids == self.config.audio_token_id
-        return torch.where(audio if apart is None else audio | apart, unique, ids)
+        is_audio = ids == self.config.audio_token_id
+        return torch.where(is_audio if apart is None else is_audio | apart, unique, ids)
 
     def forward(
         self,
@@ -200,19 +226,19 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
         """Compute the loss, the logits, or both.
 
         Args:
-            input_ids: `[batch, positions]`.
-            attention_mask: `[batch, positions]`, 0 at the padding on the left.
+            input_ids: `[batch, tokens]`.
+            attention_mask: `[batch, tokens]`, 0 at the padding on the left.
             input_values: `[clips, longest]` samples at 16 kHz.
-            audio_length: `[clips]` in samples; whole rows if not given.
-            labels: `[batch, positions]`, -100 where nothing is to be learnt; shifted here.
+            audio_length: `[clips]` in samples; all have the longest if not given.
+            labels: `[batch, tokens]`, -100 where a token is not supervised; shifted here.
             position_ids: plain counting if not given.
             past_key_values: as in transformers.
             inputs_embeds: fused embeddings in place of ids and audio.
             use_cache: as in transformers; not with labels.
-            logits_to_keep: only the last so many positions' logits (0: all).
-            num_items_in_batch: what the summed loss is divided by, if not by its own supervised tokens.
+            logits_to_keep: only the last so many tokens' logits (0: all).
+            num_items_in_batch: divides the summed loss, if not the number of its supervised tokens.
             return_logits: give the whole logits although labels are given.
-            audio_features: what `audio_features` gave for the clips before, in place of them.
+            audio_features: `[audio tokens, hidden_size]`, as of `audio_features`, in place of clips.
             kwargs: passed on to the decoder.
         """
         ids = input_ids if inputs_embeds is None else None
@@ -224,31 +250,36 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
             return MiDashengLMOutput(
                 loss=self._packed_loss(inputs_embeds, ids, attention_mask, labels, num_items_in_batch)
             )
+        cache = {} if past_key_values is None else {self._cache_name: past_key_values}
         outputs = self.decoder.model(
-            inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
             use_cache=False if labels is not None else use_cache,
-            **{**kwargs, **self._cached(past_key_values), "return_dict": True},
-        )  # fmt: skip
-        hidden = outputs.last_hidden_state
-        loss = None if labels is None else self._loss(hidden, labels, num_items_in_batch)
-        logits = self._logits(hidden, logits_to_keep) if labels is None or return_logits else None
+            **{**kwargs, **cache, "return_dict": True},
+        )
+        hidden, loss, logits = outputs.last_hidden_state, None, None
+        if labels is not None:
+            # The supervised tokens alone meet the output head.
+            targets = labels[:, 1:].to(hidden.device)
+            supervised = targets != IGNORE_INDEX
+            loss = self._mean_loss(hidden[:, :-1][supervised], targets[supervised], num_items_in_batch)
+        if labels is None or return_logits:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.decoder.lm_head(hidden[:, kept])
         return MiDashengLMOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions,
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
             **{self._cache_name: getattr(outputs, self._cache_name)},
-        )  # fmt: skip
+        )
 
     @property
     def _cache_name(self) -> str:
-        """Return what the decoder calls its cache: transformers 5.24 gave it a new name."""
+        """Return the decoder's name for its cache: transformers 5.24 gave it a new one."""
         parameters = inspect.signature(type(self.decoder.model).forward).parameters
         return "cache" if "cache" in parameters else "past_key_values"
-
-    def _cached(self, cache: Any) -> dict[str, Any]:
-        return {} if cache is None else {self._cache_name: cache}
-
-    def _logits(self, hidden: Tensor, keep: int | Tensor) -> Tensor:
-        kept = slice(-keep, None) if isinstance(keep, int) else keep
-        return self.decoder.lm_head(hidden[:, kept])
 
     def _packed_loss(
         self,
@@ -258,43 +289,48 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
         labels: Tensor,
         divisor: int | Tensor | None,
     ) -> Tensor:
-        """Compute `_loss` without padding, and in the last layer at supervised positions only."""
+        """Compute the loss without padding, and in the last layer at supervised tokens only.
+
+        Args:
+            embeddings: `[batch, tokens, hidden_size]`.
+            ids: `[batch, tokens]` that the embeddings come from; None if not known.
+            mask: `[batch, tokens]`, 0 at padding.
+            labels: `[batch, tokens]`.
+            divisor: as in `_mean_loss`.
+        """
         following = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).to(embeddings.device)
         supervised = following != IGNORE_INDEX
         real = torch.ones_like(supervised) if mask is None else mask.bool()
         supervised = supervised & real
-        # What comes after a row's last supervised position, the end of the chat's turn, changes nothing.
+        # Tokens after a sequence's last supervised one, the end of the chat's turn, change nothing.
         needed = real & ((supervised.flip(1).cumsum(1).flip(1) > 0) | ~supervised.any())
-        words = None if ids is None or is_random(self.decoder.model) else self.shareable(ids, supervised)
-        states = packed_states(self.decoder.model, embeddings, needed, supervised, words)
+        model, prefix_ids = self.decoder.model, None
+        if ids is not None and not has_dropout(model):
+            prefix_ids = self.prefix_ids(ids, supervised)
+        states = packed_states(model, embeddings, needed, supervised, prefix_ids)
         return self._mean_loss(states, following[supervised], divisor)
 
-    def _loss(self, hidden: Tensor, labels: Tensor, divisor: int | Tensor | None) -> Tensor:
-        """Compute the cross entropy over the supervised positions, which alone meet the output head."""
-        targets = labels[:, 1:].to(hidden.device)
-        supervised = targets != IGNORE_INDEX
-        return self._mean_loss(hidden[:, :-1][supervised], targets[supervised], divisor)
-
     def _mean_loss(self, states: Tensor, targets: Tensor, divisor: int | Tensor | None) -> Tensor:
-        """Sum the loss of states `[supervised, hidden_size]`, divided by `divisor` or their number."""
+        """Average the cross entropy of states `[supervised, hidden_size]` over targets `[supervised]`.
+
+        The sum is divided by `divisor` where one is given. More than one slice of logits does not exist at
+        once: the backward pass makes each slice again.
+        """
         head: Any = self.decoder.lm_head
+        size = max(1, MOST_LOGITS // self.config.text_config.vocab_size)
         is_linear = type(head) is nn.Linear
         if is_linear and head.bias is None and not head.weight.requires_grad:
             total = head_loss(states, head.weight, targets)
+        elif len(targets) <= size:
+            total = self._summed_loss(states, targets)
         else:
-            total = self._loss_of_any_head(states, targets)
+            slices = zip(states.split(size), targets.split(size), strict=True)
+            parts = [checkpoint(self._summed_loss, s, t, use_reentrant=False) for s, t in slices]
+            total = torch.stack(parts).sum()
         return total / (max(len(targets), 1) if divisor is None else divisor)
 
-    def _loss_of_any_head(self, states: Tensor, targets: Tensor) -> Tensor:
-        rows = max(1, MOST_LOGITS // self.config.text_config.vocab_size)
-        if len(targets) <= rows:
-            return self._summed_loss(states, targets)
-        # More than one slice: each slice's logits are made again in the backward pass, not kept.
-        slices = zip(states.split(rows), targets.split(rows), strict=True)
-        parts = [checkpoint(self._summed_loss, s, t, use_reentrant=False) for s, t in slices]
-        return torch.stack(parts).sum()
-
     def _summed_loss(self, states: Tensor, targets: Tensor) -> Tensor:
+        """Sum the cross entropy of states `[tokens, hidden_size]` under a head of any kind."""
         return summed_cross_entropy(self.decoder.lm_head(states), targets)
 
     @torch.no_grad()
@@ -307,21 +343,22 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Answer as transformers' `generate` of the decoder does, but return the new tokens only.
+        """Generate as transformers' decoder does, but return the new tokens only, `[batch, new tokens]`.
 
-        What counts is, as there: keywords, then `generation_config`, then the model's own settings.
+        As there, keywords count before `generation_config`, and that before the model's own settings.
         """
         if inputs_embeds is None:
             inputs_embeds = self.fuse(input_ids, input_values, audio_length)
         settings = copy.deepcopy(kwargs.pop("generation_config", None) or GenerationConfig())
         settings.update(**self.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
-        rest = settings.update(**kwargs)
+        others = settings.update(**kwargs)
         return self.decoder.generate(
-            inputs_embeds=inputs_embeds, attention_mask=attention_mask, generation_config=settings, **rest
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, generation_config=settings, **others
         )
 
 
 def _check_loading(name: str, info: dict[str, Any]) -> None:
+    """Raise CheckpointError if transformers' loading info names tensors; it lists 20 of each kind."""
     wrong = {
         "unknown": sorted(info["unexpected_keys"]),
         "missing": sorted(info["missing_keys"]),
@@ -329,11 +366,10 @@ def _check_loading(name: str, info: dict[str, Any]) -> None:
             f"{key} {list(found)} instead of {list(wanted)}" for key, found, wanted in info["mismatched_keys"]
         ),
     }
-    problems = [f"{what}: {_listed(names)}" for what, names in wrong.items() if names]
+    problems = []
+    for problem, names in wrong.items():
+        more = f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
+        if names:
+            problems.append(f"{problem}: {', '.join(names[:MOST_LISTED])}{more}")
     if problems:
         raise CheckpointError(f"{name}: tensors that do not fit this model; " + "; ".join(problems))
-
-
-def _listed(names: list[str], most: int = 20) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

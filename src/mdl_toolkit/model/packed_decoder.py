@@ -1,9 +1,9 @@
-"""Compute the decoder's states for the loss, over the real positions of a batch and nothing else.
+"""Compute the decoder's states for the loss over the real tokens of a batch, without padding.
 
-All positions of all rows lie in one row, `[positions, hidden_size]`. Only attention sees rows, padded on the
-right: causal attention needs no mask then. The last layer goes on with the positions that are asked for.
-A position depends on what comes before it and on nothing else, so words with which several rows begin, as
-with a system prompt, are computed once for all of them.
+All tokens of all sequences are packed into one, `[tokens, hidden_size]`. Only attention sees sequences,
+padded on the right: causal attention needs no mask then. The last layer goes on with supervised tokens alone.
+A token's states depend on what comes before it and on nothing else, so a prefix that several sequences
+share, such as a system prompt, is computed once for all of them.
 The layers are transformers' own, with their weights; plain operations that pass over a tensor several times
 are functions with a gradient of their own here.
 """
@@ -22,147 +22,185 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 
 @dataclass(frozen=True)
-class Places:
-    """Hold where attention finds positions.
+class TokenLayout:
+    """Map packed tokens to sequences padded on the right, and back.
 
     Attributes:
-        gather: positions of each row from the left, `[rows, longest]`; any one where there is none.
-        scatter: place of each position in a flattened `gather`, `[positions]`.
-        again: places in a flattened `gather` where a position stands that `scatter` finds elsewhere; None
-            where nobody reads these.
+        gather: index of each sequence's tokens, `[sequences, longest]`; any index at padding.
+        scatter: index of each token in a flattened `gather`, `[tokens]`.
+        duplicates: indices in a flattened `gather` of a shared prefix's tokens, in all sequences but the one
+            that `scatter` has them from; None where no gradient comes from these.
     """
 
     gather: Tensor
     scatter: Tensor
-    again: Tensor | None
+    duplicates: Tensor | None
 
-    def places_of(self, only: Tensor) -> "Places":
-        """Return the places of these positions alone; where there was another, there is any one."""
+    def pad(self, x: Tensor) -> Tensor:
+        """Lay `[tokens, ...]` out as `[sequences, longest, ...]`; padding holds arbitrary numbers."""
+        padded: Tensor = _Pad.apply(x, self.gather, self.scatter, self.duplicates)
+        return padded
+
+    def unpad(self, x: Tensor) -> Tensor:
+        """Take the tokens `[tokens, width]` out of `[sequences, longest, width]`."""
+        tokens: Tensor = _Unpad.apply(x, self.scatter)
+        return tokens
+
+    def select(self, tokens: Tensor) -> "TokenLayout":
+        """Return the layout of some tokens `[selected]` alone; the others count as padding."""
         number = torch.zeros_like(self.scatter)
-        number[only] = torch.arange(len(only), device=only.device)
-        return Places(number[self.gather], self.scatter[only], None)
+        number[tokens] = torch.arange(len(tokens), device=tokens.device)
+        return TokenLayout(number[self.gather], self.scatter[tokens], None)
 
 
 @dataclass(frozen=True)
-class Rows(Places):
-    """Hold which positions there are, and where attention finds them.
+class PackedTokens(TokenLayout):
+    """Hold which tokens of a batch are computed, and where attention finds them.
 
     Attributes:
-        real: place of each position in a flattened `[rows, length]` batch, `[positions]`.
-        columns: how far each position is from the beginning of its row, `[positions]`.
+        source: index of each token in a flattened `[sequences, length]` batch, `[tokens]`.
+        positions: of each token in its sequence, from 0, `[tokens]`.
     """
 
-    real: Tensor
-    columns: Tensor
+    source: Tensor
+    positions: Tensor
 
     @staticmethod
-    def of(mask: Tensor, words: Tensor | None = None) -> "Rows":
-        """Return the positions that are true in `[rows, length]`.
+    def of(mask: Tensor, prefix_ids: Tensor | None = None) -> "PackedTokens":
+        """Pack the tokens that are true in a mask `[sequences, length]`.
 
-        Rows share those up to which they have the same `words`, `[rows, length]`; negative ones are unique.
+        Sequences share a prefix with the same `prefix_ids`, `[sequences, length]`; negative ids are unique.
         """
-        real = _places(mask)
+        source = _true_indices(mask)
         counts = mask.sum(1, keepdim=True)
         starts = counts.cumsum(0) - counts
-        place = torch.arange(int(counts.max()), device=mask.device)
-        there = place < counts
-        gather = torch.where(there, starts + place, 0)
-        columns = real % mask.shape[1]
-        columns = columns - columns[gather[:, :1]].expand_as(gather)[there]
-        rows = Rows(gather, _places(there), gather.new_zeros(0), real, columns)
-        return rows if words is None else rows._sharing(words.flatten()[real], there, mask.shape[1])
+        column = torch.arange(int(counts.max()), device=mask.device)
+        is_real = column < counts
+        gather = torch.where(is_real, starts + column, 0)
+        positions = source % mask.shape[1]
+        positions = positions - positions[gather[:, :1]].expand_as(gather)[is_real]
+        packed = PackedTokens(gather, _true_indices(is_real), gather.new_zeros(0), source, positions)
+        if prefix_ids is None:
+            return packed
+        return packed._share_prefixes(prefix_ids.flatten()[source], is_real, mask.shape[1])
 
-    def _sharing(self, words: Tensor, there: Tensor, length: int) -> "Rows":
-        """Share prefixes of equal `words` `[positions]`; `there` is true where `gather` has a position."""
-        found = torch.where(words < 0, words, words * length + self.columns)
-        read = _by_owners(torch.where(there, found[self.gather], -1), self.gather)
-        own = (read == self.gather) & there
-        kept = own[there]
+    def _share_prefixes(self, ids: Tensor, is_real: Tensor, length: int) -> "PackedTokens":
+        """Keep one copy of each shared prefix.
+
+        Args:
+            ids: of each token, `[tokens]`; negative ones are unique.
+            is_real: `[sequences, longest]`, false at padding of `gather`.
+            length: of the batch.
+        """
+        keys = torch.where(ids < 0, ids, ids * length + self.positions)
+        owner = _owners(torch.where(is_real, keys[self.gather], -1), self.gather)
+        is_own = (owner == self.gather) & is_real
+        kept = is_own[is_real]
         number = (kept.cumsum(0) - 1).clamp_(0)
-        return Rows(number[read], _places(own), _places(there & ~own), self.real[kept], self.columns[kept])
+        duplicates = _true_indices(is_real & ~is_own)
+        return PackedTokens(
+            number[owner], _true_indices(is_own), duplicates, self.source[kept], self.positions[kept]
+        )
 
 
-def _places(mask: Tensor) -> Tensor:
-    """Return where a mask is true, when it is flattened."""
+def _true_indices(mask: Tensor) -> Tensor:
+    """Return the indices at which a flattened mask is true, `[count]`."""
     return mask.flatten().nonzero().squeeze(1)
 
 
-def _by_owners(words: Tensor, gather: Tensor) -> Tensor:
-    """Return positions of rows, with one row's own in place of those of a shared prefix in others.
+def _owners(keys: Tensor, gather: Tensor) -> Tensor:
+    """Return `gather` with one sequence's tokens in place of the same prefix in other sequences.
 
-    Sorted, rows with the same beginning are neighbours; the first of them owns it.
+    Sorted, sequences with the same prefix are neighbours; the first of them owns it.
 
     Args:
-        words: `[rows, longest]`, negative where nothing is to be shared.
-        gather: position of each, `[rows, longest]`.
+        keys: `[sequences, longest]`, equal where tokens are shared; negative where none is.
+        gather: index of each token, `[sequences, longest]`.
     """
-    until = max(1, int(((words < 0).cumsum(1) == 0).sum(1).max()))
-    head = words[:, :until]
+    width = max(1, int(((keys < 0).cumsum(1) == 0).sum(1).max()))
+    head = keys[:, :width]
     order = torch.unique(head, dim=0, return_inverse=True)[1].argsort(stable=True)
-    # With the neighbour before.
-    alike = (head[order[1:]] == head[order[:-1]]).cumprod(1)
-    number = torch.arange(len(head), device=head.device).unsqueeze(1).repeat(1, until)
-    number[1:].masked_fill_(alike.bool(), 0)
+    is_same_as_before = (head[order[1:]] == head[order[:-1]]).cumprod(1).bool()
+    number = torch.arange(len(head), device=head.device).unsqueeze(1).repeat(1, width)
+    number[1:].masked_fill_(is_same_as_before, 0)
     owner = torch.empty_like(head).index_copy_(0, order, order[number.cummax(0).values])
-    return torch.cat([gather[:, :until].gather(0, owner), gather[:, until:]], 1)
+    return torch.cat([gather[:, :width].gather(0, owner), gather[:, width:]], 1)
 
 
 class PackedLayer(nn.Module):
-    """Compute a decoder layer of transformers, also for positions of several rows in one."""
+    """Compute a decoder layer of transformers, also over packed tokens."""
 
     input_layernorm: Any
     post_attention_layernorm: Any
     self_attn: Any
     mlp: Any
 
-    def forward(self, hidden_states: Tensor, *args: Any, rows: Rows | None = None, **kwargs: Any) -> Tensor:
-        """Map `[positions, hidden_size]` with `rows`, and whatever transformers does without."""
-        if rows is None:
+    def forward(
+        self, hidden_states: Tensor, *args: Any, packed: PackedTokens | None = None, **kwargs: Any
+    ) -> Tensor:
+        """Map `[tokens, hidden_size]` where `packed` is given, else whatever transformers' layer takes."""
+        if packed is None:
             plain: Tensor = super().forward(hidden_states, *args, **kwargs)
             return plain
-        return self._packed(hidden_states, rows, *args, **kwargs)
+        return self._forward_packed(hidden_states, packed, *args, **kwargs)
 
-    def _packed(self, x: Tensor, rows: Rows, cos: Tensor, sin: Tensor, only: Tensor | None) -> Tensor:
-        """Compute the layer; `cos`, `sin` `[positions, 1, head_dim]`, `only` the positions to go on with."""
-        found = self._attended(normed(self.input_layernorm, x), rows, cos, sin, only)
-        if only is not None:
-            x = x.index_select(0, only)
-        x = x + self.self_attn.o_proj(found)
-        gate, up = together(normed(self.post_attention_layernorm, x), self.mlp.gate_proj, self.mlp.up_proj)
-        return x + self.mlp.down_proj(gated(self.mlp.act_fn, gate, up))
+    def _forward_packed(
+        self, x: Tensor, packed: PackedTokens, cos: Tensor, sin: Tensor, selected: Tensor | None
+    ) -> Tensor:
+        """Compute the layer.
 
-    def _attended(self, x: Tensor, rows: Rows, cos: Tensor, sin: Tensor, only: Tensor | None) -> Tensor:
+        Args:
+            x: `[tokens, hidden_size]`.
+            packed: where the tokens are.
+            cos: rotary embedding, `[tokens, 1, head_dim]`.
+            sin: likewise.
+            selected: indices of the tokens to go on with; None for all.
+
+        Returns:
+            `[tokens or selected, hidden_size]`.
+        """
+        attended = self._attend(rms_norm(self.input_layernorm, x), packed, cos, sin, selected)
+        if selected is not None:
+            x = x.index_select(0, selected)
+        x = x + self.self_attn.o_proj(attended)
+        gate, up = linear_group(
+            rms_norm(self.post_attention_layernorm, x), self.mlp.gate_proj, self.mlp.up_proj
+        )
+        return x + self.mlp.down_proj(gated_linear_unit(self.mlp.act_fn, gate, up))
+
+    # Not in line: what is made here is to be freed before the MLP.
+    def _attend(
+        self, x: Tensor, packed: PackedTokens, cos: Tensor, sin: Tensor, selected: Tensor | None
+    ) -> Tensor:
+        """Attend within sequences: `[tokens, hidden_size]` to `[tokens or selected, heads * head_dim]`."""
         attention = self.self_attn
-        q, k, v = self._asked(x, cos, sin, only)
-        asking = Places(rows.gather, rows.scatter, None) if only is None else rows.places_of(only)
+        q, k, v = self._queries_keys_values(x, cos, sin, selected)
+        whole = TokenLayout(packed.gather, packed.scatter, None)
+        queries = whole if selected is None else packed.select(selected)
         dropout = attention.attention_dropout if self.training else 0.0
         attend = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
-        placed = _placed(q, asking), _placed(k, rows), _placed(v, rows)
-        words = (part.transpose(1, 2) for part in placed)
-        out, _ = attend(attention, *words, None, dropout=dropout, scaling=attention.scaling, is_causal=True)
-        return _Taken.apply(out.flatten(2), asking.scatter)
+        padded = queries.pad(q), packed.pad(k), packed.pad(v)
+        heads_first = (part.transpose(1, 2) for part in padded)
+        out, _ = attend(
+            attention, *heads_first, None, dropout=dropout, scaling=attention.scaling, is_causal=True
+        )
+        return queries.unpad(out.flatten(2))
 
-    def _asked(
-        self, x: Tensor, cos: Tensor, sin: Tensor, only: Tensor | None
+    def _queries_keys_values(
+        self, x: Tensor, cos: Tensor, sin: Tensor, selected: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries of `only`, keys and values of all positions: `[positions, heads, head_dim]`."""
-        attention, turn = self.self_attn, (cos, sin)
-        layers = [attention.q_proj, attention.k_proj, attention.v_proj]
-        if only is None:
-            q, k, v = together(x, *layers)
+        """Return queries of the selected tokens, keys and values of all: `[tokens, heads, head_dim]`."""
+        attention, angles = self.self_attn, (cos, sin)
+        q_proj, k_proj, v_proj = attention.q_proj, attention.k_proj, attention.v_proj
+        if selected is None:
+            q, k, v = linear_group(x, q_proj, k_proj, v_proj)
         else:
-            q, (k, v) = layers[0](x.index_select(0, only)), together(x, *layers[1:])
-            turn = cos.index_select(0, only), sin.index_select(0, only)
+            q, (k, v) = q_proj(x.index_select(0, selected)), linear_group(x, k_proj, v_proj)
+            angles = cos.index_select(0, selected), sin.index_select(0, selected)
         q, k, v = (part.view(len(part), -1, attention.head_dim) for part in (q, k, v))
         if hasattr(attention, "q_norm"):
-            q, k = normed(attention.q_norm, q), normed(attention.k_norm, k)
-        return _Rotated.apply(q, *turn), _Rotated.apply(k, cos, sin), v
-
-
-def _placed(x: Tensor, places: Places) -> Tensor:
-    """Lay `[positions, ...]` out as `[rows, longest, ...]`; places that nobody reads hold anything."""
-    found: Tensor = _Placed.apply(x, places.gather, places.scatter, places.again)
-    return found
+            q, k = rms_norm(attention.q_norm, q), rms_norm(attention.k_norm, k)
+        return rotate(q, *angles), rotate(k, cos, sin), v
 
 
 class PackedQwen2Layer(PackedLayer, Qwen2DecoderLayer):
@@ -173,7 +211,7 @@ class PackedQwen3Layer(PackedLayer, Qwen3DecoderLayer):
     """Compute a layer of Qwen3."""
 
 
-PACKED = {Qwen2DecoderLayer: PackedQwen2Layer, Qwen3DecoderLayer: PackedQwen3Layer}
+PACKED_LAYERS = {Qwen2DecoderLayer: PackedQwen2Layer, Qwen3DecoderLayer: PackedQwen3Layer}
 
 
 def can_pack(config: Any) -> bool:
@@ -181,8 +219,8 @@ def can_pack(config: Any) -> bool:
     return config._attn_implementation == "sdpa" and set(config.layer_types) == {"full_attention"}
 
 
-def is_random(model: Any) -> bool:
-    """Tell whether something is dropped in a decoder, so that each row is to be computed by itself."""
+def has_dropout(model: Any) -> bool:
+    """Tell whether a decoder drops activations at random, so that no prefix can be shared."""
     if not model.training:
         return False
     drops = any(isinstance(part, nn.Dropout) and part.training and part.p > 0 for part in model.modules())
@@ -190,61 +228,66 @@ def is_random(model: Any) -> bool:
 
 
 def packed_states(
-    model: Any, embeddings: Tensor, needed: Tensor, wanted: Tensor, words: Tensor | None = None
+    model: Any, embeddings: Tensor, needed: Tensor, wanted: Tensor, prefix_ids: Tensor | None = None
 ) -> Tensor:
-    """Return the decoder's last states at the wanted positions alone, `[wanted, hidden_size]`, row after row.
+    """Compute the decoder's last states at the wanted tokens alone, `[wanted, hidden_size]`.
 
     Args:
         model: transformers' decoder without its head; its layers are packed ones.
-        embeddings: `[rows, length, hidden_size]`.
-        needed: `[rows, length]`, false at padding and where nothing wanted follows.
-        wanted: `[rows, length]`, true where states are wanted; needed ones.
-        words: `[rows, length]` ids that the embeddings come from, negative and unique where they come from
-            something else or states are wanted; None to compute each row by itself.
+        embeddings: `[sequences, length, hidden_size]`.
+        needed: `[sequences, length]`, false at padding and where no wanted token follows.
+        wanted: `[sequences, length]`, true where states are wanted; needed ones.
+        prefix_ids: `[sequences, length]` ids of the embeddings, negative and unique where they come from
+            audio or states are wanted; None to share no prefix.
     """
-    rows = Rows.of(needed, words)
+    packed = PackedTokens.of(needed, prefix_ids)
     columns = torch.arange(embeddings.shape[1], device=embeddings.device)
     cos, sin = (
-        part[0].index_select(0, rows.columns).unsqueeze(1)
+        part[0].index_select(0, packed.positions).unsqueeze(1)
         for part in model.rotary_emb(embeddings, columns.unsqueeze(0))
     )
-    x = embeddings.flatten(0, 1).index_select(0, rows.real)
-    only = wanted.flatten().index_select(0, rows.real).nonzero().squeeze(1)
+    x = embeddings.flatten(0, 1).index_select(0, packed.source)
+    selected = wanted.flatten().index_select(0, packed.source).nonzero().squeeze(1)
     *others, last = model.layers
     for layer in others:
-        x = layer(x, cos, sin, None, rows=rows)
-    # Attention would have no query.
-    if not len(only):
-        return normed(model.norm, last(x, cos, sin, None, rows=rows)).index_select(0, only)
-    return normed(model.norm, last(x, cos, sin, only, rows=rows))
+        x = layer(x, cos, sin, None, packed=packed)
+    # Without a selected token attention would have no query.
+    if not len(selected):
+        return rms_norm(model.norm, last(x, cos, sin, None, packed=packed)).index_select(0, selected)
+    return rms_norm(model.norm, last(x, cos, sin, selected, packed=packed))
 
 
 # --- parts of a layer ----------------------------------------------------------------------------------
 
 
-def together(x: Tensor, *layers: Any) -> Sequence[Tensor]:
-    """Compute linear layers of one input; in one go, where they can."""
-    found: Sequence[Tensor] | None = None
-    if hasattr(layers[0], "together"):
-        found = layers[0].together(x, layers)
-    return [layer(x) for layer in layers] if found is None else found
+def linear_group(x: Tensor, *layers: Any) -> Sequence[Tensor]:
+    """Compute linear layers of the same input `[..., in]`, in one go where they can: each `[..., out]`."""
+    outputs: Sequence[Tensor] | None = None
+    if hasattr(layers[0], "forward_group"):
+        outputs = layers[0].forward_group(x, layers)
+    return [layer(x) for layer in layers] if outputs is None else outputs
 
 
-def normed(norm: Any, x: Tensor) -> Tensor:
-    """Compute an RMS norm of Qwen of `[..., width]`."""
+def rms_norm(norm: Any, x: Tensor) -> Tensor:
+    """Compute an RMS norm of Qwen over `[..., width]`."""
     if norm.weight.requires_grad:
         return norm(x)
-    return _Normed.apply(x, norm.weight, norm.variance_epsilon)
+    return _RMSNorm.apply(x, norm.weight, norm.variance_epsilon)
 
 
-def gated(activation: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
-    """Compute activation(gate) * up."""
+def gated_linear_unit(activation: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
+    """Compute activation(gate) * up, all `[..., intermediate_size]`."""
     if not isinstance(activation, nn.SiLU | SiLUActivation):
         return activation(gate) * up
-    return _Gated.apply(gate, up)
+    return _SwiGLU.apply(gate, up)
 
 
-class _Normed(torch.autograd.Function):
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate `[tokens, heads, head_dim]` by the angles of a rotary embedding, `[tokens, 1, head_dim]`."""
+    return _RotaryEmbedding.apply(x, cos, sin)
+
+
+class _RMSNorm(torch.autograd.Function):
     """Compute x / sqrt(mean(x^2) + eps), rounded to the dtype of x, times a frozen weight."""
 
     @staticmethod
@@ -253,7 +296,8 @@ class _Normed(torch.autograd.Function):
         scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
         scale = scale.add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        return _times(weight, (wide * scale).to(x.dtype))
+        normed = (wide * scale).to(x.dtype)
+        return normed.mul_(weight) if weight.dtype == x.dtype else weight * normed
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
@@ -264,12 +308,7 @@ class _Normed(torch.autograd.Function):
         return to_normed.addcmul_(wide, share).mul_(scale).to(x.dtype), None, None
 
 
-def _times(weight: Tensor, x: Tensor) -> Tensor:
-    """Multiply them, in place where the product's dtype is that of `x`."""
-    return x.mul_(weight) if weight.dtype == x.dtype else weight * x
-
-
-class _Gated(torch.autograd.Function):
+class _SwiGLU(torch.autograd.Function):
     """Compute silu(gate) * up; silu(gate) is computed again rather than kept."""
 
     @staticmethod
@@ -285,8 +324,8 @@ class _Gated(torch.autograd.Function):
         return torch.ops.aten.silu_backward.grad_input(to_gate, gate, grad_input=to_gate), to_up
 
 
-class _Rotated(torch.autograd.Function):
-    """Rotate: x cos + (-second half of x, first half of x) sin; both halves of cos and sin are the same."""
+class _RotaryEmbedding(torch.autograd.Function):
+    """Compute x cos + (-second half of x, first half of x) sin; both halves of cos and of sin are alike."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -300,39 +339,40 @@ class _Rotated(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    """Rotate `[tokens, heads, head_dim]` by angles `[tokens, 1, head_dim]`, or back with sign -1."""
     half = x.shape[-1] // 2
-    found = x * cos
-    found[..., :half].addcmul_(x[..., half:], sin[..., half:], value=-sign)
-    found[..., half:].addcmul_(x[..., :half], sin[..., :half], value=sign)
-    return found
+    rotated = x * cos
+    rotated[..., :half].addcmul_(x[..., half:], sin[..., half:], value=-sign)
+    rotated[..., half:].addcmul_(x[..., :half], sin[..., :half], value=sign)
+    return rotated
 
 
-class _Placed(torch.autograd.Function):
-    """Lay `[positions, ...]` out as `[rows, longest, ...]`; nobody reads what is padding.
+class _Pad(torch.autograd.Function):
+    """Lay `[tokens, ...]` out as `[sequences, longest, ...]`; nobody reads what is padding.
 
-    Gradients are taken from `scatter`, and added to from the places `again`, if anyone reads these.
+    Gradients are taken at `scatter`, and those at the duplicates of a shared prefix are added.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gather: Tensor, scatter: Tensor, again: Tensor | None) -> Tensor:
-        ctx.save_for_backward(gather, scatter, again)
+    def forward(ctx: Any, x: Tensor, gather: Tensor, scatter: Tensor, duplicates: Tensor | None) -> Tensor:
+        ctx.save_for_backward(gather, scatter, duplicates)
         return x.index_select(0, gather.flatten()).unflatten(0, tuple(gather.shape))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        gather, scatter, again = ctx.saved_tensors
+        gather, scatter, duplicates = ctx.saved_tensors
         flat = gradient.flatten(0, 1)
-        found = flat.index_select(0, scatter)
-        if again is not None and len(again):
+        to_x = flat.index_select(0, scatter)
+        if duplicates is not None and len(duplicates):
             # In float32 at least, as a GPU rounds each sum.
-            wide = found.to(torch.promote_types(found.dtype, torch.float32))
-            wide.index_add_(0, gather.flatten()[again], flat.index_select(0, again).to(wide.dtype))
-            found = wide.to(found.dtype)
-        return found, None, None, None
+            wide = to_x.to(torch.promote_types(to_x.dtype, torch.float32))
+            wide.index_add_(0, gather.flatten()[duplicates], flat.index_select(0, duplicates).to(wide.dtype))
+            to_x = wide.to(to_x.dtype)
+        return to_x, None, None, None
 
 
-class _Taken(torch.autograd.Function):
-    """Take `[positions, width]` from `[rows, longest, width]`."""
+class _Unpad(torch.autograd.Function):
+    """Take `[tokens, width]` from `[sequences, longest, width]`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scatter: Tensor) -> Tensor:
@@ -342,6 +382,6 @@ class _Taken(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        found = gradient.new_zeros(ctx.shape)
-        found.flatten(0, 1).index_copy_(0, ctx.saved_tensors[0], gradient)
-        return found, None
+        to_x = gradient.new_zeros(ctx.shape)
+        to_x.flatten(0, 1).index_copy_(0, ctx.saved_tensors[0], gradient)
+        return to_x, None

@@ -1,7 +1,7 @@
 """Turn text and audio into the tensors that the model reads, as the published processor does.
 
-The toolkit's own data path builds ids and labels itself (rooms `conversation` and `tokens`); this class is
-for those who use the model through transformers.
+The toolkit makes ids and labels itself (`data/chat_template.py`, `data/tokenization.py`); this class is for
+those who use the model through transformers.
 """
 
 import re
@@ -14,7 +14,7 @@ from mdl_toolkit.model.lengths import audio_token_count
 
 
 class MiDashengLMProcessor(ProcessorMixin):
-    """Join a tokenizer and a feature extractor that only pads."""
+    """Tokenise text with placeholders for audio, and pad clips."""
 
     def __init__(
         self,
@@ -57,7 +57,10 @@ class MiDashengLMProcessor(ProcessorMixin):
         texts = [text] if isinstance(text, str) else list(text or [])
         clips = _clips(audio)
         audio_kwargs = {**kwargs.pop("audio_kwargs", {}), **kwargs.pop("common_kwargs", {})}
-        self._check_rate(sampling_rate or audio_kwargs.get("sampling_rate"))
+        rate = sampling_rate or audio_kwargs.get("sampling_rate")
+        wanted = self.feature_extractor.sampling_rate
+        if rate not in (None, wanted):
+            raise ValueError(f"audio at {rate} Hz: the model wants {wanted} Hz; resample it first")
         options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
         options |= kwargs.pop("text_kwargs", {}) | kwargs
         data: dict[str, Any] = {}
@@ -65,7 +68,11 @@ class MiDashengLMProcessor(ProcessorMixin):
             data |= self.tokenizer(self._expand(texts, clips), **options)
             data.pop("token_type_ids", None)
         if clips:
-            data |= _pad(clips)
+            lengths = np.array([len(clip) for clip in clips], dtype=np.int64)
+            padded = np.zeros((len(clips), lengths.max()), dtype=np.float32)
+            for row, clip in zip(padded, clips, strict=True):
+                row[: len(clip)] = clip
+            data |= {"input_values": padded, "audio_length": lengths}
         return BatchFeature(data, tensor_type=options.get("return_tensors"))
 
     @property
@@ -73,30 +80,29 @@ class MiDashengLMProcessor(ProcessorMixin):
         """Return the names of the model's inputs."""
         return ["input_ids", "attention_mask", "input_values", "audio_length"]
 
-    def _check_rate(self, rate: int | None) -> None:
-        wanted = self.feature_extractor.sampling_rate
-        if rate not in (None, wanted):
-            raise ValueError(f"audio at {rate} Hz: the model wants {wanted} Hz; resample it first")
-
     def _expand(self, texts: list[str], clips: list[np.ndarray]) -> list[str]:
-        """Repeat each `<|AUDIO|>` once per audio token of its clip."""
-        found = sum(text.count(self.audio_token) for text in texts)
-        if found != len(clips):
-            raise ValueError(f"the texts hold {found} {self.audio_token} placeholders for {len(clips)} clips")
+        """Repeat each `<|AUDIO|>` once per audio token of its clip, between marks of beginning and end."""
+        placeholders = sum(text.count(self.audio_token) for text in texts)
+        if placeholders != len(clips):
+            raise ValueError(
+                f"the texts hold {placeholders} {self.audio_token} placeholders for {len(clips)} clips"
+            )
         counts = iter([audio_token_count(len(c), subsample_factor=self.model_subsampling) for c in clips])
+
+        def repeat(match: "re.Match[str]") -> str:
+            audio = self.audio_token * next(counts)
+            # Where one mark is there already, none is added.
+            if match[1] or match[3]:
+                return (match[1] or "") + audio + (match[3] or "")
+            return self.audio_bos_token + audio + self.audio_eos_token
+
         token, bos, eos = map(re.escape, (self.audio_token, self.audio_bos_token, self.audio_eos_token))
         pattern = re.compile(f"({bos})?({token})({eos})?")
-        return [pattern.sub(lambda match: self._repeat(match, next(counts)), text) for text in texts]
-
-    def _repeat(self, match: "re.Match[str]", count: int) -> str:
-        """Return `count` placeholders, with beginning and end marks where neither is there."""
-        body = self.audio_token * count
-        if match[1] or match[3]:
-            return (match[1] or "") + body + (match[3] or "")
-        return self.audio_bos_token + body + self.audio_eos_token
+        return [pattern.sub(repeat, text) for text in texts]
 
 
 def _clips(audio: Any) -> list[np.ndarray]:
+    """Return one clip or several as a list of float32 arrays `[samples]`."""
     if audio is None or len(audio) == 0:
         return []
     clips = [np.asarray(clip, dtype=np.float32) for clip in (audio if np.ndim(audio[0]) > 0 else [audio])]
@@ -104,11 +110,3 @@ def _clips(audio: Any) -> list[np.ndarray]:
         if clip.ndim != 1:
             raise ValueError(f"a clip has the shape {list(clip.shape)}; one channel is wanted, [samples]")
     return clips
-
-
-def _pad(clips: list[np.ndarray]) -> dict[str, np.ndarray]:
-    lengths = np.array([len(clip) for clip in clips], dtype=np.int64)
-    padded = np.zeros((len(clips), lengths.max()), dtype=np.float32)
-    for row, clip in zip(padded, clips, strict=True):
-        row[: len(clip)] = clip
-    return {"input_values": padded, "audio_length": lengths}

@@ -1,6 +1,6 @@
 """Make the model's classes known to transformers' Auto classes.
 
-Their own mappings come before a folder's `auto_map`, so remote code is neither needed nor asked for.
+A registered class comes before a folder's `auto_map`, so remote code is neither needed nor asked for.
 """
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, Qwen2Tokenizer
@@ -21,7 +21,7 @@ __all__ = [
 
 
 def register() -> None:
-    """Make the classes known; what imports this module need not call it again.
+    """Register the classes; importing this module has done so already.
 
     Example:
         ```python

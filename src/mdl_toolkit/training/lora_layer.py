@@ -37,7 +37,7 @@ class FastLoraLinear(Linear):
         is_needed = not (self.is_last and is_recomputing())
         return _FastLora.apply(x, is_needed, *self._parts)[0]  # type: ignore[no-any-return, no-untyped-call]
 
-    def together(self, x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...] | None:
+    def forward_group(self, x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...] | None:
         """Map `[..., in]` to the `[..., out]` of several layers; None if one of them needs PEFT's way."""
         parts = [layer._parts for layer in layers if isinstance(layer, FastLoraLinear) and layer._is_plain]
         if len(parts) < len(layers):

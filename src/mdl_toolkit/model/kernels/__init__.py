@@ -1,9 +1,9 @@
-"""Operations at which torch's plain ones are slow or large; in a test the plain way stands beside each.
+"""Replace operations at which torch's plain ones are slow or large; tests compare each with the plain way.
 
 Modules:
     attention       attend within chunks of different lengths without padding, on a CPU
     cross_entropy   sum the loss over a large vocabulary in the memory of a few logits, on any device
-    matmul          lay weights out once, for answering on a CPU in float32
+    matmul          lay weights out once, for inference on a CPU in float32
 
 Other kernels for CPUs were measured and gained under 3 %.
 """

@@ -10,21 +10,21 @@ from torch.nn import functional
 def chunked_attention(qkv: Tensor, chunks: Sequence[int], keys: Sequence[int], scaling: float) -> Tensor:
     """Attend in both directions within each chunk, one chunk after the other.
 
-    On a CPU a call costs nothing beside what padding costs: 5 % of a training step (`benchmarks/HISTORY.md`).
+    On a CPU the calls are cheap; padding would cost 5 % of a training step (`benchmarks/HISTORY.md`).
 
     Args:
         qkv: queries, keys and values, `[patches, 3, heads, head_dim]`, chunk after chunk.
         chunks: patches of each chunk.
-        keys: how many of these, the first ones, can be seen; at least one.
-        scaling: what scores are multiplied by.
+        keys: patches of each chunk that can be seen, its first ones; at least one.
+        scaling: multiplies the scores.
 
     Returns:
         `[patches, heads, head_dim]`.
     """
     parts = (part.transpose(0, 1).unsqueeze(0).split([*chunks], 2) for part in qkv.unbind(1))
-    found = []
+    outputs = []
     for q, k, v, count in zip(*parts, keys, strict=True):
         seen = (k, v) if count == k.shape[2] else (k[:, :, :count], v[:, :, :count])
         out = functional.scaled_dot_product_attention(q, *seen, scale=scaling)
-        found.append(out[0].transpose(0, 1))
-    return torch.cat(found)
+        outputs.append(out[0].transpose(0, 1))
+    return torch.cat(outputs)

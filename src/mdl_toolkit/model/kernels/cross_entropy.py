@@ -17,12 +17,12 @@ from mdl_toolkit.model.constants import MOST_LOGITS
 
 
 def head_loss(states: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """Sum the cross entropy of a frozen head's logits over positions.
+    """Sum the cross entropy of a frozen head's logits over tokens.
 
     Args:
-        states: `[positions, hidden_size]`.
+        states: `[tokens, hidden_size]`.
         head: `[vocabulary, hidden_size]`, in whose dtype logits are made; the loss is computed in float32.
-        targets: `[positions]` ids.
+        targets: `[tokens]` ids.
 
     Returns:
         A float32 scalar.
@@ -31,20 +31,22 @@ def head_loss(states: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     return loss
 
 
-def slice_rows(positions: int, vocabulary: int) -> int:
-    """Return the positions of each slice: even ones, whose logits are not too many; at least one."""
-    count = math.ceil(positions / max(1, MOST_LOGITS // vocabulary))
-    return max(1, math.ceil(positions / max(count, 1)))
+def slice_size(tokens: int, vocabulary: int) -> int:
+    """Return the tokens of each slice: slices are even, and none but of one token exceeds MOST_LOGITS."""
+    count = math.ceil(tokens / max(1, MOST_LOGITS // vocabulary))
+    return max(1, math.ceil(tokens / max(count, 1)))
 
 
 class _HeadLoss(torch.autograd.Function):
+    """Compute the loss slice by slice, and the gradient of the states with it."""
+
     @staticmethod
     def forward(ctx: Any, states: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-        rows = slice_rows(len(states), len(head))
+        size = slice_size(len(states), len(head))
         needs_gradient = ctx.needs_input_grad[0]
         losses, gradients = [], []
-        for part, place in zip(states.split(rows), targets.unsqueeze(1).split(rows), strict=True):
-            loss, gradient = _of_slice(part.to(head.dtype), head, place, needs_gradient)
+        for part, ids in zip(states.split(size), targets.unsqueeze(1).split(size), strict=True):
+            loss, gradient = _slice_loss(part.to(head.dtype), head, ids, needs_gradient)
             losses.append(loss)
             gradients.append(gradient)
         if needs_gradient:
@@ -59,21 +61,22 @@ class _HeadLoss(torch.autograd.Function):
         return (to_states.float() * gradient).to(ctx.dtype), None, None
 
 
-def _of_slice(states: Tensor, head: Tensor, place: Tensor, needs_gradient: bool) -> tuple[Tensor, Tensor]:
-    """Return losses `[rows, 1]` and the gradient of states; the logits are gone when it returns."""
-    loss, powers, total = _losses(functional.linear(states, head).float(), place)
+# Not in line: when it returns the logits are freed.
+def _slice_loss(states: Tensor, head: Tensor, targets: Tensor, needs_gradient: bool) -> tuple[Tensor, Tensor]:
+    """Return the losses `[tokens, 1]` of targets `[tokens, 1]`, and the gradient of the states."""
+    loss, powers, total = _losses(functional.linear(states, head).float(), targets)
     if not needs_gradient:
         return loss, states
-    to_logits = powers.div_(total).scatter_add_(1, place, torch.full_like(total, -1.0))
+    to_logits = powers.div_(total).scatter_add_(1, targets, torch.full_like(total, -1.0))
     return loss, to_logits.to(head.dtype) @ head
 
 
 def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum the cross entropy over positions, for a head of any kind.
+    """Sum the cross entropy over tokens, for a head of any kind.
 
     Args:
-        logits: `[positions, vocabulary]`; computed with in float32, and used up if they are that.
-        targets: `[positions]` ids.
+        logits: `[tokens, vocabulary]`; the loss is computed in float32, which overwrites float32 logits.
+        targets: `[tokens]` ids.
 
     Returns:
         A float32 scalar.
@@ -83,25 +86,27 @@ def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
+    """Keep e^z in the place of the logits for the backward pass, which turns it into the gradient."""
+
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        place = targets.unsqueeze(-1)
-        loss, powers, total = _losses(logits, place)
-        ctx.save_for_backward(powers, total, place)
+        targets = targets.unsqueeze(-1)
+        loss, powers, total = _losses(logits, targets)
+        ctx.save_for_backward(powers, total, targets)
         return loss.sum()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         # The saved powers become the gradient: good for one pass.
-        powers, total, place = ctx.saved_tensors
+        powers, total, targets = ctx.saved_tensors
         powers.mul_(gradient / total)
-        return powers.scatter_add_(-1, place, -gradient.expand(place.shape)), None
+        return powers.scatter_add_(-1, targets, -gradient.expand(targets.shape)), None
 
 
-def _losses(logits: Tensor, place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return losses `[rows, 1]`, e^(z - highest z) in place of the logits, and the sums of these."""
+def _losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return losses `[tokens, 1]`, e^(z - highest z) in place of the logits, and the sums of these."""
     logits -= logits.amax(-1, keepdim=True)
-    right = logits.gather(-1, place)
+    of_targets = logits.gather(-1, targets)
     powers = logits.exp_()
     total = powers.sum(-1, keepdim=True)
-    return total.log() - right, powers, total
+    return total.log() - of_targets, powers, total

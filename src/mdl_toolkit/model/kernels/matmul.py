@@ -1,8 +1,8 @@
-"""Lay the weights of linear layers out once, as oneDNN's matrix product wants them, for answering on a CPU.
+"""Lay the weights of linear layers out once, as oneDNN's matrix product wants them, for inference on a CPU.
 
-Of a weight as it is stored, oneDNN and MKL make such a copy at every call. For the few rows of a decoding
-step that costs more than the product itself: with 16 rows, laid out once is 1.6 to 2.6 times as fast, with
-300 rows 1.15 to 1.4 times (`benchmarks/answering.py`). The weights cannot be trained or saved any more.
+Of a weight as it is stored, oneDNN and MKL make such a copy at every call. For the few tokens of a decoding
+step that costs more than the product itself: with 16 tokens, laid out once is 1.6 to 2.6 times as fast, with
+300 tokens 1.15 to 1.4 times (`benchmarks/answering.py`). The weights cannot be trained or saved any more.
 """
 
 import os
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-# Any number of rows may come; the layout is the best one for about this many.
-USUAL_ROWS = 16
-# torch and oneDNN keep code for so many numbers of rows. They would keep 1,024 each, 0.4 MB a piece, and
+# Any number of tokens may come; the layout is the best one for about this many.
+USUAL_TOKENS = 16
+# torch and oneDNN keep code for so many numbers of tokens. They would keep 1,024 each, 0.4 MB a piece, and
 # scattered among other tensors these were found to hold back two gigabytes of freed memory.
 CAPACITY = 64
 CAPACITY_VARIABLES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
@@ -31,7 +31,7 @@ def prepack(model: nn.Module) -> None:
     if not can_prepack():
         return
     for module in [*model.modules()]:
-        # PEFT's own matrices, whose dtype it looks at.
+        # Of its own matrices PEFT reads the dtype.
         if isinstance(module, nn.ModuleDict):
             continue
         for name, child in [*module.named_children()]:
@@ -56,7 +56,7 @@ class PrepackedLinear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), USUAL_ROWS)
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), USUAL_TOKENS)
         self._bias = None if linear.bias is None else linear.bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -201,14 +201,14 @@ class Step:
     def _loss(self) -> int:
         """Supervised positions' states and gradients, and float32 logits; then a trained head's gradient."""
         from mdl_toolkit.model.constants import MOST_LOGITS
-        from mdl_toolkit.model.kernels.cross_entropy import slice_rows
+        from mdl_toolkit.model.kernels.cross_entropy import slice_size
 
         text, head = self.config.parts[1], self.gradients.get("lm_head", 0)
         supervised, casts = int(self.supervised.sum()), self.number < FLOAT
         if head:
             rows = min(supervised, max(1, MOST_LOGITS // text.vocab_size))
         else:
-            rows = slice_rows(supervised, text.vocab_size)
+            rows = slice_size(supervised, text.vocab_size)
         logits = rows * text.vocab_size
         numbers = logits * (FLOAT + self.number * casts)
         copy = head // 2 * casts
