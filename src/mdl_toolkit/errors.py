@@ -1,4 +1,4 @@
-"""The tree of what the user can put right.
+"""The errors that a user can put right.
 
     ToolkitError            exit status 1: the work could not be done
     |-- UsageError          exit status 2: the command line is wrong by itself
@@ -18,7 +18,10 @@ from typing import Any
 
 from mdl_toolkit.i18n import Localized, Verbatim, join_messages
 
-MOST_ROWS_SHOWN = 50  # rule 12: at most the first 50 and a count
+# A message names at most so many rows, and counts the others.
+MOST_ROWS_SHOWN = 50
+# Characters of a cell in a message.
+LONGEST_VALUE = 120
 
 
 class ToolkitError(Exception):
@@ -53,30 +56,30 @@ class ToolkitError(Exception):
 
 
 class UsageError(ToolkitError):
-    """The command line is wrong by itself, whatever the files hold."""
+    """Refuse a command line that is wrong by itself, whatever the files hold."""
 
     exit_status = 2
 
 
 class InputError(ToolkitError):
-    """A CSV, a configuration file or an output path that cannot be used."""
+    """Refuse a CSV, a configuration file or an output path that cannot be used."""
 
 
 class AudioError(ToolkitError):
-    """A recording that cannot be used; the message does not name it, its caller does."""
+    """Refuse a recording; the message does not name it, its caller does."""
 
 
 class DatasetError(ToolkitError):
-    """A converted dataset that cannot be written, opened or used."""
+    """Refuse a converted dataset that cannot be written, opened or used."""
 
 
 class ModelError(ToolkitError):
-    """A model, tokenizer, adapter or checkpoint that cannot be had or used."""
+    """Refuse a model, tokenizer, adapter or checkpoint that cannot be had or used."""
 
 
 @dataclass(frozen=True)
 class RowProblem:
-    """What is wrong with one row of a CSV.
+    """Say what is wrong with one row of a CSV.
 
     Attributes:
         line: line of the CSV file where the row starts, counted from 1.
@@ -90,13 +93,30 @@ class RowProblem:
     value: str
     reason: Localized
 
+    def as_line(self, *, is_list: bool) -> Localized:
+        """Return the problem as a line of a message.
+
+        Args:
+            is_list: the CSV was made of a folder or a pattern, so that line and column say nothing.
+        """
+        value = self.value if len(self.value) <= LONGEST_VALUE else f"{self.value[: LONGEST_VALUE - 1]}…"
+        if is_list:
+            return Localized("  {value!r}: {reason}", value=value, reason=self.reason)
+        return Localized(
+            "  line {line}, column {column} {value!r}: {reason}",
+            line=self.line,
+            column=self.column,
+            value=value,
+            reason=self.reason,
+        )
+
     def to_json(self) -> dict[str, Any]:
-        """Plain values that `from_json` understands."""
+        """Return plain values that `from_json` reads."""
         return {**vars(self), "reason": self.reason.to_json()}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "RowProblem":
-        """What `to_json` made plain values of.
+        """Read the plain values of `to_json`.
 
         Raises:
             TypeError, KeyError: these are other values.
@@ -105,7 +125,7 @@ class RowProblem:
 
 
 class RowsError(InputError):
-    """All the bad rows of a CSV (rule 12): the first ones of them, and how many there are.
+    """Refuse a CSV for its bad rows: name the first ones of them, and count all.
 
     Where the CSV is a list that was made of a folder or a pattern, nobody has seen its lines: the recordings
     alone are named.
@@ -117,37 +137,22 @@ class RowsError(InputError):
         self.source, self.is_list = source, is_list
         self.problems = tuple(sorted(problems, key=_line_of))
         self.count = len(problems) if count is None else count
-        super().__init__(self._message())
+        if is_list:
+            head = Localized("{source}: {count} bad file(s):", source=source, count=self.count)
+        else:
+            head = Localized("{source}: {count} bad row(s):", source=source, count=self.count)
+        lines = [head, *(problem.as_line(is_list=is_list) for problem in self.problems[:MOST_ROWS_SHOWN])]
+        if self.count > MOST_ROWS_SHOWN:
+            lines.append(Localized("  ... and {more} more", more=self.count - MOST_ROWS_SHOWN))
+        super().__init__(join_messages(lines, "{left}\n{right}"))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(type(self), is_list=self.is_list), (self.source, self.problems, self.count)
 
-    def _message(self) -> Localized:
-        if self.is_list:
-            head = Localized("{source}: {count} bad file(s):", source=self.source, count=self.count)
-        else:
-            head = Localized("{source}: {count} bad row(s):", source=self.source, count=self.count)
-        lines = [head, *map(self._line, self.problems[:MOST_ROWS_SHOWN])]
-        if self.count > MOST_ROWS_SHOWN:
-            lines.append(Localized("  ... and {more} more", more=self.count - MOST_ROWS_SHOWN))
-        return join_messages(lines, "{left}\n{right}")
-
-    def _line(self, problem: RowProblem) -> Localized:
-        value = _shorten(problem.value)
-        if self.is_list:
-            return Localized("  {value!r}: {reason}", value=value, reason=problem.reason)
-        return Localized(
-            "  line {line}, column {column} {value!r}: {reason}",
-            line=problem.line,
-            column=problem.column,
-            value=value,
-            reason=problem.reason,
-        )
-
 
 @dataclass
 class Problems:
-    """Problems of rows, of which only the first are kept, however many there are.
+    """Collect problems of rows: keep the first ones, and count all.
 
     Attributes:
         first: those of the lowest lines, in order.
@@ -180,7 +185,3 @@ class Problems:
 
 def _line_of(problem: RowProblem) -> int:
     return problem.line
-
-
-def _shorten(value: str, most: int = 120) -> str:
-    return value if len(value) <= most else value[: most - 1] + "…"

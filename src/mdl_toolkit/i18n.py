@@ -66,26 +66,14 @@ class Localized:
     @property
     def en(self) -> str:
         """The English text."""
-        return self.template.format(
-            **{
-                name: value.en if isinstance(value, Localized) else value
-                for name, value in self.fields.items()
-            }
-        )
+        fields = {name: getattr(value, "en", value) for name, value in self.fields.items()}
+        return self.template.format(**fields)
 
     @property
     def zh(self) -> str:
         """The Chinese text."""
-        return (
-            chinese()
-            .gettext(self.template)
-            .format(
-                **{
-                    name: value.zh if isinstance(value, Localized) else value
-                    for name, value in self.fields.items()
-                }
-            )
-        )
+        fields = {name: getattr(value, "zh", value) for name, value in self.fields.items()}
+        return chinese().gettext(self.template).format(**fields)
 
     def __str__(self) -> str:
         return self.zh if is_chinese() else self.en
@@ -130,7 +118,7 @@ class Verbatim(Localized):
 
 
 def join_messages(messages: Iterable[Localized], template: str) -> Localized:
-    """Return one message of several.
+    """Join several messages into one.
 
     Args:
         messages: at least one.
