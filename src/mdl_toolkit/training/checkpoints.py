@@ -64,7 +64,7 @@ def save(
             (work / SETTINGS_FILE).write_text(settings, encoding="utf-8")
             if (output / PROVENANCE_FILE).is_file():
                 shutil.copyfile(output / PROVENANCE_FILE, work / PROVENANCE_FILE)
-            seal(work)
+            _seal(work)
     # Safetensors tells of a full disk in words alone.
     except SafetensorError as problem:
         number = re.search(r"os error (\d+)", str(problem))
@@ -82,14 +82,15 @@ def save_state(output: Path, checkpoint: "Checkpoint", state: Mapping[str, Any])
     with replace_folder(output / f"checkpoint-{checkpoint.step}") as work:
         shutil.copytree(checkpoint.folder, work, dirs_exist_ok=True)
         _write_state(work, {**checkpoint.state, **state})
-        seal(work)
+        _seal(work)
 
 
 def _write_state(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write the state of a checkpoint."""
     (folder / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
 
 
-def seal(folder: Path) -> None:
+def _seal(folder: Path) -> None:
     """Write sizes and checksums of a checkpoint's files, and wait until all is on the disk."""
     sums = {}
     # If the folder is a copy, these are the original's.
@@ -104,6 +105,7 @@ def seal(folder: Path) -> None:
 
 
 def _sha256(file: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with file.open("rb") as content:
         while piece := content.read(_PIECE):
@@ -163,6 +165,7 @@ def damage(folder: Path) -> Localized | None:
 
 
 def _missing(name: str) -> Localized:
+    """Say that a file of a checkpoint is missing."""
     return Localized("{name} is missing", name=name)
 
 

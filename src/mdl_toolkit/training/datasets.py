@@ -1,4 +1,4 @@
-"""What a run learns from: CSVs or converted datasets, opened before any weight is loaded."""
+"""Open the training and evaluation sets, CSVs or converted datasets, before any weight is loaded."""
 
 import dataclasses
 import shutil
@@ -26,11 +26,14 @@ PRIVATE, FEATURES = ".dataset", "features"
 def open_data(
     options: TrainOptions, private: Path
 ) -> tuple[TokenizerFiles, ConvertedDataset, ConvertedDataset | None]:
-    """The model's text side and both datasets, all that can be checked before any weight is loaded.
+    """Open the base's tokenizer files and both datasets, and check all that can be without weights.
 
     Args:
         options: the run's.
         private: folder that a CSV is converted into, by the first process.
+
+    Returns:
+        The tokenizer files, the training set, and the evaluation set if there is one.
 
     Raises:
         ToolkitError: a bad row, a dataset of another model, a model that cannot be trained so.
@@ -42,7 +45,8 @@ def open_data(
     files = read_tokenizer_files(folder)
     _warn_ignored(options)
     eval_set = None
-    if options.eval_dataset is not None:  # first: it is the smaller one, and its bad rows are soon known
+    # First: it is the smaller one, and its bad rows are soon known.
+    if options.eval_dataset is not None:
         eval_set = _open_set(options.eval_dataset, options, files, private / "eval")
     train_set = _open_set(options.train_dataset, options, files, private / "train")
     if not len(train_set):
@@ -51,6 +55,7 @@ def open_data(
 
 
 def _open_set(path: str, options: TrainOptions, files: TokenizerFiles, private: Path) -> ConvertedDataset:
+    """Open a converted dataset; a CSV is converted first, by the first process."""
     if Path(path).is_dir():
         dataset = ConvertedDataset(Path(path))
         dataset.record.check_model(files, path)
@@ -62,7 +67,7 @@ def _open_set(path: str, options: TrainOptions, files: TokenizerFiles, private: 
 
 
 def _warn_ignored(options: TrainOptions) -> None:
-    """Name options that were given and have nothing to work on (rules 24, 28)."""
+    """Warn of options that were given and have no effect, as no CSV is converted or nothing is evaluated."""
     paths = [path for path in (options.train_dataset, options.eval_dataset) if path is not None]
     converting = {field.name for field in dataclasses.fields(ConversionOptions)}
     names = _given(options, converting - {"from_modelscope", "num_workers"})
@@ -75,26 +80,23 @@ def _warn_ignored(options: TrainOptions) -> None:
 
 
 def _given(options: TrainOptions, names: set[str]) -> str:
-    """Those of some options that are not at their defaults, as they are typed."""
+    """Return those of some options that are not at their defaults, as they are typed."""
     fields = [field for field in dataclasses.fields(options) if field.name in names]
     return ", ".join(
         spelling(field.name) for field in fields if getattr(options, field.name) != field.default
     )
 
 
-# --- what is left of it ----------------------------------------------------------------------------------
-
-
 class Converted:
-    """What a run's CSVs are converted to, which outlives an interruption, for the next run with its output.
+    """Keep what a run's CSVs are converted to when it ends early, for the next run with its output.
 
-    A refusal takes away only what this run has converted.
+    A refusal removes only what this run has converted.
 
     Args:
         private: the folder.
 
     Attributes:
-        is_wanted: the next run needs it, whatever ends this one: there are steps to go on from.
+        is_wanted: whether the next run needs it, whatever ends this one: there are steps to go on from.
     """
 
     def __init__(self, private: Path) -> None:
@@ -103,30 +105,29 @@ class Converted:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """While this context lasts, the run is on; after a good end nothing is kept."""
+        """Run in this context; after a good end nothing is kept."""
+        private = self._private
         try:
             yield
         except BaseException as problem:
-            shutil.rmtree(self._private / FEATURES, ignore_errors=True)
+            shutil.rmtree(private / FEATURES, ignore_errors=True)
             if not self.is_wanted and not _is_interruption(problem):
-                self._take_away()
-            if any(self._private.glob("*/state.json")):
+                for folder in {*private.glob("*")} - self._before:
+                    shutil.rmtree(folder, ignore_errors=True)
+                # It may not be there, or something may stay in it.
+                with suppress(OSError):
+                    private.rmdir()
+            if any(private.glob("*/state.json")):
                 say(
                     "what was converted stays in {folder}, for the next run with this --output",
-                    folder=self._private,
+                    folder=private,
                 )
             raise
-        shutil.rmtree(self._private, ignore_errors=True)
-
-    def _take_away(self) -> None:
-        for each in {*self._private.glob("*")} - self._before:
-            shutil.rmtree(each, ignore_errors=True)
-        with suppress(OSError):  # it is not there, or something stays in it
-            self._private.rmdir()
+        shutil.rmtree(private, ignore_errors=True)
 
 
 def _is_interruption(problem: BaseException) -> bool:
-    """Tell whether the same data will be asked for again: after a stop, a crash, or a lack of memory."""
+    """Tell whether the same data will be needed again: after a stop, a crash, or a lack of memory."""
     is_refusal = isinstance(problem, ToolkitError) and not isinstance(problem, PeerLostError)
     cause = problem.__cause__
     return not is_refusal or (cause is not None and describe_oom(cause) is not None)

@@ -166,21 +166,14 @@ class FeatureCache:
         files = [self._folder / f"{number}-{rank}" for rank in range(self._world.size)]
         with report_write_errors(str(self._folder), DatasetError):
             rank = self._world.rank
-            self.write(files[rank], dataset, shares[rank], model.get_base_model())
+            self._write(files[rank], dataset, shares[rank], model.get_base_model())
         self._world.wait()
-        return self.open(dataset, shares, files)
+        return self._open(dataset, shares, files)
 
-    def open(self, dataset: ConvertedDataset, shares: list[Indices], files: list[Path]) -> PrecomputedDataset:
-        """Open the files of all processes.
-
-        Args:
-            dataset: the examples.
-            shares: indices of the examples in each file, in the file's order.
-            files: one of each process.
-
-        Raises:
-            DatasetError: a file is not here, or has not the size that it should have.
-        """
+    def _open(
+        self, dataset: ConvertedDataset, shares: list[Indices], files: list[Path]
+    ) -> PrecomputedDataset:
+        """Open the files of all processes; `shares` are indices of each file's examples, in its order."""
         counts = _audio_tokens(dataset)
         numbers, starts, features = np.zeros_like(counts), np.zeros_like(counts), []
         for number, (indices, file) in enumerate(zip(shares, files, strict=True)):
@@ -198,7 +191,7 @@ class FeatureCache:
             features.append(flat.view(tokens, self._hidden))
         return PrecomputedDataset(dataset, features, numbers, starts, counts, dataset.audio_lengths)
 
-    def write(self, file: Path, dataset: ConvertedDataset, indices: Indices, model: Any) -> None:
+    def _write(self, file: Path, dataset: ConvertedDataset, indices: Indices, model: Any) -> None:
         """Compute the features of some examples, and write them one behind the other."""
         starts = range(0, len(indices), self._batch_size)
         batches = [indices[start : start + self._batch_size] for start in starts]
@@ -207,40 +200,28 @@ class FeatureCache:
         )
         with file.open("wb") as sink, progress(len(indices), "audio features") as shown:
             for wanted, batch in zip(batches, loader.batches(batches), strict=True):
-                for features in self._micro_batches(model, batch):
+                for features in self._compute(model, batch):
                     sink.write(features.to("cpu", self._dtype).contiguous().view(torch.uint8).numpy().data)
                 shown.advance(len(wanted))
                 raise_if_interrupted()
 
     @torch.no_grad()
-    def _micro_batches(self, model: Any, batch: Batch) -> Iterator[Tensor]:
+    def _compute(self, model: Any, batch: Batch) -> Iterator[Tensor]:
         """Yield the features of a batch, `[audio tokens, hidden_size]`, in as few parts as memory allows."""
         clips, lengths, start = batch["input_values"], batch["audio_length"], 0
+        is_half = self._dtype == torch.bfloat16
 
         def compute(most: int) -> Tensor:
             part = slice(start, start + most)
-            return self.compute(model, clips[part, : int(lengths[part].max())], lengths[part])
+            waveforms = clips[part, : int(lengths[part].max())].to(self._device)
+            # As in training.
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=is_half):
+                features: Tensor = model.audio_features(waveforms, lengths[part])
+            return features
 
         while start < len(clips):
-            features = self._micro_batcher.run(len(clips) - start, compute)
-            yield features
+            yield self._micro_batcher.run(len(clips) - start, compute)
             start += self._micro_batcher.most
-
-    def compute(self, model: Any, clips: Tensor, lengths: Tensor) -> Tensor:
-        """Compute features in the precision of training.
-
-        Args:
-            model: a MiDashengLM.
-            clips: waveforms, `[clips, longest]`, padded on the right.
-            lengths: samples of each, `[clips]`.
-
-        Returns:
-            `[audio tokens, hidden_size]`, clip behind clip.
-        """
-        is_half = self._dtype == torch.bfloat16
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=is_half):
-            features: Tensor = model.audio_features(clips.to(self._device), lengths)
-        return features
 
 
 def _audio_tokens(dataset: ConvertedDataset) -> Indices:

@@ -1,4 +1,4 @@
-"""`merge`: an adapter that was trained before, or by others, and its base to one model."""
+"""Merge an adapter, trained before or by others, and its base into one model."""
 
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 
 
 def merge_adapter(options: MergeOptions) -> Path:
-    """Merge an adapter into its base.
+    """Merge an adapter into its base, and write the model.
 
     Returns:
         The folder of the merged model.
@@ -45,54 +45,43 @@ def merge_adapter(options: MergeOptions) -> Path:
         ```
     """
     output = Path(options.output)
-    _check_output(output)
-    adapter = _find_adapter(options)
-    check_apart(output, adapter)
-    base = base_of(adapter, from_modelscope=options.from_modelscope, name=options.model_name)
-    check_apart(output, base)
-    quiet_libraries()
-    origin = read_provenance(adapter) or _unknown(base, adapter, options)
-    about = ResultMetadata(origin, training_of(adapter), to_yaml(options))
-    samples = (
-        synthesize_samples(ChatTokenizer(read_tokenizer_files(base)), origin.prompts)
-        if options.verify
-        else ()
-    )
-    verify = partial(verify_merge, base, adapter, samples=samples) if samples else None
-    export_merged(base, adapter, output, about, verify=verify, dtype=options.dtype)
-    say("done: the merged model is in {output}", output=output)
-    return output
-
-
-def _check_output(output: Path) -> None:
-    """Refuse to replace what is not an earlier result.
-
-    Raises:
-        InputError: something else is there.
-    """
     is_result = (output / SETTINGS_FILE).is_file() and (output / "config.json").is_file()
     if output.exists() and not is_result and not (output.is_dir() and not any(output.iterdir())):
         raise InputError(
             "--output {output}: something else than a merged model is there; choose another folder",
             output=output,
         )
+    adapter = _find_adapter(options)
+    check_apart(output, adapter)
+    base = base_of(adapter, from_modelscope=options.from_modelscope, name=options.model_name)
+    check_apart(output, base)
+    quiet_libraries()
+    origin = read_provenance(adapter)
+    if origin is None:
+        name = options.model_name or read_json(adapter / ADAPTER_CONFIG)[BASE_NAME]
+        origin = Provenance(Base.of(base, recorded_name(name, base)))
+    about = ResultMetadata(origin, training_of(adapter), to_yaml(options))
+    verify = None
+    if options.verify:
+        samples = synthesize_samples(ChatTokenizer(read_tokenizer_files(base)), origin.prompts)
+        verify = partial(verify_merge, base, adapter, samples=samples) if samples else None
+    export_merged(base, adapter, output, about, verify=verify, dtype=options.dtype)
+    say("done: the merged model is in {output}", output=output)
+    return output
 
 
 def _find_adapter(options: MergeOptions) -> Path:
-    """The adapter's folder.
+    """Find the adapter's folder, downloading it if need be.
 
     Raises:
-        ModelError: it is not to be had, is no adapter, or is a damaged checkpoint.
+        ModelError: the adapter is not to be had, is no adapter, or is a damaged checkpoint.
     """
     local = Path(options.adapter).expanduser()
-    is_other = local.is_dir() and not (local / ADAPTER_CONFIG).is_file()
-    if is_other:
+    if local.is_dir() and not (local / ADAPTER_CONFIG).is_file():
         check_is_no_run(local, ADAPTER_CONFIG)
-    folder = (
-        local
-        if is_other
-        else find_model(options.adapter, from_modelscope=options.from_modelscope, weights=True)
-    )
+        folder = local
+    else:
+        folder = find_model(options.adapter, from_modelscope=options.from_modelscope, weights=True)
     if not (folder / ADAPTER_CONFIG).is_file():
         raise ModelError(
             "{folder}: no adapter ({config}); give an adapter's folder, for example checkpoint-500",
@@ -102,9 +91,3 @@ def _find_adapter(options: MergeOptions) -> Path:
     if (folder / CHECKSUMS).is_file() and (reason := damage(folder)):
         raise ModelError("{folder}: not a complete checkpoint ({reason})", folder=folder, reason=reason)
     return folder
-
-
-def _unknown(base: Path, adapter: Path, options: MergeOptions) -> Provenance:
-    """Of an adapter that says nothing of its origin, only the base is known."""
-    name = options.model_name or read_json(adapter / ADAPTER_CONFIG)[BASE_NAME]
-    return Provenance(Base.of(base, recorded_name(name, base)))

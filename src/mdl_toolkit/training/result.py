@@ -1,8 +1,7 @@
-"""What a run leaves as its result: which checkpoint it is, where it comes from, and the folder `final/`."""
+"""Write a run's result, `final/`: choose its checkpoint, record its origin, merge it or not."""
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -27,7 +26,7 @@ HOUR = 3600.0
 def origin_of(
     options: TrainOptions, base: Path, train_set: ConvertedDataset, eval_set: ConvertedDataset | None
 ) -> Provenance:
-    """Where a run's checkpoints and result come from.
+    """Return where a run's checkpoints and result come from: base, prompts and amounts of data.
 
     Raises:
         ModelError: the base's weights are damaged.
@@ -39,6 +38,7 @@ def origin_of(
 
 
 def _amount(dataset: ConvertedDataset, prefix: str) -> dict[str, float]:
+    """Return figures of a dataset, with a prefix to their names."""
     seconds, tokens = dataset.audio_lengths / SAMPLE_RATE, dataset.token_counts
     amounts: dict[str, float] = {"rows": len(dataset), "hours": float(f"{seconds.sum() / HOUR:.4g}")}
     if len(dataset):
@@ -59,15 +59,24 @@ def write_result(
     resume: Checkpoint | None,
     train_set: ConvertedDataset,
 ) -> Path:
-    """Write `final/`, merged or not.
+    """Write `final/`, merged or as an adapter, from the last checkpoint or with `--keep-best` the best.
 
     Raises:
-        ToolkitError: the result cannot be written, or is not what was trained; the checkpoints stay.
+        ToolkitError: the checkpoint is damaged, or the result cannot be written or is not what was trained;
+            the checkpoints stay.
     """
     output = Path(options.output)
-    final, step = output / FINAL, _chosen(options, done)
+    final, step = output / FINAL, done.steps
+    if options.keep_best and done.best.step not in (None, step):
+        step = done.best.step
+        say("the best evaluation was after step {step}: that is the result", step=step)
     checkpoint = checkpoint_at(output, step, resume)
-    _check_whole(checkpoint)
+    if reason := damage(checkpoint):
+        raise ModelError(
+            "{checkpoint}: {reason}, so no result is made of it; resume from another checkpoint",
+            checkpoint=checkpoint,
+            reason=reason,
+        )
     measured = origin.with_metrics(_metrics(output, step, checkpoint, done))
     about = ResultMetadata(measured, training_of(checkpoint) or options, to_yaml(options))
     if options.merge_lora:
@@ -79,56 +88,33 @@ def write_result(
     return final
 
 
-def _chosen(options: TrainOptions, done: Outcome) -> int:
-    """The step whose checkpoint becomes the result: the last one, or with `--keep-best` the best."""
-    step = done.best.step if options.keep_best and done.best.step is not None else done.steps
-    if step != done.steps:
-        say("the best evaluation was after step {step}: that is the result", step=step)
-    return step
-
-
 def training_of(adapter: Path) -> TrainOptions | None:
-    """The options that an adapter was trained with, if they are there and are those of this version."""
+    """Read the options that an adapter was trained with; None if there are none of this version."""
     try:
         return TrainOptions(**read_settings(adapter / SETTINGS_FILE, TrainOptions))
     except (InputError, TypeError):
         return None
 
 
-def _check_whole(checkpoint: Path) -> None:
-    """Refuse to make a result of a damaged checkpoint.
-
-    Raises:
-        ModelError: naming what is wrong with it.
-    """
-    if reason := damage(checkpoint):
-        raise ModelError(
-            "{checkpoint}: {reason}, so no result is made of it; resume from another checkpoint",
-            checkpoint=checkpoint,
-            reason=reason,
-        )
-
-
 def _metrics(output: Path, step: int, checkpoint: Path, done: Outcome) -> dict[str, float]:
-    """Steps, the mean loss until then, and the last evaluation of the checkpoint, from the run's log.
+    """Return steps, the mean loss until then, and the last evaluation of a checkpoint.
 
-    Of a checkpoint whose steps another folder's log tells of, the checkpoint itself knows the evaluation.
+    The evaluation is read from the run's log; if that does not have it, as after a resumption in another
+    folder, the checkpoint itself knows its loss, and the metric of the best one.
     """
     state = read_json(checkpoint / STATE)
     loss = state["losses"] / max(step - state["since"], 1) if "losses" in state else done.loss
     try:
         lines = [line for line in read_log(output / LOG) if "eval_loss" in line and line["step"] == step]
-    except OSError:  # it could not be written, which was said
+    # It could not be written, which was said.
+    except OSError:
         lines = []
-    line = lines[-1] if lines else _evaluation_in(state, step)
-    scores = {name: value for name, value in line.items() if name.startswith("eval_")}
+    scores: dict[str, float] = {}
+    if lines:
+        scores = {name: value for name, value in lines[-1].items() if name.startswith("eval_")}
+    elif state.get("evaluated") == step:
+        scores = {"eval_loss": state["eval_loss"]}
+        best, metric = state["best"], (state.get("judged") or {}).get("metric")
+        if metric and best["step"] == step:
+            scores[f"eval_{metric}"] = best["value"]
     return {"steps": step, "training_loss": loss, **scores}
-
-
-def _evaluation_in(state: dict[str, Any], step: int) -> dict[str, float]:
-    """The evaluation after a checkpoint's step, if there was one: its loss, and the best one's metric."""
-    if state.get("evaluated") != step:
-        return {}
-    best, metric = state["best"], (state.get("judged") or {}).get("metric")
-    more = {f"eval_{metric}": best["value"]} if metric and best["step"] == step else {}
-    return {"eval_loss": state["eval_loss"], **more}

@@ -1,6 +1,6 @@
-"""What a resumed run is compared with: options, sizes of steps, evaluations, other processes.
+"""Compare a resumed run with the interrupted one: options, sizes of steps, evaluations, other processes.
 
-What differs is said, or refused where going on would be another training than the one that was meant.
+Differences are said, or refused where going on would be another training than the one that was meant.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from mdl_toolkit.training.sampler import BatchSampler
 from mdl_toolkit.utils.console import say, warn
 from mdl_toolkit.utils.distributed import World
 
-# Options that do not change what is learnt, only where things are and how fast they come.
+# Options that do not change what is learnt, only where files are and how fast they are read.
 ANY_TIME = frozenset(
     {
         "output", "resume_from_checkpoint", "num_workers", "tokenizing_batch_size", "download_cache",
@@ -35,15 +35,20 @@ ANY_TIME = frozenset(
 
 
 def identity_of(sampler: BatchSampler) -> dict[str, Any]:
-    """What the order of a run's rows comes from."""
+    """Return what the order of a run's examples depends on, as a checkpoint keeps it."""
     return {
-        "rows": len(sampler.lengths), "lengths": _digest(sampler.lengths, sampler.supervised),
-        "effective": sampler.effective, "seed": sampler.seed,
-    }  # fmt: skip
+        "rows": len(sampler.lengths),
+        "lengths": _digest(sampler.lengths, sampler.supervised),
+        "effective": sampler.effective,
+        "seed": sampler.seed,
+    }
 
 
 def judged_by(eval_set: SampleSource | None, answers: AnswerEvaluator | None) -> dict[str, Any] | None:
-    """What evaluations are made by, if there are any: figures of others cannot be compared with theirs."""
+    """Return what evaluations depend on, as a checkpoint keeps it; None without any.
+
+    Losses and metrics can be compared only where it is the same.
+    """
     if eval_set is None:
         return None
     asked = {}
@@ -53,6 +58,7 @@ def judged_by(eval_set: SampleSource | None, answers: AnswerEvaluator | None) ->
 
 
 def _digest(*arrays: NDArray[np.int64]) -> str:
+    """Return a short hash of arrays' contents."""
     return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()[:16]
 
 
@@ -60,7 +66,7 @@ def check_steps(resume: Checkpoint, options: TrainOptions, world: World) -> None
     """Refuse to go on with steps of another size.
 
     Raises:
-        ToolkitError: the checkpoint's steps had another number of rows.
+        ToolkitError: the checkpoint's steps had another number of examples.
     """
     before = resume.state.get("sampling", {}).get("effective")
     now = options.batch_size * options.gradient_accumulation_steps * world.size
@@ -76,12 +82,12 @@ def check_steps(resume: Checkpoint, options: TrainOptions, world: World) -> None
 
 
 def check_together(world: World, step: int, identity: dict[str, Any], total: int) -> None:
-    """Refuse to train where processes have found different things in their folders.
+    """Refuse to train where processes read different checkpoints or data.
 
     Args:
         world: the processes.
-        step: that this one goes on from.
-        identity: what the order of its rows comes from, and its evaluations so far.
+        step: this process goes on from it.
+        identity: what the order of its examples depends on, and its evaluations so far.
         total: steps of its run.
 
     Raises:
@@ -99,12 +105,12 @@ def check_together(world: World, step: int, identity: dict[str, Any], total: int
 
 
 def still_best(resume: Checkpoint, options: TrainOptions, judged: dict[str, Any] | None) -> Best:
-    """The interrupted run's best evaluation, if it still counts.
+    """Return the interrupted run's best evaluation, or none if it does not count any more.
 
     Args:
-        resume: the checkpoint that is gone on from.
+        resume: the checkpoint that the run goes on from.
         options: of the run.
-        judged: what evaluations are made by from now on; None without any.
+        judged: what evaluations depend on from now on; None without any.
     """
     best = Best(**resume.state.get("best", {}))
     if best.step is None:
@@ -124,7 +130,7 @@ def still_best(resume: Checkpoint, options: TrainOptions, judged: dict[str, Any]
 
 
 def is_judged_alike(resume: Checkpoint, judged: dict[str, Any] | None) -> bool:
-    """Tell whether evaluations are made as they were; an older checkpoint does not say: it is trusted."""
+    """Tell whether evaluations depend on the same as before; older checkpoints do not say, and are trusted."""
     return bool(resume.state.get("judged", judged) == judged)
 
 
@@ -152,10 +158,11 @@ def say_resumed(resume: Checkpoint, total: int, best: Best, patience: int | None
 
 
 def warn_changed(resume: Checkpoint, options: TrainOptions) -> None:
-    """Warn of the options that differ from the interrupted run's; a path spelt otherwise does not."""
+    """Warn of options that differ from the interrupted run's; another spelling of a path is no difference."""
     try:
         before = read_settings(resume.folder / SETTINGS_FILE, TrainOptions)
-    except InputError:  # of a version with other options
+    # A version with other options wrote them.
+    except InputError:
         return
     value_types = {field.name: spec_of(field).type for field in dataclasses.fields(options)}
     changed = [
@@ -177,12 +184,13 @@ def warn_changed(resume: Checkpoint, options: TrainOptions) -> None:
 
 
 def _meaning(value_type: ValueType, value: Any) -> Any:
-    """Return an option's value such that a path has one spelling."""
+    """Return an option's value, a path in its one absolute spelling."""
     is_path = value is not None and value_type in (PATH, NAME)
     return Path(value).expanduser().resolve() if is_path else value
 
 
 def _shown(value: Any) -> str:
+    """Return an option's value as it is typed."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     if isinstance(value, tuple):
