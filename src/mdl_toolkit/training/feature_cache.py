@@ -173,7 +173,7 @@ class FeatureCache:
     def _open(
         self, dataset: ConvertedDataset, shares: list[Indices], files: list[Path]
     ) -> PrecomputedDataset:
-        """Open the files of all processes; `shares` are indices of each file's examples, in its order."""
+        """Open the files of all processes; `shares` are indices of each file's examples, in order."""
         counts = _audio_tokens(dataset)
         numbers, starts, features = np.zeros_like(counts), np.zeros_like(counts), []
         for number, (indices, file) in enumerate(zip(shares, files, strict=True)):

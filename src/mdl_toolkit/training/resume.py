@@ -130,7 +130,7 @@ def still_best(resume: Checkpoint, options: TrainOptions, judged: dict[str, Any]
 
 
 def is_judged_alike(resume: Checkpoint, judged: dict[str, Any] | None) -> bool:
-    """Tell whether evaluations depend on the same as before; older checkpoints do not say, and are trusted."""
+    """Tell whether evaluations depend on the same as before; trust older checkpoints, which do not say."""
     return bool(resume.state.get("judged", judged) == judged)
 
 
