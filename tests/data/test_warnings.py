@@ -144,7 +144,7 @@ def test_recordings_of_other_lengths_are_not_read(tmp_path, monkeypatch):
     rows = make_rows(tmp_path / "audio", 6)
     pair = convert(tmp_path, rows[:3], "a"), convert(tmp_path, rows[3:], "b")
     assert not {*pair[0].audio_lengths.tolist()} & {*pair[1].audio_lengths.tolist()}
-    monkeypatch.setattr(ConvertedDataset, "stored", None)
+    monkeypatch.setattr(ConvertedDataset, "encoded_audio", None)
     assert not advice.warn_of_leaks(*pair)
 
 
