@@ -7,7 +7,8 @@ are encoded as plain text.
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import cached_property
+from itertools import groupby
 from random import Random
 
 import numpy as np
@@ -20,17 +21,18 @@ from mdl_toolkit.errors import ModelError
 from mdl_toolkit.model.constants import IGNORE_INDEX as IGNORE_INDEX
 from mdl_toolkit.weights.tokenizer_files import TokenizerFiles
 
-PREFIX_SAMPLE_SIZE = 1000  # rows whose common beginning is taken for that of all
-SEED = 0  # of the choice among more
+# Examples whose shared prefix is taken for that of all.
+PREFIX_SAMPLE_SIZE = 1000
+PREFIX_SAMPLE_SEED = 0
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """A conversation as numbers.
+    """Hold a conversation as token ids.
 
     Attributes:
-        input_ids: `[positions]` int32, one `<|AUDIO|>` per audio token.
-        labels: `[positions]` int32, the ids to be learnt, -100 elsewhere; not shifted.
+        input_ids: `[tokens]` int32, one `<|AUDIO|>` per audio token.
+        labels: `[tokens]` int32, the ids to be learnt, -100 elsewhere; not shifted.
     """
 
     input_ids: NDArray[np.int32]
@@ -39,85 +41,101 @@ class Tokens:
 
 @dataclass(frozen=True)
 class ChatTokenizer:
-    """Rows to tokens for one model's tokenizer and chat template."""
+    """Encode conversations with one model's tokenizer and chat template.
+
+    Attributes:
+        files: the texts of `tokenizer.json` and of the chat template.
+    """
 
     files: TokenizerFiles
 
     def __reduce__(self) -> tuple[type["ChatTokenizer"], tuple[TokenizerFiles]]:
-        return type(self), (self.files,)  # a pickled tokenizer forgets `encode_special_tokens`
+        # A pickled tokenizer forgets `encode_special_tokens`.
+        return type(self), (self.files,)
 
     def encode_row(self, row: Row, audio_tokens: int, *, with_answer: bool) -> Tokens:
-        """Tokens of a row whose recording becomes `audio_tokens` tokens."""
+        """Encode a row whose recording becomes `audio_tokens` tokens."""
         segments = self.template.segments(messages_of(row, with_answer=with_answer))
         return self.encode(segments, audio_tokens)
 
-    def shared_prefix_length(self, rows: Iterable[NDArray[np.int32]]) -> int:
-        """How many ids before the audio all rows have in common, a system prompt for example."""
-        prompts = map(self._before_audio, rows)
-        return len(reduce(_common, prompts, next(prompts, np.zeros(0, np.int32))))
+    def shared_prefix_length(self, examples: Iterable[NDArray[np.int32]]) -> int:
+        """Count the tokens before the audio that all examples begin with, a system prompt for example.
+
+        Args:
+            examples: the `input_ids` of each, `[tokens]`.
+        """
+        audio_id = self.id_of(self._specials["audio_token"])
+        prefix: NDArray[np.int32] | None = None
+        for input_ids in examples:
+            ids = input_ids[: np.append(np.flatnonzero(input_ids == audio_id), len(input_ids))[0]]
+            prefix = ids if prefix is None else prefix
+            length = min(len(prefix), len(ids))
+            prefix = ids[: int(np.cumprod(prefix[:length] == ids[:length]).sum())]
+        return 0 if prefix is None else len(prefix)
 
     def answer_ids(self, answer: str) -> list[int]:
-        """What is learnt of a row with this answer: its tokens and the one that closes it."""
+        """Return the ids that are learnt of an answer: its tokens and the one that closes it."""
         row = Row(0, "", "", None, None, answer, ())
         labels = self.encode_row(row, 1, with_answer=True).labels
         return [*map(int, labels[labels != IGNORE_INDEX])]
 
     def encode(self, segments: tuple[Segment, ...], audio_tokens: int) -> Tokens:
-        """Tokens of rendered segments.
+        """Encode rendered segments.
 
-        Prompt and answer are encoded apart, so that a training row begins with exactly the ids that
+        Prompt and answer are encoded apart, so that a training example begins with exactly the ids that
         inference begins with; within each, neighbouring texts are encoded together.
         """
         ids: list[int] = []
         labels: list[int] = []
-        for is_answer, run in _runs(segments):
+        for is_answer, run in groupby(segments, lambda segment: segment.kind == "answer"):
             new = self._encode_run(run, audio_tokens)
             ids += new
             labels += new if is_answer else [IGNORE_INDEX] * len(new)
         return Tokens(np.array(ids, dtype=np.int32), np.array(labels, dtype=np.int32))
 
     def decode(self, ids: list[int]) -> str:
-        """Text of new tokens, without special tokens."""
+        """Decode new tokens to text, without special tokens."""
         return self.backend.decode(ids, skip_special_tokens=True)
 
     def id_of(self, token: str) -> int:
-        """The id of a token.
+        """Return the id of a token.
 
         Raises:
             ModelError: the tokenizer does not have it.
         """
-        found = self.backend.token_to_id(token)
-        if found is None:
+        token_id = self.backend.token_to_id(token)
+        if token_id is None:
             raise ModelError("the tokenizer has no token {token}", token=token)
-        return int(found)
+        return int(token_id)
 
     @property
     def pad_id(self) -> int:
-        """The id that fills short rows."""
+        """Return the id that fills short examples of a batch."""
         return self.id_of(self._specials["pad_token"])
 
     @cached_property
     def end_id(self) -> int:
-        """The id that closes an answer."""
+        """Return the id that closes an answer."""
         return self.id_of(self.template.end_of_turn)
 
     @cached_property
     def template(self) -> ChatTemplate:
-        """The chat template."""
+        """Return the chat template."""
         names = self._specials
         marks = AudioMarks(names["audio_token"], names["audio_bos_token"], names["audio_eos_token"])
         return ChatTemplate(self.files.chat_template, marks=marks, variables=self.files.specials)
 
     @cached_property
     def backend(self) -> Tokenizer:
-        """The tokenizer; special tokens are plain text to it, `<tool_call>` and its like stay tokens.
+        """Return the tokenizer; it reads special tokens as plain text, but not `<tool_call>` and its like.
 
         Raises:
             ModelError: `tokenizer.json` does not describe one.
         """
         try:
             tokenizer = Tokenizer.from_str(self.files.tokenizer)
-        except Exception as problem:  # the only kind of error that this library raises
+        # The library raises no other kind of error.
+        except Exception as problem:
             raise ModelError("tokenizer.json cannot be used: {reason}", reason=problem) from problem
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -134,56 +152,30 @@ class ChatTokenizer:
         tokens = sorted((token.content for token in added if token.special), key=len, reverse=True)
         return re.compile("(" + "|".join(map(re.escape, tokens)) + ")")
 
-    def _before_audio(self, ids: NDArray[np.int32]) -> NDArray[np.int32]:
-        places = np.flatnonzero(ids == self.id_of(self._specials["audio_token"]))
-        return ids[: places[0]] if len(places) else ids
+    def _encode_run(self, segments: Iterable[Segment], audio_tokens: int) -> list[int]:
+        """Encode segments that are all prompt (and audio) or all answer."""
+        ids: list[int] = []
+        text = ""
+        for segment in segments:
+            # Plain text and special tokens in turns.
+            parts = [segment.text]
+            if segment.kind == "audio":
+                parts = ["", segment.text]
+            elif segment.is_template:
+                parts = self._special_pattern.split(segment.text)
+            for index, part in enumerate(parts):
+                if index % 2 == 0:
+                    text += part
+                    continue
+                ids += self._encode_text(text)
+                ids += [self.id_of(part)] * (audio_tokens if segment.kind == "audio" else 1)
+                text = ""
+        return ids + self._encode_text(text)
 
     def _encode_text(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    def _encode_run(self, segments: list[Segment], audio_tokens: int) -> list[int]:
-        """Ids of segments that are all prompt (and audio) or all answer."""
-        ids: list[int] = []
-        text = ""
-        for token, piece in self._pieces(segments):
-            if token:
-                ids += self._encode_text(text)
-                ids += [self.id_of(token)] * (audio_tokens if piece == "audio" else 1)
-                text = ""
-            else:
-                text += piece
-        return ids + self._encode_text(text)
-
-    def _pieces(self, segments: list[Segment]) -> list[tuple[str, str]]:
-        """Pairs of a special token and `audio` or nothing, or of nothing and plain text."""
-        pieces = []
-        for segment in segments:
-            if segment.kind == "audio":
-                pieces.append((segment.text, "audio"))
-            elif segment.is_template:
-                parts = self._special_pattern.split(segment.text)
-                pieces += [(part, "") if i % 2 else ("", part) for i, part in enumerate(parts)]
-            else:
-                pieces.append(("", segment.text))
-        return pieces
-
 
 def prefix_sample(count: int) -> list[int]:
-    """Which of so many rows tell what all begin with: some from all over, as files are often in order."""
-    return sorted(Random(SEED).sample(range(count), min(count, PREFIX_SAMPLE_SIZE)))
-
-
-def _common(one: NDArray[np.int32], other: NDArray[np.int32]) -> NDArray[np.int32]:
-    """What both begin with."""
-    length = min(len(one), len(other))
-    return one[: int(np.cumprod(one[:length] == other[:length]).sum())]
-
-
-def _runs(segments: tuple[Segment, ...]) -> list[tuple[bool, list[Segment]]]:
-    runs: list[tuple[bool, list[Segment]]] = []
-    for segment in segments:
-        is_answer = segment.kind == "answer"
-        if not runs or runs[-1][0] != is_answer:
-            runs.append((is_answer, []))
-        runs[-1][1].append(segment)
-    return runs
+    """Choose which of `count` examples tell the shared prefix: spread, as files are often sorted."""
+    return sorted(Random(PREFIX_SAMPLE_SEED).sample(range(count), min(count, PREFIX_SAMPLE_SIZE)))
