@@ -116,7 +116,7 @@ def _run_commands(folder: Path, seed: int) -> tuple[float, float]:
 
     conversion = ConvertOptions(input=str(folder / "train.csv"), output=dataset, model_name=model, **shared)
     counts = [
-        read_rows(str(folder / f"{name}.csv"), conversion, needs_prediction=True).checked()
+        read_rows(str(folder / f"{name}.csv"), conversion, needs_prediction=True).count_rows()
         for name in ("train", "eval", "test")
     ]
     say(

@@ -23,17 +23,14 @@ from hypothesis import strategies as st
 
 from mdl_toolkit.audio.flac import PackedAudio, pack_audio, unpack_audio
 from mdl_toolkit.cli.main import run
-from mdl_toolkit.data import dataset as room
+from mdl_toolkit.data import dataset_writer
 from mdl_toolkit.data.dataset import (
     RECORD_FILE,
     ConvertedDataset,
     Record,
-    ShardWriter,
-    check_output,
     is_converted,
-    shard_name,
-    write_metadata,
 )
+from mdl_toolkit.data.dataset_writer import ShardWriter, check_output, shard_name, write_metadata
 from mdl_toolkit.data.tokenization import Tokens
 from mdl_toolkit.errors import DatasetError, InputError
 from mdl_toolkit.utils.files import check_apart, replace_folder
@@ -188,7 +185,7 @@ def test_rows_come_back_in_order(tmp_path, count, rows_per_shard, shards):
 def test_long_recordings_are_written_in_small_batches(tmp_path, monkeypatch):
     """An Arrow column holds at most 2 GiB of bytes per batch."""
     rows = make_rows(7)
-    monkeypatch.setattr(room, "BATCH_BYTES", 10_000)
+    monkeypatch.setattr(dataset_writer, "BATCH_BYTES", 10_000)
     folder = write(tmp_path / "data", rows)
     with pa.ipc.open_stream((folder / "data-00000-of-00001.arrow").read_bytes()) as stream:
         sizes = [batch.column("audio").nbytes for batch in stream]

@@ -42,7 +42,7 @@ def opened(content: str | bytes, **more) -> Manifest:
 def read(content: str | bytes, **more) -> Read:
     manifest = opened(content, **more)
     rows = tuple(manifest.rows())
-    assert manifest.checked() == len(rows)
+    assert manifest.count_rows() == len(rows)
     return Read(manifest.columns, rows)
 
 
@@ -167,7 +167,7 @@ def test_paths_start_at_base_dir_or_here_and_not_at_the_csv(folder, monkeypatch)
     with pytest.raises(RowsError):
         read_manifest(
             folder / "x.csv", base_dir=None, system_prompt=None, user_prompt=None, needs_prediction=True
-        ).checked()
+        ).count_rows()
 
 
 def test_absolute_paths_and_addresses_are_left_alone(folder):

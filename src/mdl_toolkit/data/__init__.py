@@ -6,7 +6,8 @@ Modules:
     listing         a folder or pattern of recordings as a CSV
     chat_template   a row to messages and segments
     tokenization    segments to `input_ids` and `labels`
-    dataset         the converted dataset on disk
+    dataset         the converted dataset on disk, and its samples
+    dataset_writer  samples to that dataset
     collate         samples to one batch
     prefetch        batches ahead of time, in threads
     open_audio      rows to clips, addresses fetched ahead

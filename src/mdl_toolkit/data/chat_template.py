@@ -1,8 +1,8 @@
 """A row to messages, and messages to segments: each prompt, audio or answer.
 
-The checkpoint's chat template is data and decides everything around the user's words. It is rendered with
-marks in their places, so that nothing in the words can pass for a part of the template, and nothing has to
-be searched for afterwards.
+The checkpoint's chat template is data and decides everything around the user's texts. It is rendered with
+marks in their stead, so that nothing in a text can pass for a part of the template, and nothing has to be
+searched for afterwards.
 """
 
 import json
@@ -22,18 +22,19 @@ from mdl_toolkit.errors import ModelError
 from mdl_toolkit.i18n import Localized
 
 Role = Literal["system", "user", "assistant"]
-_MARK = "\ufdd0{}\ufdd1"  # Unicode noncharacters: no template holds them
+# Unicode noncharacters, which no template holds.
+_MARK = "\ufdd0{}\ufdd1"
 _MARKED = re.compile("\ufdd0(\\d+)\ufdd1")
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation.
+    """Hold one turn of a conversation.
 
     Attributes:
         role: who speaks.
-        text: the words; None when there are none.
-        has_audio: the recording comes before the words.
+        text: the turn's text; None when there is none.
+        has_audio: the recording comes before the text.
     """
 
     role: Role
@@ -43,13 +44,13 @@ class Message:
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of a rendered conversation.
+    """Hold a stretch of a rendered conversation.
 
     Attributes:
         kind: `answer` is what the model shall learn to say, its closing token included; `audio` stands for
             the recording; all else is `prompt`.
         text: as rendered; for `audio` the placeholder.
-        is_template: the text is the template's, and special tokens in it are tokens; in the user's own words
+        is_template: the text is the template's, and special tokens in it are tokens; in the user's own texts
             they are plain text.
     """
 
@@ -60,7 +61,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class AudioMarks:
-    """The tokens around and in the place of a recording."""
+    """Name the tokens around and in the place of a recording."""
 
     token: str = "<|AUDIO|>"
     begin: str = "<|audio_bos|>"
@@ -68,7 +69,7 @@ class AudioMarks:
 
 
 def messages_of(row: Row, *, with_answer: bool) -> tuple[Message, ...]:
-    """The conversation of a row; an empty system prompt is none (rule 2)."""
+    """Return the conversation of a row; an empty system prompt is left out."""
     system = (Message("system", row.system_prompt),) if row.system_prompt else ()
     user = Message("user", row.user_prompt or None, has_audio=True)
     answer = (Message("assistant", row.prediction or ""),) if with_answer else ()
@@ -77,7 +78,7 @@ def messages_of(row: Row, *, with_answer: bool) -> tuple[Message, ...]:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A checkpoint's chat template.
+    """Render conversations with a checkpoint's chat template.
 
     Attributes:
         source: Jinja text.
@@ -98,93 +99,95 @@ class ChatTemplate:
         that the model is trained on the prompt that it will be asked with.
 
         Raises:
-            ModelError: the template fails, leaves out words or audio, or does not close the answer.
+            ModelError: the template fails, leaves out texts or audio, or does not close the answer.
         """
         shape = tuple((m.role, m.text is not None, m.has_audio) for m in messages)
-        words = [m.text for m in messages if m.text is not None]
+        texts = [m.text for m in messages if m.text is not None]
         return tuple(
-            Segment(piece.kind, words[piece.word], False) if piece.word is not None
-            else Segment(piece.kind, piece.text, True)
-            for piece in _skeleton(self, shape)
-        )  # fmt: skip
+            Segment(part.kind, part.text, True)
+            if part.text_index is None
+            else Segment(part.kind, texts[part.text_index], False)
+            for part in _skeleton(self, shape)
+        )
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """A segment of which the words are not filled in yet: `word` is their number."""
+class _SkeletonPart:
+    """Hold the template's text of a segment, or the index of the message's text that is filled in."""
 
     kind: Literal["prompt", "audio", "answer"]
     text: str = ""
-    word: int | None = None
+    text_index: int | None = None
 
 
 _Shape = tuple[tuple[Role, bool, bool], ...]
 
 
 @lru_cache(maxsize=64)
-def _skeleton(template: ChatTemplate, shape: _Shape) -> tuple[_Piece, ...]:
-    """The pieces of every conversation of one shape; a template is rendered once per shape."""
-    turns, words = _marked_turns(shape), sum(has_text for _, has_text, _ in shape)
+def _skeleton(template: ChatTemplate, shape: _Shape) -> tuple[_SkeletonPart, ...]:
+    """Render every conversation of one shape at once: role, has a text, has audio, of each message.
+
+    Raises:
+        ModelError: see `ChatTemplate.segments`.
+    """
+    turns, texts = _marked_turns(shape), sum(has_text for _, has_text, _ in shape)
     if shape[-1][0] != "assistant":
-        return tuple(_prompt_pieces(template, _render(template, turns, asking=True), words))
-    prompt = _prompt_pieces(template, _render(template, turns[:-1], asking=True), words - 1)
-    rest = _after_answer(template, _render(template, turns, asking=False), words - 1)
-    return (
-        *prompt,
-        _Piece("answer", word=words - 1),
-        _Piece("answer", template.end_of_turn),
-        *([_Piece("prompt", rest)] if rest else []),
-    )
-
-
-def _after_answer(template: ChatTemplate, rendered: str, answer: int) -> str:
-    """What the template writes after an answer and the token that closes it."""
-    _, mark, after = rendered.partition(_MARK.format(answer))
+        return tuple(_prompt_parts(template, _render(template, turns, asking=True), texts))
+    prompt = _prompt_parts(template, _render(template, turns[:-1], asking=True), texts - 1)
+    rendered = _render(template, turns, asking=False)
+    _, mark, after = rendered.partition(_MARK.format(texts - 1))
     if not mark or _MARKED.search(after):
-        raise _unfit(_WORDS)
+        raise _unfit(_TEXTS_MISSING)
     if template.marks.token in after:
-        raise _unfit(_audio_words(template))
-    if not after.startswith(template.end_of_turn):
-        raise _unfit(
-            Localized("it does not close an answer with {end_of_turn}", end_of_turn=template.end_of_turn)
-        )
-    return after[len(template.end_of_turn) :]
+        raise _unfit(_audio_misplaced(template))
+    end = template.end_of_turn
+    if not after.startswith(end):
+        raise _unfit(Localized("it does not close an answer with {end_of_turn}", end_of_turn=end))
+    answer = [_SkeletonPart("answer", text_index=texts - 1), _SkeletonPart("answer", end)]
+    following = after.removeprefix(end)
+    return (*prompt, *answer, *([_SkeletonPart("prompt", following)] if following else []))
 
 
 def _marked_turns(shape: _Shape) -> list[dict[str, Any]]:
-    turns, word = [], 0
+    """Return messages as a template takes them, with numbered marks for their texts."""
+    turns, text_index = [], 0
     for role, has_text, has_audio in shape:
-        parts: list[dict[str, str]] = [{"type": "audio", "audio": ""}] if has_audio else []
+        content: list[dict[str, str]] = [{"type": "audio", "audio": ""}] if has_audio else []
         if has_text:
-            parts.append({"type": "text", "text": _MARK.format(word)})
-            word += 1
-        turns.append({"role": role, "content": parts if has_audio else parts[0]["text"]})
+            content.append({"type": "text", "text": _MARK.format(text_index)})
+            text_index += 1
+        turns.append({"role": role, "content": content if has_audio else content[0]["text"]})
     return turns
 
 
-def _prompt_pieces(template: ChatTemplate, rendered: str, words: int) -> list[_Piece]:
-    pieces: list[_Piece] = []
+def _prompt_parts(template: ChatTemplate, rendered: str, texts: int) -> list[_SkeletonPart]:
+    """Split a rendered prompt at its marks and placeholder, and check that each is there once."""
+    parts: list[_SkeletonPart] = []
     for index, part in enumerate(_MARKED.split(rendered)):
         if index % 2:
-            pieces.append(_Piece("prompt", word=int(part)))
+            parts.append(_SkeletonPart("prompt", text_index=int(part)))
         elif part:
-            pieces += _audio_pieces(part, template.marks)
-    if sorted(piece.word for piece in pieces if piece.word is not None) != list(range(words)):
-        raise _unfit(_WORDS)
-    if sum(piece.kind == "audio" for piece in pieces) != 1:
-        raise _unfit(_audio_words(template))
-    return pieces
+            parts += _audio_parts(part, template.marks)
+    if sorted(part.text_index for part in parts if part.text_index is not None) != list(range(texts)):
+        raise _unfit(_TEXTS_MISSING)
+    if sum(part.kind == "audio" for part in parts) != 1:
+        raise _unfit(_audio_misplaced(template))
+    return parts
 
 
-def _audio_pieces(text: str, marks: AudioMarks) -> list[_Piece]:
-    """Split the template's text at the placeholder; marks around it are added where neither is there."""
-    before, found, after = text.partition(marks.token)
-    if not found:
-        return [_Piece("prompt", text)]
+def _audio_parts(text: str, marks: AudioMarks) -> list[_SkeletonPart]:
+    """Split the template's text at the placeholder; audio marks are added where neither is there."""
+    before, placeholder, after = text.partition(marks.token)
+    if not placeholder:
+        return [_SkeletonPart("prompt", text)]
     if not before.endswith(marks.begin) and not after.startswith(marks.end):
         before, after = before + marks.begin, marks.end + after
-    following = _audio_pieces(after, marks) if after else []
-    return [*([_Piece("prompt", before)] if before else []), _Piece("audio", marks.token), *following]
+    following = _audio_parts(after, marks) if after else []
+    return [
+        *([_SkeletonPart("prompt", before)] if before else []),
+        _SkeletonPart("audio", marks.token),
+        *following,
+    ]
 
 
 def _render(template: ChatTemplate, turns: list[dict[str, Any]], *, asking: bool) -> str:
@@ -193,13 +196,14 @@ def _render(template: ChatTemplate, turns: list[dict[str, Any]], *, asking: bool
         return _compile(template.source).render(
             messages=turns, add_generation_prompt=asking, tools=None, documents=None, **variables
         )
-    except Exception as problem:  # a template is a program, and may fail in every way that one can
+    # A template is a program, and may fail in every way that one can.
+    except Exception as problem:
         reason = " ".join(str(problem).split()) or type(problem).__name__
         raise _unfit(reason) from problem
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}`, by which a template may say what is an answer: here its content, nothing else."""
+    """Render `{% generation %}`, by which a template may mark an answer, as its content and nothing else."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2's own declaration
 
@@ -218,7 +222,7 @@ def _compile(source: str) -> jinja2.Template:
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = _now
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment.from_string(source)
 
 
@@ -234,18 +238,14 @@ def _to_json(
     )
 
 
-def _now(form: str) -> str:
-    return datetime.now().strftime(form)
-
-
 def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-_WORDS = Localized("it repeats words of a message or leaves them out")
+_TEXTS_MISSING = Localized("it repeats words of a message or leaves them out")
 
 
-def _audio_words(template: ChatTemplate) -> Localized:
+def _audio_misplaced(template: ChatTemplate) -> Localized:
     token = template.marks.token
     return Localized("it does not place {token} exactly once", token=token)
 

@@ -1,7 +1,4 @@
-"""Samples to one batch of tensors: text padded on the left, audio on the right.
-
-Which samples go together is for others to say.
-"""
+"""Samples to one batch of tensors: text padded on the left, audio on the right."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,11 +16,11 @@ from mdl_toolkit.model.lengths import audio_token_count
 
 @dataclass(frozen=True)
 class PrecomputedSample:
-    """A row whose audio the encoder and the projector have been through already.
+    """Hold an example whose audio has been through the encoder and the projector already.
 
     Attributes:
-        input_ids: `[positions]` int32.
-        labels: `[positions]` int32, -100 where nothing is to be learnt.
+        input_ids: `[tokens]` int32.
+        labels: `[tokens]` int32, -100 where nothing is to be learnt.
         features: `[audio tokens, hidden_size]`.
         samples: of its waveform.
     """
@@ -35,33 +32,33 @@ class PrecomputedSample:
 
 
 class SampleSource(Protocol):
-    """Rows that a collator takes."""
+    """Give samples by their numbers, and their lengths without reading them."""
 
     @property
     def token_counts(self) -> NDArray[np.int64]:
-        """Positions of every row in the decoder, `[rows]`."""
+        """Return the tokens of every example, `[examples]`."""
 
     def __getitem__(self, index: int, /) -> Sample | PrecomputedSample:
-        """One row."""
+        """Return one example."""
 
 
-class _Text(TypedDict):
+class _TextBatch(TypedDict):
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
     audio_length: Tensor
 
 
-class Batch(_Text, total=False):
-    """What the model's forward takes; of waveforms and features, one.
+class Batch(_TextBatch, total=False):
+    """Hold the arguments of the model's forward: waveforms or features, not both.
 
     Attributes:
-        input_ids: `[batch, positions]` int64, padded on the left.
-        attention_mask: `[batch, positions]` int64, 0 at padding.
-        labels: `[batch, positions]` int64, -100 at padding and prompt.
+        input_ids: `[batch, tokens]` int64, padded on the left.
+        attention_mask: `[batch, tokens]` int64, 0 at padding.
+        labels: `[batch, tokens]` int64, -100 at padding and prompt.
         input_values: `[batch, longest]` float32, zero-padded on the right.
         audio_length: `[batch]` int64, in samples.
-        audio_features: `[audio tokens of the batch, hidden_size]`, row behind row.
+        audio_features: `[audio tokens of the batch, hidden_size]`, example after example.
     """
 
     input_values: Tensor
@@ -70,12 +67,12 @@ class Batch(_Text, total=False):
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Rows that are to be answered.
+    """Hold the prompts of examples that are to be answered.
 
     Attributes:
-        tensors: `input_ids` `[rows, longest]` int64, padded on the right; `audio_length`; `input_values` or
+        tensors: `input_ids` `[batch, longest]` int64, padded on the right; `audio_length`; `input_values` or
             `audio_features`, as in a batch.
-        lengths: positions of each row.
+        lengths: tokens of each prompt.
     """
 
     tensors: dict[str, Tensor]
@@ -83,15 +80,15 @@ class PromptBatch:
 
 
 def collate_prompts(samples: Sequence[Sample | PrecomputedSample], pad_id: int) -> PromptBatch:
-    """Put rows together; nothing of the padding on the right is ever seen by what is before it."""
+    """Collate prompts, padded on the right, where no token before the padding sees it."""
     ids = [sample.input_ids for sample in samples]
-    padded = torch.from_numpy(_right(ids, np.int64, pad_id))
-    return PromptBatch({"input_ids": padded, **_audio(samples)}, [len(row) for row in ids])
+    padded = torch.from_numpy(_pad_right(ids, np.int64, pad_id))
+    return PromptBatch({"input_ids": padded, **_collate_audio(samples)}, [len(row) for row in ids])
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Make a batch; `pad_id` fills the ids of short rows."""
+    """Collate samples to a batch; `pad_id` fills the ids of short ones."""
 
     pad_id: int
 
@@ -99,30 +96,30 @@ class Collator:
         """Pad samples, all of one kind, to one length and stack them."""
         ids = [sample.input_ids for sample in samples]
         return Batch(
-            input_ids=_left(ids, self.pad_id),
-            attention_mask=_left([np.ones_like(row) for row in ids], 0),
-            labels=_left([sample.labels for sample in samples], IGNORE_INDEX),
-            **_audio(samples),  # type: ignore[typeddict-item]
+            input_ids=_pad_left(ids, self.pad_id),
+            attention_mask=_pad_left([np.ones_like(row) for row in ids], 0),
+            labels=_pad_left([sample.labels for sample in samples], IGNORE_INDEX),
+            **_collate_audio(samples),  # type: ignore[typeddict-item]
         )
 
 
-def _audio(samples: Sequence[Sample | PrecomputedSample]) -> dict[str, Tensor]:
+def _collate_audio(samples: Sequence[Sample | PrecomputedSample]) -> dict[str, Tensor]:
     if featured := [sample for sample in samples if isinstance(sample, PrecomputedSample)]:
         lengths = torch.tensor([sample.samples for sample in featured])
         return {"audio_features": torch.cat([each.features for each in featured]), "audio_length": lengths}
     waveforms = [sample.waveform for sample in samples if isinstance(sample, Sample)]
-    padded = torch.from_numpy(_right(waveforms, np.float32, 0.0))
+    padded = torch.from_numpy(_pad_right(waveforms, np.float32, 0.0))
     return {"input_values": padded, "audio_length": torch.tensor([len(w) for w in waveforms])}
 
 
-def _left(rows: Sequence[np.ndarray], filler: int) -> Tensor:
+def _pad_left(rows: Sequence[np.ndarray], filler: int) -> Tensor:
     padded = np.full((len(rows), max(map(len, rows))), filler, dtype=np.int64)
     for target, row in zip(padded, rows, strict=True):
         target[len(target) - len(row) :] = row
     return torch.from_numpy(padded)
 
 
-def _right(rows: Sequence[np.ndarray], dtype: type, filler: float) -> NDArray[Any]:
+def _pad_right(rows: Sequence[np.ndarray], dtype: type, filler: float) -> NDArray[Any]:
     padded: NDArray[Any] = np.full((len(rows), max(map(len, rows))), filler, dtype=dtype)
     for target, row in zip(padded, rows, strict=True):
         target[: len(row)] = row
@@ -130,12 +127,12 @@ def _right(rows: Sequence[np.ndarray], dtype: type, filler: float) -> NDArray[An
 
 
 def items_of(batch: Batch) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of a batch."""
+    """Yield the names and tensors of a batch."""
     yield from batch.items()  # type: ignore[misc]
 
 
 def pin_batch(batch: Batch) -> Batch:
-    """The batch in memory from which a GPU copies while it computes; where there is none left, as it is."""
+    """Copy a batch to pinned memory, from which a GPU copies while it computes; return it if none is left."""
     try:
         return Batch(**{name: tensor.pin_memory() for name, tensor in items_of(batch)})  # type: ignore[typeddict-item]
     except RuntimeError:
@@ -143,20 +140,20 @@ def pin_batch(batch: Batch) -> Batch:
 
 
 def split(batch: Batch, most: int) -> Iterator[Batch]:
-    """A batch in parts of at most so many rows, without the padding that a part does not need."""
-    rows = len(batch["input_ids"])
-    if rows <= most:
+    """Split a batch into parts of at most `most` examples, without the padding that a part does not need."""
+    size = len(batch["input_ids"])
+    if size <= most:
         yield batch
         return
-    first = 0  # of the audio tokens
-    for start in range(0, rows, most):
+    first_token = 0
+    for start in range(0, size, most):
         part = {name: tensor[start : start + most] for name, tensor in items_of(batch)}
         width, longest = int(part["attention_mask"].sum(1).max()), int(part["audio_length"].max())
         for name in ("input_ids", "attention_mask", "labels"):
             part[name] = part[name][:, -width:]
         if "audio_features" in batch:
-            stop = first + sum(map(audio_token_count, part["audio_length"].tolist()))
-            part["audio_features"], first = batch["audio_features"][first:stop], stop
+            stop = first_token + sum(map(audio_token_count, part["audio_length"].tolist()))
+            part["audio_features"], first_token = batch["audio_features"][first_token:stop], stop
         else:
             part["input_values"] = part["input_values"][:, :longest]
         yield Batch(**part)  # type: ignore[typeddict-item]

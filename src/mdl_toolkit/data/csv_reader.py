@@ -1,6 +1,6 @@
 """A CSV file to lines of cells, as a stream: encoding, line ends, quotes, and where they are wrong.
 
-What the columns mean is said in `manifest`, and in `tables` for CSVs without recordings.
+What the columns mean is said in `manifest`, and in `evaluation.csv_table` for CSVs without recordings.
 """
 
 import codecs
@@ -19,82 +19,85 @@ from typing import BinaryIO, NamedTuple
 from mdl_toolkit.errors import InputError, RowProblem
 from mdl_toolkit.i18n import Localized, join_messages
 
-NUL_MARK = "\udc00"  # stands for NUL while the CSV is read, as Python 3.10's csv refuses NUL itself
-BAD_BYTE = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of bytes that are not UTF-8
-LONGEST_CELL = 2**31 - 1  # the most csv.field_size_limit takes where a C long has 32 bits; default 131,072
-OTHER_ENCODINGS = ("gb18030", "cp1252")  # what spreadsheets write when they do not write UTF-8
-PIECE = 1 << 20  # bytes read at once
+# Stands for NUL while the CSV is read, as Python 3.10's csv refuses NUL itself.
+NUL_MARK = "\udc00"
+# What `surrogateescape` makes of bytes that are not UTF-8.
+BAD_BYTE = re.compile("[\udc80-\udcff]")
+# The most that csv.field_size_limit takes where a C long has 32 bits; its default is 131,072.
+LONGEST_CELL = 2**31 - 1
+# What spreadsheets write when they do not write UTF-8.
+OTHER_ENCODINGS = ("gb18030", "cp1252")
+# Bytes read at once.
+BLOCK_BYTES = 1 << 20
 
 
 class Line(NamedTuple):
-    """One row of cells, and the line of the file where it starts, counted from 1."""
+    """Hold a row's cells, and the line of the file where it starts, counted from 1."""
 
     number: int
     cells: list[str]
 
 
 def csv_error(path: Path, message: Localized) -> InputError:
-    """An error that names the file."""
+    """Return an error that names the file."""
     return InputError("{path}: {message}.", path=path, message=message)
 
 
-# --- lines to rows -----------------------------------------------------------------------------------
+# --- reading -----------------------------------------------------------------------------------------
 
 
 def file_stamp(status: os.stat_result) -> tuple[int, int]:
-    """Size (bytes) and time of change (ns), by which a file that was changed is recognised."""
+    """Return a file's size (bytes) and time of change (ns), by which a change is recognised."""
     return status.st_size, status.st_mtime_ns
 
 
 @contextmanager
 def open_csv(path: Path) -> Iterator[BinaryIO]:
-    """The file, open and at its start.
+    """Open a file that is not UTF-16.
 
     Raises:
         InputError: it cannot be read, is no regular file, or UTF-16.
     """
     try:
-        with _open(path) as file:
-            yield file
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+            reason = Localized("this is a device or pipe, and it is read more than once; give a file")
+            raise csv_error(path, reason)
+        file = path.open("rb")
     except FileNotFoundError:
         raise csv_error(path, Localized("there is no such file; correct the path")) from None
     except IsADirectoryError:
         raise csv_error(path, Localized("this is a folder; give a CSV file")) from None
-    except OSError as problem:
-        reason = problem.strerror or problem
-        raise csv_error(path, Localized("cannot be read ({reason})", reason=reason)) from problem
+    except (OSError, ValueError) as problem:
+        raise _unreadable(path, problem) from problem
+    with file:
+        try:
+            if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+                raise csv_error(path, Localized("this is UTF-16; save it as UTF-8"))
+            file.seek(0)
+            yield file
+        except OSError as problem:
+            raise _unreadable(path, problem) from problem
 
 
-def _open(path: Path) -> BinaryIO:
-    try:
-        status = path.stat()
-    except ValueError as problem:
-        raise csv_error(path, Localized("cannot be read ({reason})", reason=problem)) from problem
-    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
-        raise csv_error(
-            path, Localized("this is a device or pipe, and it is read more than once; give a file")
-        )
-    file = path.open("rb")
-    if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
-        file.close()
-        raise csv_error(path, Localized("this is UTF-16; save it as UTF-8"))
-    file.seek(0)
-    return file
+def _unreadable(path: Path, problem: OSError | ValueError) -> InputError:
+    reason = getattr(problem, "strerror", None) or problem
+    return csv_error(path, Localized("cannot be read ({reason})", reason=reason))
 
 
-class _Text:
-    """Lines of text, with bytes that are not UTF-8 as lone surrogates and NUL as `NUL_MARK`.
+class _TextLines:
+    """Iterate over lines of text, with bytes that are not UTF-8 as lone surrogates and NUL as `NUL_MARK`.
 
     Attributes:
         is_bad: a byte that is not UTF-8 has come by.
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        ending = _ending(file)
+        ending = _line_ending(file)
         self._lines = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline=ending)
         self.is_bad = False
 
-    def __iter__(self) -> "_Text":
+    def __iter__(self) -> "_TextLines":
         return self
 
     def __next__(self) -> str:
@@ -108,34 +111,44 @@ class _Text:
         self._lines.detach()
 
 
-def _ending(file: BinaryIO) -> str:
-    r"""How lines end: with \n or \r\n, or all with \r as old spreadsheets wrote them."""
-    found = any(b"\n" in piece for piece in iter(lambda: file.read(PIECE), b""))
+def _line_ending(file: BinaryIO) -> str:
+    r"""Return `\n` if a line ends with it or with \r\n, else `\r`, which old spreadsheets wrote."""
+    has_newline = any(b"\n" in block for block in iter(lambda: file.read(BLOCK_BYTES), b""))
     file.seek(0)
-    return "\n" if found else "\r"
+    return "\n" if has_newline else "\r"
 
 
 def read_lines(path: Path, file: BinaryIO) -> Generator[Line, None, None]:
-    r"""The rows that are not blank, the column names first; a \r inside a row must be quoted.
+    r"""Yield the rows that are not blank, the column names first; a \r inside a row must be quoted.
 
     Raises:
         InputError: no valid CSV, or not UTF-8, with the first place.
     """
     csv.field_size_limit(LONGEST_CELL)
-    text = _Text(file)
+    text = _TextLines(file)
     reader = csv.reader(text, strict=True)
     columns: list[str] = []
+    number = 1
     try:
-        while True:
-            number = reader.line_num + 1
-            cells = _cells(path, reader, text, number)
-            if cells is None:
-                return
+        for cells in reader:
             columns = columns or cells
             if text.is_bad:
-                raise _not_utf8(path, number, _bad_column(cells, columns, number))
+                # Name the column of the first bad byte, if that is known.
+                index = next((i for i, cell in enumerate(cells) if BAD_BYTE.search(cell)), len(columns))
+                is_known = index < len(columns) and number > 1 and not BAD_BYTE.search(columns[index])
+                raise _not_utf8(path, number, columns[index] if is_known else "")
             if cells:
                 yield Line(number, cells)
+            number = reader.line_num + 1
+    except csv.Error as problem:
+        if text.is_bad:
+            raise _not_utf8(path, number, "") from problem
+        reason = Localized(
+            "the row that starts on line {number} is no valid CSV ({reason}); check its quotes",
+            number=number,
+            reason=problem,
+        )
+        raise csv_error(path, reason) from problem
     finally:
         text.detach()
 
@@ -150,42 +163,19 @@ def copy_rows(path: Path, target: BinaryIO, is_wanted: Callable[[int], bool]) ->
         open_csv(path) as file,
         closing(read_lines(path, file)) as lines,
         open_csv(path) as raw,
-        io.TextIOWrapper(raw, "latin-1", newline=_ending(raw)) as physical,
+        io.TextIOWrapper(raw, "latin-1", newline=_line_ending(raw)) as physical,
     ):
         next(lines)
-        keeps, start = True, next(lines, None)
+        is_kept, start = True, next(lines, None)
         for number, line in enumerate(physical, 1):
             if start is not None and number == start.number:
-                keeps, start = is_wanted(number), next(lines, None)
-            if keeps:
+                is_kept, start = is_wanted(number), next(lines, None)
+            if is_kept:
                 target.write(line.encode("latin-1"))
 
 
-def _cells(path: Path, reader: Iterator[list[str]], text: _Text, number: int) -> list[str] | None:
-    try:
-        return next(reader, None)
-    except csv.Error as problem:
-        if text.is_bad:
-            raise _not_utf8(path, number, "") from problem
-        raise csv_error(
-            path,
-            Localized(
-                "the row that starts on line {number} is no valid CSV ({reason}); check its quotes",
-                number=number,
-                reason=problem,
-            ),
-        ) from problem
-
-
-def _bad_column(cells: list[str], columns: list[str], number: int) -> str:
-    """The name of the first column with a bad byte, as far as it is known."""
-    index = next((i for i, cell in enumerate(cells) if BAD_BYTE.search(cell)), len(columns))
-    known = index < len(columns) and number > 1 and not BAD_BYTE.search(columns[index])
-    return columns[index] if known else ""
-
-
 def _not_utf8(path: Path, line: int, column: str) -> InputError:
-    """The error for text that is not UTF-8, naming the first place and the likely encoding."""
+    """Return the error for text that is not UTF-8, naming the first place and the likely encoding."""
     guess = next((name for name in OTHER_ENCODINGS if _decodes(path, name)), None)
     where = (
         Localized("line {line}, column {column}", line=line, column=column)
@@ -202,11 +192,12 @@ def _not_utf8(path: Path, line: int, column: str) -> InputError:
 
 
 def _decodes(path: Path, encoding: str) -> bool:
+    """Tell whether a whole file is text of an encoding."""
     decoder = codecs.getincrementaldecoder(encoding)()
     try:
         with path.open("rb") as file:
-            for piece in iter(lambda: file.read(PIECE), b""):
-                decoder.decode(piece)
+            for block in iter(lambda: file.read(BLOCK_BYTES), b""):
+                decoder.decode(block)
         decoder.decode(b"", final=True)
     except (UnicodeDecodeError, OSError):
         return False
@@ -217,7 +208,7 @@ def _decodes(path: Path, encoding: str) -> bool:
 
 
 def read_header(path: Path, lines: Iterator[Line]) -> tuple[str, ...]:
-    """The column names, which are the first of the lines.
+    """Return the column names, which are the first of the lines.
 
     Raises:
         InputError: there is no line.
@@ -229,7 +220,7 @@ def read_header(path: Path, lines: Iterator[Line]) -> tuple[str, ...]:
 
 
 def no_rows_error(path: Path) -> InputError:
-    """The error for a CSV of column names alone."""
+    """Return the error for a CSV of column names alone."""
     return csv_error(path, Localized("there is no row below the column names; add one"))
 
 
@@ -239,7 +230,7 @@ def check_columns(path: Path, columns: Sequence[str], needed: Sequence[str]) -> 
     Raises:
         InputError: a needed column is missing, or any column is there twice.
     """
-    complaints = [_missing(name, columns) for name in needed if name not in columns]
+    complaints = [_missing_column(name, columns) for name in needed if name not in columns]
     complaints += [
         Localized("there are {count} columns {name!r}; rename or remove one", count=count, name=name)
         for name, count in Counter(columns).items()
@@ -251,12 +242,12 @@ def check_columns(path: Path, columns: Sequence[str], needed: Sequence[str]) -> 
         raise csv_error(path, join_messages(complaints, "{left}; {right}"))
 
 
-def _missing(name: str, columns: Sequence[str]) -> Localized:
-    tidy = {column.strip().lower().replace("-", "_").replace(" ", "_"): column for column in columns}
-    alike = difflib.get_close_matches(name, tidy, 1, 0.8)
+def _missing_column(name: str, columns: Sequence[str]) -> Localized:
+    normalized = {column.strip().lower().replace("-", "_").replace(" ", "_"): column for column in columns}
+    alike = difflib.get_close_matches(name, normalized, 1, 0.8)
     listed = ", ".join(repr(column) for column in columns)
     if alike:
-        hint = Localized("rename {column!r}", column=tidy[alike[0]])
+        hint = Localized("rename {column!r}", column=normalized[alike[0]])
     elif len(columns) == 1 and re.search("[;\t|]", columns[0]):
         hint = Localized("separate cells by commas")
     else:
@@ -269,17 +260,13 @@ def _missing(name: str, columns: Sequence[str]) -> Localized:
     )
 
 
-def excess(columns: Sequence[str], line: Line) -> Iterator[RowProblem]:
-    """The first cell beyond the last column, if a row has one."""
-    width = len(columns)
-    if len(line.cells) > width:
-        value, reason = line.cells[width], _too_many(len(line.cells), width)
-        yield RowProblem(line.number, str(width + 1), value, reason)
-
-
-def _too_many(cells: int, columns: int) -> Localized:
-    return Localized(
-        "the row has {cells} cells, the header {columns}; put text that holds a comma in double quotes",
-        cells=cells,
-        columns=columns,
-    )
+def width_problems(columns: Sequence[str], line: Line) -> Iterator[RowProblem]:
+    """Yield a problem if a row has more cells than there are columns, with the first cell too many."""
+    width, cells = len(columns), len(line.cells)
+    if cells > width:
+        reason = Localized(
+            "the row has {cells} cells, the header {columns}; put text that holds a comma in double quotes",
+            cells=cells,
+            columns=width,
+        )
+        yield RowProblem(line.number, str(width + 1), line.cells[width], reason)

@@ -21,13 +21,13 @@ from mdl_toolkit.data.csv_reader import (
     check_columns,
     copy_rows,
     csv_error,
-    excess,
     file_stamp,
     no_rows_error,
     open_csv,
     read_header,
     read_lines,
-)  # fmt: skip
+    width_problems,
+)
 from mdl_toolkit.errors import InputError, Problems, RowProblem
 from mdl_toolkit.i18n import Localized
 
@@ -40,7 +40,7 @@ NUL_BYTE = Localized("holds a NUL byte; remove it")
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a CSV.
+    """Hold one row of a CSV.
 
     Attributes:
         line: line of the file where the row starts, counted from 1; the header is on line 1.
@@ -64,13 +64,13 @@ class Row:
 
     @property
     def shown(self) -> str:
-        """The cell `audio` as messages may show it: an address without its password."""
+        """Return the cell `audio` as messages may show it: an address without its password."""
         return without_credentials(self.audio_text)
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """What the options say for rows that do not say it themselves."""
+    """Hold the options' values for rows that have none of their own."""
 
     base_dir: str | Path | None
     system_prompt: str | None
@@ -79,13 +79,13 @@ class Defaults:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A CSV whose columns have been checked; going through it reads it as a stream, every time anew.
+    """Read a CSV whose columns have been checked; each iteration reads it as a stream, anew.
 
     Attributes:
         path: the file.
         columns: its columns, in order.
         defaults: what the options say.
-        fill_in: an empty prediction is a problem.
+        requires_prediction: an empty prediction is a problem.
         stamp: size (bytes) and time of change (ns) when it was opened first.
         listed: the folder or pattern of recordings that the file is a list of, if it was made of one.
     """
@@ -93,12 +93,12 @@ class Manifest:
     path: Path
     columns: tuple[str, ...]
     defaults: Defaults
-    fill_in: bool
+    requires_prediction: bool
     stamp: tuple[int, int]
     listed: str | None = None
 
     def __iter__(self) -> Iterator[Row | RowProblem]:
-        """Each usable row, and each problem of the others, in the file's order.
+        """Yield each usable row, and each problem of the others, in the file's order.
 
         Problems are: too many cells, a NUL byte, an empty cell, an audio path that is not a file with
         something in it, an address that is not http or https.
@@ -106,23 +106,49 @@ class Manifest:
         Raises:
             InputError: from some line on it is no CSV or not UTF-8, or it was changed in the meantime.
         """
-        return self._read(_look_for)
+        return self._read(find_recording)
 
     def rows(self) -> Iterator[Row]:
-        """The usable rows, for those who know of the problems already."""
+        """Yield the usable rows, for callers that know of the problems already."""
         return (item for item in self if isinstance(item, Row))
 
     def rows_unchecked(self) -> Iterator[Row]:
-        """The rows without a look at their recordings, which may be gone by now; they have no stamps."""
+        """Yield the rows without a look at their recordings, which may be gone; they have no stamps."""
         return (item for item in self._read(lambda _: (0, 0)) if isinstance(item, Row))
 
-    def _read(self, look: Callable[[Row], tuple[int, int] | Localized]) -> Iterator[Row | RowProblem]:
-        reader = _Reader(self, look)
+    def _read(self, find: Callable[[Row], tuple[int, int] | Localized]) -> Iterator[Row | RowProblem]:
         with open_csv(self.path) as file, closing(read_lines(self.path, file)) as lines:
             self._check_unchanged(os.fstat(file.fileno()))
-            next(lines)  # the header
+            # The header.
+            next(lines)
             for line in lines:
-                yield from reader.read(line)
+                yield from self._parse(line, find)
+
+    def _parse(
+        self, line: Line, find: Callable[[Row], tuple[int, int] | Localized]
+    ) -> Sequence[Row | RowProblem]:
+        """Return the line's row, or its problems."""
+        cells = line.cells + [""] * (len(self.columns) - len(line.cells))
+        named = dict(zip(self.columns, cells, strict=False))
+        row = Row(
+            line=line.number,
+            audio=_resolve(named[AUDIO], self.defaults.base_dir),
+            audio_text=named[AUDIO],
+            system_prompt=_prompt_or(self.defaults.system_prompt, named.get(SYSTEM)),
+            user_prompt=_prompt_or(self.defaults.user_prompt, named.get(USER)),
+            prediction=named.get(PREDICTION),
+            cells=tuple(cells),
+        )
+        problems = [*width_problems(self.columns, line)]
+        for name, cell in zip(self.columns, line.cells, strict=False):
+            if NUL_MARK in cell:
+                problems.append(RowProblem(line.number, name, cell.replace(NUL_MARK, "\0"), NUL_BYTE))
+        stamp = find(row)
+        if isinstance(stamp, Localized):
+            problems.append(RowProblem(line.number, AUDIO, row.shown, stamp))
+        if self.requires_prediction and not row.prediction:
+            problems.append(RowProblem(line.number, PREDICTION, "", EMPTY_PREDICTION))
+        return problems if problems or isinstance(stamp, Localized) else [replace(row, stamp=stamp)]
 
     def _check_unchanged(self, status: os.stat_result) -> None:
         if file_stamp(status) != self.stamp:
@@ -140,8 +166,8 @@ class Manifest:
         copy_rows(self.path, target, lambda line: line not in lines)
         self._check_unchanged(self.path.stat())
 
-    def checked(self) -> int:
-        """Go through it once and return the number of rows.
+    def count_rows(self) -> int:
+        """Read all rows once and return how many there are.
 
         Raises:
             RowsError: all rows that cannot be used.
@@ -160,7 +186,7 @@ class Manifest:
 
     @property
     def source(self) -> str:
-        """What the user has given."""
+        """Return the path or pattern that the user has given."""
         return str(self.path) if self.listed is None else self.listed
 
     def check(self, problems: Problems) -> None:
@@ -168,7 +194,7 @@ class Manifest:
         problems.check(self.source, is_list=self.listed is not None)
 
     def no_rows(self) -> InputError:
-        """The error for a CSV of column names alone."""
+        """Return the error for a CSV of column names alone."""
         return no_rows_error(self.path)
 
 
@@ -181,14 +207,14 @@ def read_manifest(
     needs_prediction: bool,
     allow_empty_prediction: bool = False,
 ) -> Manifest:
-    """Open a CSV and check its columns (rules 8 to 13).
+    """Open a CSV and check its columns.
 
     A row with fewer cells than the header is filled up with empty ones; blank lines are skipped.
 
     Args:
         path: the CSV file.
         base_dir: where relative audio paths start; None is the current directory.
-        system_prompt: for rows whose own is empty or the word `null`.
+        system_prompt: for rows whose own is empty or `null`.
         user_prompt: likewise.
         needs_prediction: the column `prediction` must be there and filled in (training).
         allow_empty_prediction: an empty prediction is a prediction.
@@ -209,60 +235,20 @@ def read_manifest(
     return Manifest(path, columns, defaults, needs_prediction and not allow_empty_prediction, stamp)
 
 
-class _Reader:
-    """Lines to rows, or to what is wrong with them."""
-
-    def __init__(self, manifest: Manifest, look: Callable[[Row], tuple[int, int] | Localized]) -> None:
-        self.look = look
-        self.columns = manifest.columns
-        self.defaults = manifest.defaults
-        self.fill_in = manifest.fill_in
-
-    def read(self, line: Line) -> list[Row | RowProblem]:
-        """The row, or its problems."""
-        cells = line.cells + [""] * (len(self.columns) - len(line.cells))
-        row = self._row(line.number, dict(zip(self.columns, cells, strict=False)), cells)
-        problems = [*excess(self.columns, line), *_nul_bytes(self.columns, line)]
-        found = self.look(row)
-        if isinstance(found, Localized):
-            problems.append(RowProblem(line.number, AUDIO, row.shown, found))
-        if self.fill_in and not row.prediction:
-            problems.append(RowProblem(line.number, PREDICTION, "", EMPTY_PREDICTION))
-        return [*problems] if problems or isinstance(found, Localized) else [replace(row, stamp=found)]
-
-    def _row(self, number: int, named: dict[str, str], cells: list[str]) -> Row:
-        defaults = self.defaults
-        return Row(
-            line=number,
-            audio=_resolve(named[AUDIO], defaults.base_dir),
-            audio_text=named[AUDIO],
-            system_prompt=_prompt(named.get(SYSTEM), defaults.system_prompt),
-            user_prompt=_prompt(named.get(USER), defaults.user_prompt),
-            prediction=named.get(PREDICTION),
-            cells=tuple(cells),
-        )
-
-
-def _nul_bytes(columns: Sequence[str], line: Line) -> Iterator[RowProblem]:
-    for name, cell in zip(columns, line.cells, strict=False):
-        if NUL_MARK in cell:
-            yield RowProblem(line.number, name, cell.replace(NUL_MARK, "\0"), NUL_BYTE)
-
-
-def _prompt(cell: str | None, default: str | None) -> str | None:
-    """The cell, unless it says nothing: empty, or the word `null` (rule 10)."""
+def _prompt_or(default: str | None, cell: str | None) -> str | None:
+    """Return the cell, or the default if the cell is empty or `null`."""
     return default if cell in (None, "", "null") else cell
 
 
 def _resolve(audio: str, base_dir: str | Path | None) -> str:
-    """The cell as an address, or as a path that starts at the root or the current directory (rule 11)."""
+    """Return the cell if it is an address, else a path that starts at the root or the current directory."""
     if not audio or _SCHEME.match(audio):
         return audio
     return os.path.join(os.path.expanduser(base_dir or ""), os.path.expanduser(audio))  # noqa: PTH111, PTH118
 
 
-def _look_for(row: Row) -> tuple[int, int] | Localized:
-    """The recording's stamp, or what is wrong with the cell without opening or fetching anything."""
+def find_recording(row: Row) -> tuple[int, int] | Localized:
+    """Return the recording's stamp, or what is wrong with the cell; nothing is opened or fetched."""
     if not row.audio_text:
         return Localized("empty; give a path or an http(s) address")
     if _SCHEME.match(row.audio):
@@ -270,22 +256,19 @@ def _look_for(row: Row) -> tuple[int, int] | Localized:
     try:
         status = os.stat(row.audio)  # noqa: PTH116
     except ValueError:
-        return 0, 0  # a NUL byte, which has its own message
+        # A NUL byte has its own message.
+        return 0, 0
     except (FileNotFoundError, NotADirectoryError):
         return Localized("not found (looked for {audio}); correct the path or --base-dir", audio=row.audio)
     except OSError as problem:
         return Localized("cannot be used ({reason}); correct it", reason=problem.strerror)
-    return _file_problem(status) or file_stamp(status)
-
-
-def _file_problem(status: os.stat_result) -> Localized | None:
     if stat.S_ISDIR(status.st_mode):
         return Localized("this is a folder; give a file")
     if not stat.S_ISREG(status.st_mode):
         return Localized("this is a device or pipe; give a file")
     if not status.st_size:
         return Localized("the file is empty (0 bytes); get it again")
-    return None
+    return file_stamp(status)
 
 
 def _address_problem(url: str) -> Localized | None:
@@ -293,7 +276,7 @@ def _address_problem(url: str) -> Localized | None:
         return Localized("this kind of address cannot be fetched; give a path or an http(s) address")
     try:
         parts = urlsplit(url)
-        fine = parts.hostname and (parts.port is None or parts.port > 0)
+        is_valid = parts.hostname and (parts.port is None or parts.port > 0)
     except ValueError:
-        fine = False
-    return None if fine else Localized("this is no valid address; correct it")
+        is_valid = False
+    return None if is_valid else Localized("this is no valid address; correct it")

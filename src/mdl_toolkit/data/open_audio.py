@@ -30,11 +30,16 @@ class Recordings:
     allow_truncated: bool
 
     def clips(self, rows: list[Row]) -> Iterator[tuple[Row, Clip | RowProblem]]:
-        """Yield each row with its recording, or with what is wrong with that."""
-        for row, file in self._fetched(rows):
-            yield row, self._look(row, file)
+        """Yield each row with its recording, or with what is wrong with that; addresses are fetched ahead."""
+        ahead: deque[tuple[Row, Path | _Fetch]] = deque()
+        for row in rows:
+            ahead.append((row, _Fetch(self.downloads, row.audio) if is_url(row.audio) else Path(row.audio)))
+            if len(ahead) == FETCHED_AHEAD:
+                yield self._open(*ahead.popleft())
+        while ahead:
+            yield self._open(*ahead.popleft())
 
-    def _look(self, row: Row, file: "Path | _Fetch") -> Clip | RowProblem:
+    def _open(self, row: Row, file: "Path | _Fetch") -> tuple[Row, Clip | RowProblem]:
         try:
             path = file.result() if isinstance(file, _Fetch) else file
             clip = load(path, allow_truncated=self.allow_truncated)
@@ -43,17 +48,8 @@ class Recordings:
                     "the file was changed while it was being read; start again when it is complete"
                 )
         except AudioError as problem:
-            return RowProblem(row.line, "audio", row.shown, problem.message)
-        return clip
-
-    def _fetched(self, rows: list[Row]) -> Iterator[tuple[Row, "Path | _Fetch"]]:
-        """Yield each row with its file, fetching some addresses ahead."""
-        ahead: deque[tuple[Row, Path | _Fetch]] = deque()
-        for row in rows:
-            ahead.append((row, _Fetch(self.downloads, row.audio) if is_url(row.audio) else Path(row.audio)))
-            if len(ahead) == FETCHED_AHEAD:
-                yield ahead.popleft()
-        yield from ahead
+            return row, RowProblem(row.line, "audio", row.shown, problem.message)
+        return row, clip
 
 
 def _stamp(file: Path) -> tuple[int, int] | None:

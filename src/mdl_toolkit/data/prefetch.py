@@ -16,35 +16,35 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-Made = TypeVar("Made")
+T = TypeVar("T")
 
 # Threads that decode ahead; on a CPU one will do, as decoding takes 1.5 % of a step there.
 GPU_THREADS = 4
 
 
 @dataclass
-class Prefetcher(Generic[Made]):
-    """Make batches of rows, some ahead of their use.
+class Prefetcher(Generic[T]):
+    """Make batches ahead of their use.
 
     Attributes:
-        make: rows to a batch; called in threads.
+        make: makes a batch of the examples with some numbers; called in threads.
         threads: how many; one batch more than there are threads is kept ready.
         waited: seconds that the user of the batches has waited for them, the first one not counted.
     """
 
-    make: Callable[[NDArray[np.int64]], Made]
+    make: Callable[[NDArray[np.int64]], T]
     threads: int
     waited: float = 0.0
 
     @staticmethod
-    def for_device(device: torch.device, make: Callable[[NDArray[np.int64]], Made]) -> "Prefetcher[Made]":
-        """As many threads as a device needs that computes meanwhile."""
+    def for_device(device: torch.device, make: Callable[[NDArray[np.int64]], T]) -> "Prefetcher[T]":
+        """Return a prefetcher with as many threads as a device needs that computes meanwhile."""
         return Prefetcher(make, GPU_THREADS if device.type == "cuda" else 1)
 
-    def batches(self, wanted: Iterable[NDArray[np.int64]]) -> Generator[Made, None, None]:
-        """The batches, in order; closing it ends the threads."""
+    def batches(self, wanted: Iterable[NDArray[np.int64]]) -> Generator[T, None, None]:
+        """Yield the batches in order, each of some examples by their numbers; closing it ends the threads."""
         pool = ThreadPoolExecutor(self.threads, "batches")
-        source, ahead = iter(wanted), deque[Future[Made]]()
+        source, ahead = iter(wanted), deque[Future[T]]()
         try:
             for rows in islice(source, self.threads + 1):
                 ahead.append(pool.submit(self.make, rows))

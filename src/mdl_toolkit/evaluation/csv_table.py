@@ -13,11 +13,11 @@ from mdl_toolkit.audio.urls import without_credentials
 from mdl_toolkit.data.csv_reader import (
     NUL_MARK,
     check_columns,
-    excess,
     no_rows_error,
     open_csv,
     read_header,
     read_lines,
+    width_problems,
 )
 from mdl_toolkit.data.manifest import AUDIO
 from mdl_toolkit.errors import InputError, Problems
@@ -70,7 +70,7 @@ def read_table(path: str | Path, needed: Sequence[str] = ()) -> Table:
         columns = read_header(path, lines)
         check_columns(path, columns, needed)
         for line in lines:
-            for problem in excess(columns, line):
+            for problem in width_problems(columns, line):
                 problems.add(problem)
             numbers.append(line.number)
             missing = [""] * (len(columns) - len(line.cells))

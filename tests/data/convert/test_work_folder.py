@@ -20,7 +20,7 @@ import pytest
 from mdl_toolkit.data.convert.plan import Plan, Shard
 from mdl_toolkit.data.convert.stats import ConversionStats
 from mdl_toolkit.data.convert.work_folder import WorkFolder
-from mdl_toolkit.data.dataset import shard_name
+from mdl_toolkit.data.dataset_writer import shard_name
 from mdl_toolkit.errors import DatasetError, InputError, Problems
 from tests.support.runs import files_below
 

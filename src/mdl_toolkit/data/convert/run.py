@@ -26,7 +26,8 @@ from mdl_toolkit.data.convert.plan import Plan, Shard, rows_of, survey
 from mdl_toolkit.data.convert.stats import ConversionStats, say_summary, warn_of
 from mdl_toolkit.data.convert.work_folder import WorkFolder
 from mdl_toolkit.data.convert.worker import Job, ShardTask, Step
-from mdl_toolkit.data.dataset import FORMAT, ConvertedDataset, Record, check_output, write_metadata
+from mdl_toolkit.data.dataset import FORMAT, ConvertedDataset, Record
+from mdl_toolkit.data.dataset_writer import check_output, write_metadata
 from mdl_toolkit.data.manifest import Manifest, Row, read_manifest
 from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import MOST_ROWS_SHOWN, DatasetError, Problems, RowProblem, RowsError

@@ -26,7 +26,7 @@ from types import TracebackType
 
 from mdl_toolkit.data.convert.plan import Plan, Shard
 from mdl_toolkit.data.convert.stats import ConversionStats
-from mdl_toolkit.data.dataset import shard_name
+from mdl_toolkit.data.dataset_writer import shard_name
 from mdl_toolkit.errors import DatasetError, InputError
 from mdl_toolkit.utils.console import say
 from mdl_toolkit.utils.files import fsync, put_in_place, report_write_errors, write_text

@@ -10,7 +10,7 @@ from mdl_toolkit.audio.flac import pack_audio
 from mdl_toolkit.audio.loading import Clip
 from mdl_toolkit.data.convert.plan import Shard
 from mdl_toolkit.data.convert.stats import ConversionStats
-from mdl_toolkit.data.dataset import ShardWriter
+from mdl_toolkit.data.dataset_writer import ShardWriter
 from mdl_toolkit.data.manifest import Row
 from mdl_toolkit.data.open_audio import Recordings
 from mdl_toolkit.data.tokenization import ChatTokenizer
