@@ -15,7 +15,7 @@ import pytest
 
 from mdl_toolkit.audio import download_cache as download
 from mdl_toolkit.audio.download_cache import Downloads
-from mdl_toolkit.audio.http import FetchError, Limits, fetch, refusal
+from mdl_toolkit.audio.http import FetchError, Limits, download_error, fetch
 from mdl_toolkit.errors import AudioError
 
 pytestmark = pytest.mark.allow_hosts(["127.0.0.1"])
@@ -101,7 +101,7 @@ def get(url: str, folder: Path, **more) -> Path:
     try:
         assert fetch(url, target, Limits(**{"max_mb": 1, "timeout_s": 5, "pause_s": 0.01} | more)) is not None
     except FetchError as failure:
-        raise refusal(url, failure.reason) from failure
+        raise download_error(url, failure.reason) from failure
     return target
 
 

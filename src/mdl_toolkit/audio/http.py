@@ -2,7 +2,7 @@
 
 httpx speaks the protocol: redirections, basic authentication, the proxies of the environment, time-outs.
 Certificates are those of the machine (or of `SSL_CERT_FILE`), as a company's own are there. What a file holds
-is not looked at; `download` keeps what comes.
+is not looked at; `download_cache` keeps the files.
 """
 
 import hashlib
@@ -26,7 +26,8 @@ from mdl_toolkit.i18n import Localized
 if TYPE_CHECKING:
     import httpx
 
-MEGABYTE = 1_000_000  # bytes
+# Bytes.
+MEGABYTE = 1_000_000
 MAX_REDIRECTS = 5
 # HTTP statuses that may be gone at the next try.
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -56,7 +57,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Version:
+class RemoteVersion:
     """Identify the content that an address had, without any part of the address or a password.
 
     Attributes:
@@ -88,10 +89,10 @@ class Version:
             header = {"If-None-Match": self.etag}
         else:
             header = {"If-Modified-Since": self.modified} if self.modified else {}
-        return header if self.place == digest(address) else {}
+        return header if self.place == hash_address(address) else {}
 
 
-NOTHING = Version()
+NOTHING = RemoteVersion()
 
 
 @dataclass(eq=False)
@@ -111,7 +112,7 @@ class FetchError(Exception):
     pause_s: float = 0
 
 
-def refusal(url: str, reason: Localized) -> AudioError:
+def download_error(url: str, reason: Localized) -> AudioError:
     """Return the error for a recording whose address failed, with the address but no password."""
     shown = without_credentials(url)
     return AudioError(
@@ -121,18 +122,18 @@ def refusal(url: str, reason: Localized) -> AudioError:
     )
 
 
-def digest(text: str) -> str:
+def hash_address(url: str) -> str:
     """Return the SHA-256 of an address, which stands for it on disk."""
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(url.encode()).hexdigest()
 
 
-def origin(url: str) -> str:
+def url_origin(url: str) -> str:
     """Return scheme, host and port of an address."""
     scheme, _, rest = without_credentials(url).lower().partition("://")
     return f"{scheme}://{re.split('[/?#]', rest)[0]}"
 
 
-def fetch(url: str, target: Path, limits: Limits, known: Version = NOTHING) -> Version | None:
+def fetch(url: str, target: Path, limits: Limits, known: RemoteVersion = NOTHING) -> RemoteVersion | None:
     """Fetch what is at an address into a file, unless it is known already.
 
     Args:
@@ -145,11 +146,22 @@ def fetch(url: str, target: Path, limits: Limits, known: Version = NOTHING) -> V
         What came; None if the address still has what is known.
 
     Raises:
-        FetchError: what the server said, or how the connection failed, at the last try.
+        FetchError: the server refused, or the connection failed, at the last try; or there is a proxy that
+            httpx cannot use.
     """
-    client = _client(limits.timeout_s)
+    import httpx
+
+    # Bytes are kept as they are: what is compressed on the way only has no size that could be checked.
+    headers = {"User-Agent": f"mdl-toolkit/{__version__}", "Accept-Encoding": "identity"}
+    try:
+        client = httpx.Client(headers=headers, timeout=limits.timeout_s, verify=_certificates())
+    except (ImportError, ValueError, httpx.InvalidURL) as problem:
+        raise FetchError(
+            Localized("the proxy settings of the environment cannot be used ({reason})", reason=problem),
+            is_final=True,
+        ) from problem
     ends = time.monotonic() + limits.deadline_s
-    with client, _cut_off_at(ends) as watch:
+    with client, _shut_down_at(ends) as watch:
         transfer = _Transfer(client, watch, url, target, limits, known, ends)
         attempt = 1
         while True:
@@ -163,8 +175,13 @@ def fetch(url: str, target: Path, limits: Limits, known: Version = NOTHING) -> V
             attempt += 1
 
 
+@lru_cache(maxsize=1)
+def _certificates() -> ssl.SSLContext:
+    return ssl.create_default_context()
+
+
 @contextmanager
-def _cut_off_at(ends: float) -> Iterator[Callable[[str, dict[str, Any]], None]]:
+def _shut_down_at(ends: float) -> Iterator[Callable[[str, dict[str, Any]], None]]:
     """Shut connections down when the time is over; yield the callback by which httpx tells of them.
 
     httpx's time-outs are for a single read: a server that drips headers or chunk sizes would never meet them.
@@ -194,30 +211,6 @@ def _cut_off_at(ends: float) -> Iterator[Callable[[str, dict[str, Any]], None]]:
             connection.close()
 
 
-@lru_cache(maxsize=1)
-def _certificates() -> ssl.SSLContext:
-    return ssl.create_default_context()
-
-
-def _client(timeout_s: float) -> "httpx.Client":
-    """Return an HTTP client that uses the proxies of the environment.
-
-    Raises:
-        FetchError: there is a proxy that httpx cannot use.
-    """
-    import httpx
-
-    # Bytes are kept as they are: what is compressed on the way only has no size that could be checked.
-    headers = {"User-Agent": f"mdl-toolkit/{__version__}", "Accept-Encoding": "identity"}
-    try:
-        return httpx.Client(headers=headers, timeout=timeout_s, verify=_certificates())
-    except (ImportError, ValueError, httpx.InvalidURL) as problem:
-        raise FetchError(
-            Localized("the proxy settings of the environment cannot be used ({reason})", reason=problem),
-            is_final=True,
-        ) from problem
-
-
 @dataclass(frozen=True)
 class _Transfer:
     """Fetch one address; `ends` is when, by the monotonic clock, the time is over."""
@@ -227,10 +220,10 @@ class _Transfer:
     url: str
     target: Path
     limits: Limits
-    known: Version
+    known: RemoteVersion
     ends: float
 
-    def try_once(self) -> Version | None:
+    def try_once(self) -> RemoteVersion | None:
         """Ask once, and store the answer; None if nothing has changed.
 
         Raises:
@@ -239,20 +232,26 @@ class _Transfer:
         import httpx
 
         try:
-            with closing(self._ask()) as response:
+            with closing(self._follow()) as response:
                 response.headers.encoding = "latin-1"
                 if response.status_code == 304 and self.known.condition(_address(response.url)):
                     return None
-                if not response.is_success:
-                    raise _refused(response)
-                return self._store(response)
+                if response.is_success:
+                    return self._store(response)
+                status, wait = response.status_code, response.headers.get("Retry-After", "")
+                words = f"{status} {httpx.codes.get_reason_phrase(status)}".strip()
+                raise FetchError(
+                    Localized("the server answered {words}", words=words),
+                    is_final=status not in TRANSIENT,
+                    pause_s=float(wait) if wait.isdecimal() else 0,
+                )
         except (httpx.InvalidURL, httpx.UnsupportedProtocol) as problem:
             raise FetchError(Localized("the address is not valid"), is_final=True) from problem
         except (httpx.HTTPError, OSError) as problem:
             self._check_time()
             raise _connection_error(problem) from problem
 
-    def _ask(self) -> "httpx.Response":
+    def _follow(self) -> "httpx.Response":
         """Send the request and follow redirections, to http(s) only."""
         import httpx
 
@@ -285,8 +284,8 @@ class _Transfer:
             request.headers[name] = value
         return self.client.send(request, stream=True, auth=login if any(login) else None)
 
-    def _store(self, response: "httpx.Response") -> Version:
-        """Write an answer's body down."""
+    def _store(self, response: "httpx.Response") -> RemoteVersion:
+        """Write the body of an answer to the file, and return what identifies it."""
         promised = response.headers.get("Content-Length", "")
         self._check_size(int(promised) if promised.isdecimal() else 0)
         size = 0
@@ -304,7 +303,7 @@ class _Transfer:
             raise
         headers = [response.headers.get(name, "") for name in ("ETag", "Last-Modified")]
         etag, modified = (text if _HEADER.fullmatch(text) else "" for text in headers)
-        return Version(size, etag, modified, digest(_address(response.url)))
+        return RemoteVersion(size, etag, modified, hash_address(_address(response.url)))
 
     def _check_time(self) -> None:
         if time.monotonic() > self.ends:
@@ -321,19 +320,6 @@ class _Transfer:
 def _address(url: "httpx.URL") -> str:
     """Return an address as a server sees it: without user, password and fragment."""
     return f"{url.scheme}://{url.netloc.decode()}{url.raw_path.decode()}"
-
-
-def _refused(response: "httpx.Response") -> FetchError:
-    """Return the error for an answer that is not the file."""
-    from httpx import codes
-
-    words = f"{response.status_code} {codes.get_reason_phrase(response.status_code)}".strip()
-    wait = response.headers.get("Retry-After", "")
-    return FetchError(
-        Localized("the server answered {words}", words=words),
-        is_final=response.status_code not in TRANSIENT,
-        pause_s=float(wait) if wait.isdecimal() else 0,
-    )
 
 
 def _connection_error(problem: Exception) -> FetchError:

@@ -9,5 +9,5 @@ def is_url(audio: str) -> bool:
 
 
 def without_credentials(text: str) -> str:
-    """The address or path as messages may show it: without the `user:password@` of an address."""
+    """Return an address or path as messages may show it: without the `user:password@` of an address."""
     return re.sub(r"(?i)^(https?://)[^/?#]*@", r"\1", text)
