@@ -25,7 +25,7 @@ PARTS = 5
 
 
 class FastLoraLinear(Linear):
-    """Compute PEFT's layer faster, with its results; in PEFT's way where dropout acts on the input."""
+    """Compute PEFT's LoRA layer faster, with the same results; where dropout acts, leave it to PEFT."""
 
     is_last = False
 
@@ -46,21 +46,19 @@ class FastLoraLinear(Linear):
 
     @property
     def _parts(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float]:
-        """Return weight, bias, A, B, and by how much the adapter is scaled."""
+        """Return weight, bias, A, B and the scale of the adapter."""
         base, a, b = self.get_base_layer(), self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
         return base.weight, base.bias, a, b, self.scaling[ADAPTER]
 
     @property
     def _is_plain(self) -> bool:
-        return not (self.disable_adapters or self.merged or self._drops)
-
-    @property
-    def _drops(self) -> bool:
-        return self.training and not isinstance(self.lora_dropout[ADAPTER], nn.Identity)
+        """Tell whether base and adapter are added up without dropout."""
+        drops = self.training and not isinstance(self.lora_dropout[ADAPTER], nn.Identity)
+        return not (self.disable_adapters or self.merged or drops)
 
 
 def use_fast_lora(model: nn.Module) -> None:
-    """Let the plain LoRA layers of a `PeftModel` compute in the faster way; quantised ones stay."""
+    """Turn the plain LoRA layers of a `PeftModel` into `FastLoraLinear`; quantised ones stay."""
     for name, module in model.named_modules():
         if type(module) is Linear:
             module.__class__ = FastLoraLinear
@@ -75,35 +73,35 @@ class _FastLora(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, is_needed: bool, *parts: Any) -> tuple[Tensor, ...]:
-        weights, biases, downs, wide, scales = (parts[place::PARTS] for place in range(PARTS))
+        weights, biases, downs, ups_raw, scales = (parts[first::PARTS] for first in range(PARTS))
         dtype = weights[0].dtype
         flat = x.reshape(-1, x.shape[-1]).to(dtype)
-        down = _joined(downs).to(dtype)
-        ups = [_scaled(b.to(dtype), scale) for b, scale in zip(wide, scales, strict=True)]
+        down = (downs[0] if len(downs) == 1 else torch.cat([*downs])).to(dtype)
+        ups = [_scaled(b.to(dtype), scale) for b, scale in zip(ups_raw, scales, strict=True)]
         ranks = [up.shape[1] for up in ups]
         lows = torch.split(flat @ down.T, ranks, 1)
         kept = weights if ctx.needs_input_grad[0] else ()
         ctx.save_for_backward(flat, down, *ups, *lows, *kept)
-        ctx.scales, ctx.dtypes = scales, (x.dtype, downs[0].dtype, wide[0].dtype)
-        outs = [(*x.shape[:-1], len(weight)) for weight in weights]
+        ctx.scales, ctx.dtypes = scales, (x.dtype, downs[0].dtype, ups_raw[0].dtype)
+        shapes = [(*x.shape[:-1], len(weight)) for weight in weights]
         # Not a number: if anything did use it, the loss would say so.
         if not is_needed:
-            return tuple(flat.new_full((1,), torch.nan).expand(shape) for shape in outs)
-        found = [functional.linear(flat, *pair) for pair in zip(weights, biases, strict=True)]
-        for out, low, up in zip(found, lows, ups, strict=True):
-            out.addmm_(low, up.T)
-        return tuple(out.view(shape) for out, shape in zip(found, outs, strict=True))
+            return tuple(flat.new_full((1,), torch.nan).expand(shape) for shape in shapes)
+        results = [functional.linear(flat, *pair) for pair in zip(weights, biases, strict=True)]
+        for result, low, up in zip(results, lows, ups, strict=True):
+            result.addmm_(low, up.T)
+        return tuple(result.view(shape) for result, shape in zip(results, shapes, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        flat, down, *rest = ctx.saved_tensors
+        flat, down, *saved = ctx.saved_tensors
         count = len(gradients)
-        ups, lows, weights = rest[:count], rest[count : 2 * count], rest[2 * count :]
+        ups, lows, weights = saved[:count], saved[count : 2 * count], saved[2 * count :]
         x_dtype, a_dtype, b_dtype = ctx.dtypes
         wide = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
         narrow, ranks = flat.new_empty(len(flat), len(down)), [up.shape[1] for up in ups]
-        for part, *words in zip(narrow.split(ranks, 1), wide, ups, strict=True):
-            torch.mm(*words, out=part)
+        for part, gradient, up in zip(narrow.split(ranks, 1), wide, ups, strict=True):
+            torch.mm(gradient, up, out=part)
         to_x = None
         if ctx.needs_input_grad[0]:
             to_x = wide[0] @ weights[0]
@@ -111,16 +109,13 @@ class _FastLora(torch.autograd.Function):
                 to_x.addmm_(gradient, weight)
             to_x.addmm_(narrow, down)
             to_x = to_x.view(*gradients[0].shape[:-1], to_x.shape[-1]).to(x_dtype)
-        found: list[Tensor | None] = [to_x, None]
+        to_inputs: list[Tensor | None] = [to_x, None]
         to_a = torch.split((narrow.T @ flat).to(a_dtype), ranks)
         for each, gradient, low, scale in zip(to_a, wide, lows, ctx.scales, strict=True):
-            found += [None, None, each, _scaled(gradient.T @ low, scale).to(b_dtype), None]
-        return tuple(found)
+            to_inputs += [None, None, each, _scaled(gradient.T @ low, scale).to(b_dtype), None]
+        return tuple(to_inputs)
 
 
 def _scaled(matrix: Tensor, scale: float) -> Tensor:
+    """Return a matrix times a scale; at 1, the matrix itself."""
     return matrix if scale == 1 else matrix * scale
-
-
-def _joined(matrices: Sequence[Tensor]) -> Tensor:
-    return matrices[0] if len(matrices) == 1 else torch.cat([*matrices])

@@ -2,7 +2,7 @@
 
 Modules:
     plan          bytes of weights, adapters, optimizer and activations; what checkpointing may keep
-    activations   bytes that one step needs beside weights
-    forecast      what `check` says of a training before it is run
+    activations   activations of one step, in bytes
+    forecast      memory, steps and arithmetic of a training, for `check`
     oom           run in micro-batches, halving their size after each out-of-memory error
 """
