@@ -67,7 +67,7 @@ class OptionsCommand(click.Command):
         self.fields = [*fields_in_order(options), *fields_in_order(_SharedOptions)]
         self.work = work
         super().__init__(
-            options.COMMAND,
+            name=options.COMMAND,
             params=[click_parameter(field) for field in self.fields],
             help=str(options.SUMMARY),
             context_settings={**CONTEXT_SETTINGS, "allow_extra_args": True},

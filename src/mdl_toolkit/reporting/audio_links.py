@@ -1,4 +1,4 @@
-"""Cells of the column `audio` to addresses that a page can play: links, or the sound in the address."""
+"""Addresses that a page can play, for the cells of the column `audio`: links, or the sound itself."""
 
 import base64
 import io
@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -23,19 +22,25 @@ from mdl_toolkit.utils.console import warn
 
 
 def folder_of(predictions: Path, base_dir: str | None) -> str | None:
-    """Where relative paths in a file start: as given, or as the inference was told that wrote the file."""
-    beside = predictions.with_name(f"{predictions.name}.{SETTINGS_FILE}")
-    if base_dir is not None or not beside.is_file():
+    """Return the folder that relative audio paths in a file of predictions start from.
+
+    Args:
+        predictions: the CSV file.
+        base_dir: the folder that the user named; if None, the one of the inference that wrote the file.
+    """
+    settings_file = predictions.with_name(f"{predictions.name}.{SETTINGS_FILE}")
+    if base_dir is not None or not settings_file.is_file():
         return base_dir
-    with suppress(InputError):  # of another command or version
-        settings = read_settings(beside, InferenceOptions)
+    # The settings may be those of another command or version.
+    with suppress(InputError):
+        settings = read_settings(settings_file, InferenceOptions)
         is_listed = is_listing(str(settings.get("input", "")))
         return None if is_listed else settings.get("base_dir")
     return None
 
 
 def audio_values(cells: Sequence[str], base_dir: str | None, page: Path, embedded: int = 0) -> dict[str, Any]:
-    """What the page plays for each row.
+    """Return the recordings that the page plays, row by row.
 
     Args:
         cells: of the column `audio`, `[rows]`, in the order in which they are shown.
@@ -44,13 +49,25 @@ def audio_values(cells: Sequence[str], base_dir: str | None, page: Path, embedde
         embedded: so many of the first rows have their sound in the page.
 
     Returns:
-        `folder`, what all links begin with; `names`, their rest, percent-encoded, `[rows]`, empty where there
-        is no recording; `embedded`, `data:` addresses by row.
+        `folder`, the common start of all links; `names`, their ends, percent-encoded, `[rows]`, empty where
+        there is no recording; `embedded`, `data:` addresses by row.
     """
-    start = os.path.dirname(os.path.abspath(page))  # noqa: PTH100, PTH120 - no link is followed
+    # No link is followed.
+    start = os.path.dirname(os.path.abspath(page))  # noqa: PTH100, PTH120
     links = [_link(cell, base_dir, start) for cell in cells]
-    folder = re.sub(r"[^/]*$", "", _common_start([link for link in links if link]))
-    _warn_missing(cells, base_dir)
+    # The common start, cut at its last slash.
+    folder = re.sub(r"[^/]*$", "", os.path.commonprefix([link for link in links if link]))  # noqa: RUF071
+    paths = [_path(cell, base_dir) for cell in cells if cell and not is_url(cell)]
+    # Path.is_file refuses names that cannot be.
+    missing = [path for path in paths if not os.path.isfile(path)]  # noqa: PTH113
+    if missing:
+        warn(
+            "{count} of {rows} recordings are not there, the first is {first}; --base-dir says where "
+            "paths start",
+            count=len(missing),
+            rows=len(cells),
+            first=missing[0],
+        )
     return {
         "folder": folder,
         "names": [link.removeprefix(folder) for link in links],
@@ -58,74 +75,48 @@ def audio_values(cells: Sequence[str], base_dir: str | None, page: Path, embedde
     }
 
 
-def _common_start(links: Sequence[str]) -> str:
-    """What all begin with; it is enough to look at the first and the last in order."""
-    if not links:
-        return ""
-    pairs = zip(min(links), max(links), strict=False)
-    return "".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-
 def _path(cell: str, base_dir: str | None) -> Path:
     return Path(base_dir or "").expanduser().absolute() / Path(cell).expanduser()
 
 
 def _link(cell: str, base_dir: str | None, start: str) -> str:
-    """An address as it is, without a password; a file by the way to it from the page's folder."""
+    """Return a URL without its password, or the relative link to a file from the page's folder `start`."""
     if not cell or is_url(cell):
         return without_credentials(cell)
     path = _path(cell, base_dir)
     try:
         return quote(Path(os.path.relpath(path, start)).as_posix())
-    except ValueError:  # another drive
+    except ValueError:
+        # It is on another drive.
         return path.as_uri()
 
 
-def _warn_missing(cells: Sequence[str], base_dir: str | None) -> None:
-    missing = [cell for cell in cells if cell and not is_url(cell) and not _is_there(cell, base_dir)]
-    if missing:
-        warn(
-            "{count} of {rows} recordings are not there, the first is {first}; --base-dir says where "
-            "paths start",
-            count=len(missing),
-            rows=len(cells),
-            first=_path(missing[0], base_dir),
-        )
-
-
-def _is_there(cell: str, base_dir: str | None) -> bool:
-    return os.path.isfile(_path(cell, base_dir))  # noqa: PTH113 - Path's refuses names that cannot be
-
-
-# --- sound in the page -----------------------------------------------------------------------------------
-
-
 def _embedded(cells: Sequence[str], base_dir: str | None) -> dict[int, str]:
-    """`data:` addresses of the recordings that are files and can be read; of the others it is told."""
-    found: dict[int, str] = {}
-    left: list[str] = []
+    """Return `data:` addresses by row of the files that can be read, and warn of the other recordings."""
+    addresses: dict[int, str] = {}
+    linked: list[str] = []
     for row, cell in enumerate(cells):
         if cell and not is_url(cell):
             try:
-                found[row] = _address(_path(cell, base_dir))
+                addresses[row] = _data_address(_path(cell, base_dir))
                 continue
             except AudioError as problem:
-                left.append(f"{cell}: {problem.message}")
+                linked.append(f"{cell}: {problem.message}")
         elif cell:
-            left.append(without_credentials(cell))
-    if left:
+            linked.append(without_credentials(cell))
+    if linked:
         warn(
             "{count} recordings are linked, not embedded, the first is {first}",
-            count=len(left),
-            first=left[0],
+            count=len(linked),
+            first=linked[0],
         )
-    return found
+    return addresses
 
 
-def _address(path: Path) -> str:
-    """A recording as the model hears it (16 kHz mono), as MP3, or FLAC where libsndfile makes no MP3."""
+def _data_address(path: Path) -> str:
+    """Encode a recording as the model hears it (16 kHz mono): MP3, or FLAC where libsndfile makes no MP3."""
     samples, file = load(path, allow_truncated=True).samples, io.BytesIO()
     name = "MP3" if "MP3" in soundfile.available_formats() else "FLAC"
     soundfile.write(file, samples, SAMPLE_RATE, format=name)
-    kind = {"MP3": "audio/mpeg", "FLAC": "audio/flac"}[name]
-    return f"data:{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+    media_type = {"MP3": "audio/mpeg", "FLAC": "audio/flac"}[name]
+    return f"data:{media_type};base64,{base64.b64encode(file.getvalue()).decode()}"

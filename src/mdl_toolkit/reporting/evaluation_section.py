@@ -1,4 +1,4 @@
-"""An evaluation, or predictions without references, to the values that the report's page shows."""
+"""The values that the page shows of an evaluation, or of predictions without references."""
 
 import math
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ WRONG, RIGHT, FAILED = range(3)
 
 
 def worst_first(rows: Sequence[RowResult], scores: Sequence[float | None]) -> list[int]:
-    """The rows' numbers: failed ones, then wrong ones, by share of errors and by how sure the answer was."""
+    """Order the rows: failed ones, then wrong ones, by share of errors and by the score of the answer."""
 
     def key(row: int) -> tuple[bool, bool, float, float, int]:
         result, score = rows[row], scores[row]
@@ -32,10 +32,10 @@ def worst_first(rows: Sequence[RowResult], scores: Sequence[float | None]) -> li
 def evaluation_values(
     evaluation: Evaluation, base_dir: str | None, page: Path, *, score_column: str | None, embedded: int
 ) -> dict[str, Any]:
-    """The parts `evaluation` and `rows` of an evaluation's page, rows the worst first.
+    """Return the parts `evaluation` and `rows` of an evaluation's page, the worst rows first.
 
     Args:
-        evaluation: what is shown.
+        evaluation: rows, metrics and comparisons.
         base_dir: folder that recordings' relative paths start from.
         page: the HTML file.
         score_column: the column with scores, `score` if None.
@@ -47,13 +47,13 @@ def evaluation_values(
     settings = evaluation.settings
     values = {
         "line": [row.line for row in rows],
-        "reference": packed([row.reference for row in rows]),
-        "prediction": packed([row.prediction for row in rows]),
+        "reference": encode_column([row.reference for row in rows]),
+        "prediction": encode_column([row.prediction for row in rows]),
         "error": _errors([row.cells.get(ERROR, "") if row.failed else "" for row in rows]),
         "state": [FAILED if row.failed else RIGHT if row.is_right else WRONG for row in rows],
         "errors": [row.errors for row in rows],
         "length": [row.length for row in rows],
-        "score": _shown([scores[row] for row in order]),
+        "score": _scores_if_any([scores[row] for row in order]),
         "by_character": settings["errors_in"] == CHARACTER,
         "normalize": settings["normalize"],
         "groups": _groups(rows),
@@ -66,7 +66,7 @@ def evaluation_values(
 def table_values(
     table: Table, base_dir: str | None, page: Path, *, score_column: str | None, embedded: int
 ) -> dict[str, Any]:
-    """The part `rows` of the page of predictions alone, in the file's order."""
+    """Return the parts of the page of predictions alone, rows in the file's order."""
     count = len(table)
 
     def column(name: str) -> list[str] | None:
@@ -75,9 +75,9 @@ def table_values(
     values = {
         "line": list(table.lines),
         "reference": None,
-        "prediction": packed(table.column(PREDICTION)),
+        "prediction": encode_column(table.column(PREDICTION)),
         "error": _errors(column(ERROR) or [""] * count),
-        "score": _shown(_scores(column(score_column or SCORE) or [""] * count)),
+        "score": _scores_if_any(_scores(column(score_column or SCORE) or [""] * count)),
         "groups": [],
         "audio": _audio(column(AUDIO) or [None] * count, base_dir, page, embedded),
         **dict.fromkeys(("state", "errors", "length", "labels", "expected", "given")),
@@ -85,36 +85,32 @@ def table_values(
     return {"evaluation": None, "rows": values}
 
 
-# --- columns -------------------------------------------------------------------------------------------
-
-
-def packed(cells: Sequence[str]) -> Any:
-    """The cells; as numbers of the different ones where that is shorter."""
+def encode_column(cells: Sequence[str]) -> Any:
+    """Return the cells, or a dictionary encoding (`values`, and `codes` into them) where that is shorter."""
     different = list(dict.fromkeys(cells))
     if 2 * len(different) > len(cells):
         return list(cells)
-    number = {cell: place for place, cell in enumerate(different)}
+    number = {cell: code for code, cell in enumerate(different)}
     return {"values": different, "codes": [number[cell] for cell in cells]}
 
 
 def _errors(cells: Sequence[str]) -> Any:
-    return packed(cells) if any(cells) else None
+    return encode_column(cells) if any(cells) else None
 
 
 def _scores(cells: Sequence[str]) -> list[float | None]:
-    """Finite numbers; None for anything else, such as the scores of several labels."""
-    return [_number(cell) for cell in cells]
+    """Read finite numbers; None for anything else, such as the scores of several labels."""
+    scores: list[float | None] = []
+    for cell in cells:
+        try:
+            score = float(cell)
+        except ValueError:
+            score = math.nan
+        scores.append(score if math.isfinite(score) else None)
+    return scores
 
 
-def _number(cell: str) -> float | None:
-    try:
-        number = float(cell)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _shown(scores: list[float | None]) -> list[float | None] | None:
+def _scores_if_any(scores: list[float | None]) -> list[float | None] | None:
     return scores if any(score is not None for score in scores) else None
 
 
@@ -124,30 +120,36 @@ def _audio(cells: Sequence[str | None], base_dir: str | None, page: Path, embedd
 
 
 def _groups(rows: Sequence[RowResult]) -> list[dict[str, Any]]:
-    """The columns of `--group-by`."""
+    """Return the columns of `--group-by`."""
     groups = []
     for title in rows[0].groups:
         names = natural_order([row.groups[title] for row in rows])
-        number = {name: place for place, name in enumerate(names)}
+        number = {name: code for code, name in enumerate(names)}
         groups.append({"title": title, "names": names, "codes": [number[row.groups[title]] for row in rows]})
     return groups
 
 
 def _coded(rows: Sequence[RowResult], confusion: Confusion | None) -> dict[str, Any]:
-    """Both sides as numbers of the confusion's labels; None where the references are no labels."""
+    """Encode both sides as indices of the confusion's labels; None where the references are no labels."""
     if confusion is None:
         return dict.fromkeys(("labels", "expected", "given"))
-    number = {label: place for place, label in enumerate(confusion.labels)}
+    number = {label: code for code, label in enumerate(confusion.labels)}
     other = len(number)
     given = [other if row.failed else number.get(row.prediction.strip(), other) for row in rows]
     expected = [number[row.reference.strip()] for row in rows]
     return {"labels": list(confusion.labels), "expected": expected, "given": given}
 
 
-# --- figures -------------------------------------------------------------------------------------------
-
-
 def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
+    settings = evaluation.settings
+    rule = {
+        "accuracy": Localized("the answer is the reference to the letter"),
+        "exact-match": Localized("answer and reference are the same as compared"),
+        "same labels": Localized("the answer has the reference's labels"),
+    }[settings["right_by"]]
+    is_character = settings["errors_in"] == CHARACTER
+    unit = Localized("characters") if is_character else Localized("words")
+    note = Localized("a row is right if {rule}; errors are counted in {unit}", rule=rule, unit=unit)
     compared = {pair.other.metric: pair for pair in evaluation.comparisons}
     confusion = evaluation.confusion
     return {
@@ -162,7 +164,7 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
             for group in evaluation.groups
         ],
         "confusion": confusion and {"labels": confusion.labels, "counts": confusion.counts},
-        "notes": [note.to_json() for note in (*evaluation.notes, *_right_by(evaluation))],
+        "notes": [note.to_json() for note in (*evaluation.notes, note)],
     }
 
 
@@ -173,16 +175,3 @@ def _figure(figure: MetricValue, comparison: Comparison | None = None) -> dict[s
     if comparison is not None:
         values |= {"other": comparison.other.value, "difference": comparison.difference.value}
     return values
-
-
-def _right_by(evaluation: Evaluation) -> list[Localized]:
-    """By which rule rows are right, and what errors count."""
-    settings = evaluation.settings
-    rule = {
-        "accuracy": Localized("the answer is the reference to the letter"),
-        "exact-match": Localized("answer and reference are the same as compared"),
-        "same labels": Localized("the answer has the reference's labels"),
-    }[settings["right_by"]]
-    is_character = settings["errors_in"] == CHARACTER
-    unit = Localized("characters") if is_character else Localized("words")
-    return [Localized("a row is right if {rule}; errors are counted in {unit}", rule=rule, unit=unit)]

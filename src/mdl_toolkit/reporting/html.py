@@ -1,4 +1,4 @@
-"""Fill `page/` in with values: one HTML file that needs nothing else, and a policy that forbids more.
+"""Fill the template in `page/`: one HTML file that needs nothing else, and a policy that forbids more.
 
 Texts from data are JSON in a block that is no script, and the page's script makes text of them, never markup.
 """
@@ -17,7 +17,8 @@ from mdl_toolkit import __version__
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.utils.files import replace_file, report_write_errors
 
-SCRIPTS = ("words", "differences", "charts", "rows", "filters", "start")  # in the order in which they run
+# In the order in which they run.
+SCRIPTS = ("words", "differences", "charts", "rows", "filters", "start")
 # Nothing is fetched but recordings; style and script are the ones in the file, known by their hash.
 POLICY = (
     "default-src 'none'; media-src file: data: http: https:; script-src 'sha256-{script}'; "
@@ -30,31 +31,29 @@ def write_page(path: Path, name: str, values: Mapping[str, Any], option: str = "
 
     Args:
         path: the HTML file; an existing one is replaced.
-        name: what it is about, for its title.
+        name: the subject, for its title.
         values: by part (`run`, `evaluation`, `rows`), as `page/start.js` shows them; None for a part
             that is not there.
-        option: that gave the path.
+        option: the option that gave the path.
 
     Raises:
         InputError: it cannot be written.
     """
     made = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    text = _page({"name": name, "toolkit": __version__, "made": made, **values})
-    with report_write_errors(f"{option} {path}", InputError), replace_file(path) as work:
-        work.write_text(text, encoding="utf-8", newline="\n")
-
-
-def _page(values: Mapping[str, Any]) -> str:
+    shown = {"name": name, "toolkit": __version__, "made": made, **values}
+    data = json.dumps(shown, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     style = _part("style.css")
-    script = '"use strict";\n(() => {\n' + "\n".join(_part(f"{name}.js") for name in SCRIPTS) + "})();\n"
-    found = json.dumps(values, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    script = '"use strict";\n(() => {\n' + "\n".join(_part(f"{part}.js") for part in SCRIPTS) + "})();\n"
     parts = {
         "policy": POLICY.format(script=_hash(script), style=_hash(style)),
         "style": style,
         "script": script,
-        "values": found.replace("<", "\\u003c"),  # so that no `</script>` or `<!--` ends or hides the block
+        # No `</script>` or `<!--` may end or hide the block.
+        "values": data.replace("<", "\\u003c"),
     }
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _part("page.html"))
+    text = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _part("page.html"))
+    with report_write_errors(f"{option} {path}", InputError), replace_file(path) as work:
+        work.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _part(name: str) -> str:

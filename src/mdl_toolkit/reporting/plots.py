@@ -1,4 +1,4 @@
-"""A run's curves to `loss.png`, and a confusion matrix to a picture, for a paper; neither ends a training."""
+"""Pictures for a paper: a run's curves as `loss.png`, and a confusion matrix."""
 
 import warnings
 from collections.abc import Sequence
@@ -11,24 +11,32 @@ from mdl_toolkit.utils.console import warn
 from mdl_toolkit.utils.files import replace_file, report_write_errors
 from mdl_toolkit.utils.run_folder import LOG, PLOT, SmoothedLoss, read_log, series
 
-SIZE, DOTS = (9.0, 5.0), 120  # inches, and dots in an inch
+# Inches, and dots per inch.
+SIZE, DOTS = (9.0, 5.0), 120
 LIGHT, DARK, EVALUATION, RATE = "#b5cde3", "#1f4e79", "#d95f02", "#999999"
-STYLES = ("o-", "s--", "^:")  # of the metrics
-CELL, MARGIN = 0.42, 2.4  # inches of a cell of the confusion matrix, and of what is around them
+# One for each metric.
+STYLES = ("o-", "s--", "^:")
+# Inches of a cell of the confusion matrix, and of the labels around them.
+CELL, MARGIN = 0.42, 2.4
+# Fonts with Chinese characters; the first one that is installed is used.
 FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "Microsoft YaHei", "PingFang SC", "SimHei")
 
 
 def plot(output: Path) -> None:
-    """Draw `loss.png` into a run's folder, whole or not at all; why it cannot be drawn is only warned of."""
+    """Draw `loss.png` into a run's folder, whole or not at all; a failure is only warned of."""
     try:
         if (lines := _lines(output)) is not None:
             _save(_figure(lines), output / PLOT)
-    except Exception as problem:  # noqa: BLE001 - a library for pictures ends no run, whatever it raises
+    # Whatever the library for pictures raises, no run ends of it.
+    except Exception as problem:  # noqa: BLE001
         warn("{plot} cannot be drawn: {reason}", plot=PLOT, reason=problem)
 
 
 def draw_run(run: Path, path: Path) -> Path | None:
-    """Draw the same picture anywhere; None if nothing was logged.
+    """Draw a run's curves into a file.
+
+    Returns:
+        The file; None if nothing was logged.
 
     Raises:
         InputError: it cannot be written.
@@ -38,7 +46,7 @@ def draw_run(run: Path, path: Path) -> Path | None:
 
 
 def _lines(run: Path) -> list[dict[str, Any]] | None:
-    """The log of a run with losses in it."""
+    """Read the log of a run; None if it has no losses."""
     lines = read_log(run / LOG) if (run / LOG).exists() else []
     return lines if any("loss" in line for line in lines) else None
 
@@ -55,7 +63,7 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def _empty_figure(width: float, height: float) -> Any:
-    """A figure of Agg, without a window or any state of matplotlib's that others would share."""
+    """Return a figure of Agg, without a window or any state of matplotlib's that others would share."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -64,32 +72,35 @@ def _empty_figure(width: float, height: float) -> Any:
     return figure
 
 
-# --- curves --------------------------------------------------------------------------------------------
-
-
 def _figure(lines: list[dict[str, Any]]) -> Any:
-    """Losses over the learning rate, and beside them the metrics, if there are any."""
+    """Draw losses over the learning rate, and next to them the metrics, if there are any."""
     metrics = [name for name in TEXT_METRICS if any(f"eval_{name}" in line for line in lines)]
     figure = _empty_figure(SIZE[0] * (1.6 if metrics else 1), SIZE[1])
     panels = figure.subplots(1, 2, width_ratios=(5, 3)) if metrics else [figure.add_subplot()]
     axes = panels[0]
     rates = axes.twinx()
-    _draw(axes, rates, lines)
+    _draw_losses(axes, rates, lines)
     axes.set(title="Training", xlabel="optimizer step", ylabel="loss")
-    axes.set_zorder(rates.get_zorder() + 1)  # losses lie over the learning rate
+    # Losses lie over the learning rate.
+    axes.set_zorder(rates.get_zorder() + 1)
     axes.patch.set_visible(False)
     rates.set(ylabel="learning rate")
     rates.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(handles=[*axes.get_lines(), *rates.get_lines()], loc="upper right")
     if metrics:
-        _draw_metrics(panels[1], lines, metrics)
+        for name, style in zip(metrics, STYLES, strict=False):
+            panels[1].plot(*series(lines, f"eval_{name}"), style, color=EVALUATION, label=name)
+        panels[1].set(title="Evaluation", xlabel="optimizer step", ylabel=", ".join(metrics))
+        panels[1].grid(alpha=0.3)
+        panels[1].legend()
     return figure
 
 
-def _draw(axes: Any, rates: Any, lines: list[dict[str, Any]]) -> None:
+def _draw_losses(axes: Any, rates: Any, lines: list[dict[str, Any]]) -> None:
     steps, losses = series(lines, "loss")
-    mark = "." if len(steps) == 1 else None  # one point makes no line
+    # One point makes no line.
+    mark = "." if len(steps) == 1 else None
     axes.plot(steps, losses, color=LIGHT, linewidth=1, marker=mark, label="training loss, each step")
     smooth = SmoothedLoss()
     means = [smooth.add(loss) for loss in losses]
@@ -100,28 +111,19 @@ def _draw(axes: Any, rates: Any, lines: list[dict[str, Any]]) -> None:
     rates.plot(*series(lines, "learning_rate"), "--", color=RATE, linewidth=1, label="learning rate")
 
 
-def _draw_metrics(axes: Any, lines: list[dict[str, Any]], metrics: Sequence[str]) -> None:
-    for name, style in zip(metrics, STYLES, strict=False):
-        axes.plot(*series(lines, f"eval_{name}"), style, color=EVALUATION, label=name)
-    axes.set(title="Evaluation", xlabel="optimizer step", ylabel=", ".join(metrics))
-    axes.grid(alpha=0.3)
-    axes.legend()
-
-
-# --- the confusion matrix --------------------------------------------------------------------------------
-
-
 def draw_confusion(labels: Sequence[str], counts: Sequence[Sequence[int]], path: Path) -> Path:
     """Draw how often each label was answered with each, coloured by its share of the row.
 
     Args:
         labels: `[labels]`.
-        counts: `[labels, labels + 1]`, the last column for what is no such label; left out if it is empty.
+        counts: `[labels, labels + 1]`, the last column for other answers; it is left out if it is empty.
         path: the PNG file.
 
     Raises:
         InputError: it cannot be written.
     """
+    from matplotlib import font_manager
+
     has_other = any(row[-1] for row in counts)
     shown = [list(row) if has_other else list(row[:-1]) for row in counts]
     names = [*(label or "(empty)" for label in labels), "(other)"][: len(labels) + has_other]
@@ -129,7 +131,8 @@ def draw_confusion(labels: Sequence[str], counts: Sequence[Sequence[int]], path:
     figure = _empty_figure(MARGIN + CELL * len(names), MARGIN + CELL * len(labels))
     axes = figure.add_subplot()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    font = {"fontfamily": _families()}
+    installed = set(font_manager.get_font_names())
+    font = {"fontfamily": ["DejaVu Sans", *[name for name in FONTS if name in installed][:1]]}
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right", **font)
     axes.set_yticks(range(len(labels)), names[: len(labels)], **font)
     axes.set(xlabel="answer", ylabel="reference")
@@ -138,13 +141,6 @@ def draw_confusion(labels: Sequence[str], counts: Sequence[Sequence[int]], path:
             ink = "white" if shares[row][column] > 0.5 else "black"
             axes.text(column, row, count or "", ha="center", va="center", color=ink, fontsize=9)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # no font here has it: a box stands for it
+        # A box stands for a character that no font here has.
+        warnings.filterwarnings("ignore", "Glyph .* missing")
         return _saved(figure, path)
-
-
-def _families() -> list[str]:
-    """Fonts for labels: matplotlib's own, and one with Chinese characters where there is one."""
-    from matplotlib import font_manager
-
-    there = set(font_manager.get_font_names())
-    return ["DejaVu Sans", *[name for name in FONTS if name in there][:1]]

@@ -1,4 +1,4 @@
-"""A training, predictions or both to one HTML page to look at and listen to; and to pictures for a paper."""
+"""Write the HTML page of a training, of predictions or of both, and pictures for a paper."""
 
 import dataclasses
 from pathlib import Path
@@ -23,11 +23,11 @@ from mdl_toolkit.utils.files import check_file
 from mdl_toolkit.utils.run_folder import PLOT, REPORT
 
 CONFUSION = "confusion.png"
-NOTHING: dict[str, Any] = {"evaluation": None, "rows": None}  # of predictions
+NO_PREDICTIONS: dict[str, Any] = {"evaluation": None, "rows": None}
 
 
 def report(options: ReportOptions) -> Path:
-    """Write the page, and with `--png` the pictures.
+    """Write the HTML page of a training, of predictions or of both, and with `png` the pictures.
 
     Returns:
         The page.
@@ -50,22 +50,23 @@ def report(options: ReportOptions) -> Path:
     """
     source = Path(options.input)
     folder = source if source.is_dir() else None
-    predictions = _predictions(options, folder)
-    page = Path(options.output) if options.output is not None else _beside(source)
+    predictions = _predictions_file(options, folder)
+    default = source / REPORT if source.is_dir() else source.with_name(f"{source.stem}.{REPORT}")
+    page = default if options.output is None else Path(options.output)
     inputs = [path for path in (predictions, options.reference, options.compare) if path is not None]
     check_file(page, inputs)
-    values = {"run": None if folder is None else run_values(folder), **NOTHING}
+    values = {"run": None if folder is None else run_values(folder), **NO_PREDICTIONS}
     if predictions is not None:
-        values |= _answers(predictions, page, options)
+        values |= _predictions_section(predictions, page, options)
     write_page(page, source.resolve().name, values)
     say("report: {page}", page=page)
     if options.png is not None:
-        _draw(Path(options.png), folder, values["evaluation"])
+        _draw_pictures(Path(options.png), folder, values["evaluation"])
     return page
 
 
-def _predictions(options: ReportOptions, folder: Path | None) -> Path | None:
-    """The CSV: INPUT itself, or beside a training's folder what `--predictions` names, if anything."""
+def _predictions_file(options: ReportOptions, folder: Path | None) -> Path | None:
+    """Return the CSV of predictions: INPUT itself, or with a training's folder that of `--predictions`."""
     if folder is None and options.predictions is None:
         return Path(options.input)
     if folder is None:
@@ -77,38 +78,36 @@ def _predictions(options: ReportOptions, folder: Path | None) -> Path | None:
     return None if options.predictions is None else Path(options.predictions)
 
 
-def _beside(source: Path) -> Path:
-    """Where the page goes unless it is said."""
-    return source / REPORT if source.is_dir() else source.with_name(f"{source.stem}.{REPORT}")
-
-
-def _answers(predictions: Path, page: Path, options: ReportOptions) -> dict[str, Any]:
-    """The parts about predictions: scored where there are references."""
+def _predictions_section(predictions: Path, page: Path, options: ReportOptions) -> dict[str, Any]:
+    """Return the parts about predictions, scored where there are references."""
     shared = {field.name: getattr(options, field.name) for field in dataclasses.fields(ScoringOptions)}
-    if options.reference is not None or _has_references(predictions, options.reference_column):
+    is_named = options.reference is not None or options.reference_column is not None
+    if is_named or REFERENCE in read_table(predictions).columns:
         scoring = EvaluateOptions(input=str(predictions), **shared)
         return _page_values(evaluate(scoring), page, scoring)
     say("no references: what is right cannot be shown; --reference names a file that has them")
     return table_values(
-        read_table(predictions, [PREDICTION]), folder_of(predictions, options.base_dir), page,
-        score_column=options.score_column, embedded=options.embed_audio,
-    )  # fmt: skip
+        read_table(predictions, [PREDICTION]),
+        folder_of(predictions, options.base_dir),
+        page,
+        score_column=options.score_column,
+        embedded=options.embed_audio,
+    )
 
 
 def _page_values(evaluation: Evaluation, page: Path, options: EvaluateOptions) -> dict[str, Any]:
-    """What `html_page` shows of an evaluation; links to recordings start from the page's folder."""
+    """Return the parts of an evaluation's page; links to recordings start from the page's folder."""
     return evaluation_values(
-        evaluation, folder_of(Path(options.input), options.base_dir), page,
-        score_column=options.score_column, embedded=options.embed_audio,
-    )  # fmt: skip
+        evaluation,
+        folder_of(Path(options.input), options.base_dir),
+        page,
+        score_column=options.score_column,
+        embedded=options.embed_audio,
+    )
 
 
-def _has_references(predictions: Path, column: str | None) -> bool:
-    return column is not None or REFERENCE in read_table(predictions).columns
-
-
-def _draw(folder: Path, run: Path | None, evaluation: dict[str, Any] | None) -> None:
-    """Write the pictures there is something for."""
+def _draw_pictures(folder: Path, run: Path | None, evaluation: dict[str, Any] | None) -> None:
+    """Write the pictures of the run and of the confusion matrix, where there are any."""
     confusion = evaluation and evaluation["confusion"]
     made = [draw_run(run, folder / PLOT)] if run is not None else []
     made += (
@@ -119,19 +118,17 @@ def _draw(folder: Path, run: Path | None, evaluation: dict[str, Any] | None) -> 
             say("picture: {path}", path=path)
 
 
-# --- made by other commands ----------------------------------------------------------------------------
-
-
 def report_training(output: Path) -> None:
-    """Write `report.html` into a run's folder; why it cannot be written is only warned of."""
+    """Write `report.html` into a run's folder; a failure is only warned of."""
     try:
-        write_page(output / REPORT, output.resolve().name, {"run": run_values(output), **NOTHING})
-    except Exception as problem:  # noqa: BLE001 - a page ends no run, whatever goes wrong
+        write_page(output / REPORT, output.resolve().name, {"run": run_values(output), **NO_PREDICTIONS})
+    # Whatever goes wrong with its page, no run ends of it.
+    except Exception as problem:  # noqa: BLE001
         warn("{report} cannot be written: {reason}", report=REPORT, reason=problem)
 
 
 def report_evaluation(evaluation: Evaluation, options: EvaluateOptions) -> None:
-    """Write the page that `--report` of an evaluation names, if it names one.
+    """Write the page that `--report` of `evaluate` names, if it names one.
 
     Raises:
         InputError: it cannot be written.
@@ -143,20 +140,15 @@ def report_evaluation(evaluation: Evaluation, options: EvaluateOptions) -> None:
 
 
 def report_answers(options: InferenceOptions) -> None:
-    """Write the page that `--report` of an inference asks for, beside the references its input has, if any.
+    """Write the page that `--report` of `inference` names, with the references its input has, if any.
 
     Raises:
         InputError: it cannot be written.
     """
-    report(ReportOptions(input=options.output, output=options.report, reference=_references(options)))
-
-
-def _references(options: InferenceOptions) -> str | None:
-    """The input, if its column `prediction` says what the answers should be and there still is one."""
-    source = Path(options.input)
-    if is_listing(options.input) or source.resolve() == Path(options.output).resolve():
-        return None
-    table = read_table(source)
-    if REFERENCE in table.columns or PREDICTION not in table.columns:
-        return None
-    return options.input if any(cell.strip() for cell in table.column(PREDICTION)) else None
+    source, reference = Path(options.input), None
+    # The column `prediction` of the input says what the answers should be, unless the output replaced it.
+    if not is_listing(options.input) and source.resolve() != Path(options.output).resolve():
+        table = read_table(source)
+        has_predictions = PREDICTION in table.columns and any(map(str.strip, table.column(PREDICTION)))
+        reference = options.input if has_predictions and REFERENCE not in table.columns else None
+    report(ReportOptions(input=options.output, output=options.report, reference=reference))

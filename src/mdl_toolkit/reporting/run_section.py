@@ -1,4 +1,4 @@
-"""A training's folder to what the report's page shows: settings, data, curves, evaluations, outcome."""
+"""The values that the page shows of a training: settings, data, curves, evaluations, outcome."""
 
 import math
 from collections.abc import Sequence
@@ -10,13 +10,15 @@ from mdl_toolkit.config.options import fields_in_order, spec_of, spelling
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, read_settings, word_of
 from mdl_toolkit.errors import InputError, ModelError
-from mdl_toolkit.evaluation.text_metrics import LOSS, TEXT_METRICS, Best, TextMetric
+from mdl_toolkit.evaluation.text_metrics import LOSS, TEXT_METRICS, Best
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.run_folder import LOG, SmoothedLoss, read_log, series
 from mdl_toolkit.weights.provenance import read_provenance
 
-MOST_POINTS = 2000  # of a curve; of more, some in a row become their mean
-DIGITS = 6  # significant ones of a point
+# Of a curve with more points than this, neighbours become their mean.
+MOST_POINTS = 2000
+# Significant digits of a point.
+POINT_DIGITS = 6
 TRAINED, EVALUATED = Localized("training"), Localized("evaluation")
 SYSTEM, USER = Localized("system prompt"), Localized("user prompt")
 FIGURES = {
@@ -29,46 +31,37 @@ FIGURES = {
 }
 
 
-# --- the data ------------------------------------------------------------------------------------------
-
-
 def _origin(folder: Path) -> dict[str, Any]:
-    """Base, prompts and data, as the run recorded them; nothing where that is missing."""
-    found = None
+    """Return base, prompts and data as the run recorded them; empty where the record is missing."""
+    provenance = None
     with suppress(ModelError):
-        found = read_provenance(folder)
-    if found is None:
+        provenance = read_provenance(folder)
+    if provenance is None:
         return {"base": None, "prompts": [], "data": []}
-    prompts = [(SYSTEM, found.prompts.system), (USER, found.prompts.user)]
+    prompts = [(SYSTEM, provenance.prompts.system), (USER, provenance.prompts.user)]
+    data = []
+    for title, prefix in ((TRAINED, ""), (EVALUATED, "evaluation_")):
+        figures = [
+            {"title": label.to_json(), "value": provenance.data[prefix + name]}
+            for name, label in FIGURES.items()
+            if prefix + name in provenance.data
+        ]
+        if figures:
+            data.append({"title": title.to_json(), "figures": figures})
     return {
-        "base": found.base and found.base.name,
+        "base": provenance.base and provenance.base.name,
         "prompts": [{"title": title.to_json(), "text": text} for title, text in prompts if text],
-        "data": [
-            {"title": title.to_json(), "figures": figures}
-            for title, prefix in ((TRAINED, ""), (EVALUATED, "evaluation_"))
-            if (figures := _figures(found.data, prefix))
-        ],
+        "data": data,
     }
 
 
-def _figures(data: dict[str, float], prefix: str) -> list[dict[str, Any]]:
-    return [
-        {"title": title.to_json(), "value": data[prefix + name]}
-        for name, title in FIGURES.items()
-        if prefix + name in data
-    ]
-
-
-# --- the run -------------------------------------------------------------------------------------------
-
-
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a training's output."""
+    """Tell whether a folder is a training's output."""
     return (folder / LOG).is_file() or (folder / SETTINGS_FILE).is_file()
 
 
 def run_values(folder: Path) -> dict[str, Any]:
-    """The part `run` of a page.
+    """Return the part `run` of a page.
 
     Raises:
         InputError: the folder is no training's output.
@@ -93,25 +86,23 @@ def run_values(folder: Path) -> dict[str, Any]:
 
 
 def _settings(folder: Path) -> list[dict[str, Any]]:
-    """Every option, in the order of the reference; those that are not the default are marked."""
+    """Return every option in the order of the reference; those that are not the default are marked."""
     try:
         values = read_settings(folder / SETTINGS_FILE, TrainOptions)
-    except InputError:  # of a version with other options
+    except InputError:
+        # They are of a version with other options.
         return []
     return [
         {
             "name": spelling(field.name),
-            "value": _shown(values[field.name]),
-            "is_changed": values[field.name] != field.default,
+            "value": ", ".join(map(word_of, value)) if isinstance(value, tuple) else word_of(value),
+            "is_changed": value != field.default,
             "help": spec_of(field).help.to_json(),
         }
         for field in fields_in_order(TrainOptions)
         if field.name in values
+        for value in (values[field.name],)
     ]
-
-
-def _shown(value: Any) -> str:
-    return ", ".join(map(word_of, value)) if isinstance(value, tuple) else word_of(value)
 
 
 def _curves(lines: Sequence[dict[str, Any]], metrics: Sequence[str]) -> dict[str, Any]:
@@ -127,23 +118,25 @@ def _curves(lines: Sequence[dict[str, Any]], metrics: Sequence[str]) -> dict[str
 
 
 def _points(steps: Sequence[int], values: Sequence[float]) -> dict[str, list[float]]:
-    """A curve with at most `MOST_POINTS` points; values that are not finite are left out."""
+    """Return a curve with at most `MOST_POINTS` points; values that are not finite are left out."""
     known = [(step, value) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
     size = math.ceil(len(known) / MOST_POINTS) or 1
     groups = [known[start : start + size] for start in range(0, len(known), size)]
     means = [sum(value for _, value in group) / len(group) for group in groups]
-    return {"x": [group[-1][0] for group in groups], "y": [float(f"{mean:.{DIGITS}g}") for mean in means]}
+    return {
+        "x": [group[-1][0] for group in groups],
+        "y": [float(f"{mean:.{POINT_DIGITS}g}") for mean in means],
+    }
 
 
 def _evaluation(line: dict[str, Any], metrics: Sequence[str]) -> dict[str, float]:
     named = {"step": "step", "epoch": "epoch", "evalLoss": "eval_loss"}
     named |= {name: f"eval_{name}" for name in metrics}
-    found = {name: line[key] for name, key in named.items() if key in line}
-    return {name: value for name, value in found.items() if math.isfinite(value)}
+    return {name: line[key] for name, key in named.items() if key in line and math.isfinite(line[key])}
 
 
 def _outcome(lines: Sequence[dict[str, Any]], metrics: Sequence[str]) -> list[dict[str, Any]]:
-    """What the run came to: the last values, and the best ones of the evaluations."""
+    """Return the last values of the run, and the best ones of its evaluations."""
     steps, losses = series(lines, "loss")
     if not steps:
         return []
@@ -154,18 +147,13 @@ def _outcome(lines: Sequence[dict[str, Any]], metrics: Sequence[str]) -> list[di
         {"title": Localized("training loss, smoothed").to_json(), "value": last},
     ]
     for metric in (LOSS, *(TEXT_METRICS[name] for name in metrics)):
-        outcome += _best(lines, metric)
+        name, best = f"eval_{metric.name}", Best()
+        evaluated = [line for line in lines if name in line]
+        for line in evaluated:
+            if math.isfinite(line[name]):
+                best = best.after(metric, line["step"], line[name], line["eval_loss"])
+        if best.step is not None:
+            title = Localized("evaluation {metric}", metric=metric.name).to_json()
+            best_value = {"value": best.value, "step": best.step}
+            outcome.append({"title": title, "value": evaluated[-1][name], "best": best_value})
     return [each for each in outcome if math.isfinite(each["value"])]
-
-
-def _best(lines: Sequence[dict[str, Any]], metric: TextMetric) -> list[dict[str, Any]]:
-    name, best = f"eval_{metric.name}", Best()
-    evaluated = [line for line in lines if name in line]
-    for line in evaluated:
-        if math.isfinite(line[name]):
-            best = best.after(metric, line["step"], line[name], line["eval_loss"])
-    if best.step is None:
-        return []
-    title = Localized("evaluation {metric}", metric=metric.name)
-    best_values = {"value": best.value, "step": best.step}
-    return [{"title": title.to_json(), "value": evaluated[-1][name], "best": best_values}]
