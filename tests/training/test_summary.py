@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from mdl_toolkit.config.yaml import as_command
 from mdl_toolkit.training import log as runlog
 from mdl_toolkit.training import summary as briefing
-from mdl_toolkit.training.log import Forecast, Pace
+from mdl_toolkit.training.log import Pace, TimeForecast
 from mdl_toolkit.training.run import train
 from mdl_toolkit.training.sampler import BatchSampler
 from mdl_toolkit.training.summary import say_results
@@ -148,7 +148,7 @@ def test_a_forecast_goes_by_the_length_of_steps():
         for step in range(total)
     ]
     cost[0] -= 20  # warming up, but not so long that it is all that is known
-    forecast, told = Forecast(order, total), []
+    forecast, told = TimeForecast(order, total), []
     for step in range(total):
         elapsed += cost[step]
         told.append(forecast.step(step + 1, order.examples(step), cost[step], 1.0))
@@ -158,7 +158,7 @@ def test_a_forecast_goes_by_the_length_of_steps():
 
 def test_a_slow_first_step_is_told_of_at_once():
     order = sampler()
-    left = Forecast(order, 100).step(1, order.examples(0), 25.0, 25.0)
+    left = TimeForecast(order, 100).step(1, order.examples(0), 25.0, 25.0)
     mean = order.lengths.sum() / 100
     assert left == pytest.approx(25 / order.lengths[order.examples(0)].sum() * mean * 99)
 

@@ -209,8 +209,8 @@ def to_resume(output: Path, resume: bool | str | None) -> Checkpoint | None:
 
 def _incomplete(path: Path, reason: Localized) -> ModelError:
     """Return the error, with the newest whole checkpoint of the run that the path belongs to."""
-    found = checkpoints(path) or checkpoints(path.resolve().parent)
-    whole = next((each for each in reversed(found) if damage(each) is None), None)
+    candidates = checkpoints(path) or checkpoints(path.resolve().parent)
+    whole = next((each for each in reversed(candidates) if damage(each) is None), None)
     if whole is None:
         return ModelError(
             "--resume-from-checkpoint {path}: not a complete checkpoint ({reason})", path=path, reason=reason

@@ -42,7 +42,7 @@ class Pace:
     waited: float
 
 
-class Forecast:
+class TimeForecast:
     """Forecast how long a run will take, by the time that a decoder token has taken so far.
 
     The first step, which warms everything up, counts only when it is all there is.
@@ -102,7 +102,7 @@ class RunLog:
     ) -> None:
         self._file, self._bar, self._trackers = output / LOG, bar, trackers
         self._seconds, self._epoch = seconds, sampler.steps_per_epoch
-        self._watch, self._forecast = watch, Forecast(sampler, watch.total)
+        self._watch, self._forecast = watch, TimeForecast(sampler, watch.total)
         self._smooth, self._end_of_a_cut_line = SmoothedLoss(), ""
         self._examples, self._audio, self._waited, self._has_warned = 0, 0.0, 0.0, False
         self._began = self._mark = time.monotonic()

@@ -105,12 +105,12 @@ def check_resumable(checkpoint: Path, targets: tuple[str, ...], rank: int) -> No
     """
     config = read_json(checkpoint / ADAPTER_CONFIG)
     pattern, full = str(config.get("target_modules")), config.get("modules_to_save") or []
-    low_rank = [target for target, there in LORA_TARGETS.items() if there in pattern]
+    low_rank = [target for target, modules in LORA_TARGETS.items() if modules in pattern]
     before = [f"--lora-rank {config.get('r')}"] if low_rank and config.get("r") != rank else []
     wanted = _full_modules(targets, bool(config.get("ensure_weight_tying")))
     if set(low_rank) != LORA_TARGETS.keys() & set(targets) or sorted(full) != sorted(wanted):
-        found = low_rank + [target for target, there in FULL_TARGETS.items() if there in full]
-        before += [f"--train-target {target}" for target in found or ["?"]]
+        trained = low_rank + [target for target, module in FULL_TARGETS.items() if module in full]
+        before += [f"--train-target {target}" for target in trained or ["?"]]
     if before:
         words = " ".join(before)
         raise ModelError(
@@ -133,5 +133,5 @@ def count_target(model: nn.Module, target: str, *, tied: bool) -> TargetCount:
     else:
         name = FULL_TARGETS["embed_tokens" if tied else target]
         pattern = re.compile(rf".*?({re.escape(name)})\.modules_to_save\..*")
-    found = [(match[1], p) for n, p in model.named_parameters() if (match := pattern.fullmatch(n))]
-    return TargetCount(target, len({name for name, _ in found}), sum(p.numel() for _, p in found))
+    matches = [(match[1], p) for n, p in model.named_parameters() if (match := pattern.fullmatch(n))]
+    return TargetCount(target, len({name for name, _ in matches}), sum(p.numel() for _, p in matches))

@@ -20,8 +20,8 @@ from mdl_toolkit.training.gradient_checkpointing import is_recomputing
 ADAPTER = "default"
 # Layers whose output is only added up, in encoder and decoder blocks.
 LAST = ("mlp.fc2", "mlp.down_proj")
-# Arguments of each layer, as `_FastLora` takes them.
-PARTS = 5
+# Weight, bias, A, B and scale, as `_FastLora` takes them for each layer.
+ARGUMENTS = 5
 
 
 class FastLoraLinear(Linear):
@@ -73,16 +73,16 @@ class _FastLora(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, is_needed: bool, *parts: Any) -> tuple[Tensor, ...]:
-        weights, biases, downs, ups_raw, scales = (parts[first::PARTS] for first in range(PARTS))
+        weights, biases, downs, wide, scales = (parts[first::ARGUMENTS] for first in range(ARGUMENTS))
         dtype = weights[0].dtype
         flat = x.reshape(-1, x.shape[-1]).to(dtype)
         down = (downs[0] if len(downs) == 1 else torch.cat([*downs])).to(dtype)
-        ups = [_scaled(b.to(dtype), scale) for b, scale in zip(ups_raw, scales, strict=True)]
+        ups = [_scaled(b.to(dtype), scale) for b, scale in zip(wide, scales, strict=True)]
         ranks = [up.shape[1] for up in ups]
         lows = torch.split(flat @ down.T, ranks, 1)
         kept = weights if ctx.needs_input_grad[0] else ()
         ctx.save_for_backward(flat, down, *ups, *lows, *kept)
-        ctx.scales, ctx.dtypes = scales, (x.dtype, downs[0].dtype, ups_raw[0].dtype)
+        ctx.scales, ctx.dtypes = scales, (x.dtype, downs[0].dtype, wide[0].dtype)
         shapes = [(*x.shape[:-1], len(weight)) for weight in weights]
         # Not a number: if anything did use it, the loss would say so.
         if not is_needed:

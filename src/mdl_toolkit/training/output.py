@@ -24,7 +24,7 @@ from mdl_toolkit.weights.resolve import ADAPTER_CONFIG, FINAL, MODEL_CONFIG
 OUTPUT_FILES = (FINAL, SETTINGS_FILE, PROVENANCE_FILE, LOG, PLOT, REPORT)
 
 
-def check_output(output: Path, options: TrainOptions) -> None:
+def check_run_folder(output: Path, options: TrainOptions) -> None:
     """Refuse an output folder that holds a model or what the run reads, and data that are not there.
 
     Raises:

@@ -20,8 +20,6 @@ from mdl_toolkit.weights.model_card import ResultMetadata
 from mdl_toolkit.weights.provenance import Base, Provenance
 from mdl_toolkit.weights.resolve import FINAL, read_json, recorded_name
 
-HOUR = 3600.0
-
 
 def origin_of(
     options: TrainOptions, base: Path, train_set: ConvertedDataset, eval_set: ConvertedDataset | None
@@ -31,16 +29,16 @@ def origin_of(
     Raises:
         ModelError: the base's weights are damaged.
     """
-    data = _amount(train_set, "")
+    data = _data_figures(train_set, "")
     if eval_set is not None:
-        data |= _amount(eval_set, "evaluation_")
+        data |= _data_figures(eval_set, "evaluation_")
     return Provenance(Base.of(base, recorded_name(options.model_name, base)), train_set.record.prompts, data)
 
 
-def _amount(dataset: ConvertedDataset, prefix: str) -> dict[str, float]:
+def _data_figures(dataset: ConvertedDataset, prefix: str) -> dict[str, float]:
     """Return figures of a dataset, with a prefix to their names."""
     seconds, tokens = dataset.audio_lengths / SAMPLE_RATE, dataset.token_counts
-    amounts: dict[str, float] = {"rows": len(dataset), "hours": float(f"{seconds.sum() / HOUR:.4g}")}
+    amounts: dict[str, float] = {"rows": len(dataset), "hours": float(f"{seconds.sum() / 3600:.4g}")}
     if len(dataset):
         amounts |= {
             "shortest_seconds": round(float(seconds.min()), 2),

@@ -38,7 +38,7 @@ def identity_of(sampler: BatchSampler) -> dict[str, Any]:
     """Return what the order of a run's examples depends on, as a checkpoint keeps it."""
     return {
         "rows": len(sampler.lengths),
-        "lengths": _digest(sampler.lengths, sampler.supervised),
+        "lengths": _hash_arrays(sampler.lengths, sampler.supervised),
         "effective": sampler.effective,
         "seed": sampler.seed,
     }
@@ -53,11 +53,11 @@ def judged_by(eval_set: SampleSource | None, answers: AnswerEvaluator | None) ->
         return None
     asked = {}
     if answers is not None:
-        asked = {"metric": answers.metric.name, "answers": _digest(answers.drawn)}
-    return {"rows": len(eval_set.token_counts), "lengths": _digest(eval_set.token_counts), **asked}
+        asked = {"metric": answers.metric.name, "answers": _hash_arrays(answers.drawn)}
+    return {"rows": len(eval_set.token_counts), "lengths": _hash_arrays(eval_set.token_counts), **asked}
 
 
-def _digest(*arrays: NDArray[np.int64]) -> str:
+def _hash_arrays(*arrays: NDArray[np.int64]) -> str:
     """Return a short hash of arrays' contents."""
     return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()[:16]
 
@@ -169,8 +169,8 @@ def warn_changed(resume: Checkpoint, options: TrainOptions) -> None:
         Localized(
             "{option} {now} (was {then})",
             option=spelling(name),
-            now=_shown(getattr(options, name)),
-            then=_shown(value),
+            now=_typed(getattr(options, name)),
+            then=_typed(value),
         )
         for name, value in before.items()
         if name not in ANY_TIME
@@ -189,7 +189,7 @@ def _meaning(value_type: ValueType, value: Any) -> Any:
     return Path(value).expanduser().resolve() if is_path else value
 
 
-def _shown(value: Any) -> str:
+def _typed(value: Any) -> str:
     """Return an option's value as it is typed."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()

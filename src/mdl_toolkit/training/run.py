@@ -26,7 +26,7 @@ from mdl_toolkit.training.gradient_checkpointing import KeptBlocks
 from mdl_toolkit.training.log import Pace, RunLog
 from mdl_toolkit.training.lora import TargetCount, add_adapters, check_resumable
 from mdl_toolkit.training.memory.plan import plan_memory
-from mdl_toolkit.training.output import check_output, copy_best, prepare_output, tidy_output
+from mdl_toolkit.training.output import check_run_folder, copy_best, prepare_output, tidy_output
 from mdl_toolkit.training.result import origin_of, write_result
 from mdl_toolkit.training.resume import check_steps, say_resumed, warn_changed
 from mdl_toolkit.training.sampler import BatchSampler
@@ -57,7 +57,7 @@ from mdl_toolkit.weights.loading import (
 from mdl_toolkit.weights.provenance import Provenance
 from mdl_toolkit.weights.resolve import BITSANDBYTES, FINAL, find_model, recorded_name, require_package
 
-MEMORY_REMEDY = Localized(
+OOM_REMEDY = Localized(
     "lower --batch-size and raise --gradient-accumulation-steps, or try --quantization 4bit"
 )
 
@@ -102,7 +102,7 @@ def train(options: TrainOptions) -> TrainResult:
     if options.quantization is not None:
         require_package(BITSANDBYTES, "quantization", "--quantization")
     output = Path(options.output)
-    check_output(output, options)
+    check_run_folder(output, options)
     # Of several processes the first one writes.
     with Interruption(), claim_folder(output) if is_first_process() else nullcontext():
         if is_first_process():
@@ -113,7 +113,7 @@ def train(options: TrainOptions) -> TrainResult:
 
 
 @dataclass(frozen=True)
-class _Run:
+class _RunPlan:
     """Hold what is known of a run before any weight is loaded."""
 
     options: TrainOptions
@@ -150,7 +150,7 @@ def _prepare_and_run(options: TrainOptions, world: World) -> TrainResult:
         base = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=True)
         if world.is_first:
             world.wait()
-        with explaining_memory(MEMORY_REMEDY):
+        with explaining_memory(OOM_REMEDY):
             sampler = BatchSampler(
                 train_set.token_counts,
                 train_set.supervised_counts,
@@ -164,7 +164,7 @@ def _prepare_and_run(options: TrainOptions, world: World) -> TrainResult:
             device, dtype = best_device(), choose_dtype(options.bf16)
             data = train_set, eval_set
             return _run(
-                _Run(
+                _RunPlan(
                     options,
                     base,
                     origin,
@@ -181,7 +181,7 @@ def _prepare_and_run(options: TrainOptions, world: World) -> TrainResult:
             )
 
 
-def _run(run: _Run) -> TrainResult:
+def _run(run: _RunPlan) -> TrainResult:
     """Say what a run is going to do, train, and write the result."""
     options, output = run.options, Path(run.options.output)
     warn_of_idle_gpus(run.world.size, options.COMMAND)
@@ -216,7 +216,7 @@ def _run(run: _Run) -> TrainResult:
     return TrainResult(final, done.steps, done.loss, done.eval_loss)
 
 
-def _train(run: _Run, kept: KeptBlocks) -> tuple[Outcome, Pace]:
+def _train(run: _RunPlan, kept: KeptBlocks) -> tuple[Outcome, Pace]:
     """Load the model and train it; neither it nor its optimizer outlives the call."""
     options, output, schedule, world = run.options, Path(run.options.output), run.schedule, run.world
     cached = sets_to_cache(options, schedule, run.train_set, run.eval_set)

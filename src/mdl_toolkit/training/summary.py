@@ -43,18 +43,18 @@ def say_machine(device: torch.device, dtype: torch.dtype, quantization: str | No
 
 def say_data(train_set: ConvertedDataset, eval_set: ConvertedDataset | None) -> None:
     """Say how many examples and how much audio there are to learn from, and to evaluate on."""
-    train = _amount(train_set)
+    train = _data_size(train_set)
     if eval_set is None:
         say("training data: {train}", train=train)
     else:
-        say("training data: {train}; evaluation data: {eval}", train=train, eval=_amount(eval_set))
+        say("training data: {train}; evaluation data: {eval}", train=train, eval=_data_size(eval_set))
 
 
-def _amount(dataset: ConvertedDataset) -> Localized:
+def _data_size(dataset: ConvertedDataset) -> Localized:
     """Return the number of a dataset's examples and the hours of their audio, in words."""
-    rows, seconds = len(dataset), float(dataset.audio_lengths.sum()) / SAMPLE_RATE
+    seconds = float(dataset.audio_lengths.sum()) / SAMPLE_RATE
     hours = f"{seconds / HOUR:.2f}" if seconds >= 0.1 * HOUR else f"{seconds / HOUR:.2g}"
-    return Localized("{rows:,} rows, {hours} hours of audio", rows=rows, hours=hours)
+    return Localized("{rows:,} rows, {hours} hours of audio", rows=len(dataset), hours=hours)
 
 
 def say_steps(options: TrainOptions, sampler: BatchSampler, total: int) -> None:

@@ -35,7 +35,7 @@ SMALL_SHARE = 0.1
 LOW_RANK = 8
 # Steps of the first epoch that are searched for the largest batches, in a fifth of a second.
 MOST_STEPS = 20_000
-PARTS = {
+PART_NAMES = {
     "audio_encoder": Localized("encoder"),
     "audio_projector": Localized("projector"),
     "decoder": Localized("decoder"),
@@ -101,7 +101,7 @@ class MemoryPlan:
         if self.free is not None:
             predicted = Localized("{predicted}; free: {free}", predicted=predicted, free=size(self.free))
         parts = [
-            Localized("{part} {size} {form}", part=PARTS[part], size=size(count), form=form)
+            Localized("{part} {size} {form}", part=PART_NAMES[part], size=size(count), form=form)
             for (part, form), count in self.parts.items()
             if count > 0.001 * self.weights
         ]
