@@ -7,7 +7,9 @@ from typing import Any
 
 import soundfile
 
+from mdl_toolkit.config.data import ConvertOptions
 from mdl_toolkit.config.train import TrainOptions
+from mdl_toolkit.data.convert.run import convert_dataset
 from mdl_toolkit.utils.run_folder import read_log
 from tests.support.waves import wave
 
@@ -54,6 +56,12 @@ def train_options(data: Path, model: Path, output: Path, **changes: Any) -> Trai
         "lora_rank": 4, "lora_alpha": 8, "batch_size": 4, "gradient_checkpointing": False,
     }  # fmt: skip
     return TrainOptions(**{**settings, **changes})
+
+
+def convert(csv_file: Path, model: Path, output: Path) -> Path:
+    """Convert a CSV with a model's tokenizer; return the dataset's folder."""
+    convert_dataset(ConvertOptions(input=str(csv_file), output=str(output), model_name=str(model)))
+    return output
 
 
 def files_below(folder: Path) -> set[str]:
