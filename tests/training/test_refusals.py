@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-import torch
 
 from mdl_toolkit.errors import DatasetError, InputError, ModelError, ToolkitError, UsageError
 from mdl_toolkit.training import run as training
