@@ -1,4 +1,4 @@
-"""When a checkpoint is due, what is in it, whether it is whole, what is deleted, set aside (rules 27-31)."""
+"""Checkpoints: what is in one, whether it is whole, what is deleted and what is set aside."""
 
 import errno
 import json
@@ -19,7 +19,6 @@ from mdl_toolkit.training import checkpoints
 from mdl_toolkit.training.checkpoints import damage, delete_oldest, save, to_resume
 from mdl_toolkit.training.output import set_aside
 from mdl_toolkit.training.run import train
-from mdl_toolkit.training.schedule import due_steps
 from mdl_toolkit.utils.run_folder import read_log
 from tests.support.fleet import die_before, fleet
 from tests.support.paths import MODEL
@@ -34,28 +33,6 @@ FILES = {*WRITTEN, "checksums.json"}
 OF_A_RUN = {*FILES, "mdl-toolkit.json"}  # which says where all of the run's checkpoints come from
 # What stands beside checkpoints.
 AT_THE_END = ("final", "log.jsonl", "loss.png", "mdl-toolkit.json", "mdl-toolkit.yaml", "report.html")
-
-
-def test_a_tiny_fraction_of_an_epoch_is_every_step():
-    """At once: there were billions of them to go through."""
-    assert due_steps(1e-12, 12, 12) == frozenset(range(1, 13))
-
-
-@pytest.mark.parametrize(
-    ("cadence", "per_epoch", "total", "due"),
-    [
-        (1, 4, 4, {1, 2, 3, 4}),
-        (3, 4, 8, {3, 6, 8}),
-        (500, 4, 8, {8}),
-        (0, 4, 8, {8}),
-        (0.5, 4, 12, {2, 4, 6, 8, 10, 12}),  # twice an epoch over three epochs: six times
-        (0.5, 5, 15, {2, 5, 8, 10, 12, 15}),
-        (0.1, 4, 4, {1, 2, 3, 4}),  # more often than there are steps: every step
-        (0.25, 100, 30, {25, 30}),
-    ],
-)
-def test_due_steps(cadence, per_epoch, total, due):
-    assert due_steps(cadence, per_epoch, total) == due
 
 
 # --- one checkpoint -----------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ import os
 import signal
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -17,8 +16,6 @@ from mdl_toolkit.errors import ModelError, RowsError, ToolkitError
 from mdl_toolkit.training import datasets as training_data
 from mdl_toolkit.training import run as training
 from mdl_toolkit.training.run import train
-from mdl_toolkit.training.sampler import BatchSampler
-from mdl_toolkit.training.schedule import Schedule
 from tests.support.runs import (
     convert,
     copy_checkpoint,
@@ -34,26 +31,6 @@ from tests.support.weight_files import tensors_of
 @pytest.fixture
 def model(golden, tmp_path):
     return copy_checkpoint(golden, "A-small", tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("rows", "processes", "changes", "per_epoch", "total"),
-    [
-        (180, 1, {"batch_size": 8}, 23, 23),
-        (180, 1, {"batch_size": 8, "num_epochs": 0.1}, 23, 3),
-        (10, 1, {"batch_size": 8, "num_epochs": 0.001}, 2, 1),
-        (180, 2, {"batch_size": 4, "num_epochs": 2}, 23, 46),
-        (20, 1, {"batch_size": 3, "gradient_accumulation_steps": 4}, 2, 2),
-        (20, 1, {"batch_size": 8, "num_epochs": 1.5}, 3, 5),
-    ],
-)
-def test_steps_of_a_run(rows, processes, changes, per_epoch, total):
-    options = TrainOptions(train_dataset="d", output="o", **changes)
-    nothing = np.zeros(rows, np.int64)
-    split = options.batch_size, options.gradient_accumulation_steps, processes
-    schedule = Schedule.of(BatchSampler(nothing, nothing, *split, 0).steps_per_epoch, options)
-    assert (schedule.per_epoch, schedule.total) == (per_epoch, total)
-    assert math.ceil(rows / (changes["batch_size"] * processes)) >= per_epoch
 
 
 CHECKPOINT_FILES = {
