@@ -35,6 +35,8 @@ TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 LONGEST_PAUSE = 60.0
 # ETags and times that are kept, and sent back.
 _HEADER = re.compile(r"[\x20-\x7e\x80-\xff]{0,1000}")
+# The machine's certificates, read once.
+_certificates = lru_cache(maxsize=1)(ssl.create_default_context)
 
 
 @dataclass(frozen=True)
@@ -175,11 +177,6 @@ def fetch(url: str, target: Path, limits: Limits, known: RemoteVersion = NOTHING
             attempt += 1
 
 
-@lru_cache(maxsize=1)
-def _certificates() -> ssl.SSLContext:
-    return ssl.create_default_context()
-
-
 @contextmanager
 def _shut_down_at(ends: float) -> Iterator[Callable[[str, dict[str, Any]], None]]:
     """Shut connections down when the time is over; yield the callback by which httpx tells of them.
@@ -232,7 +229,7 @@ class _Transfer:
         import httpx
 
         try:
-            with closing(self._follow()) as response:
+            with closing(self._send()) as response:
                 response.headers.encoding = "latin-1"
                 if response.status_code == 304 and self.known.condition(_address(response.url)):
                     return None
@@ -251,8 +248,11 @@ class _Transfer:
             self._check_time()
             raise _connection_error(problem) from problem
 
-    def _follow(self) -> "httpx.Response":
-        """Send the request and follow redirections, to http(s) only."""
+    def _send(self) -> "httpx.Response":
+        """Send the request and follow redirections, to http(s) only.
+
+        Each address gets its own password, and the condition that is due there.
+        """
         import httpx
 
         request = self.client.build_request("GET", self.url, extensions={"trace": self.watch})
@@ -260,7 +260,15 @@ class _Transfer:
         with suppress(httpx.InvalidURL):
             for _ in range(MAX_REDIRECTS + 1):
                 self._check_time()
-                response = self._send(request)
+                login = (request.url.username, request.url.password)
+                # httpx logs addresses.
+                request.url = request.url.copy_with(userinfo=b"")
+                request.headers.encoding = "latin-1"
+                for name in ("If-None-Match", "If-Modified-Since"):
+                    request.headers.pop(name, None)
+                for name, value in self.known.condition(_address(request.url)).items():
+                    request.headers[name] = value
+                response = self.client.send(request, stream=True, auth=login if any(login) else None)
                 if response.next_request is None:
                     return response
                 response.close()
@@ -271,18 +279,6 @@ class _Transfer:
             Localized("the server redirects in a circle, too often, or to something else than http(s)"),
             is_final=True,
         )
-
-    def _send(self, request: "httpx.Request") -> "httpx.Response":
-        """Send a request, with the password of its own address and the condition that is due there."""
-        login = (request.url.username, request.url.password)
-        # httpx logs addresses.
-        request.url = request.url.copy_with(userinfo=b"")
-        request.headers.encoding = "latin-1"
-        for name in ("If-None-Match", "If-Modified-Since"):
-            request.headers.pop(name, None)
-        for name, value in self.known.condition(_address(request.url)).items():
-            request.headers[name] = value
-        return self.client.send(request, stream=True, auth=login if any(login) else None)
 
     def _store(self, response: "httpx.Response") -> RemoteVersion:
         """Write the body of an answer to the file, and return what identifies it."""
