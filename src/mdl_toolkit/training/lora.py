@@ -39,13 +39,7 @@ class TargetCount:
 
 
 def add_adapters(
-    model: nn.Module,
-    targets: tuple[str, ...],
-    *,
-    rank: int,
-    alpha: float,
-    dropout: float,
-    base_name: str,
+    model: nn.Module, targets: tuple[str, ...], *, rank: int, alpha: float, dropout: float, base_name: str
 ) -> tuple[Any, list[TargetCount]]:
     """Wrap a MiDashengLM in PEFT so that exactly the targets train.
 
@@ -68,11 +62,7 @@ def add_adapters(
 
     from mdl_toolkit.training.lora_layer import use_fast_lora
 
-    names = [name for name, _ in model.named_modules()]
-    for target in targets:
-        module = re.compile(LORA_TARGETS.get(target) or re.escape(FULL_TARGETS[target]))
-        if not any(module.fullmatch(name) for name in names):
-            raise ModelError("--train-target {target}: this model has nothing of that name", target=target)
+    _check_targets(model, targets)
     patterns = [f"(?:{pattern})" for target, pattern in LORA_TARGETS.items() if target in targets]
     tied = bool(model.config.tie_word_embeddings)  # type: ignore[union-attr]
     full = _full_modules(targets, tied)
@@ -95,6 +85,15 @@ def add_adapters(
             parameter.data = parameter.data.to(torch.float32)
     use_fast_lora(peft_model)
     return peft_model, [count_target(peft_model, target, tied=tied) for target in targets]
+
+
+def _check_targets(model: nn.Module, targets: tuple[str, ...]) -> None:
+    """Refuse targets that match nothing in a model."""
+    names = [name for name, _ in model.named_modules()]
+    for target in targets:
+        module = re.compile(LORA_TARGETS.get(target) or re.escape(FULL_TARGETS[target]))
+        if not any(module.fullmatch(name) for name in names):
+            raise ModelError("--train-target {target}: this model has nothing of that name", target=target)
 
 
 def check_resumable(checkpoint: Path, targets: tuple[str, ...], rank: int) -> None:
