@@ -1,13 +1,13 @@
-"""Recordings: a file or address to mono float32 samples at 16 kHz.
+"""Turn a recording, a file or an address, into mono float32 samples at 16 kHz.
 
 Modules:
     loading          `load`: decode, check, resample, pad
-    decoders         libsndfile and FFmpeg: a file to samples at its own rate
-    integrity        whether a file is all there; nothing is decoded
-    flac             samples as FLAC and back
+    decoders         decode with libsndfile or FFmpeg, at the file's own rate
+    integrity        check that a file is complete, without decoding it
+    flac             store samples as FLAC, and read them back
     http             download one address
-    download_cache   a cache of downloads
-    urls             addresses: tell them from paths, show them without passwords
+    download_cache   download each address once, and keep its content
+    urls             tell addresses from paths, show them without passwords
 
 `mdl_toolkit.audio.load` is part of the Python API.
 """

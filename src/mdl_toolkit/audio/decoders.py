@@ -1,7 +1,7 @@
 """Decode a file with libsndfile or FFmpeg to mono float32 samples at the file's own rate.
 
-libsndfile decodes what it knows. FFmpeg (by PyAV) decodes what libsndfile does not know; it is the lenient
-one, so every error it reports and every second it owes is looked at here.
+libsndfile decodes the formats that it knows, FFmpeg (by PyAV) all others. FFmpeg is lenient: every error that
+it reports is checked here, and that all promised seconds came.
 """
 
 from dataclasses import dataclass
@@ -91,6 +91,7 @@ def _reads_all(sound: Any, integrity: Integrity) -> bool:
 
 
 def _damaged(name: str, decoder: str, problem: object) -> AudioError:
+    """Return the error for a damaged file, with what a decoder says of it."""
     words = _reason(problem)
     return AudioError(
         "{name}: {decoder} says: {words}; the file is damaged, get it again",
@@ -118,12 +119,14 @@ def _average(channels: Floats) -> Floats:
 
 
 def _seconds_missing(promised: float, present: float) -> Localized:
+    """Say how many seconds a header promises and how many are there."""
     return Localized(
         "the header promises {promised:.2f} s, {present:.2f} s are there", promised=promised, present=present
     )
 
 
 def _breaks_off(seconds: float, decoder: str, problem: object) -> Localized:
+    """Say where the sound breaks off, and what a decoder says of it."""
     return Localized(
         "it breaks off after {seconds:.2f} s ({decoder} says: {reason})",
         seconds=seconds,

@@ -1,11 +1,11 @@
-"""A cache of what is at http(s) addresses: each is asked for once in a run.
+"""Cache the content of http(s) addresses: each is asked for once in a run.
 
 For each address the cache's folder holds, named by the address's SHA-256:
 
     HASH            the content, whole
-    HASH.json       the record: for which run it was asked for last, and what the server said of the content
-    HASH.lock       locked by whoever is at it; never removed
-    .HASH.partial-* being written; what a killed process leaves is in nobody's way
+    HASH.json       the record: the run that asked last, and what the server said of the content
+    HASH.lock       locked by the process that downloads; never removed
+    .HASH.partial-* while it is written; what a killed process leaves is in nobody's way
 
 `http` asks the servers.
 """

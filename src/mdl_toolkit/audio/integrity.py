@@ -112,6 +112,7 @@ PLACEHOLDER = 0x7F000000
 
 
 def _size(file: BinaryIO) -> int:
+    """Return the bytes of a file, without moving its position."""
     here = file.tell()
     end = file.seek(0, 2)
     file.seek(here)
@@ -390,6 +391,7 @@ def _next_frame(data: _Blocks, position: int, first: _Frame) -> int | None:
 
 
 def _damaged(name: str, message: Localized, position: int) -> AudioError:
+    """Return the error for a file that is damaged at a byte."""
     return AudioError(
         "{name}: {message} (at byte {position}): the file is damaged; get it again",
         name=name,
