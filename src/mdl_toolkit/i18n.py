@@ -54,7 +54,7 @@ class Localized:
     def __init__(self, template: str, /, **fields: Any) -> None:
         self.template = template
         self.fields = {
-            name: value if isinstance(value, str | Number | Localized) else str(value)
+            name: value if isinstance(value, str | Number | Localized | None) else str(value)
             for name, value in fields.items()
         }
 

@@ -84,7 +84,7 @@ def test_the_briefing_in_chinese(tmp_path, capsys, monkeypatch):
     ):
         assert text in said
     note = r"损失 [\d.]+，学习率 0.01，每秒 [\d.e+]+ 个样本，[\d.e+]+x"
-    assert re.search(rf"训练中：1/1，{note}，剩余 0:00", said)
+    assert re.search(rf"训练：1/1，{note}，剩余 0:00", said)
     for text in ("训练：1 步，1 轮；平滑损失：", "时间：0:0", "评估 ", "  最佳"):
         assert text in said
 
@@ -233,7 +233,7 @@ def test_the_pace_is_that_of_the_life_and_the_losses_are_those_of_the_run(tmp_pa
         )
         train(replace(options, resume_from_checkpoint=str(tmp_path / "run/checkpoint-9")))
     assert [line for line in lines_of(capsys) if line.startswith("trained: ")] == whole
-    assert paces[0].rows == 12
+    assert paces[0].examples == 12
     assert paces[0].audio == pytest.approx(
         sum(soundfile.info(f).duration for f in (tmp_path / "audio").glob("*")), abs=1
     )
