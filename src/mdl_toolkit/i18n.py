@@ -37,8 +37,8 @@ def chinese() -> NullTranslations:
 class Localized:
     """Hold a message: a template and the values of its fields; `str()` renders it in the reader's language.
 
-    Two messages are equal if their English is. A value that is no text, number or message is kept as its
-    text, so that any message can be hashed and pickled.
+    Two messages are equal if their English is. A value other than a text, number, message or None is kept as
+    its text, so that any message can be hashed and pickled.
 
     Args:
         template: English, with fields as `str.format` has them; braces that are meant literally are doubled.

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from mdl_toolkit.weights.model_card import ResultMetadata, card
+from mdl_toolkit.weights.model_card import ResultMetadata, render_card
 from mdl_toolkit.weights.provenance import Base, Prompts, Provenance
 from tests.support.runs import copy_checkpoint, train_options
 
@@ -24,7 +24,9 @@ def base(golden, tmp_path):
 
 
 def made(base, *, is_adapter=False, origin=ORIGIN):
-    return card(ResultMetadata(origin, train_options(base, base, base), ""), base, is_adapter=is_adapter)
+    return render_card(
+        ResultMetadata(origin, train_options(base, base, base), ""), base, is_adapter=is_adapter
+    )
 
 
 def front(page):

@@ -1,4 +1,4 @@
-"""A model from its folder, with a dtype, a device and quantisation; adapters on their base."""
+"""Load models with dtype, device and quantisation, and adapters on their base."""
 
 import os
 import warnings
@@ -19,12 +19,16 @@ if TYPE_CHECKING:
 
     from mdl_toolkit.model import MiDashengLMModel
 
-# Quantised by bitsandbytes: the decoder's linear layers only (rule 33).
+# Modules that bitsandbytes leaves alone: it quantises the decoder's linear layers only.
 NOT_QUANTIZED = ("audio_encoder", "audio_projector", "embed_tokens", "lm_head")
 
 
 def choose_dtype(bf16: bool | None) -> "torch.dtype":
-    """The dtype of base weights (rule 32): bfloat16 if asked for, or if CUDA has it natively."""
+    """Choose the dtype of base weights: bfloat16 if asked for, or by default on a GPU that has it natively.
+
+    Args:
+        bf16: the user's choice; None for the default.
+    """
     import torch
 
     if bf16 is None:
@@ -41,58 +45,62 @@ def load_model(
 ) -> "MiDashengLMModel":
     """Load a full model.
 
+    Args:
+        folder: that of the model.
+        dtype: the dtype of weights that are not quantised.
+        device: where it is put.
+        quantization: `8bit` or `4bit`; None for the weights as they are stored.
+
     Raises:
-        ModelError: the checkpoint does not fit or cannot be read.
+        ModelError: the checkpoint does not fit the architecture or cannot be read.
     """
     from mdl_toolkit.model import MiDashengLMModel
 
     quiet_libraries()
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "use_safetensors": True}
-    is_placed = quantization is not None or quantized_by(folder) is not None
-    if is_placed:  # quantised weights are put where they belong as they are loaded
+    is_quantized = quantization is not None or quantized_by(folder) is not None
+    # Quantised weights are put on their device while they are loaded.
+    if is_quantized:
         options["device_map"] = {"": device}
     if quantization is not None:
-        options["quantization_config"] = _bitsandbytes(quantization, dtype)
+        options["quantization_config"] = _bitsandbytes_config(quantization, dtype)
     try:
         model = MiDashengLMModel.from_pretrained(folder, **options)
     except ToolkitError:
         raise
-    except Exception as problem:  # the libraries raise a dozen kinds; each means: it does not fit
+    # The libraries raise a dozen kinds of errors; each means that the checkpoint does not fit.
+    except Exception as problem:
         reason = " ".join(str(problem).split())
         raise ModelError("{folder}: cannot be loaded: {reason}", folder=folder, reason=reason) from problem
-    if not is_placed:
+    if not is_quantized:
         return model.to(device)  # type: ignore[no-any-return]
-    _keep_format(model)
-    return model  # type: ignore[no-any-return]
-
-
-def _keep_format(model: Any) -> None:
-    """Keep bitsandbytes 0.50 from repacking 4-bit weights, in bfloat16 and for good, at the first evaluation.
-
-    On CPUs with AVX512-BF16 it does so in `Linear4bit.forward`, whether or not training goes on, and fails
-    where a matrix's width is no multiple of 64.
-    """
+    # bitsandbytes 0.50 repacks 4-bit weights at the first evaluation, in bfloat16 and for good, on CPUs with
+    # AVX512-BF16. It does so while training goes on, and fails where a width is no multiple of 64.
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    return model  # type: ignore[no-any-return]
 
 
-def _bitsandbytes(quantization: str, dtype: "torch.dtype") -> Any:
+def _bitsandbytes_config(quantization: str, dtype: "torch.dtype") -> Any:
     from transformers import BitsAndBytesConfig
 
     skip = list(NOT_QUANTIZED)
     if quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=skip,
-    )  # fmt: skip
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=skip,
+    )
 
 
 def best_device() -> "torch.device":
-    """The GPU of this process, or the CPU.
+    """Choose the GPU of this process, or the CPU.
 
-    Also of launchers that do not say which process of its machine it is, or show each its own GPU alone.
+    Launchers may not set the local rank, or may show each process its own GPU alone.
     """
     import torch
 
@@ -104,13 +112,13 @@ def best_device() -> "torch.device":
 
 @contextmanager
 def explaining_memory(remedy: Localized) -> Iterator[None]:
-    """Turn an out-of-memory error into one for the user.
+    """Turn an out-of-memory error in the context into one with advice for the user.
 
     Args:
-        remedy: what to do.
+        remedy: the advice.
 
     Raises:
-        ModelError: the device has not enough memory.
+        ModelError: the device does not have enough memory.
     """
     try:
         yield
@@ -123,29 +131,30 @@ def explaining_memory(remedy: Localized) -> Iterator[None]:
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Silence what PEFT says while it wraps a model and our users cannot change."""
+    """Silence warnings of PEFT that users can do nothing about, while it wraps a model in the context."""
     with warnings.catch_warnings():
-        # PEFT 0.21 still asks transformers 5 by a name that goes in its version 6.
+        # PEFT 0.21 still uses a name of transformers that its version 6 removes.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        # PEFT puts the folder the base was loaded from in the place of the base's name, and says so.
+        # PEFT replaces the base's name by the folder that it was loaded from, and says so.
         warnings.filterwarnings("ignore", message=".*base_model_name_or_path", category=UserWarning)
         yield
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries below from drawing their own bars and from advice that is not for our users."""
+    """Turn off the progress bars of transformers, and messages of libraries that are not for users."""
     from transformers.utils import logging
 
-    getLogger("bitsandbytes").setLevel("ERROR")  # it tells of every cast
+    # It logs every cast.
+    getLogger("bitsandbytes").setLevel("ERROR")
     logging.disable_progress_bar()
     logging.set_verbosity_error()
 
 
 def load_for_inference(name: str, *, from_modelscope: bool) -> Any:
-    """A model ready to answer: a full one, or an adapter on the base that it names (rule 40).
+    """Load a model in evaluation mode: a full one, or an adapter on the base that it names.
 
     Raises:
-        ModelError: the model, or the adapter's base, is not to be had.
+        ModelError: the model, or the adapter's base, cannot be found or loaded.
     """
     folder = find_model(name, from_modelscope=from_modelscope, weights=True)
     dtype, device = choose_dtype(None), best_device()
@@ -156,7 +165,7 @@ def load_for_inference(name: str, *, from_modelscope: bool) -> Any:
 
 
 def with_adapter(model: "MiDashengLMModel", folder: Path) -> Any:
-    """A base model with an adapter on it, as PEFT loads it.
+    """Wrap a base model with an adapter, by PEFT.
 
     Raises:
         ModelError: the adapter does not fit.
@@ -176,23 +185,23 @@ def with_adapter(model: "MiDashengLMModel", folder: Path) -> Any:
 
 
 def base_of(adapter: Path, *, from_modelscope: bool, name: str | None = None) -> Path:
-    """The folder of an adapter's base model, which is the one that the adapter was trained on.
+    """Find the folder of an adapter's base model, and check that the adapter was trained on it.
 
     Args:
-        adapter: its folder.
+        adapter: the adapter's folder.
         from_modelscope: look names up on ModelScope.
-        name: of the base, where it is not the one that the adapter names.
+        name: a name or path to use in place of the one that the adapter records.
 
     Raises:
-        ModelError: the adapter names none, it is not to be had, or it is another one.
+        ModelError: the adapter names no base, it cannot be found, or it has other weights.
     """
-    known = read_provenance(adapter)
-    recorded = None if known is None else known.base
+    provenance = read_provenance(adapter)
+    recorded = None if provenance is None else provenance.base
     named = name or (recorded.name if recorded else read_json(adapter / ADAPTER_CONFIG).get(BASE_NAME))
     if not isinstance(named, str):
         raise ModelError("{adapter}: the adapter does not name its base model", adapter=adapter)
     revision = recorded.revision if recorded is not None and named == recorded.name else None
     folder = find_model(named, from_modelscope=from_modelscope, weights=True, revision=revision)
-    if known is not None:
-        known.check_base(Base.of(folder, named), adapter)
+    if provenance is not None:
+        provenance.check_base(Base.of(folder, named), adapter)
     return folder

@@ -1,7 +1,7 @@
-"""Adapter or merged model to a folder.
+"""Write an adapter or a merged model to a folder.
 
-A merged model is the base folder, file by file, with W + (alpha / r) B A in the place of W: same tensor
-names, shapes, dtypes and shards. The model itself is never loaded to make it, only to prove it.
+A merged model is the base folder, file by file, with W + (alpha / r) B A in place of W: same tensor names,
+shapes, dtypes and shards. The model is not loaded to make it, only to verify it.
 """
 
 import json
@@ -19,7 +19,7 @@ from mdl_toolkit.utils.console import warn
 from mdl_toolkit.utils.files import replace_folder, report_write_errors
 from mdl_toolkit.utils.machine import available_cpus
 from mdl_toolkit.weights.adapter import AdapterDelta
-from mdl_toolkit.weights.model_card import ResultMetadata, card
+from mdl_toolkit.weights.model_card import ResultMetadata, render_card
 from mdl_toolkit.weights.provenance import PROVENANCE_FILE
 from mdl_toolkit.weights.resolve import ADAPTER_CONFIG, ADAPTER_WEIGHTS, quantized_by, read_json
 from mdl_toolkit.weights.safetensors_stream import (
@@ -32,16 +32,19 @@ from mdl_toolkit.weights.safetensors_stream import (
 )
 
 CARD = "README.md"
-DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # as options and as files spell them
-MOST_THREADS = 4  # files that are merged at once
+# Dtypes as options spell them, and as files do.
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+# Files that are merged at once.
+MOST_THREADS = 4
 INDEX = "model.safetensors.index.json"
-_ALWAYS_FLOAT32 = "audio_encoder.init_bn."  # the model keeps it so, whatever its dtype
-# Written anew, or the base's weights as other programs store them, which would not be the merged ones.
-_LEFT = {CARD, SETTINGS_FILE, PROVENANCE_FILE, "pytorch_model.bin.index.json"}
+# The model keeps these in float32, whatever its dtype.
+_ALWAYS_FLOAT32 = "audio_encoder.init_bn."
+# Files of the base that are not copied: those written anew, and its weights in other formats.
+_LEFT_OUT = {CARD, SETTINGS_FILE, PROVENANCE_FILE, "pytorch_model.bin.index.json"}
 _OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack"}
 _PRIVATE = (".*", "__pycache__")
-# What an adapter folder takes along: the text side and the processor, not the model's own files.
-_BESIDE_ADAPTER = (
+# Files of the base that an adapter folder holds too: tokenizer and processor.
+_COPIED_TO_ADAPTER = (
     "tokenizer*", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
     "chat_template*", "preprocessor_config.json", "processor_config.json", "generation_config.json",
 )  # fmt: skip
@@ -51,7 +54,7 @@ def export_merged(
     base: Path,
     adapter: Path,
     output: Path,
-    about: ResultMetadata,
+    metadata: ResultMetadata,
     *,
     verify: Callable[[Path], None] | None = None,
     dtype: str | None = None,
@@ -62,47 +65,47 @@ def export_merged(
         base: folder of the base model.
         adapter: folder of the trained adapter (a checkpoint will do).
         output: the folder to write.
-        about: what the folder says of itself.
-        verify: called with the finished folder before it is put in place; raises if it is not the same model.
+        metadata: settings, provenance and the content of its model card.
+        verify: called with the finished folder before that replaces the output; raises if it is wrong.
         dtype: of the result, one of `DTYPES`; the base's if not given.
 
     Raises:
         ModelError: the adapter does not fit the base, or a merged tensor is not finite.
-        InputError: the disk does not take it.
+        InputError: the folder cannot be written.
     """
     with report_write_errors(f"--output {output}", InputError), replace_folder(output) as work:
         merge(base, adapter, work, dtype)
-        _describe(work, base, about, is_adapter=False)
+        _write_metadata(work, base, metadata, is_adapter=False)
         if verify is not None:
             verify(work)
 
 
-def export_adapter(base: Path, adapter: Path, output: Path, about: ResultMetadata) -> None:
-    """Write the adapter with what belongs to it, replacing what is at the output.
+def export_adapter(base: Path, adapter: Path, output: Path, metadata: ResultMetadata) -> None:
+    """Write the adapter with its tokenizer and metadata, replacing what is at the output.
 
     Raises:
-        InputError: the disk does not take it.
+        InputError: the folder cannot be written.
     """
     with report_write_errors(f"--output {output}", InputError), replace_folder(output) as work:
         for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
             shutil.copyfile(adapter / name, work / name)
-        for pattern in _BESIDE_ADAPTER:
+        for pattern in _COPIED_TO_ADAPTER:
             for file in base.glob(pattern):
                 shutil.copyfile(file, work / file.name)
-        _describe(work, base, about, is_adapter=True)
+        _write_metadata(work, base, metadata, is_adapter=True)
 
 
-def _describe(folder: Path, base: Path, about: ResultMetadata, *, is_adapter: bool) -> None:
-    (folder / SETTINGS_FILE).write_text(about.settings, encoding="utf-8")
-    about.provenance.write(folder)
-    (folder / CARD).write_text(card(about, base, is_adapter=is_adapter), encoding="utf-8")
+def _write_metadata(folder: Path, base: Path, metadata: ResultMetadata, *, is_adapter: bool) -> None:
+    (folder / SETTINGS_FILE).write_text(metadata.settings, encoding="utf-8")
+    metadata.provenance.write(folder)
+    (folder / CARD).write_text(render_card(metadata, base, is_adapter=is_adapter), encoding="utf-8")
 
 
 # --- merging ---------------------------------------------------------------------------------------------
 
 
 def merge(base: Path, adapter: Path, output: Path, dtype: str | None = None) -> None:
-    """Fill an empty folder with the base model, the adapter's weights merged in.
+    """Write the base model with the adapter merged into it to an empty folder.
 
     Raises:
         ModelError: the adapter does not fit, the base is quantised, or a merged tensor is not finite.
@@ -113,24 +116,24 @@ def merge(base: Path, adapter: Path, output: Path, dtype: str | None = None) -> 
             base=base,
             method=method,
         )
-    changes, files = AdapterDelta.read(adapter, read_json(base / "config.json")), weight_files(base)
-    if missing := changes.missing({entry.name for file in files for entry in file.entries}):
+    delta, files = AdapterDelta.read(adapter, read_json(base / "config.json")), weight_files(base)
+    if missing := delta.missing({entry.name for file in files for entry in file.entries}):
         names = ", ".join(missing[:20])
         raise ModelError(
             "{adapter}: the base model {base} has no tensors {names}", adapter=adapter, base=base, names=names
         )
     _copy_others(base, output)
-    # Numbers are computed and files written at once: torch and the system let go of Python's lock.
+    # Threads compute and write at once: torch and the system release Python's lock.
     with ThreadPoolExecutor(min(len(files), available_cpus(), MOST_THREADS)) as pool:
-        list(pool.map(lambda file: _merge_file(file, output / file.path.name, changes, dtype), files))
+        list(pool.map(lambda file: _merge_file(file, output / file.path.name, delta, dtype), files))
     if dtype is not None:
-        _say_dtype(output, dtype)
+        _update_dtype(output, dtype)
 
 
 def _copy_others(base: Path, output: Path) -> None:
-    """Everything but weights and what is written anew, folders included."""
+    """Copy all files and folders but weights and files that are written anew."""
     for path in sorted(base.iterdir()):
-        if path.name in _LEFT or path.suffix == SUFFIX or any(map(path.match, _PRIVATE)):
+        if path.name in _LEFT_OUT or path.suffix == SUFFIX or any(map(path.match, _PRIVATE)):
             continue
         if path.suffix in _OTHER_WEIGHTS:
             warn("{path}: left out, as these weights would not be the merged ones", path=path)
@@ -140,28 +143,27 @@ def _copy_others(base: Path, output: Path) -> None:
             shutil.copyfile(path, output / path.name)
 
 
-def _merge_file(source: WeightFile, target: Path, changes: AdapterDelta, dtype: str | None) -> None:
-    dtypes = {} if dtype is None else _new_dtypes(source, DTYPES[dtype])
+def _merge_file(source: WeightFile, target: Path, delta: AdapterDelta, dtype: str | None) -> None:
+    dtypes = {
+        entry.name: DTYPES[dtype]
+        for entry in source.entries
+        if dtype is not None
+        and entry.dtype in FLOATS
+        and entry.dtype != DTYPES[dtype]
+        and not entry.name.startswith(_ALWAYS_FLOAT32)
+    }
 
     def changed(entry: TensorEntry) -> Iterator[Tensor] | None:
-        if entry.name in dtypes or changes.touch(entry.name):
-            return changes.blocks(source, entry, FLOATS[dtypes.get(entry.name, entry.dtype)])
+        if entry.name in dtypes or delta.changes(entry.name):
+            return delta.merged_blocks(source, entry, FLOATS[dtypes.get(entry.name, entry.dtype)])
         return None
 
     rewrite(source, target, dtypes, changed)
     shutil.copymode(source.path, target)
 
 
-def _new_dtypes(file: WeightFile, dtype: str) -> dict[str, str]:
-    return {
-        entry.name: dtype
-        for entry in file.entries
-        if entry.dtype in FLOATS and entry.dtype != dtype and not entry.name.startswith(_ALWAYS_FLOAT32)
-    }
-
-
-def _say_dtype(folder: Path, dtype: str) -> None:
-    """Bring the dtype that `config.json` names, and the bytes that the index names, to what they are now."""
+def _update_dtype(folder: Path, dtype: str) -> None:
+    """Update the dtype in `config.json` and the number of bytes in the index."""
     config = read_json(folder / "config.json")
     _write_changed(folder / "config.json", config, _with_dtype(config, dtype))
     if (folder / INDEX).is_file():
@@ -172,13 +174,9 @@ def _say_dtype(folder: Path, dtype: str) -> None:
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """The same configuration, its parts included, wherever it names a dtype."""
-    return {
-        name: dtype if name in ("dtype", "torch_dtype")
-        else _with_dtype(value, dtype) if isinstance(value, dict)
-        else value
-        for name, value in config.items()
-    }  # fmt: skip
+    """Replace every dtype that a configuration names, its sections included."""
+    nested = {name: _with_dtype(value, dtype) for name, value in config.items() if isinstance(value, dict)}
+    return {**config, **nested, **{name: dtype for name in ("dtype", "torch_dtype") if name in config}}
 
 
 def _write_changed(path: Path, before: dict[str, Any], after: dict[str, Any]) -> None:

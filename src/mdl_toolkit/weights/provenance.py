@@ -1,7 +1,7 @@
-"""Where a result comes from: its base, the prompts and data it was trained with, what was measured.
+"""The provenance of a result: its base model, the prompts and data of its training, its metrics.
 
-Kept as `mdl-toolkit.json` in adapter folders, checkpoints and merged models alike; PEFT and transformers pay
-no attention to it.
+Adapter folders, checkpoints and merged models keep it as `mdl-toolkit.json`, which PEFT and transformers do
+not read.
 """
 
 import hashlib
@@ -13,21 +13,22 @@ from pathlib import Path
 from mdl_toolkit import __version__
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.weights.resolve import read_json
-from mdl_toolkit.weights.safetensors_stream import WeightFile, weight_files
+from mdl_toolkit.weights.safetensors_stream import weight_files
 
 PROVENANCE_FILE = "mdl-toolkit.json"
-SAMPLE = 64  # bytes, looked at in three places of each tensor
+# Bytes that a fingerprint reads at the start, middle and end of each tensor.
+SAMPLE = 64
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
 class Base:
-    """The model that an adapter belongs to.
+    """Identify the base model of an adapter.
 
     Attributes:
-        name: on the hub, or the absolute path of a local folder.
+        name: its name on the hub, or the absolute path of a local folder.
         revision: the hub's commit, where it is known.
-        fingerprint: of its weights.
+        fingerprint: that of its weights.
     """
 
     name: str
@@ -41,9 +42,9 @@ class Base:
         Raises:
             ModelError: its weights are damaged.
         """
-        found = folder.resolve()
-        is_snapshot = found.parent.name == "snapshots" and _COMMIT.fullmatch(found.name) is not None
-        return Base(name, found.name if is_snapshot else None, fingerprint(folder))
+        resolved = folder.resolve()
+        is_snapshot = resolved.parent.name == "snapshots" and _COMMIT.fullmatch(resolved.name) is not None
+        return Base(name, resolved.name if is_snapshot else None, fingerprint(folder))
 
     def __str__(self) -> str:
         return f"{self.name}{f'@{self.revision[:12]}' if self.revision else ''} ({self.fingerprint})"
@@ -51,12 +52,12 @@ class Base:
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of the training rows.
+    """Hold the prompts of a training set.
 
     Attributes:
-        system: the one that all rows had; None if they had none, or not the same.
+        system: that of all examples; None if they had none, or different ones.
         user: likewise.
-        system_differs: not all rows had the same.
+        system_differs: whether examples had different ones.
         user_differs: likewise.
     """
 
@@ -68,14 +69,14 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a result says of its origin.
+    """Hold the origin of a result.
 
     Attributes:
         base: the model it was made from; None if that is not known.
-        prompts: of the training rows.
-        data: rows and hours of the training and evaluation sets, by name.
-        metrics: of the result, by name.
-        toolkit: version that wrote it.
+        prompts: those of the training set.
+        data: examples and hours of the training and evaluation sets, by name.
+        metrics: the result's, by name.
+        toolkit: the version that wrote it.
     """
 
     base: Base | None = None
@@ -85,25 +86,27 @@ class Provenance:
     toolkit: str = __version__
 
     def to_json(self) -> str:
-        """The file's content."""
+        """Encode the content of `mdl-toolkit.json`."""
         prompts = self.prompts
         values = {
             "base": None if self.base is None else asdict(self.base),
             "prompts": {"system": prompts.system, "user": prompts.user},
             "prompts_differ": {"system": prompts.system_differs, "user": prompts.user_differs},
-            "data": self.data, "metrics": self.metrics, "toolkit": self.toolkit,
-        }  # fmt: skip
+            "data": self.data,
+            "metrics": self.metrics,
+            "toolkit": self.toolkit,
+        }
         return json.dumps(values, ensure_ascii=False, indent=2) + "\n"
 
     def write(self, folder: Path) -> None:
-        """Put the file into a folder."""
+        """Write `mdl-toolkit.json` to a folder."""
         (folder / PROVENANCE_FILE).write_text(self.to_json(), encoding="utf-8")
 
     def check_base(self, base: Base, adapter: Path) -> None:
-        """Refuse another base than the recorded one; where nothing is recorded, any will do.
+        """Refuse another base than the recorded one; where none is recorded, any is accepted.
 
         Raises:
-            ModelError: naming both.
+            ModelError: the fingerprints differ.
         """
         if self.base is not None and self.base.fingerprint != base.fingerprint:
             raise ModelError(
@@ -115,27 +118,29 @@ class Provenance:
             )
 
     def with_metrics(self, metrics: dict[str, float]) -> "Provenance":
-        """The same, with what was measured of the result."""
+        """Return a copy with the result's metrics."""
         return replace(self, metrics=metrics)
 
 
 def read_provenance(folder: Path) -> Provenance | None:
-    """What a folder says of its origin, or None if it says nothing.
+    """Read the provenance in a folder, or None where there is none.
 
     Raises:
-        ModelError: the file is there and cannot be understood.
+        ModelError: the file is damaged.
     """
     file = folder / PROVENANCE_FILE
     if not file.is_file():
         return None
     values = read_json(file)
     try:
-        base, words, differ = values["base"], values["prompts"], values["prompts_differ"]
-        prompts = Prompts(words["system"], words["user"], bool(differ["system"]), bool(differ["user"]))
+        base, texts, differ = values["base"], values["prompts"], values["prompts_differ"]
         return Provenance(
-            None if base is None else Base(base["name"], base["revision"], base["fingerprint"]), prompts,
-            dict(values["data"]), dict(values.get("metrics", {})), str(values["toolkit"]),
-        )  # fmt: skip
+            None if base is None else Base(base["name"], base["revision"], base["fingerprint"]),
+            Prompts(texts["system"], texts["user"], bool(differ["system"]), bool(differ["user"])),
+            dict(values["data"]),
+            dict(values.get("metrics", {})),
+            str(values["toolkit"]),
+        )
     except (KeyError, TypeError, ValueError) as problem:
         raise ModelError(
             "{file}: damaged ({reason}); without the file, the folder is read as one of unknown origin",
@@ -145,20 +150,17 @@ def read_provenance(folder: Path) -> Provenance | None:
 
 
 def fingerprint(folder: Path) -> str:
-    """The same for the same weights, however they are spread over files, at the cost of a few reads.
+    """Hash a model's weights with a few reads, independent of how they are spread over files.
 
-    It covers name, dtype, shape and three samples of the bytes of every tensor, and no other file: a copy
-    whose configuration was written anew is still the same base.
+    The hash covers name, dtype, shape and three samples of the bytes of every tensor, and no other file: a
+    copy whose configuration was written anew is still the same base.
 
     Raises:
-        ModelError: a weight file is damaged.
+        ModelError: a file of weights is damaged.
     """
-    parts = sorted(part for file in weight_files(folder) for part in _parts(file))
-    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
-
-
-def _parts(file: WeightFile) -> list[bytes]:
-    return [
+    tensors = sorted(
         f"{entry.name} {entry.dtype} {entry.shape} ".encode() + file.sample(entry, SAMPLE)
+        for file in weight_files(folder)
         for entry in file.entries
-    ]
+    )
+    return hashlib.sha256(b"".join(tensors)).hexdigest()[:16]

@@ -1,12 +1,11 @@
-"""A name or path to a model's folder, and what its small files say.
+"""Resolve a name or path to a model's folder, and read its configuration.
 
-Names are looked up on Hugging Face or ModelScope; a local folder stays local. No code from a checkpoint is
-run, no pickle is read.
+Names are looked up on Hugging Face or ModelScope; local folders are used as they are. No code of a checkpoint
+is run, no pickle is read.
 """
 
 import importlib.util
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,42 +15,39 @@ from mdl_toolkit.i18n import Localized
 MODEL_TYPE = "midashenglm"
 MODEL_CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-FINAL = "final"  # in the output of a training: its result
-BASE_NAME = "base_model_name_or_path"  # in an adapter's configuration
-BITSANDBYTES = "bitsandbytes"  # the way of quantising that can be trained on
+# The folder of the result in the output of a training.
+FINAL = "final"
+# A key of an adapter's configuration.
+BASE_NAME = "base_model_name_or_path"
+# The quantisation that can be trained on.
+BITSANDBYTES = "bitsandbytes"
 TEXT_FILES = ("*.json", "*.jinja", "*.txt")
 WEIGHT_FILES = ("*.safetensors",)
-# What a checkpoint folder may hold beside weights: all of it travels along when a model is exported.
+# Files that a checkpoint folder may hold besides weights; they are copied when a model is exported.
 ALL_FILES = (*TEXT_FILES, *WEIGHT_FILES, "*.py", "*.md", "LICENSE*", "NOTICE*")
 
 
 def find_model(name: str, *, from_modelscope: bool, weights: bool, revision: str | None = None) -> Path:
-    """The folder of a model: the given one, or a download.
+    """Find the folder of a model or adapter, and download it if it is not a local one.
 
     Args:
         name: a local folder, or a name on the hub.
-        from_modelscope: look it up on ModelScope.
-        weights: fetch everything; otherwise only the small text files.
+        from_modelscope: look the name up on ModelScope.
+        weights: download everything; otherwise only the small text files.
         revision: a commit on Hugging Face; the newest if not given.
 
     Raises:
-        ModelError: it is neither here nor to be had, or it is not a MiDashengLM.
+        ModelError: it is neither a local folder nor on the hub, or it is not a MiDashengLM.
     """
-    local = Path(name).expanduser()
-    if local.is_dir():
-        check_is_no_run(local, MODEL_CONFIG, ADAPTER_CONFIG)
-        folder = local
-    elif local.exists() or name.startswith((".", "~", "/")) or name.count("/") > 1:
-        raise _nowhere(name, Localized("there is no such folder"))
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        check_is_no_run(folder, MODEL_CONFIG, ADAPTER_CONFIG)
+    elif folder.exists() or name.startswith((".", "~", "/")) or name.count("/") > 1:
+        raise _not_found(name, Localized("there is no such folder"))
     else:
-        patterns = list(ALL_FILES if weights else TEXT_FILES)
-        folder = (
-            _from_modelscope(name, patterns)
-            if from_modelscope
-            else _from_huggingface(name, patterns, revision)
-        )
+        folder = _download(name, revision, from_modelscope=from_modelscope, weights=weights)
     if not (folder / ADAPTER_CONFIG).is_file():
-        _check_folder(folder, weights=weights)
+        _check_is_midashenglm(folder, weights=weights)
     elif weights and not (folder / ADAPTER_WEIGHTS).is_file():
         raise ModelError(
             "{folder}: an adapter without weights ({weights}); copy the whole folder",
@@ -62,14 +58,14 @@ def find_model(name: str, *, from_modelscope: bool, weights: bool, revision: str
 
 
 def check_is_no_run(folder: Path, *names: str) -> None:
-    """Refuse the output of a training where its result is meant, which lies inside.
+    """Refuse the output of a training where its result, the folder `final` in it, is meant.
 
     Args:
-        folder: what was given.
-        names: of files; any of them says that a folder is what is wanted.
+        folder: the folder that the user gave.
+        names: files; a folder of the wanted kind has at least one of them.
 
     Raises:
-        ModelError: it is `final/` that has one of them.
+        ModelError: `final` has one of the files, and the folder itself has none.
     """
     here, inside = ([(each / name).is_file() for name in names] for each in (folder, folder / FINAL))
     if any(inside) and not any(here):
@@ -81,21 +77,20 @@ def check_is_no_run(folder: Path, *names: str) -> None:
 
 
 def recorded_name(name: str, folder: Path) -> str:
-    """How a record names a model: a folder by its absolute path, anything else by its name on the hub."""
+    """Return the name that records use: a folder's absolute path, or the name on the hub."""
     return str(folder.resolve()) if Path(name).expanduser().is_dir() else name
 
 
 def check_trainable(folder: Path, *, quantization: str | None, merge: bool) -> None:
-    """Refuse what cannot be the base of a training.
+    """Refuse a folder that cannot be the base of a training.
 
     Args:
         folder: the base.
-        quantization: what `--quantization` asks for.
+        quantization: the value of `--quantization`.
         merge: whether the result is to be merged.
 
     Raises:
-        ModelError: it is an adapter, or its weights are quantised already, and not in a way that can be
-            trained on under these options.
+        ModelError: it is an adapter, or its weights are quantised in a way that these options cannot train.
     """
     if (folder / ADAPTER_CONFIG).is_file():
         raise ModelError(
@@ -122,12 +117,12 @@ def check_trainable(folder: Path, *, quantization: str | None, merge: bool) -> N
 
 
 def quantized_by(folder: Path) -> str | None:
-    """The method by which a folder's weights are quantised, or None."""
+    """Return the method by which a folder's weights are quantised, or None."""
     config = read_json(folder / MODEL_CONFIG).get("quantization_config")
     return None if config is None else str(config.get("quant_method") if isinstance(config, dict) else config)
 
 
-def _check_folder(folder: Path, *, weights: bool) -> None:
+def _check_is_midashenglm(folder: Path, *, weights: bool) -> None:
     config = read_json(folder / MODEL_CONFIG)
     kind = config.get("model_type")
     if kind != MODEL_TYPE:
@@ -140,33 +135,27 @@ def _check_folder(folder: Path, *, weights: bool) -> None:
         raise ModelError("{folder}: no weights (*.safetensors); download the whole model", folder=folder)
 
 
-def _from_huggingface(name: str, patterns: list[str], revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    def fetch() -> str:
-        return str(snapshot_download(name, revision=revision, allow_patterns=patterns))
-
-    return _download(name, "Hugging Face", fetch)
-
-
-def _from_modelscope(name: str, patterns: list[str]) -> Path:
-    require_package("modelscope", "modelscope", "--from-modelscope")
-    from modelscope import snapshot_download
-
-    return _download(name, "ModelScope", lambda: snapshot_download(name, allow_patterns=patterns))
-
-
-def _download(name: str, hub: str, fetch: Callable[[], str]) -> Path:
+def _download(name: str, revision: str | None, *, from_modelscope: bool, weights: bool) -> Path:
+    patterns = list(ALL_FILES if weights else TEXT_FILES)
+    if from_modelscope:
+        require_package("modelscope", "modelscope", "--from-modelscope")
     try:
-        return Path(fetch())
-    except Exception as problem:  # hubs raise a dozen kinds; each means: not to be had
+        if from_modelscope:
+            from modelscope import snapshot_download
+
+            return Path(snapshot_download(name, allow_patterns=patterns))
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    # The hubs' libraries raise a dozen kinds of errors; each means that the model cannot be downloaded.
+    except Exception as problem:
+        hub = "ModelScope" if from_modelscope else "Hugging Face"
         reason = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
-        raise _nowhere(
-            name, Localized("{hub} did not give it ({reason})", hub=hub, reason=reason)
-        ) from problem
+        message = Localized("{hub} did not give it ({reason})", hub=hub, reason=reason)
+        raise _not_found(name, message) from problem
 
 
-def _nowhere(name: str, message: Localized) -> ModelError:
+def _not_found(name: str, message: Localized) -> ModelError:
     return ModelError(
         "model {name}: not a folder here, and {message}. Give a local folder with --model-name, set "
         "HF_ENDPOINT to a mirror that can be reached, or use --from-modelscope true",
@@ -179,7 +168,7 @@ def require_package(package: str, extra: str, option: str) -> None:
     """Refuse an option whose optional package is not installed, before any work begins.
 
     Raises:
-        ModelError: naming the extra to install.
+        ModelError: the package is not installed; the message names the extra to install.
     """
     if importlib.util.find_spec(package) is None:
         raise ModelError(
@@ -191,7 +180,7 @@ def require_package(package: str, extra: str, option: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a model folder.
+    """Read a JSON object from a file of a model folder.
 
     Raises:
         ModelError: the file is missing or is not a JSON object.
@@ -206,10 +195,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_text(path: Path) -> str:
-    """A text file of a model folder.
+    """Read a text file of a model folder.
 
     Raises:
-        ModelError: it is missing or cannot be read.
+        ModelError: the file is missing or cannot be read.
     """
     try:
         return path.read_text(encoding="utf-8")

@@ -1,11 +1,11 @@
-"""A safetensors file as a stream: its header as it is, its tensors in the order in which they lie there.
+"""Read and write safetensors files as streams, tensor by tensor in the order of their bytes.
 
-Nothing is mapped and no tensor is held whole unless asked for, so memory does not grow with the file.
+Nothing is memory-mapped, and tensors are read in blocks, so that memory does not grow with the file.
 """
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -17,22 +17,24 @@ from mdl_toolkit.errors import ModelError
 
 SUFFIX = ".safetensors"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Bytes computed or copied at once. A block and what is made of it stay in a core's cache.
+# Bytes computed or copied at once. A block and its result stay in a core's cache.
 BLOCK = 1 << 20
-_LENGTH = 8  # bytes, before the header: how long that is
-_MOST = 100 << 20  # bytes of a header, as the library has it
+# Bytes before the header that hold its length.
+_LENGTH = 8
+# The most bytes of a header, as in the safetensors library.
+_LONGEST_HEADER = 100 << 20
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor lies.
+    """Describe a tensor of a file: an entry of the header.
 
     Attributes:
-        name: of the tensor.
+        name: the tensor's name.
         dtype: as the format spells it, `BF16` for example.
-        shape: of the tensor.
-        start: of its bytes, from the end of the header.
-        stop: the byte after the last.
+        shape: the tensor's shape.
+        start: offset of its first byte from the end of the header.
+        stop: offset of the byte after its last.
     """
 
     name: str
@@ -43,13 +45,12 @@ class TensorEntry:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row, that is of everything at one place of the first dimension."""
-        return (
-            (self.stop - self.start) // (self.shape[0] if self.shape else 1) if self.stop > self.start else 1
-        )
+        """Bytes of one row, that is of one index of the first dimension; 1 in an empty tensor."""
+        size = self.stop - self.start
+        return size // (self.shape[0] if self.shape else 1) if size else 1
 
     def cast(self, dtype: str, start: int) -> "TensorEntry":
-        """The same tensor in another dtype, at another place."""
+        """Return the tensor's entry in another dtype and at another offset."""
         count = (self.stop - self.start) // FLOATS[self.dtype].itemsize if self.dtype in FLOATS else 0
         size = count * FLOATS[dtype].itemsize if dtype != self.dtype else self.stop - self.start
         return replace(self, dtype=dtype, start=start, stop=start + size)
@@ -57,12 +58,12 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class WeightFile:
-    """A safetensors file.
+    """Hold the header of a safetensors file.
 
     Attributes:
-        path: where it is.
+        path: the file.
         head: the length of the header and the header itself, byte for byte.
-        metadata: of the header; None where it has none.
+        metadata: the header's; None where it has none.
         entries: the tensors, in the order of their bytes.
     """
 
@@ -76,11 +77,10 @@ class WeightFile:
         """Read a file's header.
 
         Raises:
-            ModelError: it is no safetensors file, or not all of it is there.
+            ModelError: it is no safetensors file, or it is not complete.
         """
         try:
-            with path.open("rb") as file:
-                return _parsed(path, file)
+            return _read_header(path)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
             raise ModelError(
                 "{path}: no whole safetensors file ({reason}); fetch it again", path=path, reason=problem
@@ -90,21 +90,21 @@ class WeightFile:
         return next(entry for entry in self.entries if entry.name == name)
 
     def read(self, entry: TensorEntry) -> Tensor:
-        """A whole tensor."""
-        parts = [part.reshape(-1) for part in self.rows(entry, max(1, entry.stop - entry.start))]
-        return torch.cat(parts).reshape(entry.shape)
+        """Read a whole tensor."""
+        blocks = [block.reshape(-1) for block in self.rows(entry, max(1, entry.stop - entry.start))]
+        return torch.cat(blocks).reshape(entry.shape)
 
     def rows(self, entry: TensorEntry, size: int = BLOCK) -> Iterator[Tensor]:
-        """A tensor of a floating dtype in blocks of rows, `[rows, ...]`, of about so many bytes."""
+        """Yield a floating-point tensor in blocks of rows, `[rows, ...]`, of about so many bytes each."""
         dtype, step = FLOATS[entry.dtype], max(1, size // entry.row_bytes) * entry.row_bytes
         with self.path.open("rb", buffering=0) as file:
             file.seek(len(self.head) + entry.start)
             for start in range(entry.start, entry.stop, step):
-                part = _read(file, min(step, entry.stop - start)).view(dtype)
-                yield part.reshape(-1, *entry.shape[1:])
+                block = _read_bytes(file, min(step, entry.stop - start)).view(dtype)
+                yield block.reshape(-1, *entry.shape[1:])
 
     def pieces(self, entry: TensorEntry) -> Iterator[memoryview]:
-        """A tensor's bytes, some at a time; each piece is valid until the next one."""
+        """Yield a tensor's bytes in pieces, each valid until the next one is read."""
         buffer = memoryview(bytearray(min(BLOCK, entry.stop - entry.start)))
         with self.path.open("rb", buffering=0) as file:
             file.seek(len(self.head) + entry.start)
@@ -117,21 +117,39 @@ class WeightFile:
                 left -= count
 
     def sample(self, entry: TensorEntry, size: int) -> bytes:
-        """The first, middle and last bytes of a tensor, so many each."""
+        """Read the first, middle and last bytes of a tensor, so many each."""
         last = max(entry.start, entry.stop - size)
         with self.path.open("rb") as file:
-            found = []
-            for place in (entry.start, (entry.start + last) // 2, last):
-                file.seek(len(self.head) + place)
-                found.append(file.read(min(size, entry.stop - entry.start)))
-        return b"".join(found)
+            samples = []
+            for offset in (entry.start, (entry.start + last) // 2, last):
+                file.seek(len(self.head) + offset)
+                samples.append(file.read(min(size, entry.stop - entry.start)))
+        return b"".join(samples)
+
+    def recast(self, dtypes: Mapping[str, str]) -> bytes:
+        """Encode the header, its length included, with tensors in other dtypes; without any, as it is.
+
+        Args:
+            dtypes: the new ones by name of the tensor, as the format spells them.
+        """
+        if not dtypes:
+            return self.head
+        header: dict[str, Any] = {} if self.metadata is None else {"__metadata__": self.metadata}
+        offset = 0
+        for entry in self.entries:
+            new = entry.cast(dtypes.get(entry.name, entry.dtype), offset)
+            offsets, offset = [offset, new.stop], new.stop
+            header[new.name] = {"dtype": new.dtype, "shape": list(new.shape), "data_offsets": offsets}
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % _LENGTH)
+        return len(text).to_bytes(_LENGTH, "little") + text
 
 
 def weight_files(folder: Path) -> list[WeightFile]:
-    """The weights of a model folder, in the order of the files' names.
+    """Open the weights of a model folder, in the order of the files' names.
 
     Raises:
-        ModelError: one of them is damaged.
+        ModelError: a file is damaged.
     """
     return [WeightFile.open(path) for path in sorted(folder.glob(f"*{SUFFIX}"))]
 
@@ -151,12 +169,13 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return torch.float32 if dtype == "F64" else FLOATS[dtype]
 
 
-def _parsed(path: Path, file: IO[bytes]) -> WeightFile:
-    length = file.read(_LENGTH)
-    size = int.from_bytes(length, "little")
-    if len(length) < _LENGTH or size > _MOST:
-        raise ValueError("no header")
-    text = file.read(size)
+def _read_header(path: Path) -> WeightFile:
+    with path.open("rb") as file:
+        length = file.read(_LENGTH)
+        size = int.from_bytes(length, "little")
+        if len(length) < _LENGTH or size > _LONGEST_HEADER:
+            raise ValueError("no header")
+        text = file.read(size)
     header = json.loads(text)
     metadata = header.pop("__metadata__", None)
     entries = [
@@ -164,46 +183,43 @@ def _parsed(path: Path, file: IO[bytes]) -> WeightFile:
         for name, each in header.items()
     ]
     entries.sort(key=lambda entry: (entry.start, entry.stop))
-    there = path.stat().st_size - _LENGTH - size
+    actual = path.stat().st_size - _LENGTH - size
     promised = entries[-1].stop if entries else 0
-    if promised != there:
-        raise ValueError(f"{there} bytes of tensors, {promised} promised")
+    if promised != actual:
+        raise ValueError(f"{actual} bytes of tensors, {promised} promised")
     return WeightFile(path, length + text, metadata, tuple(entries))
 
 
-def _read(file: IO[bytes], count: int) -> Tensor:
-    """So many bytes, `[count]` uint8."""
+def _read_bytes(file: IO[bytes], count: int) -> Tensor:
+    """Read so many bytes from an unbuffered file, `[count]` uint8."""
     buffer = torch.empty(count, dtype=torch.uint8)
     view, done = buffer.numpy().data, 0
     while done < count:
-        got = file.readinto(view[done:])  # type: ignore[attr-defined]
-        if not got:
+        size = file.readinto(view[done:])  # type: ignore[attr-defined]
+        if not size:
             raise OSError(f"{file.name} ends too early")
-        done += got
+        done += size
     return buffer
 
 
-# --- writing ---------------------------------------------------------------------------------------------
-
-Blocks = Callable[
-    [TensorEntry], "Iterator[Tensor] | None"
-]  # a tensor's new content, or None: its bytes as they are
+# A function that gives a tensor's new content in blocks, or None to keep its bytes as they are.
+Blocks = Callable[[TensorEntry], "Iterator[Tensor] | None"]
 
 
 def rewrite(source: WeightFile, target: Path, dtypes: dict[str, str], changed: Blocks) -> None:
-    """Write a file with the tensors of another one, one after the other.
+    """Copy a file tensor by tensor, with new content for some.
 
     Args:
         source: the file that names, order, shapes and metadata are taken from.
         target: the file to write.
-        dtypes: the new dtype of those tensors that get one; without any, the header stays byte for byte.
+        dtypes: new dtypes by name of the tensor; without any, the header stays byte for byte.
         changed: gives the blocks of a tensor, in its new dtype.
 
     Raises:
-        OSError: the disk does not take it.
+        OSError: the file cannot be written.
     """
     with target.open("wb") as file:
-        file.write(_head(source, dtypes) if dtypes else source.head)
+        file.write(source.recast(dtypes))
         for entry in source.entries:
             blocks = changed(entry)
             if blocks is None:
@@ -212,17 +228,3 @@ def rewrite(source: WeightFile, target: Path, dtypes: dict[str, str], changed: B
             else:
                 for block in blocks:
                     file.write(block.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-
-def _head(source: WeightFile, dtypes: dict[str, str]) -> bytes:
-    header: dict[str, Any] = {} if source.metadata is None else {"__metadata__": source.metadata}
-    place = 0
-    for entry in source.entries:
-        new = entry.cast(dtypes.get(entry.name, entry.dtype), place)
-        header[new.name] = {
-            "dtype": new.dtype, "shape": list(new.shape), "data_offsets": [new.start, new.stop],
-        }  # fmt: skip
-        place = new.stop
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _LENGTH)
-    return len(text).to_bytes(_LENGTH, "little") + text

@@ -1,4 +1,4 @@
-"""The text side of a model folder: tokenizer, chat template, special tokens."""
+"""Tokenizer, chat template and special tokens of a model folder."""
 
 import hashlib
 import json
@@ -17,13 +17,13 @@ USUAL_TOKENS = {
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """What is needed to turn conversations into ids; small, and can be sent to worker processes.
+    """Hold the files that turn conversations into token ids; they can be sent to worker processes.
 
     Attributes:
         tokenizer: the content of `tokenizer.json`.
-        chat_template: Jinja text.
-        specials: special tokens by name: `audio_token`, `audio_bos_token`, `audio_eos_token`, `pad_token`
-            always, others where there are any.
+        chat_template: a Jinja template.
+        specials: special tokens by name: always `audio_token`, `audio_bos_token`, `audio_eos_token` and
+            `pad_token`, and any others of the folder.
     """
 
     tokenizer: str
@@ -32,18 +32,18 @@ class TokenizerFiles:
 
     @property
     def tokenizer_fingerprint(self) -> str:
-        """The same for the same tokenizer, whatever its file looks like."""
+        """A hash of the tokenizer, independent of how its file is formatted."""
         canonical = json.dumps(json.loads(self.tokenizer), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     @property
     def template_fingerprint(self) -> str:
-        """The same for the same chat template."""
+        """A hash of the chat template."""
         return hashlib.sha256(self.chat_template.encode()).hexdigest()[:16]
 
 
 def read_tokenizer_files(folder: Path) -> TokenizerFiles:
-    """The text side of a model folder.
+    """Read tokenizer, chat template and special tokens of a model folder.
 
     Raises:
         ModelError: the tokenizer or the chat template is missing or broken.
@@ -51,19 +51,14 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     config = read_json(folder / "tokenizer_config.json")
     processor = folder / "processor_config.json"
     config = {**config, **(read_json(processor) if processor.is_file() else {})}
-    named = {
-        name: token for name, value in config.items() if name.endswith("_token") and (token := _token(value))
-    }
-    specials = {**USUAL_TOKENS, **named}
-    return TokenizerFiles(
-        _tokenizer_json(folder), _chat_template(folder, config), tuple(sorted(specials.items()))
-    )
-
-
-def _token(value: Any) -> str | None:
-    """A token is written as a string or as an object with its content."""
-    content = value.get("content") if isinstance(value, dict) else value
-    return content if isinstance(content, str) else None
+    specials = dict(USUAL_TOKENS)
+    for name, value in config.items():
+        # A token is written as a string or as an object with its content.
+        token = value.get("content") if isinstance(value, dict) else value
+        if name.endswith("_token") and isinstance(token, str) and token:
+            specials[name] = token
+    tokenizer, template = _tokenizer_json(folder), _chat_template(folder, config)
+    return TokenizerFiles(tokenizer, template, tuple(sorted(specials.items())))
 
 
 def _tokenizer_json(folder: Path) -> str:
@@ -72,7 +67,8 @@ def _tokenizer_json(folder: Path) -> str:
         read_json(file)
         return read_text(file)
     for older in ("vocab.json", "merges.txt"):
-        if not (folder / older).is_file():  # transformers would make an empty tokenizer
+        # Without them, transformers would make an empty tokenizer.
+        if not (folder / older).is_file():
             raise ModelError(
                 "{folder}: no tokenizer (neither tokenizer.json nor {older})", folder=folder, older=older
             )
@@ -80,7 +76,8 @@ def _tokenizer_json(folder: Path) -> str:
 
     try:
         return str(Qwen2Tokenizer.from_pretrained(folder).backend_tokenizer.to_str())
-    except Exception as problem:  # whatever a broken file makes the library raise
+    # A broken file makes the library raise anything.
+    except Exception as problem:
         reason = " ".join(str(problem).split())
         raise ModelError("{folder}: no tokenizer ({reason})", folder=folder, reason=reason) from problem
 
@@ -93,8 +90,8 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str:
     if template is None and old.is_file():
         template = read_json(old).get("chat_template")
     if isinstance(template, list):
-        named = [each for each in template if isinstance(each, dict) and each.get("name") == "default"]
-        template = named[0].get("template") if named else None
+        default = [each for each in template if isinstance(each, dict) and each.get("name") == "default"]
+        template = default[0].get("template") if default else None
     if not isinstance(template, str):
         raise ModelError("{folder}: no chat template", folder=folder)
     return template
