@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 
 from mdl_toolkit.config.data import ConvertOptions
 from mdl_toolkit.config.yaml import as_command
-from mdl_toolkit.data import prefetch as loader
 from mdl_toolkit.data.convert.run import convert_dataset
 from mdl_toolkit.data.dataset import ConvertedDataset
 from mdl_toolkit.errors import ModelError, ToolkitError
@@ -319,14 +318,8 @@ def test_other_full_copies_are_refused(place, tmp_path, old):
 # --- what is not done again ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("share", [2**62, 16], ids=["no room", "remembered"])
-def test_rows_of_earlier_steps_are_not_read(place, tmp_path, monkeypatch, share):
-    """Each row of the steps that are left is read once; counted, as time says little of tiny clips.
-
-    With room for it, a row is read once in a whole run.
-    """
-    monkeypatch.setattr(loader, "SHARE", share)
-    remembered = set if share == 16 else list
+def test_rows_of_earlier_steps_are_not_read(place, tmp_path, monkeypatch):
+    """Each row of the steps that are left is read once; counted, as time says little of tiny clips."""
     data = tmp_path / "data"
     convert_dataset(
         ConvertOptions(input=str(place / "train.csv"), output=str(data), model_name=str(MODEL), num_workers=1)
@@ -341,13 +334,13 @@ def test_rows_of_earlier_steps_are_not_read(place, tmp_path, monkeypatch, share)
 
     monkeypatch.setattr(ConvertedDataset, "__getitem__", counting)
     train(options)
-    assert sorted(read) == sorted(remembered([*range(11)] * 20))  # no row is read twice in an epoch, either
+    # No row is read twice in an epoch, either.
+    assert sorted(read) == sorted([*range(11)] * 20)
     read.clear()
     train(replace(options, resume_from_checkpoint=str(tmp_path / "run/checkpoint-56")))
-    assert sorted(read) == sorted(remembered(sampled_after(options, 56)))
-    assert len(read) == (
-        11 if share == 16 else 3 + 11
-    )  # of 20 epochs of 4 + 4 + 3 rows, after 18 epochs and two steps
+    assert sorted(read) == sorted(sampled_after(options, 56))
+    # Of 20 epochs of 4 + 4 + 3 rows, after 18 epochs and two steps.
+    assert len(read) == 3 + 11
 
 
 def sampled_after(options, step):
