@@ -68,7 +68,7 @@ def test_two_ranks_make_the_same(place, start, unbroken):
 
 
 def test_a_killed_rank_is_replaced(place, start, unbroken):
-    first = start(0, HOLD=f"{COMMIT.format(1)} mdl_toolkit.data.convert.run:_Run._wait:2")
+    first = start(0, HOLD=f"{COMMIT.format(1)} mdl_toolkit.data.convert.run:say:1")
     second = start(1, HOLD=COMMIT.format(2))
     first.wait_until_held()
     second.wait_until_held()
@@ -174,7 +174,8 @@ def test_bad_rows_of_all_ranks_come_in_one_message(place, start):
     before = names(place)
     first = start(0, HOLD=f"{COMMIT.format(1)} mdl_toolkit.data.convert.work_folder:WorkFolder.is_held:1")
     first.wait_until_held()
-    second = start(1, HOLD="mdl_toolkit.data.convert.run:_Run._left:2")  # its own are done: it looks for more
+    # Its own three shards are done: it looks for more.
+    second = start(1, HOLD="mdl_toolkit.data.convert.work_folder:WorkFolder.is_free:4")
     second.wait_until_held()
     assert second.written() == [1, 3, 5]
     first.go_on()
