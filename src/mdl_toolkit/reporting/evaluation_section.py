@@ -45,22 +45,28 @@ def evaluation_values(
     order = worst_first(evaluation.rows, scores)
     rows = [evaluation.rows[row] for row in order]
     settings = evaluation.settings
+    groups = []
+    for title in rows[0].groups:
+        names = natural_order([row.groups[title] for row in rows])
+        code_of = {name: code for code, name in enumerate(names)}
+        codes = [code_of[row.groups[title]] for row in rows]
+        groups.append({"title": title, "names": names, "codes": codes})
     values = {
         "line": [row.line for row in rows],
         "reference": encode_column([row.reference for row in rows]),
         "prediction": encode_column([row.prediction for row in rows]),
-        "error": _errors([row.cells.get(ERROR, "") if row.failed else "" for row in rows]),
+        "error": _error_column([row.cells.get(ERROR, "") if row.failed else "" for row in rows]),
         "state": [FAILED if row.failed else RIGHT if row.is_right else WRONG for row in rows],
         "errors": [row.errors for row in rows],
         "length": [row.length for row in rows],
         "score": _scores_if_any([scores[row] for row in order]),
         "by_character": settings["errors_in"] == CHARACTER,
         "normalize": settings["normalize"],
-        "groups": _groups(rows),
+        "groups": groups,
         "audio": _audio([row.cells.get(AUDIO) for row in rows], base_dir, page, embedded),
-        **_coded(rows, evaluation.confusion),
+        **_label_codes(rows, evaluation.confusion),
     }
-    return {"evaluation": _evaluation(evaluation), "rows": values}
+    return {"evaluation": _metrics_section(evaluation), "rows": values}
 
 
 def table_values(
@@ -76,7 +82,7 @@ def table_values(
         "line": list(table.lines),
         "reference": None,
         "prediction": encode_column(table.column(PREDICTION)),
-        "error": _errors(column(ERROR) or [""] * count),
+        "error": _error_column(column(ERROR) or [""] * count),
         "score": _scores_if_any(_scores(column(score_column or SCORE) or [""] * count)),
         "groups": [],
         "audio": _audio(column(AUDIO) or [None] * count, base_dir, page, embedded),
@@ -94,7 +100,7 @@ def encode_column(cells: Sequence[str]) -> Any:
     return {"values": different, "codes": [number[cell] for cell in cells]}
 
 
-def _errors(cells: Sequence[str]) -> Any:
+def _error_column(cells: Sequence[str]) -> Any:
     return encode_column(cells) if any(cells) else None
 
 
@@ -119,17 +125,7 @@ def _audio(cells: Sequence[str | None], base_dir: str | None, page: Path, embedd
     return audio_values(named, base_dir, page, embedded) if any(named) else None
 
 
-def _groups(rows: Sequence[RowResult]) -> list[dict[str, Any]]:
-    """Return the columns of `--group-by`."""
-    groups = []
-    for title in rows[0].groups:
-        names = natural_order([row.groups[title] for row in rows])
-        number = {name: code for code, name in enumerate(names)}
-        groups.append({"title": title, "names": names, "codes": [number[row.groups[title]] for row in rows]})
-    return groups
-
-
-def _coded(rows: Sequence[RowResult], confusion: Confusion | None) -> dict[str, Any]:
+def _label_codes(rows: Sequence[RowResult], confusion: Confusion | None) -> dict[str, Any]:
     """Encode both sides as indices of the confusion's labels; None where the references are no labels."""
     if confusion is None:
         return dict.fromkeys(("labels", "expected", "given"))
@@ -140,7 +136,8 @@ def _coded(rows: Sequence[RowResult], confusion: Confusion | None) -> dict[str, 
     return {"labels": list(confusion.labels), "expected": expected, "given": given}
 
 
-def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
+def _metrics_section(evaluation: Evaluation) -> dict[str, Any]:
+    """Return metrics, groups, confusion matrix and notes."""
     settings = evaluation.settings
     rule = {
         "accuracy": Localized("the answer is the reference to the letter"),
@@ -153,13 +150,13 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
     compared = {pair.other.metric: pair for pair in evaluation.comparisons}
     confusion = evaluation.confusion
     return {
-        "figures": [_figure(figure, compared.get(figure.metric)) for figure in evaluation.metrics],
+        "figures": [_metric_values(figure, compared.get(figure.metric)) for figure in evaluation.metrics],
         "groups": [
             {
                 "column": group.column,
                 "name": group.name,
                 "rows": group.rows,
-                "figures": [_figure(figure) for figure in group.metrics],
+                "figures": [_metric_values(figure) for figure in group.metrics],
             }
             for group in evaluation.groups
         ],
@@ -168,7 +165,7 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def _figure(figure: MetricValue, comparison: Comparison | None = None) -> dict[str, Any]:
+def _metric_values(figure: MetricValue, comparison: Comparison | None = None) -> dict[str, Any]:
     score = CORPUS_METRICS[figure.metric]
     values = {"title": score.title, "is_share": score.is_share, "value": figure.value}
     values |= {"low": figure.low, "high": figure.high}

@@ -26,7 +26,7 @@ def plot(output: Path) -> None:
     """Draw `loss.png` into a run's folder, whole or not at all; a failure is only warned of."""
     try:
         if (lines := _lines(output)) is not None:
-            _save(_figure(lines), output / PLOT)
+            _save(_run_figure(lines), output / PLOT)
     # Whatever the library for pictures raises, no run ends of it.
     except Exception as problem:  # noqa: BLE001
         warn("{plot} cannot be drawn: {reason}", plot=PLOT, reason=problem)
@@ -42,7 +42,7 @@ def draw_run(run: Path, path: Path) -> Path | None:
         InputError: it cannot be written.
     """
     lines = _lines(run)
-    return None if lines is None else _saved(_figure(lines), path)
+    return None if lines is None else _saved(_run_figure(lines), path)
 
 
 def _lines(run: Path) -> list[dict[str, Any]] | None:
@@ -72,14 +72,24 @@ def _empty_figure(width: float, height: float) -> Any:
     return figure
 
 
-def _figure(lines: list[dict[str, Any]]) -> Any:
+def _run_figure(lines: list[dict[str, Any]]) -> Any:
     """Draw losses over the learning rate, and next to them the metrics, if there are any."""
     metrics = [name for name in TEXT_METRICS if any(f"eval_{name}" in line for line in lines)]
     figure = _empty_figure(SIZE[0] * (1.6 if metrics else 1), SIZE[1])
     panels = figure.subplots(1, 2, width_ratios=(5, 3)) if metrics else [figure.add_subplot()]
     axes = panels[0]
     rates = axes.twinx()
-    _draw_losses(axes, rates, lines)
+    steps, losses = series(lines, "loss")
+    # One point makes no line.
+    mark = "." if len(steps) == 1 else None
+    axes.plot(steps, losses, color=LIGHT, linewidth=1, marker=mark, label="training loss, each step")
+    smooth = SmoothedLoss()
+    means = [smooth.add(loss) for loss in losses]
+    axes.plot(steps, means, color=DARK, linewidth=2, marker=mark, label="training loss, smoothed")
+    at, evaluations = series(lines, "eval_loss")
+    if at:
+        axes.plot(at, evaluations, "o", color=EVALUATION, label="evaluation loss")
+    rates.plot(*series(lines, "learning_rate"), "--", color=RATE, linewidth=1, label="learning rate")
     axes.set(title="Training", xlabel="optimizer step", ylabel="loss")
     # Losses lie over the learning rate.
     axes.set_zorder(rates.get_zorder() + 1)
@@ -95,20 +105,6 @@ def _figure(lines: list[dict[str, Any]]) -> Any:
         panels[1].grid(alpha=0.3)
         panels[1].legend()
     return figure
-
-
-def _draw_losses(axes: Any, rates: Any, lines: list[dict[str, Any]]) -> None:
-    steps, losses = series(lines, "loss")
-    # One point makes no line.
-    mark = "." if len(steps) == 1 else None
-    axes.plot(steps, losses, color=LIGHT, linewidth=1, marker=mark, label="training loss, each step")
-    smooth = SmoothedLoss()
-    means = [smooth.add(loss) for loss in losses]
-    axes.plot(steps, means, color=DARK, linewidth=2, marker=mark, label="training loss, smoothed")
-    at, evaluations = series(lines, "eval_loss")
-    if at:
-        axes.plot(at, evaluations, "o", color=EVALUATION, label="evaluation loss")
-    rates.plot(*series(lines, "learning_rate"), "--", color=RATE, linewidth=1, label="learning rate")
 
 
 def draw_confusion(labels: Sequence[str], counts: Sequence[Sequence[int]], path: Path) -> Path:

@@ -31,7 +31,7 @@ FIGURES = {
 }
 
 
-def _origin(folder: Path) -> dict[str, Any]:
+def _provenance_values(folder: Path) -> dict[str, Any]:
     """Return base, prompts and data as the run recorded them; empty where the record is missing."""
     provenance = None
     with suppress(ModelError):
@@ -76,16 +76,22 @@ def run_values(folder: Path) -> dict[str, Any]:
     lines = read_log(folder / LOG) if (folder / LOG).is_file() else []
     evaluated = [line for line in lines if "eval_loss" in line]
     metrics = [name for name in TEXT_METRICS if any(f"eval_{name}" in line for line in evaluated)]
+    # The page's names of the logged values.
+    keys = {"step": "step", "epoch": "epoch", "evalLoss": "eval_loss"}
+    keys |= {name: f"eval_{name}" for name in metrics}
     return {
-        "settings": _settings(folder),
-        **_origin(folder),
+        "settings": _option_values(folder),
+        **_provenance_values(folder),
         "curves": _curves(lines, metrics) if lines else None,
-        "evaluations": [_evaluation(line, metrics) for line in evaluated],
+        "evaluations": [
+            {name: line[key] for name, key in keys.items() if key in line and math.isfinite(line[key])}
+            for line in evaluated
+        ],
         "outcome": _outcome(lines, metrics),
     }
 
 
-def _settings(folder: Path) -> list[dict[str, Any]]:
+def _option_values(folder: Path) -> list[dict[str, Any]]:
     """Return every option in the order of the reference; those that are not the default are marked."""
     try:
         values = read_settings(folder / SETTINGS_FILE, TrainOptions)
@@ -127,12 +133,6 @@ def _points(steps: Sequence[int], values: Sequence[float]) -> dict[str, list[flo
         "x": [group[-1][0] for group in groups],
         "y": [float(f"{mean:.{POINT_DIGITS}g}") for mean in means],
     }
-
-
-def _evaluation(line: dict[str, Any], metrics: Sequence[str]) -> dict[str, float]:
-    named = {"step": "step", "epoch": "epoch", "evalLoss": "eval_loss"}
-    named |= {name: f"eval_{name}" for name in metrics}
-    return {name: line[key] for name, key in named.items() if key in line and math.isfinite(line[key])}
 
 
 def _outcome(lines: Sequence[dict[str, Any]], metrics: Sequence[str]) -> list[dict[str, Any]]:
