@@ -1,4 +1,4 @@
-"""A run that is killed at any moment and goes on ends as the unbroken one does, bit for bit (rule 30)."""
+"""A run that is killed at any moment and goes on ends as the unbroken one does, bit for bit."""
 
 import itertools
 import os

@@ -1,4 +1,4 @@
-"""Which modules each word of --train-target trains (rule 25)."""
+"""Which modules each word of --train-target trains."""
 
 import itertools
 import json

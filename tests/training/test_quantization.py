@@ -1,4 +1,4 @@
-"""Training on quantised weights: quantised for the run, or quantised already by bitsandbytes (rule 33)."""
+"""Training on quantised weights: quantised for the run, or quantised already by bitsandbytes."""
 
 import json
 import shutil

@@ -177,4 +177,4 @@ def test_a_million_rows_are_ordered_without_a_loop_over_rows():
     sampler = make(ragged(1_000_000))
     assert sampler.steps_per_epoch == 125_000
     assert len(sampler.examples(100_000)) == 8
-    assert np.array_equal(np.sort(np.concatenate([*map(sampler.rows, range(125_000))])), np.arange(1_000_000))
+    assert np.array_equal(np.sort(sampler.epoch(0)), np.arange(1_000_000))
