@@ -166,7 +166,7 @@ class Inference(Attempt):
 
 
 def _begin(folder: str, act: Callable[[int], object], notes: str) -> None:
-    plan.PIECE_ROWS, plan.FEWEST_BYTES = ROWS, 1
+    plan.CHUNK_ROWS, plan.FEWEST_BYTES = ROWS, 1
     make = inference.make_engine
     inference.make_engine = lambda *words: _Noting(make(*words), notes)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # whose parent runs in the background lacks it

@@ -31,7 +31,7 @@ from unittest import mock
 from mdl_toolkit.cli.main import main
 from mdl_toolkit.config.data import ConvertOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE
-from mdl_toolkit.data.convert import plan
+from mdl_toolkit.data.convert import plan, rank
 from mdl_toolkit.data.convert import run as conversion
 from mdl_toolkit.data.convert.work_folder import WorkFolder
 from tests.support.paths import MODEL
@@ -57,7 +57,7 @@ def make_place(folder: Path) -> Path:
 def convert_here(output: str, **changes: Any) -> dict[str, bytes]:
     """What this process makes of `rows.csv`, with the command's small shards."""
     given = {"model_name": str(MODEL), "input": "rows.csv", "output": output, "num_workers": 1, **changes}
-    with mock.patch.multiple(plan, PIECE_ROWS=ROWS_PER_SHARD, FEWEST_BYTES=1):
+    with mock.patch.multiple(plan, CHUNK_ROWS=ROWS_PER_SHARD, FEWEST_BYTES=1):
         conversion.convert_dataset(ConvertOptions(**given))
     return data_of(Path(output))
 
@@ -207,9 +207,9 @@ def _log(_: Any, shard: Any, *more: Any) -> None:
 
 
 def _prepare() -> None:
-    plan.PIECE_ROWS, plan.FEWEST_BYTES, conversion.FEW_ROWS = ROWS_PER_SHARD, 1, 1
+    plan.CHUNK_ROWS, plan.FEWEST_BYTES, rank.FEW_ROWS = ROWS_PER_SHARD, 1, 1
     for name in ("FAREWELL", "PATIENCE"):
-        setattr(conversion, name, float(os.environ.get(name, getattr(conversion, name))))
+        setattr(rank, name, float(os.environ.get(name, getattr(rank, name))))
     _before(WorkFolder, "commit", _log)
     for stage, instruction in enumerate(os.environ.get("HOLD", "").split()):
         _hold_at(instruction, stage)

@@ -322,7 +322,7 @@ def test_what_has_answers_is_not_used_for_inference(killed_place, monkeypatch):
     options = ConvertOptions(model_name=str(MODEL), input="rows.csv", output="out", num_workers=1)
     manifest = conversion.read_rows("rows.csv", options, needs_prediction=True)
     tokenizer = ChatTokenizer(read_tokenizer_files(MODEL))
-    monkeypatch.setattr(plan, "PIECE_ROWS", ROWS_PER_SHARD)
+    monkeypatch.setattr(plan, "CHUNK_ROWS", ROWS_PER_SHARD)
     monkeypatch.setattr(plan, "FEWEST_BYTES", 1)
     conversion.convert_rows(manifest, Path("out"), tokenizer, options, with_answer=False)
     dataset = ConvertedDataset(Path("out"))

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 
 from mdl_toolkit.data.convert import plan as room
 from mdl_toolkit.data.convert.plan import (
+    CHUNK_BYTES,
+    CHUNK_ROWS,
     MOST_BYTES,
     MOST_ROWS,
-    PIECE_BYTES,
-    PIECE_ROWS,
     URL_BYTES,
     Plan,
-    rows_of,
-    survey,
+    make_plan,
+    read_shards,
 )
 from mdl_toolkit.data.manifest import Manifest, Row, read_manifest
 from mdl_toolkit.errors import InputError, RowProblem
@@ -49,7 +49,7 @@ def look(_: Row) -> None:
 
 
 def plan_of(rows: Rows | Manifest, identity: str = "identity") -> Plan:
-    return survey(rows, identity, look)
+    return make_plan(rows, identity, look)
 
 
 def cuts(plan: Plan) -> list[int]:
@@ -75,7 +75,7 @@ SIZES = st.lists(
 def test_every_row_is_in_one_shard(sizes):
     rows = Rows(row(number, size) for number, size in enumerate(sizes))
     plan = plan_of(rows)
-    found = [*rows_of(rows, plan, lambda _: True)]
+    found = [*read_shards(rows, plan, lambda _: True)]
     assert [each for _, kept in found for each in kept] == rows
     assert [shard for shard, _ in found] == [*plan.shards]
     assert [shard.number for shard in plan.shards] == [*range(len(plan.shards))]
@@ -92,9 +92,9 @@ def test_shards_are_neither_large_nor_many(sizes):
     for rows in cuts(plan):
         assert 1 <= rows <= MOST_ROWS
         of_shard = sum(sizes[start : start + rows])
-        assert of_shard < share + PIECE_BYTES + max(sizes)
+        assert of_shard < share + CHUNK_BYTES + max(sizes)
         start += rows
-    most = max(64, total // (256 * MEBIBYTE)) + len(sizes) // (MOST_ROWS - PIECE_ROWS) + 1
+    most = max(64, total // (256 * MEBIBYTE)) + len(sizes) // (MOST_ROWS - CHUNK_ROWS) + 1
     assert len(plan.shards) <= most
 
 
@@ -144,7 +144,7 @@ def test_problems_are_in_no_shard():
     rows = Rows([row(0), problems[0], row(2), problems[1]])
     plan = plan_of(rows)
     assert (plan.rows, plan.problems.first, plan.problems.count) == (2, problems, 2)
-    assert [kept for _, kept in rows_of(rows, plan, lambda _: True)] == [[rows[0], rows[2]]]
+    assert [kept for _, kept in read_shards(rows, plan, lambda _: True)] == [[rows[0], rows[2]]]
 
 
 def test_problems_alone():
@@ -160,7 +160,7 @@ def test_no_row_at_all():
 def test_every_usable_row_is_shown():
     shown: list[Row] = []
     rows = Rows([row(0), RowProblem(3, "audio", "x", Verbatim("bad", "坏")), row(2)])
-    survey(rows, "identity", shown.append)
+    make_plan(rows, "identity", shown.append)
     assert shown == [rows[0], rows[2]]
 
 
@@ -170,7 +170,7 @@ def test_every_usable_row_is_shown():
 @pytest.fixture
 def small(monkeypatch):
     """Shards of four rows."""
-    monkeypatch.setattr(room, "PIECE_ROWS", 4)
+    monkeypatch.setattr(room, "CHUNK_ROWS", 4)
     monkeypatch.setattr(room, "FEWEST_BYTES", 1)
 
 
@@ -299,7 +299,7 @@ def test_a_recording_that_is_changed_meanwhile(place, change):
     manifest = manifest_of(csv_of(lambda n: f"{n}.wav,x"))
     plan = plan_of(manifest)
     change(place / "5.wav")
-    found = rows_of(manifest, plan, lambda _: True)
+    found = read_shards(manifest, plan, lambda _: True)
     assert [each.line for each in next(found)[1]] == [2, 3, 4, 5]
     with pytest.raises(InputError) as caught:
         next(found)
@@ -313,7 +313,7 @@ def test_a_csv_that_is_changed_meanwhile(place):
     plan = plan_of(manifest)
     manifest_of(csv_of(lambda n: f"{n}.wav,x and more"))
     with pytest.raises(InputError, match="the file was changed while it was being read"):
-        next(rows_of(manifest, plan, lambda _: True))
+        next(read_shards(manifest, plan, lambda _: True))
 
 
 @pytest.mark.usefixtures("small")
@@ -325,7 +325,7 @@ def test_shards_are_asked_for_and_read_one_by_one(place):
         asked.append(shard.number)
         return shard.number > 0
 
-    found = rows_of(manifest, plan, is_wanted)
+    found = read_shards(manifest, plan, is_wanted)
     assert asked == []
     shard, kept = next(found)
     assert (shard.number, [each.line for each in kept], asked) == (1, [6, 7, 8, 9], [0, 1])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from mdl_toolkit.data.convert import run as conversion
+from mdl_toolkit.data.convert import rank
 from mdl_toolkit.data.convert.work_folder import WorkFolder
 from mdl_toolkit.errors import UsageError
 from mdl_toolkit.utils.launcher import Ranks
@@ -68,7 +68,7 @@ def test_two_ranks_make_the_same(place, start, unbroken):
 
 
 def test_a_killed_rank_is_replaced(place, start, unbroken):
-    first = start(0, HOLD=f"{COMMIT.format(1)} mdl_toolkit.data.convert.run:say:1")
+    first = start(0, HOLD=f"{COMMIT.format(1)} mdl_toolkit.data.convert.rank:say:1")
     second = start(1, HOLD=COMMIT.format(2))
     first.wait_until_held()
     second.wait_until_held()
@@ -146,14 +146,14 @@ def test_waiting_starts_no_process_and_reads_no_rows(place, start, unbroken, mon
     calls = Counter()
     spy(monkeypatch, calls, WorkFolder, "commit", lambda count: count > 1 or second.wait_until_held())
     waiting = SimpleNamespace(monotonic=time.monotonic, sleep=time.sleep)
-    monkeypatch.setattr(conversion, "time", waiting)
+    monkeypatch.setattr(rank, "time", waiting)
     spy(monkeypatch, calls, waiting, "sleep", lambda count: second.kill() if count == 3 else None)
-    spy(monkeypatch, calls, conversion, "rows_of")
-    spy(monkeypatch, calls, conversion, "work_through")
+    spy(monkeypatch, calls, rank, "read_shards")
+    spy(monkeypatch, calls, rank, "work_through")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert convert_here("out") == unbroken
-    assert calls == {"commit": SHARDS, "sleep": 3, "rows_of": 3, "work_through": 3}
+    assert calls == {"commit": SHARDS, "sleep": 3, "read_shards": 3, "work_through": 3}
 
 
 def spy(monkeypatch, calls: Counter, owner: Any, name: str, act: Callable[[int], Any] = int) -> None:

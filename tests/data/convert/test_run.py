@@ -15,8 +15,7 @@ import soundfile
 from mdl_toolkit import __version__
 from mdl_toolkit.config.data import ConvertOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, from_mapping, read_settings
-from mdl_toolkit.data.convert import plan
-from mdl_toolkit.data.convert import run as conversion
+from mdl_toolkit.data.convert import plan, rank
 from mdl_toolkit.data.convert.run import convert_dataset, convert_rows, read_rows
 from mdl_toolkit.data.dataset import ConvertedDataset
 from mdl_toolkit.data.tokenization import IGNORE_INDEX, ChatTokenizer
@@ -35,7 +34,7 @@ DATA_FILES = {"data-00000-of-00001.arrow", "dataset_info.json", "mdl-toolkit.jso
 @pytest.fixture
 def small_shards(monkeypatch) -> None:
     """A new shard after every eight rows, so that a few rows are work for several processes."""
-    monkeypatch.setattr(plan, "PIECE_ROWS", 8)
+    monkeypatch.setattr(plan, "CHUNK_ROWS", 8)
     monkeypatch.setattr(plan, "FEWEST_BYTES", 1)
 
 
@@ -430,7 +429,7 @@ def phrases(count: int) -> list[dict[str, str]]:
 
 @pytest.mark.usefixtures("small_shards")
 def test_workers_and_groups_change_no_byte(place):
-    rows = phrases(conversion.FEW_ROWS + 6)
+    rows = phrases(rank.FEW_ROWS + 6)
     first = convert(rows, output="0", num_workers=1, tokenizing_batch_size=8)
     assert [len(sample.waveform) for sample in first] == [
         2 * soundfile.info(row["audio"]).frames for row in rows

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mdl_toolkit import __version__
 from mdl_toolkit.audio.loading import Clip
 from mdl_toolkit.config.data import ConvertOptions
-from mdl_toolkit.data.convert.stats import ConversionStats, say_summary, warn_of
+from mdl_toolkit.data.convert.stats import ConversionStats, say_summary, warn_of_clips
 from mdl_toolkit.data.dataset import Record
 from mdl_toolkit.data.manifest import Row
 from mdl_toolkit.errors import MOST_ROWS_SHOWN, Problems, RowProblem
@@ -212,12 +212,12 @@ WARNINGS = {
 def test_the_warnings(monkeypatch, capsys, language):
     monkeypatch.setenv("LANGUAGE", language)
     problem = RowProblem(3, "audio", "a.wav", Verbatim("cut off", "不完整"))
-    warn_of(ConversionStats(padded=4, silent=5, clipped=6, truncated=Problems([problem], 71)))
+    warn_of_clips(ConversionStats(padded=4, silent=5, clipped=6, truncated=Problems([problem], 71)))
     assert capsys.readouterr().err == WARNINGS[language]
 
 
 def test_nothing_to_warn_of(capsys):
-    warn_of(ConversionStats(rows=9))
+    warn_of_clips(ConversionStats(rows=9))
     assert capsys.readouterr().err == ""
 
 

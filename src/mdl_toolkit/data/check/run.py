@@ -21,7 +21,8 @@ from mdl_toolkit.data.chat_template import messages_of
 from mdl_toolkit.data.check.findings import Figures, Findings
 from mdl_toolkit.data.check.rows import Facts, Inspection
 from mdl_toolkit.data.check.text import report_lines
-from mdl_toolkit.data.convert.run import FEW_ROWS, read_rows
+from mdl_toolkit.data.convert.rank import FEW_ROWS
+from mdl_toolkit.data.convert.run import read_rows
 from mdl_toolkit.data.manifest import Manifest, Row
 from mdl_toolkit.data.open_audio import Recordings
 from mdl_toolkit.data.tokenization import ChatTokenizer, prefix_sample

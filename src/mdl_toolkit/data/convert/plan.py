@@ -19,21 +19,25 @@ from mdl_toolkit.data.manifest import Manifest, Row
 from mdl_toolkit.errors import MOST_ROWS_SHOWN, InputError, Problems, RowProblem
 
 MEBIBYTE = 2**20
-PIECE_ROWS = 64  # a shard is made of whole pieces, each of at most so many rows ...
-PIECE_BYTES = 4 * MEBIBYTE  # ... and ending when its files have so many bytes
-FEWEST_BYTES = MEBIBYTE  # a shard's files together: 1/64 of all, but within these limits
+# A shard is made of whole chunks, each of at most so many rows, and ending when its files have so many bytes.
+CHUNK_ROWS = 64
+CHUNK_BYTES = 4 * MEBIBYTE
+# A shard's files together have this share of all bytes, but within these limits.
+SHARDS_WANTED = 64
+FEWEST_BYTES = MEBIBYTE
 MOST_BYTES = 256 * MEBIBYTE
-SHARE = 64
-MOST_ROWS = 4096  # a shard's rows are in memory at once
-URL_BYTES = 2**17  # taken for a recording whose size is not known yet: some seconds
+# A shard's rows are in memory at once.
+MOST_ROWS = 4096
+# Taken for a recording whose size is not known yet: some seconds.
+URL_BYTES = 2**17
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Consecutive rows that go into one file.
+    """Name consecutive rows that go into one file.
 
     Attributes:
-        number: its place, from 0.
+        number: its index, from 0.
         rows: how many.
         fingerprint: of the rows, their recordings' sizes and times, and how they are converted.
     """
@@ -45,7 +49,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Plan:
-    """All shards, and what is known to be wrong already.
+    """Hold all shards, and the problems that are known already.
 
     Attributes:
         shards: in order.
@@ -61,13 +65,13 @@ class Plan:
 
     @property
     def rows(self) -> int:
-        """Rows of all shards."""
+        """Return the rows of all shards."""
         return sum(shard.rows for shard in self.shards)
 
 
 @dataclass
-class _Piece:
-    """Some consecutive rows, of which only a digest is kept."""
+class _Chunk:
+    """Count and digest some consecutive rows, which are not kept."""
 
     rows: int = 0
     bytes: int = 0
@@ -76,22 +80,22 @@ class _Piece:
     def add(self, row: Row) -> None:
         self.rows += 1
         self.bytes += URL_BYTES if is_url(row.audio) else row.stamp[0]
-        self.digest.update(_identity(row))
+        self.digest.update(_encode_row(row))
 
     @property
     def is_full(self) -> bool:
-        return self.rows == PIECE_ROWS or self.bytes >= PIECE_BYTES
+        return self.rows == CHUNK_ROWS or self.bytes >= CHUNK_BYTES
 
 
-def survey(
-    manifest: Manifest, identity: str, look: Callable[[Row], None], most: int | None = MOST_ROWS_SHOWN
+def make_plan(
+    manifest: Manifest, identity: str, check: Callable[[Row], None], most: int | None = MOST_ROWS_SHOWN
 ) -> Plan:
-    """Go through all rows once and plan the shards; memory hardly grows with their number.
+    """Read all rows once and plan the shards; memory hardly grows with their number.
 
     Args:
         manifest: the rows.
         identity: what else the shards' bytes come from: tokenizer, options, versions.
-        look: is shown every usable row, and may raise.
+        check: is called with every usable row, and may raise.
         most: problems that are kept; None for all.
 
     Raises:
@@ -104,22 +108,22 @@ def survey(
             if isinstance(item, RowProblem):
                 problems.add(item)
             else:
-                look(item)
+                check(item)
                 yield item
 
-    pieces = _pieces(usable())
-    if not pieces[0].rows and not problems.count:
+    chunks = _chunks(usable())
+    if not chunks[0].rows and not problems.count:
         raise manifest.no_rows()
-    shards = tuple(_shards(pieces, identity)) if pieces[0].rows else ()
-    known = [str(problem.line) for problem in problems.first]
-    fingerprint = _digest(identity, *(shard.fingerprint for shard in shards), *known)
+    shards = tuple(_shards(chunks, identity)) if chunks[0].rows else ()
+    bad_lines = [str(problem.line) for problem in problems.first]
+    fingerprint = _fingerprint_of(identity, *(shard.fingerprint for shard in shards), *bad_lines)
     return Plan(shards, problems, identity, fingerprint)
 
 
-def rows_of(
+def read_shards(
     manifest: Manifest, plan: Plan, is_wanted: Callable[[Shard], bool]
 ) -> Iterator[tuple[Shard, list[Row]]]:
-    """The shards that are wanted, each with its rows; asked and read one by one.
+    """Yield the shards that are wanted, each with its rows; asked and read one by one.
 
     Raises:
         InputError: the CSV or a recording is not any more what the plan was made of.
@@ -131,7 +135,7 @@ def rows_of(
             deque(mine, maxlen=0)
             continue
         kept = list(mine)
-        if _fingerprint(plan.identity, _pieces(kept)) != shard.fingerprint:
+        if _shard_fingerprint(plan.identity, _chunks(kept)) != shard.fingerprint:
             raise InputError(
                 "{source}: recordings were changed while it was being read; start again",
                 source=manifest.source,
@@ -139,42 +143,41 @@ def rows_of(
         yield shard, kept
 
 
-def _pieces(rows: Iterable[Row]) -> list[_Piece]:
-    pieces = [_Piece()]
+def _chunks(rows: Iterable[Row]) -> list[_Chunk]:
+    chunks = [_Chunk()]
     for row in rows:
-        if pieces[-1].is_full:
-            pieces.append(_Piece())
-        pieces[-1].add(row)
-    return pieces
+        if chunks[-1].is_full:
+            chunks.append(_Chunk())
+        chunks[-1].add(row)
+    return chunks
 
 
-def _fingerprint(identity: str, pieces: list[_Piece]) -> str:
-    return _digest(identity, *(piece.digest.hexdigest() for piece in pieces))
+def _shard_fingerprint(identity: str, chunks: list[_Chunk]) -> str:
+    return _fingerprint_of(identity, *(chunk.digest.hexdigest() for chunk in chunks))
 
 
-def _shards(pieces: list[_Piece], identity: str) -> Iterator[Shard]:
-    wanted = min(max(sum(piece.bytes for piece in pieces) // SHARE, FEWEST_BYTES), MOST_BYTES)
+def _shards(chunks: list[_Chunk], identity: str) -> Iterator[Shard]:
+    """Join chunks to shards."""
+    wanted = min(max(sum(chunk.bytes for chunk in chunks) // SHARDS_WANTED, FEWEST_BYTES), MOST_BYTES)
     number, start = 0, 0
-    for end in range(1, len(pieces) + 1):
-        mine = pieces[start:end]
-        rows = sum(piece.rows for piece in mine)
-        is_full = sum(piece.bytes for piece in mine) >= wanted or rows + PIECE_ROWS > MOST_ROWS
-        if is_full or end == len(pieces):
-            yield Shard(number, rows, _fingerprint(identity, mine))
+    for end in range(1, len(chunks) + 1):
+        mine = chunks[start:end]
+        rows = sum(chunk.rows for chunk in mine)
+        is_full = sum(chunk.bytes for chunk in mine) >= wanted or rows + CHUNK_ROWS > MOST_ROWS
+        if is_full or end == len(chunks):
+            yield Shard(number, rows, _shard_fingerprint(identity, mine))
             number, start = number + 1, end
 
 
-def _identity(row: Row) -> bytes:
-    """Everything of a row that its sample, or a message about it, comes from."""
-    audio = row.audio if is_url(row.audio) else _location(row.audio)
+def _encode_row(row: Row) -> bytes:
+    """Encode everything of a row that its sample, or a message about it, comes from."""
+    audio = row.audio
+    if not is_url(audio):
+        # The path from the root with all links to folders followed, however it is spelt.
+        folder, name = os.path.split(os.path.join(os.getcwd(), audio))  # noqa: PTH109, PTH118 - faster
+        audio = os.path.join(_real_folder(folder), name)  # noqa: PTH118
     values = (row.line, audio, row.stamp, row.system_prompt, row.user_prompt, row.prediction)
     return json.dumps(values).encode()
-
-
-def _location(audio: str) -> str:
-    """Return a recording's path from the root with all links to folders followed, however it is spelt."""
-    folder, name = os.path.split(os.path.join(os.getcwd(), audio))  # noqa: PTH109, PTH118 - faster
-    return os.path.join(_real_folder(folder), name)  # noqa: PTH118
 
 
 @lru_cache(maxsize=1024)
@@ -182,5 +185,5 @@ def _real_folder(folder: str) -> str:
     return os.path.realpath(folder)
 
 
-def _digest(*parts: str) -> str:
+def _fingerprint_of(*parts: str) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -23,15 +23,15 @@ DIFFERENT = 2  # prompts: as many as it takes to know that they are not all the 
 
 @dataclass
 class ConversionStats:
-    """Counts of some rows.
+    """Count what some rows came to.
 
     Attributes:
         rows: rows that are stored.
         samples: of audio at 16 kHz.
         shortest: samples of the shortest clip.
         longest: samples of the longest clip.
-        audio_tokens: positions that are audio.
-        positions: how many rows have so many positions.
+        audio_tokens: tokens that are audio.
+        positions: number of tokens of a row, to how many rows have so many.
         system_prompts: those of the rows, the first two different ones; empty and none are one.
         user_prompts: likewise.
         padded: clips padded to one audio token.
@@ -83,7 +83,7 @@ class ConversionStats:
         self.problems.merge(other.problems)
 
     def record(self, files: TokenizerFiles, options: ConversionOptions) -> Record:
-        """The dataset's record."""
+        """Return the dataset's record."""
         return Record(
             tokenizer=files.tokenizer_fingerprint,
             chat_template=files.template_fingerprint,
@@ -113,7 +113,7 @@ class ConversionStats:
         )
 
     def _not_exceeded_by(self, percent: int) -> int:
-        """Positions that at least so many percent of the rows do not exceed (nearest rank)."""
+        """Return the length that `percent` of the rows do not exceed (nearest rank)."""
         seen = 0
         for length in sorted(self.positions):
             seen += self.positions[length]
@@ -138,7 +138,7 @@ class ConversionStats:
 
 
 def _only(prompts: list[str | None]) -> str | None:
-    """The prompt of all rows, if it is one."""
+    """Return the prompt of all rows, if it is one."""
     return prompts[0] if len(prompts) == 1 else None
 
 
@@ -150,7 +150,7 @@ def _problems(values: dict[str, Any]) -> Problems:
 # --- told to the user ----------------------------------------------------------------------------------
 
 
-def warn_of(stats: ConversionStats, *, is_list: bool = False) -> None:
+def warn_of_clips(stats: ConversionStats, *, is_list: bool = False) -> None:
     """Say what a user should know of the recordings; of a list of files nobody has seen the lines."""
     for each in stats.truncated.first:
         if is_list:

@@ -38,8 +38,8 @@ _BEGUN = _RANKS - 1
 
 
 @dataclass(frozen=True)
-class Entry:
-    """What the journal says of a finished shard.
+class JournalEntry:
+    """Hold the journal's line of a finished shard.
 
     Attributes:
         fingerprint: the shard's in the plan.
@@ -53,7 +53,7 @@ class Entry:
 
 
 class WorkFolder:
-    """The work folder of one output, for one process of a run; a context that locks it.
+    """Keep the work folder of one output for one process of a run; a context that locks it.
 
     Raises:
         InputError: another conversion is at work on the same output, or the folder cannot be made.
@@ -68,7 +68,8 @@ class WorkFolder:
             self.path / name for name in ("shards", "writing", "plan.json")
         )
         self._previous = self.path / "previous"
-        self.run = secrets.token_hex(8)  # a name of this run, the same in all ranks
+        # The name of this run, which is the same in all ranks.
+        self.run = secrets.token_hex(8)
         self._count, self._began = 0, 0.0
 
     def __enter__(self) -> "WorkFolder":
@@ -78,7 +79,9 @@ class WorkFolder:
                 pass
             if self.rank == 0:
                 self._plan.unlink(missing_ok=True)
-                self._restore()
+                # Put back what a run moved away that was killed at the very moment of putting in place.
+                if self._previous.exists() and not self.output.exists():
+                    self._previous.rename(self.output.resolve())
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *more: BaseException | TracebackType | None) -> None:
@@ -97,21 +100,18 @@ class WorkFolder:
             names = {shard_name(number, self._count) for number in kept}
             entries = {f"{number}.json" for number in kept}
             others = (path for path in self._entries.glob("*.json") if path.name not in entries)
-            self._say_stale(sum(map(_is_finished, others)))
+            if stale := sum(map(_is_finished, others)):
+                say(
+                    "{path}: {shards} shards of an earlier run are damaged, or of other rows, recordings, "
+                    "options or versions; they are removed, and converted anew where they are needed",
+                    path=self.path,
+                    shards=stale,
+                )
             _keep_only(self._entries, entries)
             _keep_only(self.dataset, names)
             write_text(self._plan, json.dumps({"fingerprint": plan.fingerprint, "run": self.run}))
         self._locks.try_acquire(_BEGUN, TRIES)
         return sum(shard.rows for shard in kept.values())
-
-    def _say_stale(self, shards: int) -> None:
-        if shards:
-            say(
-                "{path}: {shards} shards of an earlier run are damaged, or of other rows, recordings, "
-                "options or versions; they are removed, and converted anew where they are needed",
-                path=self.path,
-                shards=shards,
-            )
 
     def join(self, plan: Plan) -> bool:
         """Tell whether the first rank has begun, on the same plan.
@@ -120,7 +120,8 @@ class WorkFolder:
             DatasetError: on another one.
         """
         self._count = len(plan.shards)
-        if not self.is_held(_BEGUN):  # a plan that lies there is an earlier run's
+        # Without the lock, a plan that lies there is an earlier run's.
+        if not self.is_held(_BEGUN):
             return False
         try:
             values = json.loads(self._plan.read_text(encoding="utf-8"))
@@ -157,11 +158,11 @@ class WorkFolder:
             return False
         return True
 
-    def entry(self, shard: Shard) -> Entry | None:
-        """What the journal says of a shard; None if it is not finished."""
+    def entry(self, shard: Shard) -> JournalEntry | None:
+        """Return the journal's line of a shard; None if it is not finished."""
         try:
             values = json.loads((self._entries / f"{shard.number}.json").read_text(encoding="utf-8"))
-            entry = Entry(
+            entry = JournalEntry(
                 values["fingerprint"], ConversionStats.from_json(values["tally"]), values["is_stored"]
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -169,7 +170,7 @@ class WorkFolder:
         return entry if entry.fingerprint == shard.fingerprint else None
 
     def file_to_write(self) -> Path:
-        """A new name for a file that may become a shard."""
+        """Return a new path for a file that may become a shard."""
         return self._writing / f"{secrets.token_hex(8)}.arrow"
 
     def commit(self, shard: Shard, file: Path, stats: ConversionStats) -> None:
@@ -193,7 +194,7 @@ class WorkFolder:
         )  # fmt: skip
 
     def finished(self, plan: Plan) -> int:
-        """Rows of finished shards whose files are there."""
+        """Count the rows of finished shards whose files are there."""
         self._count = len(plan.shards)
         return sum(shard.rows for shard in plan.shards if self._is_good(shard))
 
@@ -219,11 +220,6 @@ class WorkFolder:
         if self._locks.try_acquire(0, TRIES) and not any(self._entries.glob("*.json")):
             self.remove()
 
-    def _restore(self) -> None:
-        """Put back what a run moved away that was killed at the very moment of putting in place."""
-        if self._previous.exists() and not self.output.exists():
-            self._previous.rename(self.output.resolve())
-
     # --- locks ---
 
     def is_held(self, rank: int) -> bool:
@@ -233,9 +229,9 @@ class WorkFolder:
     def _lock(self) -> bool:
         """Lock the folder for this rank; False if the folder was removed meanwhile."""
         self.path.mkdir(parents=True, exist_ok=True)
-        place = self.path / "lock"
+        file = self.path / "lock"
         try:
-            self._locks = ByteLocks(place)
+            self._locks = ByteLocks(file)
         except FileNotFoundError:
             return False
         if not self._locks.try_acquire(self.rank, TRIES):
@@ -245,16 +241,16 @@ class WorkFolder:
             )
         with suppress(OSError):
             # By the clock of whoever keeps the files.
-            os.utime(place)
-            self._began = place.stat().st_mtime - _age()
+            os.utime(file)
+            self._began = file.stat().st_mtime - _process_age()
             if self._locks.is_in_place():
                 return True
         self._locks.close()
         return False
 
 
-def _age() -> float:
-    """Seconds since this process was started, as far as that can be known."""
+def _process_age() -> float:
+    """Return the seconds since this process was started, 0 if that cannot be known."""
     with suppress(OSError, ValueError, IndexError, AttributeError):
         ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
         return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))

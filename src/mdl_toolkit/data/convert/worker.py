@@ -19,13 +19,13 @@ from mdl_toolkit.model.lengths import audio_token_count
 
 
 @dataclass(frozen=True)
-class Job:
-    """A shard to convert.
+class ShardJob:
+    """Hold a shard to convert.
 
     Attributes:
-        shard: which.
+        shard: its number and fingerprint.
         rows: its rows.
-        file: where it is to be written.
+        file: the file to write.
         is_check: rows are known to be bad, so nothing will be written: only look at the recordings.
     """
 
@@ -36,16 +36,16 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Step:
-    """So many rows more are done, with so many samples of audio."""
+class ShardProgress:
+    """Report that `rows` more rows are done, with `samples` samples of audio."""
 
     rows: int
     samples: int
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A shard is done; its file is written unless a row was bad."""
+class ShardResult:
+    """Report that a shard is done; its file is written unless a row was bad."""
 
     shard: Shard
     file: Path
@@ -53,8 +53,8 @@ class Finished:
 
 
 @dataclass(frozen=True)
-class ShardTask:
-    """What a worker process does with a shard.
+class ShardConverter:
+    """Convert shards in a worker process.
 
     Attributes:
         tokenizer: the model's tokenizer and template.
@@ -62,7 +62,7 @@ class ShardTask:
         allow_truncated: accept files that were cut off.
         with_answer: for training; otherwise prompts alone, and no labels.
         keeps_going: rows that cannot be used are left out, all of them reported; otherwise nothing is stored.
-        rows_per_step: how often progress is reported.
+        rows_per_step: rows between two reports of progress.
     """
 
     tokenizer: ChatTokenizer
@@ -72,27 +72,26 @@ class ShardTask:
     keeps_going: bool
     rows_per_step: int
 
-    def __call__(self, job: Job) -> Iterator[Step | Finished]:
+    def __call__(self, job: ShardJob) -> Iterator[ShardProgress | ShardResult]:
         """Convert the shard, and report."""
         stats = ConversionStats(problems=Problems(most=None if self.keeps_going else MOST_ROWS_SHOWN))
         writer = None if job.is_check else ShardWriter(job.file)
-        clips = self._clips(job.rows, stats)
+        clips = Recordings(self.downloads, self.allow_truncated).clips(job.rows)
         while group := list(itertools.islice(clips, self.rows_per_step)):
+            samples = 0
             for row, clip in group:
-                if clip is not None and writer is not None:
+                if isinstance(clip, RowProblem):
+                    stats.problems.add(clip)
+                    continue
+                samples += len(clip.samples)
+                if writer is not None:
                     self._store(row, clip, writer, stats)
             if stats.problems.count and writer is not None and not self.keeps_going:
                 writer.discard()
                 writer = None
-            yield Step(len(group), sum(len(clip.samples) for _, clip in group if clip is not None))
+            yield ShardProgress(len(group), samples)
         stats.bytes = 0 if writer is None else writer.close()
-        yield Finished(job.shard, job.file, stats)
-
-    def _clips(self, rows: list[Row], stats: ConversionStats) -> Iterator[tuple[Row, Clip | None]]:
-        for row, found in Recordings(self.downloads, self.allow_truncated).clips(rows):
-            if isinstance(found, RowProblem):
-                stats.problems.add(found)
-            yield row, None if isinstance(found, RowProblem) else found
+        yield ShardResult(job.shard, job.file, stats)
 
     def _store(self, row: Row, clip: Clip, writer: ShardWriter, stats: ConversionStats) -> None:
         count = audio_token_count(len(clip.samples))
