@@ -158,7 +158,7 @@ def test_of_a_long_recording_both_ends_are_compared(tmp_path):
         soundfile.write(tmp_path / f"{number}.wav", clip, 16_000, subtype="PCM_16")
         rows.append({"audio": str(tmp_path / f"{number}.wav"), "prediction": "noise"})
     data = convert(tmp_path, rows[:1], "a"), convert(tmp_path, rows, "b")
-    assert len(data[0].encoded_audio(0)) > 2 * advice.EDGE
+    assert len(data[0].encoded_audio(0)) > 2 * advice.COMPARED_BYTES
     assert find_leaks(*data).same == [0]
 
 

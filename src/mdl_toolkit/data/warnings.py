@@ -17,29 +17,31 @@ from mdl_toolkit.i18n import Localized, join_messages
 from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.utils.console import warn
 
-MOST_NAMED = 10  # rows
-EDGE = 1 << 16  # bytes of a recording's beginning, and of its end, that tell it from others of its size
-FEWEST = 50  # steps before the loss is judged
-WINDOW = 20  # steps whose losses are compared, at least
-SHARE = 0.2  # of all steps, after which the loss is judged
-FALL = 0.02  # of the loss: less is no fall
-
-Rows = NDArray[np.int64]
+# Examples that a message names.
+MOST_NAMED = 10
+# Bytes at a recording's start, and at its end, that tell it from others of its size.
+COMPARED_BYTES = 1 << 16
+# The loss is judged after so many steps at least, and after this share of all steps; the losses of so many
+# steps are compared at least; less than this share of the loss is no fall.
+FEWEST_STEPS = 50
+SHARE_OF_STEPS = 0.2
+FEWEST_LOSSES = 20
+LEAST_FALL = 0.02
 
 
 def advise(train_set: ConvertedDataset, eval_set: ConvertedDataset | None) -> None:
-    """Warn of what the data have that is seldom meant."""
+    """Warn of properties of the datasets that are seldom intended."""
     warn_of_long_answers(train_set)
     warn_of_identical_answers(train_set)
     if eval_set is not None:
         warn_of_leaks(train_set, eval_set)
 
 
-# --- the rows to learn ---------------------------------------------------------------------------------
+# --- the training set ----------------------------------------------------------------------------------
 
 
 def warn_of_long_answers(dataset: ConvertedDataset) -> bool:
-    """Warn if answers have more tokens than prompts, audio apart, on average; tell whether they have."""
+    """Warn if answers have more tokens than prompts without audio, on average; tell whether they have."""
     if not len(dataset):
         return False
     audio = np.fromiter(map(audio_token_count, dataset.audio_lengths.tolist()), np.int64, len(dataset))
@@ -60,7 +62,7 @@ def warn_of_long_answers(dataset: ConvertedDataset) -> bool:
 
 
 def warn_of_identical_answers(dataset: ConvertedDataset) -> bool:
-    """Warn if all rows have one answer; tell whether they have. Reading ends with the first other one."""
+    """Warn if all examples have one answer; tell whether they have. Reading ends at the first other one."""
     if len(dataset) < 2 or np.ptp(dataset.supervised_counts):
         return False
     first = _answer(dataset, 0)
@@ -80,17 +82,17 @@ def _answer(dataset: ConvertedDataset, row: int) -> NDArray[np.int32]:
     return answer
 
 
-# --- rows to evaluate on that are also learnt ----------------------------------------------------------
+# --- evaluation examples that are trained on ------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Leaks:
-    """Rows of the evaluation set, from 0, whose recording is also learnt from.
+    """List evaluation examples, from 0, whose recording is also trained on.
 
     Attributes:
-        same: prompt and answer are a training row's too.
-        prompts: the answer is a training row's, the prompt is not.
-        answers: no training row with this recording has this answer.
+        same: prompt and answer are a training example's too.
+        prompts: the answer is a training example's, the prompt is not.
+        answers: no training example with this recording has this answer.
     """
 
     same: list[int] = field(default_factory=list)
@@ -99,62 +101,58 @@ class Leaks:
 
     @property
     def count(self) -> int:
-        """All of them."""
+        """Return how many there are."""
         return len(self.same) + len(self.prompts) + len(self.answers)
 
 
 def find_leaks(train_set: ConvertedDataset, eval_set: ConvertedDataset) -> Leaks:
-    """Evaluation rows whose recording is stored in the training set, byte by byte.
+    """Find evaluation examples whose recording is stored in the training set, byte by byte.
 
     Only recordings with as many samples and stored bytes as one of the other set are read, and of each of
     these not more than 128 KiB.
     """
-    known: dict[bytes, list[int]] = defaultdict(list)
-    for row in _of_common_size(train_set, eval_set):
-        known[_digest(train_set, row)].append(row)
+    by_digest: dict[bytes, list[int]] = defaultdict(list)
+    for index in _of_common_size(train_set, eval_set):
+        by_digest[_audio_digest(train_set, index)].append(index)
     leaks = Leaks()
-    for row in _of_common_size(eval_set, train_set):
-        if rows := known.get(_digest(eval_set, row)):
-            _sort_in(leaks, row, rows, train_set, eval_set)
+    for index in _of_common_size(eval_set, train_set):
+        others = by_digest.get(_audio_digest(eval_set, index))
+        if not others:
+            continue
+        ids, answer = eval_set.tokens(index).input_ids, _answer(eval_set, index)
+        if any(np.array_equal(ids, train_set.tokens(other).input_ids) for other in others):
+            leaks.same.append(index)
+        elif any(np.array_equal(answer, _answer(train_set, other)) for other in others):
+            leaks.prompts.append(index)
+        else:
+            leaks.answers.append(index)
     return leaks
 
 
 def _of_common_size(dataset: ConvertedDataset, other: ConvertedDataset) -> list[int]:
-    """Rows with a recording as large as one of the other dataset; no recording is read."""
+    """List examples with a recording as large as one of the other dataset; no recording is read."""
     lengths = np.intersect1d(dataset.audio_lengths, other.audio_lengths)
     ours, theirs = (
         np.flatnonzero(np.isin(each.audio_lengths, lengths)).tolist() for each in (dataset, other)
     )
-    sizes = {_size(other, row) for row in theirs}
-    return [row for row in ours if _size(dataset, row) in sizes]
+    sizes = {_audio_size(other, row) for row in theirs}
+    return [row for row in ours if _audio_size(dataset, row) in sizes]
 
 
-def _size(dataset: ConvertedDataset, row: int) -> tuple[int, int]:
+def _audio_size(dataset: ConvertedDataset, row: int) -> tuple[int, int]:
     return int(dataset.audio_lengths[row]), len(dataset.encoded_audio(row))
 
 
-def _digest(dataset: ConvertedDataset, row: int) -> bytes:
+def _audio_digest(dataset: ConvertedDataset, row: int) -> bytes:
     stored = dataset.encoded_audio(row)
-    digest = hashlib.sha256(stored[:EDGE])
-    digest.update(stored[max(EDGE, len(stored) - EDGE) :])
-    digest.update(repr(_size(dataset, row)).encode())
+    digest = hashlib.sha256(stored[:COMPARED_BYTES])
+    digest.update(stored[max(COMPARED_BYTES, len(stored) - COMPARED_BYTES) :])
+    digest.update(repr(_audio_size(dataset, row)).encode())
     return digest.digest()
 
 
-def _sort_in(
-    leaks: Leaks, row: int, rows: list[int], train_set: ConvertedDataset, eval_set: ConvertedDataset
-) -> None:
-    ids, answer = eval_set.tokens(row).input_ids, _answer(eval_set, row)
-    if any(np.array_equal(ids, train_set.tokens(other).input_ids) for other in rows):
-        leaks.same.append(row)
-    elif any(np.array_equal(answer, _answer(train_set, other)) for other in rows):
-        leaks.prompts.append(row)
-    else:
-        leaks.answers.append(row)
-
-
 def warn_of_leaks(train_set: ConvertedDataset, eval_set: ConvertedDataset) -> bool:
-    """Warn of evaluation rows whose recording is also trained on; tell whether there are any."""
+    """Warn of evaluation examples whose recording is also trained on; tell whether there are any."""
     leaks = find_leaks(train_set, eval_set)
     if not leaks.count:
         return False
@@ -162,7 +160,7 @@ def warn_of_leaks(train_set: ConvertedDataset, eval_set: ConvertedDataset) -> bo
     if rows := leaks.same:
         parts.append(
             Localized(
-                "{count} with the same prompt and answer (rows {rows})", count=len(rows), rows=_named(rows)
+                "{count} with the same prompt and answer (rows {rows})", count=len(rows), rows=_numbers(rows)
             )
         )
     if rows := leaks.prompts:
@@ -170,12 +168,12 @@ def warn_of_leaks(train_set: ConvertedDataset, eval_set: ConvertedDataset) -> bo
             Localized(
                 "{count} with the same answer to another prompt (rows {rows})",
                 count=len(rows),
-                rows=_named(rows),
+                rows=_numbers(rows),
             )
         )
     if rows := leaks.answers:
         parts.append(
-            Localized("{count} with another answer (rows {rows})", count=len(rows), rows=_named(rows))
+            Localized("{count} with another answer (rows {rows})", count=len(rows), rows=_numbers(rows))
         )
     warn(
         "{count} of {rows} evaluation rows have a recording that is also trained on: {parts}; the "
@@ -187,8 +185,8 @@ def warn_of_leaks(train_set: ConvertedDataset, eval_set: ConvertedDataset) -> bo
     return True
 
 
-def _named(rows: list[int]) -> str:
-    """Numbers of the first rows, from 1."""
+def _numbers(rows: list[int]) -> str:
+    """Return the numbers of the first examples, from 1."""
     shown = ", ".join(str(row + 1) for row in rows[:MOST_NAMED])
     return f"{shown}, ..." if len(rows) > MOST_NAMED else shown
 
@@ -198,7 +196,7 @@ def _named(rows: list[int]) -> str:
 
 @dataclass
 class LossWatch:
-    """Warns once, when enough steps are made, if the loss has not fallen.
+    """Warn once, when enough steps are made, if the loss has not fallen.
 
     The median of the last losses, which no single bad step moves, is compared with the mean of the first 20,
     which a loss that falls at once keeps high. Less than a fall by 2 % is none. It is judged after 50 steps,
@@ -218,25 +216,25 @@ class LossWatch:
 
     @property
     def due(self) -> int:
-        """The step after which it judges."""
-        return max(FEWEST, math.ceil(SHARE * self.total), self.warmup + WINDOW)
+        """Return the step after which it judges."""
+        return max(FEWEST_STEPS, math.ceil(SHARE_OF_STEPS * self.total), self.warmup + FEWEST_LOSSES)
 
     def see(self, step: int, loss: float) -> bool:
-        """Take the loss of the next step in; tell whether it was warned."""
+        """Add the loss of the next step; tell whether a warning was given."""
         self.losses.append(loss)
         # Losses are missing if the log of a run that is gone on with is not there.
         if step != self.due or len(self.losses) != step:
             return False
-        count = max(WINDOW, min(step // 2, step - self.warmup))
-        first, last = float(np.mean(self.losses[:WINDOW])), float(np.median(self.losses[-count:]))
-        if last <= (1 - FALL) * first:
+        count = max(FEWEST_LOSSES, min(step // 2, step - self.warmup))
+        first, last = float(np.mean(self.losses[:FEWEST_LOSSES])), float(np.median(self.losses[-count:]))
+        if last <= (1 - LEAST_FALL) * first:
             return False
         warn(
             "the loss does not fall: {first:.4f} in the first {window} steps, {last:.4f} in the last "
             "{count} up to step {step} of {total}; try another --lr than {rate:g}, and see whether the "
             "recordings decide the answers",
             first=first,
-            window=WINDOW,
+            window=FEWEST_LOSSES,
             last=last,
             count=count,
             step=step,
