@@ -71,7 +71,7 @@ def percentile_interval(distribution: np.ndarray, rows: int) -> Interval | None:
     Returns:
         None for a single row, and where all values are undefined.
     """
-    # The quantile of Student's t and the normal distribution; scipy.stats takes a second to import.
+    # The quantile of Student's t and the normal distribution; scipy.stats takes long to import.
     from scipy.special import ndtr, stdtrit
 
     known = distribution[np.isfinite(distribution)]
