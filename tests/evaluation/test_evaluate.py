@@ -13,8 +13,7 @@ from mdl_toolkit.config.evaluation import EvaluateOptions
 from mdl_toolkit.config.yaml import from_mapping, read_settings
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.evaluation.evaluate import evaluate
-from mdl_toolkit.evaluation.render import align_columns, as_text
-from mdl_toolkit.utils.console import width_of
+from mdl_toolkit.evaluation.render import as_text
 from tests.support.runs import files_below, write_csv
 
 TEXTS = [
@@ -362,23 +361,3 @@ def test_a_file_that_cannot_be_written_leaves_what_was_there(place, monkeypatch,
         evaluate(options(place, output=(str(place / "o.json"),)))
     assert (place / "o.json").read_text() == "old"
     assert files_below(place) == {"p.csv", "r.csv", "o.json"}
-
-
-def test_columns_stand_below_each_other_in_chinese_too(tmp_path, monkeypatch):
-    monkeypatch.setenv("LANGUAGE", "zh_CN")
-    path = labels(
-        tmp_path, ["狗在叫", "rain", "\x1b[31m红", "rain"], references=["狗在叫", "rain", "狗在叫", "rain"]
-    )
-    shown = as_text(evaluate(EvaluateOptions(input=path, bootstrap=20))).split("\n\n")
-    assert shown[0].startswith("4 行")
-    table = shown[1].splitlines()
-    assert table[0] == "各参考（行）的回答（列）"
-    assert table[1].split() == ["rain", "狗在叫", "(其他)"]
-    assert len({width_of(line) for line in table[1:]}) == 1
-
-
-def test_what_would_disturb_a_terminal_is_a_dot():
-    shown = align_columns([["a\n\x1b[2J", "x" * 60], ["狗", "1"]])
-    assert "\x1b" not in shown
-    assert [width_of(line) for line in shown.splitlines()] == [6 + 2 + 40] * 2
-    assert shown.splitlines()[0].endswith("x…")

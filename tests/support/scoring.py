@@ -1,22 +1,62 @@
-"""The score of a choice, computed as plainly as can be: one token after another, nothing shared."""
+"""Answers to score, scoring rules, and the value of a metric over answers."""
 
-import torch
+import random
+from collections.abc import Collection, Sequence
+from typing import Any
 
-from mdl_toolkit.data.collate import collate_prompts
-from mdl_toolkit.inference.generate import embed_prompts
-from mdl_toolkit.model.decoding_batch import DecodingBatch
+import numpy as np
+
+from mdl_toolkit.evaluation.answers import Answers, ScoringRules
+from mdl_toolkit.evaluation.bootstrap import point_estimate
+from mdl_toolkit.evaluation.metrics import CORPUS_METRICS
+
+PLAIN = ScoringRules(normalize=True, is_chinese=False, label_separator=None)
+RAW = ScoringRules(normalize=False, is_chinese=False, label_separator=None)
+CHINESE = ScoringRules(normalize=True, is_chinese=True, label_separator=None)
+TAGS = ScoringRules(normalize=True, is_chinese=False, label_separator=";")
 
 
-def scored_slowly(model, question, choice):
-    """Return the sum of the log-probabilities of a choice's tokens after the prompt."""
-    total, ids = 0.0, []
-    for token in choice:
-        single = DecodingBatch(model.decoder)
-        with torch.inference_mode():
-            x = embed_prompts(model, collate_prompts([question.sample], 0))
-            if ids:
-                x = torch.cat([x, model.decoder.model.embed_tokens(torch.tensor([ids]))], 1)
-            logits = single.admit(x, [x.shape[1]], 1, 0)
-        total += logits[0].log_softmax(-1)[token].item()
-        ids.append(token)
-    return total
+def answers(
+    pairs: Sequence[tuple[str, str]], failed: Collection[int] = (), scores: tuple[str, ...] | None = None
+) -> Answers:
+    """Build answers of pairs of reference and prediction; rows that failed have no prediction."""
+    lost = np.array([row in failed for row in range(len(pairs))])
+    predictions = tuple("" if row in failed else pair[1] for row, pair in enumerate(pairs))
+    references = tuple(pair[0] for pair in pairs)
+    return Answers(references, predictions, tuple(range(2, len(pairs) + 2)), lost, scores)
+
+
+def metric_value(
+    name: str, pairs: Sequence[tuple[str, str]], rules: ScoringRules = PLAIN, **more: Any
+) -> float:
+    """Compute a metric by its name over pairs of reference and prediction."""
+    return point_estimate(CORPUS_METRICS[name].build(answers(pairs, **more), rules), len(pairs))
+
+
+def labelled(count: int, labels: int = 5, seed: int = 0, strange: bool = True) -> list[tuple[str, str]]:
+    """Draw labels and predictions, 70 % of which are right; strange ones are no label of a reference."""
+    generator = random.Random(seed)
+    names = [f"label {n}" for n in range(labels)]
+    given = [*names, "what?"] if strange else names
+    return [
+        (name, name if generator.random() < 0.7 else generator.choice(given))
+        for name in generator.choices(names, k=count)
+    ]
+
+
+def several(
+    count: int, seed: int, with_scores: bool = True
+) -> tuple[list[tuple[str, str]], tuple[str, ...] | None]:
+    """Draw rows of up to three labels, their predictions, and scores of the predicted labels."""
+    generator = random.Random(seed)
+    names = [f"c{n}" for n in range(8)]
+    rows: list[tuple[str, str]] = []
+    scores: list[str] = []
+    for _ in range(count):
+        expected = generator.sample(names[:7], generator.randint(0, 3))
+        given = list(
+            dict.fromkeys([n for n in expected if generator.random() < 0.7] + generator.choices(names, k=2))
+        )
+        rows.append(("; ".join(expected), ";".join(given)))
+        scores.append(";".join(str(round(generator.random(), 1)) for _ in given))
+    return rows, tuple(scores) if with_scores else None
