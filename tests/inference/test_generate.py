@@ -112,7 +112,7 @@ def test_the_store_grows_and_stays_no_larger_than_needed(golden, monkeypatch):
         assert len([*answerer.answers(asked)]) == len(asked)
     most = max(capacities)
     assert min(capacities) < most
-    longest = max(len(q.sample.input_ids) + q.budget for q in asked)
+    longest = max(len(q.sample.input_ids) + q.max_new_tokens for q in asked)
     assert longest <= most + 1 <= longest + GROWTH + longest // 2
     expected = {q.key: generated(model, q, do_sample=False) for q in asked}
     assert ids_of(model, tokenizer, asked, 3) == expected
