@@ -1,6 +1,6 @@
 """What `check` knows of a CSV, added up: some 60 bytes for each row, and figures made of them at the end.
 
-The figures are plain values, as they go into the JSON; their words are in `check_report`. They depend on the
+The figures are plain values, as they go into the JSON; their words are in `check.text`. They depend on the
 rows alone, not on the order in which workers report.
 """
 
@@ -51,7 +51,7 @@ class _Texts:
 
 @dataclass
 class Findings:
-    """All that is noted of one CSV.
+    """Collect all that is noted of one CSV.
 
     Attributes:
         path: the file.
@@ -90,20 +90,20 @@ class Findings:
 
     @property
     def rows(self) -> int:
-        """Usable rows so far."""
+        """Return how many usable rows there are so far."""
         return len(self._facts) // FACTS.itemsize
 
     def facts(self) -> Facts:
-        """Of all usable rows, in their order, `[rows]` of `FACTS`."""
+        """Return the facts of all usable rows, in their order, `[rows]` of `FACTS`."""
         facts = np.frombuffer(self._facts, FACTS)
         return facts[np.argsort(facts["line"], kind="stable")]
 
     def figures(self, learnt: Facts | None, max_length: int | None) -> Figures:
-        """Everything of this file.
+        """Return all figures of this file.
 
         Args:
             learnt: the training rows, for a file of another role.
-            max_length: positions of a row that are worth a warning.
+            max_length: tokens of a row above which it is warned of.
         """
         facts = self.facts()
         positions = audio_tokens(facts) + facts["text"]
@@ -138,7 +138,7 @@ class Findings:
         return dict(sorted(counts.items(), key=lambda each: (-each[1], each[0])))
 
     def _balance(self, facts: Facts) -> Figures:
-        """How many distinct answers there are; and, of few, how many rows each has."""
+        """Count the distinct answers; and, of few, the rows that each has."""
         numbers, counts = np.unique(facts["answer"], return_counts=True)
         classes: list[tuple[str, int]] = []
         if len(numbers) <= MOST_CLASSES and len(facts) >= LEAST_ROWS * len(numbers):
@@ -148,7 +148,7 @@ class Findings:
         return {"distinct": len(numbers), "classes": [[*each] for each in classes]}
 
     def _near_prompts(self, facts: Facts) -> list[Figures]:
-        """Pairs of distinct prompts that differ in one letter; their rows are those of the rarer ones."""
+        """Find pairs of distinct prompts that differ in one letter; their rows are those of the rarer ones."""
         numbers, places, counts = np.unique(facts["prompt"], return_index=True, return_counts=True)
         used = {number: place for place, number in enumerate(numbers.tolist())}
         known: dict[str, int] = {}  # white space around them is another finding
@@ -169,12 +169,12 @@ class Findings:
 
 
 def audio_tokens(facts: Facts) -> Numbers:
-    """Audio tokens of every row, `[rows]`."""
+    """Count the audio tokens of every row, `[rows]`."""
     return np.fromiter(map(audio_token_count, facts["samples"].tolist()), np.int64, len(facts))
 
 
 def _spread(values: Numbers) -> Figures:
-    """Median and 95 % (nearest rank) and the most."""
+    """Return median, 95 % (nearest rank) and maximum."""
     if not len(values):
         return {"median": 0, "p95": 0, "max": 0}
     ranks = np.percentile(values, [50, 95, 100], method="inverted_cdf")
@@ -182,14 +182,14 @@ def _spread(values: Numbers) -> Figures:
 
 
 def _histogram(seconds: Numbers) -> Figures:
-    """How many rows last less than each edge (and not less than the one before), and how many longer."""
+    """Count the rows between each two edges, and those beyond the last one."""
     counts = np.bincount(np.searchsorted(EDGES, seconds, side="right"), minlength=len(EDGES) + 1)
     spread = {"shortest": float(seconds.min()), "longest": float(seconds.max())} if len(seconds) else {}
     return {"below_seconds": [*EDGES, None], "rows": counts.tolist(), **spread}
 
 
 def finding(name: str, lines: Numbers, details: Numbers | None = None) -> list[Figures]:
-    """A finding with the lines of its rows, and perhaps a figure for each; nothing if there is no row."""
+    """Return a finding with the lines of its rows, and perhaps a figure for each; nothing without rows."""
     if not len(lines):
         return []
     more = {} if details is None else {"details": details[:MOST_LINES].tolist()}
@@ -211,7 +211,7 @@ def _too_long(facts: Facts, positions: Numbers, max_length: int | None) -> list[
 
 
 def _mixed(facts: Facts, *names: str) -> Numbers:
-    """One digest of several: with odd multipliers, so that none cancels another."""
+    """Combine several digests, with odd multipliers, so that none cancels another."""
     odd = np.uint64(0x9E3779B97F4A7C15)
     total = np.zeros(len(facts), np.uint64)
     for name in names:
@@ -220,14 +220,14 @@ def _mixed(facts: Facts, *names: str) -> Numbers:
 
 
 def _first(keys: Numbers) -> Numbers:
-    """For every row the first one with the same key, `[rows]`."""
+    """Find for every row the first one with the same key, `[rows]`."""
     _, places, inverse = np.unique(keys, return_index=True, return_inverse=True)
     found: Numbers = places[inverse]
     return found
 
 
 def _repeated(facts: Facts) -> list[Figures]:
-    """Rows whose recording an earlier row has too: with the same words, or under another prompt."""
+    """Find rows whose recording an earlier row has too: with the same texts, or under another prompt."""
     rows = np.arange(len(facts))
     same, asked, heard = (
         _first(_mixed(facts, *names))
@@ -241,7 +241,7 @@ def _repeated(facts: Facts) -> list[Figures]:
 
 
 def _contradictions(facts: Facts) -> list[Figures]:
-    """Rows with the recording and the prompt of an earlier row, and another answer."""
+    """Find rows with the recording and the prompt of an earlier row, and another answer."""
     first = _first(_mixed(facts, "clip", "prompt"))
     other = facts["answer"] != facts["answer"][first]
     return finding("contradiction", facts["line"][other], facts["line"][first[other]])
@@ -257,7 +257,7 @@ def _of_answers(answers: Figures, rows: int) -> list[Figures]:
 
 
 def _leaks(facts: Facts, learnt: Facts) -> list[Figures]:
-    """Rows whose recording is also trained on, with the same words or others; or whose answer alone is.
+    """Find rows whose recording is also trained on, with the same texts or others; or whose answer alone is.
 
     The last says something where answers are texts, not classes: where more than half of those to be learnt
     are different.
@@ -278,7 +278,7 @@ def _leaks(facts: Facts, learnt: Facts) -> list[Figures]:
 
 
 def _line_in(keys: Numbers, known: Numbers, lines: Numbers) -> Numbers:
-    """For every key the line of the first row that has it, 0 where none has."""
+    """Return for every key the line of the first row that has it, 0 where none has."""
     values, first = np.unique(known, return_index=True)
     if not len(values):
         return np.zeros(len(keys), np.int64)
@@ -287,7 +287,7 @@ def _line_in(keys: Numbers, known: Numbers, lines: Numbers) -> Numbers:
 
 
 def _one_letter_apart(texts: Sequence[str]) -> list[tuple[str, str]]:
-    """Pairs of texts that differ in one character which is no digit: numbered prompts are meant."""
+    """Find pairs of texts that differ in one character which is no digit, as numbered prompts do."""
     from rapidfuzz.distance import Levenshtein
 
     found = []

@@ -52,7 +52,7 @@ FLAGS = {
 
 @dataclass
 class Inspected:
-    """What is noted of some rows.
+    """Hold what is noted of some rows.
 
     Attributes:
         facts: of the usable ones, `[rows]` of `FACTS`.
@@ -66,19 +66,19 @@ class Inspected:
 
     @property
     def rows(self) -> int:
-        """All of them."""
+        """Return how many rows there are, usable or not."""
         return len(self.facts) + len({problem.line for problem in self.problems})
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a worker process does with some rows.
+    """Inspect rows in a worker process.
 
     Attributes:
         recordings: opens them.
         tokenizer: the model's tokenizer and template; None counts characters.
         with_answer: for training; otherwise prompts alone.
-        limit: positions that leave a row unusable; None is no limit.
+        limit: tokens that leave a row unusable; None is no limit.
         rows_per_step: how often is reported.
     """
 
@@ -120,7 +120,7 @@ class Inspection:
         )  # fmt: skip
 
     def _text(self, row: Row, audio: int) -> tuple[int, int]:
-        """How much of a row is no audio, and how much of that is learnt."""
+        """Count the tokens or characters of a row that are no audio, and those of them that are learnt."""
         answer = row.prediction or "" if self.with_answer else ""
         if self.tokenizer is None:
             return len("".join(prompt_texts(row))) + len(answer), len(answer)
@@ -129,7 +129,7 @@ class Inspection:
 
 
 def too_long(length: int, limit: int) -> Localized:
-    """For a row whose prompt of so many tokens leaves no room for an answer (rule 37)."""
+    """Return the message for a row whose prompt leaves no tokens for an answer."""
     return Localized(
         "the prompt alone takes {length} tokens; --max-length {limit} must be at least {least}",
         length=length,
@@ -139,12 +139,12 @@ def too_long(length: int, limit: int) -> Localized:
 
 
 def prompt_texts(row: Row) -> tuple[str, str]:
-    """System and user prompt, empty where there is none."""
+    """Return system and user prompt, empty where there is none."""
     return row.system_prompt or "", row.user_prompt or ""
 
 
 def digest(*parts: str | bytes) -> int:
-    """64 bits that tell contents apart: among a million, two are alike by chance once in 10^7 times."""
+    """Return a 64-bit digest: among a million, two are alike by chance once in 10^7 times."""
     found = hashlib.blake2b(digest_size=8)
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
@@ -175,13 +175,13 @@ def _flags(row: Row, clip: Clip) -> int:
 
 
 def _audible(clip: Clip) -> float:
-    """Share of a clip's 20 ms frames that are louder than -50 dBFS."""
+    """Return the share of a clip's 20 ms frames that are louder than -50 dBFS."""
     whole = clip.samples[: len(clip.samples) // FRAME * FRAME].reshape(-1, FRAME)
     return float(np.mean(np.mean(np.square(whole), axis=1) >= AUDIBLE**2))
 
 
 def looks_mangled(answer: str) -> bool:
-    """Whether a spreadsheet would write another text in its place: 0012, 1.0, +5, 1e3, 1,000, 3/4."""
+    """Tell whether a spreadsheet would rewrite an answer: 0012, 1.0, +5, 1e3, 1,000, 3/4."""
     word = answer.strip()
     if DAY.fullmatch(word):
         return True

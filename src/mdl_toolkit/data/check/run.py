@@ -90,7 +90,7 @@ def _check_places(options: CheckOptions) -> None:
 
 
 def _train_options(options: CheckOptions) -> "TrainOptions":
-    """The options of the training that is predicted; the files and the model are those of the check."""
+    """Return the options of the training that is predicted, with the files and the model of the check."""
     from mdl_toolkit.config.train import TrainOptions
 
     config = options.train_config
@@ -100,7 +100,7 @@ def _train_options(options: CheckOptions) -> "TrainOptions":
 
 
 def _text_side(options: CheckOptions) -> tuple[Path | None, ChatTokenizer | None]:
-    """The model's folder and its tokenizer and template; nothing if the model cannot be had."""
+    """Return the model's folder and its tokenizer; nothing if the model cannot be had."""
     try:
         folder = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=False)
     except ModelError as problem:
@@ -121,7 +121,7 @@ def _text_side(options: CheckOptions) -> tuple[Path | None, ChatTokenizer | None
 def _look(
     manifests: list[Manifest], tokenizer: ChatTokenizer | None, options: CheckOptions
 ) -> list[Findings]:
-    """What is found in each file; recordings fetched from addresses are kept as long as that takes."""
+    """Inspect each file; recordings fetched from addresses are kept as long as that takes."""
     with tempfile.TemporaryDirectory(prefix="mdl-toolkit-check-") as place:
         cache = Path(options.download_cache or place).expanduser()
         downloads = Downloads(cache, options.max_download_mb, secrets.token_hex(8))
@@ -134,7 +134,7 @@ def _look(
 
 
 def _look_at(manifest: Manifest, number: int, task: Inspection, options: CheckOptions) -> Findings:
-    """What is found in one file.
+    """Inspect one file.
 
     Raises:
         InputError: there is no row in it, or it is no CSV from some line on.
@@ -154,7 +154,7 @@ def _look_at(manifest: Manifest, number: int, task: Inspection, options: CheckOp
 
 
 def _jobs(manifest: Manifest, found: Findings) -> Iterator[list[Row]]:
-    """The rows to inspect, some at a time; what is wrong without a look at recordings is noted."""
+    """Yield the rows to inspect, some at a time; problems found without recordings are noted."""
     job: list[Row] = []
     for item in manifest:
         if isinstance(item, RowProblem):
@@ -192,7 +192,7 @@ def _figures(found: list[Findings], tokenizer: ChatTokenizer | None, options: Ch
 def _sample(
     manifest: Manifest, tokenizer: ChatTokenizer, bad: set[int], options: CheckOptions
 ) -> Figures | None:
-    """The first usable row, as the model sees it."""
+    """Return the first usable row, as the model sees it."""
     row = next((row for row in manifest.rows() if row.line not in bad), None)
     if row is None:
         return None
@@ -201,7 +201,7 @@ def _sample(
 
 
 def _beginning(manifest: Manifest, tokenizer: ChatTokenizer, found: Findings) -> int:
-    """How many positions before the audio the usable rows have in common."""
+    """Count the tokens before the audio that all usable rows share."""
     bad, chosen = {*found.bad}, {*prefix_sample(found.rows)}
     usable = (row for row in manifest.rows() if row.line not in bad)
     rows = (row for number, row in enumerate(usable) if number in chosen)

@@ -47,7 +47,7 @@ OTHER_LINE = " (= {})"  # for all others
 
 
 def report_lines(figures: Figures, *, coloured: bool) -> Iterator[Localized]:
-    """The report; what is learnt is coloured, or in brackets."""
+    """Yield the lines of the report; what is learnt is coloured, or in brackets."""
     for file in figures["files"]:
         yield from _file_lines(file, figures["counted"])
     if figures["sample"]:
@@ -116,7 +116,7 @@ def _spread(values: Figures) -> Localized:
 
 
 def _histogram_lines(lengths: Figures) -> Iterator[Localized]:
-    """A bar for each range that has rows, in seconds."""
+    """Draw a bar for each range that has rows, in seconds."""
     shortest, longest = (f"{lengths[name]:.2f}" for name in ("shortest", "longest"))
     yield Localized("  length: {shortest} s to {longest} s", shortest=shortest, longest=longest)
     most = max(lengths["rows"])
@@ -156,7 +156,7 @@ def _finding_lines(found: Figures) -> Iterator[Localized]:
 
 
 def _named(found: Figures) -> str:
-    """The first lines of a finding, each with its figure."""
+    """List the first lines of a finding, each with its figure."""
     lines, form = found.get("lines", [])[:MOST_NAMED], DETAILS.get(found["name"], OTHER_LINE)
     details = [form.format(value) for value in found.get("details", [])] or [""] * len(lines)
     shown = ", ".join(f"{line}{detail}" for line, detail in zip(lines, details, strict=False))
@@ -169,7 +169,7 @@ def _bad_rows(path: str, bad: Figures) -> Localized:
 
 
 def _shown(text: str, most: int = 60) -> str:
-    """A text from a CSV in quotes, shortened, and harmless in a terminal."""
+    """Quote a text from a CSV, shortened, and harmless in a terminal."""
     return repr(text if len(text) <= most else text[: most - 1] + "…")
 
 
@@ -192,7 +192,7 @@ def _sample_lines(sample: Figures, marks: tuple[str, str]) -> Iterator[Localized
 
 
 def _harmless(text: str) -> str:
-    """A text without the control characters by which it could do something to a terminal."""
+    """Escape the control characters by which a text could do something to a terminal."""
     return "".join(
         letter if letter in "\n\t" or unicodedata.category(letter)[0] != "C" else repr(letter)[1:-1]
         for letter in text
