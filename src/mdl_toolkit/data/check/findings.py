@@ -148,7 +148,7 @@ class Findings:
         return {"distinct": len(numbers), "classes": [[*each] for each in classes]}
 
     def _near_prompts(self, facts: Facts) -> list[Figures]:
-        """Find pairs of distinct prompts that differ in one letter; their rows are those of the rarer ones."""
+        """Find distinct prompts that differ in one letter; the rows counted are those of the rarer ones."""
         numbers, places, counts = np.unique(facts["prompt"], return_index=True, return_counts=True)
         used = {number: place for place, number in enumerate(numbers.tolist())}
         known: dict[str, int] = {}  # white space around them is another finding
