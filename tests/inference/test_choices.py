@@ -19,9 +19,8 @@ from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 from tests.support.inferences import infer_options as options
 from tests.support.inferences import table
 from tests.support.questions import load_checkpoint as load
-from tests.support.questions import questions
+from tests.support.questions import questions, scored_slowly
 from tests.support.runs import copy_checkpoint, make_csv
-from tests.support.scoring import scored_slowly
 
 
 @pytest.fixture

@@ -3,9 +3,11 @@
 import numpy as np
 import torch
 
+from mdl_toolkit.data.collate import collate_prompts
 from mdl_toolkit.data.dataset import Sample
 from mdl_toolkit.data.tokenization import ChatTokenizer
-from mdl_toolkit.inference.generate import Question
+from mdl_toolkit.inference.generate import Question, embed_prompts
+from mdl_toolkit.model.decoding_batch import DecodingBatch
 from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.weights.loading import load_model
 from mdl_toolkit.weights.resolve import find_model
@@ -31,3 +33,18 @@ def questions(model, count, seed=0, longest=40):
         audio = np.full(audio_token_count(len(clip)), model.config.audio_token_id)
         ids = np.concatenate([before, audio, after]).astype(np.int32)
         yield Question(key, Sample(ids, np.full_like(ids, -100), clip), int(rng.integers(1, 30)))
+
+
+def scored_slowly(model, question, choice):
+    """Return the sum of the log-probabilities of a choice's tokens after the prompt, one after another."""
+    total, ids = 0.0, []
+    for token in choice:
+        single = DecodingBatch(model.decoder)
+        with torch.inference_mode():
+            x = embed_prompts(model, collate_prompts([question.sample], 0))
+            if ids:
+                x = torch.cat([x, model.decoder.model.embed_tokens(torch.tensor([ids]))], 1)
+            logits = single.admit(x, [x.shape[1]], 1, 0)
+        total += logits[0].log_softmax(-1)[token].item()
+        ids.append(token)
+    return total
