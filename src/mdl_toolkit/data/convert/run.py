@@ -6,6 +6,7 @@ that share a file system divide them. All bad rows are reported together, and th
 """
 
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
 from importlib.metadata import version
@@ -122,24 +123,12 @@ def convert_rows(
         InputError: there is no row, or another conversion is at work on the output.
         WorkerDiedError: a worker process was killed.
     """
-    target = output.resolve()
-
-    @lru_cache(maxsize=1024)
-    def check_folder(folder: Path) -> None:
-        if target in (resolved := folder.resolve(), *resolved.parents):
-            check_apart(output, folder)
-
-    def check_recording(row: Row) -> None:
-        # Recordings in the output would go with the dataset that it replaces.
-        if not is_url(row.audio):
-            check_folder(Path(row.audio).parent)
-
     with removing_empty(output.resolve().parent), WorkFolder(output, ranks.rank) as work:
         plan: Plan | None = None
         try:
             identity = _conversion_identity(tokenizer, options, with_answer, keeps_going)
             most = None if keeps_going else MOST_ROWS_SHOWN
-            plan = make_plan(manifest, identity, check_recording, most)
+            plan = make_plan(manifest, identity, _recording_check(output), most)
             if reuse and (record := _reusable(output, plan, keeps_going)):
                 work.remove()
                 return record
@@ -155,6 +144,18 @@ def convert_rows(
             if not ranks.rank:
                 _clear_up(work, plan, problem)
             raise
+
+
+def _recording_check(output: Path) -> Callable[[Row], None]:
+    """Return a check that refuses recordings in the output, which would go with the dataset it replaces."""
+    target = output.resolve()
+
+    @lru_cache(maxsize=1024)
+    def check_folder(folder: Path) -> None:
+        if target in (resolved := folder.resolve(), *resolved.parents):
+            check_apart(output, folder)
+
+    return lambda row: None if is_url(row.audio) else check_folder(Path(row.audio).parent)
 
 
 def _conversion_identity(

@@ -122,12 +122,12 @@ class ConversionStats:
         return 0
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values that `from_json` understands."""
+        """Return plain values that `from_json` understands."""
         return {**asdict(self), "truncated": self.truncated.to_json(), "problems": self.problems.to_json()}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "ConversionStats":
-        """What `to_json` made.
+        """Restore what `to_json` made.
 
         Raises:
             TypeError, ValueError, KeyError, AttributeError: these are other values.
