@@ -13,7 +13,6 @@ from pathlib import Path
 from mdl_toolkit import __version__
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.weights.resolve import read_json
-from mdl_toolkit.weights.safetensors_stream import weight_files
 
 PROVENANCE_FILE = "mdl-toolkit.json"
 # Bytes that a fingerprint reads at the start, middle and end of each tensor.
@@ -158,6 +157,9 @@ def fingerprint(folder: Path) -> str:
     Raises:
         ModelError: a file of weights is damaged.
     """
+    # It imports torch, which a conversion does without: a quarter of a gigabyte in each of its processes.
+    from mdl_toolkit.weights.safetensors_stream import weight_files
+
     tensors = sorted(
         f"{entry.name} {entry.dtype} {entry.shape} ".encode() + file.sample(entry, SAMPLE)
         for file in weight_files(folder)

@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -441,3 +443,16 @@ def test_workers_and_groups_change_no_byte(place):
         assert sum(name.endswith("-of-00009.arrow") for name in names) == 9
         for name in names - {SETTINGS_FILE}:
             assert (place / str(number) / name).read_bytes() == (place / "0" / name).read_bytes(), name
+
+
+def test_nothing_heavy_is_imported(tmp_path):
+    """Each process of a conversion would take a quarter of a gigabyte more with torch."""
+    write_csv(tmp_path / "rows.csv", phrases(4))
+    words = ["convert-dataset", str(tmp_path / "rows.csv"), "--output", str(tmp_path / "out")]
+    code = (
+        "import sys; from mdl_toolkit.cli.main import run; "
+        f"assert run({[*words, '--model-name', str(MODEL)]!r}) == 0; "
+        "print(*{'torch', 'transformers', 'scipy', 'datasets'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == ""
