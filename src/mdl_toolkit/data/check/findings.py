@@ -1,12 +1,13 @@
-"""What `check` knows of a CSV, added up: some 60 bytes for each row, and figures made of them at the end.
+"""The findings of `check` on one CSV: some 60 bytes a row, and figures made of these at the end.
 
-The figures are plain values, as they go into the JSON; their words are in `check.text`. They depend on the
+The figures are plain values, as they go into the JSON; `check.text` puts them into words. They depend on the
 rows alone, not on the order in which workers report.
 """
 
+import dataclasses
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,20 +16,26 @@ from numpy.typing import NDArray
 
 from mdl_toolkit.audio.loading import SAMPLE_RATE
 from mdl_toolkit.data.check.rows import FACTS, FLAGS, Facts, Inspected, digest, prompt_texts
-from mdl_toolkit.data.manifest import Row
+from mdl_toolkit.data.manifest import Manifest, Row
 from mdl_toolkit.errors import Problems, RowProblem
 from mdl_toolkit.model.lengths import audio_token_count
 
-MOST_LINES = 1_000  # of a finding that are named
-MOST_TEXTS = 1_000  # distinct prompts, and answers, that are kept: a million pairs to compare
-LONGEST_TEXT = 2_000  # characters of these
-MOST_CLASSES = 20  # distinct answers that are taken for classes ...
-LEAST_ROWS = 3  # ... if each has so many rows on average
-UNBALANCED = 10  # times as many rows of one class as of another
-EDGES = (0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600)  # seconds
-# Of a row in a converted dataset beside recording and ids: five offsets, the word `flac`, scale and length.
+# Lines that are named of a finding.
+MOST_LINES = 1_000
+# Distinct prompts, and answers, that are kept (a million pairs to compare), and characters of each.
+MOST_TEXTS = 1_000
+LONGEST_TEXT = 2_000
+# Distinct answers that are taken for classes, if each has so many rows on average.
+MOST_CLASSES = 20
+LEAST_ROWS = 3
+# Classes are unbalanced if one has so many times the rows of another.
+UNBALANCED = 10
+# Edges of the histogram of lengths, in seconds.
+EDGES = (0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600)
+# Bytes of a row in a converted dataset without recording and ids: offsets, the word `flac`, scale, length.
 ROW_BYTES = 5 * 4 + 4 + 4 + 8
-ID_BYTES = 2 * 4  # of a position: id and label
+# Bytes of a token in a converted dataset: id and label.
+TOKEN_BYTES = 2 * 4
 
 Figures = dict[str, Any]
 Numbers = NDArray[Any]
@@ -36,57 +43,65 @@ Numbers = NDArray[Any]
 
 @dataclass
 class _Texts:
-    """Distinct texts in the order of the rows, of which the first ones are kept."""
+    """Hold distinct texts by digest, in the order of the rows; only the first ones are kept."""
 
-    known: dict[int, str] = field(default_factory=dict)
+    by_digest: dict[int, str] = field(default_factory=dict)
     is_full: bool = False
 
-    def see(self, number: int, text: str) -> None:
-        if number not in self.known:
-            if len(self.known) < MOST_TEXTS:
-                self.known[number] = text[:LONGEST_TEXT]
+    def add(self, text_digest: int, text: str) -> None:
+        if text_digest not in self.by_digest:
+            if len(self.by_digest) < MOST_TEXTS:
+                self.by_digest[text_digest] = text[:LONGEST_TEXT]
             else:
                 self.is_full = True
 
 
 @dataclass
 class Findings:
-    """Collect all that is noted of one CSV.
+    """Hold all that is noted of one CSV.
 
     Attributes:
         path: the file.
         role: `training`, `evaluation` or `inference`.
-        problems: rows that cannot be used.
-        bad: their lines.
+        problems: of the rows that cannot be used.
+        bad_lines: the lines of these rows; a line may come twice.
     """
 
     path: str
     role: str
     problems: Problems = field(default_factory=Problems)
-    bad: "array[int]" = field(default_factory=lambda: array("q"))
+    bad_lines: "array[int]" = field(default_factory=lambda: array("q"))
     _facts: bytearray = field(default_factory=bytearray)
     _sources: Counter[tuple[str, str]] = field(default_factory=Counter)
     _answers: _Texts = field(default_factory=_Texts)
     _prompts: _Texts = field(default_factory=_Texts)
 
-    def see(self, row: Row) -> None:
-        """Note the words of a row; rows come in their order."""
-        self._prompts.see(digest(*prompt_texts(row)), " | ".join(filter(None, prompt_texts(row))))
-        if row.prediction is not None:
-            self._answers.see(digest(row.prediction), row.prediction)
+    def readable_rows(self, manifest: Manifest) -> Iterator[Row]:
+        """Yield the rows whose recordings are to be inspected; note their texts, and problems of others."""
+        for item in manifest:
+            if isinstance(item, RowProblem):
+                self.reject(item)
+                continue
+            answer = None if self.role == "inference" else item.prediction
+            row = dataclasses.replace(item, cells=(), prediction=answer)
+            prompts = prompt_texts(row)
+            self._prompts.add(digest(*prompts), " | ".join(filter(None, prompts)))
+            if answer is not None:
+                self._answers.add(digest(answer), answer)
+            yield row
 
-    def add(self, found: Inspected) -> None:
-        """Note what came of some rows; they come in any order."""
-        self._facts += found.facts.tobytes()
-        self._sources.update(found.sources)
-        for problem in found.problems:
+    def add(self, inspected: Inspected) -> None:
+        """Add the facts and problems of inspected rows, which come in any order."""
+        self._facts += inspected.facts.tobytes()
+        self._sources.update(inspected.sources)
+        for problem in inspected.problems:
             self.reject(problem)
 
     def reject(self, problem: RowProblem) -> None:
         """Note a row that cannot be used."""
         self.problems.add(problem)
-        if not self.bad or self.bad[-1] != problem.line:
-            self.bad.append(problem.line)
+        if not self.bad_lines or self.bad_lines[-1] != problem.line:
+            self.bad_lines.append(problem.line)
 
     @property
     def rows(self) -> int:
@@ -94,98 +109,108 @@ class Findings:
         return len(self._facts) // FACTS.itemsize
 
     def facts(self) -> Facts:
-        """Return the facts of all usable rows, in their order, `[rows]` of `FACTS`."""
+        """Return the facts of all usable rows in their order, `[rows]` of `FACTS`."""
         facts = np.frombuffer(self._facts, FACTS)
         return facts[np.argsort(facts["line"], kind="stable")]
 
-    def figures(self, learnt: Facts | None, max_length: int | None) -> Figures:
-        """Return all figures of this file.
+    def figures(self, trained: Facts | None, max_length: int | None) -> Figures:
+        """Return the amounts of this file and the findings on it.
 
         Args:
-            learnt: the training rows, for a file of another role.
-            max_length: tokens of a row above which it is warned of.
+            trained: facts of the training rows, for a file of another role.
+            max_length: tokens of a row beyond which there is a warning.
         """
         facts = self.facts()
-        positions = audio_tokens(facts) + facts["text"]
-        figures: Figures = {"path": self.path, "role": self.role, "rows": len(facts), "bad": self._bad()}
-        figures |= self._amounts(facts, positions)
-        found = [*_flagged(facts), *_too_long(facts, positions, max_length), *_repeated(facts)]
+        tokens = audio_tokens(facts) + facts["text"]
+        bad_lines = sorted(set(self.bad_lines))
+        first = [problem.to_json() for problem in self.problems.first]
+        bad = {"rows": len(bad_lines), "lines": bad_lines, "problems": self.problems.count, "first": first}
+        figures: Figures = {"path": self.path, "role": self.role, "rows": len(facts), "bad": bad}
+        figures |= self._amounts(facts, tokens)
+        findings: list[Figures] = []
+        for name, bit in FLAGS.items():
+            rows = facts[facts["flags"] & bit > 0]
+            shares = np.round(rows["full_scale"].astype(float), 4) if name == "clipped" else None
+            findings += finding(name, rows["line"], shares)
+        is_long = tokens > (max_length or np.inf)
+        findings += finding("too_long", facts["line"][is_long], tokens[is_long])
+        findings += _repeated(facts)
         if self.role != "inference":
-            figures["answers"] = self._balance(facts)
-            found += [*_contradictions(facts), *_of_answers(figures["answers"], len(facts))]
-        if learnt is not None:
-            found += _leaks(facts, learnt)
-        return {**figures, "findings": [*found, *self._near_prompts(facts)]}
+            figures["answers"], unbalanced = self._class_balance(facts)
+            findings += unbalanced
+        if trained is not None:
+            findings += _leaks(facts, trained)
+        return {**figures, "findings": [*findings, *self._near_prompts(facts)]}
 
-    def _amounts(self, facts: Facts, positions: Numbers) -> Figures:
+    def _amounts(self, facts: Facts, tokens: Numbers) -> Figures:
+        """Return lengths, sources, tokens and size on disk of all rows together."""
         seconds = facts["samples"] / SAMPLE_RATE
+        # Rows that last less than each edge (and not less than the one before), and those that last longer.
+        rows = np.bincount(np.searchsorted(EDGES, seconds, side="right"), minlength=len(EDGES) + 1)
+        lengths: Figures = {"below_seconds": [*EDGES, None], "rows": rows.tolist()}
+        if len(seconds):
+            lengths |= {"shortest": float(seconds.min()), "longest": float(seconds.max())}
+        sources: dict[str, dict[str, int]] = {"rates": {}, "channels": {}, "formats": {}}
+        for (name, value), count in sorted(self._sources.items(), key=lambda item: (-item[1], item[0])):
+            sources[name][value] = count
         return {
             "seconds": float(seconds.sum()),
-            **{name: self._counts(name) for name in ("rates", "channels", "formats")},
-            "lengths": _histogram(seconds),
-            "audio_tokens": _spread(positions - facts["text"]),
+            **sources,
+            "lengths": lengths,
+            "audio_tokens": _spread(tokens - facts["text"]),
             "text": _spread(facts["text"]),
-            "disk_bytes": int((facts["stored"] + ROW_BYTES + ID_BYTES * positions).sum()),
+            "disk_bytes": int((facts["stored"] + ROW_BYTES + TOKEN_BYTES * tokens).sum()),
         }
 
-    def _bad(self) -> Figures:
-        lines = sorted(set(self.bad))
-        first = [problem.to_json() for problem in self.problems.first]
-        return {"rows": len(lines), "lines": lines, "problems": self.problems.count, "first": first}
-
-    def _counts(self, name: str) -> dict[str, int]:
-        counts = {value: count for (kind, value), count in self._sources.items() if kind == name}
-        return dict(sorted(counts.items(), key=lambda each: (-each[1], each[0])))
-
-    def _balance(self, facts: Facts) -> Figures:
-        """Count the distinct answers; and, of few, the rows that each has."""
-        numbers, counts = np.unique(facts["answer"], return_counts=True)
+    def _class_balance(self, facts: Facts) -> tuple[Figures, list[Figures]]:
+        """Count the distinct answers and, if they are classes, the rows of each; find what is unbalanced."""
+        digests, counts = np.unique(facts["answer"], return_counts=True)
         classes: list[tuple[str, int]] = []
-        if len(numbers) <= MOST_CLASSES and len(facts) >= LEAST_ROWS * len(numbers):
-            pairs = zip(numbers.tolist(), counts.tolist(), strict=True)
-            named = [(self._answers.known.get(number, "..."), count) for number, count in pairs]
-            classes = sorted(named, key=lambda each: (-each[1], each[0]))
-        return {"distinct": len(numbers), "classes": [[*each] for each in classes]}
+        if len(digests) <= MOST_CLASSES and len(facts) >= LEAST_ROWS * len(digests):
+            pairs = zip(digests.tolist(), counts.tolist(), strict=True)
+            named = [(self._answers.by_digest.get(number, "..."), count) for number, count in pairs]
+            classes = sorted(named, key=lambda item: (-item[1], item[0]))
+        answers = {"distinct": len(digests), "classes": [[*item] for item in classes]}
+        if len(digests) == 1 and len(facts) > 1:
+            return answers, [{"name": "identical_answers", "rows": len(facts)}]
+        if classes and classes[0][1] >= UNBALANCED * classes[-1][1]:
+            return answers, [{"name": "unbalanced", "rows": classes[0][1]}]
+        return answers, []
 
     def _near_prompts(self, facts: Facts) -> list[Figures]:
-        """Find distinct prompts that differ in one letter; the rows counted are those of the rarer ones."""
-        numbers, places, counts = np.unique(facts["prompt"], return_index=True, return_counts=True)
-        used = {number: place for place, number in enumerate(numbers.tolist())}
-        known: dict[str, int] = {}  # white space around them is another finding
-        for number, text in self._prompts.known.items():
-            if number in used:
-                known.setdefault(text.strip(), used[number])
-        pairs: list[Figures] = [
-            {"prompts": [*pair], "rows": [int(counts[known[text]]) for text in pair],
-             "lines": [int(facts["line"][places[known[text]]]) for text in pair]}
-            for pair in _one_letter_apart([*known])
-        ]  # fmt: skip
+        """Find pairs of prompts that differ in one letter; their rows are those of the rarer ones."""
+        digests, first_rows, counts = np.unique(facts["prompt"], return_index=True, return_counts=True)
+        index_of = {number: index for index, number in enumerate(digests.tolist())}
+        # White space around prompts is another finding.
+        prompts: dict[str, int] = {}
+        for number, text in self._prompts.by_digest.items():
+            if number in index_of:
+                prompts.setdefault(text.strip(), index_of[number])
+        pairs: list[Figures] = []
+        for pair in _one_letter_apart([*prompts]):
+            indices = [prompts[text] for text in pair]
+            lines = facts["line"][first_rows[indices]].tolist()
+            pairs.append({"prompts": [*pair], "rows": counts[indices].tolist(), "lines": lines})
+        if not pairs:
+            return []
         rows = sum(min(pair["rows"]) for pair in pairs)
-        more = {"pairs": pairs[:MOST_LINES], "is_complete": not self._prompts.is_full}
-        return [{"name": "near_prompts", "rows": rows, **more}] if pairs else []
-
-
-# --- figures -------------------------------------------------------------------------------------------
+        is_complete = not self._prompts.is_full
+        return [
+            {"name": "near_prompts", "rows": rows, "pairs": pairs[:MOST_LINES], "is_complete": is_complete}
+        ]
 
 
 def audio_tokens(facts: Facts) -> Numbers:
-    """Count the audio tokens of every row, `[rows]`."""
+    """Return the number of audio tokens of every row, `[rows]`."""
     return np.fromiter(map(audio_token_count, facts["samples"].tolist()), np.int64, len(facts))
 
 
 def _spread(values: Numbers) -> Figures:
-    """Return median, 95 % (nearest rank) and maximum."""
+    """Return median, 95th percentile (both by nearest rank) and maximum."""
     if not len(values):
         return {"median": 0, "p95": 0, "max": 0}
     ranks = np.percentile(values, [50, 95, 100], method="inverted_cdf")
     return dict(zip(("median", "p95", "max"), map(int, ranks), strict=True))
-
-
-def _histogram(seconds: Numbers) -> Figures:
-    """Count the rows between each two edges, and those beyond the last one."""
-    counts = np.bincount(np.searchsorted(EDGES, seconds, side="right"), minlength=len(EDGES) + 1)
-    spread = {"shortest": float(seconds.min()), "longest": float(seconds.max())} if len(seconds) else {}
-    return {"below_seconds": [*EDGES, None], "rows": counts.tolist(), **spread}
 
 
 def finding(name: str, lines: Numbers, details: Numbers | None = None) -> list[Figures]:
@@ -196,22 +221,8 @@ def finding(name: str, lines: Numbers, details: Numbers | None = None) -> list[F
     return [{"name": name, "rows": len(lines), "lines": lines[:MOST_LINES].tolist(), **more}]
 
 
-def _flagged(facts: Facts) -> list[Figures]:
-    found = []
-    for name, bit in FLAGS.items():
-        rows = facts[facts["flags"] & bit > 0]
-        shares = np.round(rows["full_scale"].astype(float), 4) if name == "clipped" else None
-        found += finding(name, rows["line"], shares)
-    return found
-
-
-def _too_long(facts: Facts, positions: Numbers, max_length: int | None) -> list[Figures]:
-    is_long = positions > (max_length or np.inf)
-    return finding("too_long", facts["line"][is_long], positions[is_long])
-
-
 def _mixed(facts: Facts, *names: str) -> Numbers:
-    """Combine several digests, with odd multipliers, so that none cancels another."""
+    """Combine several digests into one: with odd multipliers, so that none cancels another."""
     odd = np.uint64(0x9E3779B97F4A7C15)
     total = np.zeros(len(facts), np.uint64)
     for name in names:
@@ -219,86 +230,68 @@ def _mixed(facts: Facts, *names: str) -> Numbers:
     return total
 
 
-def _first(keys: Numbers) -> Numbers:
-    """Find for every row the first one with the same key, `[rows]`."""
-    _, places, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    found: Numbers = places[inverse]
-    return found
-
-
 def _repeated(facts: Facts) -> list[Figures]:
-    """Find rows whose recording an earlier row has too: with the same texts, or under another prompt."""
+    """Find rows whose recording an earlier row has too: with the same, or another, prompt or answer."""
     rows = np.arange(len(facts))
-    same, asked, heard = (
-        _first(_mixed(facts, *names))
-        for names in (("clip", "prompt", "answer"), ("clip", "prompt"), ("clip",))
-    )
-    again, elsewhere = same < rows, (heard < rows) & (asked == rows)
+    # For every row the first one that has the same.
+    firsts: list[Numbers] = []
+    for names in (("clip", "prompt", "answer"), ("clip", "prompt"), ("clip",)):
+        _, indices, inverse = np.unique(_mixed(facts, *names), return_index=True, return_inverse=True)
+        firsts.append(indices[inverse])
+    same_row, same_prompt, same_clip = firsts
+    lines, is_duplicate = facts["line"], same_row < rows
+    has_other_prompt = (same_clip < rows) & (same_prompt == rows)
+    has_other_answer = facts["answer"] != facts["answer"][same_prompt]
     return [
-        *finding("duplicate", facts["line"][again], facts["line"][same[again]]),
-        *finding("other_prompt", facts["line"][elsewhere], facts["line"][heard[elsewhere]]),
+        *finding("duplicate", lines[is_duplicate], lines[same_row[is_duplicate]]),
+        *finding("other_prompt", lines[has_other_prompt], lines[same_clip[has_other_prompt]]),
+        *finding("contradiction", lines[has_other_answer], lines[same_prompt[has_other_answer]]),
     ]
 
 
-def _contradictions(facts: Facts) -> list[Figures]:
-    """Find rows with the recording and the prompt of an earlier row, and another answer."""
-    first = _first(_mixed(facts, "clip", "prompt"))
-    other = facts["answer"] != facts["answer"][first]
-    return finding("contradiction", facts["line"][other], facts["line"][first[other]])
+def _leaks(facts: Facts, trained: Facts) -> list[Figures]:
+    """Find rows whose recording is also trained on, with the same texts or others, or whose answer alone is.
 
-
-def _of_answers(answers: Figures, rows: int) -> list[Figures]:
-    counts = [count for _, count in answers["classes"]]
-    if answers["distinct"] == 1 and rows > 1:
-        return [{"name": "identical_answers", "rows": rows}]
-    if counts and max(counts) >= UNBALANCED * min(counts):
-        return [{"name": "unbalanced", "rows": max(counts)}]
-    return []
-
-
-def _leaks(facts: Facts, learnt: Facts) -> list[Figures]:
-    """Find rows whose recording is also trained on, with the same texts or others; or whose answer alone is.
-
-    The last says something where answers are texts, not classes: where more than half of those to be learnt
-    are different.
+    The last says something where answers are texts, not classes: where more than half of those trained on are
+    different.
     """
-    heard, same = (
-        _line_in(_mixed(facts, *names), _mixed(learnt, *names), learnt["line"])
+    clip_line, same_line = (
+        _line_of(_mixed(facts, *names), _mixed(trained, *names), trained["line"])
         for names in (("clip",), ("clip", "prompt", "answer"))
     )
-    other = (heard > 0) & (same == 0)
-    said = _line_in(facts["answer"], learnt["answer"], learnt["line"])
-    are_texts = 2 * len(np.unique(learnt["answer"])) > len(learnt)
-    read = (said > 0) & (heard == 0) & are_texts
+    answer_line = _line_of(facts["answer"], trained["answer"], trained["line"])
+    are_texts = 2 * len(np.unique(trained["answer"])) > len(trained)
+    is_leak, has_other_text = same_line > 0, (clip_line > 0) & (same_line == 0)
+    has_same_answer = (answer_line > 0) & (clip_line == 0) & are_texts
+    lines = facts["line"]
     return [
-        *finding("leak", facts["line"][same > 0], same[same > 0]),
-        *finding("leak_other_text", facts["line"][other], heard[other]),
-        *finding("same_text", facts["line"][read], said[read]),
+        *finding("leak", lines[is_leak], same_line[is_leak]),
+        *finding("leak_other_text", lines[has_other_text], clip_line[has_other_text]),
+        *finding("same_text", lines[has_same_answer], answer_line[has_same_answer]),
     ]
 
 
-def _line_in(keys: Numbers, known: Numbers, lines: Numbers) -> Numbers:
-    """Return for every key the line of the first row that has it, 0 where none has."""
-    values, first = np.unique(known, return_index=True)
+def _line_of(keys: Numbers, trained_keys: Numbers, lines: Numbers) -> Numbers:
+    """Return for every key the line of the first training row that has it, 0 where none has, `[keys]`."""
+    values, first_rows = np.unique(trained_keys, return_index=True)
     if not len(values):
         return np.zeros(len(keys), np.int64)
-    places = np.searchsorted(values, keys).clip(max=len(values) - 1)
-    return np.where(values[places] == keys, lines[first][places], 0)
+    indices = np.searchsorted(values, keys).clip(max=len(values) - 1)
+    return np.where(values[indices] == keys, lines[first_rows][indices], 0)
 
 
 def _one_letter_apart(texts: Sequence[str]) -> list[tuple[str, str]]:
-    """Find pairs of texts that differ in one character which is no digit, as numbered prompts do."""
+    """Return pairs of texts that differ in one character which is no digit: numbered prompts are meant."""
     from rapidfuzz.distance import Levenshtein
 
-    found = []
-    for place, two in enumerate(texts):
-        for one in texts[:place]:
+    pairs = []
+    for index, two in enumerate(texts):
+        for one in texts[:index]:
             if abs(len(one) - len(two)) > 1 or Levenshtein.distance(one, two, score_cutoff=1) != 1:
                 continue
             (edit,) = Levenshtein.editops(one, two)
-            letters = ("" if edit.tag == "insert" else one[edit.src_pos]) + (
-                "" if edit.tag == "delete" else two[edit.dest_pos]
-            )
-            if not letters.isdigit():
-                found.append((one, two))
-    return found
+            removed = "" if edit.tag == "insert" else one[edit.src_pos]
+            added = "" if edit.tag == "delete" else two[edit.dest_pos]
+            if not (removed + added).isdigit():
+                pairs.append((one, two))
+    return pairs

@@ -3,12 +3,12 @@
 No weights are loaded and no GPU is used. Memory grows by some 60 bytes with each row.
 """
 
-import dataclasses
+import itertools
 import json
 import secrets
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -23,10 +23,10 @@ from mdl_toolkit.data.check.rows import Facts, Inspection
 from mdl_toolkit.data.check.text import report_lines
 from mdl_toolkit.data.convert.rank import FEW_ROWS
 from mdl_toolkit.data.convert.run import read_rows
-from mdl_toolkit.data.manifest import Manifest, Row
+from mdl_toolkit.data.manifest import Manifest
 from mdl_toolkit.data.open_audio import Recordings
 from mdl_toolkit.data.tokenization import ChatTokenizer, prefix_sample
-from mdl_toolkit.errors import InputError, ModelError, RowProblem
+from mdl_toolkit.errors import InputError, ModelError
 from mdl_toolkit.i18n import Localized, Verbatim, join_messages
 from mdl_toolkit.utils.console import progress, warn
 from mdl_toolkit.utils.files import check_apart, replace_file, report_write_errors
@@ -67,7 +67,7 @@ def check(options: CheckOptions, forecast: Forecast | None = None) -> Figures:
     found = _look(manifests, tokenizer, options)
     figures = _figures(found, tokenizer, options)
     if tokenizer is not None:
-        figures["sample"] = _sample(manifests[0], tokenizer, set(found[0].bad), options)
+        figures["sample"] = _sample(manifests[0], tokenizer, set(found[0].bad_lines), options)
     if folder is not None and training is not None and forecast is not None:
         beginning = 0 if tokenizer is None else _beginning(manifests[0], tokenizer, found[0])
         figures["training"] = forecast(folder, training, found[0].facts(), beginning)
@@ -143,32 +143,15 @@ def _look_at(manifest: Manifest, number: int, task: Inspection, options: CheckOp
     found, rows = Findings(str(manifest.path), role), sum(1 for _ in manifest.rows_unchecked())
     workers = options.num_workers or default_workers() if rows >= FEW_ROWS else 1
     with progress(rows, "checking") as shown:
-        jobs = _jobs(manifest, found)
+        readable = found.readable_rows(manifest)
+        jobs = iter(lambda: list(itertools.islice(readable, JOB_ROWS)), [])
         with closing(work_through(jobs, task, min(workers, -(-rows // JOB_ROWS) or 1))) as messages:
             for message in messages:
                 found.add(message)
                 shown.advance(message.rows)
-    if not found.rows and not found.bad and not options.for_inference:
+    if not found.rows and not found.bad_lines and not options.for_inference:
         raise manifest.no_rows()
     return found
-
-
-def _jobs(manifest: Manifest, found: Findings) -> Iterator[list[Row]]:
-    """Yield the rows to inspect, some at a time; problems found without recordings are noted."""
-    job: list[Row] = []
-    for item in manifest:
-        if isinstance(item, RowProblem):
-            found.reject(item)
-            continue
-        answer = None if found.role == "inference" else item.prediction
-        row = dataclasses.replace(item, cells=(), prediction=answer)
-        found.see(row)
-        job.append(row)
-        if len(job) == JOB_ROWS:
-            yield job
-            job = []
-    if job:
-        yield job
 
 
 # --- what follows from it ------------------------------------------------------------------------------
@@ -202,7 +185,7 @@ def _sample(
 
 def _beginning(manifest: Manifest, tokenizer: ChatTokenizer, found: Findings) -> int:
     """Count the tokens before the audio that all usable rows share."""
-    bad, chosen = {*found.bad}, {*prefix_sample(found.rows)}
+    bad, chosen = {*found.bad_lines}, {*prefix_sample(found.rows)}
     usable = (row for row in manifest.rows() if row.line not in bad)
     rows = (row for number, row in enumerate(usable) if number in chosen)
     return tokenizer.shared_prefix_length(
@@ -216,7 +199,7 @@ def _write_fixed(output: Path, manifest: Manifest, found: Findings, options: Che
     Raises:
         InputError: it cannot be written.
     """
-    lines = set(found.bad)
+    lines = set(found.bad_lines)
     if found.rows:
         with report_write_errors(f"--write-fixed {output}", InputError):
             with replace_file(output) as work, work.open("wb") as file:
