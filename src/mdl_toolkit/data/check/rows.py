@@ -1,4 +1,4 @@
-"""Rows to what `check` notes of each, in a worker process: as many bytes for every row."""
+"""The facts that `check` notes of each row, in a worker process: as many bytes for every row."""
 
 import hashlib
 import itertools
@@ -20,13 +20,17 @@ from mdl_toolkit.errors import RowProblem
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.model.lengths import audio_token_count
 
-FRAME = SAMPLE_RATE // 50  # 20 ms, over which loudness is measured
-AUDIBLE = 10 ** (-50 / 20)  # -50 dBFS, root mean square; the noise of a quiet room with a close microphone
-LEAST_AUDIBLE = 0.05  # share of a clip's frames; with less it is nearly empty
+# Samples of 20 ms, over which loudness is measured.
+FRAME = SAMPLE_RATE // 50
+# -50 dBFS, root mean square: the noise of a quiet room with a close microphone.
+AUDIBLE = 10 ** (-50 / 20)
+# A clip is nearly empty if a smaller share of its frames is audible.
+LEAST_AUDIBLE = 0.05
 # What a spreadsheet takes for a number or a day, and may write as another text.
 NUMBER = re.compile(r"[+-]?(\d[\d,]*\.?\d*|\.\d+)([eE][+-]?\d+)?")
 DAY = re.compile(r"\d{1,4}[-/]\d{1,2}([-/]\d{1,4})?")
-DIGITS = 15  # that it keeps of a number
+# Digits that a spreadsheet keeps of a number.
+DIGITS = 15
 
 # One row. The three digests stand for the stored recording, the prompts and the answer; `text` counts what
 # is no audio, in tokens or, without a tokenizer, in characters; `stored` is bytes of the recording.
@@ -40,8 +44,8 @@ Facts = NDArray[Any]
 
 # Bits of `flags`.
 FLAGS = {
-    name: 1 << place
-    for place, name in enumerate(
+    name: 1 << bit
+    for bit, name in enumerate(
         (
             "silent", "nearly_empty", "clipped", "padded", "truncated", "empty_answer", "number_answer",
             "space_answer", "space_prompt",
@@ -52,7 +56,7 @@ FLAGS = {
 
 @dataclass
 class Inspected:
-    """Hold what is noted of some rows.
+    """Hold the facts and problems of some rows.
 
     Attributes:
         facts: of the usable ones, `[rows]` of `FACTS`.
@@ -79,7 +83,7 @@ class Inspection:
         tokenizer: the model's tokenizer and template; None counts characters.
         with_answer: for training; otherwise prompts alone.
         limit: tokens that leave a row unusable; None is no limit.
-        rows_per_step: how often is reported.
+        rows_per_step: rows of a report.
     """
 
     recordings: Recordings
@@ -89,43 +93,39 @@ class Inspection:
     rows_per_step: int
 
     def __call__(self, rows: list[Row]) -> Iterator[Inspected]:
-        """Look at the rows, and report."""
+        """Decode and encode the rows, and yield their facts and problems."""
         clips = self.recordings.clips(rows)
         while group := list(itertools.islice(clips, self.rows_per_step)):
-            yield self._inspected(group)
+            facts, inspected = [], Inspected(np.zeros(0, FACTS))
+            for row, clip in group:
+                noted = clip if isinstance(clip, RowProblem) else self._facts(row, clip)
+                if isinstance(noted, RowProblem):
+                    inspected.problems.append(noted)
+                elif isinstance(clip, Clip):
+                    facts.append(noted)
+                    inspected.sources["rates", str(clip.source_rate)] += 1
+                    inspected.sources["channels", str(clip.channels)] += 1
+                    inspected.sources["formats", clip.format] += 1
+            inspected.facts = np.array(facts, FACTS)
+            yield inspected
 
-    def _inspected(self, group: list[tuple[Row, Clip | RowProblem]]) -> Inspected:
-        facts, done = [], Inspected(np.zeros(0, FACTS))
-        for row, found in group:
-            noted = found if isinstance(found, RowProblem) else self._note(row, found)
-            if isinstance(noted, RowProblem):
-                done.problems.append(noted)
-                continue
-            facts.append(noted)
-            if isinstance(found, Clip):
-                done.sources.update(_sources(found))
-        done.facts = np.array(facts, FACTS)
-        return done
-
-    def _note(self, row: Row, clip: Clip) -> tuple[Any, ...] | RowProblem:
+    def _facts(self, row: Row, clip: Clip) -> tuple[Any, ...] | RowProblem:
+        """Return the facts of one row in the order of `FACTS`, or its problem."""
         audio = audio_token_count(len(clip.samples))
-        text, supervised = self._text(row, audio)
+        if self.tokenizer is None:
+            supervised = len(row.prediction or "") if self.with_answer else 0
+            text = len("".join(prompt_texts(row))) + supervised
+        else:
+            tokens = self.tokenizer.encode_row(row, audio, with_answer=self.with_answer)
+            text = len(tokens.input_ids) - audio
+            supervised = int(np.count_nonzero(tokens.labels != IGNORE_INDEX))
         if self.limit is not None and audio + text >= self.limit:
             return RowProblem(row.line, "audio", row.shown, too_long(audio + text, self.limit))
         packed = pack_audio(clip.samples)
-        return (
-            row.line, digest(packed.data, str(packed.scale), str(packed.length)), digest(*prompt_texts(row)),
-            digest(row.prediction or ""), packed.length, text, supervised, len(packed.data),
-            clip.full_scale, _flags(row, clip),
-        )  # fmt: skip
-
-    def _text(self, row: Row, audio: int) -> tuple[int, int]:
-        """Count the tokens or characters of a row that are no audio, and those of them that are learnt."""
-        answer = row.prediction or "" if self.with_answer else ""
-        if self.tokenizer is None:
-            return len("".join(prompt_texts(row))) + len(answer), len(answer)
-        tokens = self.tokenizer.encode_row(row, audio, with_answer=self.with_answer)
-        return len(tokens.input_ids) - audio, int(np.count_nonzero(tokens.labels != IGNORE_INDEX))
+        clip_digest = digest(packed.data, str(packed.scale), str(packed.length))
+        digests = clip_digest, digest(*prompt_texts(row)), digest(row.prediction or "")
+        counts = packed.length, text, supervised, len(packed.data)
+        return (row.line, *digests, *counts, clip.full_scale, _flags(row, clip))
 
 
 def too_long(length: int, limit: int) -> Localized:
@@ -145,24 +145,22 @@ def prompt_texts(row: Row) -> tuple[str, str]:
 
 def digest(*parts: str | bytes) -> int:
     """Return a 64-bit digest: among a million, two are alike by chance once in 10^7 times."""
-    found = hashlib.blake2b(digest_size=8)
+    blake = hashlib.blake2b(digest_size=8)
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
-        found.update(len(data).to_bytes(8, "little") + data)
-    return int.from_bytes(found.digest(), "little")
-
-
-def _sources(clip: Clip) -> Iterator[tuple[str, str]]:
-    yield "rates", str(clip.source_rate)
-    yield "channels", str(clip.channels)
-    yield "formats", clip.format
+        blake.update(len(data).to_bytes(8, "little") + data)
+    return int.from_bytes(blake.digest(), "little")
 
 
 def _flags(row: Row, clip: Clip) -> int:
+    """Return the bits of `FLAGS` that hold for a row."""
     answer = row.prediction
-    held = {
+    # Whole frames only; loudness is the mean square of one.
+    frames = clip.samples[: len(clip.samples) // FRAME * FRAME].reshape(-1, FRAME)
+    is_audible = np.mean(np.square(frames), axis=1) >= AUDIBLE**2
+    holds = {
         "silent": clip.silent,
-        "nearly_empty": not clip.silent and _audible(clip) < LEAST_AUDIBLE,
+        "nearly_empty": not clip.silent and np.mean(is_audible) < LEAST_AUDIBLE,
         "clipped": clip.clipped,
         "padded": clip.padded,
         "truncated": clip.truncated is not None,
@@ -171,18 +169,12 @@ def _flags(row: Row, clip: Clip) -> int:
         "space_answer": answer is not None and answer != answer.strip(),
         "space_prompt": any(prompt != prompt.strip() for prompt in prompt_texts(row)),
     }
-    return sum(FLAGS[name] for name, holds in held.items() if holds)
-
-
-def _audible(clip: Clip) -> float:
-    """Return the share of a clip's 20 ms frames that are louder than -50 dBFS."""
-    whole = clip.samples[: len(clip.samples) // FRAME * FRAME].reshape(-1, FRAME)
-    return float(np.mean(np.mean(np.square(whole), axis=1) >= AUDIBLE**2))
+    return sum(FLAGS[name] for name, is_set in holds.items() if is_set)
 
 
 def looks_mangled(answer: str) -> bool:
     """Tell whether a spreadsheet would rewrite an answer: 0012, 1.0, +5, 1e3, 1,000, 3/4."""
-    word = answer.strip()
-    if DAY.fullmatch(word):
+    text = answer.strip()
+    if DAY.fullmatch(text):
         return True
-    return bool(NUMBER.fullmatch(word)) and f"{float(word.replace(',', '')):.{DIGITS}g}" != word
+    return bool(NUMBER.fullmatch(text)) and f"{float(text.replace(',', '')):.{DIGITS}g}" != text
