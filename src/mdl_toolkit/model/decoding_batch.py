@@ -77,7 +77,10 @@ class DecodingBatch:
         for number, layer in lower:
             q, k, v = (_pad(part, packed) for part in _project(layer, x, rotary))
             self._store(number, k, v, first, slots, max_length)
-            x = _finish(layer, x, _unpad(_attend_causally(layer, q, k, v), packed))
+            # Undo the padding.
+            attended = _attend_causally(layer, q, k, v).transpose(0, 1).flatten(1, 2)
+            attended = attended.index_select(1, packed.scatter).unsqueeze(0)
+            x = _finish(layer, x, attended)
         self.lengths += lengths
         # The last layer goes on with each sequence's last token alone, `[sequences, 1, ...]`.
         number, layer = top
@@ -107,7 +110,13 @@ class DecodingBatch:
         x = self._decoder.model.embed_tokens(ids.unsqueeze(1))
         ends = torch.tensor(self.lengths, device=device)
         sequences = torch.arange(len(self), device=device)
-        rotary, masks = self._rotary(x, ends.unsqueeze(1)), self._masks(ends, x.dtype)
+        rotary, positions = self._rotary(x, ends.unsqueeze(1)), torch.arange(longest, device=device)
+        # By window; None where every sequence sees all of the store.
+        masks: dict[int | None, Tensor | None] = {}
+        for window in {_window(layer) for layer in self._layers}:
+            sees_all = min(self.lengths) + 1 == longest and (window is None or longest <= window)
+            seen = None if sees_all else _seen(ends.unsqueeze(1), positions, window)
+            masks[window] = None if seen is None else _additive(seen, x.dtype)
         for number, layer in enumerate(self._layers):
             q, k, v = _project(layer, x, rotary)
             keys, values = self._stores[number]
@@ -208,16 +217,6 @@ class DecodingBatch:
         logits: Tensor = self._decoder.lm_head(self._decoder.model.norm(states))
         return logits
 
-    def _masks(self, ends: Tensor, dtype: torch.dtype) -> dict[int | None, Tensor | None]:
-        """Return by window the mask of each sequence's new token, `[sequences, 1, 1, tokens]` or None."""
-        longest = max(self.lengths) + 1
-        positions, last = torch.arange(longest, device=ends.device), ends.unsqueeze(1)
-        masks: dict[int | None, Tensor | None] = {}
-        for window in {_window(layer) for layer in self._layers}:
-            sees_all = min(self.lengths) + 1 == longest and (window is None or longest <= window)
-            masks[window] = None if sees_all else _additive(_seen(last, positions, window), dtype)
-        return masks
-
     # --- the key-value store ---
 
     def _store(self, number: int, k: Tensor, v: Tensor, first: int, slots: int, max_length: int) -> None:
@@ -273,11 +272,6 @@ def _pad(x: Tensor, packed: PackedTokens) -> Tensor:
     """Lay `[1, heads, tokens, head_dim]` of all sequences out as `[sequences, heads, longest, head_dim]`."""
     gather = packed.gather
     return x[0].index_select(1, gather.flatten()).unflatten(1, tuple(gather.shape)).transpose(0, 1)
-
-
-def _unpad(x: Tensor, packed: PackedTokens) -> Tensor:
-    """Undo `_pad`."""
-    return x.transpose(0, 1).flatten(1, 2).index_select(1, packed.scatter).unsqueeze(0)
 
 
 def _rotate(x: Tensor, rotary: Rotary) -> Tensor:

@@ -281,22 +281,19 @@ class MiDashengEncoder(nn.Module):
         # Clips of under 480 samples have no patch.
         if not layout.chunks:
             return self.norm.weight.new_zeros(0, self.config.embed_dim), layout
-        patches = self._cut(mel, layout)
+        # Cut the spectrograms into the real patches, `[patches, bins, frames of one]`.
+        width, most = self.config.patch_frames, max(layout.clips)
+        whole = mel[:, :, : most * width].unflatten(2, (most, width)).transpose(1, 2)
+        # Indices from the CPU, not a mask: a GPU would have to wait for the count of what is true in it.
+        real = torch.arange(most) < torch.tensor(layout.clips).unsqueeze(1)
+        clip, patch = real.nonzero(as_tuple=True)
+        patches = whole[clip.to(mel.device), patch.to(mel.device)].contiguous()
         x = self.patch_embed(self.init_bn(patches)) + (
             self.time_pos_embed[0, :, 0].T.index_select(0, layout.positions) + self.freq_pos_embed[0, :, 0, 0]
         )
         for block in self.blocks:
             x = block(x, layout)
         return self.norm(x), layout
-
-    def _cut(self, mel: Tensor, layout: PatchLayout) -> Tensor:
-        """Cut `[clips, bins, frames]` into the real patches, `[patches, bins, frames of one]`."""
-        width, most = self.config.patch_frames, max(layout.clips)
-        whole = mel[:, :, : most * width].unflatten(2, (most, width)).transpose(1, 2)
-        # Indices from the CPU, not a mask: a GPU would have to wait for the count of what is true in it.
-        real = torch.arange(most) < torch.tensor(layout.clips).unsqueeze(1)
-        clip, patch = real.nonzero(as_tuple=True)
-        return whole[clip.to(mel.device), patch.to(mel.device)].contiguous()
 
 
 class AudioProjector(nn.Module):

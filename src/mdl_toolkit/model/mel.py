@@ -53,19 +53,16 @@ def log_mel(waveforms: Tensor, lengths: list[int], config: MiDashengEncoderConfi
             config.f_max,
             waveforms.device,
         )
-        spectrum = torch.stft(
-            padded,
-            config.n_fft,
-            config.hop_length,
-            config.win_length,
-            window,
-            center=False,
-            return_complex=True,
-        )
+        sizes = config.n_fft, config.hop_length, config.win_length
+        spectrum = torch.stft(padded, *sizes, window, center=False, return_complex=True)
         power = spectrum.real.square() + spectrum.imag.square()
         mel = torch.matmul(filters.T, power)
         decibels = 10.0 * torch.log10(mel.clamp(min=FLOOR_POWER))
-        return _limit_range(decibels, lengths, config.hop_length)
+        # Raise every bin to at most 120 dB below the loudest one of its own clip.
+        frames = torch.tensor([frame_count(n, config.hop_length) for n in lengths], device=waveforms.device)
+        is_padding = torch.arange(decibels.shape[-1], device=waveforms.device) >= frames.unsqueeze(1)
+        loudest = decibels.masked_fill(is_padding.unsqueeze(1), -torch.inf).amax(dim=(1, 2), keepdim=True)
+        return torch.maximum(decibels, loudest - DYNAMIC_RANGE_DB)
 
 
 def _reflect(waveforms: Tensor, lengths: list[int], padding: int) -> Tensor:
@@ -83,14 +80,6 @@ def _reflect(waveforms: Tensor, lengths: list[int], padding: int) -> Tensor:
     position = torch.arange(-padding, waveforms.shape[1] + padding, device=waveforms.device).abs()
     position = torch.where(position > last, 2 * last - position, position)
     return waveforms.gather(1, position.clamp(min=0))
-
-
-def _limit_range(decibels: Tensor, lengths: list[int], hop_length: int) -> Tensor:
-    """Raise every bin `[clips, n_mels, frames]` to at most 120 dB below the loudest one of its own clip."""
-    frames = torch.tensor([frame_count(length, hop_length) for length in lengths], device=decibels.device)
-    is_padding = torch.arange(decibels.shape[-1], device=decibels.device) >= frames.unsqueeze(1)
-    loudest = decibels.masked_fill(is_padding.unsqueeze(1), -torch.inf).amax(dim=(1, 2), keepdim=True)
-    return torch.maximum(decibels, loudest - DYNAMIC_RANGE_DB)
 
 
 @lru_cache(maxsize=8)

@@ -117,7 +117,22 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
         # Mismatched sizes are let through there and refused here, where the message names them.
         ours = {"output_loading_info": True, "ignore_mismatched_sizes": True}
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **{**kwargs, **ours})
-        _check_loading(str(pretrained_model_name_or_path), info)
+        wrong = {
+            "unknown": sorted(info["unexpected_keys"]),
+            "missing": sorted(info["missing_keys"]),
+            "of another shape": sorted(
+                f"{key} {list(found)} instead of {list(wanted)}"
+                for key, found, wanted in info["mismatched_keys"]
+            ),
+        }
+        problems = []
+        for problem, names in wrong.items():
+            more = f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
+            if names:
+                problems.append(f"{problem}: {', '.join(names[:MOST_LISTED])}{more}")
+        if problems:
+            name = pretrained_model_name_or_path
+            raise CheckpointError(f"{name}: tensors that do not fit this model; " + "; ".join(problems))
         return (model, info) if wants_info else model
 
     def get_input_embeddings(self) -> nn.Module:
@@ -355,21 +370,3 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
         return self.decoder.generate(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, generation_config=settings, **others
         )
-
-
-def _check_loading(name: str, info: dict[str, Any]) -> None:
-    """Raise CheckpointError if transformers' loading info names tensors; it lists 20 of each kind."""
-    wrong = {
-        "unknown": sorted(info["unexpected_keys"]),
-        "missing": sorted(info["missing_keys"]),
-        "of another shape": sorted(
-            f"{key} {list(found)} instead of {list(wanted)}" for key, found, wanted in info["mismatched_keys"]
-        ),
-    }
-    problems = []
-    for problem, names in wrong.items():
-        more = f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
-        if names:
-            problems.append(f"{problem}: {', '.join(names[:MOST_LISTED])}{more}")
-    if problems:
-        raise CheckpointError(f"{name}: tensors that do not fit this model; " + "; ".join(problems))

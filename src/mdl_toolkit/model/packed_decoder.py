@@ -79,28 +79,17 @@ class PackedTokens(TokenLayout):
         gather = torch.where(is_real, starts + column, 0)
         positions = source % mask.shape[1]
         positions = positions - positions[gather[:, :1]].expand_as(gather)[is_real]
-        packed = PackedTokens(gather, _true_indices(is_real), gather.new_zeros(0), source, positions)
         if prefix_ids is None:
-            return packed
-        return packed._share_prefixes(prefix_ids.flatten()[source], is_real, mask.shape[1])
-
-    def _share_prefixes(self, ids: Tensor, is_real: Tensor, length: int) -> "PackedTokens":
-        """Keep one copy of each shared prefix.
-
-        Args:
-            ids: of each token, `[tokens]`; negative ones are unique.
-            is_real: `[sequences, longest]`, false at padding of `gather`.
-            length: of the batch.
-        """
-        keys = torch.where(ids < 0, ids, ids * length + self.positions)
-        owner = _owners(torch.where(is_real, keys[self.gather], -1), self.gather)
-        is_own = (owner == self.gather) & is_real
+            return PackedTokens(gather, _true_indices(is_real), gather.new_zeros(0), source, positions)
+        # Keep one copy of each shared prefix.
+        ids = prefix_ids.flatten()[source]
+        keys = torch.where(ids < 0, ids, ids * mask.shape[1] + positions)
+        owner = _owners(torch.where(is_real, keys[gather], -1), gather)
+        is_own = (owner == gather) & is_real
         kept = is_own[is_real]
         number = (kept.cumsum(0) - 1).clamp_(0)
         duplicates = _true_indices(is_real & ~is_own)
-        return PackedTokens(
-            number[owner], _true_indices(is_own), duplicates, self.source[kept], self.positions[kept]
-        )
+        return PackedTokens(number[owner], _true_indices(is_own), duplicates, source[kept], positions[kept])
 
 
 def _true_indices(mask: Tensor) -> Tensor:
@@ -138,27 +127,22 @@ class PackedLayer(nn.Module):
     def forward(
         self, hidden_states: Tensor, *args: Any, packed: PackedTokens | None = None, **kwargs: Any
     ) -> Tensor:
-        """Map `[tokens, hidden_size]` where `packed` is given, else whatever transformers' layer takes."""
+        """Compute the layer, as transformers' layer does unless `packed` says where tokens are.
+
+        Args:
+            hidden_states: `[tokens, hidden_size]` if packed.
+            args: if packed, the cosines and sines of the rotary embedding, each `[tokens, 1, head_dim]`, and
+                the indices of the tokens to go on with, None for all.
+            packed: where the tokens are.
+            kwargs: for transformers' layer.
+
+        Returns:
+            `[tokens or selected, hidden_size]` if packed.
+        """
         if packed is None:
             plain: Tensor = super().forward(hidden_states, *args, **kwargs)
             return plain
-        return self._forward_packed(hidden_states, packed, *args, **kwargs)
-
-    def _forward_packed(
-        self, x: Tensor, packed: PackedTokens, cos: Tensor, sin: Tensor, selected: Tensor | None
-    ) -> Tensor:
-        """Compute the layer.
-
-        Args:
-            x: `[tokens, hidden_size]`.
-            packed: where the tokens are.
-            cos: rotary embedding, `[tokens, 1, head_dim]`.
-            sin: likewise.
-            selected: indices of the tokens to go on with; None for all.
-
-        Returns:
-            `[tokens or selected, hidden_size]`.
-        """
+        x, (cos, sin, selected) = hidden_states, args
         attended = self._attend(rms_norm(self.input_layernorm, x), packed, cos, sin, selected)
         if selected is not None:
             x = x.index_select(0, selected)
