@@ -54,12 +54,22 @@ def audio_values(cells: Sequence[str], base_dir: str | None, page: Path, embedde
     """
     # No link is followed.
     start = os.path.dirname(os.path.abspath(page))  # noqa: PTH100, PTH120
-    links = [_link(cell, base_dir, start) for cell in cells]
+    links, missing = [], []
+    for cell in cells:
+        if not cell or is_url(cell):
+            links.append(without_credentials(cell))
+            continue
+        path = _path(cell, base_dir)
+        # Path.is_file refuses names that cannot be.
+        if not os.path.isfile(path):  # noqa: PTH113
+            missing.append(path)
+        try:
+            links.append(quote(Path(os.path.relpath(path, start)).as_posix()))
+        except ValueError:
+            # It is on another drive.
+            links.append(path.as_uri())
     # The common start, cut at its last slash.
     folder = re.sub(r"[^/]*$", "", os.path.commonprefix([link for link in links if link]))  # noqa: RUF071
-    paths = [_path(cell, base_dir) for cell in cells if cell and not is_url(cell)]
-    # Path.is_file refuses names that cannot be.
-    missing = [path for path in paths if not os.path.isfile(path)]  # noqa: PTH113
     if missing:
         warn(
             "{count} of {rows} recordings are not there, the first is {first}; --base-dir says where "
@@ -79,31 +89,28 @@ def _path(cell: str, base_dir: str | None) -> Path:
     return Path(base_dir or "").expanduser().absolute() / Path(cell).expanduser()
 
 
-def _link(cell: str, base_dir: str | None, start: str) -> str:
-    """Return a URL without its password, or the relative link to a file from the page's folder `start`."""
-    if not cell or is_url(cell):
-        return without_credentials(cell)
-    path = _path(cell, base_dir)
-    try:
-        return quote(Path(os.path.relpath(path, start)).as_posix())
-    except ValueError:
-        # It is on another drive.
-        return path.as_uri()
-
-
 def _embedded(cells: Sequence[str], base_dir: str | None) -> dict[int, str]:
-    """Return `data:` addresses by row of the files that can be read, and warn of the other recordings."""
+    """Return `data:` addresses by row of the files that can be read, and warn of the other recordings.
+
+    The sound is as the model hears it (16 kHz mono): MP3, or FLAC where libsndfile makes no MP3.
+    """
+    name = "MP3" if "MP3" in soundfile.available_formats() else "FLAC"
+    media_type = {"MP3": "audio/mpeg", "FLAC": "audio/flac"}[name]
     addresses: dict[int, str] = {}
     linked: list[str] = []
     for row, cell in enumerate(cells):
-        if cell and not is_url(cell):
-            try:
-                addresses[row] = _data_address(_path(cell, base_dir))
-                continue
-            except AudioError as problem:
-                linked.append(f"{cell}: {problem.message}")
-        elif cell:
+        if is_url(cell):
             linked.append(without_credentials(cell))
+        if not cell or is_url(cell):
+            continue
+        try:
+            samples = load(_path(cell, base_dir), allow_truncated=True).samples
+        except AudioError as problem:
+            linked.append(f"{cell}: {problem.message}")
+            continue
+        file = io.BytesIO()
+        soundfile.write(file, samples, SAMPLE_RATE, format=name)
+        addresses[row] = f"data:{media_type};base64,{base64.b64encode(file.getvalue()).decode()}"
     if linked:
         warn(
             "{count} recordings are linked, not embedded, the first is {first}",
@@ -111,12 +118,3 @@ def _embedded(cells: Sequence[str], base_dir: str | None) -> dict[int, str]:
             first=linked[0],
         )
     return addresses
-
-
-def _data_address(path: Path) -> str:
-    """Encode a recording as the model hears it (16 kHz mono): MP3, or FLAC where libsndfile makes no MP3."""
-    samples, file = load(path, allow_truncated=True).samples, io.BytesIO()
-    name = "MP3" if "MP3" in soundfile.available_formats() else "FLAC"
-    soundfile.write(file, samples, SAMPLE_RATE, format=name)
-    media_type = {"MP3": "audio/mpeg", "FLAC": "audio/flac"}[name]
-    return f"data:{media_type};base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -61,7 +61,12 @@ def report(options: ReportOptions) -> Path:
     write_page(page, source.resolve().name, values)
     say("report: {page}", page=page)
     if options.png is not None:
-        _draw_pictures(Path(options.png), folder, values["evaluation"])
+        pictures, confusion = Path(options.png), values["evaluation"] and values["evaluation"]["confusion"]
+        drawn = [draw_run(folder, pictures / PLOT)] if folder is not None else []
+        if confusion:
+            drawn.append(draw_confusion(confusion["labels"], confusion["counts"], pictures / CONFUSION))
+        for path in filter(None, drawn):
+            say("picture: {path}", path=path)
     return page
 
 
@@ -104,18 +109,6 @@ def _page_values(evaluation: Evaluation, page: Path, options: EvaluateOptions) -
         score_column=options.score_column,
         embedded=options.embed_audio,
     )
-
-
-def _draw_pictures(folder: Path, run: Path | None, evaluation: dict[str, Any] | None) -> None:
-    """Write the pictures of the run and of the confusion matrix, where there are any."""
-    confusion = evaluation and evaluation["confusion"]
-    made = [draw_run(run, folder / PLOT)] if run is not None else []
-    made += (
-        [draw_confusion(confusion["labels"], confusion["counts"], folder / CONFUSION)] if confusion else []
-    )
-    for path in made:
-        if path is not None:
-            say("picture: {path}", path=path)
 
 
 def report_training(output: Path) -> None:

@@ -76,13 +76,22 @@ def run_values(folder: Path) -> dict[str, Any]:
     lines = read_log(folder / LOG) if (folder / LOG).is_file() else []
     evaluated = [line for line in lines if "eval_loss" in line]
     metrics = [name for name in TEXT_METRICS if any(f"eval_{name}" in line for line in evaluated)]
+    steps, losses = series(lines, "loss")
+    smooth = SmoothedLoss()
+    curves = {
+        "loss": _points(steps, losses),
+        "smoothed": _points(steps, [smooth.add(loss) for loss in losses]),
+        "eval_loss": _points(*series(lines, "eval_loss")),
+        "learning_rate": _points(*series(lines, "learning_rate")),
+        "metrics": {name: _points(*series(lines, f"eval_{name}")) for name in metrics},
+    }
     # The page's names of the logged values.
     keys = {"step": "step", "epoch": "epoch", "evalLoss": "eval_loss"}
     keys |= {name: f"eval_{name}" for name in metrics}
     return {
         "settings": _option_values(folder),
         **_provenance_values(folder),
-        "curves": _curves(lines, metrics) if lines else None,
+        "curves": curves if lines else None,
         "evaluations": [
             {name: line[key] for name, key in keys.items() if key in line and math.isfinite(line[key])}
             for line in evaluated
@@ -109,18 +118,6 @@ def _option_values(folder: Path) -> list[dict[str, Any]]:
         if field.name in values
         for value in (values[field.name],)
     ]
-
-
-def _curves(lines: Sequence[dict[str, Any]], metrics: Sequence[str]) -> dict[str, Any]:
-    steps, losses = series(lines, "loss")
-    smooth = SmoothedLoss()
-    return {
-        "loss": _points(steps, losses),
-        "smoothed": _points(steps, [smooth.add(loss) for loss in losses]),
-        "eval_loss": _points(*series(lines, "eval_loss")),
-        "learning_rate": _points(*series(lines, "learning_rate")),
-        "metrics": {name: _points(*series(lines, f"eval_{name}")) for name in metrics},
-    }
 
 
 def _points(steps: Sequence[int], values: Sequence[float]) -> dict[str, list[float]]:
