@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any, NoReturn
 
 import click
@@ -36,9 +37,9 @@ INTERRUPTED = 130
 COMPLETION_VARIABLE = "_MDL_TOOLKIT_COMPLETE"
 
 
-def _calls(name: str) -> Callable[[Any], object]:
-    """Return a call of a function of the Python API, which is imported only when it is called."""
-    return lambda options: getattr(mdl_toolkit, name)(options)
+def _calls(name: str, module: str = "mdl_toolkit") -> Callable[[Any], object]:
+    """Return a call of a function, of the Python API by default, which is imported only when it is called."""
+    return lambda options: getattr(import_module(module), name)(options)
 
 
 def _evaluate(options: EvaluateOptions) -> None:
@@ -46,12 +47,6 @@ def _evaluate(options: EvaluateOptions) -> None:
     from mdl_toolkit.evaluation.render import as_text
 
     click.echo(as_text(evaluate(options)))
-
-
-def _demo(options: DemoOptions) -> None:
-    from mdl_toolkit.demo import run_demo
-
-    run_demo(options)
 
 
 def _print_completion(options: CompletionOptions) -> None:
@@ -101,7 +96,7 @@ def toolkit() -> click.Group:
         (CheckOptions, _calls("check")),
         (EvaluateOptions, _evaluate),
         (ReportOptions, _calls("report")),
-        (DemoOptions, _demo),
+        (DemoOptions, _calls("run_demo", "mdl_toolkit.demo")),
         (CompletionOptions, _print_completion),
     ]
 

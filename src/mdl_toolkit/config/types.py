@@ -6,6 +6,7 @@ A type reads a word of the command line and a value of a YAML file alike; it kno
 import json
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,24 +151,21 @@ def _parse_words(value: Any) -> tuple[str, ...]:
     if not isinstance(items, list | tuple):
         raise refuse("expected words")
     words: list[str] = []
+    parts: Any
     for item in items:
-        is_json = isinstance(item, str) and item.strip().startswith("[")
-        for part in _parse_json_list(item) if is_json else [item]:
+        parts = [item]
+        if isinstance(item, str) and item.strip().startswith("["):
+            parts = None
+            with suppress(json.JSONDecodeError, RecursionError):
+                parts = json.loads(item)
+            if not isinstance(parts, list):
+                raise refuse('expected a JSON list of words such as ["a", "b"]')
+        for part in parts:
             # Brackets are refused, so that words that are read twice stay the same.
             if not isinstance(part, str) or "[" in part:
                 raise refuse("expected words")
             words += [word.strip() for word in _parse_text(part).split(",") if word.strip()]
     return tuple(dict.fromkeys(words))
-
-
-def _parse_json_list(item: str) -> list[Any]:
-    try:
-        words = json.loads(item)
-    except (json.JSONDecodeError, RecursionError):
-        words = None
-    if not isinstance(words, list):
-        raise refuse('expected a JSON list of words such as ["a", "b"]')
-    return words
 
 
 def choice(*choices: str) -> ValueType:

@@ -57,7 +57,18 @@ def read_settings(path: str | Path, cls: type[Options], option: str = "--config"
             accepted (all of them named).
     """
     source = f"{option} {path}"
-    named = {str(key).replace("-", "_"): value for key, value in _read_mapping(path, source).items()}
+    try:
+        with Path(path).open(encoding="utf-8-sig") as file:
+            values = yaml.safe_load(file)
+    except FileNotFoundError as problem:
+        raise InputError("{source}: file not found", source=source) from problem
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as problem:
+        reason = " ".join(str(problem).split())
+        raise InputError("{source}: {reason}", source=source, reason=reason) from problem
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise InputError("{source}: expected `name: value` lines", source=source)
+    named = {str(key).replace("-", "_"): value for key, value in values.items()}
     unknown = sorted(set(named) - {field.name for field in dataclasses.fields(cls)})
     if unknown:
         names = ", ".join(unknown)
@@ -69,22 +80,6 @@ def read_settings(path: str | Path, cls: type[Options], option: str = "--config"
     except ValuesError as refused:
         lines = [Localized("{source}: {reason}", source=source, reason=line) for line in refused.lines]
         raise InputError(join_messages(lines, "{left}\n{right}")) from refused
-
-
-def _read_mapping(path: str | Path, source: str) -> dict[Any, Any]:
-    try:
-        with Path(path).open(encoding="utf-8-sig") as file:
-            values = yaml.safe_load(file)
-    except FileNotFoundError as problem:
-        raise InputError("{source}: file not found", source=source) from problem
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as problem:
-        reason = " ".join(str(problem).split())
-        raise InputError("{source}: {reason}", source=source, reason=reason) from problem
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise InputError("{source}: expected `name: value` lines", source=source)
-    return values
 
 
 def to_yaml(options: Options) -> str:

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -119,7 +118,14 @@ def join_world() -> Iterator[World]:
         return
     check_launch()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    store, rank, size = _meet()
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
+    except RuntimeError as problem:
+        raise ToolkitError(
+            "not all processes of this run met at {place} within {minutes} min; start them together",
+            place=f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
+            minutes=f"{RENDEZVOUS_TIMEOUT.total_seconds() / 60:g}",
+        ) from problem
     # While processes connect the timeout is short: one that has ended since would be waited for in silence.
     with _peer_errors():
         distributed.init_process_group(
@@ -141,19 +147,6 @@ def join_world() -> Iterator[World]:
 def must_leave_together() -> bool:
     """Tell whether a group can only be left by all processes at once, as NCCL's."""
     return torch.cuda.is_available()
-
-
-def _meet() -> tuple[Any, int, int]:
-    """Meet all processes, and return their store, the rank of this one and their number."""
-    try:
-        store, rank, size = next(rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
-    except RuntimeError as problem:
-        raise ToolkitError(
-            "not all processes of this run met at {place} within {minutes} min; start them together",
-            place=f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
-            minutes=f"{RENDEZVOUS_TIMEOUT.total_seconds() / 60:g}",
-        ) from problem
-    return store, rank, size
 
 
 def _buckets(parameters: Sequence[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:

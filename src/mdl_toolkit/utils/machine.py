@@ -53,22 +53,19 @@ def free_memory(device: "torch.device") -> int | None:
         import torch
 
         return int(torch.cuda.mem_get_info(device)[0]) if torch.cuda.is_available() else None
-    free = [*_cgroup_memory()]
-    with suppress(OSError, ValueError):
-        lines = (PROC / "meminfo").read_text(encoding="ascii").splitlines()
-        free += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    return min(free) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if free else None
-
-
-def _cgroup_memory() -> Iterator[int]:
-    """Yield the bytes that the limits of this process's cgroups and their parents leave, caches as free."""
+    free = []
+    # The bytes that the limits of this process's cgroups and their parents leave, caches as free.
     for folder, (limit, used, cached) in _cgroups():
         # There is no such file, or it holds the word `max`.
         with suppress(OSError, ValueError):
             most, now = (int((folder / file).read_text(encoding="ascii")) for file in (limit, used))
             lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
             files = sum(int(line.split()[1]) for line in lines if line.startswith(f"{cached} "))
-            yield max(0, most - now + files)
+            free.append(max(0, most - now + files))
+    with suppress(OSError, ValueError):
+        lines = (PROC / "meminfo").read_text(encoding="ascii").splitlines()
+        free += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return min(free) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if free else None
 
 
 def _cgroups() -> Iterator[tuple[Path, tuple[str, str, str]]]:

@@ -70,6 +70,27 @@ class LowRankDelta:
         first, second = (file.read(entry).float().flatten(1) for entry in self.matrices)
         return (second.T.contiguous(), first.T.contiguous()) if self.of_embedding else (first, second)
 
+    def added_blocks(self, file: WeightFile, base: WeightFile, entry: TensorEntry) -> Iterator[Tensor]:
+        """Yield W + scale B A in blocks of rows, `[rows, ...]`, in float32.
+
+        Args:
+            file: the adapter's weights.
+            base: the file of W.
+            entry: that of W.
+
+        Raises:
+            ModelError: the shapes differ.
+        """
+        a, b = self.read(file)
+        if entry.shape[0] != len(b) or math.prod(entry.shape[1:]) != a.shape[1]:
+            raise _other_shape(entry, (len(b), a.shape[1]))
+        start = 0
+        for block in base.rows(entry):
+            matrix = block.float().reshape(len(block), -1)
+            merged = matrix.addmm_(b[start : start + len(block)], a, alpha=self.scale)
+            yield merged.reshape(block.shape)
+            start += len(block)
+
 
 @dataclass(frozen=True)
 class AdapterDelta:
@@ -141,7 +162,7 @@ class AdapterDelta:
                 raise _other_shape(entry, trained.shape)
             blocks = self.file.rows(trained)
         elif entry.name in self.low_rank:
-            blocks = self._add_low_rank(base, entry)
+            blocks = self.low_rank[entry.name].added_blocks(self.file, base, entry)
         else:
             blocks = base.rows(entry)
         limit = torch.finfo(dtype).max
@@ -152,18 +173,6 @@ class AdapterDelta:
             if not (-limit <= lowest and highest <= limit) and not cast.isfinite().all():
                 raise ModelError("{name}: not finite after merging", name=entry.name)
             yield cast
-
-    def _add_low_rank(self, base: WeightFile, entry: TensorEntry) -> Iterator[Tensor]:
-        delta = self.low_rank[entry.name]
-        a, b = delta.read(self.file)
-        if entry.shape[0] != len(b) or math.prod(entry.shape[1:]) != a.shape[1]:
-            raise _other_shape(entry, (len(b), a.shape[1]))
-        start = 0
-        for block in base.rows(entry):
-            matrix = block.float().reshape(len(block), -1)
-            merged = matrix.addmm_(b[start : start + len(block)], a, alpha=delta.scale)
-            yield merged.reshape(block.shape)
-            start += len(block)
 
 
 def is_tied(config: Mapping[str, Any]) -> bool:

@@ -126,8 +126,15 @@ def merge(base: Path, adapter: Path, output: Path, dtype: str | None = None) -> 
     # Threads compute and write at once: torch and the system release Python's lock.
     with ThreadPoolExecutor(min(len(files), available_cpus(), MOST_THREADS)) as pool:
         list(pool.map(lambda file: _merge_file(file, output / file.path.name, delta, dtype), files))
-    if dtype is not None:
-        _update_dtype(output, dtype)
+    if dtype is None:
+        return
+    config = read_json(output / "config.json")
+    _write_changed(output / "config.json", config, _with_dtype(config, dtype))
+    if (output / INDEX).is_file():
+        index = read_json(output / INDEX)
+        size = sum(entry.stop - entry.start for file in weight_files(output) for entry in file.entries)
+        metadata = {**index.get("metadata", {}), "total_size": size}
+        _write_changed(output / INDEX, index, {**index, "metadata": metadata})
 
 
 def _copy_others(base: Path, output: Path) -> None:
@@ -160,17 +167,6 @@ def _merge_file(source: WeightFile, target: Path, delta: AdapterDelta, dtype: st
 
     rewrite(source, target, dtypes, changed)
     shutil.copymode(source.path, target)
-
-
-def _update_dtype(folder: Path, dtype: str) -> None:
-    """Update the dtype in `config.json` and the number of bytes in the index."""
-    config = read_json(folder / "config.json")
-    _write_changed(folder / "config.json", config, _with_dtype(config, dtype))
-    if (folder / INDEX).is_file():
-        index = read_json(folder / INDEX)
-        size = sum(entry.stop - entry.start for file in weight_files(folder) for entry in file.entries)
-        metadata = {**index.get("metadata", {}), "total_size": size}
-        _write_changed(folder / INDEX, index, {**index, "metadata": metadata})
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:

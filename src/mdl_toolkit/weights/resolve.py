@@ -46,14 +46,23 @@ def find_model(name: str, *, from_modelscope: bool, weights: bool, revision: str
         raise _not_found(name, Localized("there is no such folder"))
     else:
         folder = _download(name, revision, from_modelscope=from_modelscope, weights=weights)
-    if not (folder / ADAPTER_CONFIG).is_file():
-        _check_is_midashenglm(folder, weights=weights)
-    elif weights and not (folder / ADAPTER_WEIGHTS).is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
+        if weights and not (folder / ADAPTER_WEIGHTS).is_file():
+            raise ModelError(
+                "{folder}: an adapter without weights ({weights}); copy the whole folder",
+                folder=folder,
+                weights=ADAPTER_WEIGHTS,
+            )
+        return folder
+    kind = read_json(folder / MODEL_CONFIG).get("model_type")
+    if kind != MODEL_TYPE:
         raise ModelError(
-            "{folder}: an adapter without weights ({weights}); copy the whole folder",
+            "{folder}: not a MiDashengLM (config.json says model_type {kind!r}); give a MiDashengLM folder",
             folder=folder,
-            weights=ADAPTER_WEIGHTS,
+            kind=kind,
         )
+    if weights and not list(folder.glob("*.safetensors")):
+        raise ModelError("{folder}: no weights (*.safetensors); download the whole model", folder=folder)
     return folder
 
 
@@ -120,19 +129,6 @@ def quantized_by(folder: Path) -> str | None:
     """Return the method by which a folder's weights are quantised, or None."""
     config = read_json(folder / MODEL_CONFIG).get("quantization_config")
     return None if config is None else str(config.get("quant_method") if isinstance(config, dict) else config)
-
-
-def _check_is_midashenglm(folder: Path, *, weights: bool) -> None:
-    config = read_json(folder / MODEL_CONFIG)
-    kind = config.get("model_type")
-    if kind != MODEL_TYPE:
-        raise ModelError(
-            "{folder}: not a MiDashengLM (config.json says model_type {kind!r}); give a MiDashengLM folder",
-            folder=folder,
-            kind=kind,
-        )
-    if weights and not list(folder.glob("*.safetensors")):
-        raise ModelError("{folder}: no weights (*.safetensors); download the whole model", folder=folder)
 
 
 def _download(name: str, revision: str | None, *, from_modelscope: bool, weights: bool) -> Path:

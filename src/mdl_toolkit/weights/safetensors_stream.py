@@ -80,11 +80,28 @@ class WeightFile:
             ModelError: it is no safetensors file, or it is not complete.
         """
         try:
-            return _read_header(path)
+            with path.open("rb") as file:
+                length = file.read(_LENGTH)
+                size = int.from_bytes(length, "little")
+                if len(length) < _LENGTH or size > _LONGEST_HEADER:
+                    raise ValueError("no header")
+                text = file.read(size)
+            header = json.loads(text)
+            metadata = header.pop("__metadata__", None)
+            entries = [
+                TensorEntry(name, each["dtype"], tuple(each["shape"]), *each["data_offsets"])
+                for name, each in header.items()
+            ]
+            entries.sort(key=lambda entry: (entry.start, entry.stop))
+            actual = path.stat().st_size - _LENGTH - size
+            promised = entries[-1].stop if entries else 0
+            if promised != actual:
+                raise ValueError(f"{actual} bytes of tensors, {promised} promised")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
             raise ModelError(
                 "{path}: no whole safetensors file ({reason}); fetch it again", path=path, reason=problem
             ) from problem
+        return WeightFile(path, length + text, metadata, tuple(entries))
 
     def __getitem__(self, name: str) -> TensorEntry:
         return next(entry for entry in self.entries if entry.name == name)
@@ -167,27 +184,6 @@ def stored_dtype(folder: Path) -> torch.dtype:
                 sizes[entry.dtype] += entry.stop - entry.start
     [(dtype, _)] = sizes.most_common(1)
     return torch.float32 if dtype == "F64" else FLOATS[dtype]
-
-
-def _read_header(path: Path) -> WeightFile:
-    with path.open("rb") as file:
-        length = file.read(_LENGTH)
-        size = int.from_bytes(length, "little")
-        if len(length) < _LENGTH or size > _LONGEST_HEADER:
-            raise ValueError("no header")
-        text = file.read(size)
-    header = json.loads(text)
-    metadata = header.pop("__metadata__", None)
-    entries = [
-        TensorEntry(name, each["dtype"], tuple(each["shape"]), *each["data_offsets"])
-        for name, each in header.items()
-    ]
-    entries.sort(key=lambda entry: (entry.start, entry.stop))
-    actual = path.stat().st_size - _LENGTH - size
-    promised = entries[-1].stop if entries else 0
-    if promised != actual:
-        raise ValueError(f"{actual} bytes of tensors, {promised} promised")
-    return WeightFile(path, length + text, metadata, tuple(entries))
 
 
 def _read_bytes(file: IO[bytes], count: int) -> Tensor:
