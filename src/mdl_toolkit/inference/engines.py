@@ -161,6 +161,7 @@ class VllmEngine:
         import vllm
 
         waiting = iter(questions)
+        audio = self._tokenizer.id_of(dict(self._tokenizer.files.specials)["audio_token"])
         while batch := [*islice(waiting, 8 * self._batch_size)]:
             settings = [
                 vllm.SamplingParams(
@@ -172,20 +173,14 @@ class VllmEngine:
                 )
                 for question in batch
             ]
-            outputs = self._model.generate([self._prompt(question) for question in batch], settings)
+            prompts = []
+            for question in batch:
+                assert isinstance(question.sample, Sample)
+                # vLLM expands the one audio token that stands for the recording.
+                runs = groupby(question.sample.input_ids.tolist())
+                ids = [token for token, run in runs for _ in ([token] if token == audio else run)]
+                recording = {"audio": (question.sample.waveform, SAMPLE_RATE)}
+                prompts.append({"prompt_token_ids": ids, "multi_modal_data": recording})
+            outputs = self._model.generate(prompts, settings)
             for question, output in zip(batch, outputs, strict=True):
                 yield question.key, [output.outputs[0].text]
-
-    def _prompt(self, question: Question) -> dict[str, Any]:
-        """Return a prompt with one audio token for the recording, which vLLM expands."""
-        assert isinstance(question.sample, Sample)
-        audio = self._tokenizer.id_of(dict(self._tokenizer.files.specials)["audio_token"])
-        ids = [
-            token
-            for token, run in groupby(question.sample.input_ids.tolist())
-            for _ in ([token] if token == audio else run)
-        ]
-        return {
-            "prompt_token_ids": ids,
-            "multi_modal_data": {"audio": (question.sample.waveform, SAMPLE_RATE)},
-        }

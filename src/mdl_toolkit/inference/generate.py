@@ -116,21 +116,18 @@ class Answerer:
         while True:
             free = self._batch_size - len(self._running)
             if (not self._running or free >= fewest_free) and (joining := [*islice(waiting, free)]):
-                yield from self._advance(self._admit(joining))
+                prompts = collate_prompts([each.sample for each in joining], self._tokenizer.pad_id)
+                longest = max(n + q.max_new_tokens for n, q in zip(prompts.lengths, joining, strict=True))
+                logits = admit(self._batch, self._model, prompts, self._batch_size, longest)
+                self._running += [
+                    _PartialAnswer(q.key, q.max_new_tokens, self._sampling.generator(q.key), [])
+                    for q in joining
+                ]
+                yield from self._advance(logits)
             if not self._running:
                 return
             last = torch.tensor([answer.ids[-1] for answer in self._running], device=self._model.device)
             yield from self._advance(self._batch.step(last))
-
-    def _admit(self, questions: list[Question]) -> Tensor:
-        """Compute prompts; return logits for their first new tokens, `[questions, vocabulary]`."""
-        prompts = collate_prompts([question.sample for question in questions], self._tokenizer.pad_id)
-        longest = max(n + q.max_new_tokens for n, q in zip(prompts.lengths, questions, strict=True))
-        logits = admit(self._batch, self._model, prompts, self._batch_size, longest)
-        self._running += [
-            _PartialAnswer(q.key, q.max_new_tokens, self._sampling.generator(q.key), []) for q in questions
-        ]
-        return logits
 
     def _advance(self, logits: Tensor) -> Iterator[tuple[int, str]]:
         """Add a token to as many of the last answers as have logits; release and yield complete ones."""

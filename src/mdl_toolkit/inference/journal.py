@@ -65,21 +65,22 @@ class AnswerJournal:
             try:
                 yield
             except BaseException as problem:
-                self._keep(was_stopped=isinstance(problem, (KeyboardInterrupt, PeerLostError)))
+                unfinished = self.dataset.with_name(f".{self.dataset.name}.partial")
+                was_stopped = isinstance(problem, (KeyboardInterrupt, PeerLostError))
+                if answered := len(self.answers()):
+                    say(
+                        "{answered} rows are answered (in {path}): the same command goes on from there",
+                        answered=answered,
+                        path=self.path,
+                    )
+                elif was_stopped and self.dataset.exists():
+                    say(
+                        "all rows are converted (in {path}): the same command goes on from there",
+                        path=self.path,
+                    )
+                elif not unfinished.exists():
+                    self._remove()
                 raise
-            self._remove()
-
-    def _keep(self, *, was_stopped: bool) -> None:
-        """Keep what a run of the same command can use, and say so; remove the folder if there is nothing."""
-        if answered := len(self.answers()):
-            say(
-                "{answered} rows are answered (in {path}): the same command goes on from there",
-                answered=answered,
-                path=self.path,
-            )
-        elif was_stopped and self.dataset.exists():
-            say("all rows are converted (in {path}): the same command goes on from there", path=self.path)
-        elif not self.dataset.with_name(f".{self.dataset.name}.partial").exists():
             self._remove()
 
     def _remove(self) -> None:
@@ -93,28 +94,25 @@ class AnswerJournal:
         Raises:
             InputError: the disk does not take it.
         """
-        if _fingerprint_in(self.path) != fingerprint:
-            with report_write_errors(f"--output {self.output}", InputError):
-                self._set_aside()
-                same = (old for old in self._previous().values() if _fingerprint_in(old) == fingerprint)
-                if (previous := next(same, None)) is not None:
-                    _move_answers(previous, self.path)
-                (self.path / RUN).write_text(json.dumps(fingerprint), encoding="utf-8")
+        if _fingerprint_in(self.path) == fingerprint:
+            return len(self.answers())
+        with report_write_errors(f"--output {self.output}", InputError):
+            if answered := len(self.answers()):
+                number = max(self._previous(), default=0) + 1
+                folder = self._target.with_name(f"{self._target.name}.previous-{number}")
+                folder.mkdir()
+                _move_answers(self.path, folder)
+                say(
+                    "{answered} answers here are of other work (another input, model, options or version): "
+                    "they are set aside in {place}, and used when that is asked for again",
+                    answered=answered,
+                    place=folder,
+                )
+            same = (old for old in self._previous().values() if _fingerprint_in(old) == fingerprint)
+            if (previous := next(same, None)) is not None:
+                _move_answers(previous, self.path)
+            (self.path / RUN).write_text(json.dumps(fingerprint), encoding="utf-8")
         return len(self.answers())
-
-    def _set_aside(self) -> None:
-        """Move answers, if there are any, to a new folder next to the output, and say so."""
-        if answered := len(self.answers()):
-            number = max(self._previous(), default=0) + 1
-            folder = self._target.with_name(f"{self._target.name}.previous-{number}")
-            folder.mkdir()
-            _move_answers(self.path, folder)
-            say(
-                "{answered} answers here are of other work (another input, model, options or version): "
-                "they are set aside in {place}, and used when that is asked for again",
-                answered=answered,
-                place=folder,
-            )
 
     def _previous(self) -> dict[int, Path]:
         """Return the folders of answers that were set aside, by number."""

@@ -194,25 +194,23 @@ def with_training_prompts(manifest: Manifest, trained: Prompts) -> Manifest:
         if given is None and kind.column not in manifest.columns and prompt:
             say("{kind}: that of the training is used: {prompt}", kind=kind.text, prompt=_excerpt(prompt))
             manifest = replace(manifest, defaults=replace(manifest.defaults, **{kind.column: prompt}))
-        elif not getattr(trained, f"{kind.name}_differs"):
-            _warn_of_other_prompts(manifest, kind, prompt)
+            continue
+        if getattr(trained, f"{kind.name}_differs"):
+            continue
+        used = ((row.line, getattr(row, kind.column)) for row in manifest.rows_unchecked())
+        if others := [(line, other) for line, other in used if (other or None) != (prompt or None)]:
+            line, other = others[0]
+            is_list = manifest.listed is not None
+            warn(
+                "{kind}: {count} rows have another one than the training ({where}: {theirs}; the training: "
+                "{prompt}); answers may be worse",
+                kind=kind.text,
+                count=len(others),
+                where=Localized("here") if is_list else Localized("line {line}", line=line),
+                theirs=_excerpt(other),
+                prompt=_excerpt(prompt),
+            )
     return manifest
-
-
-def _warn_of_other_prompts(manifest: Manifest, kind: PromptKind, trained: str | None) -> None:
-    prompts = ((row.line, getattr(row, kind.column)) for row in manifest.rows_unchecked())
-    if others := [(line, prompt) for line, prompt in prompts if (prompt or None) != (trained or None)]:
-        line, prompt = others[0]
-        is_list = manifest.listed is not None
-        warn(
-            "{kind}: {count} rows have another one than the training ({where}: {theirs}; the training: "
-            "{prompt}); answers may be worse",
-            kind=kind.text,
-            count=len(others),
-            where=Localized("here") if is_list else Localized("line {line}", line=line),
-            theirs=_excerpt(prompt),
-            prompt=_excerpt(trained),
-        )
 
 
 def _excerpt(prompt: str | None, most: int = 60) -> str:

@@ -196,31 +196,30 @@ def to_resume(output: Path, resume: bool | str | None) -> Checkpoint | None:
         path = Path(resume)
         if not path.is_dir():
             raise ModelError("--resume-from-checkpoint {path}: no such folder", path=path)
-        if reason := damage(path):
-            raise _incomplete(path, reason)
-        return Checkpoint.at(path)
+        reason = damage(path)
+        if reason is None:
+            return Checkpoint.at(path)
+        # Name the newest whole checkpoint of the run that the path belongs to.
+        candidates = checkpoints(path) or checkpoints(path.resolve().parent)
+        whole = next((each for each in reversed(candidates) if damage(each) is None), None)
+        if whole is None:
+            raise ModelError(
+                "--resume-from-checkpoint {path}: not a complete checkpoint ({reason})",
+                path=path,
+                reason=reason,
+            )
+        raise ModelError(
+            "--resume-from-checkpoint {path}: not a complete checkpoint ({reason}); did you mean {whole}?",
+            path=path,
+            reason=reason,
+            whole=whole,
+        )
     for path in reversed(checkpoints(output)):
         if reason := damage(path):
             warn("{path} is skipped: {reason}", path=path, reason=reason)
         else:
             return Checkpoint.at(path)
     return None
-
-
-def _incomplete(path: Path, reason: Localized) -> ModelError:
-    """Return the error, with the newest whole checkpoint of the run that the path belongs to."""
-    candidates = checkpoints(path) or checkpoints(path.resolve().parent)
-    whole = next((each for each in reversed(candidates) if damage(each) is None), None)
-    if whole is None:
-        return ModelError(
-            "--resume-from-checkpoint {path}: not a complete checkpoint ({reason})", path=path, reason=reason
-        )
-    return ModelError(
-        "--resume-from-checkpoint {path}: not a complete checkpoint ({reason}); did you mean {whole}?",
-        path=path,
-        reason=reason,
-        whole=whole,
-    )
 
 
 def checkpoint_at(output: Path, step: int, resumed: Checkpoint | None) -> Path:

@@ -43,7 +43,16 @@ def open_data(
     folder = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=is_local)
     check_trainable(folder, quantization=options.quantization, merge=options.merge_lora)
     files = read_tokenizer_files(folder)
-    _warn_ignored(options)
+    # Options that were given and have no effect, as no CSV is converted or nothing is evaluated.
+    paths = [path for path in (options.train_dataset, options.eval_dataset) if path is not None]
+    converting = {field.name for field in dataclasses.fields(ConversionOptions)}
+    names = _given(options, converting - {"from_modelscope", "num_workers"})
+    if names and all(Path(path).is_dir() for path in paths):
+        warn("the data are converted already: {names} ignored", names=names)
+    evaluating = {f.name for f in dataclasses.fields(options) if spec_of(f).group == EVALUATION}
+    names = _given(options, evaluating - {"report_to"})
+    if names and options.eval_dataset is None:
+        warn("there is no --eval-dataset: {names} ignored", names=names)
     eval_set = None
     # First: it is the smaller one, and its bad rows are soon known.
     if options.eval_dataset is not None:
@@ -64,19 +73,6 @@ def _open_set(path: str, options: TrainOptions, files: TokenizerFiles, private: 
         manifest = read_rows(path, options, needs_prediction=True)
         convert_rows(manifest, private, ChatTokenizer(files), options, reuse=True)
     return ConvertedDataset(private)
-
-
-def _warn_ignored(options: TrainOptions) -> None:
-    """Warn of options that were given and have no effect, as no CSV is converted or nothing is evaluated."""
-    paths = [path for path in (options.train_dataset, options.eval_dataset) if path is not None]
-    converting = {field.name for field in dataclasses.fields(ConversionOptions)}
-    names = _given(options, converting - {"from_modelscope", "num_workers"})
-    if names and all(Path(path).is_dir() for path in paths):
-        warn("the data are converted already: {names} ignored", names=names)
-    evaluating = {f.name for f in dataclasses.fields(options) if spec_of(f).group == EVALUATION}
-    names = _given(options, evaluating - {"report_to"})
-    if names and options.eval_dataset is None:
-        warn("there is no --eval-dataset: {names} ignored", names=names)
 
 
 def _given(options: TrainOptions, names: set[str]) -> str:
@@ -111,7 +107,11 @@ class Converted:
             yield
         except BaseException as problem:
             shutil.rmtree(private / FEATURES, ignore_errors=True)
-            if not self.is_wanted and not _is_interruption(problem):
+            # After a stop, a crash or a lack of memory the same data will be needed again.
+            is_refusal = isinstance(problem, ToolkitError) and not isinstance(problem, PeerLostError)
+            cause = problem.__cause__
+            is_oom = cause is not None and describe_oom(cause) is not None
+            if is_refusal and not is_oom and not self.is_wanted:
                 for folder in {*private.glob("*")} - self._before:
                     shutil.rmtree(folder, ignore_errors=True)
                 # It may not be there, or something may stay in it.
@@ -124,10 +124,3 @@ class Converted:
                 )
             raise
         shutil.rmtree(private, ignore_errors=True)
-
-
-def _is_interruption(problem: BaseException) -> bool:
-    """Tell whether the same data will be needed again: after a stop, a crash, or a lack of memory."""
-    is_refusal = isinstance(problem, ToolkitError) and not isinstance(problem, PeerLostError)
-    cause = problem.__cause__
-    return not is_refusal or (cause is not None and describe_oom(cause) is not None)

@@ -164,9 +164,21 @@ class FeatureCache:
         order = (-dataset.audio_lengths).argsort(kind="stable")
         shares = [order[rank :: self._world.size] for rank in range(self._world.size)]
         files = [self._folder / f"{number}-{rank}" for rank in range(self._world.size)]
-        with report_write_errors(str(self._folder), DatasetError):
-            rank = self._world.rank
-            self._write(files[rank], dataset, shares[rank], model.get_base_model())
+        own, base = shares[self._world.rank], model.get_base_model()
+        batches = [own[start : start + self._batch_size] for start in range(0, len(own), self._batch_size)]
+        loader = Prefetcher.for_device(
+            self._device, lambda batch: Collator(0)([dataset[int(index)] for index in batch])
+        )
+        with (
+            report_write_errors(str(self._folder), DatasetError),
+            files[self._world.rank].open("wb") as sink,
+            progress(len(own), "audio features") as shown,
+        ):
+            for indices, batch in zip(batches, loader.batches(batches), strict=True):
+                for features in self._compute(base, batch):
+                    sink.write(features.to("cpu", self._dtype).contiguous().view(torch.uint8).numpy().data)
+                shown.advance(len(indices))
+                raise_if_interrupted()
         self._world.wait()
         return self._open(dataset, shares, files)
 
@@ -190,20 +202,6 @@ class FeatureCache:
                 flat = torch.from_file(str(file), shared=False, size=elements, dtype=self._dtype)
             features.append(flat.view(tokens, self._hidden))
         return PrecomputedDataset(dataset, features, numbers, starts, counts, dataset.audio_lengths)
-
-    def _write(self, file: Path, dataset: ConvertedDataset, indices: Indices, model: Any) -> None:
-        """Compute the features of some examples, and write them one behind the other."""
-        starts = range(0, len(indices), self._batch_size)
-        batches = [indices[start : start + self._batch_size] for start in starts]
-        loader = Prefetcher.for_device(
-            self._device, lambda batch: Collator(0)([dataset[int(index)] for index in batch])
-        )
-        with file.open("wb") as sink, progress(len(indices), "audio features") as shown:
-            for wanted, batch in zip(batches, loader.batches(batches), strict=True):
-                for features in self._compute(model, batch):
-                    sink.write(features.to("cpu", self._dtype).contiguous().view(torch.uint8).numpy().data)
-                shown.advance(len(wanted))
-                raise_if_interrupted()
 
     @torch.no_grad()
     def _compute(self, model: Any, batch: Batch) -> Iterator[Tensor]:

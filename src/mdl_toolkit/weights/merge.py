@@ -122,7 +122,15 @@ def merge(base: Path, adapter: Path, output: Path, dtype: str | None = None) -> 
         raise ModelError(
             "{adapter}: the base model {base} has no tensors {names}", adapter=adapter, base=base, names=names
         )
-    _copy_others(base, output)
+    for path in sorted(base.iterdir()):
+        if path.name in _LEFT_OUT or path.suffix == SUFFIX or any(map(path.match, _PRIVATE)):
+            continue
+        if path.suffix in _OTHER_WEIGHTS:
+            warn("{path}: left out, as these weights would not be the merged ones", path=path)
+        elif path.is_dir():
+            shutil.copytree(path, output / path.name, ignore=shutil.ignore_patterns(*_PRIVATE))
+        else:
+            shutil.copyfile(path, output / path.name)
     # Threads compute and write at once: torch and the system release Python's lock.
     with ThreadPoolExecutor(min(len(files), available_cpus(), MOST_THREADS)) as pool:
         list(pool.map(lambda file: _merge_file(file, output / file.path.name, delta, dtype), files))
@@ -135,19 +143,6 @@ def merge(base: Path, adapter: Path, output: Path, dtype: str | None = None) -> 
         size = sum(entry.stop - entry.start for file in weight_files(output) for entry in file.entries)
         metadata = {**index.get("metadata", {}), "total_size": size}
         _write_changed(output / INDEX, index, {**index, "metadata": metadata})
-
-
-def _copy_others(base: Path, output: Path) -> None:
-    """Copy all files and folders but weights and files that are written anew."""
-    for path in sorted(base.iterdir()):
-        if path.name in _LEFT_OUT or path.suffix == SUFFIX or any(map(path.match, _PRIVATE)):
-            continue
-        if path.suffix in _OTHER_WEIGHTS:
-            warn("{path}: left out, as these weights would not be the merged ones", path=path)
-        elif path.is_dir():
-            shutil.copytree(path, output / path.name, ignore=shutil.ignore_patterns(*_PRIVATE))
-        else:
-            shutil.copyfile(path, output / path.name)
 
 
 def _merge_file(source: WeightFile, target: Path, delta: AdapterDelta, dtype: str | None) -> None:
