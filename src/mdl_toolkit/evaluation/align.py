@@ -186,19 +186,14 @@ def group_rows(aligned: AlignedAnswers, name: str) -> Grouping:
             listed=", ".join(repr(column) for column in columns),
         )
     for seconds in SECONDS:
-        if (lengths := _finite_numbers(columns.get(seconds, ()))) is not None:
+        try:
+            lengths = np.array([float(cell) for cell in columns.get(seconds, ())])
+        except ValueError:
+            continue
+        if len(lengths) and np.isfinite(lengths).all():
             return _quarters(f"{LENGTH} ({seconds})", lengths)
     characters = np.array([len(normalized(text)) for text in aligned.answers.references])
     return _quarters(f"{LENGTH} (characters)", characters)
-
-
-def _finite_numbers(cells: Sequence[str]) -> np.ndarray | None:
-    """Parse cells as finite numbers; None if there are none or any is something else."""
-    try:
-        numbers = np.array([float(cell) for cell in cells])
-    except ValueError:
-        return None
-    return numbers if len(numbers) and np.isfinite(numbers).all() else None
 
 
 def _quarters(title: str, lengths: np.ndarray) -> Grouping:
