@@ -114,27 +114,27 @@ class BeamSearch:
 
     def answers(self, questions: Iterable[Question]) -> Iterator[tuple[int, list[str]]]:
         """Answer as `Engine` says."""
-        for _, group in groupby(questions, lambda each: (len(each.sample.input_ids), each.max_new_tokens)):
+        model, ends = base_model(self.model), sorted(end_ids(self.model, self.tokenizer))
+        for (_, limit), group in groupby(
+            questions, lambda each: (len(each.sample.input_ids), each.max_new_tokens)
+        ):
             while batch := [*islice(group, self.batch_size)]:
-                for question, ids in zip(batch, self._search(batch), strict=True):
+                prompts = collate_prompts([each.sample for each in batch], self.tokenizer.pad_id)
+                settings = GenerationConfig(
+                    do_sample=False,
+                    num_beams=self.num_beams,
+                    max_new_tokens=limit,
+                    eos_token_id=ends,
+                    pad_token_id=self.tokenizer.pad_id,
+                )
+                with torch.inference_mode():
+                    embeddings = embed_prompts(model, prompts)
+                    mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
+                    rows = model.generate(
+                        inputs_embeds=embeddings, attention_mask=mask, generation_config=settings
+                    ).tolist()
+                for question, ids in zip(batch, rows, strict=True):
                     yield question.key, [self.tokenizer.decode(ids)]
-
-    @torch.inference_mode()
-    def _search(self, batch: list[Question]) -> list[list[int]]:
-        model = base_model(self.model)
-        embeddings = embed_prompts(
-            model, collate_prompts([each.sample for each in batch], self.tokenizer.pad_id)
-        )
-        settings = GenerationConfig(
-            do_sample=False,
-            num_beams=self.num_beams,
-            max_new_tokens=batch[0].max_new_tokens,
-            eos_token_id=sorted(end_ids(self.model, self.tokenizer)),
-            pad_token_id=self.tokenizer.pad_id,
-        )
-        mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
-        answers = model.generate(inputs_embeds=embeddings, attention_mask=mask, generation_config=settings)
-        return [[*map(int, row)] for row in answers.tolist()]
 
 
 class VllmEngine:

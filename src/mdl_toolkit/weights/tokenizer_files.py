@@ -4,7 +4,6 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.weights.resolve import read_json, read_text
@@ -57,7 +56,16 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
         token = value.get("content") if isinstance(value, dict) else value
         if name.endswith("_token") and isinstance(token, str) and token:
             specials[name] = token
-    tokenizer, template = _tokenizer_json(folder), _chat_template(folder, config)
+    tokenizer = _tokenizer_json(folder)
+    file, old = folder / "chat_template.jinja", folder / "chat_template.json"
+    template = read_text(file) if file.is_file() else config.get("chat_template")
+    if template is None and old.is_file():
+        template = read_json(old).get("chat_template")
+    if isinstance(template, list):
+        default = [each for each in template if isinstance(each, dict) and each.get("name") == "default"]
+        template = default[0].get("template") if default else None
+    if not isinstance(template, str):
+        raise ModelError("{folder}: no chat template", folder=folder)
     return TokenizerFiles(tokenizer, template, tuple(sorted(specials.items())))
 
 
@@ -80,18 +88,3 @@ def _tokenizer_json(folder: Path) -> str:
     except Exception as problem:
         reason = " ".join(str(problem).split())
         raise ModelError("{folder}: no tokenizer ({reason})", folder=folder, reason=reason) from problem
-
-
-def _chat_template(folder: Path, config: dict[str, Any]) -> str:
-    file, old = folder / "chat_template.jinja", folder / "chat_template.json"
-    if file.is_file():
-        return read_text(file)
-    template = config.get("chat_template")
-    if template is None and old.is_file():
-        template = read_json(old).get("chat_template")
-    if isinstance(template, list):
-        default = [each for each in template if isinstance(each, dict) and each.get("name") == "default"]
-        template = default[0].get("template") if default else None
-    if not isinstance(template, str):
-        raise ModelError("{folder}: no chat template", folder=folder)
-    return template
