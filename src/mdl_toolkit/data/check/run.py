@@ -1,4 +1,4 @@
-"""A dry run over CSVs: decode every recording, render every conversation, and say what was found.
+"""A dry run over CSVs: decode every recording, render every conversation, and report the findings.
 
 No weights are loaded and no GPU is used. Memory grows by some 60 bytes with each row.
 """
@@ -8,10 +8,10 @@ import json
 import secrets
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 from mdl_toolkit import __version__
 from mdl_toolkit.audio.download_cache import Downloads
@@ -23,7 +23,7 @@ from mdl_toolkit.data.check.rows import Facts, Inspection
 from mdl_toolkit.data.check.text import report_lines
 from mdl_toolkit.data.convert.rank import FEW_ROWS
 from mdl_toolkit.data.convert.run import read_rows
-from mdl_toolkit.data.manifest import Manifest
+from mdl_toolkit.data.manifest import Manifest, Row
 from mdl_toolkit.data.open_audio import Recordings
 from mdl_toolkit.data.tokenization import ChatTokenizer, prefix_sample
 from mdl_toolkit.errors import InputError, ModelError
@@ -38,58 +38,70 @@ from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 if TYPE_CHECKING:
     from mdl_toolkit.config.train import TrainOptions
 
-JOB_ROWS = 32  # that a worker is given at once
-STANDARD_OUTPUT = True  # what `--json` alone means
-# From a model's folder, options, the rows' lengths and how many tokens all of them begin with, figures.
+# Rows that a worker is given at once.
+JOB_ROWS = 32
+# The value of `--json` without a path.
+STANDARD_OUTPUT = True
+# Predicts a training from the model's folder, its options, the rows' facts and their shared prefix's length.
 Forecast = Callable[[Path, "TrainOptions", Facts, int], Figures | None]
 
 
 def check(options: CheckOptions, forecast: Forecast | None = None) -> Figures:
-    """Look at all rows of all files and report on standard output.
+    """Inspect all rows of all files and report on standard output.
 
     Args:
-        options: what to look at, and where to write what is found.
-        forecast: what a training on the first file would need, if that is to be said.
+        options: the files to inspect, and where to write the findings.
+        forecast: predicts the needs of a training on the first file; None leaves them out.
 
     Returns:
-        What was found, as the JSON has it.
+        The figures of the report, as the JSON has them.
 
     Raises:
         InputError: something would stop a training; or a CSV or a file to write cannot be used.
         ModelError: the model's folder is here, and broken.
     """
-    _check_places(options)
-    training = None if options.for_inference else _train_options(options)
+    _check_output_paths(options)
+    training = None if options.for_inference else _training_options(options)
     manifests = [
         read_rows(path, options, needs_prediction=not options.for_inference) for path in options.input
     ]
-    folder, tokenizer = _text_side(options)
-    found = _look(manifests, tokenizer, options)
-    figures = _figures(found, tokenizer, options)
-    if tokenizer is not None:
-        figures["sample"] = _sample(manifests[0], tokenizer, set(found[0].bad_lines), options)
-    if folder is not None and training is not None and forecast is not None:
-        beginning = 0 if tokenizer is None else _beginning(manifests[0], tokenizer, found[0])
-        figures["training"] = forecast(folder, training, found[0].facts(), beginning)
-    if options.write_fixed is not None:
-        figures["fixed"] = _write_fixed(Path(options.write_fixed), manifests[0], found[0], options)
-    _tell(figures, options.json)
-    _judge(figures)
+    folder, tokenizer = _find_tokenizer(options)
+    # Recordings fetched from addresses are kept while all files are inspected.
+    with tempfile.TemporaryDirectory(prefix="mdl-toolkit-check-") as temporary:
+        cache = Path(options.download_cache or temporary).expanduser()
+        recordings = Recordings(
+            Downloads(cache, options.max_download_mb, secrets.token_hex(8)), options.allow_truncated
+        )
+        findings = [
+            _inspect_file(manifest, number, recordings, tokenizer, options)
+            for number, manifest in enumerate(manifests)
+        ]
+    figures = _figures(findings, manifests[0], tokenizer, options)
+    if folder is not None and tokenizer is not None and training is not None and forecast is not None:
+        chosen = {*prefix_sample(findings[0].rows)}
+        usable = enumerate(_usable_rows(manifests[0], findings[0]))
+        prefix_length = tokenizer.shared_prefix_length(
+            tokenizer.encode_row(row, 1, with_answer=True).input_ids
+            for number, row in usable
+            if number in chosen
+        )
+        figures["training"] = forecast(folder, training, findings[0].facts(), prefix_length)
+    _report(figures, manifests[0], findings[0], options)
     return figures
 
 
-def _check_places(options: CheckOptions) -> None:
-    """Refuse to write over an input, or two things to one place."""
+def _check_output_paths(options: CheckOptions) -> None:
+    """Refuse to write over an input, or two outputs to one path."""
     named = (("--write-fixed", options.write_fixed), ("--json", options.json))
-    places = [(name, Path(place)) for name, place in named if isinstance(place, str)]
-    for name, place in places:
+    outputs = {name: Path(path) for name, path in named if isinstance(path, str)}
+    for name, output in outputs.items():
         for path in options.input:
-            check_apart(place, Path(path), name)
-    if len(places) == 2:
-        check_apart(places[0][1], places[1][1], "--write-fixed", "--json")
+            check_apart(output, Path(path), name)
+    if len(outputs) == 2:
+        check_apart(*outputs.values(), *outputs)
 
 
-def _train_options(options: CheckOptions) -> "TrainOptions":
+def _training_options(options: CheckOptions) -> "TrainOptions":
     """Return the options of the training that is predicted, with the files and the model of the check."""
     from mdl_toolkit.config.train import TrainOptions
 
@@ -99,7 +111,7 @@ def _train_options(options: CheckOptions) -> "TrainOptions":
     return from_mapping(TrainOptions, {**given, **ours})
 
 
-def _text_side(options: CheckOptions) -> tuple[Path | None, ChatTokenizer | None]:
+def _find_tokenizer(options: CheckOptions) -> tuple[Path | None, ChatTokenizer | None]:
     """Return the model's folder and its tokenizer; nothing if the model cannot be had."""
     try:
         folder = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=False)
@@ -115,131 +127,112 @@ def _text_side(options: CheckOptions) -> tuple[Path | None, ChatTokenizer | None
     return folder, ChatTokenizer(read_tokenizer_files(folder))
 
 
-# --- all rows ------------------------------------------------------------------------------------------
-
-
-def _look(
-    manifests: list[Manifest], tokenizer: ChatTokenizer | None, options: CheckOptions
-) -> list[Findings]:
-    """Inspect each file; recordings fetched from addresses are kept as long as that takes."""
-    with tempfile.TemporaryDirectory(prefix="mdl-toolkit-check-") as place:
-        cache = Path(options.download_cache or place).expanduser()
-        downloads = Downloads(cache, options.max_download_mb, secrets.token_hex(8))
-        task = Inspection(
-            Recordings(downloads, options.allow_truncated), tokenizer, not options.for_inference,
-            options.max_length if options.for_inference and tokenizer is not None else None,
-            options.tokenizing_batch_size,
-        )  # fmt: skip
-        return [_look_at(manifest, number, task, options) for number, manifest in enumerate(manifests)]
-
-
-def _look_at(manifest: Manifest, number: int, task: Inspection, options: CheckOptions) -> Findings:
-    """Inspect one file.
+def _inspect_file(
+    manifest: Manifest,
+    number: int,
+    recordings: Recordings,
+    tokenizer: ChatTokenizer | None,
+    options: CheckOptions,
+) -> Findings:
+    """Inspect the rows of one file in worker processes, and return the findings.
 
     Raises:
         InputError: there is no row in it, or it is no CSV from some line on.
     """
     role = "inference" if options.for_inference else "evaluation" if number else "training"
-    found, rows = Findings(str(manifest.path), role), sum(1 for _ in manifest.rows_unchecked())
+    inspection = Inspection(
+        recordings,
+        tokenizer,
+        with_answer=not options.for_inference,
+        limit=options.max_length if options.for_inference and tokenizer is not None else None,
+        rows_per_step=options.tokenizing_batch_size,
+    )
+    findings, rows = Findings(str(manifest.path), role), sum(1 for _ in manifest.rows_unchecked())
     workers = options.num_workers or default_workers() if rows >= FEW_ROWS else 1
-    with progress(rows, "checking") as shown:
-        readable = found.readable_rows(manifest)
-        jobs = iter(lambda: list(itertools.islice(readable, JOB_ROWS)), [])
-        with closing(work_through(jobs, task, min(workers, -(-rows // JOB_ROWS) or 1))) as messages:
-            for message in messages:
-                found.add(message)
-                shown.advance(message.rows)
-    if not found.rows and not found.bad_lines and not options.for_inference:
+    workers = min(workers, -(-rows // JOB_ROWS) or 1)
+    readable = findings.readable_rows(manifest)
+    jobs = iter(lambda: list(itertools.islice(readable, JOB_ROWS)), [])
+    with progress(rows, "checking") as bar, closing(work_through(jobs, inspection, workers)) as reports:
+        for inspected in reports:
+            findings.add(inspected)
+            bar.advance(inspected.rows)
+    if not findings.rows and not findings.bad_lines and not options.for_inference:
         raise manifest.no_rows()
-    return found
+    return findings
 
 
-# --- what follows from it ------------------------------------------------------------------------------
+def _usable_rows(manifest: Manifest, findings: Findings) -> Iterator[Row]:
+    """Yield the rows of a file in which no problem was found."""
+    bad_lines = {*findings.bad_lines}
+    return (row for row in manifest.rows() if row.line not in bad_lines)
 
 
-def _figures(found: list[Findings], tokenizer: ChatTokenizer | None, options: CheckOptions) -> Figures:
+def _figures(
+    findings: list[Findings], first: Manifest, tokenizer: ChatTokenizer | None, options: CheckOptions
+) -> Figures:
+    """Return the figures of all files, with the first usable row as the model sees it."""
     warn_above = None if options.for_inference or tokenizer is None else options.max_length
-    learnt = found[0].facts() if found[0].role == "training" else None
+    trained = findings[0].facts() if findings[0].role == "training" else None
+    files = [file.figures(trained if file.role == "evaluation" else None, warn_above) for file in findings]
+    sample = None
+    if tokenizer is not None and (row := next(iter(_usable_rows(first, findings[0])), None)):
+        messages = messages_of(row, with_answer=not options.for_inference)
+        segments = tokenizer.template.segments(messages)
+        shown = [{"kind": segment.kind, "text": segment.text} for segment in segments]
+        sample = {"line": row.line, "segments": shown}
     return {
         "toolkit": __version__,
         "model": options.model_name,
         "counted": "characters" if tokenizer is None else "tokens",
         "max_length": options.max_length,
-        "files": [each.figures(learnt if each.role == "evaluation" else None, warn_above) for each in found],
-        "sample": None,
+        "files": files,
+        "sample": sample,
         "training": None,
         "fixed": None,
     }
 
 
-def _sample(
-    manifest: Manifest, tokenizer: ChatTokenizer, bad: set[int], options: CheckOptions
-) -> Figures | None:
-    """Return the first usable row, as the model sees it."""
-    row = next((row for row in manifest.rows() if row.line not in bad), None)
-    if row is None:
-        return None
-    segments = tokenizer.template.segments(messages_of(row, with_answer=not options.for_inference))
-    return {"line": row.line, "segments": [{"kind": each.kind, "text": each.text} for each in segments]}
+def _report(figures: Figures, manifest: Manifest, findings: Findings, options: CheckOptions) -> None:
+    """Write the CSV without the unusable rows and the report, as text or JSON, as the options ask for.
+
+    Raises:
+        InputError: a file cannot be written; or something would stop a training or inference.
+    """
+    if options.write_fixed is not None:
+        figures["fixed"] = _write_fixed(Path(options.write_fixed), manifest, findings, options)
+    if options.json is not None and options.json is not False:
+        text = json.dumps(figures, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+        if isinstance(options.json, str):
+            with (
+                report_write_errors(f"--json {options.json}", InputError),
+                replace_file(Path(options.json)) as work,
+            ):
+                work.write_text(text, encoding="utf-8")
+    if options.json is STANDARD_OUTPUT:
+        sys.stdout.write(text)
+    else:
+        for line in report_lines(figures, coloured=sys.stdout.isatty()):
+            sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+    bad = [(file["path"], file["bad"]["rows"]) for file in figures["files"] if file["bad"]["rows"]]
+    reasons = [Localized("{path}: {rows} rows cannot be used", path=path, rows=rows) for path, rows in bad]
+    if problem := (figures["training"] or {}).get("problem"):
+        reasons.append(Verbatim(**problem))
+    if reasons:
+        raise InputError(join_messages(reasons, "{left}; {right}"))
 
 
-def _beginning(manifest: Manifest, tokenizer: ChatTokenizer, found: Findings) -> int:
-    """Count the tokens before the audio that all usable rows share."""
-    bad, chosen = {*found.bad_lines}, {*prefix_sample(found.rows)}
-    usable = (row for row in manifest.rows() if row.line not in bad)
-    rows = (row for number, row in enumerate(usable) if number in chosen)
-    return tokenizer.shared_prefix_length(
-        tokenizer.encode_row(row, 1, with_answer=True).input_ids for row in rows
-    )
-
-
-def _write_fixed(output: Path, manifest: Manifest, found: Findings, options: CheckOptions) -> Figures:
-    """Write a CSV without the rows that cannot be used, if any is left.
+def _write_fixed(output: Path, manifest: Manifest, findings: Findings, options: CheckOptions) -> Figures:
+    """Write a CSV without the rows that cannot be used, if any is left, and the options beside it.
 
     Raises:
         InputError: it cannot be written.
     """
-    lines = set(found.bad_lines)
-    if found.rows:
+    bad_lines = set(findings.bad_lines)
+    if findings.rows:
         with report_write_errors(f"--write-fixed {output}", InputError):
             with replace_file(output) as work, work.open("wb") as file:
-                manifest.copy_without(lines, file)
+                manifest.copy_without(bad_lines, file)
             with replace_file(output.with_name(f"{output.name}.{SETTINGS_FILE}")) as work:
                 work.write_text(to_yaml(options), encoding="utf-8")
-    return {"path": str(output), "rows": found.rows, "left_out": len(lines)}
-
-
-# --- the report ----------------------------------------------------------------------------------------
-
-
-def _tell(figures: Figures, place: bool | str | None) -> None:
-    """Write the report to standard output, as text or JSON, and the JSON to its file."""
-    if place is STANDARD_OUTPUT:
-        _write_json(figures, sys.stdout)
-        return
-    if isinstance(place, str):
-        with (
-            report_write_errors(f"--json {place}", InputError),
-            replace_file(Path(place)) as work,
-            work.open("w", encoding="utf-8") as file,
-        ):
-            _write_json(figures, file)
-    for line in report_lines(figures, coloured=sys.stdout.isatty()):
-        sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
-
-
-def _write_json(figures: Figures, file: TextIO) -> None:
-    json.dump(figures, file, ensure_ascii=False, indent=2, allow_nan=False)
-    file.write("\n")
-
-
-def _judge(figures: Figures) -> None:
-    """Raise InputError if something would stop a training or inference."""
-    bad = [(file["path"], file["bad"]["rows"]) for file in figures["files"] if file["bad"]["rows"]]
-    reasons = [Localized("{path}: {rows} rows cannot be used", path=path, rows=rows) for path, rows in bad]
-    problem = (figures["training"] or {}).get("problem")
-    if problem:
-        reasons.append(Verbatim(**problem))
-    if reasons:
-        raise InputError(join_messages(reasons, "{left}; {right}"))
+    return {"path": str(output), "rows": findings.rows, "left_out": len(bad_lines)}
