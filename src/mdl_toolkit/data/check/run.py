@@ -98,7 +98,7 @@ def _check_output_paths(options: CheckOptions) -> None:
         for path in options.input:
             check_apart(output, Path(path), name)
     if len(outputs) == 2:
-        check_apart(*outputs.values(), *outputs)
+        check_apart(outputs["--write-fixed"], outputs["--json"], "--write-fixed", "--json")
 
 
 def _training_options(options: CheckOptions) -> "TrainOptions":

@@ -1,4 +1,4 @@
-"""The figures of `check` in words, line by line, in both languages."""
+"""The report of `check`: its figures in words, line by line, in both languages."""
 
 import unicodedata
 from collections.abc import Iterator
@@ -7,10 +7,13 @@ from mdl_toolkit.data.check.findings import Figures
 from mdl_toolkit.errors import RowProblem, RowsError
 from mdl_toolkit.i18n import Localized, Verbatim
 
-MOST_NAMED = 10  # lines, or pairs of prompts, of a finding
-BAR = 40  # columns of the longest bar
-LEARNT = ("\x1b[1;32m", "\x1b[0m")  # around what is learnt: bold green in a terminal ...
-BRACKETS = ("[[", "]]")  # ... and brackets elsewhere
+# Lines, or pairs of prompts, that are named of a finding.
+MOST_NAMED = 10
+# Columns of the longest bar.
+BAR = 40
+# Marks around what is learnt: bold green in a terminal, brackets elsewhere.
+BOLD_GREEN = ("\x1b[1;32m", "\x1b[0m")
+BRACKETS = ("[[", "]]")
 
 ROLES = {
     "training": Localized("training"),
@@ -42,83 +45,50 @@ FINDINGS = {
     "same_text": Localized("answer is also trained on, with another recording"),
     "near_prompts": Localized("prompts that differ in one letter"),
 }
-DETAILS = {"clipped": " ({:.1%})", "too_long": " ({})"}  # of a row, behind its line
-OTHER_LINE = " (= {})"  # for all others
+# The detail of a row behind its line; by default, another line.
+DETAILS = {"clipped": " ({:.1%})", "too_long": " ({})"}
+OTHER_LINE = " (= {})"
 
 
 def report_lines(figures: Figures, *, coloured: bool) -> Iterator[Localized]:
     """Yield the lines of the report; what is learnt is coloured, or in brackets."""
     for file in figures["files"]:
-        yield from _file_lines(file, figures["counted"])
+        yield Localized(
+            "{path} ({role}): {rows:,} rows, {hours:,.3f} hours",
+            path=file["path"],
+            role=ROLES[file["role"]],
+            rows=file["rows"],
+            hours=file["seconds"] / 3600,
+        )
+        if file["rows"]:
+            yield from _amount_lines(file, figures["counted"])
+        for finding in file["findings"]:
+            yield from _finding_lines(finding)
+        if file["bad"]["rows"]:
+            problems = [*map(RowProblem.from_json, file["bad"]["first"])]
+            yield RowsError(file["path"], problems, file["bad"]["problems"]).message
     if figures["sample"]:
-        yield from _sample_lines(figures["sample"], LEARNT if coloured else BRACKETS)
+        yield from _sample_lines(figures["sample"], BOLD_GREEN if coloured else BRACKETS)
     if figures["training"]:
         yield from _training_lines(figures["training"])
     if fixed := figures["fixed"]:
-        yield _fixed_line(**fixed)
-
-
-def _fixed_line(path: str, rows: int, left_out: int) -> Localized:
-    if not rows:
-        return Localized("{path}: not written, as no row can be used", path=path)
-    return Localized(
-        "{path}: {rows:,} rows written, {left_out:,} left out", path=path, rows=rows, left_out=left_out
-    )
-
-
-# --- one file ------------------------------------------------------------------------------------------
-
-
-def _file_lines(file: Figures, counted: str) -> Iterator[Localized]:
-    role, hours = ROLES[file["role"]], file["seconds"] / 3600
-    yield Localized(
-        "{path} ({role}): {rows:,} rows, {hours:,.3f} hours",
-        path=file["path"],
-        role=role,
-        rows=file["rows"],
-        hours=hours,
-    )
-    if file["rows"]:
-        yield from _amount_lines(file, counted)
-    for each in file["findings"]:
-        yield from _finding_lines(each)
-    bad = file["bad"]
-    if bad["rows"]:
-        yield _bad_rows(file["path"], bad)
+        if fixed["rows"]:
+            yield Localized("{path}: {rows:,} rows written, {left_out:,} left out", **fixed)
+        else:
+            yield Localized("{path}: not written, as no row can be used", path=fixed["path"])
 
 
 def _amount_lines(file: Figures, counted: str) -> Iterator[Localized]:
-    rates, channels, formats = (_counts(file[name]) for name in ("rates", "channels", "formats"))
-    yield Localized(
-        "  recordings: {rates} Hz; channels: {channels}; formats: {formats}",
-        rates=rates,
-        channels=channels,
-        formats=formats,
-    )
-    yield from _histogram_lines(file["lengths"])
-    audio, text = _spread(file["audio_tokens"]), _spread(file["text"])
-    unit = Localized("tokens") if counted == "tokens" else Localized("characters")
-    yield Localized("  audio tokens of a row: {audio}", audio=audio)
-    yield Localized("  text {unit} of a row: {text}", unit=unit, text=text)
-    size = f"{file['disk_bytes'] / 1e6:,.1f} MB"
-    yield Localized("  on disk after conversion: {size}", size=size)
-    if answers := file.get("answers"):
-        yield from _answer_lines(answers)
-
-
-def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{value} x {rows:,}" for value, rows in counts.items())
-
-
-def _spread(values: Figures) -> Localized:
-    median, p95, most = (f"{values[name]:,}" for name in ("median", "p95", "max"))
-    return Localized("median {median}, 95 % up to {p95}, longest {most}", median=median, p95=p95, most=most)
-
-
-def _histogram_lines(lengths: Figures) -> Iterator[Localized]:
-    """Draw a bar for each range that has rows, in seconds."""
+    """Describe recordings, lengths, tokens, size on disk and answers of a file."""
+    sources = {
+        name: ", ".join(f"{value} x {rows:,}" for value, rows in file[name].items())
+        for name in ("rates", "channels", "formats")
+    }
+    yield Localized("  recordings: {rates} Hz; channels: {channels}; formats: {formats}", **sources)
+    lengths = file["lengths"]
     shortest, longest = (f"{lengths[name]:.2f}" for name in ("shortest", "longest"))
     yield Localized("  length: {shortest} s to {longest} s", shortest=shortest, longest=longest)
+    # A bar for each range of seconds that has rows.
     most = max(lengths["rows"])
     below: float = 0
     for edge, rows in zip(lengths["below_seconds"], lengths["rows"], strict=True):
@@ -127,27 +97,41 @@ def _histogram_lines(lengths: Figures) -> Iterator[Localized]:
             bar = f"    {label:>12} {rows:>9,}  {'#' * max(1, round(BAR * rows / most))}"
             yield Verbatim(bar, bar)
         below = edge or below
+    unit = Localized("tokens") if counted == "tokens" else Localized("characters")
+    yield Localized("  audio tokens of a row: {audio}", audio=_spread(file["audio_tokens"]))
+    yield Localized("  text {unit} of a row: {text}", unit=unit, text=_spread(file["text"]))
+    yield Localized("  on disk after conversion: {size}", size=f"{file['disk_bytes'] / 1e6:,.1f} MB")
+    if answers := file.get("answers"):
+        count = answers["distinct"]
+        classes = ", ".join(f"{_shown(text)} x {rows:,}" for text, rows in answers["classes"])
+        if classes:
+            yield Localized("  different answers: {count:,} ({classes})", count=count, classes=classes)
+        else:
+            yield Localized("  different answers: {count:,}", count=count)
 
 
-def _answer_lines(answers: Figures) -> Iterator[Localized]:
-    classes = ", ".join(f"{_shown(text)} x {rows:,}" for text, rows in answers["classes"])
-    if classes:
+def _spread(values: Figures) -> Localized:
+    """Describe the spread of a figure over the rows."""
+    median, p95, most = (f"{values[name]:,}" for name in ("median", "p95", "max"))
+    return Localized("median {median}, 95 % up to {p95}, longest {most}", median=median, p95=p95, most=most)
+
+
+def _finding_lines(figures: Figures) -> Iterator[Localized]:
+    """Describe a finding with its first lines, each with its detail, or with its pairs of prompts."""
+    finding, rows = FINDINGS[figures["name"]], figures["rows"]
+    lines = figures.get("lines", [])[:MOST_NAMED]
+    detail_format = DETAILS.get(figures["name"], OTHER_LINE)
+    details = [detail_format.format(value) for value in figures.get("details", [])] or [""] * len(lines)
+    shown = [f"{line}{detail}" for line, detail in zip(lines, details, strict=False)]
+    if rows > len(lines) > 0:
+        shown.append("...")
+    if shown:
         yield Localized(
-            "  different answers: {count:,} ({classes})", count=answers["distinct"], classes=classes
-        )
-    else:
-        yield Localized("  different answers: {count:,}", count=answers["distinct"])
-
-
-def _finding_lines(found: Figures) -> Iterator[Localized]:
-    finding, rows, lines = FINDINGS[found["name"]], found["rows"], _named(found)
-    if lines:
-        yield Localized(
-            "  warning: {finding}: {rows:,}, line {lines}", finding=finding, rows=rows, lines=lines
+            "  warning: {finding}: {rows:,}, line {lines}", finding=finding, rows=rows, lines=", ".join(shown)
         )
     else:
         yield Localized("  warning: {finding}: {rows:,}", finding=finding, rows=rows)
-    for pair in found.get("pairs", ())[:MOST_NAMED]:
+    for pair in figures.get("pairs", ())[:MOST_NAMED]:
         one, other = (
             Localized("{text} ({rows:,} from line {line})", text=_shown(text), rows=rows, line=line)
             for text, rows, line in zip(pair["prompts"], pair["rows"], pair["lines"], strict=True)
@@ -155,51 +139,33 @@ def _finding_lines(found: Figures) -> Iterator[Localized]:
         yield Localized("    {one}, {other}", one=one, other=other)
 
 
-def _named(found: Figures) -> str:
-    """List the first lines of a finding, each with its figure."""
-    lines, form = found.get("lines", [])[:MOST_NAMED], DETAILS.get(found["name"], OTHER_LINE)
-    details = [form.format(value) for value in found.get("details", [])] or [""] * len(lines)
-    shown = ", ".join(f"{line}{detail}" for line, detail in zip(lines, details, strict=False))
-    return f"{shown}, ..." if found["rows"] > len(lines) > 0 else shown
-
-
-def _bad_rows(path: str, bad: Figures) -> Localized:
-    problems = [*map(RowProblem.from_json, bad["first"])]
-    return RowsError(path, problems, bad["problems"]).message
-
-
 def _shown(text: str, most: int = 60) -> str:
     """Quote a text from a CSV, shortened, and harmless in a terminal."""
     return repr(text if len(text) <= most else text[: most - 1] + "…")
 
 
-# --- a row, and what a training takes ------------------------------------------------------------------
-
-
 def _sample_lines(sample: Figures, marks: tuple[str, str]) -> Iterator[Localized]:
+    """Show a row as the model sees it, with marks around what is learnt."""
     begin, end = marks
     yield Localized(
         "line {line} as the model sees it ({begin}learnt{end}):", line=sample["line"], begin=begin, end=end
     )
-    pieces, is_open = "", False
+    text, is_open = "", False
     for segment in sample["segments"]:
         is_answer = segment["kind"] == "answer"
-        pieces += (begin if is_answer and not is_open else "") + (end if is_open and not is_answer else "")
-        pieces += _harmless(segment["text"])
+        text += (begin if is_answer and not is_open else "") + (end if is_open and not is_answer else "")
+        # Control characters could do something to a terminal.
+        text += "".join(
+            letter if letter in "\n\t" or unicodedata.category(letter)[0] != "C" else repr(letter)[1:-1]
+            for letter in segment["text"]
+        )
         is_open = is_answer
-    shown = "\n".join(f"  {line}" for line in (pieces + end * is_open).splitlines())
+    shown = "\n".join(f"  {line}" for line in (text + end * is_open).splitlines())
     yield Verbatim(shown, shown)
 
 
-def _harmless(text: str) -> str:
-    """Escape the control characters by which a text could do something to a terminal."""
-    return "".join(
-        letter if letter in "\n\t" or unicodedata.category(letter)[0] != "C" else repr(letter)[1:-1]
-        for letter in text
-    )
-
-
 def _training_lines(training: Figures) -> Iterator[Localized]:
+    """Describe memory, steps and time of a training, or the problem that stops it."""
     if problem := training.get("problem"):
         yield Verbatim(**problem)
         return
@@ -209,16 +175,18 @@ def _training_lines(training: Figures) -> Iterator[Localized]:
     if warning := training["warning"]:
         yield Localized("  warning: {warning}", warning=Verbatim(**warning))
     epochs = f"{training['epochs']:g}"
-    steps, each, batch = (f"{training[name]:,}" for name in ("steps", "steps_per_epoch", "effective_batch"))
+    steps, steps_per_epoch, batch = (
+        f"{training[name]:,}" for name in ("steps", "steps_per_epoch", "effective_batch")
+    )
     yield Localized(
         "  steps: {steps} in {epochs} epochs of {each}, effective batch {batch} on one GPU",
         steps=steps,
         epochs=epochs,
-        each=each,
+        each=steps_per_epoch,
         batch=batch,
     )
-    done = training["operations"]
-    amount, hours = f"{done / 1e12:,.4g}", f"{done / (100e12 * 3600):.3g}"
+    operations = training["operations"]
+    amount, hours = f"{operations / 1e12:,.4g}", f"{operations / (100e12 * 3600):.3g}"
     yield Localized(
         "  time: {amount} TFLOP in matrix products, {hours} hours for a GPU that sustains 100 TFLOP/s; "
         "how fast yours is, `train` says after three steps",
