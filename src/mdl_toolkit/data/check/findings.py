@@ -7,7 +7,7 @@ rows alone, not on the order in which workers report.
 import dataclasses
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -179,6 +179,8 @@ class Findings:
 
     def _near_prompts(self, facts: Facts) -> list[Figures]:
         """Find pairs of prompts that differ in one letter; their rows are those of the rarer ones."""
+        from rapidfuzz.distance import Levenshtein
+
         digests, first_rows, counts = np.unique(facts["prompt"], return_index=True, return_counts=True)
         index_of = {number: index for index, number in enumerate(digests.tolist())}
         # White space around prompts is another finding.
@@ -187,10 +189,18 @@ class Findings:
             if number in index_of:
                 prompts.setdefault(text.strip(), index_of[number])
         pairs: list[Figures] = []
-        for pair in _one_letter_apart([*prompts]):
-            indices = [prompts[text] for text in pair]
-            lines = facts["line"][first_rows[indices]].tolist()
-            pairs.append({"prompts": [*pair], "rows": counts[indices].tolist(), "lines": lines})
+        texts = [*prompts]
+        for one, two in ((one, two) for index, two in enumerate(texts) for one in texts[:index]):
+            if abs(len(one) - len(two)) > 1 or Levenshtein.distance(one, two, score_cutoff=1) != 1:
+                continue
+            (edit,) = Levenshtein.editops(one, two)
+            removed = "" if edit.tag == "insert" else one[edit.src_pos]
+            added = "" if edit.tag == "delete" else two[edit.dest_pos]
+            # Numbered prompts are meant to differ.
+            if not (removed + added).isdigit():
+                indices = [prompts[one], prompts[two]]
+                lines = facts["line"][first_rows[indices]].tolist()
+                pairs.append({"prompts": [one, two], "rows": counts[indices].tolist(), "lines": lines})
         if not pairs:
             return []
         rows = sum(min(pair["rows"]) for pair in pairs)
@@ -278,20 +288,3 @@ def _line_of(keys: Numbers, trained_keys: Numbers, lines: Numbers) -> Numbers:
         return np.zeros(len(keys), np.int64)
     indices = np.searchsorted(values, keys).clip(max=len(values) - 1)
     return np.where(values[indices] == keys, lines[first_rows][indices], 0)
-
-
-def _one_letter_apart(texts: Sequence[str]) -> list[tuple[str, str]]:
-    """Return pairs of texts that differ in one character which is no digit: numbered prompts are meant."""
-    from rapidfuzz.distance import Levenshtein
-
-    pairs = []
-    for index, two in enumerate(texts):
-        for one in texts[:index]:
-            if abs(len(one) - len(two)) > 1 or Levenshtein.distance(one, two, score_cutoff=1) != 1:
-                continue
-            (edit,) = Levenshtein.editops(one, two)
-            removed = "" if edit.tag == "insert" else one[edit.src_pos]
-            added = "" if edit.tag == "delete" else two[edit.dest_pos]
-            if not (removed + added).isdigit():
-                pairs.append((one, two))
-    return pairs
