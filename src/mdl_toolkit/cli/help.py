@@ -29,6 +29,18 @@ class HelpEntry:
     note: str
     text: str
 
+    @staticmethod
+    def of(field: "Field[Any]") -> "HelpEntry":
+        """Explain an option, with its default as the note."""
+        spec, default = spec_of(field), field.default
+        if default is MISSING:
+            note = Localized("(required)")
+        else:
+            shown = f"{default:g}" if isinstance(default, float) else default
+            shown = shown if isinstance(shown, str) else json.dumps(shown)
+            note = Localized("(default: {value})", value=spec.dynamic or shown)
+        return HelpEntry(f"{shown_name(field)} {spec.type.metavar}", str(note), str(spec.help))
+
 
 def help_entry() -> HelpEntry:
     """Return the entry of `--help` itself."""
@@ -55,22 +67,11 @@ def options_page(command: str, options: type[Options], fields: Sequence["Field[A
             usage.append(f"{name}..." if spec.type.is_repeated else name)
     usage.append(str(Localized("[OPTIONS]")))
     sections = [
-        (str(group), [_option_entry(field) for field in fields if spec_of(field).group == group])
+        (str(group), [HelpEntry.of(field) for field in fields if spec_of(field).group == group])
         for group in (*options.GROUPS, OTHERS)
     ]
     sections[-1][1].append(help_entry())
     return help_page(" ".join(usage), str(options.SUMMARY), sections, width)
-
-
-def _option_entry(field: "Field[Any]") -> HelpEntry:
-    spec, default = spec_of(field), field.default
-    if default is MISSING:
-        note = Localized("(required)")
-    else:
-        shown = f"{default:g}" if isinstance(default, float) else default
-        shown = shown if isinstance(shown, str) else json.dumps(shown)
-        note = Localized("(default: {value})", value=spec.dynamic or shown)
-    return HelpEntry(f"{shown_name(field)} {spec.type.metavar}", str(note), str(spec.help))
 
 
 def help_page(

@@ -51,6 +51,17 @@ class Failure:
     problem: Exception
     trace: str
 
+    @staticmethod
+    def of(problem: Exception) -> "Failure":
+        """Carry an exception; one that cannot be pickled becomes a RuntimeError."""
+        trace = "".join(traceback.format_exception(problem))
+        try:
+            # Pickling a copy makes it anew, as the parent will.
+            pickle.dumps(copy.copy(problem))
+        except Exception:  # noqa: BLE001 - whatever its own methods raise
+            problem = RuntimeError(f"{type(problem).__name__}: {problem}")
+        return Failure(problem, f"\n{trace}")
+
 
 def work_through(
     jobs: Iterator[JobT], task: Callable[[JobT], Iterator[ReportT]], count: int
@@ -165,19 +176,8 @@ def _serve(pipe: Any) -> None:
                     pipe.send(report)
                 answer = _END
             except Exception as problem:  # noqa: BLE001 - the parent raises it
-                answer = _failure(problem)
+                answer = Failure.of(problem)
             pipe.send(answer)
-
-
-def _failure(problem: Exception) -> Failure:
-    """Return an exception with its traceback as text; one that cannot be pickled becomes a RuntimeError."""
-    trace = "".join(traceback.format_exception(problem))
-    try:
-        # Pickling a copy makes it anew, as the parent will.
-        pickle.dumps(copy.copy(problem))
-    except Exception:  # noqa: BLE001 - whatever its own methods raise
-        problem = RuntimeError(f"{type(problem).__name__}: {problem}")
-    return Failure(problem, f"\n{trace}")
 
 
 def _end_with_parent() -> None:
