@@ -485,7 +485,7 @@ def test_help_is_quick(command):
     for _ in range(3):
         assert python("-m", "mdl_toolkit", command, "--help").returncode == 0
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # Time on the processor, so that neighbours on the same machine do not count (rule 6: under 0.3 s).
+    # Time on the processor, so that neighbours on the same machine do not count (under 0.3 s).
     assert (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / 3 < 0.3
 
 

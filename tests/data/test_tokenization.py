@@ -207,7 +207,7 @@ def test_vocabulary_and_merges_do_as_well(tmp_path):
     assert older.pad_id == chat_tokenizer().pad_id
 
 
-# --- rule 23 ---------------------------------------------------------------------------------------------
+# --- labels cover the answer and the token that closes it --------------------------------------------------
 
 HOSTILE = st.one_of(
     st.lists(st.one_of(st.sampled_from(SPECIALS), TEXT), min_size=1, max_size=4).map("".join),

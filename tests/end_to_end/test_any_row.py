@@ -34,7 +34,7 @@ LENGTH = st.integers(1, 6400) | st.floats(0, 1).map(lambda share: max(1, int(LON
 
 
 def words(prompt: str) -> bool:
-    """Tell whether a cell says something (rule 10)."""
+    """Tell whether a cell says something."""
     return prompt not in ("", "null")
 
 

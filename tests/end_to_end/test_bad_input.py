@@ -1,4 +1,4 @@
-"""Bad input, as a user would type it: one clear message, the right status, nothing left behind (rule 7)."""
+"""Bad input, as a user would type it: one clear message, the right status, nothing left behind."""
 
 import csv
 import json

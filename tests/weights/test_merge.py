@@ -1,4 +1,4 @@
-"""Merging: W + (alpha / r) B A against a plain loop, in the base folder's own format (rule 35)."""
+"""Merging: W + (alpha / r) B A against a plain loop, in the base folder's own format."""
 
 import json
 

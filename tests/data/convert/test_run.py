@@ -227,7 +227,7 @@ def test_a_cut_off_file_is_refused_or_named(place, capsys):
     assert warned[0].startswith("warning: line 3: cut.wav: ")
 
 
-# --- which outputs are refused (rule 18) -----------------------------------------------------------------
+# --- which outputs are refused ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -420,7 +420,7 @@ def test_a_warning_shows_no_password(place, server, capsys):
     assert "secret" not in said
 
 
-# --- always the same (rule 19) ---------------------------------------------------------------------------
+# --- always the same -------------------------------------------------------------------------------------
 
 
 def phrases(count: int) -> list[dict[str, str]]:
