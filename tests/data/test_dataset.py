@@ -1,12 +1,9 @@
 """What is written to disk comes back, through us and through `datasets`; what is damaged is refused."""
 
-import io
 import json
 import os
 import pickle
-import re
 import resource
-import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,12 +14,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-import soundfile
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from mdl_toolkit.audio.flac import PackedAudio, pack_audio, unpack_audio
-from mdl_toolkit.cli.main import run
+from mdl_toolkit.audio.flac import pack_audio
 from mdl_toolkit.data import dataset_writer
 from mdl_toolkit.data.dataset import (
     RECORD_FILE,
@@ -33,100 +26,12 @@ from mdl_toolkit.data.dataset import (
 from mdl_toolkit.data.dataset_writer import ShardWriter, check_output, shard_name, write_metadata
 from mdl_toolkit.data.tokenization import Tokens
 from mdl_toolkit.errors import DatasetError, InputError
-from mdl_toolkit.utils.files import check_apart, replace_folder
 from mdl_toolkit.weights.tokenizer_files import TokenizerFiles
-from tests.support.paths import MODEL
-from tests.support.runs import files_below, make_csv
+from tests.support.runs import files_below
 from tests.support.waves import wave
 
 RECORD = Record("0123456789abcdef", "fedcba9876543210", "Be brief.", None, toolkit="1.0")
 BESIDE = {"state.json", "dataset_info.json", "mdl-toolkit.json"}
-
-# --- audio -----------------------------------------------------------------------------------------------
-
-INT16 = st.lists(st.integers(-32768, 32767), min_size=1, max_size=200)
-
-
-@settings(max_examples=300, deadline=None)
-@given(samples=INT16, quieter=st.integers(0, 15))
-def test_16_bit_recordings_are_kept_exactly(samples, quieter):
-    waveform = (np.array(samples) >> quieter).astype(np.float32) / np.float32(32768)
-    assert_exact(waveform)
-
-
-@pytest.mark.parametrize("extreme", [[-32768], [32767], [-32768, 32767], [0], [1], [-1], [-32768] * 3200])
-def test_extremes_are_kept_exactly(extreme):
-    assert_exact(np.array(extreme, np.float32) / np.float32(32768))
-
-
-def assert_exact(waveform: np.ndarray) -> None:
-    packed = pack_audio(waveform)
-    assert len(packed.data) <= 2 * len(waveform)
-    again = unpack_audio(packed)
-    assert again.dtype == np.float32
-    np.testing.assert_array_equal(again, waveform)
-
-
-@settings(max_examples=300, deadline=None)
-@given(
-    seed=st.integers(0, 100),
-    length=st.integers(1, 600),
-    exponent=st.integers(-90, 90),
-    fraction=st.floats(1, 2, width=32),
-)
-def test_other_recordings_are_rounded_once(seed, length, exponent, fraction):
-    """To half a step at any level, from a whisper to far above full scale; 70 dB below the peak or better."""
-    shape = np.random.default_rng(seed).uniform(-1, 1, length)
-    waveform = (shape / np.abs(shape).max() * fraction * 2.0**exponent).astype(np.float32)
-    packed = pack_audio(waveform)
-    assert len(packed.data) <= 2 * length
-    assert packed.length == length
-    error = np.abs(unpack_audio(packed).astype(np.float64) - waveform).max()
-    assert error <= packed.scale / 32768 / 2
-    assert error <= np.abs(waveform).max() * 10 ** (-70 / 20)
-
-
-@pytest.mark.parametrize(
-    "peak", [1.0, 1 - 2**-17, 1 + 2**-20, 1.99999, 2.0, 30.0, -1.0, -1.00001, -2.0, -4.1]
-)
-def test_nothing_is_clipped(peak):
-    waveform = np.array([peak, peak / 2, -peak / 3], np.float32)
-    packed = pack_audio(waveform)
-    assert np.abs(unpack_audio(packed) - waveform).max() <= packed.scale / 32768 / 2
-
-
-def test_silence():
-    assert unpack_audio(pack_audio(np.zeros(3200, np.float32))).tolist() == [0.0] * 3200
-    assert pack_audio(np.zeros(3200, np.float32)).format == "flac"
-
-
-def test_flac_is_flac():
-    waveform = wave(16_000, 1)
-    packed = pack_audio(waveform)
-    assert packed.format == "flac"
-    about = soundfile.info(io.BytesIO(packed.data))
-    assert (about.format, about.subtype, about.samplerate, about.channels, about.frames) == (
-        "FLAC", "PCM_16", 16_000, 1, 16_000,
-    )  # fmt: skip
-    samples, _ = soundfile.read(io.BytesIO(packed.data))
-    np.testing.assert_allclose(samples * packed.scale, waveform, atol=packed.scale / 32768)
-
-
-def test_noise_is_stored_plainly():
-    noise = np.random.default_rng(0).integers(-32768, 32768, 4000).astype(np.float32) / 32768
-    packed = pack_audio(noise)
-    assert (packed.format, len(packed.data)) == ("pcm16", 8000)
-    np.testing.assert_array_equal(np.frombuffer(packed.data, "<i2"), noise * 32768)
-
-
-@pytest.mark.parametrize("kind", ["flac", "pcm16"])
-def test_damaged_bytes(kind):
-    with pytest.raises(ValueError, match=r"."):
-        unpack_audio(PackedAudio(b"x" * 101, kind, 1.0, 50))
-    good = pack_audio(wave(3200, 0)) if kind == "flac" else PackedAudio(bytes(6400), kind, 1.0, 3200)
-    with pytest.raises(ValueError, match="3200 of 3201 samples"):
-        unpack_audio(replace(good, length=3201))
-
 
 # --- writing and reading ---------------------------------------------------------------------------------
 
@@ -421,230 +326,6 @@ def test_names_do_not_lead_out_of_the_folder(folder, tmp_path):
             ConvertedDataset(folder)
     change_json("state.json", _data_files=[{"filename": f"/elsewhere/{ARROW}"}])(folder)
     assert_equal(ConvertedDataset(folder), make_rows(40))
-
-
-# --- putting in place ------------------------------------------------------------------------------------
-
-
-def content(folder: Path) -> dict[str, str]:
-    """Everything below a folder, hidden files and empty folders too."""
-    return {
-        str(path.relative_to(folder)): path.read_text() if path.is_file() else "folder"
-        for path in sorted(folder.rglob("*"))
-    }
-
-
-def fill(work: Path) -> None:
-    (work / "new").write_text("new")
-
-
-def test_a_new_output(tmp_path):
-    with replace_folder(tmp_path / "out") as work:
-        assert list(work.iterdir()) == []
-        assert work.parent == tmp_path
-        fill(work)
-        assert not (tmp_path / "out").exists()
-    assert content(tmp_path) == {"out": "folder", "out/new": "new"}
-
-
-@pytest.fixture
-def old(tmp_path):
-    """An output with something in it."""
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/old").write_text("old")
-    (tmp_path / "out/.hidden").write_text("hidden")
-    return tmp_path / "out"
-
-
-def test_an_output_is_replaced_whole(old, tmp_path):
-    with replace_folder(old) as work:
-        fill(work)
-        assert (old / "old").read_text() == "old"
-    assert content(tmp_path) == {"out": "folder", "out/new": "new"}
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_failure_leaves_what_was_there(old, tmp_path, error):
-    before = content(tmp_path)
-    with pytest.raises(error):
-        fail(old, error)
-    assert content(tmp_path) == before
-
-
-def fail(output: Path, error: type[BaseException]) -> None:
-    with replace_folder(output) as work:
-        fill(work)
-        raise error
-
-
-def test_a_failure_leaves_no_new_folders(tmp_path):
-    with pytest.raises(ValueError, match=r"^$"):
-        fail(tmp_path / "a/b/out", ValueError)
-    assert content(tmp_path) == {}
-    with replace_folder(tmp_path / "a/b/out") as work:
-        fill(work)
-    assert content(tmp_path) == {"a": "folder", "a/b": "folder", "a/b/out": "folder", "a/b/out/new": "new"}
-
-
-def test_what_cannot_be_put_in_place_leaves_what_was_there(old, tmp_path):
-    before = content(tmp_path)
-    with pytest.raises(FileNotFoundError), replace_folder(old) as work:
-        shutil.rmtree(work)
-    assert content(tmp_path) == before
-
-
-def test_a_link_is_followed_and_stays(old, tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    link = tmp_path / "elsewhere/link"
-    link.symlink_to(old)
-    with replace_folder(link) as work:
-        fill(work)
-    assert link.is_symlink()
-    assert content(tmp_path / "out") == {"new": "new"}
-    assert {path.name for path in tmp_path.iterdir()} == {"out", "elsewhere"}
-
-
-def test_the_current_directory(old, monkeypatch):
-    monkeypatch.chdir(old)
-    with replace_folder(Path()) as work:
-        fill(work)
-    assert content(old) == {"new": "new"}
-
-
-def test_what_a_killed_process_left_behind_is_in_nobody_s_way(old, tmp_path):
-    """Process numbers come again, in containers soon: each work folder has a name of its own."""
-    with replace_folder(old) as first:
-        kept = first.with_name("kept")
-        shutil.copytree(first, kept)
-        with replace_folder(old) as second:
-            assert first != second
-            fill(second)
-        fill(first)
-    assert content(old) == {"new": "new"}
-
-
-@pytest.mark.parametrize("is_moved_away", [False, True])
-def test_what_a_killed_process_left_behind_is_removed_or_put_back(old, tmp_path, is_moved_away):
-    before = content(old)
-    (tmp_path / ".out.partial-0123abcd").mkdir()
-    (tmp_path / ".out.partial-0123abcd/half").write_text("half")
-    if is_moved_away:
-        old.rename(tmp_path / ".out.old-0123abcd")
-    else:
-        shutil.copytree(old, tmp_path / ".out.old-4567abcd")
-    others = {".out.partial-mine", ".output.partial-0123abcd"}
-    for name in others:
-        (tmp_path / name).mkdir()
-    with replace_folder(old) as work:
-        assert content(old) == before
-        fill(work)
-    assert content(old) == {"new": "new"}
-    assert {path.name for path in tmp_path.iterdir()} == {"out"} | others
-
-
-def test_an_output_below_a_file(tmp_path):
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(NotADirectoryError), replace_folder(tmp_path / "file/out"):
-        pass
-    assert content(tmp_path) == {"file": "x"}
-
-
-# --- which outputs are refused ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("output", "source", "fine"),
-    [
-        ("a", "a", False),
-        ("a", "a/b/c.csv", False),
-        ("a/b", "a", False),
-        ("a/x/../b", "a/b", False),
-        ("link", "a", False),
-        ("link/b", "a", False),
-        ("a", "ab", True),
-        ("ab", "a", True),
-        ("a/b", "a/c", True),
-        ("new", "a/c.csv", True),
-    ],
-)
-def test_outputs_apart_from_inputs(tmp_path, monkeypatch, output, source, fine):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a").mkdir()
-    (tmp_path / "link").symlink_to("a")
-    for first, second in ((output, source), (str(tmp_path / output), source)):
-        if fine:
-            check_apart(Path(first), Path(second))
-        else:
-            with pytest.raises(InputError) as caught:
-                check_apart(Path(first), Path(second))
-            assert caught.value.message.en.startswith(f"--output {first}: ")
-            assert second in caught.value.message.en
-
-
-# --- datasets of 0.1.0 -----------------------------------------------------------------------------------
-
-
-def save_as_0_1_0(folder: Path) -> Path:
-    """Write two padded rows as mdl-toolkit 0.1.0 did, with `datasets` and these columns."""
-    import datasets
-    from datasets import List, Value
-
-    datasets.disable_progress_bars()
-    columns = datasets.Features(
-        input_ids=List(Value("int64")),
-        attention_mask=List(Value("int64")),
-        input_values=List(Value("float32")),
-        audio_length=Value("int64"),
-        labels=List(Value("int64")),
-    )
-    row = {"attention_mask": [0, 1, 1], "input_values": [0.5] * 3200, "labels": [-100, -100, 7]}
-    rows = [{**row, "input_ids": [0, 6, word], "audio_length": 3200} for word in (7, 8)]
-    datasets.Dataset.from_list(rows, features=columns).save_to_disk(folder)
-    return folder
-
-
-def contents(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def test_a_dataset_of_0_1_0_is_refused_with_the_command_that_converts_its_csv_again(tmp_path, capsys):
-    """The command is run as it stands there, with names in place of its three capital words."""
-    old, csv = save_as_0_1_0(tmp_path / "old"), make_csv(tmp_path, 2)
-    before = contents(old)
-    words = [
-        "train",
-        "--train-dataset",
-        str(old),
-        "--model-name",
-        str(MODEL),
-        "--output",
-        str(tmp_path / "run"),
-    ]
-    assert run(words) == 1
-    said = capsys.readouterr().err
-    assert said.count("\n") == said.count("convert its CSV again") == said.count(str(old)) == 1
-    assert "mdl-toolkit 0.1.0" in said
-    assert contents(old) == before
-    assert not (tmp_path / "run").exists()
-    with pytest.raises(DatasetError) as caught:
-        ConvertedDataset(old)
-    texts = (caught.value.message.en, caught.value.message.zh)
-    (command,) = {re.split("[:：]", text)[-1].strip() for text in texts}
-    given = {"CSV": csv, "NEW": tmp_path / "new", "MODEL": MODEL}
-    program, *words = [str(given.get(word, word)) for word in shlex.split(command)]
-    assert program == "mdl-toolkit"
-    assert run(words) == 0
-    assert len(ConvertedDataset(tmp_path / "new")) == 2
-
-
-@pytest.mark.parametrize(
-    "content", [None, "", "null", "[]", "{}", '{"features": null}', '{"features": {"labels": {}}}']
-)
-def test_other_folders_are_not_taken_for_one_of_0_1_0(tmp_path, content):
-    if content is not None:
-        (tmp_path / "dataset_info.json").write_text(content, encoding="utf-8")
-    with pytest.raises(DatasetError, match="not a complete dataset written by convert-dataset"):
-        ConvertedDataset(tmp_path)
 
 
 # --- outputs ---------------------------------------------------------------------------------------------

@@ -22,7 +22,6 @@ from mdl_toolkit.weights.provenance import Prompts
 from mdl_toolkit.weights.tokenizer_files import TokenizerFiles
 
 RECORD_FILE = "mdl-toolkit.json"
-COLUMNS_OF_0_1_0 = {"input_ids", "attention_mask", "input_values", "audio_length", "labels"}
 FORMAT = 1
 
 FEATURES = {
@@ -158,7 +157,6 @@ class ConvertedDataset:
 
     def __post_init__(self) -> None:
         if not is_converted(self.folder):
-            self._refuse_version_0_1_0()
             raise DatasetError(
                 "{folder}: not a complete dataset written by convert-dataset; convert again",
                 folder=self.folder,
@@ -173,26 +171,6 @@ class ConvertedDataset:
             raise self._damaged(str(problem)) from problem
         if rows != self.record.rows:
             raise self._damaged(f"{rows} rows, {self.record.rows} recorded")
-
-    def _refuse_version_0_1_0(self) -> None:
-        """Refuse a dataset that mdl-toolkit 0.1.0 converted, whose columns tell it from any other one.
-
-        Raises:
-            DatasetError: naming the command that converts its CSV again.
-        """
-        try:
-            info = json.loads((self.folder / "dataset_info.json").read_text(encoding="utf-8"))
-            columns = set(info["features"])
-        except (OSError, ValueError, TypeError, KeyError):
-            return
-        if columns >= COLUMNS_OF_0_1_0:
-            command = "mdl-toolkit convert-dataset CSV --output NEW --model-name MODEL"
-            raise DatasetError(
-                "{folder}: converted by mdl-toolkit 0.1.0, which this version does not read; convert its "
-                "CSV again: {command}",
-                folder=self.folder,
-                command=command,
-            )
 
     def __len__(self) -> int:
         return self.record.rows

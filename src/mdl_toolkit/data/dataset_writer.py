@@ -6,7 +6,7 @@ The folder is one that `datasets.load_from_disk` opens: Arrow streams with its m
 import hashlib
 import json
 from collections.abc import Sequence, Sized
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -59,13 +59,6 @@ class ShardWriter:
             self._sink.close()
             fsync(self._file)
             return self._file.stat().st_size
-
-    def discard(self) -> None:
-        """Give the file up, also if the disk does not take its end."""
-        with suppress(OSError):
-            self._stream.close()
-            self._sink.close()
-        self._file.unlink(missing_ok=True)
 
     def _flush(self) -> None:
         if not self._rows:

@@ -3,6 +3,7 @@
 import threading
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,17 +32,17 @@ class Recordings:
 
     def clips(self, rows: list[Row]) -> Iterator[tuple[Row, Clip | RowProblem]]:
         """Yield each row with its recording, or with what is wrong with that; addresses are fetched ahead."""
-        ahead: deque[tuple[Row, Path | _Fetch]] = deque()
+        ahead: deque[tuple[Row, Path | Future[Path]]] = deque()
         for row in rows:
-            ahead.append((row, _Fetch(self.downloads, row.audio) if is_url(row.audio) else Path(row.audio)))
+            ahead.append((row, _fetch(self.downloads, row.audio) if is_url(row.audio) else Path(row.audio)))
             if len(ahead) == FETCHED_AHEAD:
                 yield self._open(*ahead.popleft())
         while ahead:
             yield self._open(*ahead.popleft())
 
-    def _open(self, row: Row, file: "Path | _Fetch") -> tuple[Row, Clip | RowProblem]:
+    def _open(self, row: Row, file: Path | Future[Path]) -> tuple[Row, Clip | RowProblem]:
         try:
-            path = file.result() if isinstance(file, _Fetch) else file
+            path = file.result() if isinstance(file, Future) else file
             clip = load(path, allow_truncated=self.allow_truncated)
             if not is_url(row.audio) and _stamp(path) != row.stamp:
                 raise AudioError(
@@ -59,31 +60,16 @@ def _stamp(file: Path) -> tuple[int, int] | None:
         return None
 
 
-class _Fetch(threading.Thread):
-    """Download in the background; nobody waits for it when the process is interrupted."""
+def _fetch(downloads: Downloads, url: str) -> Future[Path]:
+    """Download in a thread for which nobody waits when the process is interrupted."""
+    future: Future[Path] = Future()
 
-    def __init__(self, downloads: Downloads, url: str) -> None:
-        super().__init__(daemon=True)
-        self._downloads, self._url = downloads, url
-        self._answer: list[Path | Exception] = []
-        self.start()
-
-    def run(self) -> None:
-        """Fetch; see `threading.Thread`."""
+    def run() -> None:
         try:
-            self._answer.append(self._downloads.path_of(self._url))
+            future.set_result(downloads.path_of(url))
         # It is raised where the file is wanted.
         except Exception as problem:  # noqa: BLE001
-            self._answer.append(problem)
+            future.set_exception(problem)
 
-    def result(self) -> Path:
-        """Wait for the download and return the local file.
-
-        Raises:
-            AudioError: it cannot be had.
-        """
-        self.join()
-        (answer,) = self._answer
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+    threading.Thread(target=run, daemon=True).start()
+    return future

@@ -21,7 +21,8 @@ from mdl_toolkit.data.convert.plan import Plan, Shard
 from mdl_toolkit.data.convert.stats import ConversionStats
 from mdl_toolkit.data.convert.work_folder import WorkFolder
 from mdl_toolkit.data.dataset_writer import shard_name
-from mdl_toolkit.errors import DatasetError, InputError, Problems
+from mdl_toolkit.errors import DatasetError, InputError, Problems, RowProblem
+from mdl_toolkit.i18n import Localized
 from tests.support.runs import files_below
 
 LOADED = time.time()
@@ -89,10 +90,13 @@ def partial(output) -> Path:
     return output.with_name(".out.partial")
 
 
-def commit(work: WorkFolder, shard: Shard, content: bytes = b"0123456789") -> None:
+def commit(
+    work: WorkFolder, shard: Shard, content: bytes = b"0123456789", problems: Problems | None = None
+) -> None:
     file = work.file_to_write()
     file.write_bytes(content)
-    work.commit(shard, file, ConversionStats(rows=shard.rows, bytes=len(content)))
+    stats = ConversionStats(rows=shard.rows, bytes=len(content), problems=problems or Problems())
+    work.commit(shard, file, stats)
 
 
 def fill(output: Path, *shards: Shard) -> None:
@@ -201,7 +205,7 @@ def test_finished_shards_are_known_again(output, partial):
     fill(output, SHARDS[0], SHARDS[2])
     with WorkFolder(output) as work:
         assert work.begin(PLAN) == 10
-        assert work.entry(SHARDS[0]).stats == ConversionStats(rows=4, bytes=10)
+        assert work.entry(SHARDS[0]) == ConversionStats(rows=4, bytes=10)
         assert work.entry(SHARDS[1]) is None
         assert not work.claim(SHARDS[2])
         assert work.finished(PLAN) == 10
@@ -234,7 +238,7 @@ def test_another_number_of_shards_makes_all_stale(output, partial):
     assert files_below(partial / "dataset") == set()
 
 
-GOOD = {"fingerprint": "a", "tally": ConversionStats(rows=4, bytes=10).to_json(), "is_stored": True}
+GOOD = {"fingerprint": "a", "tally": ConversionStats(rows=4, bytes=10).to_json()}
 
 
 @pytest.mark.parametrize(
@@ -245,7 +249,7 @@ GOOD = {"fingerprint": "a", "tally": ConversionStats(rows=4, bytes=10).to_json()
         json.dumps({**GOOD, "tally": {**GOOD["tally"], "unheard": 1}}),
         json.dumps({**GOOD, "tally": {**GOOD["tally"], "positions": {"x": 1}}}),
         json.dumps({**GOOD, "tally": {**GOOD["tally"], "problems": {"first": [{}], "count": 1}}}),
-        json.dumps({**GOOD, "fingerprint": "b"}), json.dumps({**GOOD, "is_stored": False}), "\udcff",
+        json.dumps({**GOOD, "fingerprint": "b"}), "\udcff",
     ],
 )  # fmt: skip
 def test_lines_that_do_not_count(output, partial, text):
@@ -270,15 +274,15 @@ def test_a_file_of_another_size_does_not_count(output, partial, size):
         assert work.claim(SHARDS[0])
 
 
-def test_a_shard_that_was_given_up_counts_for_this_run_only(output):
+@pytest.mark.parametrize("keeps_going", [False, True])
+def test_a_shard_with_a_bad_row_counts_for_this_run_only_unless_it_keeps_going(output, keeps_going):
+    bad = Problems([RowProblem(2, "audio", "a.wav", Localized("no recording"))], 1)
     with WorkFolder(output) as work:
         work.begin(PLAN)
-        work.commit(SHARDS[0], work.file_to_write(), ConversionStats())
-        assert not work.entry(SHARDS[0]).is_stored
+        commit(work, SHARDS[0], problems=bad)
         assert not work.claim(SHARDS[0])
-        assert work.finished(PLAN) == 0
-        assert work.begin(PLAN) == 0
-        assert work.claim(SHARDS[0])
+        assert work.begin(PLAN, keeps_going=keeps_going) == (4 if keeps_going else 0)
+        assert work.claim(SHARDS[0]) is not keeps_going
 
 
 def test_a_shard_that_cannot_be_kept(output, partial):

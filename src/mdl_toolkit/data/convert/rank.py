@@ -61,33 +61,34 @@ class RankConversion:
     keeps_going: bool
     ranks: Ranks
 
-    def __post_init__(self) -> None:
-        # Nothing will be stored: recordings are only checked.
-        self.is_spoilt = self.plan.problems.count > 0 and not self.keeps_going
-        self.is_waiting = False
-
     def run_first(self, extra_files: dict[str, str]) -> Record:
         """Do the first rank's part: convert, wait for the others, and put the dataset in place.
 
         Args:
             extra_files: the texts of more files of the dataset, by name.
         """
-        if finished := self.work.begin(self.plan):
+        if finished := self.work.begin(self.plan, keeps_going=self.keeps_going):
             say(
                 "going on from an earlier run: {done} of {rows} rows are converted already",
                 done=finished,
                 rows=self.plan.rows,
             )
         # Who has bad rows already may not want to wait.
-        if self.is_spoilt and self.plan.rows >= FEW_ROWS:
+        if self.plan.problems.count and not self.keeps_going and self.plan.rows >= FEW_ROWS:
             warn(
                 "{problems} rows cannot be used; looking at all recordings, to report everything at once",
                 problems=self.plan.problems.count,
             )
         self._convert(lambda shard: shard.number % self.ranks.count == 0)
+        is_waiting = False
         while unfinished := self._unfinished():
-            if not self._convert(lambda _: True):
-                self._wait(len(unfinished))
+            if self._convert(lambda _: True):
+                continue
+            # The other ranks are at the last shards.
+            if not is_waiting:
+                say("waiting for other ranks ({shards} parts)", shards=len(unfinished))
+            is_waiting = True
+            time.sleep(POLL)
         # The other ranks look at the folder; let them see that all is done before it is removed.
         ends = time.monotonic() + FAREWELL
         while time.monotonic() < ends and any(map(self.work.is_held, range(1, self.ranks.count))):
@@ -152,8 +153,6 @@ class RankConversion:
                     speed = seconds / max(time.monotonic() - began, 1e-3)
                     bar.advance(message.rows, f"{seconds / 3600:.2f} h, {speed:.0f}x")
                     continue
-                is_bad = message.stats.problems.count > 0 and not self.keeps_going
-                self.is_spoilt = self.is_spoilt or is_bad
                 self.work.commit(message.shard, message.file, message.stats)
                 converted += 1
         return converted
@@ -165,8 +164,7 @@ class RankConversion:
             return shard.number in numbers and self.work.claim(shard)
 
         for shard, rows in read_shards(self.manifest, self.plan, is_wanted):
-            sent = [replace(row, cells=()) for row in rows]
-            yield ShardJob(shard, sent, self.work.file_to_write(), self.is_spoilt)
+            yield ShardJob(shard, [replace(row, cells=()) for row in rows], self.work.file_to_write())
 
     def _converter(self) -> ShardConverter:
         options, cache = self.options, self.options.download_cache
@@ -180,13 +178,6 @@ class RankConversion:
             options.tokenizing_batch_size,
         )
 
-    def _wait(self, shards: int) -> None:
-        """Wait a little for the other ranks, which are at the last shards."""
-        if not self.is_waiting:
-            say("waiting for other ranks ({shards} parts)", shards=shards)
-        self.is_waiting = True
-        time.sleep(POLL)
-
     def _total(self) -> ConversionStats:
         """Add up the counts of all shards.
 
@@ -197,8 +188,8 @@ class RankConversion:
         most = None if self.keeps_going else MOST_ROWS_SHOWN
         total = ConversionStats(problems=Problems(most=most))
         for shard in self.plan.shards:
-            if entry := self.work.entry(shard):
-                total.merge(entry.stats)
+            if stats := self.work.entry(shard):
+                total.merge(stats)
         total.problems.merge(self.plan.problems)
         if not self.keeps_going:
             self.manifest.check(total.problems)

@@ -110,7 +110,7 @@ def convert_rows(
         tokenizer: the model's tokenizer and template.
         options: workers, downloads, tolerance for truncated files.
         with_answer: for training; otherwise prompts alone, and no labels.
-        settings: what goes into the dataset's settings file, if there is to be one.
+        settings: text of the dataset's settings file, if there is to be one.
         reuse: if the output is what would come out, leave it; such a dataset names its plan.
         keeps_going: leave rows out that cannot be used; `left_out` tells which.
         ranks: this process among those that divide the work.
@@ -119,9 +119,7 @@ def convert_rows(
         The dataset's record; None in any but the first rank, whose part ends when no shard is left to take.
 
     Raises:
-        RowsError: rows that cannot be used, all of them.
-        InputError: there is no row, or another conversion is at work on the output.
-        WorkerDiedError: a worker process was killed.
+        ToolkitError: rows that cannot be used, all of them; no row; another conversion is at work there.
     """
     with removing_empty(output.resolve().parent), WorkFolder(output, ranks.rank) as work:
         plan: Plan | None = None
@@ -133,17 +131,15 @@ def convert_rows(
                 work.remove()
                 return record
             rank = RankConversion(manifest, plan, work, tokenizer, options, with_answer, keeps_going, ranks)
-            if ranks.rank == 0:
-                extra_files = {PLAN_FILE: plan.fingerprint} if reuse else {}
-                if settings is not None:
-                    extra_files[SETTINGS_FILE] = settings
-                return rank.run_first(extra_files)
+            if not ranks.rank:
+                files = {PLAN_FILE: plan.fingerprint if reuse else None, SETTINGS_FILE: settings}
+                return rank.run_first({name: text for name, text in files.items() if text is not None})
             rank.run_other()
-            return None
         except BaseException as problem:
             if not ranks.rank:
                 _clear_up(work, plan, problem)
             raise
+    return None
 
 
 def _recording_check(output: Path) -> Callable[[Row], None]:

@@ -20,7 +20,6 @@ import secrets
 import shutil
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -35,21 +34,6 @@ from mdl_toolkit.utils.locks import TRIES, ByteLocks
 # Byte r of the lock file stands for rank r, byte _RANKS + n for shard n; _BEGUN: the plan is made known.
 _RANKS = 1 << 20
 _BEGUN = _RANKS - 1
-
-
-@dataclass(frozen=True)
-class JournalEntry:
-    """Hold the journal's line of a finished shard.
-
-    Attributes:
-        fingerprint: the shard's in the plan.
-        stats: its counts, problems included.
-        is_stored: the shard's file is there; not so if a row of it, or of another shard, had a problem.
-    """
-
-    fingerprint: str
-    stats: ConversionStats
-    is_stored: bool
 
 
 class WorkFolder:
@@ -89,18 +73,22 @@ class WorkFolder:
 
     # --- the plan ---
 
-    def begin(self, plan: Plan) -> int:
-        """Remove what another plan left, saying so; announce this one; return how many rows are finished."""
+    def begin(self, plan: Plan, *, keeps_going: bool = False) -> int:
+        """Announce a plan, remove what another one left, saying so, and return how many rows are finished.
+
+        Args:
+            plan: the shards.
+            keeps_going: a shard is finished also if some of its rows cannot be used.
+        """
         self._count = len(plan.shards)
         with report_write_errors(f"--output {self.output}", InputError):
             shutil.rmtree(self._writing, ignore_errors=True)
             for folder in (self.dataset, self._entries, self._writing):
                 folder.mkdir(exist_ok=True)
-            kept = {shard.number: shard for shard in plan.shards if self._is_good(shard)}
+            kept = {shard.number: shard for shard in plan.shards if self._is_good(shard, keeps_going)}
             names = {shard_name(number, self._count) for number in kept}
             entries = {f"{number}.json" for number in kept}
-            others = (path for path in self._entries.glob("*.json") if path.name not in entries)
-            if stale := sum(map(_is_finished, others)):
+            if stale := sum(path.name not in entries for path in self._entries.glob("*.json")):
                 say(
                     "{path}: {shards} shards of an earlier run are damaged, or of other rows, recordings, "
                     "options or versions; they are removed, and converted anew where they are needed",
@@ -158,40 +146,36 @@ class WorkFolder:
             return False
         return True
 
-    def entry(self, shard: Shard) -> JournalEntry | None:
-        """Return the journal's line of a shard; None if it is not finished."""
+    def entry(self, shard: Shard) -> ConversionStats | None:
+        """Return the counts in the journal's line of a shard; None if it is not finished."""
         try:
             values = json.loads((self._entries / f"{shard.number}.json").read_text(encoding="utf-8"))
-            entry = JournalEntry(
-                values["fingerprint"], ConversionStats.from_json(values["tally"]), values["is_stored"]
-            )
+            stats = ConversionStats.from_json(values["tally"])
+            return stats if values["fingerprint"] == shard.fingerprint else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
-        return entry if entry.fingerprint == shard.fingerprint else None
 
     def file_to_write(self) -> Path:
         """Return a new path for a file that may become a shard."""
         return self._writing / f"{secrets.token_hex(8)}.arrow"
 
     def commit(self, shard: Shard, file: Path, stats: ConversionStats) -> None:
-        """Write down that a shard is finished; `file` is its content, or not there if that was given up."""
-        is_stored = file.exists()
+        """Write down that a shard is finished; `file` is its content."""
         with report_write_errors(str(self.dataset), DatasetError):
-            if is_stored:
-                file.replace(self._shard(shard))
-                fsync(self.dataset)
-            entry = {"fingerprint": shard.fingerprint, "tally": stats.to_json(), "is_stored": is_stored}
+            file.replace(self._shard(shard))
+            fsync(self.dataset)
+            entry = {"fingerprint": shard.fingerprint, "tally": stats.to_json()}
             write_text(self._entries / f"{shard.number}.json", json.dumps(entry))
         self._locks.release(_RANKS + shard.number)
 
     def _shard(self, shard: Shard) -> Path:
         return self.dataset / shard_name(shard.number, self._count)
 
-    def _is_good(self, shard: Shard) -> bool:
-        entry, file = self.entry(shard), self._shard(shard)
-        return entry is not None and entry.is_stored and file.is_file() and (
-            file.stat().st_size == entry.stats.bytes
-        )  # fmt: skip
+    def _is_good(self, shard: Shard, keeps_going: bool = True) -> bool:
+        stats, file = self.entry(shard), self._shard(shard)
+        if stats is None or (stats.problems.count and not keeps_going):
+            return False
+        return file.is_file() and file.stat().st_size == stats.bytes
 
     def finished(self, plan: Plan) -> int:
         """Count the rows of finished shards whose files are there."""
@@ -255,13 +239,6 @@ def _process_age() -> float:
         ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
         return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
     return 0.0
-
-
-def _is_finished(entry: Path) -> bool:
-    """Tell whether the journal's line of a shard, of whatever plan, says that its file was stored."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        return bool(json.loads(entry.read_text(encoding="utf-8"))["is_stored"])
-    return False
 
 
 def _keep_only(folder: Path, names: set[str]) -> None:

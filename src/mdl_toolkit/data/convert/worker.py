@@ -7,7 +7,6 @@ from pathlib import Path
 
 from mdl_toolkit.audio.download_cache import Downloads
 from mdl_toolkit.audio.flac import pack_audio
-from mdl_toolkit.audio.loading import Clip
 from mdl_toolkit.data.convert.plan import Shard
 from mdl_toolkit.data.convert.stats import ConversionStats
 from mdl_toolkit.data.dataset_writer import ShardWriter
@@ -26,13 +25,11 @@ class ShardJob:
         shard: its number and fingerprint.
         rows: its rows.
         file: the file to write.
-        is_check: rows are known to be bad, so nothing will be written: only look at the recordings.
     """
 
     shard: Shard
     rows: list[Row]
     file: Path
-    is_check: bool
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ class ShardProgress:
 
 @dataclass(frozen=True)
 class ShardResult:
-    """Report that a shard is done; its file is written unless a row was bad."""
+    """Report that a shard is done: its file holds the rows that can be used."""
 
     shard: Shard
     file: Path
@@ -61,7 +58,7 @@ class ShardConverter:
         downloads: what fetches addresses.
         allow_truncated: accept files that were cut off.
         with_answer: for training; otherwise prompts alone, and no labels.
-        keeps_going: rows that cannot be used are left out, all of them reported; otherwise nothing is stored.
+        keeps_going: report all rows that cannot be used, and not only the first ones.
         rows_per_step: rows between two reports of progress.
     """
 
@@ -75,7 +72,7 @@ class ShardConverter:
     def __call__(self, job: ShardJob) -> Iterator[ShardProgress | ShardResult]:
         """Convert the shard, and report."""
         stats = ConversionStats(problems=Problems(most=None if self.keeps_going else MOST_ROWS_SHOWN))
-        writer = None if job.is_check else ShardWriter(job.file)
+        writer = ShardWriter(job.file)
         clips = Recordings(self.downloads, self.allow_truncated).clips(job.rows)
         while group := list(itertools.islice(clips, self.rows_per_step)):
             samples = 0
@@ -84,17 +81,10 @@ class ShardConverter:
                     stats.problems.add(clip)
                     continue
                 samples += len(clip.samples)
-                if writer is not None:
-                    self._store(row, clip, writer, stats)
-            if stats.problems.count and writer is not None and not self.keeps_going:
-                writer.discard()
-                writer = None
+                count = audio_token_count(len(clip.samples))
+                tokens = self.tokenizer.encode_row(row, count, with_answer=self.with_answer)
+                writer.append(tokens, pack_audio(clip.samples))
+                stats.add(row, clip, len(tokens.input_ids), count)
             yield ShardProgress(len(group), samples)
-        stats.bytes = 0 if writer is None else writer.close()
+        stats.bytes = writer.close()
         yield ShardResult(job.shard, job.file, stats)
-
-    def _store(self, row: Row, clip: Clip, writer: ShardWriter, stats: ConversionStats) -> None:
-        count = audio_token_count(len(clip.samples))
-        tokens = self.tokenizer.encode_row(row, count, with_answer=self.with_answer)
-        writer.append(tokens, pack_audio(clip.samples))
-        stats.add(row, clip, len(tokens.input_ids), count)

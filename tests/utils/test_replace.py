@@ -1,0 +1,166 @@
+"""Outputs are put in place whole or not at all, apart from inputs."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mdl_toolkit.errors import InputError
+from mdl_toolkit.utils.files import check_apart, replace_folder
+
+# --- putting in place ------------------------------------------------------------------------------------
+
+
+def content(folder: Path) -> dict[str, str]:
+    """Everything below a folder, hidden files and empty folders too."""
+    return {
+        str(path.relative_to(folder)): path.read_text() if path.is_file() else "folder"
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def fill(work: Path) -> None:
+    (work / "new").write_text("new")
+
+
+def test_a_new_output(tmp_path):
+    with replace_folder(tmp_path / "out") as work:
+        assert list(work.iterdir()) == []
+        assert work.parent == tmp_path
+        fill(work)
+        assert not (tmp_path / "out").exists()
+    assert content(tmp_path) == {"out": "folder", "out/new": "new"}
+
+
+@pytest.fixture
+def old(tmp_path):
+    """An output with something in it."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/old").write_text("old")
+    (tmp_path / "out/.hidden").write_text("hidden")
+    return tmp_path / "out"
+
+
+def test_an_output_is_replaced_whole(old, tmp_path):
+    with replace_folder(old) as work:
+        fill(work)
+        assert (old / "old").read_text() == "old"
+    assert content(tmp_path) == {"out": "folder", "out/new": "new"}
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_failure_leaves_what_was_there(old, tmp_path, error):
+    before = content(tmp_path)
+    with pytest.raises(error):
+        fail(old, error)
+    assert content(tmp_path) == before
+
+
+def fail(output: Path, error: type[BaseException]) -> None:
+    with replace_folder(output) as work:
+        fill(work)
+        raise error
+
+
+def test_a_failure_leaves_no_new_folders(tmp_path):
+    with pytest.raises(ValueError, match=r"^$"):
+        fail(tmp_path / "a/b/out", ValueError)
+    assert content(tmp_path) == {}
+    with replace_folder(tmp_path / "a/b/out") as work:
+        fill(work)
+    assert content(tmp_path) == {"a": "folder", "a/b": "folder", "a/b/out": "folder", "a/b/out/new": "new"}
+
+
+def test_what_cannot_be_put_in_place_leaves_what_was_there(old, tmp_path):
+    before = content(tmp_path)
+    with pytest.raises(FileNotFoundError), replace_folder(old) as work:
+        shutil.rmtree(work)
+    assert content(tmp_path) == before
+
+
+def test_a_link_is_followed_and_stays(old, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "elsewhere/link"
+    link.symlink_to(old)
+    with replace_folder(link) as work:
+        fill(work)
+    assert link.is_symlink()
+    assert content(tmp_path / "out") == {"new": "new"}
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "elsewhere"}
+
+
+def test_the_current_directory(old, monkeypatch):
+    monkeypatch.chdir(old)
+    with replace_folder(Path()) as work:
+        fill(work)
+    assert content(old) == {"new": "new"}
+
+
+def test_what_a_killed_process_left_behind_is_in_nobody_s_way(old, tmp_path):
+    """Process numbers come again, in containers soon: each work folder has a name of its own."""
+    with replace_folder(old) as first:
+        kept = first.with_name("kept")
+        shutil.copytree(first, kept)
+        with replace_folder(old) as second:
+            assert first != second
+            fill(second)
+        fill(first)
+    assert content(old) == {"new": "new"}
+
+
+@pytest.mark.parametrize("is_moved_away", [False, True])
+def test_what_a_killed_process_left_behind_is_removed_or_put_back(old, tmp_path, is_moved_away):
+    before = content(old)
+    (tmp_path / ".out.partial-0123abcd").mkdir()
+    (tmp_path / ".out.partial-0123abcd/half").write_text("half")
+    if is_moved_away:
+        old.rename(tmp_path / ".out.old-0123abcd")
+    else:
+        shutil.copytree(old, tmp_path / ".out.old-4567abcd")
+    others = {".out.partial-mine", ".output.partial-0123abcd"}
+    for name in others:
+        (tmp_path / name).mkdir()
+    with replace_folder(old) as work:
+        assert content(old) == before
+        fill(work)
+    assert content(old) == {"new": "new"}
+    assert {path.name for path in tmp_path.iterdir()} == {"out"} | others
+
+
+def test_an_output_below_a_file(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(NotADirectoryError), replace_folder(tmp_path / "file/out"):
+        pass
+    assert content(tmp_path) == {"file": "x"}
+
+
+# --- which outputs are refused ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("output", "source", "fine"),
+    [
+        ("a", "a", False),
+        ("a", "a/b/c.csv", False),
+        ("a/b", "a", False),
+        ("a/x/../b", "a/b", False),
+        ("link", "a", False),
+        ("link/b", "a", False),
+        ("a", "ab", True),
+        ("ab", "a", True),
+        ("a/b", "a/c", True),
+        ("new", "a/c.csv", True),
+    ],
+)
+def test_outputs_apart_from_inputs(tmp_path, monkeypatch, output, source, fine):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "link").symlink_to("a")
+    for first, second in ((output, source), (str(tmp_path / output), source)):
+        if fine:
+            check_apart(Path(first), Path(second))
+        else:
+            with pytest.raises(InputError) as caught:
+                check_apart(Path(first), Path(second))
+            assert caught.value.message.en.startswith(f"--output {first}: ")
+            assert second in caught.value.message.en
