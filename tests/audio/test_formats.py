@@ -123,11 +123,9 @@ def test_mp3(tmp_path, rate, channels, mode):
     _, bare = split(whole)
     for tag in (b"", id3(3), id3(4)):
         path = save(tmp_path, tag + whole)
-        assert reader(path) == "libsndfile"
         assert load(path).source_seconds == len(samples) / rate  # LAME tells what it added at both ends
         same(load(path), plainly(tag + whole, tmp_path), below=100)
         path = save(tmp_path, tag + bare)
-        assert reader(path) == "PyAV"
         same(load(path), plainly(tag + bare, tmp_path), below=100)
 
 
@@ -146,9 +144,7 @@ def test_mp3_by_ffmpeg(tmp_path, rate, channels, xing, version):
         id3v2_version=version,
     )
     assert content.startswith(b"ID3") == (version != "0")
-    path = save(tmp_path, content)
-    assert reader(path) == ("libsndfile" if xing == "1" else "PyAV")
-    same(load(path), plainly(content, tmp_path), below=100)
+    same(load(save(tmp_path, content)), plainly(content, tmp_path), below=100)
 
 
 def test_mp3_whose_table_does_not_tell_the_delay(tmp_path):

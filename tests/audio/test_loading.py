@@ -99,14 +99,10 @@ def test_ffmpegs_other_sample_formats(tmp_path, container, codec, step):
     np.testing.assert_allclose(got, values, rtol=0, atol=step)
 
 
-@pytest.mark.parametrize(
-    ("container", "codec"), [("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", None)]
-)
+@pytest.mark.parametrize(("container", "codec"), [("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("OGG", "OPUS")])
 def test_blocks_are_as_good_as_the_whole(tmp_path, container, codec):
     path = save(tmp_path, by_soundfile(sound(3.0, 16_000), 16_000, container, codec))
-    # mpg123 rounds the last bit otherwise after a seek, as soundfile does before it reads.
-    expected = soundfile.read(path, dtype="float32")[0]
-    np.testing.assert_allclose(load(path).samples, expected, rtol=0, atol=0 if codec else 1e-7)
+    assert np.array_equal(load(path).samples, soundfile.read(path, dtype="float32")[0])
 
 
 # --- channels and rates ----------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ NOT_KNOWN = (1, 4, 18, *range(148, 155))
 # Hz; libsndfile decodes Opus at no more than the rate in its header.
 OPUS_LEAST = 16_000
 # What libsndfile decodes: where FFmpeg finds this in a file that libsndfile refused, the file is damaged.
-KNOWN = {("flac", "flac"), ("ogg", "vorbis"), ("ogg", "opus"), ("mp3", "mp3float")}
+KNOWN = {("flac", "flac"), ("ogg", "vorbis"), ("ogg", "opus")}
 KNOWN_CODECS = ("pcm_", "adpcm_ms", "adpcm_ima_wav")
 # FFmpeg's formats whose duration stands in the file, and is not its own guess: per stream, or per file, which
 # tells the length of the sound only if nothing else is in it.
@@ -65,6 +65,9 @@ def decode(file: BinaryIO, integrity: Integrity) -> Decoded:
     """
     file.seek(0)
     try:
+        # libsndfile's decoder would print warnings.
+        if integrity.is_mpeg:
+            return _decode_with_ffmpeg(file, None)
         with soundfile.SoundFile(file) as sound:
             reads_all = _reads_all(sound, integrity)
             decoded = _decode_with_libsndfile(sound, file) if reads_all else _decode_with_ffmpeg(file, None)
@@ -78,16 +81,16 @@ def decode(file: BinaryIO, integrity: Integrity) -> Decoded:
 def _reads_all(sound: Any, integrity: Integrity) -> bool:
     """Tell whether libsndfile reads all the sound of a file that it knows.
 
-    It does not read all of MPEG audio without a right table of frames, where it stops at an estimate; of WAV
-    that was written into a pipe with the size left at 0; of Opus whose header names under 16 kHz, or 0, which
-    is a mere remark on the source (RFC 7845, section 5.1); and of Opus that starts in the middle of a stream,
+    It does not read all of MPEG audio, where it stops at an estimate (WAV may hold it too); of WAV that was
+    written into a pipe with the size left at 0; of Opus whose header names under 16 kHz, or 0, which is a
+    mere remark on the source (RFC 7845, section 5.1); and of Opus that starts in the middle of a stream,
     where it plays what is to be skipped, and ends as much too early.
     """
     if sound.subtype == "OPUS":
         rate: int = sound.samplerate
         lost: float = integrity.opus_seconds - sound.frames / rate
         return rate >= OPUS_LEAST and lost < 1 / rate
-    return not integrity.is_streamed and (integrity.is_counted or not sound.subtype.startswith("MPEG"))
+    return not integrity.is_streamed and not sound.subtype.startswith("MPEG")
 
 
 def _damaged(name: str, decoder: str, problem: object) -> AudioError:
@@ -153,8 +156,7 @@ def _decode_with_libsndfile(sound: Any, file: BinaryIO) -> Decoded:
             raise _damaged(sound.format, "libsndfile", error) from error
     samples = np.concatenate(blocks or [np.zeros(0, np.float32)])
     promised, present = sound.frames / sound.samplerate, len(samples) / sound.samplerate
-    # The length of MPEG audio is only an estimate.
-    is_known = sound.frames != UNKNOWN_LENGTH and not sound.subtype.startswith("MPEG")
+    is_known = sound.frames != UNKNOWN_LENGTH
     missing = _seconds_missing(promised, present) if is_known and present < promised else None
     if problem:
         missing = _breaks_off(present, "libsndfile", problem)

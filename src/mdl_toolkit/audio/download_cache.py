@@ -22,15 +22,11 @@ from mdl_toolkit.audio.http import (
     download_error,
     fetch,
     hash_address,
-    url_origin,
 )
 from mdl_toolkit.errors import AudioError
 from mdl_toolkit.i18n import Verbatim
 from mdl_toolkit.utils.files import partial_name, report_write_errors
 from mdl_toolkit.utils.locks import hold_lock
-
-# Hosts out of reach that are remembered.
-MOST_HOSTS = 1_000
 
 
 class Downloads:
@@ -73,7 +69,7 @@ class Downloads:
 
     def _update(self, url: str, content: Path, known: "_Record") -> "_Record":
         """Bring the content of an address up to date, and write and return its new record."""
-        host = url_origin(url)
+        host = url.split("/")[2]
         limits = Limits(self._max_mb, tries=1 if host in self._unreached else Limits.tries)
         record = known
         with partial_name(content) as partial:
@@ -83,8 +79,6 @@ class Downloads:
                 fetched = None
                 record = replace(known, en=failure.reason.en, zh=failure.reason.zh)
                 if not failure.is_answered:
-                    if len(self._unreached) >= MOST_HOSTS:
-                        self._unreached.pop()
                     self._unreached.add(host)
             if fetched is not None:
                 record = _Record(**asdict(fetched))
@@ -119,7 +113,6 @@ class _Record(RemoteVersion):
 def _read_record(content: Path) -> _Record:
     """Return the record beside a content; an empty one if it is missing or damaged."""
     try:
-        record = _Record(**json.loads(content.with_suffix(".json").read_bytes()))
+        return _Record(**json.loads(content.with_suffix(".json").read_bytes()))
     except (OSError, ValueError, TypeError):
         return _Record()
-    return record if record.is_sound() else _Record()

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from socket import SHUT_RDWR, socket
@@ -33,8 +33,6 @@ MAX_REDIRECTS = 5
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 # Seconds between two tries, whatever the server asks for.
 LONGEST_PAUSE = 60.0
-# ETags and times that are kept, and sent back.
-_HEADER = re.compile(r"[\x20-\x7e\x80-\xff]{0,1000}")
 # The machine's certificates, read once.
 _certificates = lru_cache(maxsize=1)(ssl.create_default_context)
 
@@ -73,13 +71,6 @@ class RemoteVersion:
     etag: str = ""
     modified: str = ""
     place: str = ""
-
-    def is_sound(self) -> bool:
-        """Tell whether all values are of their types, and those that are sent to a server can be sent."""
-        types = [type(value) for value in asdict(self).values()]
-        if types != [type(value) for value in asdict(type(self)()).values()]:
-            return False
-        return bool(_HEADER.fullmatch(self.etag) and _HEADER.fullmatch(self.modified))
 
     def condition(self, address: str) -> dict[str, str]:
         """Return the header by which a server sends the content only if it has changed.
@@ -127,12 +118,6 @@ def download_error(url: str, reason: Localized) -> AudioError:
 def hash_address(url: str) -> str:
     """Return the SHA-256 of an address, which stands for it on disk."""
     return hashlib.sha256(url.encode()).hexdigest()
-
-
-def url_origin(url: str) -> str:
-    """Return scheme, host and port of an address."""
-    scheme, _, rest = without_credentials(url).lower().partition("://")
-    return f"{scheme}://{re.split('[/?#]', rest)[0]}"
 
 
 def fetch(url: str, target: Path, limits: Limits, known: RemoteVersion = NOTHING) -> RemoteVersion | None:
@@ -297,8 +282,7 @@ class _Transfer:
         except BaseException:
             self.target.unlink(missing_ok=True)
             raise
-        headers = [response.headers.get(name, "") for name in ("ETag", "Last-Modified")]
-        etag, modified = (text if _HEADER.fullmatch(text) else "" for text in headers)
+        etag, modified = (response.headers.get(name, "") for name in ("ETag", "Last-Modified"))
         return RemoteVersion(size, etag, modified, hash_address(_address(response.url)))
 
     def _check_time(self) -> None:

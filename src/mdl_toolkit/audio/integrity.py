@@ -27,15 +27,14 @@ class Integrity:
     Attributes:
         missing: what was promised and is not there, of a file that was cut off.
         least_samples: the fewest samples per channel that a sound decoder returns; 0 if not known.
-        is_counted: MPEG audio with a table that says how many frames there are, rightly, and that libsndfile
-            knows.
+        is_mpeg: MPEG audio.
         is_streamed: WAV that was written into a pipe, with its size left at 0.
         opus_seconds: how long Ogg Opus is, if it does not start in the middle of a stream.
     """
 
     missing: Localized | None = None
     least_samples: int = 0
-    is_counted: bool = False
+    is_mpeg: bool = False
     is_streamed: bool = False
     opus_seconds: float = 0.0
 
@@ -321,24 +320,22 @@ def _check_mpeg(data: _Blocks) -> Integrity:
     frames, is_cut = _count_frames(data, start, first)
     # The first frame may hold a table, of Xing and LAME or of Fraunhofer, that says how many frames follow.
     head = data.at(start, first.length)
-    is_vbri = head[36:40] == b"VBRI"
-    promised = int.from_bytes(head[50:54], "big") if is_vbri else None
+    promised = int.from_bytes(head[50:54], "big") if head[36:40] == b"VBRI" else None
     for name in (b"Info", b"Xing"):
         offset = head.find(name)
         if 0 < offset <= 40 and len(head) >= offset + 12 and head[offset + 7] & 1:
             promised = int.from_bytes(head[offset + 8 : offset + 12], "big")
     sounding = frames - (promised is not None)
     least = max(0, sounding * first.samples - GAPLESS_MOST)
-    # Encoders disagree whether the frame with the table counts, so one frame is neither missing nor too many.
-    is_counted = promised is not None and sounding <= promised + 1 and not is_vbri
     missing = Localized("the last MPEG frame is incomplete") if is_cut else None
+    # Encoders disagree whether the frame with the table counts, so one frame is not missing.
     if promised is not None and sounding < promised - 1:
         missing = Localized(
             "the header promises {promised} MPEG frames, {sounding} are there",
             promised=promised,
             sounding=sounding,
         )
-    return Integrity(missing, least, is_counted)
+    return Integrity(missing, least, is_mpeg=True)
 
 
 def _skip_id3(data: _Blocks) -> int:
