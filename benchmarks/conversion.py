@@ -30,8 +30,9 @@ from benchmarks.clips import PCM_BYTES, make_clips, write_csv
 from benchmarks.processes import Usage, toolkit
 from mdl_toolkit.audio.loading import SAMPLE_RATE
 from mdl_toolkit.config.data import ConvertOptions
-from mdl_toolkit.data.convert.run import convert_rows, read_rows
+from mdl_toolkit.data.convert.run import convert_rows
 from mdl_toolkit.data.dataset import ConvertedDataset
+from mdl_toolkit.data.manifest import read_manifest
 from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.demo import PROMPT, make_tiny_model
 from mdl_toolkit.weights.loading import quiet_libraries
@@ -124,7 +125,7 @@ class Conversion:
     def __call__(self) -> None:
         """Convert."""
         self.output = self._folder / f"out-{next(self._numbers)}"
-        manifest = read_rows(self._options.input, self._options, needs_prediction=True)
+        manifest = read_manifest(self._options.input, self._options, needs_prediction=True)
         with contextlib.redirect_stderr(io.StringIO()):
             convert_rows(manifest, self.output, self._tokenizer, self._options)
 

@@ -22,7 +22,8 @@ from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.config.options import AnyOptions
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, as_command
-from mdl_toolkit.data.convert.run import convert_dataset, read_rows
+from mdl_toolkit.data.convert.run import convert_dataset
+from mdl_toolkit.data.manifest import read_manifest
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.evaluation.render import as_text
 from mdl_toolkit.evaluation.results import Evaluation
@@ -116,7 +117,7 @@ def _run_commands(folder: Path, seed: int) -> tuple[float, float]:
 
     conversion = ConvertOptions(input=str(folder / "train.csv"), output=dataset, model_name=model, **shared)
     counts = [
-        read_rows(str(folder / f"{name}.csv"), conversion, needs_prediction=True).count_rows()
+        read_manifest(folder / f"{name}.csv", conversion, needs_prediction=True).count_rows()
         for name in ("train", "eval", "test")
     ]
     say(

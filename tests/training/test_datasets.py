@@ -9,8 +9,9 @@ import pytest
 import soundfile
 
 from mdl_toolkit.config.data import ConvertOptions
-from mdl_toolkit.data.convert.run import PLAN_FILE, convert_rows, read_rows
+from mdl_toolkit.data.convert.run import PLAN_FILE, convert_rows
 from mdl_toolkit.data.dataset import RECORD_FILE, ConvertedDataset, Record
+from mdl_toolkit.data.manifest import read_manifest
 from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import RowsError
 from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
@@ -29,7 +30,7 @@ def place(tmp_path, monkeypatch) -> Path:
 
 def use_or_convert(**changes: object) -> Record:
     options = ConvertOptions(**{"model_name": str(MODEL), "input": "rows.csv", "output": "out", **changes})
-    manifest = read_rows("rows.csv", options, needs_prediction=True)
+    manifest = read_manifest("rows.csv", options, needs_prediction=True)
     return convert_rows(
         manifest, Path("out"), ChatTokenizer(read_tokenizer_files(MODEL)), options, reuse=True
     )
@@ -57,7 +58,7 @@ def test_the_same_spelt_otherwise_is_not_converted_again(place, monkeypatch, cap
     options = ConvertOptions(
         model_name=os.path.relpath(MODEL), input=f"{before}rows.csv", output=f"{before}out", base_dir=before
     )
-    manifest = read_rows(options.input, options, needs_prediction=True)
+    manifest = read_manifest(options.input, options, needs_prediction=True)
     tokenizer = ChatTokenizer(read_tokenizer_files(Path(options.model_name)))
     convert_rows(manifest, Path(options.output), tokenizer, options, reuse=True)
     assert inodes(place / "out") == made

@@ -134,7 +134,7 @@ def test_an_interruption_that_a_callback_swallowed_is_not_lost(monkeypatch):
     stopping.raise_if_interrupted()
 
 
-@pytest.mark.parametrize("moment", ["convert_rows", "read_rows"])
+@pytest.mark.parametrize("moment", ["convert_rows", "read_manifest"])
 def test_a_training_ends_although_a_callback_swallowed_the_signal(place, tmp_path, monkeypatch, moment):
     """As soundfile's does, while a recording is read."""
     monkeypatch.setattr(stopping, "SAME_REQUEST_SECONDS", 0.0)

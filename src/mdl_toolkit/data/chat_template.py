@@ -5,17 +5,10 @@ marks in their stead, so that nothing in a text can pass for a part of the templ
 searched for afterwards.
 """
 
-import json
 import re
 from dataclasses import dataclass
-from datetime import datetime
 from functools import lru_cache
 from typing import Any, Literal
-
-import jinja2
-import jinja2.ext
-import jinja2.parser
-import jinja2.sandbox
 
 from mdl_toolkit.data.manifest import Row
 from mdl_toolkit.errors import ModelError
@@ -191,55 +184,18 @@ def _audio_parts(text: str, marks: AudioMarks) -> list[_SkeletonPart]:
 
 
 def _render(template: ChatTemplate, turns: list[dict[str, Any]], *, asking: bool) -> str:
+    """Render turns in transformers' sandbox; `asking` adds what an answer follows."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     variables = dict(template.variables)
     try:
-        return _compile(template.source).render(
-            messages=turns, add_generation_prompt=asking, tools=None, documents=None, **variables
+        (text,), _ = render_jinja_template(
+            [turns], chat_template=template.source, add_generation_prompt=asking, **variables
         )
     # A template is a program, and may fail in every way that one can.
     except Exception as problem:
-        reason = " ".join(str(problem).split()) or type(problem).__name__
-        raise _unfit(reason) from problem
-
-
-class _Generation(jinja2.ext.Extension):
-    """Render `{% generation %}`, by which a template may mark an answer, as its content and nothing else."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja2's own declaration
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        """Read up to `{% endgeneration %}`."""
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)
-
-
-@lru_cache(maxsize=8)
-def _compile(source: str) -> jinja2.Template:
-    """Compile in a sandbox, with what transformers offers a template (its `chat_template_utils`)."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(source)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)
+        raise _unfit(" ".join(str(problem).split()) or type(problem).__name__) from problem
+    return str(text)
 
 
 _TEXTS_MISSING = Localized("it repeats words of a message or leaves them out")

@@ -3,7 +3,6 @@
 What the columns mean is said in `manifest`, and in `evaluation.csv_table` for CSVs without recordings.
 """
 
-import codecs
 import csv
 import difflib
 import io
@@ -19,14 +18,12 @@ from typing import BinaryIO, NamedTuple
 from mdl_toolkit.errors import InputError, RowProblem
 from mdl_toolkit.i18n import Localized, join_messages
 
-# Stands for NUL while the CSV is read, as Python 3.10's csv refuses NUL itself.
-NUL_MARK = "\udc00"
 # What `surrogateescape` makes of bytes that are not UTF-8.
 BAD_BYTE = re.compile("[\udc80-\udcff]")
+NUL_BYTE = Localized("holds a NUL byte; remove it")
+NOT_UTF8 = Localized("not UTF-8 text; save the file as UTF-8")
 # The most that csv.field_size_limit takes where a C long has 32 bits; its default is 131,072.
 LONGEST_CELL = 2**31 - 1
-# What spreadsheets write when they do not write UTF-8.
-OTHER_ENCODINGS = ("gb18030", "cp1252")
 # Bytes read at once.
 BLOCK_BYTES = 1 << 20
 
@@ -85,32 +82,6 @@ def _unreadable(path: Path, problem: OSError | ValueError) -> InputError:
     return csv_error(path, Localized("cannot be read ({reason})", reason=reason))
 
 
-class _TextLines:
-    """Iterate over lines of text, with bytes that are not UTF-8 as lone surrogates and NUL as `NUL_MARK`.
-
-    Attributes:
-        is_bad: a byte that is not UTF-8 has come by.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        ending = _line_ending(file)
-        self._lines = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline=ending)
-        self.is_bad = False
-
-    def __iter__(self) -> "_TextLines":
-        return self
-
-    def __next__(self) -> str:
-        line = next(self._lines)
-        if not line.isascii():
-            self.is_bad = self.is_bad or BAD_BYTE.search(line) is not None
-        return line.replace("\0", NUL_MARK)
-
-    def detach(self) -> None:
-        """Leave the file open for its owner."""
-        self._lines.detach()
-
-
 def _line_ending(file: BinaryIO) -> str:
     r"""Return `\n` if a line ends with it or with \r\n, else `\r`, which old spreadsheets wrote."""
     has_newline = any(b"\n" in block for block in iter(lambda: file.read(BLOCK_BYTES), b""))
@@ -121,28 +92,21 @@ def _line_ending(file: BinaryIO) -> str:
 def read_lines(path: Path, file: BinaryIO) -> Generator[Line, None, None]:
     r"""Yield the rows that are not blank, the column names first; a \r inside a row must be quoted.
 
+    Bytes that are not UTF-8 are lone surrogates in the cells, as `BAD_BYTE` finds them.
+
     Raises:
-        InputError: no valid CSV, or not UTF-8, with the first place.
+        InputError: no valid CSV, with the first place.
     """
     csv.field_size_limit(LONGEST_CELL)
-    text = _TextLines(file)
+    text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline=_line_ending(file))
     reader = csv.reader(text, strict=True)
-    columns: list[str] = []
     number = 1
     try:
         for cells in reader:
-            columns = columns or cells
-            if text.is_bad:
-                # Name the column of the first bad byte, if that is known.
-                index = next((i for i, cell in enumerate(cells) if BAD_BYTE.search(cell)), len(columns))
-                is_known = index < len(columns) and number > 1 and not BAD_BYTE.search(columns[index])
-                raise _not_utf8(path, number, columns[index] if is_known else "")
             if cells:
                 yield Line(number, cells)
             number = reader.line_num + 1
     except csv.Error as problem:
-        if text.is_bad:
-            raise _not_utf8(path, number, "") from problem
         reason = Localized(
             "the row that starts on line {number} is no valid CSV ({reason}); check its quotes",
             number=number,
@@ -172,36 +136,6 @@ def copy_rows(path: Path, target: BinaryIO, is_wanted: Callable[[int], bool]) ->
                 is_kept, start = is_wanted(number), next(lines, None)
             if is_kept:
                 target.write(line.encode("latin-1"))
-
-
-def _not_utf8(path: Path, line: int, column: str) -> InputError:
-    """Return the error for text that is not UTF-8, naming the first place and the likely encoding."""
-    guess = next((name for name in OTHER_ENCODINGS if _decodes(path, name)), None)
-    where = (
-        Localized("line {line}, column {column}", line=line, column=column)
-        if column
-        else Localized("line {line}", line=line)
-    )
-    if guess:
-        reason = Localized(
-            "{where}: not UTF-8 text (it may be {guess}); save the file as UTF-8", where=where, guess=guess
-        )
-    else:
-        reason = Localized("{where}: not UTF-8 text; save the file as UTF-8", where=where)
-    return csv_error(path, reason)
-
-
-def _decodes(path: Path, encoding: str) -> bool:
-    """Tell whether a whole file is text of an encoding."""
-    decoder = codecs.getincrementaldecoder(encoding)()
-    try:
-        with path.open("rb") as file:
-            for block in iter(lambda: file.read(BLOCK_BYTES), b""):
-                decoder.decode(block)
-        decoder.decode(b"", final=True)
-    except (UnicodeDecodeError, OSError):
-        return False
-    return True
 
 
 # --- columns and cells ---------------------------------------------------------------------------------
@@ -236,8 +170,10 @@ def check_columns(path: Path, columns: Sequence[str], needed: Sequence[str]) -> 
         for name, count in Counter(columns).items()
         if count > 1
     ]
-    if any(NUL_MARK in name for name in columns):
-        complaints.append(Localized("line 1 holds a NUL byte; remove it"))
+    if any("\0" in name for name in columns):
+        complaints.append(Localized("line 1: {reason}", reason=NUL_BYTE))
+    if any(map(BAD_BYTE.search, columns)):
+        complaints.append(Localized("line 1: {reason}", reason=NOT_UTF8))
     if complaints:
         raise csv_error(path, join_messages(complaints, "{left}; {right}"))
 
@@ -260,8 +196,8 @@ def _missing_column(name: str, columns: Sequence[str]) -> Localized:
     )
 
 
-def width_problems(columns: Sequence[str], line: Line) -> Iterator[RowProblem]:
-    """Yield a problem if a row has more cells than there are columns, with the first cell too many."""
+def cell_problems(columns: Sequence[str], line: Line) -> Iterator[RowProblem]:
+    """Yield a problem for the first cell too many, and for each that is not UTF-8."""
     width, cells = len(columns), len(line.cells)
     if cells > width:
         reason = Localized(
@@ -270,3 +206,6 @@ def width_problems(columns: Sequence[str], line: Line) -> Iterator[RowProblem]:
             columns=width,
         )
         yield RowProblem(line.number, str(width + 1), line.cells[width], reason)
+    for name, cell in zip(columns, line.cells, strict=False):
+        if not cell.isascii() and BAD_BYTE.search(cell):
+            yield RowProblem(line.number, name, cell, NOT_UTF8)

@@ -15,9 +15,11 @@ from typing import BinaryIO
 from urllib.parse import urlsplit
 
 from mdl_toolkit.audio.urls import is_url, without_credentials
+from mdl_toolkit.config.data import ConversionOptions
 from mdl_toolkit.data.csv_reader import (
-    NUL_MARK,
+    NUL_BYTE,
     Line,
+    cell_problems,
     check_columns,
     copy_rows,
     csv_error,
@@ -26,7 +28,6 @@ from mdl_toolkit.data.csv_reader import (
     open_csv,
     read_header,
     read_lines,
-    width_problems,
 )
 from mdl_toolkit.errors import InputError, Problems, RowProblem
 from mdl_toolkit.i18n import Localized
@@ -35,7 +36,6 @@ AUDIO, SYSTEM, USER, PREDICTION = "audio", "system_prompt", "user_prompt", "pred
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 EMPTY_PREDICTION = Localized("empty; fill it in, or accept empty ones with --allow-empty-prediction")
-NUL_BYTE = Localized("holds a NUL byte; remove it")
 
 
 @dataclass(frozen=True)
@@ -69,22 +69,15 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Defaults:
-    """Hold the options' values for rows that have none of their own."""
-
-    base_dir: str | Path | None
-    system_prompt: str | None
-    user_prompt: str | None
-
-
-@dataclass(frozen=True)
 class Manifest:
     """Read a CSV whose columns have been checked; each iteration reads it as a stream, anew.
 
     Attributes:
         path: the file.
         columns: its columns, in order.
-        defaults: what the options say.
+        base_dir: where relative audio paths start; None is the current directory.
+        system_prompt: for rows whose own is empty or `null`.
+        user_prompt: likewise.
         requires_prediction: an empty prediction is a problem.
         stamp: size (bytes) and time of change (ns) when it was opened first.
         listed: the folder or pattern of recordings that the file is a list of, if it was made of one.
@@ -92,7 +85,9 @@ class Manifest:
 
     path: Path
     columns: tuple[str, ...]
-    defaults: Defaults
+    base_dir: str | None
+    system_prompt: str | None
+    user_prompt: str | None
     requires_prediction: bool
     stamp: tuple[int, int]
     listed: str | None = None
@@ -132,17 +127,15 @@ class Manifest:
         named = dict(zip(self.columns, cells, strict=False))
         row = Row(
             line=line.number,
-            audio=_resolve(named[AUDIO], self.defaults.base_dir),
+            audio=_resolve(named[AUDIO], self.base_dir),
             audio_text=named[AUDIO],
-            system_prompt=_prompt_or(self.defaults.system_prompt, named.get(SYSTEM)),
-            user_prompt=_prompt_or(self.defaults.user_prompt, named.get(USER)),
+            system_prompt=_prompt_or(self.system_prompt, named.get(SYSTEM)),
+            user_prompt=_prompt_or(self.user_prompt, named.get(USER)),
             prediction=named.get(PREDICTION),
             cells=tuple(cells),
         )
-        problems = [*width_problems(self.columns, line)]
-        for name, cell in zip(self.columns, line.cells, strict=False):
-            if NUL_MARK in cell:
-                problems.append(RowProblem(line.number, name, cell.replace(NUL_MARK, "\0"), NUL_BYTE))
+        problems = [*cell_problems(self.columns, line)]
+        problems += [RowProblem(line.number, *cell, NUL_BYTE) for cell in named.items() if "\0" in cell[1]]
         stamp = find(row)
         if isinstance(stamp, Localized):
             problems.append(RowProblem(line.number, AUDIO, row.shown, stamp))
@@ -198,29 +191,15 @@ class Manifest:
         return no_rows_error(self.path)
 
 
-def read_manifest(
-    path: str | Path,
-    *,
-    base_dir: str | Path | None,
-    system_prompt: str | None,
-    user_prompt: str | None,
-    needs_prediction: bool,
-    allow_empty_prediction: bool = False,
-) -> Manifest:
-    """Open a CSV and check its columns.
+def read_manifest(path: str | Path, options: ConversionOptions, *, needs_prediction: bool) -> Manifest:
+    """Open a CSV under the options' prompts and base folder, and check its columns.
 
     A row with fewer cells than the header is filled up with empty ones; blank lines are skipped.
 
     Args:
         path: the CSV file.
-        base_dir: where relative audio paths start; None is the current directory.
-        system_prompt: for rows whose own is empty or `null`.
-        user_prompt: likewise.
+        options: base folder, prompts for rows without their own, and whether an empty prediction is one.
         needs_prediction: the column `prediction` must be there and filled in (training).
-        allow_empty_prediction: an empty prediction is a prediction.
-
-    Returns:
-        The manifest, from which rows and problems can be read.
 
     Raises:
         InputError: the file cannot be read, its first line is no CSV or not UTF-8; a column is missing or
@@ -231,8 +210,15 @@ def read_manifest(
         stamp = file_stamp(os.fstat(file.fileno()))
         columns = read_header(path, lines)
     check_columns(path, columns, (AUDIO, PREDICTION) if needs_prediction else (AUDIO,))
-    defaults = Defaults(base_dir, system_prompt, user_prompt)
-    return Manifest(path, columns, defaults, needs_prediction and not allow_empty_prediction, stamp)
+    return Manifest(
+        path,
+        columns,
+        options.base_dir,
+        options.system_prompt,
+        options.user_prompt,
+        requires_prediction=needs_prediction and not options.allow_empty_prediction,
+        stamp=stamp,
+    )
 
 
 def _prompt_or(default: str | None, cell: str | None) -> str | None:
@@ -240,7 +226,7 @@ def _prompt_or(default: str | None, cell: str | None) -> str | None:
     return default if cell in (None, "", "null") else cell
 
 
-def _resolve(audio: str, base_dir: str | Path | None) -> str:
+def _resolve(audio: str, base_dir: str | None) -> str:
     """Return the cell if it is an address, else a path that starts at the root or the current directory."""
     if not audio or _SCHEME.match(audio):
         return audio

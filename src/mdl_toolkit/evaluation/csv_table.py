@@ -11,13 +11,12 @@ from pathlib import Path
 
 from mdl_toolkit.audio.urls import without_credentials
 from mdl_toolkit.data.csv_reader import (
-    NUL_MARK,
+    cell_problems,
     check_columns,
     no_rows_error,
     open_csv,
     read_header,
     read_lines,
-    width_problems,
 )
 from mdl_toolkit.data.manifest import AUDIO
 from mdl_toolkit.errors import InputError, Problems
@@ -57,11 +56,11 @@ class Table:
 
 
 def read_table(path: str | Path, needed: Sequence[str] = ()) -> Table:
-    """Read a CSV; rows with too few cells are filled up with empty ones, and NUL bytes are kept.
+    """Read a CSV; rows with too few cells are filled up with empty ones.
 
     Raises:
         InputError: the file cannot be read, is no CSV, has no row, or lacks a column.
-        RowsError: rows with too many cells, all of them.
+        RowsError: rows with too many cells, or bytes that are no text, all of them.
     """
     path, problems = Path(path), Problems()
     numbers: list[int] = []
@@ -70,11 +69,11 @@ def read_table(path: str | Path, needed: Sequence[str] = ()) -> Table:
         columns = read_header(path, lines)
         check_columns(path, columns, needed)
         for line in lines:
-            for problem in width_problems(columns, line):
+            for problem in cell_problems(columns, line):
                 problems.add(problem)
             numbers.append(line.number)
             missing = [""] * (len(columns) - len(line.cells))
-            cells.append((*(cell.replace(NUL_MARK, "\0") for cell in line.cells), *missing))
+            cells.append((*line.cells, *missing))
     problems.check(str(path))
     if not cells:
         raise no_rows_error(path)

@@ -190,10 +190,10 @@ PROMPT_KINDS = (
 def with_training_prompts(manifest: Manifest, trained: Prompts) -> Manifest:
     """Fill in the prompts of the training where the user gives none, and warn of other ones."""
     for kind in PROMPT_KINDS:
-        prompt, given = getattr(trained, kind.name), getattr(manifest.defaults, kind.column)
+        prompt, given = getattr(trained, kind.name), getattr(manifest, kind.column)
         if given is None and kind.column not in manifest.columns and prompt:
             say("{kind}: that of the training is used: {prompt}", kind=kind.text, prompt=_excerpt(prompt))
-            manifest = replace(manifest, defaults=replace(manifest.defaults, **{kind.column: prompt}))
+            manifest = replace(manifest, **{kind.column: prompt})
             continue
         if getattr(trained, f"{kind.name}_differs"):
             continue

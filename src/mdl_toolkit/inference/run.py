@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from mdl_toolkit import __version__
 from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, to_yaml
-from mdl_toolkit.data.convert.run import PLAN_FILE, read_rows
+from mdl_toolkit.data.convert.run import PLAN_FILE
 from mdl_toolkit.data.csv_reader import file_stamp
 from mdl_toolkit.data.listing import is_listing, list_recordings, write_listing
-from mdl_toolkit.data.manifest import Manifest, Row
+from mdl_toolkit.data.manifest import Manifest, Row, read_manifest
 from mdl_toolkit.data.prefetch import Prefetcher
 from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import InputError
@@ -164,13 +164,11 @@ class _Inference:
         """Open the input's CSV, which is made first where a folder or pattern is given."""
         options = self.options
         if not is_listing(options.input):
-            return read_rows(options.input, options, needs_prediction=False)
+            return read_manifest(options.input, options, needs_prediction=False)
         if self.world.is_first:
             write_listing(list_recordings(options.input), self.journal.listing)
         self.world.wait()
-        listing = read_rows(
-            str(self.journal.listing), replace(options, base_dir=None), needs_prediction=False
-        )
+        listing = read_manifest(self.journal.listing, replace(options, base_dir=None), needs_prediction=False)
         return replace(listing, listed=options.input)
 
     def _find_model(self, *, weights: bool) -> Path:

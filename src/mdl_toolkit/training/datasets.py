@@ -9,8 +9,9 @@ from pathlib import Path
 from mdl_toolkit.config.data import ConversionOptions
 from mdl_toolkit.config.options import spec_of, spelling
 from mdl_toolkit.config.train import EVALUATION, TrainOptions
-from mdl_toolkit.data.convert.run import convert_rows, read_rows
+from mdl_toolkit.data.convert.run import convert_rows
 from mdl_toolkit.data.dataset import ConvertedDataset
+from mdl_toolkit.data.manifest import read_manifest
 from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import DatasetError, ToolkitError
 from mdl_toolkit.utils.console import is_first_process, say, warn
@@ -70,7 +71,7 @@ def _open_set(path: str, options: TrainOptions, files: TokenizerFiles, private: 
         dataset.record.check_model(files, path)
         return dataset
     if is_first_process():
-        manifest = read_rows(path, options, needs_prediction=True)
+        manifest = read_manifest(path, options, needs_prediction=True)
         convert_rows(manifest, private, ChatTokenizer(files), options, reuse=True)
     return ConvertedDataset(private)
 

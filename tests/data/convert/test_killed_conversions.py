@@ -320,7 +320,7 @@ def test_what_another_version_made_is_not_used(killed_place, unbroken, monkeypat
 
 def test_what_has_answers_is_not_used_for_inference(killed_place, monkeypatch):
     options = ConvertOptions(model_name=str(MODEL), input="rows.csv", output="out", num_workers=1)
-    manifest = conversion.read_rows("rows.csv", options, needs_prediction=True)
+    manifest = conversion.read_manifest("rows.csv", options, needs_prediction=True)
     tokenizer = ChatTokenizer(read_tokenizer_files(MODEL))
     monkeypatch.setattr(plan, "CHUNK_ROWS", ROWS_PER_SHARD)
     monkeypatch.setattr(plan, "FEWEST_BYTES", 1)

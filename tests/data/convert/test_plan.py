@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mdl_toolkit.config.data import ConversionOptions
 from mdl_toolkit.data.convert import plan as room
 from mdl_toolkit.data.convert.plan import (
     CHUNK_BYTES,
@@ -233,9 +234,7 @@ def place(tmp_path, monkeypatch) -> Path:
 
 def manifest_of(text: str, base_dir: str | None = None) -> Manifest:
     Path("rows.csv").write_text(text, encoding="utf-8")
-    return read_manifest(
-        "rows.csv", base_dir=base_dir, system_prompt=None, user_prompt=None, needs_prediction=True
-    )
+    return read_manifest("rows.csv", ConversionOptions(base_dir=base_dir), needs_prediction=True)
 
 
 def csv_of(line: Callable[[int], str], header: str = "audio,prediction") -> str:
@@ -342,9 +341,7 @@ def memory_of_a_survey(rows: int) -> int:
     with Path("rows.csv").open("w", encoding="utf-8") as file:
         file.write("audio,prediction\n")
         file.writelines(f"0.wav,this is the text of row {number}\n" for number in range(rows))
-    manifest = read_manifest(
-        "rows.csv", base_dir=None, system_prompt=None, user_prompt=None, needs_prediction=True
-    )
+    manifest = read_manifest("rows.csv", ConversionOptions(), needs_prediction=True)
     tracemalloc.start()
     try:
         assert plan_of(manifest).rows == rows

@@ -18,8 +18,9 @@ from mdl_toolkit import __version__
 from mdl_toolkit.config.data import ConvertOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, from_mapping, read_settings
 from mdl_toolkit.data.convert import plan, rank
-from mdl_toolkit.data.convert.run import convert_dataset, convert_rows, read_rows
+from mdl_toolkit.data.convert.run import convert_dataset, convert_rows
 from mdl_toolkit.data.dataset import ConvertedDataset
+from mdl_toolkit.data.manifest import read_manifest
 from mdl_toolkit.data.tokenization import IGNORE_INDEX, ChatTokenizer
 from mdl_toolkit.errors import InputError, ModelError, RowsError
 from mdl_toolkit.model.lengths import audio_token_count
@@ -83,7 +84,7 @@ def test_a_dataset_holds_all_that_training_needs(place):
     assert files_below(place / "out") == {*DATA_FILES, SETTINGS_FILE}
     assert {path.name for path in place.iterdir()} == {"audio", "rows.csv", "out"}
     tokenizer = ChatTokenizer(read_tokenizer_files(MODEL))
-    manifest = read_rows("rows.csv", options(system_prompt="Be brief."), needs_prediction=True)
+    manifest = read_manifest("rows.csv", options(system_prompt="Be brief."), needs_prediction=True)
     read = [*manifest.rows()]
     recordings = [soundfile.read(row["audio"], dtype="float32")[0] for row in rows]
     shutil.rmtree(place / "audio")
@@ -158,7 +159,7 @@ def test_each_row_has_its_own_prompts(place):
 
 def test_prompts_alone_for_inference(place):
     write_csv(place / "rows.csv", make_rows(place / "audio", 3))
-    manifest = read_rows("rows.csv", options(), needs_prediction=True)
+    manifest = read_manifest("rows.csv", options(), needs_prediction=True)
     tokenizer = ChatTokenizer(read_tokenizer_files(MODEL))
     convert_rows(manifest, place / "work", tokenizer, options(), with_answer=False)
     for row, sample in zip(manifest.rows(), ConvertedDataset(place / "work"), strict=True):

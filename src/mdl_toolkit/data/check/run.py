@@ -22,8 +22,7 @@ from mdl_toolkit.data.check.findings import Figures, Findings
 from mdl_toolkit.data.check.rows import Facts, Inspection
 from mdl_toolkit.data.check.text import report_lines
 from mdl_toolkit.data.convert.rank import FEW_ROWS
-from mdl_toolkit.data.convert.run import read_rows
-from mdl_toolkit.data.manifest import Manifest, Row
+from mdl_toolkit.data.manifest import Manifest, Row, read_manifest
 from mdl_toolkit.data.open_audio import Recordings
 from mdl_toolkit.data.tokenization import ChatTokenizer, prefix_sample
 from mdl_toolkit.errors import InputError, ModelError
@@ -63,7 +62,7 @@ def check(options: CheckOptions, forecast: Forecast | None = None) -> Figures:
     _check_output_paths(options)
     training = None if options.for_inference else _training_options(options)
     manifests = [
-        read_rows(path, options, needs_prediction=not options.for_inference) for path in options.input
+        read_manifest(path, options, needs_prediction=not options.for_inference) for path in options.input
     ]
     folder, tokenizer = _find_tokenizer(options)
     # Recordings fetched from addresses are kept while all files are inspected.

@@ -69,25 +69,13 @@ def convert_dataset(options: ConvertOptions) -> Record | None:
         check_apart(output, Path(options.model_name))
     if options.download_cache is not None:
         check_apart(output, Path(options.download_cache), other="--download-cache")
-    manifest = read_rows(options.input, options, needs_prediction=True)
+    manifest = read_manifest(options.input, options, needs_prediction=True)
     folder = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=False)
     tokenizer = ChatTokenizer(read_tokenizer_files(folder))
     record = convert_rows(manifest, output, tokenizer, options, settings=to_yaml(options), ranks=ranks)
     if record is not None:
         say_summary(output, record)
     return record
-
-
-def read_rows(path: str, options: ConversionOptions, *, needs_prediction: bool) -> Manifest:
-    """Open a CSV under the options' prompts and base folder."""
-    return read_manifest(
-        path,
-        base_dir=options.base_dir,
-        system_prompt=options.system_prompt,
-        user_prompt=options.user_prompt,
-        needs_prediction=needs_prediction,
-        allow_empty_prediction=options.allow_empty_prediction,
-    )
 
 
 def convert_rows(
