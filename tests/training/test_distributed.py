@@ -80,8 +80,7 @@ def figures(output):
 # --- the same curve -----------------------------------------------------------------------------------------
 
 
-def only_the_first_converts_and_buckets_are_small():
-    distributed.BUCKET_NUMEL = 1000  # numbers; several tensors in one, some larger ones alone
+def only_the_first_converts():
     if os.environ["RANK"] != "0":
         conversion.convert_rows = training_data.convert_rows = None
 
@@ -105,7 +104,7 @@ def test_processes_that_rows_do_not_divide_evenly_follow_one(place, tmp_path, st
     words = command(
         place, tmp_path / "run", train_dataset=csv, batch_size=split[0], gradient_accumulation_steps=split[1]
     )
-    jobs = start_ranks(start, words, processes, only_the_first_converts_and_buckets_are_small)
+    jobs = start_ranks(start, words, processes, only_the_first_converts)
     assert [job.end() for job in jobs] == [0] * processes, [job.said() for job in jobs]
     assert [job.said() for job in jobs[1:]] == [""] * (processes - 1)
     assert jobs[0].said().splitlines()[-1].startswith(f"done: {steps} steps; ")

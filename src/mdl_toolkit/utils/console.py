@@ -10,9 +10,12 @@ import time
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from mdl_toolkit.i18n import Localized
+
+if TYPE_CHECKING:
+    import rich.progress
 
 # Seconds between two plain progress lines.
 PLAIN_INTERVAL = 10.0
@@ -36,40 +39,41 @@ def warn(template: str | Localized, /, **fields: Any) -> None:
     say("warning: {message}", message=Localized.of(template, fields))
 
 
-class Progress(Protocol):
-    """Show how far a piece of work has come."""
+class Progress:
+    """Show how far a piece of work has come: a bar in a terminal, at most a line in ten seconds elsewhere.
 
-    def advance(self, count: int = 1, note: str = "") -> None:
-        """Count parts as done; a note, such as the loss, stays until the next one."""
+    Args:
+        title: what is done.
+        total: number of parts.
+        bar: rich's progress, of which this is the only task; None for lines.
+    """
+
+    def __init__(self, title: Localized, total: int, bar: "rich.progress.Progress | None" = None) -> None:
+        self._title, self._total, self._bar = title, total, bar
+        self._done, self._before, self._note = 0, 0, ""
+        self._started = self._last = time.monotonic()
+        self._task = bar.add_task(str(title), total=total, note="") if bar else None
 
     def begin(self, done: int) -> None:
         """Count parts as done before now, so that the estimate of the time left does not rest on them."""
-
-
-class _Lines:
-    """Show progress as plain lines, at most one in ten seconds."""
-
-    def __init__(self, title: Localized, total: int) -> None:
-        self._title, self._total = title, total
-        self._done, self._before, self._note = 0, 0, ""
-        self._started = self._last = time.monotonic()
-
-    def begin(self, done: int) -> None:
         self._done = self._before = done
         self._started = time.monotonic()
+        if self._bar and self._task is not None:
+            self._bar.reset(self._task, completed=done)
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        self._done, self._note = self._done + count, note or self._note
-        now = time.monotonic()
-        if now - self._last < PLAIN_INTERVAL:
-            return
-        self._last, elapsed = now, now - self._started
-        left = clock(elapsed / max(self._done - self._before, 1) * (self._total - self._done))
-        state = {"title": self._title, "done": self._done, "total": self._total, "left": left}
-        if self._note:
-            say(Localized("{title}: {done}/{total}, {note}, {left} left", note=self._note, **state))
-        else:
-            say(Localized("{title}: {done}/{total}, {left} left", **state))
+        """Count parts as done; a note, such as the loss, stays until the next one."""
+        self._done, self._note, now = self._done + count, note or self._note, time.monotonic()
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, advance=count, note=self._note)
+        elif now - self._last >= PLAIN_INTERVAL:
+            self._last, elapsed = now, now - self._started
+            left = clock(elapsed / max(self._done - self._before, 1) * (self._total - self._done))
+            state = {"title": self._title, "done": self._done, "total": self._total, "left": left}
+            if self._note:
+                say(Localized("{title}: {done}/{total}, {note}, {left} left", note=self._note, **state))
+            else:
+                say(Localized("{title}: {done}/{total}, {left} left", **state))
 
 
 @contextmanager
@@ -77,40 +81,26 @@ def progress(total: int, template: str | Localized, /, **fields: Any) -> Iterato
     """Show progress over `total` parts under a title: a bar in a terminal, lines elsewhere."""
     title = Localized.of(template, fields)
     if not (sys.stderr.isatty() and is_first_process()):
-        yield _Lines(title, total)
+        yield Progress(title, total)
         return
-    from rich import progress as rich_progress
+    from rich import progress as shown
     from rich.console import Console
     from rich.table import Column
 
     console = Console(stderr=True)
-    # Where the terminal is narrow only the note is cut.
-    note = Column(ratio=1, no_wrap=True, overflow="ellipsis")
     columns = (
-        rich_progress.TextColumn("{task.description}"),
-        rich_progress.BarColumn(max(8, min(40, console.width - 100))),
-        rich_progress.MofNCompleteColumn(),
-        rich_progress.TextColumn("{task.fields[note]}", table_column=note),
-        rich_progress.TimeElapsedColumn(),
-        rich_progress.TimeRemainingColumn(),
+        shown.TextColumn("{task.description}"),
+        shown.BarColumn(max(8, min(40, console.width - 100))),
+        shown.MofNCompleteColumn(),
+        # Where the terminal is narrow only the note is cut.
+        shown.TextColumn(
+            "{task.fields[note]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")
+        ),
+        shown.TimeElapsedColumn(),
+        shown.TimeRemainingColumn(),
     )
-    with rich_progress.Progress(*columns, console=console, expand=True) as shown:
-        yield _Bar(shown, shown.add_task(str(title), total=total, note=""))
-
-
-class _Bar:
-    """Forward progress to a task of rich's."""
-
-    def __init__(self, shown: Any, task: Any) -> None:
-        self._shown, self._task = shown, task
-
-    def begin(self, done: int) -> None:
-        self._shown.reset(self._task, completed=done)
-
-    def advance(self, count: int = 1, note: str = "") -> None:
-        self._shown.advance(self._task, count)
-        if note:
-            self._shown.update(self._task, note=note)
+    with shown.Progress(*columns, console=console, expand=True) as bar:
+        yield Progress(title, total, bar)
 
 
 def clock(seconds: float) -> str:

@@ -19,8 +19,6 @@ from mdl_toolkit.errors import ToolkitError
 from mdl_toolkit.utils.launcher import Ranks, check_launch
 from mdl_toolkit.utils.machine import describe_oom
 
-# The most gradients that are summed in one call: 64 MiB of float32.
-BUCKET_NUMEL = 2**24
 # The time within which all processes must have come: some machines begin later than others.
 RENDEZVOUS_TIMEOUT = timedelta(minutes=15)
 # The time that processes wait for the first one to convert; torch's ten minutes would not do.
@@ -78,15 +76,14 @@ class World:
         """Sum gradients over all processes; where a process has none, they count as zero."""
         if self.size == 1:
             return
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        for bucket in _buckets(parameters):
-            gradients = [parameter.grad for parameter in bucket if parameter.grad is not None]
-            flat = self.sum(torch.cat([gradient.reshape(-1) for gradient in gradients]))
-            sums = torch.split(flat, [gradient.numel() for gradient in gradients])
-            for gradient, total in zip(gradients, sums, strict=True):
-                gradient.copy_(total.view_as(gradient))
+        sums = []
+        with _peer_errors():
+            for parameter in parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                sums.append(distributed.all_reduce(parameter.grad, group=self.group, async_op=True))
+            for each in sums:
+                each.wait()
 
     def agrees(self, text: str) -> bool:
         """Tell whether all processes give the same text."""
@@ -147,18 +144,6 @@ def join_world() -> Iterator[World]:
 def must_leave_together() -> bool:
     """Tell whether a group can only be left by all processes at once, as NCCL's."""
     return torch.cuda.is_available()
-
-
-def _buckets(parameters: Sequence[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
-    """Group parameters so that no group of several holds more than `BUCKET_NUMEL` numbers."""
-    bucket: list[torch.nn.Parameter] = []
-    for parameter in parameters:
-        if bucket and sum(p.numel() for p in bucket) + parameter.numel() > BUCKET_NUMEL:
-            yield bucket
-            bucket = []
-        bucket.append(parameter)
-    if bucket:
-        yield bucket
 
 
 @contextmanager

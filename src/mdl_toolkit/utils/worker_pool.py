@@ -13,10 +13,9 @@ import threading
 import traceback
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from itertools import islice
 from multiprocessing.connection import wait
-from typing import Any, Generic, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from mdl_toolkit.errors import ToolkitError
 
@@ -39,28 +38,11 @@ class RemoteTraceback(Exception):  # noqa: N818 - no error itself, but what an e
     """Show the traceback of a worker process as the cause of an exception."""
 
 
-@dataclass(frozen=True)
-class Failure:
-    """Carry what a task raised from a worker process to the parent.
-
-    Attributes:
-        problem: the exception, or one in its place that can be pickled.
-        trace: its traceback as text.
-    """
+class _Failure(NamedTuple):
+    """Carry what a task raised, and its traceback, from a worker process to the parent."""
 
     problem: Exception
     trace: str
-
-    @staticmethod
-    def of(problem: Exception) -> "Failure":
-        """Carry an exception; one that cannot be pickled becomes a RuntimeError."""
-        trace = "".join(traceback.format_exception(problem))
-        try:
-            # Pickling a copy makes it anew, as the parent will.
-            pickle.dumps(copy.copy(problem))
-        except Exception:  # noqa: BLE001 - whatever its own methods raise
-            problem = RuntimeError(f"{type(problem).__name__}: {problem}")
-        return Failure(problem, f"\n{trace}")
 
 
 def work_through(
@@ -81,66 +63,55 @@ def work_through(
         for job in jobs:
             yield from task(job)
         return
-    pool = _Pool[JobT, ReportT](count)
+    # Forked children of a process with threads may hang.
+    context = multiprocessing.get_context("spawn")
+    pipes: list[Any] = []
+    processes: list[Any] = []
     try:
-        yield from pool.work_through(jobs, task)
-    finally:
-        pool.close()
-
-
-class _Pool(Generic[JobT, ReportT]):
-    """Hold worker processes and the pipes to them."""
-
-    def __init__(self, count: int) -> None:
-        # Forked children of a process with threads may hang.
-        context = multiprocessing.get_context("spawn")
-        # The first lock or process starts the one that tracks shared resources, which undoes a signal mask.
-        with suppress(OSError, ImportError):
-            context.Lock()
-        self._pipes: list[Any] = []
-        self._processes: list[Any] = []
-        for _ in range(count):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=True)
-            with _blocked_interrupts():
-                process.start()
-            theirs.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
-
-    def work_through(
-        self, jobs: Iterator[JobT], task: Callable[[JobT], Iterator[ReportT]]
-    ) -> Iterator[ReportT]:
+        with _blocked_interrupts(context):
+            for _ in range(count):
+                ours, theirs = context.Pipe()
+                processes.append(context.Process(target=_serve, args=(theirs,), daemon=True))
+                processes[-1].start()
+                theirs.close()
+                pipes.append(ours)
         # As an argument of `_serve`, the task would keep each process from starting before the last one has.
-        pickled = pickle.dumps(task)
-        for pipe in self._pipes:
-            _use(pipe.send_bytes, pickled)
-        idle, busy = [*self._pipes], set[Any]()
-        while True:
-            for job in islice(jobs, len(idle)):
-                busy.add(pipe := idle.pop())
-                _use(pipe.send, job)
-            if not busy:
-                return
-            for ready in wait([*busy]):
-                report = _use(ready.recv)  # type: ignore[union-attr]
-                if report is _END:
-                    busy.remove(ready)
-                    idle.append(ready)
-                else:
-                    yield report
-
-    def close(self) -> None:
-        """End all processes, also in the middle of a job."""
-        for pipe, process in zip(self._pipes, self._processes, strict=True):
+        for pipe in pipes:
+            _use(pipe.send, task)
+        yield from _share_out(jobs, pipes)
+    finally:
+        # Also in the middle of a job.
+        for pipe in pipes:
             pipe.close()
+        for process in processes:
             process.terminate()
             process.join()
 
 
+def _share_out(jobs: Iterator[Any], pipes: list[Any]) -> Iterator[Any]:
+    """Send jobs to idle processes by their pipes, and yield the reports."""
+    idle, busy = [*pipes], set[Any]()
+    while True:
+        for job in islice(jobs, len(idle)):
+            busy.add(pipe := idle.pop())
+            _use(pipe.send, job)
+        if not busy:
+            return
+        for ready in wait([*busy]):
+            report = _use(ready.recv)  # type: ignore[union-attr]
+            if report is _END:
+                busy.remove(ready)
+                idle.append(ready)
+            else:
+                yield report
+
+
 @contextmanager
-def _blocked_interrupts() -> Iterator[None]:
-    """Block SIGINT for the context; a process that is started in it never gets the signal."""
+def _blocked_interrupts(context: Any) -> Iterator[None]:
+    """Block SIGINT for the time in which processes are started, which then never get the signal."""
+    # The first lock or process starts the one that tracks shared resources, which undoes a signal mask.
+    with suppress(OSError, ImportError):
+        context.Lock()
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -157,7 +128,7 @@ def _use(pipe_method: Callable[..., Any], *arguments: Any) -> Any:
         answer = pipe_method(*arguments)
     except (EOFError, OSError) as problem:
         raise WorkerDiedError from problem
-    if isinstance(answer, Failure):
+    if isinstance(answer, _Failure):
         raise answer.problem from RemoteTraceback(answer.trace)
     return answer
 
@@ -176,8 +147,19 @@ def _serve(pipe: Any) -> None:
                     pipe.send(report)
                 answer = _END
             except Exception as problem:  # noqa: BLE001 - the parent raises it
-                answer = Failure.of(problem)
+                answer = _failure(problem)
             pipe.send(answer)
+
+
+def _failure(problem: Exception) -> _Failure:
+    """Make a failure of an exception; one that cannot be pickled becomes a RuntimeError."""
+    trace = "\n" + "".join(traceback.format_exception(problem))
+    try:
+        # Pickling a copy makes it anew, as the parent will.
+        pickle.dumps(copy.copy(problem))
+    except Exception:  # noqa: BLE001 - whatever its own methods raise
+        problem = RuntimeError(f"{type(problem).__name__}: {problem}")
+    return _Failure(problem, trace)
 
 
 def _end_with_parent() -> None:

@@ -24,7 +24,6 @@ from mdl_toolkit.training.gradient_checkpointing import NONE, KeptBlocks
 from mdl_toolkit.training.lora import FULL_TARGETS, LORA_TARGETS, add_adapters
 from mdl_toolkit.training.memory.activations import FLOAT, ActivationEstimate, Integers
 from mdl_toolkit.training.sampler import BatchSampler
-from mdl_toolkit.utils.distributed import BUCKET_NUMEL
 from mdl_toolkit.utils.machine import free_memory
 from mdl_toolkit.weights.loading import quiet_libraries
 from mdl_toolkit.weights.resolve import read_json
@@ -178,9 +177,8 @@ def plan_memory(
         for batch in largest_batches(sampler, samples)
     ]
     total, free, held = FLOAT * sum(sizes), free_memory(device), widest * dtype.itemsize
-    # A gradient that is made anew, or a bucket of gradients between processes.
-    in_transit = min(sum(sizes), BUCKET_NUMEL) if sampler.processes > 1 else 0
-    least = total + FLOAT * max(*sizes, in_transit)
+    # With a gradient that is made anew.
+    least = total + FLOAT * max(sizes)
     kept = NONE
     if options.gradient_checkpointing and free is not None:
         kept = _blocks_to_keep(steps, least, free - sum(parts.values()) - 3 * total - held)
