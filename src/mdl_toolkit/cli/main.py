@@ -49,12 +49,6 @@ def _evaluate(options: EvaluateOptions) -> None:
     click.echo(as_text(evaluate(options)))
 
 
-def _print_completion(options: CompletionOptions) -> None:
-    script = get_completion_class(options.shell)
-    assert script is not None
-    click.echo(script(toolkit(), {}, PROGRAM, COMPLETION_VARIABLE).source())
-
-
 class _Toolkit(click.Group):
     """Group all commands, and refuse other words with messages of ours."""
 
@@ -88,6 +82,12 @@ class _Toolkit(click.Group):
 
 def toolkit() -> click.Group:
     """Return the command `mdl-toolkit`, its texts in the user's language."""
+
+    def print_completion(options: CompletionOptions) -> None:
+        script = get_completion_class(options.shell)
+        assert script is not None
+        click.echo(script(group, {}, PROGRAM, COMPLETION_VARIABLE).source())
+
     works: list[tuple[type[Options], Callable[[Any], object]]] = [
         (ConvertOptions, _calls("convert_dataset")),
         (TrainOptions, _calls("train")),
@@ -97,25 +97,13 @@ def toolkit() -> click.Group:
         (EvaluateOptions, _evaluate),
         (ReportOptions, _calls("report")),
         (DemoOptions, _calls("run_demo", "mdl_toolkit.demo")),
-        (CompletionOptions, _print_completion),
+        (CompletionOptions, print_completion),
     ]
 
-    def show_version(ctx: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
-        if wanted and not ctx.resilient_parsing:
-            click.echo(f"{PROGRAM} {mdl_toolkit.__version__}")
-            ctx.exit()
-
-    version = click.Option(
-        ["--version"],
-        is_flag=True,
-        is_eager=True,
-        expose_value=False,
-        callback=show_version,
-        help=str(VERSION_TEXT),
-    )
     commands = [OptionsCommand(options, work) for options, work in works]
-    return _Toolkit(
-        PROGRAM, commands=commands, params=[version], help=str(SUMMARY), context_settings=CONTEXT_SETTINGS
+    group = _Toolkit(PROGRAM, commands=commands, help=str(SUMMARY), context_settings=CONTEXT_SETTINGS)
+    return click.version_option(mdl_toolkit.__version__, prog_name=PROGRAM, message="%(prog)s %(version)s")(
+        group
     )
 
 

@@ -4,12 +4,12 @@ Values are checked here one by one; nothing here depends on files, models or the
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from mdl_toolkit.config.types import ValueType, refuse
-from mdl_toolkit.errors import UsageError
+from mdl_toolkit.errors import InputError, UsageError
 from mdl_toolkit.i18n import Localized, join_messages
 
 
@@ -105,7 +105,7 @@ class Options:
         """Bring every value to its type.
 
         Raises:
-            ValuesError: naming every value that is not accepted, in one message.
+            UsageError: naming every value that is not accepted, in one message.
         """
         for name, value in checked(type(self), vars(self)).items():
             object.__setattr__(self, name, value)
@@ -114,23 +114,17 @@ class Options:
 AnyOptions = TypeVar("AnyOptions", bound=Options)
 
 
-class ValuesError(UsageError):
-    """Refuse values of options.
-
-    Attributes:
-        lines: a line for each value.
-    """
-
-    def __init__(self, lines: Sequence[Localized]) -> None:
-        self.lines = lines
-        super().__init__(join_messages(lines, "{left}\n{right}"))
-
-
-def checked(options: type[Options], values: Mapping[str, Any]) -> dict[str, Any]:
+def checked(options: type[Options], values: Mapping[str, Any], file: str = "") -> dict[str, Any]:
     """Return values by field name, each brought to its option's type; options without a value are left out.
 
+    Args:
+        options: says which values are accepted.
+        values: as they were given.
+        file: that they come from, and the option that named it; empty for a command line.
+
     Raises:
-        ValuesError: naming every value that is not accepted, in one message.
+        UsageError: naming every value that is not accepted, in one message.
+        InputError: the same, of a file.
     """
     read: dict[str, Any] = {}
     refused: list[Localized] = []
@@ -149,9 +143,9 @@ def checked(options: type[Options], values: Mapping[str, Any]) -> dict[str, Any]
                 accepted=problem.args[0],
                 value=shown,
             )
-            refused.append(line)
+            refused.append(Localized("{source}: {reason}", source=file, reason=line) if file else line)
     if refused:
-        raise ValuesError(refused)
+        raise (InputError if file else UsageError)(join_messages(refused, "{left}\n{right}"))
     return read
 
 

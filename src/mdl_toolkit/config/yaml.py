@@ -11,7 +11,6 @@ import yaml
 from mdl_toolkit.config.options import (
     AnyOptions,
     Options,
-    ValuesError,
     checked,
     fields_in_order,
     shown_name,
@@ -19,7 +18,6 @@ from mdl_toolkit.config.options import (
     spelling,
 )
 from mdl_toolkit.errors import InputError, UsageError
-from mdl_toolkit.i18n import Localized, join_messages
 
 SETTINGS_FILE = "mdl-toolkit.yaml"
 
@@ -75,11 +73,7 @@ def read_settings(path: str | Path, cls: type[Options], option: str = "--config"
         raise InputError(
             "{source}: {command} has no option {names}", source=source, command=cls.COMMAND, names=names
         )
-    try:
-        return checked(cls, named)
-    except ValuesError as refused:
-        lines = [Localized("{source}: {reason}", source=source, reason=line) for line in refused.lines]
-        raise InputError(join_messages(lines, "{left}\n{right}")) from refused
+    return checked(cls, named, source)
 
 
 def to_yaml(options: Options) -> str:

@@ -19,6 +19,7 @@ from mdl_toolkit.errors import InputError, ToolkitError
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.locks import hold_lock
 
+INPUT = Localized("the input")
 _TEMPORARY = re.compile(r"\.(.+)\.(?:partial|old|lock)-([0-9a-f]{8})")
 
 
@@ -242,27 +243,20 @@ def check_file(output: Path, inputs: Iterable[str | Path], option: str = "--outp
         check_apart(output, Path(path), option)
 
 
-def check_apart(output: Path, path: Path, option: str = "--output", other: str | None = None) -> None:
+def check_apart(output: Path, path: Path, option: str = "--output", other: str | Localized = INPUT) -> None:
     """Refuse an output that is, holds or lies inside an input or another output.
 
     Args:
         output: the file or folder to write.
         path: the input or the other output.
         option: by which `output` was given.
-        other: by which `path` was given; None for an input.
+        other: by which `path` was given.
 
     Raises:
         InputError: naming both.
     """
     target, source = output.absolute().resolve(), path.absolute().resolve()
     if target == source or target in source.parents or source in target.parents:
-        if other is None:
-            raise InputError(
-                "{option} {output}: it is, holds or lies inside the input {path}; choose another place",
-                option=option,
-                output=output,
-                path=path,
-            )
         raise InputError(
             "{option} {output}: it is, holds or lies inside {other} {path}; choose another place",
             option=option,

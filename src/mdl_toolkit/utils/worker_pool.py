@@ -147,19 +147,14 @@ def _serve(pipe: Any) -> None:
                     pipe.send(report)
                 answer = _END
             except Exception as problem:  # noqa: BLE001 - the parent raises it
-                answer = _failure(problem)
+                trace = "\n" + "".join(traceback.format_exception(problem))
+                try:
+                    # Pickling a copy makes it anew, as the parent will.
+                    pickle.dumps(copy.copy(problem))
+                except Exception:  # noqa: BLE001 - whatever its own methods raise
+                    problem = RuntimeError(f"{type(problem).__name__}: {problem}")
+                answer = _Failure(problem, trace)
             pipe.send(answer)
-
-
-def _failure(problem: Exception) -> _Failure:
-    """Make a failure of an exception; one that cannot be pickled becomes a RuntimeError."""
-    trace = "\n" + "".join(traceback.format_exception(problem))
-    try:
-        # Pickling a copy makes it anew, as the parent will.
-        pickle.dumps(copy.copy(problem))
-    except Exception:  # noqa: BLE001 - whatever its own methods raise
-        problem = RuntimeError(f"{type(problem).__name__}: {problem}")
-    return _Failure(problem, trace)
 
 
 def _end_with_parent() -> None:
