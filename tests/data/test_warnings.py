@@ -115,12 +115,12 @@ def test_leaks_by_kind(sets, capsys, monkeypatch):
     monkeypatch.setattr(dataset, "unpack_audio", None)  # nothing is decoded
     capsys.readouterr()
     leaks = find_leaks(*sets)
-    assert (leaks.same, leaks.prompts, leaks.answers) == ([3, 5], [4], [6])
+    assert (leaks.same, leaks.other_text) == ([3, 5], [4, 6])
     assert advice.warn_of_leaks(*sets)
     (line,) = said(capsys)
     assert "4 of 8 evaluation rows have a recording that is also trained on: " in line
     assert "2 with the same prompt and answer (rows 4, 6); " in line
-    assert "1 with the same answer to another prompt (rows 5); 1 with another answer (rows 7); " in line
+    assert "2 with another prompt or answer (rows 5, 7); " in line
 
 
 def test_one_of_several_rows_with_a_recording_decides(tmp_path):
@@ -128,7 +128,7 @@ def test_one_of_several_rows_with_a_recording_decides(tmp_path):
     row, *_ = make_rows(tmp_path / "audio", 1)
     asked = [{**row, "user_prompt": prompt} for prompt in ("Who?", "What?", "Where?")]
     leaks = find_leaks(convert(tmp_path, asked, "a"), convert(tmp_path, [asked[2]], "b"))
-    assert (leaks.same, leaks.prompts, leaks.answers) == ([0], [], [])
+    assert (leaks.same, leaks.other_text) == ([0], [])
 
 
 def test_sets_apart(tmp_path, capsys):
@@ -146,20 +146,6 @@ def test_recordings_of_other_lengths_are_not_read(tmp_path, monkeypatch):
     assert not {*pair[0].audio_lengths.tolist()} & {*pair[1].audio_lengths.tolist()}
     monkeypatch.setattr(ConvertedDataset, "encoded_audio", None)
     assert not advice.warn_of_leaks(*pair)
-
-
-def test_of_a_long_recording_both_ends_are_compared(tmp_path):
-    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 160_000).astype(np.float32)
-    rows = []
-    for number, changed in enumerate([None, 10, 159_990]):
-        clip = noise.copy()
-        if changed is not None:
-            clip[changed] = -clip[changed]
-        soundfile.write(tmp_path / f"{number}.wav", clip, 16_000, subtype="PCM_16")
-        rows.append({"audio": str(tmp_path / f"{number}.wav"), "prediction": "noise"})
-    data = convert(tmp_path, rows[:1], "a"), convert(tmp_path, rows, "b")
-    assert len(data[0].encoded_audio(0)) > 2 * advice.COMPARED_BYTES
-    assert find_leaks(*data).same == [0]
 
 
 def test_many_are_counted_and_the_first_named(tmp_path, capsys):

@@ -19,8 +19,6 @@ from mdl_toolkit.utils.console import warn
 
 # Examples that a message names.
 MOST_NAMED = 10
-# Bytes at a recording's start, and at its end, that tell it from others of its size.
-COMPARED_BYTES = 1 << 16
 # The loss is judged after so many steps at least, and after this share of all steps; the losses of so many
 # steps are compared at least; less than this share of the loss is no fall.
 FEWEST_STEPS = 50
@@ -91,41 +89,29 @@ class Leaks:
 
     Attributes:
         same: prompt and answer are a training example's too.
-        prompts: the answer is a training example's, the prompt is not.
-        answers: no training example with this recording has this answer.
+        other_text: no training example with this recording has both.
     """
 
     same: list[int] = field(default_factory=list)
-    prompts: list[int] = field(default_factory=list)
-    answers: list[int] = field(default_factory=list)
-
-    @property
-    def count(self) -> int:
-        """Return how many there are."""
-        return len(self.same) + len(self.prompts) + len(self.answers)
+    other_text: list[int] = field(default_factory=list)
 
 
 def find_leaks(train_set: ConvertedDataset, eval_set: ConvertedDataset) -> Leaks:
     """Find evaluation examples whose recording is stored in the training set, byte by byte.
 
-    Only recordings with as many samples and stored bytes as one of the other set are read, and of each of
-    these not more than 128 KiB.
+    Only recordings with as many samples and stored bytes as one of the other set are read.
     """
     by_digest: dict[bytes, list[int]] = defaultdict(list)
     for index in _of_common_size(train_set, eval_set):
         by_digest[_audio_digest(train_set, index)].append(index)
     leaks = Leaks()
     for index in _of_common_size(eval_set, train_set):
-        others = by_digest.get(_audio_digest(eval_set, index))
-        if not others:
-            continue
-        ids, answer = eval_set.tokens(index).input_ids, _answer(eval_set, index)
+        others = by_digest.get(_audio_digest(eval_set, index), [])
+        ids = eval_set.tokens(index).input_ids
         if any(np.array_equal(ids, train_set.tokens(other).input_ids) for other in others):
             leaks.same.append(index)
-        elif any(np.array_equal(answer, _answer(train_set, other)) for other in others):
-            leaks.prompts.append(index)
-        else:
-            leaks.answers.append(index)
+        elif others:
+            leaks.other_text.append(index)
     return leaks
 
 
@@ -133,56 +119,38 @@ def _of_common_size(dataset: ConvertedDataset, other: ConvertedDataset) -> list[
     """List examples with a recording as large as one of the other dataset; no recording is read."""
     lengths = np.intersect1d(dataset.audio_lengths, other.audio_lengths)
     ours, theirs = (
-        np.flatnonzero(np.isin(each.audio_lengths, lengths)).tolist() for each in (dataset, other)
+        {row: len(each.encoded_audio(row)) for row in np.flatnonzero(np.isin(each.audio_lengths, lengths))}
+        for each in (dataset, other)
     )
-    sizes = {_audio_size(other, row) for row in theirs}
-    return [row for row in ours if _audio_size(dataset, row) in sizes]
-
-
-def _audio_size(dataset: ConvertedDataset, row: int) -> tuple[int, int]:
-    return int(dataset.audio_lengths[row]), len(dataset.encoded_audio(row))
+    sizes = {(other.audio_lengths[row], size) for row, size in theirs.items()}
+    return [int(row) for row, size in ours.items() if (dataset.audio_lengths[row], size) in sizes]
 
 
 def _audio_digest(dataset: ConvertedDataset, row: int) -> bytes:
-    stored = dataset.encoded_audio(row)
-    digest = hashlib.sha256(stored[:COMPARED_BYTES])
-    digest.update(stored[max(COMPARED_BYTES, len(stored) - COMPARED_BYTES) :])
-    digest.update(repr(_audio_size(dataset, row)).encode())
-    return digest.digest()
+    return hashlib.sha256(dataset.encoded_audio(row)).digest()
 
 
 def warn_of_leaks(train_set: ConvertedDataset, eval_set: ConvertedDataset) -> bool:
     """Warn of evaluation examples whose recording is also trained on; tell whether there are any."""
     leaks = find_leaks(train_set, eval_set)
-    if not leaks.count:
-        return False
-    parts = []
-    if rows := leaks.same:
-        parts.append(
-            Localized(
-                "{count} with the same prompt and answer (rows {rows})", count=len(rows), rows=_numbers(rows)
-            )
-        )
-    if rows := leaks.prompts:
-        parts.append(
-            Localized(
-                "{count} with the same answer to another prompt (rows {rows})",
-                count=len(rows),
-                rows=_numbers(rows),
-            )
-        )
-    if rows := leaks.answers:
-        parts.append(
-            Localized("{count} with another answer (rows {rows})", count=len(rows), rows=_numbers(rows))
-        )
-    warn(
-        "{count} of {rows} evaluation rows have a recording that is also trained on: {parts}; the "
-        "evaluation looks better than it is, so take them out of one of the two",
-        count=leaks.count,
-        rows=len(eval_set),
-        parts=join_messages(parts, "{left}; {right}"),
+    kinds = (
+        (leaks.same, Localized("with the same prompt and answer")),
+        (leaks.other_text, Localized("with another prompt or answer")),
     )
-    return True
+    parts = [
+        Localized("{count} {kind} (rows {rows})", count=len(rows), kind=kind, rows=_numbers(rows))
+        for rows, kind in kinds
+        if rows
+    ]
+    if parts:
+        warn(
+            "{count} of {rows} evaluation rows have a recording that is also trained on: {parts}; the "
+            "evaluation looks better than it is, so take them out of one of the two",
+            count=len(leaks.same) + len(leaks.other_text),
+            rows=len(eval_set),
+            parts=join_messages(parts, "{left}; {right}"),
+        )
+    return bool(parts)
 
 
 def _numbers(rows: list[int]) -> str:

@@ -370,7 +370,7 @@ def test_leaks_are_those_that_training_warns_of(run, spoilt, tmp_path, model):
     sets = [converted(path, tmp_path / path.stem, model) for path in (fixed, held.path)]
     leaks, found = find_leaks(*sets), found_in(figures["files"][1])
     assert [row + 2 for row in leaks.same] == found["leak"]
-    assert [row + 2 for row in leaks.prompts + leaks.answers] == found["leak_other_text"]
+    assert [row + 2 for row in leaks.other_text] == found["leak_other_text"]
 
 
 @pytest.mark.parametrize("for_inference", [False, True])
