@@ -117,7 +117,7 @@ def _run_commands(folder: Path, seed: int) -> tuple[float, float]:
 
     conversion = ConvertOptions(input=str(folder / "train.csv"), output=dataset, model_name=model, **shared)
     counts = [
-        read_manifest(folder / f"{name}.csv", conversion, needs_prediction=True).count_rows()
+        sum(1 for _ in read_manifest(folder / f"{name}.csv", conversion, needs_prediction=True).rows())
         for name in ("train", "eval", "test")
     ]
     say(

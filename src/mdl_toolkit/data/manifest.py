@@ -95,11 +95,8 @@ class Manifest:
     def __iter__(self) -> Iterator[Row | RowProblem]:
         """Yield each usable row, and each problem of the others, in the file's order.
 
-        Problems are: too many cells, a NUL byte, an empty cell, an audio path that is not a file with
-        something in it, an address that is not http or https.
-
         Raises:
-            InputError: from some line on it is no CSV or not UTF-8, or it was changed in the meantime.
+            InputError: from some line on it is no CSV, or it was changed in the meantime.
         """
         return self._read(find_recording)
 
@@ -159,24 +156,6 @@ class Manifest:
         copy_rows(self.path, target, lambda line: line not in lines)
         self._check_unchanged(self.path.stat())
 
-    def count_rows(self) -> int:
-        """Read all rows once and return how many there are.
-
-        Raises:
-            RowsError: all rows that cannot be used.
-            InputError: there is no row.
-        """
-        problems, rows = Problems(), 0
-        for item in self:
-            if isinstance(item, RowProblem):
-                problems.add(item)
-            else:
-                rows += 1
-        self.check(problems)
-        if not rows:
-            raise self.no_rows()
-        return rows
-
     @property
     def source(self) -> str:
         """Return the path or pattern that the user has given."""
@@ -202,8 +181,7 @@ def read_manifest(path: str | Path, options: ConversionOptions, *, needs_predict
         needs_prediction: the column `prediction` must be there and filled in (training).
 
     Raises:
-        InputError: the file cannot be read, its first line is no CSV or not UTF-8; a column is missing or
-            there twice.
+        InputError: the file cannot be read, its first line is no CSV; a column is missing or there twice.
     """
     path = Path(path)
     with open_csv(path) as file, closing(read_lines(path, file)) as lines:

@@ -5,6 +5,7 @@ rows alone, not on the order in which workers report.
 """
 
 import dataclasses
+import itertools
 from array import array
 from collections import Counter
 from collections.abc import Iterator
@@ -42,21 +43,6 @@ Numbers = NDArray[Any]
 
 
 @dataclass
-class _Texts:
-    """Hold distinct texts by digest, in the order of the rows; only the first ones are kept."""
-
-    by_digest: dict[int, str] = field(default_factory=dict)
-    is_full: bool = False
-
-    def add(self, text_digest: int, text: str) -> None:
-        if text_digest not in self.by_digest:
-            if len(self.by_digest) < MOST_TEXTS:
-                self.by_digest[text_digest] = text[:LONGEST_TEXT]
-            else:
-                self.is_full = True
-
-
-@dataclass
 class Findings:
     """Hold all that is noted of one CSV.
 
@@ -73,8 +59,9 @@ class Findings:
     bad_lines: "array[int]" = field(default_factory=lambda: array("q"))
     _facts: bytearray = field(default_factory=bytearray)
     _sources: Counter[tuple[str, str]] = field(default_factory=Counter)
-    _answers: _Texts = field(default_factory=_Texts)
-    _prompts: _Texts = field(default_factory=_Texts)
+    # Distinct texts by digest, in the order of the rows; only the first ones are kept.
+    _answers: dict[int, str] = field(default_factory=dict)
+    _prompts: dict[int, str] = field(default_factory=dict)
 
     def readable_rows(self, manifest: Manifest) -> Iterator[Row]:
         """Yield the rows whose recordings are to be inspected; note their texts, and problems of others."""
@@ -85,9 +72,10 @@ class Findings:
             answer = None if self.role == "inference" else item.prediction
             row = dataclasses.replace(item, cells=(), prediction=answer)
             prompts = prompt_texts(row)
-            self._prompts.add(digest(*prompts), " | ".join(filter(None, prompts)))
-            if answer is not None:
-                self._answers.add(digest(answer), answer)
+            if len(self._prompts) < MOST_TEXTS:
+                self._prompts.setdefault(digest(*prompts), " | ".join(filter(None, prompts))[:LONGEST_TEXT])
+            if answer is not None and len(self._answers) < MOST_TEXTS:
+                self._answers.setdefault(digest(answer), answer[:LONGEST_TEXT])
             yield row
 
     def add(self, inspected: Inspected) -> None:
@@ -168,7 +156,7 @@ class Findings:
         classes: list[tuple[str, int]] = []
         if len(digests) <= MOST_CLASSES and len(facts) >= LEAST_ROWS * len(digests):
             pairs = zip(digests.tolist(), counts.tolist(), strict=True)
-            named = [(self._answers.by_digest.get(number, "..."), count) for number, count in pairs]
+            named = [(self._answers.get(number, "..."), count) for number, count in pairs]
             classes = sorted(named, key=lambda item: (-item[1], item[0]))
         answers = {"distinct": len(digests), "classes": [[*item] for item in classes]}
         if len(digests) == 1 and len(facts) > 1:
@@ -185,13 +173,12 @@ class Findings:
         index_of = {number: index for index, number in enumerate(digests.tolist())}
         # White space around prompts is another finding.
         prompts: dict[str, int] = {}
-        for number, text in self._prompts.by_digest.items():
+        for number, text in self._prompts.items():
             if number in index_of:
                 prompts.setdefault(text.strip(), index_of[number])
         pairs: list[Figures] = []
-        texts = [*prompts]
-        for one, two in ((one, two) for index, two in enumerate(texts) for one in texts[:index]):
-            if abs(len(one) - len(two)) > 1 or Levenshtein.distance(one, two, score_cutoff=1) != 1:
+        for one, two in itertools.combinations(prompts, 2):
+            if Levenshtein.distance(one, two, score_cutoff=1) != 1:
                 continue
             (edit,) = Levenshtein.editops(one, two)
             removed = "" if edit.tag == "insert" else one[edit.src_pos]
@@ -201,13 +188,8 @@ class Findings:
                 indices = [prompts[one], prompts[two]]
                 lines = facts["line"][first_rows[indices]].tolist()
                 pairs.append({"prompts": [one, two], "rows": counts[indices].tolist(), "lines": lines})
-        if not pairs:
-            return []
         rows = sum(min(pair["rows"]) for pair in pairs)
-        is_complete = not self._prompts.is_full
-        return [
-            {"name": "near_prompts", "rows": rows, "pairs": pairs[:MOST_LINES], "is_complete": is_complete}
-        ]
+        return [{"name": "near_prompts", "rows": rows, "pairs": pairs[:MOST_LINES]}] if pairs else []
 
 
 def audio_tokens(facts: Facts) -> Numbers:
