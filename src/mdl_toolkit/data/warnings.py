@@ -119,11 +119,14 @@ def _of_common_size(dataset: ConvertedDataset, other: ConvertedDataset) -> list[
     """List examples with a recording as large as one of the other dataset; no recording is read."""
     lengths = np.intersect1d(dataset.audio_lengths, other.audio_lengths)
     ours, theirs = (
-        {row: len(each.encoded_audio(row)) for row in np.flatnonzero(np.isin(each.audio_lengths, lengths))}
-        for each in (dataset, other)
+        np.flatnonzero(np.isin(each.audio_lengths, lengths)).tolist() for each in (dataset, other)
     )
-    sizes = {(other.audio_lengths[row], size) for row, size in theirs.items()}
-    return [int(row) for row, size in ours.items() if (dataset.audio_lengths[row], size) in sizes]
+    sizes = {_audio_size(other, row) for row in theirs}
+    return [row for row in ours if _audio_size(dataset, row) in sizes]
+
+
+def _audio_size(dataset: ConvertedDataset, row: int) -> tuple[int, int]:
+    return int(dataset.audio_lengths[row]), len(dataset.encoded_audio(row))
 
 
 def _audio_digest(dataset: ConvertedDataset, row: int) -> bytes:
