@@ -14,6 +14,7 @@ import soxr
 from mdl_toolkit.audio.decoders import decode
 from mdl_toolkit.audio.integrity import check_integrity
 from mdl_toolkit.audio.loading import SAMPLE_RATE, Clip, load
+from mdl_toolkit.audio.mixdown import Mixdown
 from tests.support import recordings
 from tests.support.ogg import crc
 from tests.support.paths import DOCS
@@ -88,7 +89,7 @@ def same(clip: Clip, expected: tuple[np.ndarray, int], *, frame: int = 0, below:
 
 def reader(path: Path) -> str:
     with path.open("rb") as file:
-        name = decode(file, check_integrity(file)).format
+        name = decode(file, check_integrity(file), Mixdown()).format
     return "libsndfile" if name in soundfile.available_formats() else "PyAV"
 
 

@@ -2,7 +2,8 @@
 
 Modules:
     loading          `load`: decode, check, resample, pad
-    decoders         decode with libsndfile or FFmpeg, at the file's own rate
+    decoders         decode with libsndfile or FFmpeg, block by block
+    mixdown          average channels and resample, block by block
     integrity        check that a file is complete, without decoding it
     flac             store samples as FLAC, and read them back
     http             download one address

@@ -1,4 +1,4 @@
-"""Decode a file with libsndfile or FFmpeg to mono float32 samples at the file's own rate.
+"""Decode a file with libsndfile or FFmpeg, block by block.
 
 libsndfile decodes the formats that it knows, FFmpeg (by PyAV) all others. FFmpeg is lenient: every error that
 it reports is checked here, and that all promised seconds came.
@@ -11,10 +11,9 @@ import numpy as np
 import soundfile
 
 from mdl_toolkit.audio.integrity import Integrity
+from mdl_toolkit.audio.mixdown import CONVERT, Floats, Mixdown
 from mdl_toolkit.errors import AudioError
 from mdl_toolkit.i18n import Localized
-
-Floats = np.ndarray[Any, np.dtype[np.float32]]
 
 # Samples per channel that libsndfile decodes at once.
 BLOCK = 8_192
@@ -38,27 +37,21 @@ FILE_LENGTH = ("matroska,webm", "asf", "flv")
 DELAY_FRAMES, DELAY_FRAME = 4, 2_048
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Decoded:
-    """Hold what a decoder returned.
+    """Hold what a decoder says of a file.
 
     Attributes:
         format: the name of the file's format.
-        samples: float32 `[n]`, the average of all channels.
-        rate: Hz.
-        channels: of the source.
         missing: what was promised and did not come, of a file that was cut off.
     """
 
     format: str
-    samples: Floats
-    rate: int
-    channels: int
     missing: Localized | None
 
 
-def decode(file: BinaryIO, integrity: Integrity) -> Decoded:
-    """Decode by libsndfile, or by FFmpeg what libsndfile does not know or would read only in part.
+def decode(file: BinaryIO, integrity: Integrity, mixdown: Mixdown) -> Decoded:
+    """Decode into a mixdown, by libsndfile, or by FFmpeg what that does not know or would read only in part.
 
     Raises:
         AudioError: the file is no recording, or damaged. An error at the very end counts as cut off.
@@ -67,13 +60,16 @@ def decode(file: BinaryIO, integrity: Integrity) -> Decoded:
     try:
         # libsndfile's decoder would print warnings.
         if integrity.is_mpeg:
-            return _decode_with_ffmpeg(file, None)
-        with soundfile.SoundFile(file) as sound:
-            reads_all = _reads_all(sound, integrity)
-            decoded = _decode_with_libsndfile(sound, file) if reads_all else _decode_with_ffmpeg(file, None)
+            decoded = _decode_with_ffmpeg(file, None, mixdown)
+        else:
+            with soundfile.SoundFile(file) as sound:
+                if _reads_all(sound, integrity):
+                    decoded = _decode_with_libsndfile(sound, file, mixdown)
+                else:
+                    decoded = _decode_with_ffmpeg(file, None, mixdown)
     except soundfile.LibsndfileError as refused:
-        decoded = _decode_with_ffmpeg(file, refused)
-    if len(decoded.samples) < integrity.least_samples and not decoded.missing:
+        decoded = _decode_with_ffmpeg(file, refused, mixdown)
+    if mixdown.length < integrity.least_samples and not decoded.missing:
         raise _damaged(decoded.format, "decoder", "stopped early")
     return decoded
 
@@ -110,17 +106,6 @@ def _reason(problem: object) -> str:
     return str(words).rstrip(".")
 
 
-def _average(channels: Floats) -> Floats:
-    """Average `[channels, n]` to mono `[n]`, added up one by one, so that every machine rounds alike."""
-    total: Floats = channels[0].copy()
-    # Infinity and NaN are found later.
-    with np.errstate(over="ignore", invalid="ignore"):
-        for channel in channels[1:]:
-            total += channel
-    total /= np.float32(len(channels))
-    return total
-
-
 def _seconds_missing(promised: float, present: float) -> Localized:
     """Say how many seconds a header promises and how many are there."""
     return Localized(
@@ -141,32 +126,31 @@ def _breaks_off(seconds: float, decoder: str, problem: object) -> Localized:
 # --- libsndfile ------------------------------------------------------------------------------------------
 
 
-def _decode_with_libsndfile(sound: Any, file: BinaryIO) -> Decoded:
+def _decode_with_libsndfile(sound: Any, file: BinaryIO, mixdown: Mixdown) -> Decoded:
     """Decode an open `soundfile.SoundFile` to its end, or up to an error at the end of the file."""
     # soundfile seeks after every block, at which libsndfile fails in FLAC of unknown length (from a pipe).
     sound.seekable = lambda: False
-    blocks: list[Floats] = []
     problem = None
     try:
         while len(block := sound.read(BLOCK, dtype="float32", always_2d=True)):
-            blocks.append(_average(block.T))
+            mixdown.add(sound.format, block.T, sound.samplerate)
     except soundfile.LibsndfileError as error:
         problem = error
         if file.tell() < file.seek(0, 2):
             raise _damaged(sound.format, "libsndfile", error) from error
-    samples = np.concatenate(blocks or [np.zeros(0, np.float32)])
-    promised, present = sound.frames / sound.samplerate, len(samples) / sound.samplerate
-    is_known = sound.frames != UNKNOWN_LENGTH
-    missing = _seconds_missing(promised, present) if is_known and present < promised else None
+    present = mixdown.length / sound.samplerate
     if problem:
-        missing = _breaks_off(present, "libsndfile", problem)
-    return Decoded(sound.format, samples, sound.samplerate, sound.channels, missing)
+        return Decoded(sound.format, _breaks_off(present, "libsndfile", problem))
+    is_short = mixdown.length < sound.frames != UNKNOWN_LENGTH
+    return Decoded(
+        sound.format, _seconds_missing(sound.frames / sound.samplerate, present) if is_short else None
+    )
 
 
 # --- FFmpeg ----------------------------------------------------------------------------------------------
 
 
-def _decode_with_ffmpeg(file: BinaryIO, refused: Any) -> Decoded:
+def _decode_with_ffmpeg(file: BinaryIO, refused: Any, mixdown: Mixdown) -> Decoded:
     """Decode with FFmpeg what libsndfile refused, with the error `refused`, or would read only in part."""
     import av
 
@@ -195,18 +179,18 @@ def _decode_with_ffmpeg(file: BinaryIO, refused: Any) -> Decoded:
         is_known = (container.format.name, codec) in KNOWN or codec.startswith(KNOWN_CODECS)
         if refused and refused.code not in NOT_KNOWN and is_known:
             raise _damaged(name, "libsndfile", refused)
-        return _Reader(container, stream).read(file)
+        return _Reader(container, stream, mixdown).read(file)
 
 
 class _Reader:
     """Decode one stream with FFmpeg, strictly."""
 
-    def __init__(self, container: Any, stream: Any) -> None:
+    def __init__(self, container: Any, stream: Any, mixdown: Mixdown) -> None:
         self.container = container
         self.stream = stream
         self.name = f"{container.format.long_name}, {stream.codec_context.name}"
-        self.blocks: list[Floats] = []
-        self.rate = self.channels = self.packets = self.longest = self.samples = 0
+        self.mixdown = mixdown
+        self.packets = self.longest = 0
         # What went wrong in the last packet so far.
         self.problem: object = None
 
@@ -228,10 +212,9 @@ class _Reader:
             self.problem = error
             if file.tell() < file.seek(0, 2):
                 raise _damaged(self.name, "FFmpeg", self.problem) from error
-        if self.problem and not self.blocks:
+        if self.problem and not self.mixdown.length:
             raise _damaged(self.name, "FFmpeg", self.problem)
-        samples = np.concatenate(self.blocks or [np.zeros(0, np.float32)])
-        return Decoded(self.name, samples, self.rate, self.channels, self._missing())
+        return Decoded(self.name, self._missing())
 
     def _decode_packet(self, packet: Any) -> None:
         """Decode a packet; after a bad one only the empty packet at the end may come."""
@@ -247,23 +230,15 @@ class _Reader:
             for frame in packet.decode():
                 if frame.is_corrupt:
                     self.problem = "incomplete frame"
-                if self.rate not in (0, frame.sample_rate):
-                    raise AudioError(
-                        "{name}: the sampling rate changes in the middle; {convert}",
-                        name=self.name,
-                        convert=CONVERT,
-                    )
-                channels = _floats(frame)
-                self.blocks.append(_average(channels))
-                self.rate, self.channels = frame.sample_rate, len(channels)
+                self.mixdown.add(self.name, _floats(frame), frame.sample_rate)
                 self.longest = max(self.longest, frame.samples)
-                self.samples += frame.samples
         except (av.FFmpegError, OSError, ValueError, LookupError) as error:
             self.problem = error
 
     def _missing(self) -> Localized | None:
         """Return the sound that is missing; None if the file does not say its length, or all packets came."""
-        present = self.samples / (self.rate or 1)
+        rate = self.mixdown.rate or 1
+        present = self.mixdown.length / rate
         if self.problem:
             return _breaks_off(present, "FFmpeg", self.problem)
         promised, container, stream = 0.0, self.container, self.stream
@@ -272,7 +247,7 @@ class _Reader:
             promised = float(stream.duration * stream.time_base)
         elif name in FILE_LENGTH and container.duration and len(container.streams) == 1:
             promised = float(container.duration / 1_000_000)
-        tolerance = DELAY_FRAMES * min(self.longest, DELAY_FRAME) / (self.rate or 1)
+        tolerance = DELAY_FRAMES * min(self.longest, DELAY_FRAME) / rate
         return _seconds_missing(promised, present) if present < promised - tolerance else None
 
 
@@ -297,7 +272,6 @@ def _floats(frame: Any) -> Floats:
 
 # --- files that are no recordings ------------------------------------------------------------------------
 
-CONVERT = Localized("convert it first, for example with: ffmpeg -i FILE new.flac")
 LOOKS = {
     b"\x89PNG": Localized("a PNG image"),
     b"\xff\xd8\xff": Localized("a JPEG image"),

@@ -8,11 +8,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import soxr
-
-from mdl_toolkit.audio.decoders import Decoded, Floats, decode
+from mdl_toolkit.audio.decoders import decode
 from mdl_toolkit.audio.integrity import check_integrity
+from mdl_toolkit.audio.mixdown import Floats, Mixdown
 from mdl_toolkit.errors import AudioError
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.model.constants import SAMPLE_RATE as SAMPLE_RATE
@@ -20,12 +18,6 @@ from mdl_toolkit.model.lengths import MIN_SAMPLES
 
 # -80 dBFS; the dither of 16-bit files stays below -90 dBFS.
 SILENCE = 1e-4
-# The largest 16-bit sample.
-FULL_SCALE = 32767 / 32768
-# Samples in a row at full scale; a healthy peak touches it once or twice.
-CLIPPED = 3
-# Hz; a rate beyond these is a damaged header, not a recording.
-RATES = range(1_000, 1_000_001)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,11 +83,25 @@ def load(path: str | Path, *, allow_truncated: bool = False) -> Clip:
             raise AudioError("the file is empty (0 bytes); get it again")
         integrity = check_integrity(file)
         _check_complete(integrity.missing, allow_truncated)
-        decoded = decode(file, integrity)
+        mixdown = Mixdown()
+        decoded = decode(file, integrity, mixdown)
     missing = integrity.missing or decoded.missing
     _check_complete(missing, allow_truncated)
-    _check_samples(decoded)
-    return _clip(decoded, missing)
+    if not mixdown.length:
+        raise AudioError("{name}: there are no samples in it; get it again", name=decoded.format)
+    samples, padded = mixdown.finish(MIN_SAMPLES)
+    return Clip(
+        format=decoded.format,
+        samples=samples,
+        source_seconds=mixdown.length / mixdown.rate,
+        source_rate=mixdown.rate,
+        channels=mixdown.channels,
+        padded=padded,
+        silent=mixdown.peak < SILENCE,
+        clipped=mixdown.clipped,
+        full_scale=mixdown.loud / mixdown.length,
+        truncated=missing,
+    )
 
 
 class _File(io.BufferedReader):
@@ -117,46 +123,3 @@ def _check_complete(missing: Localized | None, allow_truncated: bool) -> None:
             "the file was cut off: {missing}; get all of it, or accept it with --allow-truncated",
             missing=missing,
         )
-
-
-def _check_samples(decoded: Decoded) -> None:
-    """Raise AudioError if there are no samples, the rate is impossible, or a sample is NaN or infinite."""
-    name, rate = decoded.format, decoded.rate
-    if not len(decoded.samples):
-        raise AudioError("{name}: there are no samples in it; get it again", name=name)
-    if rate not in RATES:
-        raise AudioError(
-            "{name}: {rate} Hz is no possible sampling rate; the header is damaged, get the file again",
-            name=name,
-            rate=rate,
-        )
-    bad = np.flatnonzero(~np.isfinite(decoded.samples))
-    if len(bad):
-        raise AudioError(
-            "{name}: NaN or infinite samples, the first at {seconds:.3f} s; export it again",
-            name=name,
-            seconds=bad[0] / rate,
-        )
-
-
-def _clip(decoded: Decoded, missing: Localized | None) -> Clip:
-    """Resample decoded samples, and pad those that are too few for one audio token."""
-    mono, rate = decoded.samples, decoded.rate
-    # soxr's HQ: aliases below -100 dB. FFmpeg's own resampler leaves -62 dB at 9 kHz.
-    samples = mono if rate == SAMPLE_RATE else soxr.resample(mono, rate, SAMPLE_RATE, "HQ")
-    padding = max(0, MIN_SAMPLES - len(samples))
-    level = np.abs(mono)
-    loud = level >= FULL_SCALE
-    runs = [loud[start : len(loud) - CLIPPED + 1 + start] for start in range(CLIPPED)]
-    return Clip(
-        format=decoded.format,
-        samples=np.pad(samples, (0, padding)) if padding else samples,
-        source_seconds=len(mono) / rate,
-        source_rate=rate,
-        channels=decoded.channels,
-        padded=padding > 0,
-        silent=bool(np.max(level) < SILENCE),
-        clipped=bool(np.logical_and.reduce(runs).any()),
-        full_scale=float(np.mean(loud)),
-        truncated=missing,
-    )

@@ -1,0 +1,110 @@
+"""Mix decoded sound down to mono and resample it to the model's rate, block by block.
+
+Memory is that of the result: neither all channels nor the source's rate are held for more than a block.
+"""
+
+from typing import Any
+
+import numpy as np
+import soxr
+
+from mdl_toolkit.errors import AudioError
+from mdl_toolkit.i18n import Localized
+from mdl_toolkit.model.constants import SAMPLE_RATE
+
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+
+CONVERT = Localized("convert it first, for example with: ffmpeg -i FILE new.flac")
+# The largest 16-bit sample.
+FULL_SCALE = 32767 / 32768
+# Samples in a row at full scale; a healthy peak touches it once or twice.
+CLIPPED = 3
+# Hz; a rate beyond these is a damaged header, not a recording.
+RATES = range(1_000, 1_000_001)
+
+
+class Mixdown:
+    """Take blocks of decoded sound, and hold their average over all channels at 16 kHz.
+
+    Attributes:
+        rate: Hz, of the source; 0 before the first block.
+        channels: of the source's last block.
+        length: samples per channel so far.
+        peak: the largest magnitude of the mono mix.
+        loud: samples of the mono mix at full scale.
+        clipped: as many as `CLIPPED` of them follow one another.
+    """
+
+    def __init__(self) -> None:
+        self.rate = self.channels = self.length = self.loud = 0
+        self.peak, self.clipped = 0.0, False
+        # A bytearray grows in place, and untouched room in it takes no memory.
+        self._samples = bytearray()
+        self._resampler: soxr.ResampleStream | None = None
+        # The last samples' being at full scale.
+        self._tail = np.zeros(CLIPPED - 1, bool)
+
+    def add(self, name: str, block: Floats, rate: int) -> None:
+        """Add decoded samples, `[channels, n]` float32.
+
+        Raises:
+            AudioError: the rate is impossible or changes, or a sample is NaN or infinite; with the format's
+                name.
+        """
+        if rate not in RATES:
+            raise AudioError(
+                "{name}: {rate} Hz is no possible sampling rate; the header is damaged, get the file again",
+                name=name,
+                rate=rate,
+            )
+        if self.rate not in (0, rate):
+            raise AudioError(
+                "{name}: the sampling rate changes in the middle; {convert}", name=name, convert=CONVERT
+            )
+        self.rate, self.channels = rate, len(block)
+        mono = _average(block)
+        bad = np.flatnonzero(~np.isfinite(mono))
+        if len(bad):
+            raise AudioError(
+                "{name}: NaN or infinite samples, the first at {seconds:.3f} s; export it again",
+                name=name,
+                seconds=(self.length + bad[0]) / rate,
+            )
+        self.length += len(mono)
+        self._measure(mono)
+        self._resample(mono)
+
+    def _measure(self, mono: Floats) -> None:
+        level = np.abs(mono)
+        self.peak = max(self.peak, float(level.max(initial=0)))
+        loud = level >= FULL_SCALE
+        self.loud += int(loud.sum())
+        joined = np.concatenate([self._tail, loud])
+        self._tail = joined[len(loud) :]
+        runs = [joined[start : start + len(loud)] for start in range(CLIPPED)]
+        self.clipped |= bool(np.logical_and.reduce(runs).any())
+
+    def _resample(self, mono: Floats, last: bool = False) -> None:
+        if self.rate != SAMPLE_RATE:
+            # soxr's HQ: aliases below -100 dB. FFmpeg's own resampler leaves -62 dB at 9 kHz.
+            self._resampler = self._resampler or soxr.ResampleStream(self.rate, SAMPLE_RATE, 1, quality="HQ")
+            mono = self._resampler.resample_chunk(mono, last=last)
+        self._samples += mono.data
+
+    def finish(self, least: int) -> tuple[Floats, bool]:
+        """Return all samples at 16 kHz, padded with zeros to the least number, and whether they were."""
+        self._resample(np.zeros(0, np.float32), last=True)
+        missing = 4 * least - len(self._samples)
+        self._samples += bytes(max(0, missing))
+        return np.frombuffer(self._samples, np.float32), missing > 0
+
+
+def _average(channels: Floats) -> Floats:
+    """Average `[channels, n]` to mono `[n]`, added up one by one, so that every machine rounds alike."""
+    total: Floats = channels[0].copy()
+    # Infinity and NaN are found later.
+    with np.errstate(over="ignore", invalid="ignore"):
+        for channel in channels[1:]:
+            total += channel
+    total /= np.float32(len(channels))
+    return total
