@@ -1,0 +1,229 @@
+"""What a command answers without work, and the status and the line it ends with."""
+
+import os
+import resource
+import subprocess
+import sys
+
+import click
+import pytest
+
+import mdl_toolkit
+from mdl_toolkit import __version__
+from mdl_toolkit.cli import main as cli
+from mdl_toolkit.config.data import ConvertOptions
+from mdl_toolkit.config.train import TrainOptions
+from mdl_toolkit.errors import InputError, RowProblem, RowsError
+from mdl_toolkit.i18n import Verbatim
+from tests.support.command_line import (
+    LANGUAGES,
+    TRAIN,
+    Done,
+    one_line,
+    python,
+)
+
+# Rule 6
+
+
+def test_version(door):
+    assert door("--version") == Done(0, f"mdl-toolkit {__version__}\n", "")
+
+
+def test_the_module_is_the_command():
+    done = python("-m", "mdl_toolkit", "--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"mdl-toolkit {__version__}\n", "")
+
+
+def test_the_door_imports_nothing_heavy():
+    code = (
+        "import sys; from mdl_toolkit.cli import main as cli; cli.run(['train', '--help']);"
+        "print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    )
+    done = python("-c", code)
+    assert (done.returncode, done.stderr) == (0, "")
+    heavy = {"torch", "transformers", "datasets", "numpy", "rich", "peft", "pyarrow"}
+    heavy |= {"huggingface_hub", "httpx"}
+    assert heavy.isdisjoint(done.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize(
+    "command", ["convert-dataset", "train", "inference", "merge", "check", "demo", "completion"]
+)
+def test_help_is_quick(command):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    for _ in range(3):
+        assert python("-m", "mdl_toolkit", command, "--help").returncode == 0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # Time on the processor, so that neighbours on the same machine do not count (under 0.3 s).
+    assert (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / 3 < 0.3
+
+
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_help_of_the_program_names_the_commands(door, word, monkeypatch):
+    done = door(word)
+    assert (done.status, done.err) == (0, "")
+    assert done.out.startswith("Usage: mdl-toolkit COMMAND [OPTIONS]\n")
+    for options in (ConvertOptions, TrainOptions):
+        assert f"  {options.COMMAND}\n      {options.SUMMARY.en}" in done.out
+    monkeypatch.setenv("LANGUAGE", "zh_CN")
+    assert door(word).out.startswith("用法：mdl-toolkit 命令 [选项]\n")
+
+
+def test_help_of_a_command_begins_with_usage_and_summary(door, monkeypatch):
+    usage = "mdl-toolkit convert-dataset INPUT --output PATH"
+    assert door("convert-dataset", "-h").out.startswith(f"Usage: {usage} [OPTIONS]\n\n  Convert a CSV ")
+    monkeypatch.setenv("LANGUAGE", "zh_CN")
+    assert door("convert-dataset", "--help").out.startswith(f"用法：{usage} [选项]\n\n  将 CSV ")
+
+
+def test_no_words_show_help_as_an_error(door):
+    done = door()
+    assert (done.status, done.out) == (2, "")
+    assert done.err == door("--help").out
+
+
+@pytest.mark.parametrize(
+    ("shell", "sign"),
+    [("bash", "complete -o"), ("zsh", "#compdef mdl-toolkit"), ("fish", "complete --no-files")],
+)
+def test_completion_prints_a_script(door, shell, sign):
+    done = door("completion", shell)
+    assert (done.status, done.err) == (0, "")
+    assert sign in done.out
+    assert f"_MDL_TOOLKIT_COMPLETE={shell}_complete" in done.out
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("tr", ["plain,train"]),
+        ("train --lora", ["plain,--lora-rank", "plain,--lora-alpha", "plain,--lora-dropout"]),
+        ("train --lr x --nosuch 3 --num-e", ["plain,--num-epochs"]),
+        ("train --quantization ", ["plain,8bit", "plain,4bit"]),
+        ("train --bf16 t", ["plain,true"]),
+        ("train --resume-from-checkpoint ", ["plain,true", "plain,false", "file,"]),
+        ("train --lr ", []),
+        ("convert-dataset --num_workers 3 da", ["file,da"]),
+        ("completion ", ["plain,bash", "plain,zsh", "plain,fish"]),
+        ("--ver", ["plain,--version"]),
+    ],
+)
+def test_completion_offers_commands_options_and_values(door, words, offered, monkeypatch):
+    monkeypatch.setenv("_MDL_TOOLKIT_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", f"mdl-toolkit {words}")
+    monkeypatch.setenv("COMP_CWORD", str(len(f"x{words}x".split())))
+    done = door()
+    assert (done.status, done.err, done.out.splitlines()) == (0, "", offered or [""])
+
+
+# Rule 7
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_what_the_user_can_put_right_is_said_in_one_piece(door, language, monkeypatch):
+    monkeypatch.setenv("LANGUAGE", language)
+    problems = [RowProblem(2, "audio", "a.wav", Verbatim("not found", "找不到"))] * 2
+    door.trouble = RowsError("in.csv", problems)
+    done = door(*TRAIN)
+    assert (done.status, done.out) == (1, "")
+    assert (
+        done.err
+        == {
+            "en": "error: in.csv: 2 bad row(s):\n" + "  line 2, column audio 'a.wav': not found\n" * 2,
+            "zh_CN": "错误：in.csv：2 行有问题：\n" + "  第 2 行 audio 列 'a.wav': 找不到\n" * 2,
+        }[language]
+    )
+
+
+def test_an_error_in_one_of_several_processes_is_said(door, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    door.trouble = InputError("no such thing")
+    assert one_line(door(*TRAIN)) == "error: no such thing"
+
+
+@pytest.mark.parametrize("words", [["--debug"], ["--debug", "true"], ["--debug=1"]])
+def test_debug_shows_the_traceback(door, words):
+    door.trouble = InputError("no such thing")
+    done = door(*TRAIN, *words)
+    assert done.status == 1
+    assert done.err.startswith("Traceback (most recent call last):\n")
+    assert done.err.endswith("\nerror: no such thing\n")
+
+
+@pytest.mark.parametrize(("value", "shown"), [("1", True), ("true", True), ("0", False), ("", False)])
+def test_the_environment_asks_for_the_traceback(door, value, shown, monkeypatch):
+    monkeypatch.setenv("MDL_DEBUG", value)
+    door.trouble = InputError("no such thing")
+    assert ("Traceback" in door(*TRAIN).err) is shown
+
+
+@pytest.mark.parametrize(("language", "line"), [("en", "interrupted"), ("zh_CN", "已中断")])
+def test_an_interrupt_is_status_130(door, language, line, monkeypatch):
+    monkeypatch.setenv("LANGUAGE", language)
+    door.trouble = KeyboardInterrupt()
+    done = door(*TRAIN)
+    assert done.status == 130
+    assert one_line(done) == line
+
+
+@pytest.mark.parametrize(
+    ("language", "line"),
+    [
+        ("en", "error: a bug in mdl-toolkit: KeyError: 'a b' (--debug shows the traceback)"),
+        ("zh_CN", "错误：mdl-toolkit 的程序缺陷：KeyError: 'a b'（使用 --debug 查看调用栈）"),
+    ],
+)
+def test_anything_else_is_a_bug_and_said_to_be(door, language, line, monkeypatch):
+    monkeypatch.setenv("LANGUAGE", language)
+    door.trouble = KeyError("a b")
+    done = door(*TRAIN)
+    assert done.status == 1
+    assert one_line(done) == line
+
+
+def test_a_bug_under_debug_is_raised(door):
+    door.trouble = KeyError("x")
+    with pytest.raises(KeyError):
+        door(*TRAIN, "--debug")
+
+
+def test_a_pipe_broken_inside_the_work_is_not_kept_quiet(door):
+    door.trouble = BrokenPipeError("a worker died")
+    done = door(*TRAIN)
+    assert done.status == 1
+    assert "BrokenPipeError: a worker died" in done.err
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_leaves_is_no_error(unbuffered):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "mdl_toolkit", "train", "--help"],
+        stdout=writer, stderr=subprocess.PIPE, check=False,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+    )  # fmt: skip
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_main_exits_with_the_status(door, monkeypatch):
+    for words, status in ((["demo"], 0), (["train"], 2)):
+        monkeypatch.setattr(sys, "argv", ["mdl-toolkit", *words])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        assert left.value.code == status
+
+
+def test_commands_are_click_commands():
+    commands = cli.toolkit()
+    assert isinstance(commands, click.Group)
+    names = ["convert-dataset", "train", "inference", "merge", "check", "evaluate", "report", "demo"]
+    names += ["completion"]
+    assert list(commands.commands) == names
+
+
+def test_every_name_that_python_callers_are_offered_is_there():
+    for name in mdl_toolkit.__all__:
+        assert getattr(mdl_toolkit, name) is not None
