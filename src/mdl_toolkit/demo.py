@@ -8,8 +8,7 @@ import csv
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,10 +22,8 @@ from mdl_toolkit.config.options import AnyOptions
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, as_command
 from mdl_toolkit.data.convert.run import convert_dataset
-from mdl_toolkit.data.manifest import read_manifest
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.evaluation.render import as_text
-from mdl_toolkit.evaluation.results import Evaluation
 from mdl_toolkit.inference.run import infer
 from mdl_toolkit.reporting.report import report
 from mdl_toolkit.training.run import train
@@ -72,6 +69,8 @@ def run_demo(options: DemoOptions) -> tuple[float, float]:
     Raises:
         InputError: the output folder holds something that is not an earlier demonstration's.
     """
+    import torch
+
     folder = Path(options.output)
     present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if folder.is_file() or (present and not (MARK in present and present <= MADE)):
@@ -80,26 +79,14 @@ def run_demo(options: DemoOptions) -> tuple[float, float]:
     folder.mkdir(parents=True)
     (folder / MARK).touch()
     quiet_libraries()
-    with _one_thread():
+    # The tiny model's threads would mostly wait for each other.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
         lay_out_phrases(folder / "phrases", folder)
         say("Making a tiny MiDashengLM with random weights; it knows nothing yet.")
         make_tiny_model(folder / "model", folder / "phrases", seed=options.seed)
         return _run_commands(folder, options.seed)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keep torch from sharing the tiny model's work among threads, which would mostly wait for each other.
-
-    Measured on two cores: as fast as two threads when nothing else runs, and many times faster beside another
-    busy process.
-    """
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
     finally:
         torch.set_num_threads(threads)
 
@@ -116,17 +103,6 @@ def _run_commands(folder: Path, seed: int) -> tuple[float, float]:
         return command(options)
 
     conversion = ConvertOptions(input=str(folder / "train.csv"), output=dataset, model_name=model, **shared)
-    counts = [
-        sum(1 for _ in read_manifest(folder / f"{name}.csv", conversion, needs_prediction=True).rows())
-        for name in ("train", "eval", "test")
-    ]
-    say(
-        "Inputs checked: {train} recordings to train on, {eval} to evaluate, {test} to test; all files "
-        "are there.",
-        train=counts[0],
-        eval=counts[1],
-        test=counts[2],
-    )
     execute(convert_dataset, conversion)
     execute(infer, InferenceOptions(input=test, output=before, model_name=model, **shared))
     training: dict[str, Any] = {"lr": 2e-3, "num_epochs": 20, "eval_steps": 100, "save_steps": 0}
@@ -136,25 +112,18 @@ def _run_commands(folder: Path, seed: int) -> tuple[float, float]:
     execute(infer, InferenceOptions(input=test, output=after, model_name=f"{run}/final", **shared))
     scoring: dict[str, Any] = {"reference": test, "compare": before}
     metrics = ("accuracy", "macro-f1")
-    accuracies = _say_accuracies(execute(evaluate, EvaluateOptions(input=after, metric=metrics, **scoring)))
-    execute(report, ReportOptions(input=run, predictions=after, output=str(folder / REPORT), **scoring))
-    return accuracies
-
-
-def _say_accuracies(evaluation: Evaluation) -> tuple[float, float]:
-    """Say how good the answers were before and after training, and return both accuracies."""
-    after, before = evaluation.metrics[0].value, evaluation.comparisons[0].other.value
-    assert after is not None
-    assert before is not None
+    found = execute(evaluate, EvaluateOptions(input=after, metric=metrics, **scoring))
+    accuracies = found.comparisons[0].other.value or 0.0, found.metrics[0].value or 0.0
     say(
         "\n{table}\n\nAccuracy on the {rows} test phrases: {before:.0%} before, {after:.0%} after "
         "training (one of five languages by chance: 20%).",
-        table=as_text(evaluation),
-        rows=len(evaluation.rows),
-        before=before,
-        after=after,
+        table=as_text(found),
+        rows=len(found.rows),
+        before=accuracies[0],
+        after=accuracies[1],
     )
-    return before, after
+    execute(report, ReportOptions(input=run, predictions=after, output=str(folder / REPORT), **scoring))
+    return accuracies
 
 
 def lay_out_phrases(phrases: Path, folder: Path) -> None:
@@ -212,7 +181,20 @@ def make_tiny_model(folder: Path, phrases: Path, *, seed: int) -> None:
     folder.mkdir(parents=True)
     tokenizer = _make_tokenizer(phrases)
     torch.manual_seed(seed)
-    model = MiDashengLMModel(MiDashengLMConfig(**_tiny_config(tokenizer)))
+    config = MiDashengLMConfig(
+        architectures=["MiDashengLMModel"],
+        audio_encoder_config={
+            "embed_dim": 64, "depth": 3, "num_heads": 4, "patch_size": [64, 4], "patch_stride": [64, 4],
+            "target_length": 1008,
+        },
+        audio_token_id=tokenizer.convert_tokens_to_ids("<|AUDIO|>"),
+        text_config={
+            "model_type": "qwen2", "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": len(tokenizer),
+            "max_position_embeddings": 4096, "rope_theta": 1e6, "tie_word_embeddings": False,
+        },
+    )  # fmt: skip
+    model = MiDashengLMModel(config)
     # Three times the usual standard deviation: the frozen random layers then have more to say (accuracy on
     # groups of phrases left out of train.csv 0.90 against 0.89, six runs each).
     with torch.no_grad():
@@ -230,22 +212,6 @@ def make_tiny_model(folder: Path, phrases: Path, *, seed: int) -> None:
         sampling_rate=SAMPLE_RATE, do_normalize=False, return_attention_mask=True
     )
     MiDashengLMProcessor(extractor, tokenizer, chat_template=CHAT_TEMPLATE).save_pretrained(folder)
-
-
-def _tiny_config(tokenizer: Any) -> dict[str, Any]:
-    return {
-        "architectures": ["MiDashengLMModel"],
-        "audio_encoder_config": {
-            "embed_dim": 64, "depth": 3, "num_heads": 4, "patch_size": [64, 4], "patch_stride": [64, 4],
-            "target_length": 1008,
-        },
-        "audio_token_id": tokenizer.convert_tokens_to_ids("<|AUDIO|>"),
-        "text_config": {
-            "model_type": "qwen2", "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": len(tokenizer),
-            "max_position_embeddings": 4096, "rope_theta": 1e6, "tie_word_embeddings": False,
-        },
-    }  # fmt: skip
 
 
 def _make_tokenizer(phrases: Path) -> Any:

@@ -14,6 +14,7 @@ Anything else that reaches the user is a bug in this toolkit.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 from mdl_toolkit.i18n import Localized, Verbatim, join_messages
@@ -135,7 +136,7 @@ class RowsError(InputError):
         self, source: str, problems: Sequence[RowProblem], count: int | None = None, *, is_list: bool = False
     ) -> None:
         self.source, self.is_list = source, is_list
-        self.problems = tuple(sorted(problems, key=_line_of))
+        self.problems = tuple(sorted(problems, key=attrgetter("line")))
         self.count = len(problems) if count is None else count
         if is_list:
             head = Localized("{source}: {count} bad file(s):", source=source, count=self.count)
@@ -170,7 +171,7 @@ class Problems:
 
     def merge(self, other: "Problems") -> None:
         """Add all problems of another one."""
-        self.first = sorted([*self.first, *other.first], key=_line_of)[: self.most]
+        self.first = sorted([*self.first, *other.first], key=attrgetter("line"))[: self.most]
         self.count += other.count
 
     def to_json(self) -> dict[str, Any]:
@@ -181,7 +182,3 @@ class Problems:
         """Raise RowsError if there is any problem."""
         if self.count:
             raise RowsError(source, self.first, self.count, is_list=is_list)
-
-
-def _line_of(problem: RowProblem) -> int:
-    return problem.line

@@ -6,7 +6,7 @@ the first Chinese text is asked for; `locale/README.md` says how to translate.
 
 import os
 from collections.abc import Iterable, Mapping
-from functools import cache, partial, reduce
+from functools import cache, reduce
 from gettext import NullTranslations, translation
 from numbers import Number
 from pathlib import Path
@@ -87,9 +87,6 @@ class Localized:
     def __hash__(self) -> int:
         return hash(self.en)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return partial(type(self), self.template, **self.fields), ()
-
     def to_json(self) -> dict[str, str]:
         """Return both texts, which are understood without this version's templates."""
         return {"en": self.en, "zh": self.zh}
@@ -112,9 +109,6 @@ class Verbatim(Localized):
     def zh(self) -> str:
         """The Chinese text."""
         return str(self.fields["zh"])
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Verbatim, (self.en, self.zh)
 
 
 def join_messages(messages: Iterable[Localized], template: str) -> Localized:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mdl_toolkit.evaluation.bootstrap import (
+    SumBasedMetric,
     bootstrap_distribution,
     mcnemar_test,
     percentile_interval,
@@ -14,8 +15,8 @@ from mdl_toolkit.evaluation.bootstrap import (
     point_estimate,
     wilson_interval,
 )
-from mdl_toolkit.evaluation.label_metrics import MacroF1, MeanAveragePrecision
-from mdl_toolkit.evaluation.metrics import SumBasedMetric
+from mdl_toolkit.evaluation.label_metrics import MeanAveragePrecision, macro_f1
+from tests.support.scoring import PLAIN, answers
 
 
 def mean_of(rows):
@@ -52,13 +53,17 @@ def word_errors(generator, rows):
     return SumBasedMetric(np.stack([errors, lengths], axis=1), lambda sums: sums[:, 0] / sums[:, 1]), 0.2
 
 
+def macro_f1_of(references, predictions):
+    return macro_f1(answers([*zip(map(str, references), map(str, predictions), strict=True)]), PLAIN)
+
+
 def labels(generator, rows):
     """Three labels, 80 % answered right and the others at random."""
     shares = np.array([0.4, 0.3, 0.3])
     references, guesses = (generator.choice(3, rows, p=shares) for _ in range(2))
     predictions = np.where(generator.random(rows) < 0.8, references, guesses)
     f1 = (0.8 * shares + 0.2 * shares**2) / shares
-    return MacroF1(references, predictions, 3), float(f1.mean())
+    return macro_f1_of(references, predictions), float(f1.mean())
 
 
 @pytest.mark.parametrize("kind", [proportions, word_errors, labels])
@@ -88,7 +93,7 @@ def test_an_interval_never_leaves_the_range_of_the_metric():
     """A macro F1 of nearly everything right, where an interval that is moved ends beyond 100 %."""
     references = np.repeat(np.arange(8), 3)
     predictions = np.where(np.arange(24) == 5, 0, references)
-    statistic = MacroF1(references, predictions, 8)
+    statistic = macro_f1_of(references, predictions)
     low, high = percentile_interval(bootstrap_distribution([statistic], 24, 2000, 1)[0], 24)
     assert 0 <= low < point_estimate(statistic, 24) <= high <= 1
 

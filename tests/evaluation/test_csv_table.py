@@ -54,9 +54,10 @@ def test_what_a_model_may_write_can_be_read(tmp_path):
 
 def test_by_audio_in_any_order(tmp_path):
     left, right = table(tmp_path, "l.csv", ["b", "a", "c"]), table(tmp_path, "r.csv", ["a", "b", "c"])
-    found = join_tables(left, right)
-    assert found.rows == (1, 0, 2)
-    assert found.by.en == "joined by the column audio"
+    found, by = join_tables(left, right)
+    assert found.column("audio") == ["b", "a", "c"]
+    assert found.lines == (3, 2, 4)
+    assert by.en == "joined by the column audio"
 
 
 @pytest.mark.parametrize(
@@ -69,9 +70,10 @@ def test_by_audio_in_any_order(tmp_path):
     ],
 )
 def test_by_number_otherwise(tmp_path, left, right):
-    found = join_tables(table(tmp_path, "l.csv", left, 2), table(tmp_path, "r.csv", right, 2))
-    assert found.rows == (0, 1)
-    assert found.by.en == "joined by row number"
+    other = table(tmp_path, "r.csv", right, 2)
+    found, by = join_tables(table(tmp_path, "l.csv", left, 2), other)
+    assert found == other
+    assert by.en == "joined by row number"
 
 
 @pytest.mark.parametrize(

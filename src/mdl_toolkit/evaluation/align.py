@@ -1,6 +1,6 @@
 """Predictions aligned with their references, row by row, from one to three CSVs; and groups of these rows."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +9,7 @@ from mdl_toolkit.config.evaluation import EvaluateOptions
 from mdl_toolkit.data.manifest import PREDICTION
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.evaluation.answers import Answers
-from mdl_toolkit.evaluation.csv_table import Join, Table, join_tables, read_table
+from mdl_toolkit.evaluation.csv_table import Table, join_tables, read_table
 from mdl_toolkit.evaluation.label_metrics import natural_order
 from mdl_toolkit.evaluation.text_metrics import normalized
 from mdl_toolkit.i18n import Localized
@@ -40,26 +40,6 @@ class AlignedAnswers:
     notes: tuple[Localized, ...]
 
 
-@dataclass(frozen=True)
-class Grouping:
-    """Divide rows into groups.
-
-    Attributes:
-        title: the column, with its unit if groups are ranges of numbers.
-        names: names of the groups, in order.
-        codes: `[rows]` index of each row's group.
-    """
-
-    title: str
-    names: tuple[str, ...]
-    codes: np.ndarray
-
-    def groups(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield the name of each group, and the ascending indices of its rows."""
-        for code, name in enumerate(self.names):
-            yield name, np.flatnonzero(self.codes == code)
-
-
 def align_answers(options: EvaluateOptions) -> AlignedAnswers:
     """Read and join the files.
 
@@ -68,7 +48,7 @@ def align_answers(options: EvaluateOptions) -> AlignedAnswers:
     """
     table = read_table(options.input, [PREDICTION])
     columns, references, notes = _read_references(table, options)
-    answers = _answers(table, references, None, options.score_column)
+    answers = _answers(table, references, options.score_column)
     if empty := _count_empty(references):
         notes.append(
             Localized("empty references, where every predicted word is an error: {empty}", empty=empty)
@@ -77,9 +57,9 @@ def align_answers(options: EvaluateOptions) -> AlignedAnswers:
     other = None
     if options.compare is not None:
         source = read_table(options.compare, [PREDICTION])
-        join = join_tables(table, source)
-        other = _answers(source, references, join, options.score_column)
-        notes.append(Localized("compared with: {path}, {by}", path=source.path, by=join.by))
+        source, by = join_tables(table, source)
+        other = _answers(source, references, options.score_column)
+        notes.append(Localized("compared with: {path}, {by}", path=source.path, by=by))
         notes += [Localized("{path}: {note}", path=source.path, note=note) for note in _notes_on(other)]
     return AlignedAnswers(table, columns, answers, other, tuple(notes))
 
@@ -87,11 +67,7 @@ def align_answers(options: EvaluateOptions) -> AlignedAnswers:
 def _read_references(
     table: Table, options: EvaluateOptions
 ) -> tuple[dict[str, list[str]], list[str], list[Localized]]:
-    """Read the references, which are in the predictions' file or in their own.
-
-    Returns:
-        The columns of both files and the references, in the predictions' order; and a message on the join.
-    """
+    """Return all columns and the references in the predictions' order, and a message on the join."""
     source = table if options.reference is None else read_table(options.reference)
     name = options.reference_column or REFERENCE
     if options.reference is not None and options.reference_column is None and name not in source.columns:
@@ -113,33 +89,26 @@ def _read_references(
     columns = {name: table.column(name) for name in table.columns}
     if options.reference is None:
         return columns, columns[name], []
-    join = join_tables(table, source)
-    theirs = {name: _reordered(source, name, join) for name in source.columns}
-    note = Localized("references: {path}, {by}", path=source.path, by=join.by)
+    source, by = join_tables(table, source)
+    theirs = {name: source.column(name) for name in source.columns}
+    note = Localized("references: {path}, {by}", path=source.path, by=by)
     return {**theirs, **columns}, theirs[name], [note]
 
 
-def _reordered(table: Table, name: str, join: Join) -> list[str]:
-    """Return a column's cells in the order of the table that it was joined to."""
-    cells = table.column(name)
-    return [cells[row] for row in join.rows]
-
-
-def _answers(table: Table, references: Sequence[str], join: Join | None, score_column: str | None) -> Answers:
-    """Take the predictions of one file, in the references' order."""
-    join = join or Join(tuple(range(len(table))), Localized("joined by row number"))
+def _answers(table: Table, references: Sequence[str], score_column: str | None) -> Answers:
+    """Take the predictions of one file, whose rows are in the references' order."""
     if score_column is not None:
         table.check_column(score_column)
-    errors = _reordered(table, ERROR, join) if ERROR in table.columns else [""] * len(references)
+    errors = table.column(ERROR) if ERROR in table.columns else [""] * len(references)
     failed = np.array([bool(error.strip()) for error in errors])
-    predictions = _reordered(table, PREDICTION, join)
+    predictions = table.column(PREDICTION)
     scores = score_column or SCORE
     return Answers(
         references=tuple(references),
         predictions=tuple("" if lost else text for lost, text in zip(failed, predictions, strict=True)),
-        lines=tuple(table.lines[row] for row in join.rows),
+        lines=table.lines,
         failed=failed,
-        scores=tuple(_reordered(table, scores, join)) if scores in table.columns else None,
+        scores=tuple(table.column(scores)) if scores in table.columns else None,
     )
 
 
@@ -164,11 +133,15 @@ def _count_empty(texts: Sequence[str]) -> int:
 # --- groups --------------------------------------------------------------------------------------------
 
 
-def group_rows(aligned: AlignedAnswers, name: str) -> Grouping:
+def group_rows(aligned: AlignedAnswers, name: str) -> tuple[str, Mapping[str, np.ndarray]]:
     """Divide the rows by a column, or by their length.
 
     If there is no column `length`, groups are the quarters of the column `seconds` or `duration`, or of the
     number of characters in the normalized references.
+
+    Returns:
+        The column, with its unit if groups are ranges of numbers; and by name of each group, in order, the
+        ascending indices of its rows.
 
     Raises:
         InputError: there is no such column.
@@ -176,9 +149,7 @@ def group_rows(aligned: AlignedAnswers, name: str) -> Grouping:
     columns = aligned.columns
     if name in columns:
         cells = [cell.strip() for cell in columns[name]]
-        names = natural_order(cells)
-        codes = {cell: code for code, cell in enumerate(names)}
-        return Grouping(name, tuple(names), np.array([codes[cell] for cell in cells]))
+        return name, _rows_by_name(cells, natural_order(cells))
     if name != LENGTH:
         raise InputError(
             "--group-by {name}: there is no such column; there are {listed}, and length.",
@@ -191,14 +162,22 @@ def group_rows(aligned: AlignedAnswers, name: str) -> Grouping:
         except ValueError:
             continue
         if len(lengths) and np.isfinite(lengths).all():
-            return _quarters(f"{LENGTH} ({seconds})", lengths)
+            return f"{LENGTH} ({seconds})", _quarters(lengths)
     characters = np.array([len(normalized(text)) for text in aligned.answers.references])
-    return _quarters(f"{LENGTH} (characters)", characters)
+    return f"{LENGTH} (characters)", _quarters(characters)
 
 
-def _quarters(title: str, lengths: np.ndarray) -> Grouping:
+def _quarters(lengths: np.ndarray) -> dict[str, np.ndarray]:
     """Divide rows into up to four groups of about the same size, named by their shortest and longest row."""
     edges = np.unique(np.quantile(lengths, QUARTILES, method="lower"))
     quarters, codes = np.unique(np.searchsorted(edges, lengths), return_inverse=True)
     members = [lengths[codes == code] for code in range(len(quarters))]
-    return Grouping(title, tuple(f"{each.min():g}-{each.max():g}" for each in members), codes)
+    names = [f"{each.min():g}-{each.max():g}" for each in members]
+    return _rows_by_name([names[code] for code in codes], names)
+
+
+def _rows_by_name(cells: Sequence[str], names: Sequence[str]) -> dict[str, np.ndarray]:
+    rows: dict[str, list[int]] = {name: [] for name in names}
+    for row, cell in enumerate(cells):
+        rows[cell].append(row)
+    return {name: np.array(members) for name, members in rows.items()}

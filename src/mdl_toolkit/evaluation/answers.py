@@ -95,21 +95,13 @@ def correct_rows(answers: Answers, rules: ScoringRules, criterion: str) -> np.nd
     return is_right
 
 
-def concatenate(first: Answers, second: Answers, rules: ScoringRules) -> Answers:
-    """Append the rows of a second system; if only one system has scores, each label of the other gets 1."""
-    scores = None
-    if first.scores is not None or second.scores is not None:
-        separator = rules.label_separator or ";"
-        scores = tuple(
-            cell
-            for each in (first, second)
-            for cell in each.scores
-            or (separator.join("1" for _ in rules.split_labels(text)) for text in each.predictions)
-        )
+def concatenate(first: Answers, second: Answers) -> Answers:
+    """Append the rows of a second system; scores count only if both systems have them."""
+    has_scores = first.scores is not None and second.scores is not None
     return Answers(
         references=first.references + second.references,
         predictions=first.predictions + second.predictions,
         lines=first.lines + second.lines,
         failed=np.concatenate([first.failed, second.failed]),
-        scores=scores,
+        scores=(first.scores or ()) + (second.scores or ()) if has_scores else None,
     )

@@ -4,8 +4,9 @@ Each metric is a function of a weight for each row. A bootstrap sample is then h
 and a permutation of two systems is which of a row's two answers counts for which system.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -22,6 +23,27 @@ class Statistic(Protocol):
 
     def subset(self, rows: np.ndarray) -> "Statistic":
         """Return the metric over some of the rows, given their ascending indices."""
+
+
+@dataclass(frozen=True)
+class SumBasedMetric:
+    """Compute a metric that is a formula of sums over rows.
+
+    Attributes:
+        statistics: `[rows, sums]` each row's part of the sums; a sparse array where most are 0.
+        formula: maps sums to the metric, `[samples, sums]` to `[samples]`.
+    """
+
+    statistics: Any
+    formula: Callable[[np.ndarray], np.ndarray]
+
+    def values(self, weights: np.ndarray) -> np.ndarray:
+        """Return the metric by columns of weights, `[rows, samples]` to `[samples]`."""
+        return self.formula(weights.T @ self.statistics)
+
+    def subset(self, rows: np.ndarray) -> "SumBasedMetric":
+        """Return the metric over some of the rows."""
+        return replace(self, statistics=self.statistics[rows])
 
 
 class Interval(NamedTuple):

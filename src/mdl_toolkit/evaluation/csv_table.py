@@ -6,7 +6,7 @@ Rows are joined by `audio` where its values are unique, else by their number.
 import re
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mdl_toolkit.audio.urls import without_credentials
@@ -80,24 +80,14 @@ def read_table(path: str | Path, needed: Sequence[str] = ()) -> Table:
     return Table(path, columns, tuple(numbers), tuple(cells))
 
 
-@dataclass(frozen=True)
-class Join:
-    """Map each row of a table to a row of another one.
-
-    Attributes:
-        rows: indices of the other table's rows, counted from 0.
-        by: a message that names the key of the join.
-    """
-
-    rows: tuple[int, ...]
-    by: Localized
-
-
-def join_tables(left: Table, right: Table) -> Join:
-    """Find the row of `right` for each row of `left`; each row of both has one counterpart.
+def join_tables(left: Table, right: Table) -> tuple[Table, Localized]:
+    """Bring the rows of `right` into the order of those of `left`; each row of both has one counterpart.
 
     The key is `audio` if both tables have it, its values are unique in both, and at least one is in both.
     Otherwise it is the row number; then recordings must have the same file name in each row of both.
+
+    Returns:
+        The other table in its new order, and a message that names the key.
 
     Raises:
         InputError: rows without a counterpart, or another number of rows.
@@ -108,8 +98,11 @@ def join_tables(left: Table, right: Table) -> Join:
         if is_unique and set(ours) & set(theirs):
             _check_known(left, right)
             _check_known(right, left)
-            rows = {name: row for row, name in enumerate(theirs)}
-            return Join(tuple(rows[name] for name in ours), Localized("joined by the column audio"))
+            row_of = {name: row for row, name in enumerate(theirs)}
+            rows = [row_of[name] for name in ours]
+            lines = tuple(right.lines[row] for row in rows)
+            cells = tuple(right.cells[row] for row in rows)
+            return replace(right, lines=lines, cells=cells), Localized("joined by the column audio")
         if len(left) == len(right):
             _check_file_names(left, right)
     if len(left) != len(right):
@@ -122,7 +115,7 @@ def join_tables(left: Table, right: Table) -> Join:
             right_rows=len(right),
             why=_why_not_by_audio(left, right),
         )
-    return Join(tuple(range(len(left))), Localized("joined by row number"))
+    return right, Localized("joined by row number")
 
 
 def _check_known(table: Table, other: Table) -> None:
@@ -146,21 +139,18 @@ def _why_not_by_audio(left: Table, right: Table) -> Localized:
     for table in (left, right):
         if AUDIO not in table.columns:
             return Localized("{path} has no such column", path=table.path)
-        seen: dict[str, int] = {}
-        for line, name in zip(table.lines, table.column(AUDIO), strict=True):
-            if name in seen:
-                shown, first = without_credentials(name), seen[name]
+        first_of: dict[str, int] = {}
+        for row, name in enumerate(table.column(AUDIO)):
+            if first_of.setdefault(name, row) != row:
                 return Localized(
                     "{path} has {shown!r} on lines {first} and {line}",
                     path=table.path,
-                    shown=shown,
-                    first=first,
-                    line=line,
+                    shown=without_credentials(name),
+                    first=table.lines[first_of[name]],
+                    line=table.lines[row],
                 )
-            seen[name] = line
-    return Localized(
-        "none is written alike in both: {left}, {right}", left=_recording(left, 0), right=_recording(right, 0)
-    )
+    ours, theirs = _recording(left, 0), _recording(right, 0)
+    return Localized("none is written alike in both: {left}, {right}", left=ours, right=theirs)
 
 
 def _check_file_names(left: Table, right: Table) -> None:

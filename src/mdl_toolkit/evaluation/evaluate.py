@@ -11,7 +11,7 @@ import numpy as np
 
 from mdl_toolkit.config.evaluation import EvaluateOptions
 from mdl_toolkit.errors import UsageError
-from mdl_toolkit.evaluation.align import SCORE, AlignedAnswers, Grouping, align_answers, group_rows
+from mdl_toolkit.evaluation.align import SCORE, AlignedAnswers, align_answers, group_rows
 from mdl_toolkit.evaluation.answers import Answers, ScoringRules, are_chinese, concatenate, correct_rows
 from mdl_toolkit.evaluation.bootstrap import (
     Interval,
@@ -96,22 +96,16 @@ def _compute(
 ) -> Evaluation:
     """Compute the metrics of all rows and of groups, and the results of each row."""
     answers, rows = aligned.answers, len(aligned.table)
-    groupings = [group_rows(aligned, name) for name in options.group_by]
-    comparisons: tuple[Comparison, ...] = ()
-    if aligned.other is None:
-        statistics = {name: CORPUS_METRICS[name].build(answers, rules) for name in names}
-        values = _metric_values(statistics, rows, options)
-    else:
-        both = concatenate(answers, aligned.other, rules)
-        of_both = {name: CORPUS_METRICS[name].build(both, rules) for name in names}
-        statistics = {name: statistic.subset(np.arange(rows)) for name, statistic in of_both.items()}
-        values, comparisons = _compare(statistics, of_both, rows, options)
-    groups = []
-    for grouping in groupings:
-        for group, members in grouping.groups():
-            subsets = {name: statistic.subset(members) for name, statistic in statistics.items()}
-            of_group = _metric_values(subsets, len(members), options)
-            groups.append(Group(grouping.title, group, len(members), of_group))
+    both = answers if aligned.other is None else concatenate(answers, aligned.other)
+    statistics = {name: CORPUS_METRICS[name].build(both, rules) for name in names}
+    values, comparisons = _score(statistics, np.arange(rows), rows, options)
+    groups: list[Group] = []
+    groups_of_row: list[dict[str, str]] = [{} for _ in range(rows)]
+    for title, groups_by_name in (group_rows(aligned, name) for name in options.group_by):
+        for name, members in groups_by_name.items():
+            groups.append(Group(title, name, len(members), *_score(statistics, members, rows, options)))
+            for row in members:
+                groups_of_row[row][title] = name
     are_labels = not LABEL_METRICS.isdisjoint(names)
     right_by = "same labels" if rules.label_separator else "accuracy" if are_labels else "exact-match"
     unit = WORD if "wer" in names else CHARACTER if "cer" in names else rules.unit
@@ -121,27 +115,55 @@ def _compute(
     if are_labels and len({reference.strip() for reference in answers.references}) <= MOST_CONFUSED:
         labels, counts = confusion_counts(answers)
         confusion = Confusion(tuple(labels), tuple(map(tuple, counts.tolist())))
+    is_right = correct_rows(answers, rules, right_by)
     return Evaluation(
-        rows=_row_results(aligned, correct_rows(answers, rules, right_by), errors.statistics, groupings),
+        rows=_row_results(aligned, is_right, errors.statistics[:rows], groups_of_row),
         metrics=values,
         comparisons=comparisons,
         groups=tuple(groups),
         confusion=confusion,
         settings={**_settings(options, rules, names), "right_by": right_by, "errors_in": unit},
-        notes=(*aligned.notes, *_notes(options, names, rules, answers)),
+        notes=(*aligned.notes, *_notes(options, names, rules, both)),
     )
 
 
 # --- values of metrics ---------------------------------------------------------------------------------
 
 
-def _metric_values(
-    statistics: Mapping[str, Any], rows: int, options: EvaluateOptions
-) -> tuple[MetricValue, ...]:
-    """Compute each metric with its confidence interval."""
-    distributions = bootstrap_distribution([*statistics.values()], rows, options.bootstrap, options.seed)
-    pairs = zip(statistics.items(), distributions, strict=True)
-    return tuple(_metric_value(name, each, rows, distribution) for (name, each), distribution in pairs)
+def _score(
+    statistics: Mapping[str, Any], members: np.ndarray, rows: int, options: EvaluateOptions
+) -> tuple[tuple[MetricValue, ...], tuple[Comparison, ...]]:
+    """Compute metrics over some rows of one system, or of two, which have `rows` rows each."""
+    count, starts = len(members), [0] if options.compare is None else [0, rows]
+    systems = [{name: each.subset(members + start) for name, each in statistics.items()} for start in starts]
+    parts = [each for system in systems for each in system.values()]
+    distributions = bootstrap_distribution(parts, count, options.bootstrap, options.seed)
+    distributions = distributions.reshape(len(systems), len(statistics), -1)
+    values = [
+        tuple(_metric_value(name, each, count, drawn) for (name, each), drawn in zip(*pair, strict=True))
+        for pair in zip([system.items() for system in systems], distributions, strict=True)
+    ]
+    if options.compare is None:
+        return values[0], ()
+    p_values = np.full(len(statistics), np.nan)
+    if options.bootstrap:
+        both = [each.subset(np.concatenate([members, members + rows])) for each in statistics.values()]
+        p_values = permutation_test(both, count, options.bootstrap, options.seed)
+    comparisons = []
+    for value, other, drawn, p_value in zip(
+        *values, distributions[0] - distributions[1], p_values, strict=True
+    ):
+        name = value.metric
+        difference = None if value.value is None or other.value is None else value.value - other.value
+        mcnemar = None
+        if CORPUS_METRICS[name].is_proportion:
+            ours, theirs = (system[name].statistics[:, 0] for system in systems)
+            mcnemar = mcnemar_test(int((ours > theirs).sum()), int((ours < theirs).sum()))
+        interval = percentile_interval(drawn, count) or (None, None)
+        comparisons.append(
+            Comparison(other, MetricValue(name, difference, *interval), _finite(float(p_value)), mcnemar)
+        )
+    return values[0], tuple(comparisons)
 
 
 def _metric_value(name: str, statistic: Any, rows: int, distribution: np.ndarray) -> MetricValue:
@@ -156,61 +178,13 @@ def _finite(value: float) -> float | None:
     return value if np.isfinite(value) else None
 
 
-def _compare(
-    statistics: Mapping[str, Any], of_both: Mapping[str, Any], rows: int, options: EvaluateOptions
-) -> tuple[tuple[MetricValue, ...], tuple[Comparison, ...]]:
-    """Compute each metric of two systems, and their differences.
-
-    Args:
-        statistics: metrics of the first system.
-        of_both: the same metrics over `2 * rows` rows: the first system's, then the second's.
-        rows: number of rows of each system.
-        options: number of resamples, and their seed.
-    """
-    others = {name: each.subset(np.arange(rows, 2 * rows)) for name, each in of_both.items()}
-    systems = [*statistics.values(), *others.values()]
-    distributions = bootstrap_distribution(systems, rows, options.bootstrap, options.seed)
-    p_values = np.full(len(statistics), np.nan)
-    if options.bootstrap:
-        p_values = permutation_test([*of_both.values()], rows, options.bootstrap, options.seed)
-    values, comparisons = [], []
-    for index, name in enumerate(statistics):
-        ours, theirs = distributions[index], distributions[len(statistics) + index]
-        value = _metric_value(name, statistics[name], rows, ours)
-        other = _metric_value(name, others[name], rows, theirs)
-        difference = None if value.value is None or other.value is None else value.value - other.value
-        interval = percentile_interval(ours - theirs, rows)
-        mcnemar = None
-        if CORPUS_METRICS[name].is_proportion:
-            is_right, is_other_right = (each[name].statistics[:, 0] > 0 for each in (statistics, others))
-            only_ours, only_theirs = is_right & ~is_other_right, is_other_right & ~is_right
-            mcnemar = mcnemar_test(int(only_ours.sum()), int(only_theirs.sum()))
-        values.append(value)
-        comparisons.append(
-            Comparison(
-                other=other,
-                difference=MetricValue(name, difference, *(interval or (None, None))),
-                p_value=_finite(float(p_values[index])),
-                mcnemar=mcnemar,
-            )
-        )
-    return tuple(values), tuple(comparisons)
-
-
 # --- rows, settings, notes -----------------------------------------------------------------------------
 
 
 def _row_results(
-    aligned: AlignedAnswers, is_right: np.ndarray, errors: np.ndarray, groupings: Sequence[Grouping]
+    aligned: AlignedAnswers, is_right: np.ndarray, errors: np.ndarray, groups: Sequence[Mapping[str, str]]
 ) -> tuple[RowResult, ...]:
-    """Collect the results of each row.
-
-    Args:
-        aligned: the rows.
-        is_right: `[rows]` booleans.
-        errors: `[rows, 2]` errors, and length of the reference.
-        groupings: how `--group-by` divides them.
-    """
+    """Collect the results of each row: `errors` holds its edits and its reference's length, `[rows, 2]`."""
     answers, columns = aligned.answers, list(aligned.columns)
     cells = zip(*aligned.columns.values(), strict=True)
     return tuple(
@@ -223,7 +197,7 @@ def _row_results(
             is_right=bool(is_right[row]),
             errors=int(errors[row, 0]),
             length=int(errors[row, 1]),
-            groups={each.title: each.names[each.codes[row]] for each in groupings},
+            groups=groups[row],
         )
         for row, row_cells in enumerate(cells)
     )

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 
 from mdl_toolkit.errors import RowProblem, RowsError
 from mdl_toolkit.evaluation.answers import Answers, ScoringRules
+from mdl_toolkit.evaluation.bootstrap import SumBasedMetric
 from mdl_toolkit.evaluation.text_metrics import ratio
 from mdl_toolkit.i18n import Localized
 
@@ -46,59 +48,39 @@ def encode_labels(answers: Answers) -> tuple[list[str], np.ndarray, np.ndarray]:
 
 
 def confusion_counts(answers: Answers) -> tuple[list[str], np.ndarray]:
-    """Count how often each label was answered with each label, by scikit-learn.
+    """Count how often each label was answered with each label.
 
     Returns:
         The labels, and `[labels, labels + 1]` counts, references first; the last column counts predictions
         that are no such label.
     """
-    from sklearn.metrics import confusion_matrix
+    labels, references, predictions = encode_labels(answers)
+    counts = np.zeros((len(labels), len(labels) + 1), dtype=int)
+    np.add.at(counts, (references, predictions), 1)
+    return labels, counts
+
+
+def macro_f1(answers: Answers, _rules: ScoringRules) -> SumBasedMetric:
+    """Define the mean F1 of the labels that occur among the references of the rows.
+
+    Its statistics are sparse, `[rows, 3 * (labels + 1)]`: the label that is expected, the one that is
+    predicted, and the one that is both; the last of each part is for anything that is no label.
+    """
+    from scipy.sparse import csr_array
 
     labels, references, predictions = encode_labels(answers)
-    counts = confusion_matrix(references, predictions, labels=range(len(labels) + 1))
-    return labels, counts[: len(labels)]
+    both = np.where(references == predictions, references, len(labels))
+    columns = np.stack([references, predictions, both], axis=1) + np.arange(3) * (len(labels) + 1)
+    rows, width = len(references), 3 * (len(labels) + 1)
+    cells = (np.ones(3 * rows), columns.ravel(), np.arange(0, 3 * rows + 1, 3))
 
-
-@dataclass(frozen=True)
-class MacroF1:
-    """Compute the mean F1 of the labels that occur among the references of the rows.
-
-    Attributes:
-        references: `[rows]` codes of labels.
-        predictions: `[rows]` codes of labels; `num_labels` for anything else.
-        num_labels: number of labels.
-    """
-
-    references: np.ndarray
-    predictions: np.ndarray
-    num_labels: int
-
-    @classmethod
-    def from_answers(cls, answers: Answers, _rules: ScoringRules) -> "MacroF1":
-        """Encode the labels of all rows."""
-        labels, references, predictions = encode_labels(answers)
-        return cls(references, predictions, len(labels))
-
-    def values(self, weights: np.ndarray) -> np.ndarray:
-        """Return the metric by columns of weights, `[rows, samples]` to `[samples]`."""
-
-        def weights_by_label(codes: np.ndarray) -> np.ndarray:
-            """Sum the weights of each label's rows, `[labels, samples]`."""
-            order = np.argsort(codes, kind="stable")
-            present, starts = np.unique(codes[order], return_index=True)
-            sums = np.zeros((self.num_labels + 1, weights.shape[1]))
-            sums[present] = np.add.reduceat(weights[order], starts, axis=0)
-            return sums[: self.num_labels]
-
-        is_right = self.references == self.predictions
-        expected, predicted = weights_by_label(self.references), weights_by_label(self.predictions)
-        right = weights_by_label(np.where(is_right, self.references, self.num_labels))
+    def formula(sums: np.ndarray) -> np.ndarray:
+        expected, predicted, right = np.moveaxis(sums.reshape(len(sums), 3, -1)[..., :-1], 1, 0)
         f1 = 2 * right / np.maximum(expected + predicted, 1)
-        return ratio(np.stack([f1.sum(axis=0, where=expected > 0), (expected > 0).sum(axis=0)], axis=1))
+        is_there = expected > 0
+        return ratio(np.stack([f1.sum(axis=1, where=is_there), is_there.sum(axis=1)], axis=1))
 
-    def subset(self, rows: np.ndarray) -> "MacroF1":
-        """Return the metric over some of the rows."""
-        return replace(self, references=self.references[rows], predictions=self.predictions[rows])
+    return SumBasedMetric(csr_array(cells, shape=(rows, width)), formula)
 
 
 # --- several labels for each row -----------------------------------------------------------------------
@@ -117,14 +99,11 @@ def scored_labels(answers: Answers, row: int, rules: ScoringRules) -> dict[str, 
     labels = rules.split_labels(answers.predictions[row])
     if answers.scores is None:
         return dict.fromkeys(labels, 1.0)
-    try:
-        cells = answers.scores[row].split(rules.label_separator)
-        scores = [float(cell) for cell in cells if cell.strip()]
-    except ValueError:
-        return None
-    if len(scores) != len(labels) or not np.isfinite(scores).all():
-        return None
-    return dict(sorted(zip(labels, scores, strict=True), key=itemgetter(1)))
+    with suppress(ValueError):
+        scores = [*map(float, rules.split_labels(answers.scores[row]))]
+        if np.isfinite(scores).all():
+            return dict(sorted(zip(labels, scores, strict=True), key=itemgetter(1)))
+    return None
 
 
 def check_scores(path: str | Path, column: str, answers: Answers, rules: ScoringRules) -> None:
@@ -133,15 +112,14 @@ def check_scores(path: str | Path, column: str, answers: Answers, rules: Scoring
     Raises:
         RowsError: rows that do not, all of them.
     """
-    if answers.scores is None:
-        return
     reason = Localized(
         "expected a number for each label, separated by {separator!r}; correct it",
         separator=rules.label_separator,
     )
+    lines = zip(answers.lines, answers.scores or (), strict=False)
     problems = [
-        RowProblem(line, column, answers.scores[row], reason)
-        for row, line in enumerate(answers.lines)
+        RowProblem(line, column, cell, reason)
+        for row, (line, cell) in enumerate(lines)
         if scored_labels(answers, row, rules) is None
     ]
     if problems:
@@ -195,33 +173,17 @@ class MeanAveragePrecision:
         total, sums = weights.sum(axis=0), np.zeros((weights.shape[1], 2))
         for label in range(self.num_labels):
             expected, listed = (slice(*each[label : label + 2]) for each in bounds)
-            precision = self._average_precision(self.expected[expected, 1], listed, weights, total)
+            positives, rows, scores = self.expected[expected, 1], self.listed[listed, 1], self.scores[listed]
+            # Rows with equal scores share one threshold.
+            thresholds = np.flatnonzero(np.diff(scores, append=-np.inf))
+            hits = weights[rows] * np.isin(rows, positives)[:, None]
+            everything = weights[positives].sum(axis=0)
+            true_positives = np.vstack([np.cumsum(hits, axis=0)[thresholds], everything])
+            predicted = np.vstack([np.cumsum(weights[rows], axis=0)[thresholds], total])
+            gains = np.diff(true_positives, axis=0, prepend=0) * true_positives / np.maximum(predicted, 1)
+            precision = ratio(np.stack([gains.sum(axis=0), everything], axis=1))
             sums += np.stack([np.nan_to_num(precision), np.isfinite(precision)], axis=1)
         return ratio(sums)
-
-    def _average_precision(
-        self, positives: np.ndarray, listed: slice, weights: np.ndarray, total: np.ndarray
-    ) -> np.ndarray:
-        """Compute the average precision of one label in each sample.
-
-        Args:
-            positives: rows whose references have the label.
-            listed: slice of the rows whose predictions have it.
-            weights: `[rows, samples]`.
-            total: `[samples]` sums of the weights.
-
-        Returns:
-            `[samples]`; NaN where no row of the sample has the label.
-        """
-        rows, scores = self.listed[listed, 1], self.scores[listed]
-        # Rows with equal scores share one threshold.
-        thresholds = np.flatnonzero(np.diff(scores, append=-np.inf))
-        hits = weights[rows] * np.isin(rows, positives)[:, None]
-        everything = weights[positives].sum(axis=0)
-        true_positives = np.vstack([np.cumsum(hits, axis=0)[thresholds], everything])
-        predicted = np.vstack([np.cumsum(weights[rows], axis=0)[thresholds], total])
-        gains = np.diff(true_positives, axis=0, prepend=0) * true_positives / np.maximum(predicted, 1)
-        return ratio(np.stack([gains.sum(axis=0), everything], axis=1))
 
     def subset(self, rows: np.ndarray) -> "MeanAveragePrecision":
         """Return the metric over some of the rows."""

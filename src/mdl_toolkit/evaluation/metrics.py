@@ -1,41 +1,20 @@
 """The metrics of `evaluate`, each as a function of any rows. No files.
 
-Edits come from jiwer, n-grams and the formula of BLEU from sacrebleu, label tables from scikit-learn.
+Edits come from rapidfuzz, n-grams and the formula of BLEU from sacrebleu.
 Statistics are kept for each row, so that intervals and groups cost next to nothing.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
 from mdl_toolkit.evaluation.answers import Answers, ScoringRules, correct_rows
-from mdl_toolkit.evaluation.label_metrics import MacroF1, MeanAveragePrecision
+from mdl_toolkit.evaluation.bootstrap import SumBasedMetric
+from mdl_toolkit.evaluation.label_metrics import MeanAveragePrecision, macro_f1
 from mdl_toolkit.evaluation.text_metrics import CHARACTER, WORD, edits, ratio
-
-
-@dataclass(frozen=True)
-class SumBasedMetric:
-    """Compute a metric that is a formula of sums over rows.
-
-    Attributes:
-        statistics: `[rows, sums]` each row's part of the sums.
-        formula: maps sums to the metric, `[samples, sums]` to `[samples]`.
-    """
-
-    statistics: np.ndarray
-    formula: Callable[[np.ndarray], np.ndarray]
-
-    def values(self, weights: np.ndarray) -> np.ndarray:
-        """Return the metric by columns of weights, `[rows, samples]` to `[samples]`."""
-        return self.formula(weights.T @ self.statistics)
-
-    def subset(self, rows: np.ndarray) -> "SumBasedMetric":
-        """Return the metric over some of the rows."""
-        return replace(self, statistics=self.statistics[rows])
-
 
 # Answers and scoring rules to a `bootstrap.Statistic` over their rows.
 Builder = Callable[[Answers, ScoringRules], Any]
@@ -52,9 +31,7 @@ def _proportion(criterion: str) -> Builder:
 def _error_rate(unit: str) -> Builder:
     def build(answers: Answers, rules: ScoringRules) -> SumBasedMetric:
         counts = edits(answers.references, answers.predictions, unit, normalize=rules.normalize)
-        return SumBasedMetric(
-            np.stack([counts[:, :3].sum(axis=1), counts[:, 3]], axis=1).astype(float), ratio
-        )
+        return SumBasedMetric(counts, ratio)
 
     return build
 
@@ -95,24 +72,21 @@ def _chrf(answers: Answers, _rules: ScoringRules) -> SumBasedMetric:
             for predicted, expected in orders
         ]
         statistics.append(counts)
-    return SumBasedMetric(np.array(statistics, dtype=float).reshape(len(statistics), -1), _chrf_of_counts)
 
+    def formula(sums: np.ndarray) -> np.ndarray:
+        """Return chrF2 (Popović 2015) over the orders that both sides have; recall counts twice."""
+        predicted, expected, both = np.moveaxis(sums.reshape(len(sums), -1, 3), -1, 0)
+        has_order = (predicted > 0) & (expected > 0)
+        orders = np.maximum(has_order.sum(axis=1), 1)
+        precision, recall = (
+            np.where(has_order, both / np.maximum(count, 1), 0).sum(axis=1) / orders
+            for count in (predicted, expected)
+        )
+        total = 4 * precision + recall
+        score: np.ndarray = 100 * 5 * precision * recall / np.where(total > 0, total, 1)
+        return score
 
-def _chrf_of_counts(sums: np.ndarray) -> np.ndarray:
-    """Return chrF2 (Popović 2015) of n-gram counts, `[samples, 3 * orders]` to `[samples]`.
-
-    Precision and recall are means over the orders that both sides have; recall counts 2 times as much.
-    """
-    predicted, expected, both = np.moveaxis(sums.reshape(len(sums), -1, 3), -1, 0)
-    has_order = (predicted > 0) & (expected > 0)
-    orders = np.maximum(has_order.sum(axis=1), 1)
-    precision, recall = (
-        np.where(has_order, both / np.maximum(count, 1), 0).sum(axis=1) / orders
-        for count in (predicted, expected)
-    )
-    total = 4 * precision + recall
-    score: np.ndarray = 100 * 5 * precision * recall / np.where(total > 0, total, 1)
-    return score
+    return SumBasedMetric(np.array(statistics, dtype=float).reshape(len(statistics), -1), formula)
 
 
 @dataclass(frozen=True)
@@ -138,7 +112,7 @@ class CorpusMetric:
 CORPUS_METRICS = {
     "accuracy": CorpusMetric("accuracy", _proportion("accuracy"), is_proportion=True),
     "exact-match": CorpusMetric("exact match", _proportion("exact-match"), is_proportion=True),
-    "macro-f1": CorpusMetric("macro F1", MacroF1.from_answers),
+    "macro-f1": CorpusMetric("macro F1", macro_f1),
     "wer": CorpusMetric("WER", _error_rate(WORD), more_is_better=False),
     "cer": CorpusMetric("CER", _error_rate(CHARACTER), more_is_better=False),
     "bleu": CorpusMetric("BLEU", _bleu, is_share=False),
@@ -149,5 +123,5 @@ CORPUS_METRICS = {
 
 def library_versions() -> dict[str, str]:
     """Return the versions of the libraries that compute metrics and intervals."""
-    names = ("jiwer", "rapidfuzz", "sacrebleu", "scikit-learn", "scipy", "numpy")
+    names = ("rapidfuzz", "sacrebleu", "scipy", "numpy")
     return {name: version(name) for name in names}

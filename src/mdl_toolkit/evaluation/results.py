@@ -3,8 +3,9 @@
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,14 @@ class Group:
         name: the value in the column.
         rows: number of rows.
         metrics: one value for each metric.
+        comparisons: one for each metric with `--compare`, else none.
     """
 
     column: str
     name: str
     rows: int
     metrics: tuple[MetricValue, ...]
+    comparisons: tuple[Comparison, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -136,29 +139,32 @@ class Evaluation:
 def as_json(evaluation: Evaluation) -> str:
     """Return everything but the rows' cells as JSON."""
 
-    def by_metric(values: Sequence[MetricValue]) -> dict[str, dict[str, float | None]]:
-        return {each.metric: {"value": each.value, "low": each.low, "high": each.high} for each in values}
+    def metrics(part: Evaluation | Group) -> dict[str, Any]:
+        return {each.metric: _value_and_interval(each) for each in part.metrics}
+
+    def comparison(part: Evaluation | Group) -> dict[str, Any]:
+        return {
+            each.other.metric: {
+                "other": each.other.value,
+                "difference": _value_and_interval(each.difference),
+                "p_value": each.p_value,
+                "mcnemar_p_value": each.mcnemar,
+            }
+            for each in part.comparisons
+        }
 
     content = {
         "settings": evaluation.settings,
         "notes": [note.en for note in evaluation.notes],
-        "metrics": by_metric(evaluation.metrics),
-        "comparison": {
-            name: {
-                "other": each.other.value,
-                "difference": difference,
-                "p_value": each.p_value,
-                "mcnemar_p_value": each.mcnemar,
-            }
-            for each in evaluation.comparisons
-            for name, difference in by_metric([each.difference]).items()
-        },
+        "metrics": metrics(evaluation),
+        "comparison": comparison(evaluation),
         "groups": [
             {
                 "column": group.column,
                 "group": group.name,
                 "rows": group.rows,
-                "metrics": by_metric(group.metrics),
+                "metrics": metrics(group),
+                "comparison": comparison(group),
             }
             for group in evaluation.groups
         ],
@@ -170,35 +176,32 @@ def as_json(evaluation: Evaluation) -> str:
     return json.dumps(content, ensure_ascii=False, indent=1) + "\n"
 
 
+def _value_and_interval(each: MetricValue) -> dict[str, float | None]:
+    return {"value": each.value, "low": each.low, "high": each.high}
+
+
 def as_csv(evaluation: Evaluation) -> str:
     """Return a CSV with a line for each metric over all rows and over each group, settings in every line."""
     settings = {name: evaluation.settings[name] for name in ("normalize", "bootstrap", "seed")}
     settings["normalize"] = str(settings["normalize"]).lower()
     versions = evaluation.settings["versions"].items()
     settings["versions"] = " ".join(f"{library}={version}" for library, version in versions)
-    names = ["column", "group", "rows", "metric", "value", "low", "high", "other", "difference"]
-    names += ["difference_low", "difference_high", "p_value", "mcnemar_p_value", *settings]
+    compared = ["other", "difference", "difference_low", "difference_high", "p_value", "mcnemar_p_value"]
+    names = ["column", "group", "rows", "metric", "value", "low", "high", *compared, *settings]
     text = io.StringIO()
     writer = csv.DictWriter(text, names, restval="")
     writer.writeheader()
-    comparisons = {
-        each.other.metric: {
-            "other": each.other.value,
-            "difference": each.difference.value,
-            "difference_low": each.difference.low,
-            "difference_high": each.difference.high,
-            "p_value": each.p_value,
-            "mcnemar_p_value": each.mcnemar,
-        }
-        for each in evaluation.comparisons
-    }
-    for each in evaluation.metrics:
-        compared = comparisons.get(each.metric, {})
-        writer.writerow({"rows": len(evaluation.rows), **vars(each), **compared, **settings})
-    for group in evaluation.groups:
-        for each in group.metrics:
-            of_group = {"column": group.column, "group": group.name, "rows": group.rows}
-            writer.writerow({**of_group, **vars(each), **settings})
+    for part in (
+        Group("", "", len(evaluation.rows), evaluation.metrics, evaluation.comparisons),
+        *evaluation.groups,
+    ):
+        of_part = {"column": part.column, "group": part.name, "rows": part.rows}
+        for value, pair in zip_longest(part.metrics, part.comparisons):
+            line = {**of_part, **vars(value), **settings}
+            if pair is not None:
+                figures = (pair.other.value, *_value_and_interval(pair.difference).values())
+                line |= zip(compared, (*figures, pair.p_value, pair.mcnemar), strict=True)
+            writer.writerow(line)
     return text.getvalue()
 
 

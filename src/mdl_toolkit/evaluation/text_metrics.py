@@ -14,7 +14,6 @@ import numpy as np
 Count = Callable[[str, str], tuple[float, float]]
 
 WORD, CHARACTER = "word", "character"
-EDITS = ("substitute", "delete", "insert")
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def ratio(sums: np.ndarray) -> np.ndarray:
 def edits(
     references: Sequence[str], predictions: Sequence[str], unit: str, *, normalize: bool = True
 ) -> np.ndarray:
-    """Count the edits that turn each reference into its prediction, by jiwer.
+    """Count the edits that turn each reference into its prediction (Levenshtein distance), by rapidfuzz.
 
     Args:
         references: `[rows]`, at least one.
@@ -102,31 +101,22 @@ def edits(
             single spaces.
 
     Returns:
-        `[rows, 4]` integers: substitutions, deletions, insertions, and the reference's length in units.
+        `[rows, 2]`: substitutions, deletions and insertions together, and the reference's length in units.
     """
-    import jiwer
+    from rapidfuzz.distance import Levenshtein
 
-    joint = "" if normalize and unit == CHARACTER else " "
+    def units(text: str) -> Sequence[str]:
+        words = (normalized(text) if normalize else text).split()
+        return words if unit == WORD else ("" if normalize else " ").join(words)
 
-    def tidy(text: str) -> str:
-        return joint.join((normalized(text) if normalize else text).split())
-
-    process = jiwer.process_words if unit == WORD else jiwer.process_characters
-    compared = process([tidy(text) for text in references], [tidy(text) for text in predictions])
-    counts = np.zeros((len(references), 4), dtype=np.int64)
-    for row, (words, chunks) in enumerate(zip(compared.references, compared.alignments, strict=True)):
-        counts[row, 3] = len(words)
-        for chunk in chunks:
-            if chunk.type != "equal":
-                sizes = chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx
-                counts[row, EDITS.index(chunk.type)] += max(sizes)
-    return counts
+    pairs = [[units(text) for text in pair] for pair in zip(references, predictions, strict=True)]
+    return np.array([(Levenshtein.distance(*pair), len(pair[0])) for pair in pairs], dtype=float)
 
 
-def _errors(unit: str, reference: str, prediction: str) -> tuple[float, float]:
+def _errors(unit: str, *texts: str) -> tuple[float, float]:
     """Count the edits of one row, and the units of its reference."""
-    (counts,) = edits([reference], [prediction], unit)
-    return float(counts[:3].sum()), float(counts[3])
+    ((errors, length),) = edits(texts[:1], texts[1:], unit).tolist()
+    return errors, length
 
 
 LOSS = TextMetric("loss", False, lambda _reference, _prediction: (0.0, 0.0))

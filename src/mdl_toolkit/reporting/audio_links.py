@@ -39,7 +39,9 @@ def folder_of(predictions: Path, base_dir: str | None) -> str | None:
     return None
 
 
-def audio_values(cells: Sequence[str], base_dir: str | None, page: Path, embedded: int = 0) -> dict[str, Any]:
+def audio_values(
+    cells: Sequence[str], base_dir: str | None, page: Path, embedded: int = 0
+) -> dict[str, Any] | None:
     """Return the recordings that the page plays, row by row.
 
     Args:
@@ -50,8 +52,10 @@ def audio_values(cells: Sequence[str], base_dir: str | None, page: Path, embedde
 
     Returns:
         `folder`, the common start of all links; `names`, their ends, percent-encoded, `[rows]`, empty where
-        there is no recording; `embedded`, `data:` addresses by row.
+        there is no recording; `embedded`, `data:` addresses by row. None if there is no recording at all.
     """
+    if not any(cells):
+        return None
     # No link is followed.
     start = os.path.dirname(os.path.abspath(page))  # noqa: PTH100, PTH120
     links, missing = [], []

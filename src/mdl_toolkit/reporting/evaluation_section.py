@@ -2,15 +2,16 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from mdl_toolkit.data.manifest import AUDIO, PREDICTION
 from mdl_toolkit.evaluation.align import ERROR, SCORE
 from mdl_toolkit.evaluation.csv_table import Table
-from mdl_toolkit.evaluation.label_metrics import natural_order
 from mdl_toolkit.evaluation.metrics import CORPUS_METRICS
-from mdl_toolkit.evaluation.results import Comparison, Confusion, Evaluation, MetricValue, RowResult
+from mdl_toolkit.evaluation.results import Confusion, Evaluation, Group, RowResult
 from mdl_toolkit.evaluation.text_metrics import CHARACTER
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.reporting.audio_links import audio_values
@@ -18,21 +19,12 @@ from mdl_toolkit.reporting.audio_links import audio_values
 WRONG, RIGHT, FAILED = range(3)
 
 
-def worst_first(rows: Sequence[RowResult], scores: Sequence[float | None]) -> list[int]:
-    """Order the rows: failed ones, then wrong ones, by share of errors and by the score of the answer."""
-
-    def key(row: int) -> tuple[bool, bool, float, float, int]:
-        result, score = rows[row], scores[row]
-        share = result.errors / max(result.length, 1)
-        return result.is_right, not result.failed, -share, math.inf if score is None else -score, result.line
-
-    return sorted(range(len(rows)), key=key)
-
-
 def evaluation_values(
     evaluation: Evaluation, base_dir: str | None, page: Path, *, score_column: str | None, embedded: int
 ) -> dict[str, Any]:
     """Return the parts `evaluation` and `rows` of an evaluation's page, the worst rows first.
+
+    Failed rows come first, then wrong ones, by share of errors and by the score of the answer.
 
     Args:
         evaluation: rows, metrics and comparisons.
@@ -41,29 +33,33 @@ def evaluation_values(
         score_column: the column with scores, `score` if None.
         embedded: so many recordings of the first rows are put into the page.
     """
-    scores = _scores([row.cells.get(score_column or SCORE, "") for row in evaluation.rows])
-    order = worst_first(evaluation.rows, scores)
-    rows = [evaluation.rows[row] for row in order]
-    settings = evaluation.settings
+
+    def badness(row: RowResult) -> tuple[bool, bool, float, float, int]:
+        score, share = score_of(row), row.errors / max(row.length, 1)
+        return row.is_right, not row.failed, -share, math.inf if score is None else -score, row.line
+
+    def score_of(row: RowResult) -> float | None:
+        return _finite(row.cells.get(score_column or SCORE, ""))
+
+    rows = sorted(evaluation.rows, key=badness)
     groups = []
     for title in rows[0].groups:
-        names = natural_order([row.groups[title] for row in rows])
+        names = [group.name for group in evaluation.groups if group.column == title]
         code_of = {name: code for code, name in enumerate(names)}
-        codes = [code_of[row.groups[title]] for row in rows]
-        groups.append({"title": title, "names": names, "codes": codes})
+        groups.append({"title": title, "names": names, "codes": [code_of[row.groups[title]] for row in rows]})
     values = {
         "line": [row.line for row in rows],
-        "reference": encode_column([row.reference for row in rows]),
-        "prediction": encode_column([row.prediction for row in rows]),
-        "error": _error_column([row.cells.get(ERROR, "") if row.failed else "" for row in rows]),
+        "reference": [row.reference for row in rows],
+        "prediction": [row.prediction for row in rows],
+        "error": _unless_empty([row.cells.get(ERROR, "") if row.failed else "" for row in rows]),
         "state": [FAILED if row.failed else RIGHT if row.is_right else WRONG for row in rows],
         "errors": [row.errors for row in rows],
         "length": [row.length for row in rows],
-        "score": _scores_if_any([scores[row] for row in order]),
-        "by_character": settings["errors_in"] == CHARACTER,
-        "normalize": settings["normalize"],
+        "score": _unless_empty([*map(score_of, rows)]),
+        "by_character": evaluation.settings["errors_in"] == CHARACTER,
+        "normalize": evaluation.settings["normalize"],
         "groups": groups,
-        "audio": _audio([row.cells.get(AUDIO) for row in rows], base_dir, page, embedded),
+        "audio": audio_values([row.cells.get(AUDIO, "") for row in rows], base_dir, page, embedded),
         **_label_codes(rows, evaluation.confusion),
     }
     return {"evaluation": _metrics_section(evaluation), "rows": values}
@@ -73,56 +69,32 @@ def table_values(
     table: Table, base_dir: str | None, page: Path, *, score_column: str | None, embedded: int
 ) -> dict[str, Any]:
     """Return the parts of the page of predictions alone, rows in the file's order."""
-    count = len(table)
 
-    def column(name: str) -> list[str] | None:
-        return table.column(name) if name in table.columns else None
+    def column(name: str) -> list[str]:
+        return table.column(name) if name in table.columns else [""] * len(table)
 
     values = {
         "line": list(table.lines),
         "reference": None,
-        "prediction": encode_column(table.column(PREDICTION)),
-        "error": _error_column(column(ERROR) or [""] * count),
-        "score": _scores_if_any(_scores(column(score_column or SCORE) or [""] * count)),
+        "prediction": table.column(PREDICTION),
+        "error": _unless_empty(column(ERROR)),
+        "score": _unless_empty([*map(_finite, column(score_column or SCORE))]),
         "groups": [],
-        "audio": _audio(column(AUDIO) or [None] * count, base_dir, page, embedded),
+        "audio": audio_values(column(AUDIO), base_dir, page, embedded),
         **dict.fromkeys(("state", "errors", "length", "labels", "expected", "given")),
     }
     return {"evaluation": None, "rows": values}
 
 
-def encode_column(cells: Sequence[str]) -> Any:
-    """Return the cells, or a dictionary encoding (`values`, and `codes` into them) where that is shorter."""
-    different = list(dict.fromkeys(cells))
-    if 2 * len(different) > len(cells):
-        return list(cells)
-    number = {cell: code for code, cell in enumerate(different)}
-    return {"values": different, "codes": [number[cell] for cell in cells]}
+def _unless_empty(cells: list[Any]) -> list[Any] | None:
+    return None if all(cell in ("", None) for cell in cells) else cells
 
 
-def _error_column(cells: Sequence[str]) -> Any:
-    return encode_column(cells) if any(cells) else None
-
-
-def _scores(cells: Sequence[str]) -> list[float | None]:
-    """Read finite numbers; None for anything else, such as the scores of several labels."""
-    scores: list[float | None] = []
-    for cell in cells:
-        try:
-            score = float(cell)
-        except ValueError:
-            score = math.nan
-        scores.append(score if math.isfinite(score) else None)
-    return scores
-
-
-def _scores_if_any(scores: list[float | None]) -> list[float | None] | None:
-    return scores if any(score is not None for score in scores) else None
-
-
-def _audio(cells: Sequence[str | None], base_dir: str | None, page: Path, embedded: int) -> Any:
-    named = [cell or "" for cell in cells]
-    return audio_values(named, base_dir, page, embedded) if any(named) else None
+def _finite(cell: str) -> float | None:
+    """Read a finite number; None for anything else, such as the scores of several labels."""
+    with suppress(ValueError):
+        return number if math.isfinite(number := float(cell)) else None
+    return None
 
 
 def _label_codes(rows: Sequence[RowResult], confusion: Confusion | None) -> dict[str, Any]:
@@ -138,25 +110,23 @@ def _label_codes(rows: Sequence[RowResult], confusion: Confusion | None) -> dict
 
 def _metrics_section(evaluation: Evaluation) -> dict[str, Any]:
     """Return metrics, groups, confusion matrix and notes."""
-    settings = evaluation.settings
     rule = {
         "accuracy": Localized("the answer is the reference to the letter"),
         "exact-match": Localized("answer and reference are the same as compared"),
         "same labels": Localized("the answer has the reference's labels"),
-    }[settings["right_by"]]
-    is_character = settings["errors_in"] == CHARACTER
+    }[evaluation.settings["right_by"]]
+    is_character = evaluation.settings["errors_in"] == CHARACTER
     unit = Localized("characters") if is_character else Localized("words")
     note = Localized("a row is right if {rule}; errors are counted in {unit}", rule=rule, unit=unit)
-    compared = {pair.other.metric: pair for pair in evaluation.comparisons}
     confusion = evaluation.confusion
     return {
-        "figures": [_metric_values(figure, compared.get(figure.metric)) for figure in evaluation.metrics],
+        "figures": _figures(evaluation),
         "groups": [
             {
                 "column": group.column,
                 "name": group.name,
                 "rows": group.rows,
-                "figures": [_metric_values(figure) for figure in group.metrics],
+                "figures": _figures(group),
             }
             for group in evaluation.groups
         ],
@@ -165,10 +135,16 @@ def _metrics_section(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def _metric_values(figure: MetricValue, comparison: Comparison | None = None) -> dict[str, Any]:
-    score = CORPUS_METRICS[figure.metric]
-    values = {"title": score.title, "is_share": score.is_share, "value": figure.value}
-    values |= {"low": figure.low, "high": figure.high}
-    if comparison is not None:
-        values |= {"other": comparison.other.value, "difference": comparison.difference.value}
-    return values
+def _figures(part: Evaluation | Group) -> list[dict[str, Any]]:
+    """Return metrics with their intervals, and how they compare with another system's."""
+    figures = []
+    for value, pair in zip_longest(part.metrics, part.comparisons):
+        metric = CORPUS_METRICS[value.metric]
+        figure = {"title": metric.title, "is_share": metric.is_share, "value": value.value}
+        figure |= {"low": value.low, "high": value.high}
+        if pair is not None:
+            difference = pair.difference
+            figure |= {"other": pair.other.value, "difference": difference.value, "p": pair.p_value}
+            figure |= {"difference_low": difference.low, "difference_high": difference.high}
+        figures.append(figure)
+    return figures

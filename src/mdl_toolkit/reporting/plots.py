@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mdl_toolkit.errors import InputError
 from mdl_toolkit.evaluation.text_metrics import TEXT_METRICS
 from mdl_toolkit.utils.console import warn
-from mdl_toolkit.utils.files import replace_file, report_write_errors
+from mdl_toolkit.utils.files import replace_file
 from mdl_toolkit.utils.run_folder import LOG, PLOT, SmoothedLoss, read_log, series
 
 # Inches, and dots per inch.
@@ -25,41 +24,29 @@ FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "Microsoft Ya
 def plot(output: Path) -> None:
     """Draw `loss.png` into a run's folder, whole or not at all; a failure is only warned of."""
     try:
-        if (lines := _lines(output)) is not None:
-            _save(_run_figure(lines), output / PLOT)
+        draw_run(output, output / PLOT)
     # Whatever the library for pictures raises, no run ends of it.
     except Exception as problem:  # noqa: BLE001
         warn("{plot} cannot be drawn: {reason}", plot=PLOT, reason=problem)
 
 
 def draw_run(run: Path, path: Path) -> Path | None:
-    """Draw a run's curves into a file.
+    """Draw a run's curves into a file, whole or not at all.
 
     Returns:
-        The file; None if nothing was logged.
+        The file; None if no loss was logged.
 
     Raises:
-        InputError: it cannot be written.
+        OSError: it cannot be written.
     """
-    lines = _lines(run)
-    return None if lines is None else _saved(_run_figure(lines), path)
-
-
-def _lines(run: Path) -> list[dict[str, Any]] | None:
-    """Read the log of a run; None if it has no losses."""
     lines = read_log(run / LOG) if (run / LOG).exists() else []
-    return lines if any("loss" in line for line in lines) else None
+    return _saved(_run_figure(lines), path) if any("loss" in line for line in lines) else None
 
 
 def _saved(figure: Any, path: Path) -> Path:
-    with report_write_errors(f"--png {path}", InputError):
-        _save(figure, path)
-    return path
-
-
-def _save(figure: Any, path: Path) -> None:
     with replace_file(path) as work:
         figure.savefig(work, format="png")
+    return path
 
 
 def _empty_figure(width: float, height: float) -> Any:
@@ -116,7 +103,7 @@ def draw_confusion(labels: Sequence[str], counts: Sequence[Sequence[int]], path:
         path: the PNG file.
 
     Raises:
-        InputError: it cannot be written.
+        OSError: it cannot be written.
     """
     from matplotlib import font_manager
 

@@ -8,9 +8,9 @@ from mdl_toolkit.config.evaluation import EvaluateOptions, ReportOptions, Scorin
 from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.data.listing import is_listing
 from mdl_toolkit.data.manifest import PREDICTION
-from mdl_toolkit.errors import UsageError
+from mdl_toolkit.errors import InputError, UsageError
 from mdl_toolkit.evaluation.align import REFERENCE
-from mdl_toolkit.evaluation.csv_table import read_table
+from mdl_toolkit.evaluation.csv_table import Table, read_table
 from mdl_toolkit.evaluation.evaluate import evaluate
 from mdl_toolkit.evaluation.results import Evaluation
 from mdl_toolkit.reporting.audio_links import folder_of
@@ -19,7 +19,7 @@ from mdl_toolkit.reporting.html import write_page
 from mdl_toolkit.reporting.plots import draw_confusion, draw_run
 from mdl_toolkit.reporting.run_section import run_values
 from mdl_toolkit.utils.console import say, warn
-from mdl_toolkit.utils.files import check_file
+from mdl_toolkit.utils.files import check_file, report_write_errors
 from mdl_toolkit.utils.run_folder import PLOT, REPORT
 
 CONFUSION = "confusion.png"
@@ -62,9 +62,10 @@ def report(options: ReportOptions) -> Path:
     say("report: {page}", page=page)
     if options.png is not None:
         pictures, confusion = Path(options.png), values["evaluation"] and values["evaluation"]["confusion"]
-        drawn = [draw_run(folder, pictures / PLOT)] if folder is not None else []
-        if confusion:
-            drawn.append(draw_confusion(confusion["labels"], confusion["counts"], pictures / CONFUSION))
+        with report_write_errors(f"--png {pictures}", InputError):
+            drawn = [draw_run(folder, pictures / PLOT)] if folder is not None else []
+            if confusion:
+                drawn.append(draw_confusion(confusion["labels"], confusion["counts"], pictures / CONFUSION))
         for path in filter(None, drawn):
             say("picture: {path}", path=path)
     return page
@@ -86,29 +87,21 @@ def _predictions_file(options: ReportOptions, folder: Path | None) -> Path | Non
 def _predictions_section(predictions: Path, page: Path, options: ReportOptions) -> dict[str, Any]:
     """Return the parts about predictions, scored where there are references."""
     shared = {field.name: getattr(options, field.name) for field in dataclasses.fields(ScoringOptions)}
+    scoring = EvaluateOptions(input=str(predictions), **shared)
     is_named = options.reference is not None or options.reference_column is not None
     if is_named or REFERENCE in read_table(predictions).columns:
-        scoring = EvaluateOptions(input=str(predictions), **shared)
         return _page_values(evaluate(scoring), page, scoring)
     say("no references: what is right cannot be shown; --reference names a file that has them")
-    return table_values(
-        read_table(predictions, [PREDICTION]),
-        folder_of(predictions, options.base_dir),
-        page,
-        score_column=options.score_column,
-        embedded=options.embed_audio,
-    )
+    return _page_values(read_table(predictions, [PREDICTION]), page, scoring)
 
 
-def _page_values(evaluation: Evaluation, page: Path, options: EvaluateOptions) -> dict[str, Any]:
-    """Return the parts of an evaluation's page; links to recordings start from the page's folder."""
-    return evaluation_values(
-        evaluation,
-        folder_of(Path(options.input), options.base_dir),
-        page,
-        score_column=options.score_column,
-        embedded=options.embed_audio,
-    )
+def _page_values(source: Evaluation | Table, page: Path, options: EvaluateOptions) -> dict[str, Any]:
+    """Return the parts of a page of predictions; links to recordings start from the page's folder."""
+    base_dir = folder_of(Path(options.input), options.base_dir)
+    more: dict[str, Any] = {"score_column": options.score_column, "embedded": options.embed_audio}
+    if isinstance(source, Evaluation):
+        return evaluation_values(source, base_dir, page, **more)
+    return table_values(source, base_dir, page, **more)
 
 
 def report_training(output: Path) -> None:

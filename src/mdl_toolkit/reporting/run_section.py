@@ -55,18 +55,13 @@ def _provenance_values(folder: Path) -> dict[str, Any]:
     }
 
 
-def is_run(folder: Path) -> bool:
-    """Tell whether a folder is a training's output."""
-    return (folder / LOG).is_file() or (folder / SETTINGS_FILE).is_file()
-
-
 def run_values(folder: Path) -> dict[str, Any]:
     """Return the part `run` of a page.
 
     Raises:
         InputError: the folder is no training's output.
     """
-    if not is_run(folder):
+    if not any((folder / name).is_file() for name in (LOG, SETTINGS_FILE)):
         raise InputError(
             "{folder}: neither {log} nor {file} is in it; give the --output of a training",
             folder=folder,
@@ -78,9 +73,10 @@ def run_values(folder: Path) -> dict[str, Any]:
     metrics = [name for name in TEXT_METRICS if any(f"eval_{name}" in line for line in evaluated)]
     steps, losses = series(lines, "loss")
     smooth = SmoothedLoss()
+    smoothed = [smooth.add(loss) for loss in losses]
     curves = {
         "loss": _points(steps, losses),
-        "smoothed": _points(steps, [smooth.add(loss) for loss in losses]),
+        "smoothed": _points(steps, smoothed),
         "eval_loss": _points(*series(lines, "eval_loss")),
         "learning_rate": _points(*series(lines, "learning_rate")),
         "metrics": {name: _points(*series(lines, f"eval_{name}")) for name in metrics},
@@ -96,7 +92,7 @@ def run_values(folder: Path) -> dict[str, Any]:
             {name: line[key] for name, key in keys.items() if key in line and math.isfinite(line[key])}
             for line in evaluated
         ],
-        "outcome": _outcome(lines, metrics),
+        "outcome": _outcome(evaluated, metrics, steps[-1], smoothed[-1]) if steps else [],
     }
 
 
@@ -132,25 +128,22 @@ def _points(steps: Sequence[int], values: Sequence[float]) -> dict[str, list[flo
     }
 
 
-def _outcome(lines: Sequence[dict[str, Any]], metrics: Sequence[str]) -> list[dict[str, Any]]:
+def _outcome(
+    evaluated: Sequence[dict[str, Any]], metrics: Sequence[str], steps: int, smoothed: float
+) -> list[dict[str, Any]]:
     """Return the last values of the run, and the best ones of its evaluations."""
-    steps, losses = series(lines, "loss")
-    if not steps:
-        return []
-    smooth = SmoothedLoss()
-    last = [smooth.add(loss) for loss in losses][-1]
     outcome: list[dict[str, Any]] = [
-        {"title": Localized("steps").to_json(), "value": steps[-1]},
-        {"title": Localized("training loss, smoothed").to_json(), "value": last},
+        {"title": Localized("steps").to_json(), "value": steps},
+        {"title": Localized("training loss, smoothed").to_json(), "value": smoothed},
     ]
     for metric in (LOSS, *(TEXT_METRICS[name] for name in metrics)):
         name, best = f"eval_{metric.name}", Best()
-        evaluated = [line for line in lines if name in line]
-        for line in evaluated:
+        measured = [line for line in evaluated if name in line]
+        for line in measured:
             if math.isfinite(line[name]):
                 best = best.after(metric, line["step"], line[name], line["eval_loss"])
         if best.step is not None:
             title = Localized("evaluation {metric}", metric=metric.name).to_json()
             best_value = {"value": best.value, "step": best.step}
-            outcome.append({"title": title, "value": evaluated[-1][name], "best": best_value})
+            outcome.append({"title": title, "value": measured[-1][name], "best": best_value})
     return [each for each in outcome if math.isfinite(each["value"])]

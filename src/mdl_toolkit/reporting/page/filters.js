@@ -17,7 +17,7 @@ function scoreOf(row, sign) {
 }
 
 function lengthOf(row) {
-  return ROWS.length?.[row] ?? CELLS.prediction[row].length;
+  return ROWS.length?.[row] ?? ROWS.prediction[row].length;
 }
 
 class Filters {
@@ -113,7 +113,7 @@ class Filters {
 /** All that can be searched in a row. */
 function textOf(row) {
   const name = ROWS.audio ? nameOf(row) : "";
-  return [CELLS.reference?.[row], CELLS.prediction[row], CELLS.error?.[row], name].join("\n").toLowerCase();
+  return [ROWS.reference?.[row], ROWS.prediction[row], ROWS.error?.[row], name].join("\n").toLowerCase();
 }
 
 /** The confusion matrix; a click on a number chooses its rows. */

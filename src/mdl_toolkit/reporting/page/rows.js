@@ -5,17 +5,6 @@ const AHEAD = 500; // pixels above and below the window that are filled too
 const GUESS = 84; // pixels of a row that was never shown
 const PRINTED = 300; // rows on paper
 
-/** A column as its cells: either they are listed, or they are numbers of a few different ones. */
-function cellsOf(column) {
-  return column?.codes ? column.codes.map((code) => column.values[code]) : column;
-}
-
-const CELLS = ROWS && {
-  reference: cellsOf(ROWS.reference),
-  prediction: cellsOf(ROWS.prediction),
-  error: cellsOf(ROWS.error),
-};
-
 /** The address of a row's recording; null without one. */
 function addressOf(row) {
   if (!ROWS.audio || ROWS.audio.names[row] === "") return null;
@@ -61,15 +50,15 @@ function player(row) {
 }
 
 function rowElement(row) {
-  const [reference, prediction] = [CELLS.reference?.[row], CELLS.prediction[row]];
-  const sides = CELLS.reference && ROWS.state[row] !== 2
+  const [reference, prediction] = [ROWS.reference?.[row], ROWS.prediction[row]];
+  const sides = ROWS.reference && ROWS.state[row] !== 2
     ? differences(reference, prediction, ROWS.by_character, ROWS.normalize)
     : [reference, prediction].map((text) => [{ text: text ?? "", marked: false }]);
   const answer = textCell("prediction", sides[1], "ins");
-  if (CELLS.error?.[row]) answer.append(make("small", { class: "wrong" }, CELLS.error[row]));
-  const kind = ["row", CELLS.reference ? "" : "bare", ROWS.audio ? "" : "mute"].filter(Boolean).join(" ");
+  if (ROWS.error?.[row]) answer.append(make("small", { class: "wrong" }, ROWS.error[row]));
+  const kind = ["row", ROWS.reference ? "" : "bare", ROWS.audio ? "" : "mute"].filter(Boolean).join(" ");
   return make("div", { role: "row", class: kind, "data-row": row },
-    marks(row), ...(CELLS.reference ? [textCell("reference", sides[0], "del")] : []), answer, ...(ROWS.audio ? [player(row)] : []));
+    marks(row), ...(ROWS.reference ? [textCell("reference", sides[0], "del")] : []), answer, ...(ROWS.audio ? [player(row)] : []));
 }
 
 class List {
