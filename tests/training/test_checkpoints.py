@@ -375,7 +375,7 @@ def test_a_line_that_a_full_disk_cut_off_does_not_spoil_the_next(tmp_path, monke
 def test_a_half_written_log_of_a_killed_run_is_removed(tmp_path):
     output = tmp_path / "run"
     output.mkdir()
-    (output / "log.partial").write_text('{"step": 1}')
+    (output / ".log.jsonl.partial-1a2b3c4d").write_text('{"step": 1}')
     train(train_options(make_csv(tmp_path, 4), MODEL, output))
     assert names(output) == ["checkpoint-1", *AT_THE_END]
 
@@ -407,9 +407,9 @@ def test_what_is_no_checkpoint_is_told_with_what_may_be_meant(tmp_path, given, m
 def test_only_the_oldest_are_deleted_and_never_what_must_stay(tmp_path):
     output = make(tmp_path, 1, 2, 3, 10)
     (output / "final").mkdir()
-    delete_oldest(output, 2, frozenset({output / "checkpoint-1"}))
+    delete_oldest(output, 2, {1})
     assert names(output) == ["checkpoint-1", "checkpoint-10", "checkpoint-3", "final"]
-    delete_oldest(output, 1, frozenset())
+    delete_oldest(output, 1, set())
     assert names(output) == ["checkpoint-10", "final"]
 
 
@@ -464,7 +464,9 @@ def test_resuming_from_elsewhere_sets_what_is_there_aside(tmp_path):
             csv, MODEL, output, save_steps=0, resume_from_checkpoint=str(tmp_path / "other/checkpoint-1")
         )
     )
-    assert names(output) == sorted(["checkpoint-2", *AT_THE_END, "previous-1"])
+    assert names(output) == sorted(["checkpoint-1", "checkpoint-2", *AT_THE_END, "previous-1"])
+    for name in ("checkpoint-1/adapter_model.safetensors", "checkpoint-1/optimizer.safetensors"):
+        assert (output / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
     assert same_weights(output / "checkpoint-2", tmp_path / "other/checkpoint-2")
     assert names(output / "previous-1") == [
         "checkpoint-1", "checkpoint-2", *AT_THE_END,

@@ -356,8 +356,8 @@ def test_a_thing_of_the_past_is_gone(place, tmp_path, start):
     output = tmp_path / "run"
     copy(place / "whole/checkpoint-8", output / "checkpoint-8")
     copy(place / "whole/log.jsonl", output / "log.jsonl")
-    (output / ".saving/checkpoint-9").mkdir(parents=True)
-    (output / ".saving/checkpoint-9/state.json").write_text("{")
+    (output / ".checkpoint-9.partial-1a2b3c4d").mkdir()
+    (output / ".checkpoint-9.partial-1a2b3c4d/state.json").write_text("{")
     for name in (".final.partial-1a2b3c4d", ".final.old-1a2b3c4d", "final"):
         copy(place / "whole/final", output / name)
     (output / "notes.txt").write_text("mine")
@@ -368,19 +368,6 @@ def test_a_thing_of_the_past_is_gone(place, tmp_path, start):
         "mdl-toolkit.yaml", "notes.txt", "report.html",
     ]  # fmt: skip
     check_same_end(output, place)
-
-
-def test_a_checkpoint_that_was_away_when_an_earlier_version_was_killed_is_put_back(place, tmp_path):
-    """It saved under `.saving`, and rewrote the log as `log.partial`."""
-    output = tmp_path / "run"
-    copy(place / "whole/checkpoint-8", output / ".saving/checkpoint-8.old")
-    copy(place / "whole/checkpoint-8", output / ".saving/checkpoint-8")
-    copy(place / "whole/log.jsonl", output / "log.jsonl")
-    (output / "log.partial").touch()
-    train(options_of(place, output, resume_from_checkpoint=True))
-    check_same_end(output, place)
-    assert not {".saving", "log.partial"} & {path.name for path in output.iterdir()}
-    assert not [*output.glob("previous-*")]
 
 
 def test_a_result_that_was_away_when_a_run_was_killed_is_not_lost(place, tmp_path):

@@ -12,10 +12,9 @@ from safetensors.torch import load_file
 
 from mdl_toolkit.config.yaml import as_command
 from mdl_toolkit.errors import ModelError
-from mdl_toolkit.training import output as output_folder
 from mdl_toolkit.training import run as training
 from mdl_toolkit.training import trainer
-from mdl_toolkit.training.checkpoints import checkpoint_at, checkpoints, to_resume
+from mdl_toolkit.training.checkpoints import checkpoints
 from mdl_toolkit.training.evaluator import Evaluator
 from mdl_toolkit.training.run import train
 from mdl_toolkit.utils.run_folder import read_log
@@ -136,25 +135,12 @@ def test_the_best_of_a_run_that_goes_on_elsewhere_outlives_an_interruption_there
     assert is_the_adapter_of(done.final, best)
     metrics = read_json(done.final / "mdl-toolkit.json")["metrics"]
     assert (metrics["steps"], metrics["eval_loss"]) == (1, 1.0)
-    assert [path.name for path in checkpoints(other)] == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]
-
-
-def test_a_best_checkpoint_that_cannot_be_copied_is_told_of(options, tmp_path, losses, monkeypatch, capsys):
-    losses += [1.0, 2.0, 3.0, 4.0]
-    train(options)
-
-    def fail(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(output_folder, "save_state", fail)
-    losses[:] = [3.0, 4.0]
-    start = str(tmp_path / "run/checkpoint-2")
-    done = train(replace(options, output=str(tmp_path / "other"), resume_from_checkpoint=start))
-    assert is_the_adapter_of(done.final, tmp_path / "run/checkpoint-1")
-    told = (
-        f"warning: {tmp_path}/run/checkpoint-1, the best so far, cannot be copied: No space left on device; "
-    )
-    assert told in capsys.readouterr().err
+    assert [path.name for path in checkpoints(other)] == [
+        "checkpoint-1",
+        "checkpoint-2",
+        "checkpoint-3",
+        "checkpoint-4",
+    ]
 
 
 def test_what_is_dropped_from_the_log_is_set_aside_with_its_checkpoints(options, tmp_path):
@@ -164,18 +150,6 @@ def test_what_is_dropped_from_the_log_is_set_aside_with_its_checkpoints(options,
     left = {path.name for path in (tmp_path / "run/previous-1").iterdir()}
     assert left == {"checkpoint-3", "checkpoint-4", "log.jsonl"}
     assert (tmp_path / "run/previous-1/log.jsonl").read_bytes() == whole
-
-
-def test_where_checkpoints_of_a_resumed_run_are(options, tmp_path):
-    train(options)
-    resumed = to_resume(tmp_path, str(tmp_path / "run/checkpoint-2"))
-    places = [checkpoint_at(tmp_path / "new", step, resumed) for step in (1, 2, 3)]
-    assert places == [
-        tmp_path / "run/checkpoint-1",
-        tmp_path / "run/checkpoint-2",
-        tmp_path / "new/checkpoint-3",
-    ]
-    assert checkpoint_at(tmp_path / "new", 2, None) == tmp_path / "new/checkpoint-2"
 
 
 def test_no_result_is_made_of_a_checkpoint_that_was_damaged_meanwhile(options, tmp_path, losses, monkeypatch):

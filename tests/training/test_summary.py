@@ -42,9 +42,8 @@ def test_the_briefing(tmp_path, capsys):
     train(options)
     said = lines_of(capsys)
     first = said.index("device: cpu; base weights: float32")
-    data, steps, memory, weights, *targets = said[first + 1 : first + 9]
+    data, steps, memory, *targets = said[first + 1 : first + 8]
     assert memory.startswith("memory predicted: ")
-    assert weights.startswith("memory of weights: encoder ")
     assert data.startswith(
         f"training data: 11 rows, {seconds / 3600:.2g} hours of audio; evaluation data: 3 rows, "
     )

@@ -146,27 +146,20 @@ class Checkpoint:
 
 def damage(folder: Path) -> Localized | None:
     """Return the first fault of a checkpoint (a missing file, a wrong size or checksum); None if whole."""
-    if not (folder / CHECKSUMS).is_file():
-        return _missing(CHECKSUMS)
     try:
-        sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
-        for name in _NEEDED:
-            if name not in sums:
-                return _missing(name)
+        sums = {}
+        if (folder / CHECKSUMS).is_file():
+            sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        for name in (CHECKSUMS, *_NEEDED, *sums):
+            if not (folder / Path(name).name).is_file() or name not in {CHECKSUMS, *sums}:
+                return Localized("{name} is missing", name=name)
         for name, expected in sums.items():
             file = folder / Path(name).name
-            if not file.is_file():
-                return _missing(name)
             if file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
                 return Localized("{name} is damaged", name=name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         return Localized("{file}: {reason}", file=CHECKSUMS, reason=problem)
     return None
-
-
-def _missing(name: str) -> Localized:
-    """Say that a file of a checkpoint is missing."""
-    return Localized("{name} is missing", name=name)
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -202,17 +195,11 @@ def to_resume(output: Path, resume: bool | str | None) -> Checkpoint | None:
         # Name the newest whole checkpoint of the run that the path belongs to.
         candidates = checkpoints(path) or checkpoints(path.resolve().parent)
         whole = next((each for each in reversed(candidates) if damage(each) is None), None)
-        if whole is None:
-            raise ModelError(
-                "--resume-from-checkpoint {path}: not a complete checkpoint ({reason})",
-                path=path,
-                reason=reason,
-            )
+        said = Localized(
+            "--resume-from-checkpoint {path}: not a complete checkpoint ({reason})", path=path, reason=reason
+        )
         raise ModelError(
-            "--resume-from-checkpoint {path}: not a complete checkpoint ({reason}); did you mean {whole}?",
-            path=path,
-            reason=reason,
-            whole=whole,
+            said if whole is None else Localized("{said}; did you mean {whole}?", said=said, whole=whole)
         )
     for path in reversed(checkpoints(output)):
         if reason := damage(path):
@@ -222,22 +209,20 @@ def to_resume(output: Path, resume: bool | str | None) -> Checkpoint | None:
     return None
 
 
-def checkpoint_at(output: Path, step: int, resumed: Checkpoint | None) -> Path:
-    """Return the folder of a step's checkpoint: beside the one that was resumed from, or the run's own."""
-    if resumed is None or step > resumed.step:
-        return output / f"checkpoint-{step}"
-    return resumed.folder if step == resumed.step else resumed.folder.resolve().parent / f"checkpoint-{step}"
+def checkpoint_of(output: Path, step: int | None) -> Path:
+    """Return the folder of a step's checkpoint in a run's folder."""
+    return output / f"checkpoint-{step}"
 
 
-def delete_oldest(output: Path, limit: int, keep: frozenset[Path]) -> int:
-    """Delete all checkpoints of a run but the newest `limit`, at least one, and those in `keep`.
+def delete_oldest(output: Path, limit: int, keep: set[int | None]) -> int:
+    """Delete all checkpoints of a run but the newest `limit`, at least one, and those of the steps `keep`.
 
     Returns:
         The number of those deleted.
     """
-    kept, count = {path.resolve() for path in keep}, 0
+    count = 0
     for path in checkpoints(output)[: -max(1, limit)]:
-        if path.resolve() in kept:
+        if step_of(path) in keep:
             continue
         try:
             remove_folder(path)

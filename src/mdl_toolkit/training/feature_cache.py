@@ -6,8 +6,9 @@ into a file of its own and reads all files, so that they must share the output f
 """
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,6 @@ class PrecomputedDataset:
         files: number of the file that holds an example, `[examples]`.
         starts: audio token of that file at which an example begins, `[examples]`.
         counts: audio tokens of every example, `[examples]`.
-        samples: audio samples of every example, `[examples]`.
     """
 
     dataset: ConvertedDataset
@@ -85,7 +85,6 @@ class PrecomputedDataset:
     files: Indices
     starts: Indices
     counts: Indices
-    samples: Indices
 
     @property
     def token_counts(self) -> NDArray[np.int64]:
@@ -96,7 +95,8 @@ class PrecomputedDataset:
         """Return an example."""
         tokens, start = self.dataset.tokens(index), self.starts[index]
         features = self.features[self.files[index]][start : start + self.counts[index]]
-        return PrecomputedSample(tokens.input_ids, tokens.labels, features, int(self.samples[index]))
+        samples = int(self.dataset.audio_lengths[index])
+        return PrecomputedSample(tokens.input_ids, tokens.labels, features, samples)
 
 
 class FeatureCache:
@@ -175,8 +175,8 @@ class FeatureCache:
             progress(len(own), "audio features") as shown,
         ):
             for indices, batch in zip(batches, loader.batches(batches), strict=True):
-                for features in self._compute(base, batch):
-                    sink.write(features.to("cpu", self._dtype).contiguous().view(torch.uint8).numpy().data)
+                for features in self._micro_batcher.run(len(indices), partial(self._compute, base, batch)):
+                    sink.write(features.view(torch.uint8).numpy().data)
                 shown.advance(len(indices))
                 raise_if_interrupted()
         self._world.wait()
@@ -201,25 +201,20 @@ class FeatureCache:
             if tokens:
                 flat = torch.from_file(str(file), shared=False, size=elements, dtype=self._dtype)
             features.append(flat.view(tokens, self._hidden))
-        return PrecomputedDataset(dataset, features, numbers, starts, counts, dataset.audio_lengths)
+        return PrecomputedDataset(dataset, features, numbers, starts, counts)
 
     @torch.no_grad()
-    def _compute(self, model: Any, batch: Batch) -> Iterator[Tensor]:
-        """Yield the features of a batch, `[audio tokens, hidden_size]`, in as few parts as memory allows."""
-        clips, lengths, start = batch["input_values"], batch["audio_length"], 0
-        is_half = self._dtype == torch.bfloat16
-
-        def compute(most: int) -> Tensor:
-            part = slice(start, start + most)
-            waveforms = clips[part, : int(lengths[part].max())].to(self._device)
+    def _compute(self, model: Any, batch: Batch, most: int) -> list[Tensor]:
+        """Return the features of a batch, `[audio tokens, hidden_size]`, in parts of at most `most` clips."""
+        features, is_half = [], self._dtype == torch.bfloat16
+        for start in range(0, len(batch["audio_length"]), most):
+            lengths = batch["audio_length"][start : start + most]
+            clips = batch["input_values"][start : start + most, : int(lengths.max())]
             # As in training.
             with torch.autocast(self._device.type, torch.bfloat16, enabled=is_half):
-                features: Tensor = model.audio_features(waveforms, lengths[part])
-            return features
-
-        while start < len(clips):
-            yield self._micro_batcher.run(len(clips) - start, compute)
-            start += self._micro_batcher.most
+                part = model.audio_features(clips.to(self._device), lengths)
+            features.append(part.to("cpu", self._dtype).contiguous())
+        return features
 
 
 def _audio_tokens(dataset: ConvertedDataset) -> Indices:

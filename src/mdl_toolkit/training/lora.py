@@ -5,7 +5,6 @@ encoder, projector and decoder are trained by LoRA; embed_tokens and lm_head as 
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from torch import nn
 
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.weights.loading import quiet_peft
-from mdl_toolkit.weights.resolve import ADAPTER_CONFIG, read_json
 
 LORA_TARGETS = {
     "encoder": r"audio_encoder\.blocks\.\d+\.(?:attn\.(?:qkv|proj)|mlp\.fc[12])",
@@ -62,10 +60,13 @@ def add_adapters(
 
     from mdl_toolkit.training.lora_layer import use_fast_lora
 
-    _check_targets(model, targets)
+    check_targets(model, targets)
     patterns = [f"(?:{pattern})" for target, pattern in LORA_TARGETS.items() if target in targets]
     tied = bool(model.config.tie_word_embeddings)  # type: ignore[union-attr]
-    full = _full_modules(targets, tied)
+    full = [module for target, module in FULL_TARGETS.items() if target in targets]
+    if full and tied:
+        # They are one, named as the input's.
+        full = [FULL_TARGETS["embed_tokens"]]
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
@@ -87,42 +88,17 @@ def add_adapters(
     return peft_model, [count_target(peft_model, target, tied=tied) for target in targets]
 
 
-def _check_targets(model: nn.Module, targets: tuple[str, ...]) -> None:
-    """Refuse targets that match nothing in a model."""
+def check_targets(model: nn.Module, targets: tuple[str, ...]) -> None:
+    """Refuse targets that match nothing in a model.
+
+    Raises:
+        ModelError: naming the first of them.
+    """
     names = [name for name, _ in model.named_modules()]
     for target in targets:
         module = re.compile(LORA_TARGETS.get(target) or re.escape(FULL_TARGETS[target]))
         if not any(module.fullmatch(name) for name in names):
             raise ModelError("--train-target {target}: this model has nothing of that name", target=target)
-
-
-def check_resumable(checkpoint: Path, targets: tuple[str, ...], rank: int) -> None:
-    """Refuse to resume with an adapter of another shape than the checkpoint's.
-
-    Raises:
-        ModelError: `--lora-rank` or `--train-target` differs.
-    """
-    config = read_json(checkpoint / ADAPTER_CONFIG)
-    pattern, full = str(config.get("target_modules")), config.get("modules_to_save") or []
-    low_rank = [target for target, modules in LORA_TARGETS.items() if modules in pattern]
-    before = [f"--lora-rank {config.get('r')}"] if low_rank and config.get("r") != rank else []
-    wanted = _full_modules(targets, bool(config.get("ensure_weight_tying")))
-    if set(low_rank) != LORA_TARGETS.keys() & set(targets) or sorted(full) != sorted(wanted):
-        trained = low_rank + [target for target, module in FULL_TARGETS.items() if module in full]
-        before += [f"--train-target {target}" for target in trained or ["?"]]
-    if before:
-        words = " ".join(before)
-        raise ModelError(
-            "{checkpoint}: it was trained with {words}; give the same, or start afresh",
-            checkpoint=checkpoint,
-            words=words,
-        )
-
-
-def _full_modules(targets: tuple[str, ...], tied: bool) -> list[str]:
-    """Return the modules that are trained as full copies; tied embeddings are one, named as the input's."""
-    wanted = [module for target, module in FULL_TARGETS.items() if target in targets]
-    return [FULL_TARGETS["embed_tokens"]] if wanted and tied else wanted
 
 
 def count_target(model: nn.Module, target: str, *, tied: bool) -> TargetCount:

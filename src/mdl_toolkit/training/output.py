@@ -9,7 +9,7 @@ from mdl_toolkit.config.yaml import SETTINGS_FILE, to_yaml
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.training.checkpoints import (
     Checkpoint,
-    checkpoint_at,
+    checkpoint_of,
     checkpoints,
     is_checkpoint,
     save_state,
@@ -54,16 +54,20 @@ def check_run_folder(output: Path, options: TrainOptions) -> None:
 def tidy_output(output: Path) -> None:
     """Remove what a killed run left half-written, and put back what it had moved away to replace it."""
     recover_outputs(output, FINAL, LOG, PLOT, REPORT, "checkpoint-*")
-    # As versions before 2026-12 left it.
-    for away in output.glob(".saving/checkpoint-*.old"):
-        if not (output / away.stem).exists():
-            away.rename(output / away.stem)
-    shutil.rmtree(output / ".saving", ignore_errors=True)
-    (output / "log.partial").unlink(missing_ok=True)
 
 
-def prepare_output(options: TrainOptions, origin: Provenance, resumed: Checkpoint | None) -> None:
+def prepare_output(
+    options: TrainOptions, origin: Provenance, resumed: Checkpoint | None, best: int | None
+) -> None:
     """Set aside what is not resumed; write the settings, and the origin of the checkpoints to come.
+
+    A checkpoint of another folder is copied into this one, and with `--keep-best` the best one beside it too.
+
+    Args:
+        options: the run's.
+        origin: of its checkpoints.
+        resumed: the checkpoint that it goes on from.
+        best: step of the best evaluation so far.
 
     Raises:
         InputError: the folder cannot be written.
@@ -74,8 +78,22 @@ def prepare_output(options: TrainOptions, origin: Provenance, resumed: Checkpoin
     with report_write_errors(f"--output {output}", InputError):
         if previous := set_aside(output, resumed):
             say("what an earlier run left is now in {place}", place=previous)
+        if resumed is not None and not is_own(resumed, output):
+            steps = {resumed.step, best} if options.keep_best else {resumed.step}
+            for step in steps - {None}:
+                folder = (
+                    resumed.folder
+                    if step == resumed.step
+                    else checkpoint_of(resumed.folder.resolve().parent, step)
+                )
+                save_state(output, Checkpoint.at(folder), {})
         (output / SETTINGS_FILE).write_text(to_yaml(options), encoding="utf-8")
         origin.write(output)
+
+
+def is_own(checkpoint: Checkpoint, output: Path) -> bool:
+    """Tell whether a checkpoint lies where a run with this output would have saved it."""
+    return checkpoint.folder.resolve() == checkpoint_of(output, checkpoint.step).resolve()
 
 
 def set_aside(output: Path, resumed: Checkpoint | None = None) -> Path | None:
@@ -86,7 +104,7 @@ def set_aside(output: Path, resumed: Checkpoint | None = None) -> Path | None:
     Returns:
         The new folder; None when there is nothing to move.
     """
-    if resumed is not None and resumed.folder.resolve().parent == output.resolve():
+    if resumed is not None and is_own(resumed, output):
         paths = [path for path in checkpoints(output) if step_of(path) > resumed.step]
     else:
         paths = [path for path in output.glob("*") if path.name in OUTPUT_FILES or is_checkpoint(path)]
@@ -105,26 +123,3 @@ def set_aside(output: Path, resumed: Checkpoint | None = None) -> Path | None:
     if resumed is not None and not (previous / LOG).exists() and (output / LOG).is_file():
         shutil.copyfile(output / LOG, previous / LOG)
     return previous
-
-
-def copy_best(output: Path, resumed: Checkpoint, step: int) -> None:
-    """Copy the best checkpoint so far into the output folder: a later resumption looks there alone.
-
-    Args:
-        output: the run's folder.
-        resumed: the checkpoint that the run goes on from.
-        step: of the best checkpoint.
-    """
-    best = checkpoint_at(output, step, resumed)
-    if best.resolve() == (output / f"checkpoint-{step}").resolve():
-        return
-    try:
-        save_state(output, Checkpoint.at(best), {})
-    except OSError as problem:
-        reason = problem.strerror or str(problem)
-        warn(
-            "{checkpoint}, the best so far, cannot be copied: {reason}; after an interruption it does not "
-            "count",
-            checkpoint=best,
-            reason=reason,
-        )

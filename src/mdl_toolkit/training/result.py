@@ -11,7 +11,7 @@ from mdl_toolkit.config.yaml import SETTINGS_FILE, read_settings, to_yaml
 from mdl_toolkit.data.dataset import ConvertedDataset
 from mdl_toolkit.errors import InputError, ModelError
 from mdl_toolkit.inference.verify import choose_samples, verify_merge
-from mdl_toolkit.training.checkpoints import STATE, Checkpoint, checkpoint_at, damage
+from mdl_toolkit.training.checkpoints import STATE, checkpoint_of, damage
 from mdl_toolkit.training.trainer import Outcome
 from mdl_toolkit.utils.console import say
 from mdl_toolkit.utils.run_folder import LOG, read_log
@@ -54,7 +54,6 @@ def write_result(
     base: Path,
     origin: Provenance,
     done: Outcome,
-    resume: Checkpoint | None,
     train_set: ConvertedDataset,
 ) -> Path:
     """Write `final/`, merged or as an adapter, from the last checkpoint or with `--keep-best` the best.
@@ -68,7 +67,7 @@ def write_result(
     if options.keep_best and done.best.step not in (None, step):
         step = done.best.step
         say("the best evaluation was after step {step}: that is the result", step=step)
-    checkpoint = checkpoint_at(output, step, resume)
+    checkpoint = checkpoint_of(output, step)
     if reason := damage(checkpoint):
         raise ModelError(
             "{checkpoint}: {reason}, so no result is made of it; resume from another checkpoint",

@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 from mdl_toolkit.config.options import spec_of, spelling
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.config.types import NAME, PATH, ValueType
-from mdl_toolkit.config.yaml import SETTINGS_FILE, read_settings
+from mdl_toolkit.config.yaml import SETTINGS_FILE, read_settings, word_of
 from mdl_toolkit.data.collate import SampleSource
-from mdl_toolkit.errors import InputError, ToolkitError
+from mdl_toolkit.errors import InputError, ModelError, ToolkitError
 from mdl_toolkit.evaluation.text_metrics import Best
 from mdl_toolkit.i18n import Localized, join_messages
 from mdl_toolkit.training.answer_eval import AnswerEvaluator
-from mdl_toolkit.training.checkpoints import Checkpoint, checkpoint_at, damage
+from mdl_toolkit.training.checkpoints import Checkpoint, checkpoint_of, damage
+from mdl_toolkit.training.lora import LORA_TARGETS
 from mdl_toolkit.training.sampler import BatchSampler
 from mdl_toolkit.utils.console import say, warn
 from mdl_toolkit.utils.distributed import World
@@ -62,25 +63,6 @@ def _hash_arrays(*arrays: NDArray[np.int64]) -> str:
     return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()[:16]
 
 
-def check_steps(resume: Checkpoint, options: TrainOptions, world: World) -> None:
-    """Refuse to go on with steps of another size.
-
-    Raises:
-        ToolkitError: the checkpoint's steps had another number of examples.
-    """
-    before = resume.state.get("sampling", {}).get("effective")
-    now = options.batch_size * options.gradient_accumulation_steps * world.size
-    if before != now:
-        raise ToolkitError(
-            "{folder}: its steps had {before} rows, now it would be {now}; --batch-size x "
-            "--gradient-accumulation-steps x processes ({size}) must be what it was",
-            folder=resume.folder,
-            before=before,
-            now=now,
-            size=world.size,
-        )
-
-
 def check_together(world: World, step: int, identity: dict[str, Any], total: int) -> None:
     """Refuse to train where processes read different checkpoints or data.
 
@@ -117,7 +99,11 @@ def still_best(resume: Checkpoint, options: TrainOptions, judged: dict[str, Any]
         return best
     if not is_judged_alike(resume, judged):
         why = Localized("it was made in another way")
-    elif options.keep_best and damage(checkpoint_at(Path(options.output), best.step, resume)):
+    elif (
+        options.keep_best
+        and best.step != resume.step
+        and damage(checkpoint_of(resume.folder.resolve().parent, best.step))
+    ):
         why = Localized("its checkpoint is gone or damaged")
     else:
         return best
@@ -157,24 +143,70 @@ def say_resumed(resume: Checkpoint, total: int, best: Best, patience: int | None
         )
 
 
-def warn_changed(resume: Checkpoint, options: TrainOptions) -> None:
-    """Warn of options that differ from the interrupted run's; another spelling of a path is no difference."""
+def compare_options(resume: Checkpoint, options: TrainOptions, world: World) -> None:
+    """Refuse or warn of options that differ from the interrupted run's.
+
+    Raises:
+        ToolkitError: the checkpoint's steps had another number of examples, or its adapter another shape.
+    """
+    steps = resume.state.get("sampling", {}).get("effective")
+    now = options.batch_size * options.gradient_accumulation_steps * world.size
+    if steps != now:
+        raise ToolkitError(
+            "{folder}: its steps had {before} rows, now it would be {now}; --batch-size x "
+            "--gradient-accumulation-steps x processes ({size}) must be what it was",
+            folder=resume.folder,
+            before=steps,
+            now=now,
+            size=world.size,
+        )
     try:
         before = read_settings(resume.folder / SETTINGS_FILE, TrainOptions)
     # A version with other options wrote them.
     except InputError:
         return
-    value_types = {field.name: spec_of(field).type for field in dataclasses.fields(options)}
+    check_shape(resume.folder, before, options)
+    warn_changed(before, options)
+
+
+def check_shape(folder: Path, before: dict[str, Any], options: TrainOptions) -> None:
+    """Refuse to go on with an adapter of another shape.
+
+    Args:
+        folder: of the checkpoint.
+        before: the options that it was made with.
+        options: the run's.
+
+    Raises:
+        ModelError: `--lora-rank` or `--train-target` differs.
+    """
+    targets = before["train_target"]
+    has_rank = LORA_TARGETS.keys() & {*targets}
+    shape = [f"--lora-rank {before['lora_rank']}"] if before["lora_rank"] != options.lora_rank else []
+    shape = shape if has_rank else []
+    if {*targets} != {*options.train_target}:
+        shape += [f"--train-target {target}" for target in targets]
+    if shape:
+        raise ModelError(
+            "{checkpoint}: it was trained with {words}; give the same, or start afresh",
+            checkpoint=folder,
+            words=" ".join(shape),
+        )
+
+
+def warn_changed(before: dict[str, Any], options: TrainOptions) -> None:
+    """Warn of options that differ from those of before; another spelling of a path is no difference."""
+    types = {field.name: spec_of(field).type for field in dataclasses.fields(options)}
     changed = [
         Localized(
             "{option} {now} (was {then})",
             option=spelling(name),
             now=_typed(getattr(options, name)),
-            then=_typed(value),
+            then=_typed(then),
         )
-        for name, value in before.items()
+        for name, then in before.items()
         if name not in ANY_TIME
-        and _meaning(value_types[name], getattr(options, name)) != _meaning(value_types[name], value)
+        and _meaning(types[name], getattr(options, name)) != _meaning(types[name], then)
     ]
     if changed:
         warn(
@@ -191,8 +223,4 @@ def _meaning(value_type: ValueType, value: Any) -> Any:
 
 def _typed(value: Any) -> str:
     """Return an option's value as it is typed."""
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
-    if isinstance(value, tuple):
-        return ", ".join(value) or "null"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return (", ".join(value) or "null") if isinstance(value, tuple) else word_of(value)

@@ -24,11 +24,11 @@ from mdl_toolkit.training.evaluator import Evaluator
 from mdl_toolkit.training.feature_cache import FeatureCache, check_frozen, sets_to_cache
 from mdl_toolkit.training.gradient_checkpointing import KeptBlocks
 from mdl_toolkit.training.log import Pace, RunLog
-from mdl_toolkit.training.lora import TargetCount, add_adapters, check_resumable
+from mdl_toolkit.training.lora import TargetCount, add_adapters
 from mdl_toolkit.training.memory.plan import plan_memory
-from mdl_toolkit.training.output import check_run_folder, copy_best, prepare_output, tidy_output
+from mdl_toolkit.training.output import check_run_folder, prepare_output, tidy_output
 from mdl_toolkit.training.result import origin_of, write_result
-from mdl_toolkit.training.resume import check_steps, say_resumed, warn_changed
+from mdl_toolkit.training.resume import compare_options, say_resumed
 from mdl_toolkit.training.sampler import BatchSampler
 from mdl_toolkit.training.schedule import Schedule
 from mdl_toolkit.training.step import ForwardPass
@@ -117,27 +117,23 @@ class _RunPlan:
     """Hold what is known of a run before any weight is loaded."""
 
     options: TrainOptions
+    world: World
+    converted: Converted
+    resume: Checkpoint | None
     base: Path
     origin: Provenance
     tokenizer: ChatTokenizer
     train_set: ConvertedDataset
     eval_set: ConvertedDataset | None
-    resume: Checkpoint | None
-    world: World
     sampler: BatchSampler
     schedule: Schedule
-    device: torch.device
-    dtype: torch.dtype
-    converted: Converted
 
 
 def _prepare_and_run(options: TrainOptions, world: World) -> TrainResult:
     """Open the data, find the base and plan the steps in all processes; then run."""
     resume = to_resume(Path(options.output), options.resume_from_checkpoint)
     if resume is not None:
-        check_resumable(resume.folder, options.train_target, options.lora_rank)
-        check_steps(resume, options, world)
-        warn_changed(resume, options)
+        compare_options(resume, options, world)
     private = Path(options.output) / PRIVATE
     converted = Converted(private)
     with converted.kept() if world.is_first else nullcontext():
@@ -161,46 +157,30 @@ def _prepare_and_run(options: TrainOptions, world: World) -> TrainResult:
             )
             schedule = Schedule.of(sampler.steps_per_epoch, options)
             origin, tokenizer = origin_of(options, base, train_set, eval_set), ChatTokenizer(files)
-            device, dtype = best_device(), choose_dtype(options.bf16)
             data = train_set, eval_set
             return _run(
-                _RunPlan(
-                    options,
-                    base,
-                    origin,
-                    tokenizer,
-                    *data,
-                    resume,
-                    world,
-                    sampler,
-                    schedule,
-                    device,
-                    dtype,
-                    converted,
-                )
+                _RunPlan(options, world, converted, resume, base, origin, tokenizer, *data, sampler, schedule)
             )
 
 
 def _run(run: _RunPlan) -> TrainResult:
     """Say what a run is going to do, train, and write the result."""
-    options, output = run.options, Path(run.options.output)
+    options, output, train_set = run.options, Path(run.options.output), run.train_set
+    device, dtype = best_device(), choose_dtype(options.bf16)
     warn_of_idle_gpus(run.world.size, options.COMMAND)
-    say_machine(run.device, run.dtype, options.quantization, run.world.size)
-    say_data(run.train_set, run.eval_set)
+    say_machine(device, dtype, options.quantization, run.world.size)
+    say_data(train_set, run.eval_set)
     say_steps(options, run.sampler, run.schedule.total)
-    shared_prefix = run.tokenizer.shared_prefix_length(
-        run.train_set.tokens(index).input_ids for index in prefix_sample(len(run.train_set))
-    )
-    plan = plan_memory(
-        run.base, options, run.sampler, run.train_set.audio_lengths, shared_prefix, run.device, run.dtype
-    )
+    examples = (train_set.tokens(index).input_ids for index in prefix_sample(len(train_set)))
+    prefix = run.tokenizer.shared_prefix_length(examples)
+    plan = plan_memory(run.base, options, run.sampler, train_set.audio_lengths, prefix, device, dtype)
     say_memory(plan)
-    done, pace = _train(run, plan.kept)
+    done, pace = _train(run, plan.kept, device, dtype)
     # From here on the model that was trained is gone: what is written may be loaded to be verified.
     if run.world.is_first:
         try:
             raise_if_interrupted()
-            write_result(options, run.base, run.origin, done, run.resume, run.train_set)
+            write_result(options, run.base, run.origin, done, train_set)
         except BaseException:
             say(
                 "every step is made and saved; to write the result: the same with "
@@ -216,12 +196,12 @@ def _run(run: _RunPlan) -> TrainResult:
     return TrainResult(final, done.steps, done.loss, done.eval_loss)
 
 
-def _train(run: _RunPlan, kept: KeptBlocks) -> tuple[Outcome, Pace]:
+def _train(run: _RunPlan, kept: KeptBlocks, device: torch.device, dtype: torch.dtype) -> tuple[Outcome, Pace]:
     """Load the model and train it; neither it nor its optimizer outlives the call."""
     options, output, schedule, world = run.options, Path(run.options.output), run.schedule, run.world
     cached = sets_to_cache(options, schedule, run.train_set, run.eval_set)
     cache = FeatureCache(output / PRIVATE / FEATURES, options, run.base, world, cached)
-    model, counts = trainable_model(options, run.base, run.device, run.dtype)
+    model, counts = trainable_model(options, run.base, device, dtype)
     say_targets(counts, model)
     examples: SampleSource = cache.precomputed(run.train_set, model)
     eval_examples = None if run.eval_set is None else cache.precomputed(run.eval_set, model)
@@ -230,16 +210,14 @@ def _train(run: _RunPlan, kept: KeptBlocks) -> tuple[Outcome, Pace]:
         watch = LossWatch(schedule.total, schedule.warmup, options.lr)
         log = RunLog(output, shown, trackers, run.sampler, run.train_set.audio_lengths / SAMPLE_RATE, watch)
         answers = AnswerEvaluator.of(options, run.eval_set, run.tokenizer, world)
-        forward = ForwardPass(model, Collator(run.tokenizer.pad_id), run.device, run.dtype)
+        forward = ForwardPass(model, Collator(run.tokenizer.pad_id), device, dtype)
         evaluator = Evaluator(options, schedule, forward, eval_examples, answers, world, log)
         trainer = Trainer(options, schedule, run.sampler, examples, forward, evaluator, world, log, kept)
         if run.resume is not None:
             trainer.resume(run.resume)
             say_resumed(run.resume, schedule.total, evaluator.best, options.early_stopping_patience)
         if world.is_first:
-            prepare_output(options, run.origin, run.resume)
-            if options.keep_best and run.resume is not None and evaluator.best.step is not None:
-                copy_best(output, run.resume, evaluator.best.step)
+            prepare_output(options, run.origin, run.resume, evaluator.best.step)
         run.converted.is_wanted = True
         log.begin(trainer.step)
         raise_if_interrupted()

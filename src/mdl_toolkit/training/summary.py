@@ -24,21 +24,16 @@ HOUR = 3600.0
 def say_machine(device: torch.device, dtype: torch.dtype, quantization: str | None, processes: int) -> None:
     """Say the device, the number of processes and the dtype of the base weights."""
     name = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+    shown: str | Localized = name
+    if processes > 1:
+        shown = Localized("{name}, {processes} processes", name=name, processes=processes)
     numbers = str(dtype).removeprefix("torch.")
     weights: str | Localized = numbers
     if quantization:
         weights = Localized(
             "quantized in {quantization}, computed in {numbers}", quantization=quantization, numbers=numbers
         )
-    if processes > 1:
-        say(
-            "device: {device}, {processes} processes; base weights: {weights}",
-            device=name,
-            processes=processes,
-            weights=weights,
-        )
-    else:
-        say("device: {device}; base weights: {weights}", device=name, weights=weights)
+    say("device: {device}; base weights: {weights}", device=shown, weights=weights)
 
 
 def say_data(train_set: ConvertedDataset, eval_set: ConvertedDataset | None) -> None:

@@ -11,7 +11,6 @@ transformers, which a new version may move:
 Whoever breaks them breaks `--report-to` alone: they are imported when it is given, and only then.
 """
 
-import difflib
 from pathlib import Path
 from typing import Any
 
@@ -105,17 +104,9 @@ def check_trackers(names: tuple[str, ...]) -> None:
     from transformers.integrations import integration_utils
 
     known = {*integration_utils.INTEGRATION_TO_CALLBACK, "all", "none"}
-    for name in names:
-        if name not in known:
-            close, listed = difflib.get_close_matches(name, known, n=1), ", ".join(sorted(known))
-            if close:
-                raise UsageError(
-                    "--report-to {name}: unknown tracker; did you mean {near}? (known: {known})",
-                    name=name,
-                    near=close[0],
-                    known=listed,
-                )
-            raise UsageError("--report-to {name}: unknown tracker (known: {known})", name=name, known=listed)
+    if unknown := ", ".join(name for name in names if name not in known):
+        listed = ", ".join(sorted(known))
+        raise UsageError("--report-to {name}: unknown tracker (known: {known})", name=unknown, known=listed)
     if len(names) > 1 and {"all", "none"} & set(names):
         raise UsageError("--report-to: all and none stand alone")
     missing = set(names) - {"all", "none"} - set(integration_utils.get_available_reporting_integrations())

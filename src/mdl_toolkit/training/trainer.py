@@ -7,7 +7,6 @@ the step, and all else that matters is in the checkpoint.
 
 import errno
 import math
-import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from mdl_toolkit.data.prefetch import Prefetcher
 from mdl_toolkit.errors import ModelError, ToolkitError
 from mdl_toolkit.evaluation.text_metrics import Best
 from mdl_toolkit.i18n import Localized
-from mdl_toolkit.training.checkpoints import Checkpoint, delete_oldest, save, save_state
+from mdl_toolkit.training.checkpoints import Checkpoint, checkpoint_of, delete_oldest, save, save_state
 from mdl_toolkit.training.evaluator import Evaluator
 from mdl_toolkit.training.gradient_checkpointing import NONE, KeptBlocks, checkpoint_gradients
 from mdl_toolkit.training.log import RunLog
@@ -39,6 +38,7 @@ from mdl_toolkit.utils.signals import StopRequest
 # Of the gradient, as in the HF Trainer.
 MAX_NORM = 1.0
 MOST_ROWS_NAMED = 20
+RESUMING = "--resume-from-checkpoint true"
 # The disk is full, or the user's share of it.
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -98,8 +98,8 @@ class Trainer:
         self.micro_batcher = MicroBatcher(self.options.batch_size, self.forward.device, purpose)
         self.request, self.must_stop = StopRequest(), False
         self.resumed: Checkpoint | None = None
-        # The checkpoint that was saved, or resumed from, last; and the step of the best one saved.
-        self.newest: Path | None = None
+        # Whether there is a checkpoint to go on from, and the step of the best one saved.
+        self.is_saved = False
         self.best_saved: int | None = None
         self.loader = Prefetcher.for_device(
             self.forward.device, lambda indices: self.forward.batch(self.train_set, indices)
@@ -131,12 +131,12 @@ class Trainer:
                 self._evaluate_and_save()
             # All end together, when all is saved: a launcher ends those left behind.
             if float(self.world.sum(torch.tensor(float(self.request.is_made)))):
-                if self.newest is not None:
+                if self.is_saved:
                     say(
                         "stopped after step {step:,} of {total:,}; to go on: {option}",
                         step=self.step,
                         total=self.schedule.total,
-                        option=self._resuming(self.newest),
+                        option=RESUMING,
                     )
                 raise KeyboardInterrupt
         best = self.evaluator.best
@@ -210,7 +210,7 @@ class Trainer:
         try:
             yield
         except Exception:
-            is_there = self.step == 0 or (self.output / f"checkpoint-{self.step}").exists()
+            is_there = self.step == 0 or checkpoint_of(self.output, self.step).exists()
             if self.world.is_first and not is_there and self.trainable.is_finite:
                 # The first error is the one to tell.
                 with suppress(Exception):
@@ -278,8 +278,8 @@ class Trainer:
                 self._warn_unsaved(problem)
                 return
             remedy = Localized("make room, and start again")
-            if self.newest is not None:
-                remedy = Localized("make room, and go on with {option}", option=self._resuming(self.newest))
+            if self.is_saved:
+                remedy = Localized("make room, and go on with {option}", option=RESUMING)
             raise ToolkitError("{what}; {remedy}", what=self._unsaved(problem), remedy=remedy) from problem
         self.best_saved = self.evaluator.best.step
         self._delete_oldest()
@@ -300,7 +300,7 @@ class Trainer:
             },
             settings=to_yaml(self.options),
         )
-        self.newest = self.output / f"checkpoint-{self.step}"
+        self.is_saved = True
 
     def _unsaved(self, problem: OSError) -> Localized:
         """Say that this step's checkpoint cannot be saved, and why."""
@@ -311,11 +311,6 @@ class Trainer:
         """Warn that this step's checkpoint cannot be saved."""
         warn("{what}; training goes on", what=self._unsaved(problem))
 
-    def _resuming(self, checkpoint: Path) -> str:
-        """Return the option that resumes from a checkpoint; in the run's own folder, from the newest."""
-        is_own = checkpoint.resolve().parent == self.output.resolve()
-        return f"--resume-from-checkpoint {'true' if is_own else shlex.quote(str(checkpoint))}"
-
     def _delete_oldest(self, spared: int = 0) -> int:
         """Delete checkpoints beyond `--save-total-limit`, and `spared` more, but never the last.
 
@@ -325,11 +320,10 @@ class Trainer:
         limit = self.options.save_total_limit
         if limit is None:
             return 0
-        kept = [self.resumed.folder] if self.resumed else []
+        steps = {self.resumed.step if self.resumed else None}
         if self.options.keep_best:
-            steps = (self.best_saved, self.evaluator.best.step)
-            kept += [self.output / f"checkpoint-{step}" for step in steps]
-        return delete_oldest(self.output, limit - spared, frozenset(kept))
+            steps |= {self.best_saved, self.evaluator.best.step}
+        return delete_oldest(self.output, limit - spared, steps)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint.
@@ -350,7 +344,7 @@ class Trainer:
                 folder=checkpoint.folder,
                 model=self.options.model_name,
             ) from problem
-        self.step, self.resumed, self.newest = checkpoint.step, checkpoint, checkpoint.folder
+        self.step, self.resumed, self.is_saved = checkpoint.step, checkpoint, True
         self.evaluator.resume(checkpoint)
         self.best_saved = self.evaluator.best.step
         # Older checkpoints do not have these.

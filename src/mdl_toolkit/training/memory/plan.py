@@ -34,11 +34,6 @@ SMALL_SHARE = 0.1
 LOW_RANK = 8
 # Steps of the first epoch that are searched for the largest batches, in a fifth of a second.
 MOST_STEPS = 20_000
-PART_NAMES = {
-    "audio_encoder": Localized("encoder"),
-    "audio_projector": Localized("projector"),
-    "decoder": Localized("decoder"),
-}
 # NF4 with double quantisation: a byte for every block of 64 numbers, a float32 for every 256 of those bytes,
 # and two tables and an offset per matrix. Equal to what bitsandbytes 0.50 allocates.
 BLOCK, BLOCKS, TABLES = 64, 256, 4 * (256 + 16 + 1)
@@ -51,7 +46,7 @@ class MemoryPlan:
     """Hold the bytes that a training is going to need on the device of one process.
 
     Attributes:
-        parts: base weights by part (`audio_encoder`, ...) and form (`float32`, `bfloat16`, `4bit`, `8bit`).
+        weights: of the base.
         adapters: adapters and full copies, float32.
         gradients: of these.
         optimizer: AdamW's two states of these.
@@ -62,7 +57,7 @@ class MemoryPlan:
         blocks: number of all blocks; None without gradient checkpointing.
     """
 
-    parts: dict[tuple[str, str], int]
+    weights: int
     adapters: int
     gradients: int
     optimizer: int
@@ -71,11 +66,6 @@ class MemoryPlan:
     remedies: tuple[tuple[str, str], ...]
     kept: KeptBlocks = NONE
     blocks: KeptBlocks | None = None
-
-    @property
-    def weights(self) -> int:
-        """Return bytes of all base weights."""
-        return sum(self.parts.values())
 
     @property
     def trained(self) -> int:
@@ -88,7 +78,7 @@ class MemoryPlan:
         return self.weights + self.trained + self.activations
 
     def lines(self) -> list[Localized]:
-        """Describe the prediction, the weights part by part, and what gradient checkpointing recomputes."""
+        """Describe the prediction, and what gradient checkpointing recomputes."""
         predicted = Localized(
             "memory predicted: {total} (weights {weights}, adapters and optimizer {trained}, activations "
             "{activations})",
@@ -99,14 +89,8 @@ class MemoryPlan:
         )
         if self.free is not None:
             predicted = Localized("{predicted}; free: {free}", predicted=predicted, free=size(self.free))
-        parts = [
-            Localized("{part} {size} {form}", part=PART_NAMES[part], size=size(count), form=form)
-            for (part, form), count in self.parts.items()
-            if count > 0.001 * self.weights
-        ]
-        weights = Localized("memory of weights: {parts}", parts=join_messages(parts, "{left}, {right}"))
         if self.blocks is None:
-            return [predicted, weights]
+            return [predicted]
         pairs = [(self.blocks.encoder, self.kept.encoder), (self.blocks.decoder, self.kept.decoder)]
         encoder, decoder = (f"{count - kept}/{count}" for count, kept in pairs)
         recomputed = Localized(
@@ -114,7 +98,7 @@ class MemoryPlan:
             encoder=encoder,
             decoder=decoder,
         )
-        return [predicted, weights, recomputed]
+        return [predicted, recomputed]
 
     def warning(self) -> Localized | None:
         """Suggest options that lower the need, if less is free; first those that lower the largest share."""
@@ -167,7 +151,7 @@ def plan_memory(
     quantization = options.quantization or (
         "4bit" if stored.get("load_in_4bit") else "8bit" if stored.get("load_in_8bit") else None
     )
-    parts, widest = _weights(model, dtype, quantization)
+    weights, widest = _weights(model, dtype, quantization)
     sizes, gradients = _trained(model, options)
     settings = (model.config, options, dtype.itemsize, device.type == "cuda", quantization, gradients)
     steps = [
@@ -181,11 +165,11 @@ def plan_memory(
     least = total + FLOAT * max(sizes)
     kept = NONE
     if options.gradient_checkpointing and free is not None:
-        kept = _blocks_to_keep(steps, least, free - sum(parts.values()) - 3 * total - held)
+        kept = _blocks_to_keep(steps, least, free - weights - 3 * total - held)
     peak = max(*(replace(step, kept=kept).peak for step in steps), least) + held
     remedies = _remedies(options, device, dtype, quantization)
     blocks = steps[0].blocks if options.gradient_checkpointing else None
-    return MemoryPlan(parts, total, total, 2 * total, peak - total, free, remedies, kept, blocks)
+    return MemoryPlan(weights, total, total, 2 * total, peak - total, free, remedies, kept, blocks)
 
 
 def _blocks_to_keep(steps: list[ActivationEstimate], least: int, rest: int) -> KeptBlocks:
@@ -239,21 +223,17 @@ def meta_model(base: Path) -> Any:
         raise ModelError("{base}: cannot be loaded: {reason}", base=base, reason=reason) from problem
 
 
-def _weights(
-    model: Any, dtype: torch.dtype, quantization: str | None
-) -> tuple[dict[tuple[str, str], int], int]:
-    """Return bytes of base weights by part and form, and the numbers in the largest quantised matrix."""
-    sizes, widest = dict[tuple[str, str], int](), 0
-    linear = re.compile(LORA_TARGETS["decoder"] + r"\.weight")
+def _weights(model: Any, dtype: torch.dtype, quantization: str | None) -> tuple[int, int]:
+    """Return bytes of all base weights, and the numbers in the largest quantised matrix."""
     # Statistics and frequencies keep their dtype.
-    buffers = {name for name, _ in model.named_buffers()}
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        form = "float32" if ".init_bn." in name or name in buffers else str(dtype).removeprefix("torch.")
+    total, widest = sum(buffer.nbytes for buffer in model.buffers()), 0
+    linear = re.compile(LORA_TARGETS["decoder"] + r"\.weight")
+    for name, tensor in model.named_parameters():
+        form = "float32" if ".init_bn." in name else str(dtype).removeprefix("torch.")
         if quantization is not None and linear.fullmatch(name):
             form, widest = quantization, max(widest, tensor.numel())
-        key = name.partition(".")[0], form
-        sizes[key] = sizes.get(key, 0) + (tensor.nbytes if name in buffers else stored_size(tensor, form))
-    return sizes, widest
+        total += stored_size(tensor, form)
+    return total, widest
 
 
 def stored_size(tensor: torch.Tensor, form: str) -> int:
