@@ -11,7 +11,7 @@ from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.data.check.rows import too_long
 from mdl_toolkit.data.convert.run import convert_rows, left_out
 from mdl_toolkit.data.dataset import ConvertedDataset
-from mdl_toolkit.data.manifest import SYSTEM, USER, Manifest, Row
+from mdl_toolkit.data.manifest import Manifest, Row
 from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import InputError, Problems, RowProblem
 from mdl_toolkit.i18n import Localized
@@ -65,16 +65,26 @@ class Inputs:
             [left[:0], *(each[np.argsort(-lengths[each], kind="stable")] for each in windows)]
         )
 
-    def without_room(self, required: "TokenBudget", max_length: int) -> Iterator[RowProblem]:
+    def without_room(self, required: "TokenBudget", limit: int) -> Iterator[RowProblem]:
         """Yield a problem for each row whose prompt leaves fewer new tokens than are required."""
         lengths = {
             int(self.lines[index]): int(self.dataset.token_counts[index])
             for index in np.flatnonzero(self.max_new_tokens < required.tokens)
         }
         for row in self.manifest.rows_unchecked() if lengths else ():
-            if row.line in lengths:
-                reason = required.shortage(lengths[row.line], max_length)
-                yield RowProblem(row.line, "audio", row.shown, reason)
+            if (length := lengths.get(row.line)) is None:
+                continue
+            reason = too_long(length, limit)
+            if required.choice is not None:
+                reason = Localized(
+                    "the prompt takes {length} tokens and the longest choice {choice!r} {tokens} more; "
+                    "--max-length {limit} must be at least {whole}",
+                    length=length,
+                    **vars(required),
+                    limit=limit,
+                    whole=length + required.tokens,
+                )
+            yield RowProblem(row.line, "audio", row.shown, reason)
 
 
 @dataclass(frozen=True)
@@ -110,21 +120,6 @@ class TokenBudget:
                 tokens=tokens,
             )
         return cls(tokens, choice)
-
-    def shortage(self, length: int, limit: int) -> Localized:
-        """Explain why a prompt of so many tokens does not fit, and the limit that would do."""
-        if self.choice is None:
-            return too_long(length, limit)
-        whole = length + self.tokens
-        return Localized(
-            "the prompt takes {length} tokens and the longest choice {choice!r} {tokens} more; "
-            "--max-length {limit} must be at least {whole}",
-            length=length,
-            choice=self.choice,
-            tokens=self.tokens,
-            limit=limit,
-            whole=whole,
-        )
 
 
 def convert_inputs(
@@ -172,39 +167,24 @@ def open_inputs(manifest: Manifest, folder: Path, options: InferenceOptions, req
 # --- the prompts of the training -------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class PromptKind:
-    """Name one of the two prompts: in a model's provenance, as a column, and for users."""
-
-    name: str
-    column: str
-    text: Localized
-
-
-PROMPT_KINDS = (
-    PromptKind("system", SYSTEM, Localized("system prompt")),
-    PromptKind("user", USER, Localized("user prompt")),
-)
-
-
 def with_training_prompts(manifest: Manifest, trained: Prompts) -> Manifest:
     """Fill in the prompts of the training where the user gives none, and warn of other ones."""
-    for kind in PROMPT_KINDS:
-        prompt, given = getattr(trained, kind.name), getattr(manifest, kind.column)
-        if given is None and kind.column not in manifest.columns and prompt:
-            say("{kind}: that of the training is used: {prompt}", kind=kind.text, prompt=_excerpt(prompt))
-            manifest = replace(manifest, **{kind.column: prompt})
+    for name, kind in (("system", Localized("system prompt")), ("user", Localized("user prompt"))):
+        column, prompt = f"{name}_prompt", getattr(trained, name)
+        if getattr(manifest, column) is None and column not in manifest.columns and prompt:
+            say("{kind}: that of the training is used: {prompt}", kind=kind, prompt=_excerpt(prompt))
+            manifest = replace(manifest, **{column: prompt})
             continue
-        if getattr(trained, f"{kind.name}_differs"):
+        if getattr(trained, f"{name}_differs"):
             continue
-        used = ((row.line, getattr(row, kind.column)) for row in manifest.rows_unchecked())
+        used = ((row.line, getattr(row, column)) for row in manifest.rows_unchecked())
         if others := [(line, other) for line, other in used if (other or None) != (prompt or None)]:
             line, other = others[0]
             is_list = manifest.listed is not None
             warn(
                 "{kind}: {count} rows have another one than the training ({where}: {theirs}; the training: "
                 "{prompt}); answers may be worse",
-                kind=kind.text,
+                kind=kind,
                 count=len(others),
                 where=Localized("here") if is_list else Localized("line {line}", line=line),
                 theirs=_excerpt(other),

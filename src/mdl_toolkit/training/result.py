@@ -1,5 +1,6 @@
 """Write a run's result, `final/`: choose its checkpoint, record its origin, merge it or not."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def write_result(
             checkpoint=checkpoint,
             reason=reason,
         )
-    measured = origin.with_metrics(_metrics(output, step, checkpoint, done))
+    measured = replace(origin, metrics=_metrics(output, step, checkpoint, done))
     about = ResultMetadata(measured, training_of(checkpoint) or options, to_yaml(options))
     if options.merge_lora:
         samples = choose_samples(train_set) if options.verify else ()

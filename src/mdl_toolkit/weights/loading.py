@@ -202,6 +202,12 @@ def base_of(adapter: Path, *, from_modelscope: bool, name: str | None = None) ->
         raise ModelError("{adapter}: the adapter does not name its base model", adapter=adapter)
     revision = recorded.revision if recorded is not None and named == recorded.name else None
     folder = find_model(named, from_modelscope=from_modelscope, weights=True, revision=revision)
-    if provenance is not None:
-        provenance.check_base(Base.of(folder, named), adapter)
+    if recorded is not None and recorded.fingerprint != (base := Base.of(folder, named)).fingerprint:
+        raise ModelError(
+            "{adapter}: it was trained on {base}, and {other} has other weights; give its own base "
+            "with --model-name",
+            adapter=adapter,
+            base=recorded,
+            other=base,
+        )
     return folder

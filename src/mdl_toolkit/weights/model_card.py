@@ -62,19 +62,21 @@ def render_card(metadata: ResultMetadata, base: Path, *, is_adapter: bool) -> st
     config = read_json(base / MODEL_CONFIG)
     text = (resources.files("mdl_toolkit.weights") / "model_card.md.jinja").read_text(encoding="utf-8")
     template = jinja2.Template(text, trim_blocks=True, keep_trailing_newline=True)
-    return template.render(
-        front_matter=_front_matter(name, base, is_adapter=is_adapter),
-        name=name,
-        is_adapter=is_adapter,
-        settings=settings,
-        data=provenance.data,
-        prompts=provenance.prompts,
-        metrics=provenance.metrics,
-        has_own_code="auto_map" in config,
-        is_served=str((config.get("text_config") or {}).get("model_type")).startswith(_SERVED),
-        yaml=_yaml,
-        block=_code_block,
-        repr=repr,
+    return str(
+        template.render(
+            front_matter=_front_matter(name, base, is_adapter=is_adapter),
+            name=name,
+            is_adapter=is_adapter,
+            settings=settings,
+            data=provenance.data,
+            prompts=provenance.prompts,
+            metrics=provenance.metrics,
+            has_own_code="auto_map" in config,
+            is_served=str((config.get("text_config") or {}).get("model_type")).startswith(_SERVED),
+            yaml=_yaml,
+            block=_code_block,
+            repr=repr,
+        )
     )
 
 

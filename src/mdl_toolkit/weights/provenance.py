@@ -7,7 +7,7 @@ not read.
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mdl_toolkit import __version__
@@ -84,41 +84,17 @@ class Provenance:
     metrics: dict[str, float] = field(default_factory=dict)
     toolkit: str = __version__
 
-    def to_json(self) -> str:
-        """Encode the content of `mdl-toolkit.json`."""
-        prompts = self.prompts
-        values = {
-            "base": None if self.base is None else asdict(self.base),
-            "prompts": {"system": prompts.system, "user": prompts.user},
-            "prompts_differ": {"system": prompts.system_differs, "user": prompts.user_differs},
-            "data": self.data,
-            "metrics": self.metrics,
-            "toolkit": self.toolkit,
-        }
-        return json.dumps(values, ensure_ascii=False, indent=2) + "\n"
-
     def write(self, folder: Path) -> None:
         """Write `mdl-toolkit.json` to a folder."""
-        (folder / PROVENANCE_FILE).write_text(self.to_json(), encoding="utf-8")
-
-    def check_base(self, base: Base, adapter: Path) -> None:
-        """Refuse another base than the recorded one; where none is recorded, any is accepted.
-
-        Raises:
-            ModelError: the fingerprints differ.
-        """
-        if self.base is not None and self.base.fingerprint != base.fingerprint:
-            raise ModelError(
-                "{adapter}: it was trained on {base}, and {other} has other weights; give its own base "
-                "with --model-name",
-                adapter=adapter,
-                base=self.base,
-                other=base,
-            )
-
-    def with_metrics(self, metrics: dict[str, float]) -> "Provenance":
-        """Return a copy with the result's metrics."""
-        return replace(self, metrics=metrics)
+        prompts = self.prompts
+        values = {
+            **vars(self),
+            "base": None if self.base is None else vars(self.base),
+            "prompts": {"system": prompts.system, "user": prompts.user},
+            "prompts_differ": {"system": prompts.system_differs, "user": prompts.user_differs},
+        }
+        text = json.dumps(values, ensure_ascii=False, indent=2) + "\n"
+        (folder / PROVENANCE_FILE).write_text(text, encoding="utf-8")
 
 
 def read_provenance(folder: Path) -> Provenance | None:

@@ -8,9 +8,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mdl_toolkit.errors import ModelError
@@ -103,45 +105,34 @@ class WeightFile:
             ) from problem
         return WeightFile(path, length + text, metadata, tuple(entries))
 
-    def __getitem__(self, name: str) -> TensorEntry:
-        return next(entry for entry in self.entries if entry.name == name)
-
     def read(self, entry: TensorEntry) -> Tensor:
-        """Read a whole tensor."""
-        blocks = [block.reshape(-1) for block in self.rows(entry, max(1, entry.stop - entry.start))]
-        return torch.cat(blocks).reshape(entry.shape)
+        """Read a whole floating-point tensor."""
+        blocks = self.rows(entry, max(1, entry.stop - entry.start))
+        return next(blocks, torch.empty(entry.shape, dtype=FLOATS[entry.dtype])).reshape(entry.shape)
 
     def rows(self, entry: TensorEntry, size: int = BLOCK) -> Iterator[Tensor]:
         """Yield a floating-point tensor in blocks of rows, `[rows, ...]`, of about so many bytes each."""
-        dtype, step = FLOATS[entry.dtype], max(1, size // entry.row_bytes) * entry.row_bytes
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(len(self.head) + entry.start)
-            for start in range(entry.start, entry.stop, step):
-                block = _read_bytes(file, min(step, entry.stop - start)).view(dtype)
-                yield block.reshape(-1, *entry.shape[1:])
+        step = max(1, size // entry.row_bytes) * entry.row_bytes
+        for block in self.blocks(entry, step):
+            yield torch.from_numpy(block).view(FLOATS[entry.dtype]).reshape(-1, *entry.shape[1:])
 
-    def pieces(self, entry: TensorEntry) -> Iterator[memoryview]:
-        """Yield a tensor's bytes in pieces, each valid until the next one is read."""
-        buffer = memoryview(bytearray(min(BLOCK, entry.stop - entry.start)))
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(len(self.head) + entry.start)
-            left = entry.stop - entry.start
-            while left:
-                count = file.readinto(buffer[:left])
-                if not count:
-                    raise OSError(f"{self.path} ends too early")
-                yield buffer[:count]
-                left -= count
+    def blocks(self, entry: TensorEntry, size: int = BLOCK) -> Iterator[NDArray[np.uint8]]:
+        """Yield a tensor's bytes in blocks of so many."""
+        for start in range(entry.start, entry.stop, size):
+            yield self._bytes(start, min(size, entry.stop - start))
 
     def sample(self, entry: TensorEntry, size: int) -> bytes:
         """Read the first, middle and last bytes of a tensor, so many each."""
         last = max(entry.start, entry.stop - size)
-        with self.path.open("rb") as file:
-            samples = []
-            for offset in (entry.start, (entry.start + last) // 2, last):
-                file.seek(len(self.head) + offset)
-                samples.append(file.read(min(size, entry.stop - entry.start)))
-        return b"".join(samples)
+        starts = (entry.start, (entry.start + last) // 2, last)
+        return b"".join(self._bytes(start, min(size, entry.stop - entry.start)).tobytes() for start in starts)
+
+    def _bytes(self, start: int, count: int) -> NDArray[np.uint8]:
+        """Read so many bytes of the tensors."""
+        block = np.fromfile(self.path, np.uint8, count, offset=len(self.head) + start)
+        if len(block) < count:
+            raise OSError(f"{self.path} ends too early")
+        return block
 
     def recast(self, dtypes: Mapping[str, str]) -> bytes:
         """Encode the header, its length included, with tensors in other dtypes; without any, as it is.
@@ -186,18 +177,6 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return torch.float32 if dtype == "F64" else FLOATS[dtype]
 
 
-def _read_bytes(file: IO[bytes], count: int) -> Tensor:
-    """Read so many bytes from an unbuffered file, `[count]` uint8."""
-    buffer = torch.empty(count, dtype=torch.uint8)
-    view, done = buffer.numpy().data, 0
-    while done < count:
-        size = file.readinto(view[done:])  # type: ignore[attr-defined]
-        if not size:
-            raise OSError(f"{file.name} ends too early")
-        done += size
-    return buffer
-
-
 # A function that gives a tensor's new content in blocks, or None to keep its bytes as they are.
 Blocks = Callable[[TensorEntry], "Iterator[Tensor] | None"]
 
@@ -219,8 +198,8 @@ def rewrite(source: WeightFile, target: Path, dtypes: dict[str, str], changed: B
         for entry in source.entries:
             blocks = changed(entry)
             if blocks is None:
-                for piece in source.pieces(entry):
-                    file.write(piece)
+                file.writelines(block.data for block in source.blocks(entry))
             else:
-                for block in blocks:
-                    file.write(block.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                file.writelines(
+                    block.contiguous().reshape(-1).view(torch.uint8).numpy().data for block in blocks
+                )
