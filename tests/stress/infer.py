@@ -168,25 +168,21 @@ class Inference(Attempt):
 def _begin(folder: str, act: Callable[[int], object], notes: str) -> None:
     plan.CHUNK_ROWS, plan.FEWEST_BYTES = ROWS, 1
     make = inference.make_engine
-    inference.make_engine = lambda *words: _Noting(make(*words), notes)
+    inference.make_engine = lambda *words: _noting(make(*words), notes)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # whose parent runs in the background lacks it
     begin(folder, act)
 
 
-class _Noting:
-    """An engine, and a note of each row that it takes in."""
+def _noting(engine: Any, notes: str) -> Any:
+    """Return an engine that notes each row that it takes in."""
 
-    def __init__(self, engine: Any, notes: str) -> None:
-        self._engine, self._notes = engine, notes
+    def noted(questions: Iterable[Any]) -> Iterator[Any]:
+        descriptor = os.open(notes, os.O_WRONLY | os.O_APPEND)
+        for question in questions:
+            os.write(descriptor, f"{question.key}\n".encode())
+            yield question
 
-    def answers(self, questions: Iterable[Any]) -> Iterator[tuple[int, list[str]]]:
-        def noted() -> Iterator[Any]:
-            descriptor = os.open(self._notes, os.O_WRONLY | os.O_APPEND)
-            for question in questions:
-                os.write(descriptor, f"{question.key}\n".encode())
-                yield question
-
-        return self._engine.answers(noted())
+    return lambda questions: engine(noted(questions))
 
 
 if __name__ == "__main__":

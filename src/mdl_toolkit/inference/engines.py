@@ -1,10 +1,10 @@
 """Choose the engine that computes answers: decoding, beam search, scored choices, or vLLM."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import GenerationConfig
@@ -26,16 +26,13 @@ from mdl_toolkit.inference.generate import (
 from mdl_toolkit.model.constants import SAMPLE_RATE
 from mdl_toolkit.model.kernels.matmul import prepack
 from mdl_toolkit.weights.loading import load_for_inference
-from mdl_toolkit.weights.resolve import ADAPTER_CONFIG, find_model, require_package
+from mdl_toolkit.weights.resolve import ADAPTER_CONFIG, require_package
 
 VLLM = "vllm"
 
 
-class Engine(Protocol):
-    """Answer questions, in batches of its own."""
-
-    def answers(self, questions: Iterable[Question]) -> Iterator[tuple[int, list[str]]]:
-        """Yield each question's key and the cells of its answer, in the order in which they are computed."""
+# Yields each question's key and the cells of its answer, in the order in which they are computed.
+Engine = Callable[[Iterable[Question]], Iterator[tuple[int, list[str]]]]
 
 
 def check_engine(options: InferenceOptions) -> None:
@@ -69,118 +66,107 @@ def check_engine(options: InferenceOptions) -> None:
         require_package(VLLM, VLLM, "--engine vllm")
 
 
-def make_engine(options: InferenceOptions, tokenizer: ChatTokenizer, choices: Sequence[str] | None) -> Engine:
+def make_engine(
+    options: InferenceOptions,
+    folder: Path,
+    base: Path | None,
+    tokenizer: ChatTokenizer,
+    choices: Sequence[str] | None,
+) -> Engine:
     """Load the model and make the engine that the options ask for.
 
+    Args:
+        options: the inference's.
+        folder: that of the model or adapter.
+        base: that of an adapter's base.
+        tokenizer: the model's.
+        choices: the texts to choose from, if that is asked for.
+
     Raises:
-        ModelError: the model cannot be found or downloaded, or vLLM cannot use it.
+        ModelError: the model cannot be loaded, or vLLM cannot use it.
     """
     sampling = SamplingParams(options.temperature, options.top_p, options.seed)
     if options.engine == VLLM:
-        folder = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=True)
-        return VllmEngine(folder, tokenizer, sampling, options.batch_size)
-    model = load_for_inference(options.model_name, from_modelscope=options.from_modelscope)
+        return vllm_engine(folder, tokenizer, sampling, options.batch_size)
+    model = load_for_inference(folder, base)
     if model.device.type == "cpu":
         prepack(model)
     if choices is not None:
-        return Chooser(model, tokenizer, choices, options.batch_size, options.top_k, options.normalize_scores)
+        sizes = (options.batch_size, options.top_k, options.normalize_scores)
+        return Chooser(model, tokenizer, choices, *sizes).answers
     if options.num_beams > 1:
-        return BeamSearch(model, tokenizer, options.batch_size, options.num_beams)
-    return TokenByToken(Answerer(model, tokenizer, options.batch_size, sampling))
+        return partial(beam_search, model, tokenizer, options.batch_size, options.num_beams)
+    answerer = Answerer(model, tokenizer, options.batch_size, sampling)
+    return lambda questions: ((key, [text]) for key, text in answerer.answers(questions))
 
 
-@dataclass(frozen=True)
-class TokenByToken:
-    """Answer with one text each, by greedy decoding or sampling."""
-
-    answerer: Answerer
-
-    def answers(self, questions: Iterable[Question]) -> Iterator[tuple[int, list[str]]]:
-        """Answer as `Engine` says."""
-        return ((key, [text]) for key, text in self.answerer.answers(questions))
-
-
-@dataclass(frozen=True)
-class BeamSearch:
+def beam_search(
+    model: Any, tokenizer: ChatTokenizer, batch_size: int, num_beams: int, questions: Iterable[Question]
+) -> Iterator[tuple[int, list[str]]]:
     """Answer by transformers' beam search, over prompts of one length and limit of new tokens at a time.
 
     Nothing is padded, so that no answer depends on the others of its batch.
     """
-
-    model: Any
-    tokenizer: ChatTokenizer
-    batch_size: int
-    num_beams: int
-
-    def answers(self, questions: Iterable[Question]) -> Iterator[tuple[int, list[str]]]:
-        """Answer as `Engine` says."""
-        model, ends = base_model(self.model), sorted(end_ids(self.model, self.tokenizer))
-        for (_, limit), group in groupby(
-            questions, lambda each: (len(each.sample.input_ids), each.max_new_tokens)
-        ):
-            while batch := [*islice(group, self.batch_size)]:
-                prompts = collate_prompts([each.sample for each in batch], self.tokenizer.pad_id)
-                settings = GenerationConfig(
-                    do_sample=False,
-                    num_beams=self.num_beams,
-                    max_new_tokens=limit,
-                    eos_token_id=ends,
-                    pad_token_id=self.tokenizer.pad_id,
-                )
-                with torch.inference_mode():
-                    embeddings = embed_prompts(model, prompts)
-                    mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
-                    rows = model.generate(
-                        inputs_embeds=embeddings, attention_mask=mask, generation_config=settings
-                    ).tolist()
-                for question, ids in zip(batch, rows, strict=True):
-                    yield question.key, [self.tokenizer.decode(ids)]
+    plain, ends = base_model(model), sorted(end_ids(model, tokenizer))
+    for (_, limit), group in groupby(
+        questions, lambda each: (len(each.sample.input_ids), each.max_new_tokens)
+    ):
+        settings = GenerationConfig(
+            do_sample=False,
+            num_beams=num_beams,
+            max_new_tokens=limit,
+            eos_token_id=ends,
+            pad_token_id=tokenizer.pad_id,
+        )
+        while batch := [*islice(group, batch_size)]:
+            prompts = collate_prompts([each.sample for each in batch], tokenizer.pad_id)
+            with torch.inference_mode():
+                embeddings = embed_prompts(plain, prompts)
+                mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
+                rows = plain.generate(
+                    inputs_embeds=embeddings, attention_mask=mask, generation_config=settings
+                ).tolist()
+            for question, ids in zip(batch, rows, strict=True):
+                yield question.key, [tokenizer.decode(ids)]
 
 
-class VllmEngine:
+def vllm_engine(folder: Path, tokenizer: ChatTokenizer, sampling: SamplingParams, batch_size: int) -> Engine:
     """Answer with vLLM, from a whole model; this project's tests, which have no GPU, do not run it.
 
     An entry point registers our classes in vLLM's processes, so that no code of the folder is run.
     """
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise ModelError(
+            "{folder}: --engine vllm needs a whole model; make one with `mdl-toolkit merge`", folder=folder
+        )
+    import vllm
 
-    def __init__(
-        self, folder: Path, tokenizer: ChatTokenizer, sampling: SamplingParams, batch_size: int
-    ) -> None:
-        if (folder / ADAPTER_CONFIG).is_file():
-            raise ModelError(
-                "{folder}: --engine vllm needs a whole model; make one with `mdl-toolkit merge`",
-                folder=folder,
-            )
-        from vllm import LLM
+    model = vllm.LLM(model=str(folder), max_num_seqs=batch_size, trust_remote_code=False)
+    audio = tokenizer.id_of(dict(tokenizer.files.specials)["audio_token"])
 
-        self._tokenizer, self._sampling, self._batch_size = tokenizer, sampling, batch_size
-        self._model = LLM(model=str(folder), max_num_seqs=batch_size, trust_remote_code=False)
+    def prompt(question: Question) -> dict[str, Any]:
+        assert isinstance(question.sample, Sample)
+        # vLLM expands the one audio token that stands for the recording.
+        runs = groupby(question.sample.input_ids.tolist())
+        ids = [token for token, run in runs for _ in ([token] if token == audio else run)]
+        recording = {"audio": (question.sample.waveform, SAMPLE_RATE)}
+        return {"prompt_token_ids": ids, "multi_modal_data": recording}
 
-    def answers(self, questions: Iterable[Question]) -> Iterator[tuple[int, list[str]]]:
-        """Answer as `Engine` says."""
-        import vllm
-
+    def answers(questions: Iterable[Question]) -> Iterator[tuple[int, list[str]]]:
         waiting = iter(questions)
-        audio = self._tokenizer.id_of(dict(self._tokenizer.files.specials)["audio_token"])
-        while batch := [*islice(waiting, 8 * self._batch_size)]:
+        while batch := [*islice(waiting, 8 * batch_size)]:
             settings = [
                 vllm.SamplingParams(
                     max_tokens=question.max_new_tokens,
-                    temperature=self._sampling.temperature,
-                    top_p=self._sampling.top_p,
-                    seed=self._sampling.seed + question.key,
-                    stop_token_ids=[self._tokenizer.end_id],
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    seed=sampling.seed + question.key,
+                    stop_token_ids=[tokenizer.end_id],
                 )
                 for question in batch
             ]
-            prompts = []
-            for question in batch:
-                assert isinstance(question.sample, Sample)
-                # vLLM expands the one audio token that stands for the recording.
-                runs = groupby(question.sample.input_ids.tolist())
-                ids = [token for token, run in runs for _ in ([token] if token == audio else run)]
-                recording = {"audio": (question.sample.waveform, SAMPLE_RATE)}
-                prompts.append({"prompt_token_ids": ids, "multi_modal_data": recording})
-            outputs = self._model.generate(prompts, settings)
+            outputs = model.generate([*map(prompt, batch)], settings)
             for question, output in zip(batch, outputs, strict=True):
                 yield question.key, [output.outputs[0].text]
+
+    return answers

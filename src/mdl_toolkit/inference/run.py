@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.inference.choices import answer_columns, read_choices
-from mdl_toolkit.inference.engines import check_engine, make_engine
+from mdl_toolkit.inference.engines import Engine, check_engine, make_engine
 from mdl_toolkit.inference.generate import JOINING
 from mdl_toolkit.inference.journal import AnswerJournal, write_table
 from mdl_toolkit.inference.requests import (
@@ -44,9 +45,8 @@ from mdl_toolkit.utils.distributed import World, join_world
 from mdl_toolkit.utils.files import check_apart, check_file, removing_empty
 from mdl_toolkit.utils.launcher import warn_of_idle_gpus
 from mdl_toolkit.utils.signals import Interruption, raise_if_interrupted
-from mdl_toolkit.weights.loading import base_of, explaining_memory
+from mdl_toolkit.weights.loading import explaining_memory, find_with_base
 from mdl_toolkit.weights.provenance import fingerprint, read_provenance
-from mdl_toolkit.weights.resolve import ADAPTER_CONFIG, find_model
 from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 
 MEMORY_REMEDY = Localized("lower --batch-size")
@@ -133,30 +133,36 @@ class _Inference:
                 journal.begin("no rows")
             return (self._write(manifest, None) if world.is_first else []), 0
         # A local folder is checked as a whole now; a hub's weights are downloaded once the rows are checked.
-        folder = self._find_model(weights=Path(self.options.model_name).is_dir())
+        options = self.options
+        find = partial(find_with_base, options.model_name, from_modelscope=options.from_modelscope)
+        folder, _ = find(weights=Path(options.model_name).is_dir())
         tokenizer = ChatTokenizer(read_tokenizer_files(folder))
         if (origin := read_provenance(folder)) is not None:
             manifest = with_training_prompts(manifest, origin.prompts)
-        required = TokenBudget.of_choices(self.choices, tokenizer, self.options)
+        required = TokenBudget.of_choices(self.choices, tokenizer, options)
         # The first process converts for all.
         if world.is_first:
-            convert_inputs(manifest, journal.dataset, tokenizer, self.options)
+            convert_inputs(manifest, journal.dataset, tokenizer, options)
         else:
             world.wait()
-        inputs = open_inputs(manifest, journal.dataset, self.options, required)
+        inputs = open_inputs(manifest, journal.dataset, options, required)
         if world.is_first:
             world.wait()
-            if answered := journal.begin(self._fingerprint(inputs)):
+            if answered := journal.begin(self._fingerprint(inputs, *find(weights=True))):
                 say(
                     "going on from an earlier run: {answered} of {count} rows are answered already",
                     answered=answered,
                     count=len(inputs.lines),
                 )
         world.wait()
-        left = inputs.order({*journal.answers()}, self.options.batch_size)
+        left = inputs.order({*journal.answers()}, options.batch_size)
         # No process writes another answer before all have read those that are there.
         world.wait()
-        self._answer(inputs, tokenizer, left[world.rank :: world.size])
+        if len(rows := left[world.rank :: world.size]):
+            warn_of_idle_gpus(world.size, options.COMMAND)
+            with explaining_memory(MEMORY_REMEDY):
+                engine = make_engine(options, *find(weights=True), tokenizer, self.choices)
+                self._answer(inputs, rows, engine)
         world.wait()
         return (self._write(manifest, inputs) if world.is_first else []), len(inputs.problems)
 
@@ -171,14 +177,7 @@ class _Inference:
         listing = read_manifest(self.journal.listing, replace(options, base_dir=None), needs_prediction=False)
         return replace(listing, listed=options.input)
 
-    def _find_model(self, *, weights: bool) -> Path:
-        options = self.options
-        folder = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=weights)
-        if weights and (folder / ADAPTER_CONFIG).is_file():
-            base_of(folder, from_modelscope=options.from_modelscope)
-        return folder
-
-    def _fingerprint(self, inputs: Inputs) -> str:
+    def _fingerprint(self, inputs: Inputs, *folders: Path | None) -> str:
         """Hash all that the answers depend on: content, however its paths are spelt."""
         options = {
             name: value for name, value in vars(self.options).items() if name not in CHANGEABLE | BY_CONTENT
@@ -187,31 +186,27 @@ class _Inference:
         # The rows of the CSV that are in the dataset: not all, where some could not be fetched.
         arrays = (inputs.lines, inputs.dataset.token_counts)
         rows = [hashlib.sha256(array.tobytes()).hexdigest() for array in arrays]
-        model = self._find_model(weights=True)
-        is_adapter = (model / ADAPTER_CONFIG).is_file()
-        base = [base_of(model, from_modelscope=self.options.from_modelscope)] if is_adapter else []
         weights = []
-        for folder in (model, *base):
+        for folder in filter(None, folders):
             files = (file for file in sorted(folder.iterdir()) if file.is_file())
             weights.append((fingerprint(folder), [(file.name, *file_stamp(file.stat())) for file in files]))
         content = [__version__, options, self.choices, plan, *rows, *weights]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-    def _answer(self, inputs: Inputs, tokenizer: ChatTokenizer, rows: NDArray[np.int64]) -> None:
+    def _answer(self, inputs: Inputs, rows: NDArray[np.int64], engine: Engine) -> None:
         """Answer rows of the dataset, and record each answer at once."""
-        with explaining_memory(MEMORY_REMEDY), progress(len(rows), "answering") as bar:
-            if not len(rows):
-                return
-            warn_of_idle_gpus(self.world.size, self.options.COMMAND)
-            engine = make_engine(self.options, tokenizer, self.choices)
-            size = max(1, self.options.batch_size // JOINING)
-            loader = Prefetcher(lambda group: [inputs.question(int(row)) for row in group], THREADS)
-            groups = (rows[start : start + size] for start in range(0, len(rows), size))
-            with closing(loader.batches(groups)) as batches, self.journal.writer(self.world.rank) as writer:
-                for row, cells in engine.answers(chain.from_iterable(batches)):
-                    writer.add(row, cells)
-                    bar.advance()
-                    raise_if_interrupted()
+        size = max(1, self.options.batch_size // JOINING)
+        loader = Prefetcher(lambda group: [inputs.question(int(row)) for row in group], THREADS)
+        groups = (rows[start : start + size] for start in range(0, len(rows), size))
+        with (
+            progress(len(rows), "answering") as bar,
+            closing(loader.batches(groups)) as batches,
+            self.journal.writer(self.world.rank) as writer,
+        ):
+            for row, cells in engine(chain.from_iterable(batches)):
+                writer.add(row, cells)
+                bar.advance()
+                raise_if_interrupted()
 
     def _write(self, manifest: Manifest, inputs: Inputs | None) -> list[str]:
         """Write the output and its settings, and return the predictions."""
@@ -232,14 +227,9 @@ class _Inference:
 
         write_table(output, manifest.columns, columns, rows())
         output.with_name(f"{output.name}.{SETTINGS_FILE}").write_text(to_yaml(self.options), encoding="utf-8")
-        answered = len(predictions) - len(problems)
+        figures = {"predictions": len(predictions) - len(problems), "without": len(problems)}
         if problems:
-            say(
-                "{output}: {predictions} predictions, {without} rows without one",
-                output=output,
-                predictions=answered,
-                without=len(problems),
-            )
+            say("{output}: {predictions} predictions, {without} rows without one", output=output, **figures)
         else:
-            say("{output}: {predictions} predictions", output=output, predictions=answered)
+            say("{output}: {predictions} predictions", output=output, predictions=len(predictions))
         return predictions

@@ -150,18 +150,14 @@ def quiet_libraries() -> None:
     logging.set_verbosity_error()
 
 
-def load_for_inference(name: str, *, from_modelscope: bool) -> Any:
-    """Load a model in evaluation mode: a full one, or an adapter on the base that it names.
+def load_for_inference(folder: Path, base: Path | None) -> Any:
+    """Load a model in evaluation mode: a full one, or an adapter on its base.
 
     Raises:
-        ModelError: the model, or the adapter's base, cannot be found or loaded.
+        ModelError: the model cannot be loaded, or the adapter does not fit.
     """
-    folder = find_model(name, from_modelscope=from_modelscope, weights=True)
-    dtype, device = choose_dtype(None), best_device()
-    if not (folder / ADAPTER_CONFIG).is_file():
-        return load_model(folder, dtype=dtype, device=device).eval()
-    base = base_of(folder, from_modelscope=from_modelscope)
-    return with_adapter(load_model(base, dtype=dtype, device=device), folder).eval()
+    model = load_model(base or folder, dtype=choose_dtype(None), device=best_device())
+    return (model if base is None else with_adapter(model, folder)).eval()
 
 
 def with_adapter(model: "MiDashengLMModel", folder: Path) -> Any:
@@ -182,6 +178,17 @@ def with_adapter(model: "MiDashengLMModel", folder: Path) -> Any:
         raise ModelError(
             "{folder}: the adapter does not fit its base: {reason}", folder=folder, reason=reason
         ) from problem
+
+
+def find_with_base(name: str, *, from_modelscope: bool, weights: bool) -> tuple[Path, Path | None]:
+    """Find the folder of a model or adapter, and for an adapter that of its base.
+
+    Raises:
+        ModelError: one of them cannot be found, or they do not belong together.
+    """
+    folder = find_model(name, from_modelscope=from_modelscope, weights=weights)
+    is_adapter = weights and (folder / ADAPTER_CONFIG).is_file()
+    return folder, base_of(folder, from_modelscope=from_modelscope) if is_adapter else None
 
 
 def base_of(adapter: Path, *, from_modelscope: bool, name: str | None = None) -> Path:
