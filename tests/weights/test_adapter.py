@@ -27,6 +27,8 @@ KINDS = {
         "target_modules": ["q_proj"],
         "modules_to_save": ["lm_head", "embed_tokens", "audio_projector"],
     },
+    "dora": {"use_dora": True, "target_modules": [*DECODER, "patch_embed.proj"]},
+    "dora of embeddings": {"use_dora": True, "target_modules": ["embed_tokens", "lm_head"]},
     "orthogonal": {"init_lora_weights": "orthogonal", "target_modules": DECODER},
 }
 
@@ -81,7 +83,6 @@ def test_a_bfloat16_base_gets_the_sum_of_float32_rounded_once(base, tmp_path):
 
 
 REFUSED = {
-    "DoRA": ({"use_dora": True, "target_modules": DECODER}, "with use_dora cannot be merged here"),
     "biases": ({"bias": "lora_only", "target_modules": DECODER}, "with bias lora_only cannot be merged"),
     "words": (
         {"trainable_token_indices": {"embed_tokens": [1, 2]}, "target_modules": DECODER},

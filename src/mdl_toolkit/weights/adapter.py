@@ -1,6 +1,6 @@
 """The changes that an adapter, as PEFT writes it, makes to the tensors of its base.
 
-Adapters that are more than W + s B A and full copies (DoRA, biases, other methods) are refused by name.
+LoRA, also with DoRA's magnitudes, and full copies are merged; other methods and biases are refused by name.
 """
 
 import math
@@ -19,11 +19,11 @@ from mdl_toolkit.weights.safetensors_stream import TensorEntry, WeightFile
 
 EMBEDDING, HEAD = "decoder.model.embed_tokens.weight", "decoder.lm_head.weight"
 _PREFIX = "base_model.model."
-# The two matrices of LoRA in a file; an embedding's are stored transposed.
-_MATRICES = re.compile(r"(.+)\.(lora_|lora_embedding_)([AB])(?:\.weight)?")
-# Features of PEFT's LoRA beyond W + s B A, by their names in its configuration.
+# The tensors of a LoRA layer in a file; the matrices of an embedding's are stored transposed.
+_LORA = re.compile(r"(.+)\.(lora_(?:embedding_)?[AB]|lora_magnitude_vector)(?:\.weight)?")
+# Features of PEFT's LoRA beyond these, by their names in its configuration.
 _UNSUPPORTED = (
-    "use_dora", "use_qalora", "lora_bias", "fan_in_fan_out", "target_parameters", "trainable_token_indices",
+    "use_qalora", "lora_bias", "fan_in_fan_out", "target_parameters", "trainable_token_indices",
     "alora_invocation_tokens", "layer_replication", "megatron_config", "use_bdlora", "arrow_config",
     "velora_config", "monteclora_config", "kasa_config",
 )  # fmt: skip
@@ -36,42 +36,17 @@ class LowRankDelta:
     """Hold a tensor's change W + scale B A, where W is a matrix of its first dimension and all others.
 
     Attributes:
-        matrices: the entries of A and B in the adapter's file.
-        of_embedding: they are stored as B and A, both transposed.
+        entries: those of A, of B and with DoRA of the magnitudes in the adapter's file, by name.
         scale: alpha / r, or alpha / sqrt(r).
     """
 
-    matrices: tuple[TensorEntry, TensorEntry]
-    of_embedding: bool
+    entries: Mapping[str, TensorEntry]
     scale: float
 
-    @staticmethod
-    def of(
-        adapter: Path, config: Mapping[str, Any], module: str, entries: Mapping[str, TensorEntry]
-    ) -> "LowRankDelta":
-        """Describe a module's change by the configuration and the entries of its matrices.
+    def merged_blocks(self, file: WeightFile, base: WeightFile, entry: TensorEntry) -> Iterator[Tensor]:
+        """Yield the merged tensor in blocks of rows, `[rows, ...]`, in float32.
 
-        Raises:
-            ModelError: one of the matrices is missing.
-        """
-        kind = "lora_embedding_" if "lora_embedding_A" in entries else "lora_"
-        if entries.keys() != {f"{kind}A", f"{kind}B"}:
-            raise _not_mergeable(adapter, f"only {', '.join(sorted(entries))} of {module}")
-        a, b = entries[f"{kind}A"], entries[f"{kind}B"]
-        # As PEFT does it: the first pattern that matches the end of the module's name.
-        patterns = (config.get("alpha_pattern") or {}).items()
-        alphas = (alpha for key, alpha in patterns if re.match(rf"(.*\.)?({key})$", module))
-        alpha, rank = next(alphas, config["lora_alpha"]), a.shape[0]
-        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        return LowRankDelta((a, b), kind != "lora_", scale)
-
-    def read(self, file: WeightFile) -> tuple[Tensor, Tensor]:
-        """Read A `[r, columns]` and B `[rows, r]` in float32."""
-        first, second = (file.read(entry).float().flatten(1) for entry in self.matrices)
-        return (second.T.contiguous(), first.T.contiguous()) if self.of_embedding else (first, second)
-
-    def added_blocks(self, file: WeightFile, base: WeightFile, entry: TensorEntry) -> Iterator[Tensor]:
-        """Yield W + scale B A in blocks of rows, `[rows, ...]`, in float32.
+        With DoRA, the norm of each row (of an embedding: each column) of W + scale B A becomes its magnitude.
 
         Args:
             file: the adapter's weights.
@@ -81,15 +56,33 @@ class LowRankDelta:
         Raises:
             ModelError: the shapes differ.
         """
-        a, b = self.read(file)
+        parts = {name: file.read(part).float() for name, part in self.entries.items()}
+        magnitude = parts.pop("lora_magnitude_vector", None)
+        of_embedding = "lora_embedding_A" in parts
+        a, b = (parts[name].flatten(1) for name in sorted(parts))
+        if of_embedding:
+            a, b = b.T.contiguous(), a.T.contiguous()
         if entry.shape[0] != len(b) or math.prod(entry.shape[1:]) != a.shape[1]:
             raise _other_shape(entry, (len(b), a.shape[1]))
-        start = 0
-        for block in base.rows(entry):
-            matrix = block.float().reshape(len(block), -1)
-            merged = matrix.addmm_(b[start : start + len(block)], a, alpha=self.scale)
-            yield merged.reshape(block.shape)
-            start += len(block)
+
+        def sums() -> Iterator[tuple[int, Tensor]]:
+            start = 0
+            for block in base.rows(entry):
+                rows = b[start : start + len(block)]
+                yield start, block.float().reshape(len(block), -1).addmm_(rows, a, alpha=self.scale)
+                start += len(block)
+
+        norms = torch.ones(())
+        if magnitude is not None and of_embedding:
+            norms = sum((block.square().sum(0) for _, block in sums()), torch.zeros(())).sqrt()
+        for start, block in sums():
+            if magnitude is not None and of_embedding:
+                block *= magnitude / norms
+            elif magnitude is not None:
+                block *= magnitude.reshape(-1, 1)[start : start + len(block)] / block.norm(
+                    dim=1, keepdim=True
+                )
+            yield block.reshape(-1, *entry.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -121,17 +114,21 @@ class AdapterDelta:
         full: dict[str, TensorEntry] = {}
         for entry in file.entries:
             name = entry.name.removeprefix(_PREFIX)
-            if match := _MATRICES.fullmatch(name):
-                modules.setdefault(match[1], {})[match[2] + match[3]] = entry
+            if match := _LORA.fullmatch(name):
+                modules.setdefault(match[1], {})[match[2]] = entry
             elif "lora_" in name:
                 raise _not_mergeable(adapter, name)
             else:
                 full[name] = entry
+        for module, entries in modules.items():
+            if not any({f"lora_{kind}A", f"lora_{kind}B"} <= entries.keys() for kind in ("", "embedding_")):
+                raise _not_mergeable(adapter, f"only {', '.join(sorted(entries))} of {module}")
         low_rank = {
-            f"{name}.weight": LowRankDelta.of(adapter, config, name, entries)
-            for name, entries in modules.items()
+            f"{module}.weight": LowRankDelta(entries, _scale(config, module, entries))
+            for module, entries in modules.items()
         }
-        tied = is_tied(base_config)
+        text = base_config.get("text_config") or {}
+        tied = bool(text.get("tie_word_embeddings", base_config.get("tie_word_embeddings", False)))
         if tied and {EMBEDDING, HEAD} & low_rank.keys():
             raise _not_mergeable(adapter, "LoRA on tied embeddings")
         if tied and (trained := full.get(EMBEDDING) or full.get(HEAD)):
@@ -162,7 +159,7 @@ class AdapterDelta:
                 raise _other_shape(entry, trained.shape)
             blocks = self.file.rows(trained)
         elif entry.name in self.low_rank:
-            blocks = self.low_rank[entry.name].added_blocks(self.file, base, entry)
+            blocks = self.low_rank[entry.name].merged_blocks(self.file, base, entry)
         else:
             blocks = base.rows(entry)
         limit = torch.finfo(dtype).max
@@ -175,14 +172,17 @@ class AdapterDelta:
             yield cast
 
 
-def is_tied(config: Mapping[str, Any]) -> bool:
-    """Tell from a model's configuration whether its output head is its embedding."""
-    text = config.get("text_config") or {}
-    return bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
+def _scale(config: Mapping[str, Any], module: str, entries: Mapping[str, TensorEntry]) -> float:
+    """Return what a module's B A is multiplied by: alpha / r, or alpha / sqrt(r)."""
+    # As PEFT does it: the first pattern that matches the end of the module's name.
+    patterns = (config.get("alpha_pattern") or {}).items()
+    alphas = (alpha for key, alpha in patterns if re.match(rf"(.*\.)?({key})$", module))
+    rank = (entries.get("lora_A") or entries["lora_embedding_A"]).shape[0]
+    return float(next(alphas, config["lora_alpha"]) / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
 def check_mergeable(adapter: Path, config: Mapping[str, Any]) -> None:
-    """Refuse an adapter that is more than W + s B A and full copies.
+    """Refuse an adapter that is more than LoRA, DoRA and full copies.
 
     Raises:
         ModelError: naming the unsupported feature.
@@ -201,7 +201,7 @@ def check_mergeable(adapter: Path, config: Mapping[str, Any]) -> None:
 
 def _not_mergeable(adapter: Path, what: str) -> ModelError:
     return ModelError(
-        "{adapter}: an adapter with {what} cannot be merged here, only plain LoRA and full copies can",
+        "{adapter}: an adapter with {what} cannot be merged here, only LoRA, DoRA and full copies can",
         adapter=adapter,
         what=what,
     )
