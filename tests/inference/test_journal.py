@@ -13,7 +13,7 @@ from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.inference import run as inference
 from mdl_toolkit.inference.choices import Chooser
-from mdl_toolkit.inference.journal import AnswerJournal, AnswerWriter
+from mdl_toolkit.inference.journal import AnswerJournal
 from mdl_toolkit.inference.requests import WINDOW
 from mdl_toolkit.inference.run import infer
 from tests.support.fleet import fleet, slowly, start_ranks
@@ -255,7 +255,7 @@ def test_a_signal_stops_it_and_it_says_how_to_go_on(model, tmp_path, number, ran
 
 def slow_answers():
     """Let each answer wait before it is written down."""
-    slowly(AnswerWriter, "add", 0.3)
+    slowly(AnswerJournal, "add", 0.3)
 
 
 def test_converted_rows_are_kept_when_it_is_stopped_before_the_first_answer(

@@ -19,7 +19,6 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
 from mdl_toolkit.data.manifest import Row
 from mdl_toolkit.errors import InputError
@@ -132,12 +131,23 @@ class AnswerJournal:
         return answers
 
     @contextmanager
-    def writer(self, rank: int) -> Iterator["AnswerWriter"]:
+    def appending(self, rank: int) -> Iterator[None]:
         """Open the file of one process's answers for the context."""
-        with (self.path / f"answers-{rank}.jsonl").open("a", encoding="utf-8", newline="\n") as file:
+        with (self.path / f"answers-{rank}.jsonl").open("a", encoding="utf-8", newline="\n") as self._file:
             # End a line that a killed run has not finished.
-            file.write("\n")
-            yield AnswerWriter(file)
+            self._file.write("\n")
+            yield
+
+    def add(self, row: int, cells: Sequence[str]) -> None:
+        """Append and flush the cells of a row's answer; a NUL, which no CSV can hold, becomes U+FFFD.
+
+        Raises:
+            InputError: the disk is full.
+        """
+        writable = [cell.replace("\0", "\N{REPLACEMENT CHARACTER}") for cell in cells]
+        with report_write_errors(self._file.name, InputError):
+            self._file.write(json.dumps([row, writable]) + "\n")
+            self._file.flush()
 
 
 def _answers_in(folder: Path) -> list[Path]:
@@ -157,24 +167,6 @@ def _fingerprint_in(folder: Path) -> str | None:
     with suppress(OSError, ValueError):
         return str(json.loads((folder / RUN).read_text(encoding="utf-8")))
     return None
-
-
-class AnswerWriter:
-    """Append answers to a file, each flushed to the system, so that it survives the process."""
-
-    def __init__(self, file: IO[str]) -> None:
-        self._file = file
-
-    def add(self, row: int, cells: Sequence[str]) -> None:
-        """Append the cells of a row's answer; a NUL, which no CSV can hold, becomes U+FFFD.
-
-        Raises:
-            InputError: the disk is full.
-        """
-        writable = [cell.replace("\0", "\N{REPLACEMENT CHARACTER}") for cell in cells]
-        with report_write_errors(self._file.name, InputError):
-            self._file.write(json.dumps([row, writable]) + "\n")
-            self._file.flush()
 
 
 def write_table(

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.data.check.rows import too_long
-from mdl_toolkit.data.convert.run import convert_rows, left_out
+from mdl_toolkit.data.convert.run import left_out
 from mdl_toolkit.data.dataset import ConvertedDataset
 from mdl_toolkit.data.manifest import Manifest, Row
 from mdl_toolkit.data.tokenization import ChatTokenizer
@@ -122,24 +122,12 @@ class TokenBudget:
         return cls(tokens, choice)
 
 
-def convert_inputs(
-    manifest: Manifest, folder: Path, tokenizer: ChatTokenizer, options: InferenceOptions
-) -> None:
-    """Convert all rows to a dataset, unless the folder holds that dataset already.
-
-    Raises:
-        RowsError: all rows that cannot be used; with `--on-error keep`, they are left out.
-    """
-    keeps_going = options.on_error == KEEP
-    convert_rows(manifest, folder, tokenizer, options, with_answer=False, reuse=True, keeps_going=keeps_going)
-
-
 def open_inputs(manifest: Manifest, folder: Path, options: InferenceOptions, required: TokenBudget) -> Inputs:
     """Open the converted rows, and find those without room for an answer.
 
     Args:
         manifest: the CSV.
-        folder: the dataset that `convert_inputs` has made of it.
+        folder: the dataset that was made of it.
         options: the inference's.
         required: the new tokens that every row must have room for.
 

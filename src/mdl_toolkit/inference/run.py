@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from mdl_toolkit import __version__
 from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, to_yaml
-from mdl_toolkit.data.convert.run import PLAN_FILE
+from mdl_toolkit.data.convert.run import PLAN_FILE, convert_rows
 from mdl_toolkit.data.csv_reader import file_stamp
 from mdl_toolkit.data.listing import is_listing, list_recordings, write_listing
 from mdl_toolkit.data.manifest import Manifest, Row, read_manifest
@@ -35,7 +35,6 @@ from mdl_toolkit.inference.requests import (
     KEEP,
     Inputs,
     TokenBudget,
-    convert_inputs,
     open_inputs,
     with_training_prompts,
 )
@@ -142,7 +141,11 @@ class _Inference:
         required = TokenBudget.of_choices(self.choices, tokenizer, options)
         # The first process converts for all.
         if world.is_first:
-            convert_inputs(manifest, journal.dataset, tokenizer, options)
+            keeps = options.on_error == KEEP
+            folder = journal.dataset
+            convert_rows(
+                manifest, folder, tokenizer, options, with_answer=False, reuse=True, keeps_going=keeps
+            )
         else:
             world.wait()
         inputs = open_inputs(manifest, journal.dataset, options, required)
@@ -201,10 +204,10 @@ class _Inference:
         with (
             progress(len(rows), "answering") as bar,
             closing(loader.batches(groups)) as batches,
-            self.journal.writer(self.world.rank) as writer,
+            self.journal.appending(self.world.rank),
         ):
             for row, cells in engine(chain.from_iterable(batches)):
-                writer.add(row, cells)
+                self.journal.add(row, cells)
                 bar.advance()
                 raise_if_interrupted()
 

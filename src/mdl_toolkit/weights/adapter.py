@@ -120,13 +120,17 @@ class AdapterDelta:
                 raise _not_mergeable(adapter, name)
             else:
                 full[name] = entry
+        low_rank: dict[str, LowRankDelta] = {}
         for module, entries in modules.items():
             if not any({f"lora_{kind}A", f"lora_{kind}B"} <= entries.keys() for kind in ("", "embedding_")):
                 raise _not_mergeable(adapter, f"only {', '.join(sorted(entries))} of {module}")
-        low_rank = {
-            f"{module}.weight": LowRankDelta(entries, _scale(config, module, entries))
-            for module, entries in modules.items()
-        }
+            # As PEFT does it: the first pattern that matches the end of the module's name.
+            patterns = (config.get("alpha_pattern") or {}).items()
+            alphas = (alpha for key, alpha in patterns if re.match(rf"(.*\.)?({key})$", module))
+            rank = (entries.get("lora_A") or entries["lora_embedding_A"]).shape[0]
+            divisor = math.sqrt(rank) if config.get("use_rslora") else rank
+            scale = next(alphas, config["lora_alpha"]) / divisor
+            low_rank[f"{module}.weight"] = LowRankDelta(entries, scale)
         text = base_config.get("text_config") or {}
         tied = bool(text.get("tie_word_embeddings", base_config.get("tie_word_embeddings", False)))
         if tied and {EMBEDDING, HEAD} & low_rank.keys():
@@ -170,15 +174,6 @@ class AdapterDelta:
             if not (-limit <= lowest and highest <= limit) and not cast.isfinite().all():
                 raise ModelError("{name}: not finite after merging", name=entry.name)
             yield cast
-
-
-def _scale(config: Mapping[str, Any], module: str, entries: Mapping[str, TensorEntry]) -> float:
-    """Return what a module's B A is multiplied by: alpha / r, or alpha / sqrt(r)."""
-    # As PEFT does it: the first pattern that matches the end of the module's name.
-    patterns = (config.get("alpha_pattern") or {}).items()
-    alphas = (alpha for key, alpha in patterns if re.match(rf"(.*\.)?({key})$", module))
-    rank = (entries.get("lora_A") or entries["lora_embedding_A"]).shape[0]
-    return float(next(alphas, config["lora_alpha"]) / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
 def check_mergeable(adapter: Path, config: Mapping[str, Any]) -> None:

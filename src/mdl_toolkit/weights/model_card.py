@@ -74,7 +74,7 @@ def render_card(metadata: ResultMetadata, base: Path, *, is_adapter: bool) -> st
             has_own_code="auto_map" in config,
             is_served=str((config.get("text_config") or {}).get("model_type")).startswith(_SERVED),
             yaml=_yaml,
-            block=_code_block,
+            block=code_block,
             repr=repr,
         )
     )
@@ -102,7 +102,7 @@ def _yaml(values: Mapping[str, Any]) -> str:
     return str(yaml.safe_dump(dict(values), allow_unicode=True, sort_keys=False, width=10**6))
 
 
-def _code_block(text: str, language: str = "") -> str:
+def code_block(text: str, language: str = "") -> str:
     """Put a text in a code block, with a fence longer than any run of backticks in it."""
     fence = "`" * (max([2, *map(len, re.findall("`+", text))]) + 1)
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"

@@ -4,9 +4,10 @@ Nothing is memory-mapped, and tensors are read in blocks, so that memory does no
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,6 @@ class TensorEntry:
         """Bytes of one row, that is of one index of the first dimension; 1 in an empty tensor."""
         size = self.stop - self.start
         return size // (self.shape[0] if self.shape else 1) if size else 1
-
-    def cast(self, dtype: str, start: int) -> "TensorEntry":
-        """Return the tensor's entry in another dtype and at another offset."""
-        count = (self.stop - self.start) // FLOATS[self.dtype].itemsize if self.dtype in FLOATS else 0
-        size = count * FLOATS[dtype].itemsize if dtype != self.dtype else self.stop - self.start
-        return replace(self, dtype=dtype, start=start, stop=start + size)
 
 
 @dataclass(frozen=True)
@@ -145,9 +140,11 @@ class WeightFile:
         header: dict[str, Any] = {} if self.metadata is None else {"__metadata__": self.metadata}
         offset = 0
         for entry in self.entries:
-            new = entry.cast(dtypes.get(entry.name, entry.dtype), offset)
-            offsets, offset = [offset, new.stop], new.stop
-            header[new.name] = {"dtype": new.dtype, "shape": list(new.shape), "data_offsets": offsets}
+            start, dtype = offset, dtypes.get(entry.name, entry.dtype)
+            offset += entry.stop - entry.start
+            if dtype != entry.dtype:
+                offset = start + math.prod(entry.shape) * FLOATS[dtype].itemsize
+            header[entry.name] = {"dtype": dtype, "shape": list(entry.shape), "data_offsets": [start, offset]}
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
         text += b" " * (-len(text) % _LENGTH)
         return len(text).to_bytes(_LENGTH, "little") + text
