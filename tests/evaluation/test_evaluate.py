@@ -156,6 +156,7 @@ def test_nothing_heavy_is_imported(place):
         (["yes", "no", "yes", "no"], ("accuracy", "macro-f1")),
         (["one text", "another one", "and a third"], ("wer", "cer")),
         (["今天天气很好", "明天见", "打开空调"], ("cer",)),
+        (["おはようございます", "また明日", "エアコンをつけて"], ("cer",)),
         ([f"label {n}" for n in range(51)] * 2, ("wer", "cer")),
     ],
 )
@@ -174,6 +175,29 @@ def test_normalisation_can_be_switched_off(place, capsys):
     assert raw.settings["normalize"] is False
     assert "compared as they are" in capsys.readouterr().err
     assert evaluate(options(place, metric=("exact-match",))).value("exact-match") == 0.25
+
+
+@pytest.mark.parametrize(
+    ("references", "is_said"), [(["今天天气很好", "再见"], True), (["one two"] * 2, False)]
+)
+def test_word_errors_of_a_language_without_spaces_are_warned_of(tmp_path, capsys, references, is_said):
+    path = labels(tmp_path, references, references=references)
+    evaluate(EvaluateOptions(input=path, metric=("wer",), bootstrap=0))
+    assert ("warning: WER counts what stands between spaces" in capsys.readouterr().err) is is_said
+
+
+def test_the_most_frequent_answer_stands_beside_accuracy(tmp_path, capsys):
+    references = ["yes"] * 3 + ["no"] + ["x" * 1000] * 6
+    path, out = labels(tmp_path, ["yes"] * 10, references=references), tmp_path / "o.json"
+    found = evaluate(EvaluateOptions(input=path, metric=("accuracy",), output=(str(out),)))
+    assert found.most_frequent == ("x" * 1000, 0.6)
+    assert json.loads(out.read_text())["most_frequent"] == {"reference": "x" * 1000, "share": 0.6}
+    said = as_text(found).splitlines()[2]
+    assert said.endswith("x…', the most frequent reference, has an accuracy of 60.00%")
+    assert len(said) < 220
+    words = evaluate(EvaluateOptions(input=path, metric=("wer",), bootstrap=0))
+    assert words.most_frequent is None
+    assert "most frequent" not in as_text(words)
 
 
 def test_rows_with_an_error_are_wrong_and_counted(tmp_path, capsys):
@@ -247,6 +271,35 @@ def test_a_group_has_the_interval_of_its_rows_alone(place, tmp_path):
     found = evaluate(EvaluateOptions(input=path, group_by=("group",), bootstrap=200))
     alone = labels(tmp_path / "alone", answers[20:], references=["yes", "no"] * 10)
     assert found.groups[1].metrics == evaluate(EvaluateOptions(input=alone, bootstrap=200)).metrics
+
+
+def test_a_group_has_the_other_model_too(tmp_path):
+    """Its difference, interval and p are those of an evaluation of its rows alone."""
+    answers, others = ["yes", "no"] * 20, ["yes", "no"] * 12 + ["no", "yes"] * 8
+    path = labels(tmp_path, answers, group=["a"] * 20 + ["b"] * 20)
+    out = (str(tmp_path / "o.csv"), str(tmp_path / "o.json"))
+    asked = {"metric": ("accuracy", "macro-f1"), "bootstrap": 100}
+    found = evaluate(EvaluateOptions(
+        input=path, compare=labels(tmp_path, others, "q.csv"), group_by=("group",), output=out, **asked
+    ))  # fmt: skip
+    (tmp_path / "alone").mkdir()
+    alone = evaluate(EvaluateOptions(
+        input=labels(tmp_path / "alone", answers[20:]),
+        compare=labels(tmp_path / "alone", others[20:], "q.csv"), **asked,
+    ))  # fmt: skip
+    assert found.groups[1].comparisons == alone.comparisons
+    assert found.groups[1].comparisons[0].difference.value == 0.8
+    assert [pair.difference.value for pair in found.groups[0].comparisons] == [0, 0]
+    table = as_text(found).split("\n\n")[1].splitlines()
+    assert table[0].split()[2:6] == ["accuracy", "95", "%", "interval"]
+    assert table[2].split()[2] == "100.00%"
+    assert "+80.00%" in table[2]
+    written = json.loads((tmp_path / "o.json").read_text())["groups"][1]["comparison"]["accuracy"]
+    assert written["difference"]["value"] == 0.8
+    with (tmp_path / "o.csv").open(newline="", encoding="utf-8") as file:
+        lines = [line for line in csv.DictReader(file) if line["group"] == "b"]
+    assert float(lines[0]["difference"]) == 0.8
+    assert all(line["p_value"] for line in lines)
 
 
 def test_length_in_quarters_of_characters(tmp_path):

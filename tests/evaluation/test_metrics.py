@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import sacrebleu
 
+from mdl_toolkit.config.evaluation import EvaluateOptions
 from mdl_toolkit.config.types import METRIC_NAMES
-from mdl_toolkit.evaluation.answers import are_chinese, correct_rows
+from mdl_toolkit.evaluation.answers import ScoringRules, correct_rows
 from mdl_toolkit.evaluation.bootstrap import point_estimate
 from mdl_toolkit.evaluation.label_metrics import confusion_counts
 from mdl_toolkit.evaluation.metrics import CORPUS_METRICS, library_versions
@@ -90,6 +91,14 @@ def test_chinese_is_tokenised_as_chinese():
     assert metric_value("bleu", HAN, CHINESE) > 10 * metric_value("bleu", HAN)
 
 
+def test_thai_is_tokenised_by_character():
+    pairs = [("สวัสดีครับ", "สวัสดีค่ะ")]
+    rules = ScoringRules.of([pairs[0][0]], EvaluateOptions(input="p.csv"))
+    expected = sacrebleu.corpus_bleu([pairs[0][1]], [[pairs[0][0]]], tokenize="char").score
+    assert metric_value("bleu", pairs, rules) == pytest.approx(expected)
+    assert expected > 10
+
+
 def test_bleu_by_hand():
     """Precisions 5/6, 3/5, 1/4 and, of no match among 3, 1/(2*3); lengths are equal."""
     expected = 100 * (5 / 6 * 3 / 5 * 1 / 4 * 1 / 6) ** 0.25
@@ -103,17 +112,28 @@ def test_exact_match_is_after_normalisation_and_accuracy_before():
 
 
 @pytest.mark.parametrize(
-    ("texts", "expected"),
+    ("texts", "is_chinese", "is_spaceless"),
     [
-        (["今天天气好"], True),
-        (["hello"], False),
-        (["打开 Wi-Fi 和蓝牙开关"], True),
-        (["12", ""], False),
-        (["你 OK"], False),
+        (["今天天气好"], True, True),
+        (["打开 Wi-Fi 和蓝牙开关"], True, True),
+        (["こんにちは、元気ですか"], False, True),
+        (["ｺﾝﾆﾁﾊ"], False, True),
+        (["สวัสดีครับ ยินดีที่ได้รู้จัก"], False, True),
+        (["ສະບາຍດີ"], False, True),
+        (["សួស្តី"], False, True),
+        (["မင်္ဂလာပါ"], False, True),
+        (["བཀྲ་ཤིས་བདེ་ལེགས"], False, True),
+        (["안녕하세요 반갑습니다"], False, False),
+        (["xin chào", "नमस्ते दुनिया", "مرحبا بالعالم"], False, False),
+        (["hello"], False, False),
+        (["12", ""], False, False),
+        (["你 OK"], False, False),
     ],
 )
-def test_which_texts_are_chinese(texts, expected):
-    assert are_chinese(texts) is expected
+def test_which_texts_are_chinese_and_which_have_no_spaces(texts, is_chinese, is_spaceless):
+    rules = ScoringRules.of(texts, EvaluateOptions(input="p.csv"))
+    assert (rules.is_chinese, rules.is_spaceless) == (is_chinese, is_spaceless)
+    assert rules.unit == ("character" if is_spaceless else "word")
 
 
 def test_a_row_that_failed_is_wrong_whatever_its_reference():

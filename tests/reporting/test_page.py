@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import re
 import shutil
 from contextlib import contextmanager
 
@@ -232,6 +233,23 @@ def test_as_much_is_marked_as_evaluate_counts(tmp_path, opened, metric, unit):
         marked = [joint.join(text for text, marked in side if marked) for side in sides]
         missed, added = edits(marked, ["", ""], unit)[:, 1].tolist()
         assert max(missed, added) <= expected[line, 0] <= missed + added
+
+
+def test_two_models_stand_side_by_side_with_intervals_and_p(tmp_path, opened):
+    rows = [{"reference": "ab"[n % 2], "prediction": "a", "who": "xy"[n // 20]} for n in range(40)]
+    other = write_csv(tmp_path / "other.csv", [{**row, "prediction": row["reference"]} for row in rows])
+    words = ["--compare", str(other), "--group-by", "who", "--metric", "accuracy"]
+    page = opened(made(answered(tmp_path, rows), *words))
+    (card,) = texts(page, "#figures .card")
+    assert re.search(
+        r"other: 100\.00%; difference -50\.00%95 % interval of the difference: -\d\d\.\d\d% to -\d", card
+    )
+    assert card.endswith("p = 0.0020")
+    assert texts(page, "#groups th")[2:5] == ["accuracy", "other model", "difference"]
+    line = texts(page, "#groups tbody tr:first-child td")
+    assert line[:2] == ["who: x", "20"]
+    assert re.fullmatch(r"50\.00% \(\d\d\.\d\d% to \d\d\.\d\d%\)", line[2])
+    assert re.fullmatch(r"-50\.00% \(-\d\d\.\d\d% to -\d\d\.\d\d%\), p (= 0\.\d+|< 0\.001)", line[4])
 
 
 # --- filters, order, confusion -----------------------------------------------------------------------------

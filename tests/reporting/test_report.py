@@ -216,6 +216,28 @@ def test_a_run_and_its_predictions_in_one_page_with_pictures(trained, place, cap
     assert width > 1080  # the metric stands beside the losses
 
 
+def test_the_page_has_intervals_and_p_of_a_comparison_also_by_group(tmp_path, capsys):
+    rows = [{"reference": "ab"[n % 2], "prediction": "a", "seconds": f"{n / 4}"} for n in range(40)]
+    write_csv(tmp_path / "p.csv", rows)
+    write_csv(tmp_path / "q.csv", [{**row, "prediction": row["reference"]} for row in rows])
+    words = ["--compare", str(tmp_path / "q.csv"), "--group-by", "length", "--metric", "accuracy"]
+    assert run(["report", str(tmp_path / "p.csv"), *words]) == 0
+    values = values_of(tmp_path / "p.report.html")
+    (figure,) = values["evaluation"]["figures"]
+    assert (figure["value"], figure["other"], figure["difference"]) == (0.5, 1, -0.5)
+    assert -1 <= figure["difference_low"] < -0.5 < figure["difference_high"] < 0
+    assert 0 < figure["p"] < 0.01
+    groups = values["evaluation"]["groups"]
+    assert len(groups) == 4
+    for group in groups:
+        (figure,) = group["figures"]
+        assert figure["low"] < figure["value"] < figure["high"]
+        assert figure["other"] == 1
+        assert figure["difference_low"] <= figure["difference"] <= figure["difference_high"]
+    assert values["rows"]["groups"][0]["names"] == [group["name"] for group in groups]
+    assert "has an accuracy of 50.00%" in values["evaluation"]["notes"][0]["en"]
+
+
 def test_a_confusion_picture_of_labels_in_any_script(tmp_path):
     draw_confusion(["", "狗", "$x$"], [[1, 0, 0, 0], [0, 2, 1, 0], [0, 0, 3, 9]], tmp_path / "c.png")
     assert (tmp_path / "c.png").read_bytes().startswith(PNG)

@@ -10,10 +10,10 @@ from mdl_toolkit.evaluation.answers import Answers, ScoringRules
 from mdl_toolkit.evaluation.bootstrap import point_estimate
 from mdl_toolkit.evaluation.metrics import CORPUS_METRICS
 
-PLAIN = ScoringRules(normalize=True, is_chinese=False, label_separator=None)
-RAW = ScoringRules(normalize=False, is_chinese=False, label_separator=None)
-CHINESE = ScoringRules(normalize=True, is_chinese=True, label_separator=None)
-TAGS = ScoringRules(normalize=True, is_chinese=False, label_separator=";")
+PLAIN = ScoringRules(normalize=True, is_chinese=False, is_spaceless=False, label_separator=None)
+RAW = ScoringRules(normalize=False, is_chinese=False, is_spaceless=False, label_separator=None)
+CHINESE = ScoringRules(normalize=True, is_chinese=True, is_spaceless=True, label_separator=None)
+TAGS = ScoringRules(normalize=True, is_chinese=False, is_spaceless=False, label_separator=";")
 
 
 def answers(

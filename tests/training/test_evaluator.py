@@ -22,7 +22,16 @@ from mdl_toolkit.training import trainer
 from mdl_toolkit.training.answer_eval import draw
 from mdl_toolkit.training.checkpoints import CHECKSUMS, STATE, checkpoints
 from mdl_toolkit.training.run import train
-from tests.support.runs import ANSWERS, copy_checkpoint, evaluations, make_csv, train_options
+from tests.support.paths import MODEL
+from tests.support.runs import (
+    ANSWERS,
+    copy_checkpoint,
+    evaluations,
+    make_csv,
+    make_rows,
+    train_options,
+    write_csv,
+)
 
 
 @pytest.fixture
@@ -78,6 +87,17 @@ def test_answering_changes_nothing_in_the_training(model, tmp_path):
         done = train(replace(options, eval_metric=metric, lora_dropout=0.1))
         results.append(load_file(done.final / "model.safetensors"))
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+@pytest.mark.parametrize(
+    ("metric", "answer", "is_said"), [("wer", "今天天气很好", True), ("cer", "今天", False)]
+)
+def test_word_errors_of_a_language_without_spaces_are_warned_of(tmp_path, capsys, metric, answer, is_said):
+    rows = [{**row, "prediction": answer} for row in make_rows(tmp_path / "audio", 2)]
+    csv = write_csv(tmp_path / "train.csv", rows)
+    options = train_options(csv, MODEL, tmp_path / "run", eval_dataset=str(csv), eval_metric=metric)
+    train(replace(options, num_epochs=0.1))
+    assert ("warning: WER counts what stands between spaces" in capsys.readouterr().err) is is_said
 
 
 def test_the_same_rows_are_answered_every_time():

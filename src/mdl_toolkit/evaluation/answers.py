@@ -1,15 +1,19 @@
 """References and one system's predictions, and the rules by which they are compared."""
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from mdl_toolkit.evaluation.text_metrics import CHARACTER, WORD, normalized
-
-CHINESE = re.compile("[\u3400-\u9fff\uf900-\ufaff]")
-LETTER = re.compile(r"[^\W\d_]")
+from mdl_toolkit.config.evaluation import EvaluateOptions
+from mdl_toolkit.evaluation.text_metrics import (
+    CHARACTER,
+    CHINESE,
+    SPACELESS,
+    WORD,
+    are_mostly,
+    normalized,
+)
 
 
 @dataclass(frozen=True)
@@ -38,22 +42,30 @@ class ScoringRules:
     Attributes:
         normalize: compare normalized texts in word and character errors and in exact match.
         is_chinese: the references are mostly Chinese.
+        is_spaceless: they are mostly in a script without spaces between words, such as Chinese or Thai.
         label_separator: separates the labels of one row; None where each row has one label.
     """
 
     normalize: bool
     is_chinese: bool
+    is_spaceless: bool
     label_separator: str | None
+
+    @classmethod
+    def of(cls, references: Sequence[str], options: EvaluateOptions) -> "ScoringRules":
+        """Derive the rules from the references and what the user asked for."""
+        is_chinese, is_spaceless = (are_mostly(script, references) for script in (CHINESE, SPACELESS))
+        return cls(options.normalize, is_chinese, is_spaceless, options.label_separator or None)
 
     @property
     def bleu_tokenizer(self) -> str:
         """Name sacrebleu's tokenizer."""
-        return "zh" if self.is_chinese else "13a"
+        return "zh" if self.is_chinese else "char" if self.is_spaceless else "13a"
 
     @property
     def unit(self) -> str:
         """Name the unit of a row's errors where no metric sets it."""
-        return CHARACTER if self.is_chinese else WORD
+        return CHARACTER if self.is_spaceless else WORD
 
     def comparable(self, text: str) -> str:
         """Return a text as exact match compares it."""
@@ -63,12 +75,6 @@ class ScoringRules:
         """Split a cell into its labels, in their order."""
         parts = text.split(self.label_separator) if self.label_separator else [text]
         return [part.strip() for part in parts if part.strip()]
-
-
-def are_chinese(texts: Sequence[str]) -> bool:
-    """Tell whether at least half of the letters are Chinese characters."""
-    joined = "".join(texts)
-    return 2 * len(CHINESE.findall(joined)) >= max(len(LETTER.findall(joined)), 1)
 
 
 def correct_rows(answers: Answers, rules: ScoringRules, criterion: str) -> np.ndarray:

@@ -3,6 +3,7 @@
 No model, no torch.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from mdl_toolkit.config.evaluation import EvaluateOptions
 from mdl_toolkit.errors import UsageError
 from mdl_toolkit.evaluation.align import SCORE, AlignedAnswers, align_answers, group_rows
-from mdl_toolkit.evaluation.answers import Answers, ScoringRules, are_chinese, concatenate, correct_rows
+from mdl_toolkit.evaluation.answers import Answers, ScoringRules, concatenate, correct_rows
 from mdl_toolkit.evaluation.bootstrap import (
     Interval,
     bootstrap_distribution,
@@ -33,7 +34,7 @@ from mdl_toolkit.evaluation.results import (
     RowResult,
     write_results,
 )
-from mdl_toolkit.evaluation.text_metrics import CHARACTER, WORD
+from mdl_toolkit.evaluation.text_metrics import CHARACTER, WORD, WORDLESS
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.console import say
 from mdl_toolkit.utils.files import check_apart, check_file
@@ -66,7 +67,7 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
             check_apart(Path(options.report), Path(output), "--report", "--output")
     aligned = align_answers(options)
     references = aligned.answers.references
-    rules = ScoringRules(options.normalize, are_chinese(references), options.label_separator or None)
+    rules = ScoringRules.of(references, options)
     names = options.metric or _suitable_metrics(references, rules)
     if "map" in names:
         for path, answers in ((options.input, aligned.answers), (options.compare, aligned.other)):
@@ -88,7 +89,7 @@ def _suitable_metrics(references: Sequence[str], rules: ScoringRules) -> tuple[s
     labels = len({reference.strip() for reference in references})
     if labels <= MOST_LABELS and 2 * labels <= len(references):
         return "accuracy", "macro-f1"
-    return ("cer",) if rules.is_chinese else ("wer", "cer")
+    return ("cer",) if rules.is_spaceless else ("wer", "cer")
 
 
 def _compute(
@@ -122,6 +123,7 @@ def _compute(
         comparisons=comparisons,
         groups=tuple(groups),
         confusion=confusion,
+        most_frequent=_most_frequent(answers.references) if "accuracy" in names else None,
         settings={**_settings(options, rules, names), "right_by": right_by, "errors_in": unit},
         notes=(*aligned.notes, *_notes(options, names, rules, both)),
     )
@@ -164,6 +166,12 @@ def _score(
             Comparison(other, MetricValue(name, difference, *interval), _finite(float(p_value)), mcnemar)
         )
     return values[0], tuple(comparisons)
+
+
+def _most_frequent(references: Sequence[str]) -> tuple[str, float]:
+    """Return the most frequent reference, and the accuracy of always answering it."""
+    ((answer, count),) = Counter(map(str.strip, references)).most_common(1)
+    return answer, count / len(references)
 
 
 def _metric_value(name: str, statistic: Any, rows: int, distribution: np.ndarray) -> MetricValue:
@@ -234,6 +242,8 @@ def _notes(
             "compared after NFKC, case folding and removal of punctuation (--normalize false: as they are)"
         )
         notes.append(normalized if options.normalize else Localized("texts are compared as they are"))
+    if "wer" in names and rules.is_spaceless:
+        notes.append(Localized("warning: {message}", message=WORDLESS))
     if "bleu" in names:
         notes.append(Localized("BLEU tokenises by {tokenize}", tokenize=rules.bleu_tokenizer))
     if "map" in names and answers.scores is None:

@@ -43,7 +43,8 @@ def _metrics_table(evaluation: Evaluation) -> str:
         line += [_p_value(each.p_value), _p_value(each.mcnemar)]
     if evaluation.comparisons and all(each.mcnemar is None for each in evaluation.comparisons):
         head, lines = head[:-1], [line[:-1] for line in lines]
-    return align_columns([head, *lines])
+    table = align_columns([head, *lines])
+    return table if evaluation.baseline is None else f"{table}\n{evaluation.baseline}"
 
 
 def _groups_table(groups: Sequence[Group]) -> str:

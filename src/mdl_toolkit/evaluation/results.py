@@ -11,7 +11,7 @@ from typing import Any
 
 from mdl_toolkit.config.evaluation import EvaluateOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, to_yaml
-from mdl_toolkit.errors import InputError
+from mdl_toolkit.errors import LONGEST_VALUE, InputError
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.files import removing_empty, replace_file, report_write_errors
 
@@ -119,6 +119,8 @@ class Evaluation:
         comparisons: one for each metric with `--compare`, else none.
         groups: groups of rows, column by column.
         confusion: counts of confused labels; None if the references are no labels.
+        most_frequent: the most frequent reference, and the accuracy of always answering it; None without
+            `accuracy` among the metrics.
         settings: normalisation, units, seed and versions of the libraries by which metrics were computed.
         notes: messages on the files and on the settings.
     """
@@ -128,8 +130,22 @@ class Evaluation:
     comparisons: tuple[Comparison, ...]
     groups: tuple[Group, ...]
     confusion: Confusion | None
+    most_frequent: tuple[str, float] | None
     settings: Mapping[str, Any]
     notes: tuple[Localized, ...]
+
+    @property
+    def baseline(self) -> Localized | None:
+        """Say what always giving the most frequent answer would be worth."""
+        if self.most_frequent is None:
+            return None
+        answer, share = self.most_frequent
+        shown = answer if len(answer) <= LONGEST_VALUE else f"{answer[: LONGEST_VALUE - 1]}…"
+        return Localized(
+            "always answering {answer!r}, the most frequent reference, has an accuracy of {share:.2%}",
+            answer=shown,
+            share=share,
+        )
 
     def value(self, metric: str) -> float | None:
         """Return the value of one of the metrics over all rows."""
@@ -153,11 +169,13 @@ def as_json(evaluation: Evaluation) -> str:
             for each in part.comparisons
         }
 
+    most_frequent = evaluation.most_frequent
     content = {
         "settings": evaluation.settings,
         "notes": [note.en for note in evaluation.notes],
         "metrics": metrics(evaluation),
         "comparison": comparison(evaluation),
+        "most_frequent": most_frequent and {"reference": most_frequent[0], "share": most_frequent[1]},
         "groups": [
             {
                 "column": group.column,

@@ -4,12 +4,15 @@ Nothing here needs a model or a file.
 """
 
 import math
+import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
+
+from mdl_toolkit.i18n import Localized
 
 Count = Callable[[str, str], tuple[float, float]]
 
@@ -62,6 +65,25 @@ class Best:
         if self.value is None or metric.rank(value, loss) > metric.rank(self.value, least):
             return Best(value, step, loss=loss)
         return replace(self, worse=self.worse + 1)
+
+
+LETTER = re.compile(r"[^\W\d_]")
+CHINESE = re.compile("[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+# Han, kana, Thai, Lao, Tibetan, Burmese, Khmer: the scripts that put no spaces between words.
+SPACELESS = re.compile(
+    "[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9d"
+    "\u0e00-\u0e7f\u0e80-\u0eff\u0f00-\u0fff\u1000-\u109f\ua9e0-\ua9ff\uaa60-\uaa7f\u1780-\u17ff]"
+)
+WORDLESS = Localized(
+    "WER counts what stands between spaces, and these references are written without them: a sentence is one "
+    "word; take cer"
+)
+
+
+def are_mostly(script: re.Pattern[str], texts: Iterable[str]) -> bool:
+    """Tell whether at least half of the letters are of a script."""
+    letters = "".join(letter for text in texts for letter in LETTER.findall(text))
+    return bool(letters) and 2 * len(script.findall(letters)) >= len(letters)
 
 
 class _PunctuationRemoval(dict[int, str]):

@@ -131,7 +131,7 @@ def _metrics_section(evaluation: Evaluation) -> dict[str, Any]:
             for group in evaluation.groups
         ],
         "confusion": confusion and {"labels": confusion.labels, "counts": confusion.counts},
-        "notes": [note.to_json() for note in (*evaluation.notes, note)],
+        "notes": [each.to_json() for each in (evaluation.baseline, *evaluation.notes, note) if each],
     }
 
 

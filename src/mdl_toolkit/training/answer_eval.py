@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.data.dataset import ConvertedDataset
 from mdl_toolkit.data.tokenization import IGNORE_INDEX, ChatTokenizer
-from mdl_toolkit.evaluation.text_metrics import TEXT_METRICS, TextMetric
+from mdl_toolkit.evaluation.text_metrics import SPACELESS, TEXT_METRICS, WORDLESS, TextMetric, are_mostly
 from mdl_toolkit.inference.generate import Answerer, Question, prompt_of
+from mdl_toolkit.utils.console import warn
 from mdl_toolkit.utils.distributed import World
 
 # An answer may have so many new tokens beyond twice its reference's.
@@ -44,6 +45,11 @@ class AnswerEvaluator:
         if options.eval_metric is None or dataset is None:
             return None
         drawn = draw(dataset.token_counts, options.eval_samples, options.seed)
+        if options.eval_metric == "wer":
+            labels = (dataset.tokens(int(row)).labels for row in drawn)
+            answers = (tokenizer.decode(each[each != IGNORE_INDEX].tolist()) for each in labels)
+            if are_mostly(SPACELESS, answers):
+                warn(WORDLESS)
         return cls(
             dataset, drawn, drawn[world.rank :: world.size], tokenizer, TEXT_METRICS[options.eval_metric]
         )

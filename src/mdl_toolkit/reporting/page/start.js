@@ -9,11 +9,21 @@ function card(title, value, ...more) {
   return make("div", { class: "card" }, make("span", {}, title), make("b", {}, value), ...more.map((text) => make("span", {}, text)));
 }
 
+function bounds(low, high, each, sign = false) {
+  return [low, high].map((value) => figure(value, each.is_share, sign));
+}
+
+function pValue(p) {
+  return p < 1e-3 ? "< 0.001" : `= ${p.toPrecision(2)}`;
+}
+
 function figureCard(each) {
   const more = [];
-  if (each.low !== null) more.push(say("interval", figure(each.low, each.is_share), figure(each.high, each.is_share)));
+  if (each.low !== null) more.push(say("interval", ...bounds(each.low, each.high, each)));
   if (each.other !== undefined) {
     more.push(say("compared", figure(each.other, each.is_share), figure(each.difference, each.is_share, true)));
+    if (each.difference_low !== null) more.push(say("differenceInterval", ...bounds(each.difference_low, each.difference_high, each, true)));
+    if (each.p !== null) more.push(say("p", pValue(each.p)));
   }
   return card(each.title, figure(each.value, each.is_share), ...more);
 }
@@ -65,9 +75,19 @@ function fillFacts() {
 function showGroups() {
   if (!evaluation?.groups.length) return;
   const { groups } = evaluation;
-  const lines = groups.map((group) => [`${group.column}: ${group.name || say("empty")}`, group.rows,
-    ...group.figures.map((each) => figure(each.value, each.is_share))]);
-  fill("groups", tableOf([say("group"), say("rows"), ...groups[0].figures.map((each) => each.title)], lines));
+  const lines = groups.map((group) => [`${group.column}: ${group.name || say("empty")}`, group.rows, ...group.figures.flatMap(groupCells)]);
+  const heads = groups[0].figures.flatMap((each) => [each.title, ...(each.other === undefined ? [] : [say("otherModel"), say("difference")])]);
+  fill("groups", tableOf([say("group"), say("rows"), ...heads], lines));
+}
+
+/** A figure with its interval; of two models the other's, and the difference with its interval and p. */
+function groupCells(each) {
+  const between = (low, high, sign) => (low === null ? "" : ` (${say("range", ...bounds(low, high, each, sign))})`);
+  const cells = [figure(each.value, each.is_share) + between(each.low, each.high, false)];
+  if (each.other === undefined) return cells;
+  const p = each.p === null ? "" : `, ${say("p", pValue(each.p))}`;
+  return [...cells, figure(each.other, each.is_share),
+    figure(each.difference, each.is_share, true) + between(each.difference_low, each.difference_high, true) + p];
 }
 
 function showRows() {
