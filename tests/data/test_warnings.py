@@ -160,7 +160,7 @@ def test_many_are_counted_and_the_first_named(tmp_path, capsys):
 def test_a_training_warns_before_it_loads_weights(tmp_path, capsys):
     rows = with_answers(make_rows(tmp_path / "audio", 4), ["rain"] * 4)
     csv = write_csv(tmp_path / "train.csv", rows)
-    train(train_options(csv, MODEL, tmp_path / "run", eval_dataset=str(csv)))
+    train(train_options(csv, MODEL, tmp_path / "run", eval_dataset=str(csv), num_epochs=12))
     lines = capsys.readouterr().err.splitlines()
     ours = [n for n, line in enumerate(lines) if line.startswith("warning: ")]
     assert [" same answer" in lines[n] or "trained on" in lines[n] for n in ours] == [True, True]
@@ -169,7 +169,7 @@ def test_a_training_warns_before_it_loads_weights(tmp_path, capsys):
 
 def test_a_training_without_reason_warns_of_nothing(tmp_path, capsys):
     learnt, asked = make_csv(tmp_path / "t", 6), make_csv(tmp_path / "e", 6, seed=50)
-    train(train_options(learnt, MODEL, tmp_path / "run", eval_dataset=str(asked)))
+    train(train_options(learnt, MODEL, tmp_path / "run", eval_dataset=str(asked), num_epochs=12))
     assert said(capsys) == []
 
 
@@ -187,6 +187,37 @@ def watched(losses, warmup=0, total=None):
 def noisy(curve, seed, spread):
     """Losses about a curve, never below 0: some steps are far above it, as hard rows are."""
     return np.asarray(curve) * np.random.default_rng(seed).lognormal(-(spread**2) / 2, spread, len(curve))
+
+
+@pytest.mark.parametrize(
+    ("losses", "warmup", "warns"),
+    [
+        ([4.0], 0, True),
+        ([4.0, 3.9, 3.95], 0, True),
+        ([4.0] * 49, 0, True),
+        ([*np.linspace(4, 1, 49)], 0, False),
+        ([4.0, 1.0], 0, False),
+        # Judged while it ran, or warned of before: it is said once.
+        ([4.0] * 50, 0, False),
+        ([4.0] * 10, 10, False),
+    ],
+)
+def test_a_run_too_short_to_learn_is_told_of_at_its_end(capsys, losses, warmup, warns):
+    watch = LossWatch(len(losses), warmup, 1e-4)
+    watched = [watch.see(step, loss) for step, loss in enumerate(losses, 1)]
+    capsys.readouterr()
+    assert watch.end(len(losses)) == warns
+    assert watched == [False] * len(watched) or len(losses) == 50
+    assert [f"{len(losses)} steps are too few to learn much" in line for line in said(capsys)] == [
+        True
+    ] * warns
+
+
+def test_a_short_run_whose_losses_are_not_known_is_not_judged(capsys):
+    watch = LossWatch(30, 0, 1e-4)
+    watch.see(30, 4.0)
+    assert not watch.end(30)
+    assert not watch.end(0)
 
 
 STEPS = np.arange(500)
@@ -242,7 +273,7 @@ def test_a_resumed_run_knows_the_losses_before(tmp_path, capsys):
     csv = make_csv(tmp_path, 12)
     options = {"lr": 1e-9, "batch_size": 4, "save_steps": 15}
     train(train_options(csv, MODEL, tmp_path / "run", num_epochs=15, **options))
-    assert said(capsys) == []
+    assert ["45 steps are too few" in line for line in said(capsys)] == [True]
     train(train_options(csv, MODEL, tmp_path / "run", num_epochs=18, resume_from_checkpoint=True, **options))
     assert len(read_log(tmp_path / "run/log.jsonl")) == 54
     assert sum("the loss does not fall" in line for line in said(capsys)) == 1

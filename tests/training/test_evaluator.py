@@ -19,8 +19,9 @@ from mdl_toolkit.evaluation.text_metrics import LOSS, TEXT_METRICS, Best, normal
 from mdl_toolkit.inference.run import infer
 from mdl_toolkit.reporting.run_section import run_values
 from mdl_toolkit.training import trainer
-from mdl_toolkit.training.answer_eval import draw
+from mdl_toolkit.training.answer_eval import AnswerEvaluator, draw
 from mdl_toolkit.training.checkpoints import CHECKSUMS, STATE, checkpoints
+from mdl_toolkit.training.evaluator import half_interval
 from mdl_toolkit.training.run import train
 from tests.support.paths import MODEL
 from tests.support.runs import (
@@ -128,6 +129,57 @@ def test_the_best_evaluation_s_checkpoint_becomes_the_result(model, tmp_path, lo
     assert any(not torch.equal(last[name], final[name]) for name in best)
     assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
     assert "the best evaluation was after step 2: that is the result" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("found", "changes", "told"),
+    [
+        ([3.0, 1.0, 1.5, 2.0], {}, "1.0000 < 1.5000 < 2.0000"),
+        ([1.0, 1.5, 2.0, 2.5], {}, "1.0000 < 1.5000 < 2.0000"),
+        ([3.0, 1.0, 2.0, 1.5], {}, None),
+        ([1.0, 1.5, 2.0, 2.5], {"keep_best": True}, None),
+    ],
+)
+def test_a_loss_that_rises_twice_is_told_of_once(model, tmp_path, losses, capsys, found, changes, told):
+    losses += found
+    csv, output = make_csv(tmp_path, 8), tmp_path / "run"
+    options = train_options(csv, model, output, eval_dataset=str(csv), eval_steps=1, num_epochs=2, **changes)
+    train(replace(options, merge_lora=False, save_steps=1))
+    said = [line for line in capsys.readouterr().err.splitlines() if "risen twice in a row" in line]
+    assert len(said) == (told is not None)
+    assert not said or (told in said[0] and "--keep-best" in said[0])
+    if told:
+        losses[:] = [*found[:3], 2.2]
+        again = replace(options, merge_lora=False, resume_from_checkpoint=str(output / "checkpoint-3"))
+        train(again)
+        assert ("risen twice" in capsys.readouterr().err) == (found[2] < 2.2)
+
+
+@pytest.mark.parametrize(("rows", "is_chance"), [(8, True), (4000, False)])
+def test_a_choice_by_few_rows_is_called_chance(model, tmp_path, losses, monkeypatch, capsys, rows, is_chance):
+    """Half of the answers right: 8 rows tell that to 35 points, 4000 to 1.5; the choice is by 12."""
+    losses += [(2.0, 0.5), (1.0, 0.62), (1.0, 0.5)]
+    counts = (rows / 2, rows, rows / 2, rows / 2, rows)
+    monkeypatch.setattr(AnswerEvaluator, "count", lambda *_: counts)
+    csv = make_csv(tmp_path, 6)
+    options = train_options(csv, model, tmp_path / "run", eval_dataset=str(csv), eval_steps=1, batch_size=2)
+    train(replace(options, keep_best=True, merge_lora=False, eval_metric="accuracy"))
+    said = [line for line in capsys.readouterr().err.splitlines() if "chance may have chosen" in line]
+    assert len(said) == is_chance
+    assert not said or "accuracy 0.6200 after step 2 against 0.5000 at last" in said[0]
+
+
+def test_half_an_interval_is_the_bootstrap_s():
+    """Of a word error rate over 300 rows, by resampling them; of a proportion, by the binomial's variance."""
+    random = np.random.default_rng(0)
+    whole = random.integers(1, 12, 300)
+    part = random.binomial(whole, 0.3)
+    sums = (part.sum(), whole.sum(), (part**2).sum(), (part * whole).sum(), (whole**2).sum())
+    drawn = random.integers(0, 300, (4000, 300))
+    rates = part[drawn].sum(1) / whole[drawn].sum(1)
+    low, high = np.quantile(rates, [0.025, 0.975])
+    assert half_interval(*map(float, sums)) == pytest.approx((high - low) / 2, rel=0.05)
+    assert half_interval(25, 100, 25, 25, 100) == pytest.approx(1.96 * (0.25 * 0.75 / 100) ** 0.5)
 
 
 def test_a_resumed_run_remembers_the_best(model, tmp_path, losses):

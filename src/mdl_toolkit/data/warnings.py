@@ -25,6 +25,8 @@ FEWEST_STEPS = 50
 SHARE_OF_STEPS = 0.2
 FEWEST_LOSSES = 20
 LEAST_FALL = 0.02
+# Less than this share of the loss is no fall in a run that is too short to be judged so.
+LEAST_FALL_OF_FEW_STEPS = 0.1
 
 
 def advise(train_set: ConvertedDataset, eval_set: ConvertedDataset | None) -> None:
@@ -171,7 +173,7 @@ class LossWatch:
 
     The median of the last losses, which no single bad step moves, is compared with the mean of the first 20,
     which a loss that falls at once keeps high. Less than a fall by 2 % is none. It is judged after 50 steps,
-    a fifth of all, and 20 beyond the warm-up, whichever is latest; a shorter run is not judged.
+    a fifth of all, and 20 beyond the warm-up, whichever is latest; a shorter run at its end, roughly.
 
     Attributes:
         total: steps of the run.
@@ -211,5 +213,30 @@ class LossWatch:
             step=step,
             total=self.total,
             rate=self.rate,
+        )
+        return True
+
+    def end(self, step: int) -> bool:
+        """Warn after the last step of a run too short to be judged before, if it has hardly learnt.
+
+        Args:
+            step: optimizer steps made.
+
+        Returns:
+            Whether a warning was given.
+        """
+        # A warm-up that does not end is warned of at the start.
+        if not 0 < step < self.due or len(self.losses) != step or self.warmup >= self.total:
+            return False
+        count = max(1, min(FEWEST_LOSSES, step // 3))
+        first, last = float(np.mean(self.losses[:count])), float(np.mean(self.losses[-count:]))
+        if step > 1 and last <= (1 - LEAST_FALL_OF_FEW_STEPS) * first:
+            return False
+        warn(
+            "{step} steps are too few to learn much: the loss was {first:.4f} at first, {last:.4f} at last; "
+            "give more --num-epochs, or a smaller --batch-size or --gradient-accumulation-steps",
+            step=step,
+            first=first,
+            last=last,
         )
         return True

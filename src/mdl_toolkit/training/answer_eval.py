@@ -54,8 +54,10 @@ class AnswerEvaluator:
             dataset, drawn, drawn[world.rank :: world.size], tokenizer, TEXT_METRICS[options.eval_metric]
         )
 
-    def count(self, model: Any, batch_size: int, is_stopped: Callable[[], bool]) -> tuple[float, float]:
-        """Return the metric's numerator and denominator over this process's examples.
+    def count(self, model: Any, batch_size: int, is_stopped: Callable[[], bool]) -> tuple[float, ...]:
+        """Return sums over this process's examples: as `half_interval` of `evaluator` takes them.
+
+        They are the metric's numerator and denominator, and their squares and product.
 
         Args:
             model: in evaluation mode.
@@ -71,13 +73,13 @@ class AnswerEvaluator:
                 references[index] = self.tokenizer.decode(reference.tolist())
                 yield Question(index, prompt_of(sample), 2 * len(reference) + EXTRA_TOKENS)
 
-        numerator = denominator = 0.0
+        sums = np.zeros(5)
         for index, answer in Answerer(model, self.tokenizer, batch_size).answers(questions()):
-            counted = self.metric.count(references.pop(index), answer)
-            numerator, denominator = numerator + counted[0], denominator + counted[1]
+            part, whole = self.metric.count(references.pop(index), answer)
+            sums += part, whole, part**2, part * whole, whole**2
             if is_stopped():
                 break
-        return numerator, denominator
+        return tuple(sums.tolist())
 
 
 def draw(lengths: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:

@@ -3,7 +3,8 @@
 An evaluation that is given up, as the run is asked to stop, is owed: it comes first when the run goes on.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -24,6 +25,7 @@ from mdl_toolkit.training.memory.oom import MicroBatcher
 from mdl_toolkit.training.resume import is_judged_alike, judged_by, still_best
 from mdl_toolkit.training.schedule import Schedule
 from mdl_toolkit.training.step import ForwardPass
+from mdl_toolkit.utils.console import warn
 from mdl_toolkit.utils.distributed import World
 
 
@@ -54,6 +56,11 @@ class Evaluator:
         self.loss: float | None = None
         self.step: int | None = None
         self.best = Best()
+        # The last three losses; half the intervals of the last and the best score, 0 where nothing is known.
+        self.recent: list[float] = []
+        self.margin = self.best_margin = 0.0
+        self.score: float | None = None
+        self._has_warned = False
         self._judged_by = judged_by(self.dataset, self.answers)
         self._batch_size = self.options.eval_batch_size or self.options.batch_size
         device = self.forward.device
@@ -82,12 +89,14 @@ class Evaluator:
             "eval_loss": self.loss,
             "evaluated": self.step,
             "best": asdict(self.best),
+            "recent": self.recent,
         }
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint, as far as evaluations are made as they were then."""
         if is_judged_alike(checkpoint, self._judged_by):
             self.loss, self.step = (checkpoint.state.get(name) for name in ("eval_loss", "evaluated"))
+            self.recent = checkpoint.state.get("recent", [])
         self.best = still_best(checkpoint, self.options, self._judged_by)
 
     @torch.no_grad()
@@ -104,7 +113,7 @@ class Evaluator:
         model, answers = self.forward.model, self.answers
         model.eval()
         loss_and_tokens = self.sum_losses(is_stopped)
-        score = 0.0, 0.0
+        score: Sequence[float] = (0.0,) * 5
         if answers is not None and not is_stopped():
             with self.forward.precision():
                 score = self._answer_batcher.run(
@@ -112,9 +121,10 @@ class Evaluator:
                 )
         model.train()
         others = torch.tensor([*score, is_stopped()], dtype=torch.float64)
-        loss, tokens, part, whole, stops = self.world.sum(torch.cat([loss_and_tokens, others])).tolist()
+        loss, tokens, *score, stops = self.world.sum(torch.cat([loss_and_tokens, others])).tolist()
         if not stops:
-            self.record(step, loss / max(tokens, 1), part / max(whole, 1), int(tokens))
+            self.margin = half_interval(*score)
+            self.record(step, loss / max(tokens, 1), score[0] / max(score[1], 1), int(tokens))
         return bool(stops)
 
     def sum_losses(self, is_stopped: Callable[[], bool]) -> Tensor:
@@ -155,6 +165,7 @@ class Evaluator:
             tokens: number of supervised tokens.
         """
         self.step, self.loss = step, loss
+        self.recent = [*self.recent, loss][-3:]
         if self.answers is None:
             self.best = self.best.after(LOSS, step, loss, loss)
             self.log.evaluation(step, loss, tokens, {})
@@ -162,3 +173,46 @@ class Evaluator:
             metric = self.answers.metric
             self.best = self.best.after(metric, step, score, loss)
             self.log.evaluation(step, loss, tokens, {f"eval_{metric.name}": score})
+            self.score = score
+        if self.best.step == step:
+            self.best_margin = self.margin
+        is_rising = len(self.recent) == 3 and self.recent[0] < self.recent[1] < self.recent[2]
+        if is_rising and not self.options.keep_best and not self._has_warned:
+            self._has_warned = True
+            warn(
+                "the evaluation loss has risen twice in a row: {losses}; the run may be learning its rows by "
+                "heart; --keep-best takes the best checkpoint as the result, not the last",
+                losses=" < ".join(f"{each:.4f}" for each in self.recent),
+            )
+
+    def warn_of_chance(self) -> None:
+        """Warn if `--keep-best` takes a checkpoint that is better by less than so few rows can tell."""
+        best, answers = self.best, self.answers
+        if not self.options.keep_best or answers is None or best.value is None or best.step == self.step:
+            return
+        margin = max(self.margin, self.best_margin)
+        if self.score is not None and abs(best.value - self.score) < margin:
+            warn(
+                "--keep-best: {metric} {best:.4f} after step {step} against {last:.4f} at last, but {rows} "
+                "rows tell it to +-{margin:.2g} only: chance may have chosen; evaluate on more rows",
+                metric=answers.metric.name,
+                best=best.value,
+                step=best.step,
+                last=self.score,
+                rows=len(answers.drawn),
+                margin=margin,
+            )
+
+
+def half_interval(part: float, whole: float, part2: float, both: float, whole2: float) -> float:
+    """Return half the 95 % interval of a ratio of two sums over rows, by the linearised variance.
+
+    Args:
+        part: sum of the rows' numerators.
+        whole: sum of their denominators.
+        part2: sum of squares of the numerators.
+        both: sum of products of numerator and denominator.
+        whole2: sum of squares of the denominators.
+    """
+    ratio = part / max(whole, 1)
+    return 1.96 * math.sqrt(max(part2 - 2 * ratio * both + ratio**2 * whole2, 0)) / max(whole, 1)

@@ -187,9 +187,10 @@ class RunLog:
         """Return the pace until now."""
         return Pace(self._examples, self._audio, time.monotonic() - self._began, self._waited)
 
-    def close(self) -> None:
-        """Tell the trackers that the run is over."""
+    def close(self, step: int) -> None:
+        """Tell the trackers that the run is over, after a step, and judge it if it was a short one."""
         self._trackers.close()
+        self._watch.end(step)
 
     def _write(self, step: int, values: dict[str, Any]) -> None:
         """Write the line of a step or an evaluation; a disk that does not take it is warned of once."""

@@ -222,7 +222,7 @@ def _train(run: _RunPlan, kept: KeptBlocks, device: torch.device, dtype: torch.d
         log.begin(trainer.step)
         raise_if_interrupted()
         done = trainer.run()
-        log.close()
+        log.close(done.steps)
         return done, log.pace
 
 

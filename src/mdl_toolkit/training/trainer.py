@@ -140,6 +140,7 @@ class Trainer:
                     )
                 raise KeyboardInterrupt
         best = self.evaluator.best
+        self.evaluator.warn_of_chance()
         if first < self.step < self.schedule.total:
             say(
                 "stopped early after step {step}: {worse} evaluations in a row no better",
