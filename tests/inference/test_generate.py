@@ -65,10 +65,9 @@ def test_attention_may_lay_its_output_out_as_on_a_gpu(golden, monkeypatch):
     assert ids_of(model, tokenizer, asked, 3) == expected
 
 
-@pytest.mark.parametrize("window", [None, 12])
 @pytest.mark.parametrize("full", [(), ("embed_tokens",), ("k_proj", "norm")], ids=str)
-def test_rows_join_one_another_under_autocast(golden, full, window):
-    model, tokenizer = load(golden, "A-small", window)
+def test_rows_join_one_another_under_autocast(golden, full):
+    model, tokenizer = load(golden, "A-small")
     model.to(torch.bfloat16)
     for name, parameter in model.named_parameters():  # what is trained stays in float32
         if any(part in name for part in full):
@@ -98,17 +97,21 @@ def test_the_store_grows_and_stays_no_larger_than_needed(golden, monkeypatch):
     asked = [Question(q.key, q.sample, 2 * GROWTH + 9 * q.key) for q in long]
     answerer = Answerer(model, tokenizer, 3)
     answerer.ends = set()
-    new_zeros, capacities = torch.Tensor.new_zeros, []
+    capacities = []
 
-    def noted(like, *shape, **settings):
-        new = new_zeros(like, *shape, **settings)
-        # Keys and values: rows, heads, tokens, size of a head.
-        if new.ndim == 4:
-            capacities.append(new.shape[2])
-        return new
+    def noted(make):
+        def made(*args, **settings):
+            new = make(*args, **settings)
+            # Keys and values: two, rows, heads, tokens, size of a head.
+            if new.ndim == 5:
+                capacities.append(new.shape[3])
+            return new
+
+        return made
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, "new_zeros", noted)
+        patch.setattr(torch.Tensor, "new_zeros", noted(torch.Tensor.new_zeros))
+        patch.setattr(functional, "pad", noted(functional.pad))
         assert len([*answerer.answers(asked)]) == len(asked)
     most = max(capacities)
     assert min(capacities) < most
@@ -118,9 +121,9 @@ def test_the_store_grows_and_stays_no_larger_than_needed(golden, monkeypatch):
     assert ids_of(model, tokenizer, asked, 3) == expected
 
 
-@pytest.mark.parametrize(("name", "window"), [("A-small", None), ("B-small-tied", None), ("B-small", 9)])
-def test_what_prompts_begin_with_is_computed_once(golden, name, window):
-    model, tokenizer = load(golden, name, window)
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_what_prompts_begin_with_is_computed_once(golden, name):
+    model, tokenizer = load(golden, name)
     system, other, counts = np.arange(10, 40), np.arange(10, 22), []
     asked = [
         Question(q.key, replace(q.sample, input_ids=np.concatenate([start, [41], q.sample.input_ids])), 12)
@@ -130,9 +133,8 @@ def test_what_prompts_begin_with_is_computed_once(golden, name, window):
     apart = {}
     for q in asked:
         apart |= ids_of(model, tokenizer, [q], 1)
-    layer = model.decoder.model.layers[0]
-    layer.register_forward_pre_hook(lambda *_: pytest.fail("layers are called part by part"))
-    layer.self_attn.q_proj.register_forward_pre_hook(lambda _, given: counts.append(given[0].shape[1]))
+    q_proj = model.decoder.model.layers[0].self_attn.q_proj
+    q_proj.register_forward_pre_hook(lambda _, given: counts.append(len(given[0])))
     assert ids_of(model, tokenizer, asked, 6) == apart
     # 30 words of the system prompts once, 12 of them also for the others; 41 follows each of both
     assert counts[0] == sum(positions) - 2 * 31 - 13 - 13 - 12
@@ -141,40 +143,6 @@ def test_what_prompts_begin_with_is_computed_once(golden, name, window):
     assert counts[-1] == sum(positions)
     shared = admit(DecodingBatch(model.decoder), model, prompts, 6, 50)
     assert (logits - shared).abs().max() < 1e-4
-
-
-@pytest.mark.parametrize("window", [5, 24, 500])
-def test_layers_that_see_only_a_window(golden, window):
-    """Against one forward pass over the whole, with a mask made in plain loops."""
-    model, tokenizer = load(golden, "B-small", window)
-    asked = [*questions(model, 4)]
-    found = ids_of(model, tokenizer, asked, 3)
-    for q in asked:
-        ids = generated_slowly(model, q, window)
-        assert found[q.key] == ids
-
-
-def generated_slowly(model, question, window):
-    base = embed_prompts(model, collate_prompts([question.sample], 0))
-    ids = []
-    for _ in range(question.max_new_tokens):
-        new = torch.tensor([ids], dtype=torch.long)
-        x = torch.cat([base, model.decoder.model.embed_tokens(new)], 1) if ids else base
-        n = x.shape[1]
-        full = torch.full((1, 1, n, n), float("-inf"))
-        near = full.clone()
-        for i in range(n):
-            for j in range(i + 1):
-                full[0, 0, i, j] = 0
-                if i - j < window:
-                    near[0, 0, i, j] = 0
-        rotary = model.decoder.model.rotary_emb(x, torch.arange(n).unsqueeze(0))
-        for layer in model.decoder.model.layers:
-            mask = full if layer.self_attn.sliding_window is None else near
-            x = layer(x, attention_mask=mask, position_embeddings=rotary)
-        logits = model.decoder.lm_head(model.decoder.model.norm(x[:, -1]))
-        ids.append(int(logits.argmax()))
-    return ids
 
 
 # --- drawing -------------------------------------------------------------------------------------------

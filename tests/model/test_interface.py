@@ -171,14 +171,6 @@ def test_a_new_model_is_initialised(model: MiDashengLMModel):
     assert torch.all(new.audio_encoder.init_bn.running_var == 1)
 
 
-def test_attention_can_be_chosen_per_part():
-    model = fresh_model(attn_implementation={"audio_encoder_config": "eager"})
-    assert model.config.audio_encoder_config._attn_implementation == "eager"
-    assert model.decoder.model.config._attn_implementation == "sdpa"
-    model.set_attn_implementation("eager")
-    assert model.decoder.model.config._attn_implementation == "eager"
-
-
 # --- checkpoints that do not fit ---
 
 

@@ -15,11 +15,9 @@ from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 from tests.support.waves import wave
 
 
-def load_checkpoint(golden, name, window=None, **changes):
+def load_checkpoint(golden, name):
     folder = find_model(str(golden / "checkpoints" / name), from_modelscope=False, weights=True)
     model = load_model(folder, dtype=torch.float32, device=torch.device("cpu")).eval()
-    for layer in model.decoder.model.layers[: None if window else 0 : 2]:
-        layer.self_attn.sliding_window = window
     model.generation_config.eos_token_id = None  # every row is answered to its budget
     return model, ChatTokenizer(read_tokenizer_files(folder))
 

@@ -90,7 +90,7 @@ class MiDashengLMConfig(PreTrainedConfig):
         """Make the two parts; whole and decoder agree on whether input and output embeddings are tied.
 
         Raises:
-            ValueError: the decoder is of a kind that no MiDashengLM has.
+            ValueError: the decoder is of a kind that no MiDashengLM has, or attends to a window only.
         """
         text = self.text_config
         if isinstance(text, dict):
@@ -101,6 +101,8 @@ class MiDashengLMConfig(PreTrainedConfig):
             raise ValueError(f"text_config.model_type {kind!r} is not one of {known}")
         super().__post_init__(**kwargs)
         assert isinstance(self.text_config, PreTrainedConfig)
+        if {*self.text_config.layer_types} - {"full_attention"}:
+            raise ValueError("text_config.layer_types: only full_attention is supported")
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
 
     @property

@@ -1,8 +1,7 @@
 """Decode a batch whose sequences come when a slot is free and leave when their answer is complete.
 
 transformers' `generate` decodes every sequence of a batch until the longest answer is complete, and copies
-all keys and values to add a token. Here each sequence has a slot in one key-value store, at its own length;
-the layers are transformers' own, called one by one.
+all keys and values to add a token. Here each sequence has a slot in one key-value store, at its own length.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,13 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers.models.qwen2.modeling_qwen2 import rotate_half
 
 from mdl_toolkit.model.constants import MOST_LOGITS
-from mdl_toolkit.model.packed_decoder import PackedTokens
+from mdl_toolkit.model.packed_decoder import packed_states, rms_norm
 
-# Cosines and sines, each `[sequences or 1, tokens, head_dim]`.
-Rotary = tuple[Tensor, Tensor]
 # Tokens by which the key-value store grows, at least.
 GROWTH = 64
 # Tokens of choices that are scored in one pass.
@@ -39,8 +35,8 @@ class DecodingBatch:
         """
         self._decoder = decoder
         self._layers: list[Any] = list(decoder.model.layers)
-        # Keys and values of each layer, each `[slots, key heads, capacity, head_dim]`.
-        self._stores: list[tuple[Tensor, Tensor]] = []
+        # Keys and values of each layer, `[2, slots, key heads, capacity, head_dim]`.
+        self._stores: list[Tensor] = []
         self.lengths: list[int] = []
 
     def __len__(self) -> int:
@@ -64,33 +60,30 @@ class DecodingBatch:
             lengths: tokens of each.
             slots: most sequences that will be here at once.
             max_length: most tokens that one of these sequences will ever have.
-            prefix_ids: `[sequences, longest]`, as of `PackedTokens.of`; None to share no prefix.
+            prefix_ids: `[sequences, longest]`, as of `packed_states`; None to share no prefix.
 
         Returns:
             Logits for each sequence's next token, `[sequences, vocabulary]`.
         """
+        count, longest = embeddings.shape[:2]
         first, ends = len(self), torch.tensor(lengths, device=embeddings.device).unsqueeze(1)
-        packed = PackedTokens.of(torch.arange(embeddings.shape[1], device=ends.device) < ends, prefix_ids)
-        x = embeddings.flatten(0, 1)[packed.source].unsqueeze(0)
-        rotary = self._rotary(x, packed.positions.unsqueeze(0))
-        *lower, top = enumerate(self._layers)
-        for number, layer in lower:
-            q, k, v = (_pad(part, packed) for part in _project(layer, x, rotary))
-            self._store(number, k, v, first, slots, max_length)
-            # Undo the padding.
-            attended = _attend_causally(layer, q, k, v).transpose(0, 1).flatten(1, 2)
-            attended = attended.index_select(1, packed.scatter).unsqueeze(0)
-            x = _finish(layer, x, attended)
+        max_length = max(max_length, longest)
+        self._reserve(longest, max_length)
+
+        def keep(number: int, k: Tensor, v: Tensor) -> None:
+            if number == len(self._stores):
+                capacity = min(longest + GROWTH, max_length)
+                shape = (2, max(slots, count), k.shape[1], capacity, k.shape[3])
+                self._stores.append(k.new_zeros(shape))
+            for store, new in zip(self._stores[number], (k, v), strict=True):
+                store[first : first + count, :, : k.shape[2]] = new
+
+        columns = torch.arange(longest, device=ends.device)
+        is_last = columns == ends - 1
+        states = packed_states(self._decoder.model, embeddings, columns < ends, is_last, prefix_ids, keep)
         self.lengths += lengths
-        # The last layer goes on with each sequence's last token alone, `[sequences, 1, ...]`.
-        number, layer = top
-        k, v = (_pad(part, packed) for part in _keys_values(layer, layer.input_layernorm(x), rotary))
-        self._store(number, k, v, first, slots, max_length)
-        last = packed.gather.gather(1, ends - 1)
-        x = x[0, last]
-        q = _queries(layer, layer.input_layernorm(x), (rotary[0][0, last], rotary[1][0, last]))
-        seen = _seen(ends - 1, torch.arange(k.shape[2], device=x.device), _window(layer))
-        return self._head(_finish(layer, x, _attend(q, k, v, _additive(seen, q.dtype)))[:, 0])
+        logits: Tensor = self._decoder.lm_head(states)
+        return logits
 
     @torch.inference_mode()
     def step(self, ids: Tensor) -> Tensor:
@@ -102,29 +95,21 @@ class DecodingBatch:
         Returns:
             Logits for each sequence's next token, `[sequences, vocabulary]`.
         """
-        longest, capacity = max(self.lengths) + 1, self._stores[0][0].shape[2]
-        if longest > capacity:
-            for number in range(len(self._stores)):
-                self._grow(number, max(longest + GROWTH, capacity * 3 // 2))
-        device = ids.device
-        x = self._decoder.model.embed_tokens(ids.unsqueeze(1))
+        longest, device = max(self.lengths) + 1, ids.device
+        x = self._decoder.model.embed_tokens(ids)
+        self._reserve(longest)
         ends = torch.tensor(self.lengths, device=device)
-        sequences = torch.arange(len(self), device=device)
-        rotary, positions = self._rotary(x, ends.unsqueeze(1)), torch.arange(longest, device=device)
-        # By window; None where every sequence sees all of the store.
-        masks: dict[int | None, Tensor | None] = {}
-        for window in {_window(layer) for layer in self._layers}:
-            sees_all = min(self.lengths) + 1 == longest and (window is None or longest <= window)
-            seen = None if sees_all else _seen(ends.unsqueeze(1), positions, window)
-            masks[window] = None if seen is None else _additive(seen, x.dtype)
-        for number, layer in enumerate(self._layers):
-            q, k, v = _project(layer, x, rotary)
-            keys, values = self._stores[number]
-            keys[sequences, :, ends], values[sequences, :, ends] = k[:, :, 0], v[:, :, 0]
+        sequences, rotary = torch.arange(len(self), device=device), self._rotary(x, ends)
+        mask = None
+        if min(self.lengths) + 1 < longest:
+            mask = _additive(torch.arange(longest, device=device) <= ends[:, None, None, None], x.dtype)
+        for layer, (keys, values) in zip(self._layers, self._stores, strict=True):
+            q, k, v = layer.queries_keys_values(x, *rotary)
+            keys[sequences, :, ends], values[sequences, :, ends] = k.to(keys.dtype), v.to(keys.dtype)
             used = (slice(len(self)), slice(None), slice(longest))
-            x = _finish(layer, x, _attend(q, keys[used], values[used], masks[_window(layer)]))
+            x = layer.finish(x, _attend(q.unsqueeze(2), keys[used], values[used], mask).flatten(1))
         self.lengths = [length + 1 for length in self.lengths]
-        return self._head(x[:, 0])
+        return self._head(x)
 
     @torch.inference_mode()
     def release(self, slots: Sequence[int]) -> list[int]:
@@ -139,8 +124,8 @@ class DecodingBatch:
         order = list(range(left))
         for hole, mover in zip(holes, movers, strict=True):
             order[hole] = mover
-            for keys, values in self._stores:
-                keys[hole], values[hole] = keys[mover], values[mover]
+            for store in self._stores:
+                store[:, hole] = store[:, mover]
         self.lengths = [self.lengths[slot] for slot in order]
         return order
 
@@ -186,130 +171,43 @@ class DecodingBatch:
         Returns:
             `[sequences, tokens of all continuations, hidden_size]`.
         """
-        device, sequences, width = self._stores[0][0].device, len(self), max(self.lengths)
+        device, sequences, width = self._stores[0].device, len(self), max(self.lengths)
         flat = [(id_, number, i) for number, ids in enumerate(continuations) for i, id_ in enumerate(ids)]
         ids, owner, offset = torch.tensor(flat, device=device).unbind(1)
         ends = torch.tensor(self.lengths, device=device)
-        x = self._decoder.model.embed_tokens(ids).expand(sequences, -1, -1)
         positions = ends.unsqueeze(1) + offset
-        rotary = self._rotary(x, positions)
+        x = self._decoder.model.embed_tokens(ids.repeat(sequences))
+        rotary = self._rotary(x, positions.flatten())
         before = torch.arange(width, device=device).expand(sequences, len(ids), width)
         own = ((owner.unsqueeze(1) == owner) & (offset.unsqueeze(1) >= offset)).expand(sequences, -1, -1)
-        is_visible = torch.cat([before < ends[:, None, None], own], 2)
-        key_positions = torch.cat([before, positions.unsqueeze(1).expand(-1, len(ids), -1)], 2)
-        for number, layer in enumerate(self._layers):
-            seen, window = is_visible, _window(layer)
-            if window is not None:
-                seen = seen & (key_positions > positions.unsqueeze(2) - window)
-            q, k, v = _project(layer, x, rotary)
-            keys, values = (store[:sequences, :, :width] for store in self._stores[number])
-            mask = _additive(seen.unsqueeze(1), q.dtype)
-            x = _finish(layer, x, _attend(q, torch.cat([keys, k], 2), torch.cat([values, v], 2), mask))
-        return x
+        mask = _additive(torch.cat([before < ends[:, None, None], own], 2).unsqueeze(1), x.dtype)
+        for layer, store in zip(self._layers, self._stores, strict=True):
+            new = layer.queries_keys_values(x, *rotary)
+            q, k, v = (part.unflatten(0, (sequences, -1)).transpose(1, 2) for part in new)
+            keys, values = store[:, :sequences, :, :width]
+            attended = _attend(q, torch.cat([keys, k], 2), torch.cat([values, v], 2), mask)
+            x = layer.finish(x, attended.transpose(1, 2).flatten(2).flatten(0, 1))
+        return x.unflatten(0, (sequences, -1))
 
-    def _rotary(self, x: Tensor, positions: Tensor) -> Rotary:
-        """Return the rotary embedding of positions `[sequences or 1, tokens]`."""
-        cos, sin = self._decoder.model.rotary_emb(x, positions.to(x.device))
-        return cos, sin
+    def _rotary(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines of positions `[tokens]`, each `[tokens, 1, head_dim]`."""
+        cos, sin = self._decoder.model.rotary_emb(x, positions.unsqueeze(0))
+        return cos[0].unsqueeze(1), sin[0].unsqueeze(1)
 
     def _head(self, states: Tensor) -> Tensor:
         """Map states `[..., hidden_size]` to logits `[..., vocabulary]`."""
-        logits: Tensor = self._decoder.lm_head(self._decoder.model.norm(states))
+        logits: Tensor = self._decoder.lm_head(rms_norm(self._decoder.model.norm, states))
         return logits
 
-    # --- the key-value store ---
-
-    def _store(self, number: int, k: Tensor, v: Tensor, first: int, slots: int, max_length: int) -> None:
-        """Store a layer's keys and values of new sequences, from slot `first` on."""
-        sequences, heads, width, head_dim = k.shape
-        if len(self._stores) == number:
-            shape = (max(slots, sequences), heads, min(width + GROWTH, max(max_length, width)), head_dim)
-            self._stores.append((k.new_zeros(shape), v.new_zeros(shape)))
-        capacity = self._stores[number][0].shape[2]
-        if width > capacity:
-            self._grow(number, min(max(width + GROWTH, capacity * 3 // 2), max(max_length, width)))
-        for store, new in zip(self._stores[number], (k, v), strict=True):
-            store[first : first + sequences, :, :width] = new
-
-    def _grow(self, number: int, capacity: int) -> None:
-        """Make room for longer sequences in a layer's store."""
-        keys, values = self._stores[number]
-        shape = (*keys.shape[:2], capacity, keys.shape[3])
-        larger = keys.new_zeros(shape), values.new_zeros(shape)
-        for new, old in zip(larger, (keys, values), strict=True):
-            new[:, :, : old.shape[2]] = old
-        self._stores[number] = larger
-
-
-# --- one layer -----------------------------------------------------------------------------------------
-
-
-def _project(layer: Any, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute queries, keys and values, each `[sequences, heads, tokens, head_dim]`."""
-    normed = layer.input_layernorm(x)
-    return _queries(layer, normed, rotary), *_keys_values(layer, normed, rotary)
-
-
-def _queries(layer: Any, normed: Tensor, rotary: Rotary) -> Tensor:
-    """Compute rotated queries, `[sequences, heads, tokens, head_dim]`."""
-    return _rotate(_heads(layer, normed, "q"), rotary)
-
-
-def _keys_values(layer: Any, normed: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
-    """Compute rotated keys, and values, each `[sequences, key heads, tokens, head_dim]`."""
-    return _rotate(_heads(layer, normed, "k"), rotary), _heads(layer, normed, "v")
-
-
-def _heads(layer: Any, normed: Tensor, name: str) -> Tensor:
-    """Project to q, k or v, and split into heads; Qwen3 normalises q and k."""
-    attention = layer.self_attn
-    split = getattr(attention, f"{name}_proj")(normed).unflatten(-1, (-1, attention.head_dim))
-    norm = getattr(attention, f"{name}_norm", None)
-    return (split if norm is None else norm(split)).transpose(1, 2)
-
-
-def _pad(x: Tensor, packed: PackedTokens) -> Tensor:
-    """Lay `[1, heads, tokens, head_dim]` of all sequences out as `[sequences, heads, longest, head_dim]`."""
-    gather = packed.gather
-    return x[0].index_select(1, gather.flatten()).unflatten(1, tuple(gather.shape)).transpose(0, 1)
-
-
-def _rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Rotate by the angles of the positions (RoFormer, arXiv 2104.09864)."""
-    cos, sin = rotary
-    return x * cos.unsqueeze(1) + rotate_half(x) * sin.unsqueeze(1)
-
-
-def _finish(layer: Any, x: Tensor, attended: Tensor) -> Tensor:
-    """Compute a layer from attention's output `[sequences, heads, tokens, head_dim]` on."""
-    x = x + layer.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
-    return x + layer.mlp(layer.post_attention_layernorm(x))
-
-
-def _attend_causally(layer: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attend within sequences that are padded on the right, which no earlier token sees."""
-    window, width = _window(layer), q.shape[2]
-    if window is None or width <= window:
-        groups = q.shape[1] // k.shape[1]
-        k, v = (part.repeat_interleave(groups, 1) if groups > 1 else part for part in (k, v))
-        return functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    positions = torch.arange(width, device=q.device)
-    return _attend(q, k, v, _additive(_seen(positions.unsqueeze(0), positions, window), q.dtype))
-
-
-def _seen(query: Tensor, key: Tensor, window: int | None) -> Tensor:
-    """Tell which key positions `[keys]` query positions `[sequences, queries]` see.
-
-    Returns:
-        `[sequences, 1, queries, keys]`.
-    """
-    distance = query[:, None, :, None] - key
-    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
-
-
-def _window(layer: Any) -> int | None:
-    """Return the tokens that a layer's sliding window spans; None for all."""
-    return getattr(layer.self_attn, "sliding_window", None)
+    def _reserve(self, longest: int, most: int | None = None) -> None:
+        """Make room for `longest` tokens a sequence and some more, `most` of them at most."""
+        # Layer by layer, so that the whole is not there twice.
+        for number, store in enumerate(self._stores):
+            capacity = store.shape[3]
+            if longest > capacity:
+                grown = max(longest + GROWTH, capacity * 3 // 2)
+                extra = (grown if most is None else min(grown, most)) - capacity
+                self._stores[number] = functional.pad(store, (0, 0, 0, extra))
 
 
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:

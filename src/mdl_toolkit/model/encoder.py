@@ -7,16 +7,14 @@ each by itself. Padding is never computed: a clip's features do not depend on th
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mdl_toolkit.model.configuration import MiDashengEncoderConfig
-from mdl_toolkit.model.kernels.attention import chunked_attention
+from mdl_toolkit.model.kernels.attention import chunked_attention, padded_attention
 from mdl_toolkit.model.lengths import patch_count, visible_patch_count
 from mdl_toolkit.model.mel import log_mel
 
@@ -84,19 +82,6 @@ class PatchLayout:
         seen = torch.arange(max(self.chunks)) < torch.tensor(self.keys).unsqueeze(1)
         return seen[:, None, None, :].to(self.device)
 
-    @cached_property
-    def visible(self) -> Tensor:
-        """Return the index of every patch that is a key, `[keys]`."""
-        starts = accumulate(self.chunks[:-1], initial=0)
-        kept = [torch.arange(start, start + n) for start, n in zip(starts, self.keys, strict=True)]
-        return torch.cat(kept).to(self.device)
-
-    @cached_property
-    def bounds(self) -> tuple[Tensor, Tensor]:
-        """Return where chunks begin and end among queries and among keys, each `[chunks + 1]` int32."""
-        queries, keys = (torch.tensor((0, *n)).cumsum(0).to(torch.int32) for n in (self.chunks, self.keys))
-        return queries.to(self.device), keys.to(self.device)
-
 
 class FrozenBatchNorm(nn.BatchNorm2d):
     """Normalise mel bins with BatchNorm's stored statistics, always, in float32."""
@@ -124,38 +109,14 @@ class PatchEmbed(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         """Embed `[patches, bins, frames]` as `[patches, embed_dim]`."""
-        # Another tool's adapter has replaced the convolution.
-        if type(self.proj) is not nn.Conv2d:
-            return self.proj(patches.unsqueeze(1).to(self.proj.weight.dtype)).flatten(1)
-        weight = self.proj.weight.flatten(1)
-        return functional.linear(patches.flatten(1).to(weight.dtype), weight, self.proj.bias)
-
-
-def eager_attention(
-    _module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    **_: Any,
-) -> tuple[Tensor, Tensor]:
-    """Attend in plain operations; `attention_mask` is True where a key can be seen."""
-    scores = torch.matmul(query, key.transpose(-1, -2)) * scaling
-    if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
-    return torch.matmul(weights, value).transpose(1, 2), weights
+        return self.proj(patches.unsqueeze(1).to(self.proj.weight.dtype)).flatten(1)
 
 
 class Attention(nn.Module):
-    """Attend in both directions within each chunk."""
-
-    is_causal = False
+    """Attend in both directions within each chunk, by torch's attention whatever the decoder uses."""
 
     def __init__(self, config: MiDashengEncoderConfig) -> None:
         super().__init__()
-        self.config = config
         self.heads = config.num_heads
         self.head_dim = config.embed_dim // config.num_heads
         self.scaling = self.head_dim**-0.5
@@ -165,45 +126,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, layout: PatchLayout) -> Tensor:
         """Map `[patches, embed_dim]` to the same shape."""
         qkv = self.qkv(x).view(-1, 3, self.heads, self.head_dim)
-        name = self.config._attn_implementation or "eager"
-        if "flash" in name:
-            out = self._attend_flat(qkv, layout, name)
-        elif name == "sdpa" and qkv.device.type == "cpu":
+        if qkv.device.type == "cpu":
             out = chunked_attention(qkv, layout.chunks, layout.keys, self.scaling)
         else:
-            out = self._attend_padded(qkv, layout, name)
-        return self.proj(out.reshape(-1, self.heads * self.head_dim))
-
-    def _attend_padded(self, qkv: Tensor, layout: PatchLayout, name: str) -> Tensor:
-        """Attend over chunks that are padded to the longest: `[patches, 3, heads, head_dim]`."""
-        chunks, longest = layout.gather.shape
-        padded = qkv.index_select(0, layout.gather.flatten())
-        q, k, v = padded.view(chunks, longest, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        attend = ALL_ATTENTION_FUNCTIONS.get(name, eager_attention) if name != "eager" else eager_attention
-        mask = None if layout.is_even else layout.mask
-        out, _ = attend(self, q, k, v, mask, scaling=self.scaling, dropout=0.0)
-        return out.flatten(0, 1).index_select(0, layout.scatter)
-
-    def _attend_flat(self, qkv: Tensor, layout: PatchLayout, name: str) -> Tensor:
-        """Attend by flash attention over chunks of different lengths: `[patches, 3, heads, head_dim]`."""
-        query = qkv[:, 0]
-        key, value = qkv.index_select(0, layout.visible)[:, 1:].unbind(1)
-        q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in (query, key, value))
-        q_bounds, k_bounds = layout.bounds
-        out, _ = ALL_ATTENTION_FUNCTIONS[name](
-            self,
-            q,
-            k,
-            v,
-            None,
-            scaling=self.scaling,
-            dropout=0.0,
-            cu_seq_lens_q=q_bounds,
-            cu_seq_lens_k=k_bounds,
-            max_length_q=max(layout.chunks),
-            max_length_k=max(layout.keys),
-        )
-        return out
+            mask = None if layout.is_even else layout.mask
+            out = padded_attention(qkv, layout.gather, layout.scatter, mask, self.scaling)
+        return self.proj(out.flatten(1))
 
 
 class Mlp(nn.Module):

@@ -5,7 +5,6 @@ code from a checkpoint is ever run.
 """
 
 import copy
-import inspect
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -24,11 +23,13 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mdl_toolkit.model.configuration import MiDashengLMConfig
-from mdl_toolkit.model.constants import IGNORE_INDEX, MOST_LOGITS
+from mdl_toolkit.model.constants import IGNORE_INDEX
 from mdl_toolkit.model.encoder import AudioProjector, LayerScale, MiDashengEncoder
-from mdl_toolkit.model.kernels.cross_entropy import head_loss, summed_cross_entropy
-from mdl_toolkit.model.packed_decoder import PACKED_LAYERS, can_pack, has_dropout, packed_states
+from mdl_toolkit.model.kernels.cross_entropy import head_loss, slice_size
+from mdl_toolkit.model.packed_decoder import PACKED_LAYERS, has_dropout, packed_states
 
+# Inputs of the decoder that the loss does not heed; transformers 5.24 gave the cache a new name.
+UNHEEDED = ("position_ids", "past_key_values", "cache")
 # Tensors that a message names of each kind.
 MOST_LISTED = 20
 
@@ -48,8 +49,13 @@ class MiDashengLMOutput(CausalLMOutputWithPast):
     """
 
 
-class MiDashengLMPreTrainedModel(PreTrainedModel):
-    """Tell transformers what the model supports, and initialise its weights."""
+class MiDashengLMModel(PreTrainedModel, GenerationMixin):
+    """Answer prompts that hold audio.
+
+    The interface is the published one: `input_ids` and `attention_mask` `[batch, tokens]`, padded on the
+    left, with one `<|AUDIO|>` placeholder per audio token; `input_values` `[clips, longest]`, zero-padded on
+    the right; `audio_length` `[clips]` in samples; clips in the order of their placeholders.
+    """
 
     config_class = MiDashengLMConfig
     base_model_prefix = ""
@@ -69,6 +75,20 @@ class MiDashengLMPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_attention_backend = True
 
+    _tied_weights_keys = {"decoder.lm_head.weight": "decoder.model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: MiDashengLMConfig) -> None:
+        super().__init__(config)
+        audio, text = config.parts
+        self.audio_encoder = MiDashengEncoder(audio)
+        self.audio_projector = AudioProjector(audio.embed_dim, text.hidden_size, config.subsample_factor)
+        self.decoder = (Qwen3ForCausalLM if text.model_type == "qwen3" else Qwen2ForCausalLM)(text)
+        for layer in self.decoder.model.layers:
+            layer.__class__ = PACKED_LAYERS[type(layer)]
+        # The whole model's settings are the only ones.
+        self.decoder.generation_config = GenerationConfig()
+        self.post_init()
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise the weights that a module holds itself; transformers calls this for each."""
@@ -78,31 +98,6 @@ class MiDashengLMPreTrainedModel(PreTrainedModel):
             nn.init.trunc_normal_(module.freq_pos_embed, std=0.02)
         elif isinstance(module, LayerScale):
             nn.init.constant_(module.gamma, self.config.audio_encoder_config.init_values)
-
-
-class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
-    """Answer prompts that hold audio.
-
-    The interface is the published one: `input_ids` and `attention_mask` `[batch, tokens]`, padded on the
-    left, with one `<|AUDIO|>` placeholder per audio token; `input_values` `[clips, longest]`, zero-padded on
-    the right; `audio_length` `[clips]` in samples; clips in the order of their placeholders.
-    """
-
-    _tied_weights_keys = {"decoder.lm_head.weight": "decoder.model.embed_tokens.weight"}  # noqa: RUF012
-
-    def __init__(self, config: MiDashengLMConfig) -> None:
-        super().__init__(config)
-        audio, text = config.parts
-        # transformers settles this for the parts that are models of their own; the encoder is a plain module.
-        audio._attn_implementation = audio._attn_implementation or config._attn_implementation
-        self.audio_encoder = MiDashengEncoder(audio)
-        self.audio_projector = AudioProjector(audio.embed_dim, text.hidden_size, config.subsample_factor)
-        self.decoder = (Qwen3ForCausalLM if text.model_type == "qwen3" else Qwen2ForCausalLM)(text)
-        for layer in self.decoder.model.layers:
-            layer.__class__ = PACKED_LAYERS[type(layer)]
-        # The whole model's settings are the only ones.
-        self.decoder.generation_config = GenerationConfig()
-        self.post_init()
 
     @classmethod
     def from_pretrained(
@@ -228,10 +223,7 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
         input_values: Tensor | None = None,
         audio_length: Tensor | None = None,
         labels: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
         return_logits: bool = False,
@@ -246,55 +238,28 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
             input_values: `[clips, longest]` samples at 16 kHz.
             audio_length: `[clips]` in samples; all have the longest if not given.
             labels: `[batch, tokens]`, -100 where a token is not supervised; shifted here.
-            position_ids: plain counting if not given.
-            past_key_values: as in transformers.
             inputs_embeds: fused embeddings in place of ids and audio.
-            use_cache: as in transformers; not with labels.
             logits_to_keep: only the last so many tokens' logits (0: all).
             num_items_in_batch: divides the summed loss, if not the number of its supervised tokens.
             return_logits: give the whole logits although labels are given.
             audio_features: `[audio tokens, hidden_size]`, as of `audio_features`, in place of clips.
-            kwargs: passed on to the decoder.
+            kwargs: passed on to the decoder; positions and a cache do not go with labels.
         """
         ids = input_ids if inputs_embeds is None else None
         if inputs_embeds is None:
             inputs_embeds = self.fuse(input_ids, input_values, audio_length, audio_features)
-        more = {**kwargs, "position_ids": position_ids, "cache": past_key_values, "return_dict": None}
-        asks_more = return_logits or any(value is not None for value in more.values())
-        if labels is not None and not asks_more and can_pack(self.decoder.config):
-            return MiDashengLMOutput(
-                loss=self._packed_loss(inputs_embeds, ids, attention_mask, labels, num_items_in_batch)
-            )
-        cache = {} if past_key_values is None else {self._cache_name: past_key_values}
-        outputs = self.decoder.model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=False if labels is not None else use_cache,
-            **{**kwargs, **cache, "return_dict": True},
-        )
-        hidden, loss, logits = outputs.last_hidden_state, None, None
+        loss = None
         if labels is not None:
-            # The supervised tokens alone meet the output head.
-            targets = labels[:, 1:].to(hidden.device)
-            supervised = targets != IGNORE_INDEX
-            loss = self._mean_loss(hidden[:, :-1][supervised], targets[supervised], num_items_in_batch)
-        if labels is None or return_logits:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.decoder.lm_head(hidden[:, kept])
-        return MiDashengLMOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            **{self._cache_name: getattr(outputs, self._cache_name)},
-        )
-
-    @property
-    def _cache_name(self) -> str:
-        """Return the decoder's name for its cache: transformers 5.24 gave it a new one."""
-        parameters = inspect.signature(type(self.decoder.model).forward).parameters
-        return "cache" if "cache" in parameters else "past_key_values"
+            if unheeded := {*UNHEEDED} & {name for name, value in kwargs.items() if value is not None}:
+                raise ValueError(f"labels do not go with {min(unheeded)}")
+            loss = self._packed_loss(inputs_embeds, ids, attention_mask, labels, num_items_in_batch)
+            if not return_logits:
+                return MiDashengLMOutput(loss=loss)
+        inputs = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "return_dict": True}
+        outputs = dict(self.decoder.model(**{**kwargs, **inputs}))
+        states = outputs.pop("last_hidden_state")
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return MiDashengLMOutput(loss=loss, logits=self.decoder.lm_head(states[:, kept]), **outputs)
 
     def _packed_loss(
         self,
@@ -332,13 +297,11 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
         once: the backward pass makes each slice again.
         """
         head: Any = self.decoder.lm_head
-        size = max(1, MOST_LOGITS // self.config.text_config.vocab_size)
         is_linear = type(head) is nn.Linear
         if is_linear and head.bias is None and not head.weight.requires_grad:
             total = head_loss(states, head.weight, targets)
-        elif len(targets) <= size:
-            total = self._summed_loss(states, targets)
         else:
+            size = slice_size(len(targets), self.config.text_config.vocab_size)
             slices = zip(states.split(size), targets.split(size), strict=True)
             parts = [checkpoint(self._summed_loss, s, t, use_reentrant=False) for s, t in slices]
             total = torch.stack(parts).sum()
@@ -346,7 +309,7 @@ class MiDashengLMModel(MiDashengLMPreTrainedModel, GenerationMixin):
 
     def _summed_loss(self, states: Tensor, targets: Tensor) -> Tensor:
         """Sum the cross entropy of states `[tokens, hidden_size]` under a head of any kind."""
-        return summed_cross_entropy(self.decoder.lm_head(states), targets)
+        return functional.cross_entropy(self.decoder.lm_head(states).float(), targets, reduction="sum")
 
     @torch.no_grad()
     def generate(

@@ -8,16 +8,17 @@ The layers are transformers' own, with their weights; plain operations that pass
 are functions with a gradient of their own here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.activations import SiLUActivation
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, rotate_half
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 
@@ -125,7 +126,12 @@ class PackedLayer(nn.Module):
     mlp: Any
 
     def forward(
-        self, hidden_states: Tensor, *args: Any, packed: PackedTokens | None = None, **kwargs: Any
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        packed: PackedTokens | None = None,
+        keep: Callable[[Tensor, Tensor], None] | None = None,
+        **kwargs: Any,
     ) -> Tensor:
         """Compute the layer, as transformers' layer does unless `packed` says where tokens are.
 
@@ -134,6 +140,7 @@ class PackedLayer(nn.Module):
             args: if packed, the cosines and sines of the rotary embedding, each `[tokens, 1, head_dim]`, and
                 the indices of the tokens to go on with, None for all.
             packed: where the tokens are.
+            keep: is given the padded keys and values.
             kwargs: for transformers' layer.
 
         Returns:
@@ -143,37 +150,39 @@ class PackedLayer(nn.Module):
             plain: Tensor = super().forward(hidden_states, *args, **kwargs)
             return plain
         x, (cos, sin, selected) = hidden_states, args
-        attended = self._attend(rms_norm(self.input_layernorm, x), packed, cos, sin, selected)
-        if selected is not None:
-            x = x.index_select(0, selected)
+        attended = self._attend(x, packed, cos, sin, selected, keep)
+        return self.finish(x if selected is None else x.index_select(0, selected), attended)
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Compute the layer from attention's output `[tokens, heads * head_dim]` on."""
         x = x + self.self_attn.o_proj(attended)
-        gate, up = linear_group(
-            rms_norm(self.post_attention_layernorm, x), self.mlp.gate_proj, self.mlp.up_proj
-        )
+        normed = rms_norm(self.post_attention_layernorm, x)
+        gate, up = linear_group(normed, self.mlp.gate_proj, self.mlp.up_proj)
         return x + self.mlp.down_proj(gated_linear_unit(self.mlp.act_fn, gate, up))
 
     # Not in line: what is made here is to be freed before the MLP.
     def _attend(
-        self, x: Tensor, packed: PackedTokens, cos: Tensor, sin: Tensor, selected: Tensor | None
+        self, x: Tensor, packed: PackedTokens, cos: Tensor, sin: Tensor, selected: Tensor | None, keep: Any
     ) -> Tensor:
         """Attend within sequences: `[tokens, hidden_size]` to `[tokens or selected, heads * head_dim]`."""
         attention = self.self_attn
-        q, k, v = self._queries_keys_values(x, cos, sin, selected)
+        q, k, v = self.queries_keys_values(x, cos, sin, selected)
         whole = TokenLayout(packed.gather, packed.scatter, None)
         queries = whole if selected is None else packed.select(selected)
         dropout = attention.attention_dropout if self.training else 0.0
-        attend = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
-        padded = queries.pad(q), packed.pad(k), packed.pad(v)
-        heads_first = (part.transpose(1, 2) for part in padded)
-        out, _ = attend(
+        heads_first = [part.transpose(1, 2) for part in (queries.pad(q), packed.pad(k), packed.pad(v))]
+        if keep is not None:
+            keep(*heads_first[1:])
+        out, _ = sdpa_attention_forward(
             attention, *heads_first, None, dropout=dropout, scaling=attention.scaling, is_causal=True
         )
         return queries.unpad(out.flatten(2))
 
-    def _queries_keys_values(
-        self, x: Tensor, cos: Tensor, sin: Tensor, selected: Tensor | None
+    def queries_keys_values(
+        self, x: Tensor, cos: Tensor, sin: Tensor, selected: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries of the selected tokens, keys and values of all: `[tokens, heads, head_dim]`."""
+        x = rms_norm(self.input_layernorm, x)
         attention, angles = self.self_attn, (cos, sin)
         q_proj, k_proj, v_proj = attention.q_proj, attention.k_proj, attention.v_proj
         if selected is None:
@@ -198,11 +207,6 @@ class PackedQwen3Layer(PackedLayer, Qwen3DecoderLayer):
 PACKED_LAYERS = {Qwen2DecoderLayer: PackedQwen2Layer, Qwen3DecoderLayer: PackedQwen3Layer}
 
 
-def can_pack(config: Any) -> bool:
-    """Tell whether a decoder of this configuration attends to all that came before, by torch."""
-    return config._attn_implementation == "sdpa" and set(config.layer_types) == {"full_attention"}
-
-
 def has_dropout(model: Any) -> bool:
     """Tell whether a decoder drops activations at random, so that no prefix can be shared."""
     if not model.training:
@@ -212,7 +216,12 @@ def has_dropout(model: Any) -> bool:
 
 
 def packed_states(
-    model: Any, embeddings: Tensor, needed: Tensor, wanted: Tensor, prefix_ids: Tensor | None = None
+    model: Any,
+    embeddings: Tensor,
+    needed: Tensor,
+    wanted: Tensor,
+    prefix_ids: Tensor | None = None,
+    keep: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """Compute the decoder's last states at the wanted tokens alone, `[wanted, hidden_size]`.
 
@@ -223,6 +232,8 @@ def packed_states(
         wanted: `[sequences, length]`, true where states are wanted; needed ones.
         prefix_ids: `[sequences, length]` ids of the embeddings, negative and unique where they come from
             audio or states are wanted; None to share no prefix.
+        keep: is given the number of each layer and its keys and values, each
+            `[sequences, key heads, longest, head_dim]`.
     """
     packed = PackedTokens.of(needed, prefix_ids)
     columns = torch.arange(embeddings.shape[1], device=embeddings.device)
@@ -232,13 +243,15 @@ def packed_states(
     )
     x = embeddings.flatten(0, 1).index_select(0, packed.source)
     selected = wanted.flatten().index_select(0, packed.source).nonzero().squeeze(1)
-    *others, last = model.layers
+    *others, last = [
+        partial(layer, packed=packed, keep=keep and partial(keep, n)) for n, layer in enumerate(model.layers)
+    ]
     for layer in others:
-        x = layer(x, cos, sin, None, packed=packed)
+        x = layer(x, cos, sin, None)
     # Without a selected token attention would have no query.
     if not len(selected):
-        return rms_norm(model.norm, last(x, cos, sin, None, packed=packed)).index_select(0, selected)
-    return rms_norm(model.norm, last(x, cos, sin, selected, packed=packed))
+        return rms_norm(model.norm, last(x, cos, sin, None)).index_select(0, selected)
+    return rms_norm(model.norm, last(x, cos, sin, selected))
 
 
 # --- parts of a layer ----------------------------------------------------------------------------------
@@ -268,7 +281,7 @@ def gated_linear_unit(activation: nn.Module, gate: Tensor, up: Tensor) -> Tensor
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate `[tokens, heads, head_dim]` by the angles of a rotary embedding, `[tokens, 1, head_dim]`."""
-    return _RotaryEmbedding.apply(x, cos, sin)
+    return x * cos + rotate_half(x) * sin
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -306,29 +319,6 @@ class _SwiGLU(torch.autograd.Function):
         to_up = functional.silu(gate).mul_(gradient)
         to_gate = gradient * up
         return torch.ops.aten.silu_backward.grad_input(to_gate, gate, grad_input=to_gate), to_up
-
-
-class _RotaryEmbedding(torch.autograd.Function):
-    """Compute x cos + (-second half of x, first half of x) sin; both halves of cos and of sin are alike."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin, 1)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotate(gradient, cos, sin, -1), None, None
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    """Rotate `[tokens, heads, head_dim]` by angles `[tokens, 1, head_dim]`, or back with sign -1."""
-    half = x.shape[-1] // 2
-    rotated = x * cos
-    rotated[..., :half].addcmul_(x[..., half:], sin[..., half:], value=-sign)
-    rotated[..., half:].addcmul_(x[..., :half], sin[..., :half], value=sign)
-    return rotated
 
 
 class _Pad(torch.autograd.Function):

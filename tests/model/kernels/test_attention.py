@@ -1,10 +1,11 @@
-"""Attention chunk by chunk, against one attention with a mask over everything."""
+"""Attention chunk by chunk and padded, against one attention with a mask over everything."""
 
 import pytest
 import torch
 from torch.nn import functional
 
-from mdl_toolkit.model.kernels.attention import chunked_attention
+from mdl_toolkit.model.encoder import PatchLayout
+from mdl_toolkit.model.kernels.attention import chunked_attention, padded_attention
 
 
 def masked_attention(qkv, chunks, keys, scaling):
@@ -25,10 +26,15 @@ def test_as_with_a_mask(chunks, keys):
     torch.manual_seed(0)
     leaf = torch.randn(sum(chunks), 3, 2, 8, requires_grad=True)
     given = torch.randn(sum(chunks), 2, 8)
-    found, expected = (attend(leaf, chunks, keys, 0.3) for attend in (chunked_attention, masked_attention))
-    torch.testing.assert_close(found, expected)
-    gradients = [torch.autograd.grad(out, leaf, given)[0] for out in (found, expected)]
-    torch.testing.assert_close(*gradients)
+    expected = masked_attention(leaf, chunks, keys, 0.3)
+    gradient = torch.autograd.grad(expected, leaf, given)[0]
+    layout = PatchLayout((), tuple(chunks), tuple(keys), leaf.device)
+    for found in (
+        chunked_attention(leaf, chunks, keys, 0.3),
+        padded_attention(leaf, layout.gather, layout.scatter, layout.mask, 0.3),
+    ):
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(torch.autograd.grad(found, leaf, given)[0], gradient)
 
 
 def test_what_cannot_be_seen_changes_nothing():

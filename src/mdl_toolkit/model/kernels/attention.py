@@ -1,4 +1,4 @@
-"""Attend within chunks of different lengths on a CPU, without padding them to the longest."""
+"""Attend within chunks of different lengths: one by one on a CPU, padded to the longest elsewhere."""
 
 from collections.abc import Sequence
 
@@ -28,3 +28,24 @@ def chunked_attention(qkv: Tensor, chunks: Sequence[int], keys: Sequence[int], s
         out = functional.scaled_dot_product_attention(q, *seen, scale=scaling)
         outputs.append(out[0].transpose(0, 1))
     return torch.cat(outputs)
+
+
+def padded_attention(
+    qkv: Tensor, gather: Tensor, scatter: Tensor, mask: Tensor | None, scaling: float
+) -> Tensor:
+    """Attend as `chunked_attention` does, in one call over chunks that are padded to the longest.
+
+    Args:
+        qkv: queries, keys and values, `[patches, 3, heads, head_dim]`, chunk after chunk.
+        gather: index of each chunk's patches, `[chunks, longest]`.
+        scatter: index of each patch in a flattened `gather`, `[patches]`.
+        mask: true where a key can be seen, `[chunks, 1, 1, longest]`; None if all can.
+        scaling: multiplies the scores.
+
+    Returns:
+        `[patches, heads, head_dim]`.
+    """
+    padded = qkv.index_select(0, gather.flatten()).unflatten(0, tuple(gather.shape))
+    q, k, v = padded.permute(2, 0, 3, 1, 4)
+    out = functional.scaled_dot_product_attention(q, k, v, mask, scale=scaling)
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, scatter)

@@ -71,38 +71,6 @@ def _slice_loss(states: Tensor, head: Tensor, targets: Tensor, needs_gradient: b
     return loss, to_logits.to(head.dtype) @ head
 
 
-def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum the cross entropy over tokens, for a head of any kind.
-
-    Args:
-        logits: `[tokens, vocabulary]`; the loss is computed in float32, which overwrites float32 logits.
-        targets: `[tokens]` ids.
-
-    Returns:
-        A float32 scalar.
-    """
-    loss: Tensor = _SummedCrossEntropy.apply(logits.float(), targets)
-    return loss
-
-
-class _SummedCrossEntropy(torch.autograd.Function):
-    """Keep e^z in the place of the logits for the backward pass, which turns it into the gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        targets = targets.unsqueeze(-1)
-        loss, powers, total = _losses(logits, targets)
-        ctx.save_for_backward(powers, total, targets)
-        return loss.sum()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        # The saved powers become the gradient: good for one pass.
-        powers, total, targets = ctx.saved_tensors
-        powers.mul_(gradient / total)
-        return powers.scatter_add_(-1, targets, -gradient.expand(targets.shape)), None
-
-
 def _losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return losses `[tokens, 1]`, e^(z - highest z) in place of the logits, and the sums of these."""
     logits -= logits.amax(-1, keepdim=True)

@@ -216,17 +216,13 @@ class ActivationEstimate:
     @property
     def loss(self) -> int:
         """Return bytes of the loss: supervised states, their gradients, float32 logits, a head's gradient."""
-        from mdl_toolkit.model.constants import MOST_LOGITS
         from mdl_toolkit.model.kernels.cross_entropy import slice_size
 
         text, head = self.config.parts[1], self.gradients.get("lm_head", 0)
         supervised, casts = int(self.supervised.sum()), self.number < FLOAT
-        if head:
-            tokens = min(supervised, max(1, MOST_LOGITS // text.vocab_size))
-        else:
-            tokens = slice_size(supervised, text.vocab_size)
+        tokens = slice_size(supervised, text.vocab_size)
         logits = tokens * text.vocab_size
-        numbers = logits * (FLOAT + self.number * casts)
+        numbers = logits * (FLOAT * (2 if head else 1) + self.number * casts)
         copy = head // 2 * casts
         states = self.number * supervised * text.hidden_size * (1 if head else 2)
         return int(states + max(numbers, self.number * logits + head) + copy)
