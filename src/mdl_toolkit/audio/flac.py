@@ -1,4 +1,8 @@
-"""Store waveforms in 16 bits: as FLAC, or as plain samples where FLAC would not be smaller."""
+"""Store recordings as FLAC, so exactly that their log-mel is that of the recording itself.
+
+Up to 16 kHz the source's own samples are stored, at their own rate, and resampled when they are read; above
+that, the resampled ones. Integers of up to 24 bits are exact, anything else keeps 28 bits.
+"""
 
 import io
 from dataclasses import dataclass
@@ -7,21 +11,25 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
-from mdl_toolkit.audio.loading import SAMPLE_RATE
+from mdl_toolkit.audio.mixdown import to_model_rate
+from mdl_toolkit.model.constants import SAMPLE_RATE
 
-# Smallest exponent of a scale: 32768 / scale must be a float32.
-QUIETEST = -100
+# A step is two to the power of -26, or of a clip's peak if that is two or more.
+STEP_BITS = 26
+# Bits below the 24 that FLAC takes.
+FINE_BITS = 4
 
 
 @dataclass(frozen=True)
 class PackedAudio:
-    """Hold a waveform as it is stored: 16-bit FLAC, or 16-bit samples where FLAC would not be smaller.
+    """Hold a recording as it is stored.
 
     Attributes:
         data: the bytes.
-        format: `flac` or `pcm16`.
-        scale: power of two that the samples are multiplied with when read.
-        length: samples.
+        format: `flac`, mono of 16 or 24 bits at the rate in its header; `flac28`, the same, and after it four
+            bits more of each sample, two samples to a byte; or, in datasets of earlier versions, `pcm16`.
+        scale: power of two that the samples, between -1 and 1, are multiplied with when read.
+        length: samples when read, at 16 kHz.
     """
 
     data: bytes
@@ -30,42 +38,61 @@ class PackedAudio:
     length: int
 
 
-def pack_audio(waveform: NDArray[np.float32]) -> PackedAudio:
-    """Store a waveform, `[samples]` float32, in 16 bits.
+def pack_audio(
+    samples: NDArray[np.float32], rate: int = SAMPLE_RATE, length: int | None = None
+) -> PackedAudio:
+    """Store a recording in 16, 24 or 28 bits, the fewest that hold all steps which its samples use.
 
-    The scale keeps loud clips (above full scale) from clipping and gives quiet ones at least 12 bits, so
-    that rounding noise stays 77 dB below a clip's peak; 16-bit recordings at 16 kHz are kept exactly.
+    Args:
+        samples: float32 `[samples]`.
+        rate: of these; up to 16 kHz.
+        length: samples when it is read; None for as many as are given.
     """
-    lowest, highest = float(waveform.min(initial=0.0)), float(waveform.max(initial=0.0))
-    # The peak is below two to the power of this, and not below half of that.
-    exponent = int(np.frexp(max(-lowest, highest))[1])
-    scale = 2.0 ** max(min(exponent + 3, 0), QUIETEST)
-    while np.rint(highest * 32768.0 / scale) > 32767 or np.rint(lowest * 32768.0 / scale) < -32768:
-        scale *= 2.0
-    samples = np.rint(waveform * np.float32(32768.0 / scale)).astype("<i2")
-    raw = samples.tobytes()
+    exponent = int(np.frexp(np.abs(samples).max(initial=0.0))[1])
+    step = 2.0 ** (max(exponent - 1, 0) - STEP_BITS)
+    steps = np.rint(samples * np.float32(1 / step)).astype(np.int32)
+    used = int(np.bitwise_or.reduce(steps))
+    # The lowest bit that any sample uses.
+    lowest = (used & -used) or 1
+    steps, step = steps // lowest, step * lowest
+    bits = 1 + max(int(steps.max(initial=0)).bit_length(), int(~steps.min(initial=0)).bit_length())
+    length = len(samples) if length is None else length
+    if bits <= 16:
+        return PackedAudio(_flac(steps.astype(np.int16), rate, "PCM_16"), "flac", step * 2.0**15, length)
+    if bits <= 24:
+        return PackedAudio(_flac(steps << 8, rate, "PCM_24"), "flac", step * 2.0**23, length)
+    coarse, fine = steps >> FINE_BITS << 8, np.append(steps & 15, [0] * (len(steps) % 2)).astype(np.uint8)
+    data = _flac(coarse, rate, "PCM_24") + (fine[::2] << 4 | fine[1::2]).tobytes()
+    return PackedAudio(data, "flac28", step * 2.0 ** (23 + FINE_BITS), length)
+
+
+def _flac(samples: NDArray[np.integer], rate: int, subtype: str) -> bytes:
     buffer = io.BytesIO()
-    soundfile.write(buffer, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
-    flac = buffer.getvalue()
-    smaller = len(flac) < len(raw)
-    return PackedAudio(flac if smaller else raw, "flac" if smaller else "pcm16", scale, len(samples))
+    soundfile.write(buffer, samples, rate, format="FLAC", subtype=subtype)
+    return buffer.getvalue()
 
 
 def unpack_audio(packed: PackedAudio) -> NDArray[np.float32]:
-    """Return the waveform given to `pack_audio`, `[samples]` float32.
+    """Return the waveform at 16 kHz, `[length]` float32.
 
     Raises:
         ValueError: the bytes are damaged.
     """
-    if packed.format == "flac":
+    rate = SAMPLE_RATE
+    if packed.format == "pcm16":
+        samples = np.frombuffer(packed.data, dtype="<i2").astype(np.int32) << 16
+    else:
         try:
-            samples, _ = soundfile.read(io.BytesIO(packed.data), dtype="int16")
+            samples, rate = soundfile.read(io.BytesIO(packed.data), dtype="int32")
         except soundfile.SoundFileError as problem:
             raise ValueError(str(problem)) from problem
-    else:
-        samples = np.frombuffer(packed.data, dtype="<i2")
-    if len(samples) != packed.length:
-        raise ValueError(f"{len(samples)} of {packed.length} samples")
-    waveform: NDArray[np.float32] = samples.astype(np.float32)
-    waveform *= np.float32(packed.scale / 32768.0)
+    if packed.format == "flac28":
+        # Below the 24 bits, which stand in the upper ones of 32.
+        pairs = np.frombuffer(packed.data, np.uint8)[-((len(samples) + 1) // 2) :]
+        samples |= np.stack((pairs & 0xF0, pairs << 4), 1).ravel()[: len(samples)]
+    waveform = samples.astype(np.float32)
+    waveform *= np.float32(packed.scale / 2.0**31)
+    waveform = to_model_rate(waveform, rate)
+    if len(waveform) != packed.length:
+        raise ValueError(f"{len(waveform)} of {packed.length} samples")
     return waveform

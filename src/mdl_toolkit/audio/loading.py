@@ -28,6 +28,8 @@ class Clip:
         format: name of the source's format.
         samples: float32 `[n]`, mono, at 16 kHz; n is the source's length * 16000 / rate, rounded, but at
             least 3,200.
+        stored: float32 `[m]`, the mono mix that a dataset stores: at the source's rate if that is below
+            16 kHz, else at 16 kHz.
         source_seconds: length of the source.
         source_rate: Hz.
         channels: of the source; all were averaged.
@@ -40,6 +42,7 @@ class Clip:
 
     format: str
     samples: Floats
+    stored: Floats
     source_seconds: float
     source_rate: int
     channels: int
@@ -48,6 +51,11 @@ class Clip:
     clipped: bool
     full_scale: float
     truncated: Localized | None
+
+    @property
+    def stored_rate(self) -> int:
+        """Return the rate of what a dataset stores, in Hz."""
+        return min(self.source_rate, SAMPLE_RATE)
 
 
 def load(path: str | Path, *, allow_truncated: bool = False) -> Clip:
@@ -89,14 +97,15 @@ def load(path: str | Path, *, allow_truncated: bool = False) -> Clip:
     _check_complete(missing, allow_truncated)
     if not mixdown.length:
         raise AudioError("{name}: there are no samples in it; get it again", name=decoded.format)
-    samples, padded = mixdown.finish(MIN_SAMPLES)
+    stored, samples = mixdown.finish()
     return Clip(
         format=decoded.format,
         samples=samples,
+        stored=stored,
         source_seconds=mixdown.length / mixdown.rate,
         source_rate=mixdown.rate,
         channels=mixdown.channels,
-        padded=padded,
+        padded=mixdown.length * SAMPLE_RATE < (MIN_SAMPLES - 0.5) * mixdown.rate,
         silent=mixdown.peak < SILENCE,
         clipped=mixdown.clipped,
         full_scale=mixdown.loud / mixdown.length,

@@ -1,6 +1,6 @@
 """Mix decoded sound down to mono and resample it to the model's rate, block by block.
 
-Memory is that of the result: neither all channels nor the source's rate are held for more than a block.
+Memory is that of the result: neither all channels nor a rate above the model's are held for more than a block.
 """
 
 from typing import Any
@@ -11,6 +11,7 @@ import soxr
 from mdl_toolkit.errors import AudioError
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.model.constants import SAMPLE_RATE
+from mdl_toolkit.model.lengths import MIN_SAMPLES
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -19,12 +20,14 @@ CONVERT = Localized("convert it first, for example with: ffmpeg -i FILE new.flac
 FULL_SCALE = 32767 / 32768
 # Samples in a row at full scale; a healthy peak touches it once or twice.
 CLIPPED = 3
+# soxr's: aliases below -100 dB. FFmpeg's own resampler leaves -62 dB at 9 kHz.
+QUALITY = "HQ"
 # Hz; a rate beyond these is a damaged header, not a recording.
 RATES = range(1_000, 1_000_001)
 
 
 class Mixdown:
-    """Take blocks of decoded sound, and hold their average over all channels at 16 kHz.
+    """Take blocks of decoded sound, and hold their average over all channels, at 16 kHz or a lower rate.
 
     Attributes:
         rate: Hz, of the source; 0 before the first block.
@@ -85,18 +88,25 @@ class Mixdown:
         self.clipped |= bool(np.logical_and.reduce(runs).any())
 
     def _resample(self, mono: Floats, last: bool = False) -> None:
-        if self.rate != SAMPLE_RATE:
-            # soxr's HQ: aliases below -100 dB. FFmpeg's own resampler leaves -62 dB at 9 kHz.
-            self._resampler = self._resampler or soxr.ResampleStream(self.rate, SAMPLE_RATE, 1, quality="HQ")
+        if self.rate > SAMPLE_RATE:
+            self._resampler = self._resampler or soxr.ResampleStream(
+                self.rate, SAMPLE_RATE, 1, quality=QUALITY
+            )
             mono = self._resampler.resample_chunk(mono, last=last)
         self._samples += mono.data
 
-    def finish(self, least: int) -> tuple[Floats, bool]:
-        """Return all samples at 16 kHz, padded with zeros to the least number, and whether they were."""
+    def finish(self) -> tuple[Floats, Floats]:
+        """Return all samples at 16 kHz or the source's lower rate, and all as the model takes them."""
         self._resample(np.zeros(0, np.float32), last=True)
-        missing = 4 * least - len(self._samples)
-        self._samples += bytes(max(0, missing))
-        return np.frombuffer(self._samples, np.float32), missing > 0
+        stored = np.frombuffer(self._samples, np.float32)
+        return stored, to_model_rate(stored, min(self.rate, SAMPLE_RATE))
+
+
+def to_model_rate(mono: Floats, rate: int) -> Floats:
+    """Resample to 16 kHz, and pad with zeros what is too short for one audio token."""
+    samples = mono if rate == SAMPLE_RATE else soxr.resample(mono, rate, SAMPLE_RATE, QUALITY)
+    padding = max(0, MIN_SAMPLES - len(samples))
+    return np.pad(samples, (0, padding)) if padding else samples
 
 
 def _average(channels: Floats) -> Floats:

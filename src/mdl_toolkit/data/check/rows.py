@@ -121,7 +121,7 @@ class Inspection:
             supervised = int(np.count_nonzero(tokens.labels != IGNORE_INDEX))
         if self.limit is not None and audio + text >= self.limit:
             return RowProblem(row.line, "audio", row.shown, too_long(audio + text, self.limit))
-        packed = pack_audio(clip.samples)
+        packed = pack_audio(clip.stored, clip.stored_rate, len(clip.samples))
         clip_digest = digest(packed.data, str(packed.scale), str(packed.length))
         digests = clip_digest, digest(*prompt_texts(row)), digest(row.prediction or "")
         counts = packed.length, text, supervised, len(packed.data)

@@ -83,7 +83,7 @@ class ShardConverter:
                 samples += len(clip.samples)
                 count = audio_token_count(len(clip.samples))
                 tokens = self.tokenizer.encode_row(row, count, with_answer=self.with_answer)
-                writer.append(tokens, pack_audio(clip.samples))
+                writer.append(tokens, pack_audio(clip.stored, clip.stored_rate, len(clip.samples)))
                 stats.add(row, clip, len(tokens.input_ids), count)
             yield ShardProgress(len(group), samples)
         stats.bytes = writer.close()
