@@ -271,10 +271,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "data cut between batches": (keep_one_batch, "32 rows, 40 recorded"),
     "other columns": (other_columns, "columns ['input_ids', 'labels']"),
     "more rows recorded": (change_json(RECORD_FILE, rows=41), "40 rows, 41 recorded"),
-    "another format": (change_json(RECORD_FILE, format=2), "format 2, this version reads 1"),
+    "another format": (change_json(RECORD_FILE, format=3), "format 3, this version reads 2"),
     "another format with news": (
-        change_json(RECORD_FILE, format=2, news="!"),
-        "format 2, this version reads 1",
+        change_json(RECORD_FILE, format=3, news="!"),
+        "format 3, this version reads 2",
     ),
     "an unknown key": (change_json(RECORD_FILE, news="!"), "news"),
     "a record without format": (put(RECORD_FILE, b"{}"), "format"),

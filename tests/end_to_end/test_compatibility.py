@@ -64,6 +64,15 @@ def test_a_dataset_has_the_same_rows():
     assert len(found) == 7
 
 
+def test_a_training_says_that_a_dataset_is_rounded_to_16_bits(place, capsys):
+    names = {"model_name": "model", "train_dataset": "dataset", "num_epochs": 0.1, "merge_lora": False}
+    train(TrainOptions(**names, output="new"))
+    said = [line for line in capsys.readouterr().err.splitlines() if "rounded recordings to 16 bits" in line]
+    assert len(said) == 1
+    assert said[0].startswith("warning: dataset: ")
+    assert "convert again" in said[0]
+
+
 def test_a_checkpoint_goes_on_to_the_same_weights(place, capsys):
     """With dropout and an evaluation that answers, so that random states and the best so far count too."""
     output = place / "run"

@@ -1,6 +1,6 @@
 """Mix decoded sound down to mono and resample it to the model's rate, block by block.
 
-Memory is that of the result: neither all channels nor a rate above the model's are held for more than a block.
+Memory is that of the result: neither all channels nor a rate above the model's are held longer than a block.
 """
 
 from typing import Any

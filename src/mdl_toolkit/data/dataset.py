@@ -1,6 +1,6 @@
 """The converted dataset on disk: its columns and record, and the samples read from it.
 
-Reading is a memory map and a view: no list of numbers is ever made. Audio is 16 kHz mono, 16 bits, as FLAC.
+Reading is a memory map and a view: no list of numbers is ever made. Audio is mono FLAC (`audio/flac.py`).
 """
 
 import bisect
@@ -22,7 +22,9 @@ from mdl_toolkit.weights.provenance import Prompts
 from mdl_toolkit.weights.tokenizer_files import TokenizerFiles
 
 RECORD_FILE = "mdl-toolkit.json"
-FORMAT = 1
+FORMAT = 2
+# Its audio is rounded to 16 bits.
+ROUNDED_FORMAT = 1
 
 FEATURES = {
     "input_ids": {"feature": {"dtype": "int32", "_type": "Value"}, "_type": "List"},
@@ -163,7 +165,7 @@ class ConvertedDataset:
             )
         try:
             values = json.loads((self.folder / RECORD_FILE).read_text(encoding="utf-8"))
-            if values["format"] != FORMAT:
+            if values["format"] not in (ROUNDED_FORMAT, FORMAT):
                 raise ValueError(f"format {values['format']}, this version reads {FORMAT}")
             self.record = Record(**{**values, "prompts": Prompts(**values.get("prompts", {}))})
             rows = self._starts[-1]

@@ -10,7 +10,7 @@ from mdl_toolkit.config.data import ConversionOptions
 from mdl_toolkit.config.options import spec_of, spelling
 from mdl_toolkit.config.train import EVALUATION, TrainOptions
 from mdl_toolkit.data.convert.run import convert_rows
-from mdl_toolkit.data.dataset import ConvertedDataset
+from mdl_toolkit.data.dataset import ROUNDED_FORMAT, ConvertedDataset
 from mdl_toolkit.data.manifest import read_manifest
 from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import DatasetError, ToolkitError
@@ -69,6 +69,13 @@ def _open_set(path: str, options: TrainOptions, files: TokenizerFiles, private: 
     if Path(path).is_dir():
         dataset = ConvertedDataset(Path(path))
         dataset.record.check_model(files, path)
+        if dataset.record.format == ROUNDED_FORMAT:
+            warn(
+                "{path}: converted by an earlier version, which rounded recordings to 16 bits at 16 kHz; "
+                "unless they all were so already, convert again, so that the model learns from what it will "
+                "hear",
+                path=path,
+            )
         return dataset
     if is_first_process():
         manifest = read_manifest(path, options, needs_prediction=True)
