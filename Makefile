@@ -15,7 +15,7 @@ STAMP := $(VENV)/.set-up
 DOCS_STAMP := $(VENV)/.set-up-docs
 BROWSER_STAMP := $(VENV)/.set-up-browser
 
-.PHONY: setup check test test-fast stress demo bench bench-convert bench-train bench-infer messages screenshots docs clean
+.PHONY: setup check test test-fast stress fuzz demo bench bench-convert bench-train bench-infer messages screenshots docs clean
 
 setup: $(STAMP)
 
@@ -52,6 +52,10 @@ stress: $(STAMP)
 	$(BIN)/python -m tests.stress.train --tries 60
 	$(BIN)/python -m tests.stress.infer --tries 60
 	$(BIN)/python -m tests.stress.merge --tries 60
+
+# Thousands of spoilt inputs, in under ten minutes; `python -m tests.fuzz --scale 5` for more.
+fuzz: $(STAMP)
+	$(BIN)/python -m tests.fuzz
 
 demo: $(STAMP)
 	$(BIN)/mdl-toolkit demo --output demo-output
