@@ -14,7 +14,9 @@ Anything else that reaches the user is a bug in this toolkit.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import packages_distributions
 from operator import attrgetter
+from traceback import walk_tb
 from typing import Any
 
 from mdl_toolkit.i18n import Localized, Verbatim, join_messages
@@ -54,6 +56,31 @@ class ToolkitError(Exception):
 
     def __str__(self) -> str:
         return str(self.message)
+
+
+def broken_package(problem: BaseException | None) -> str | None:
+    """Return the package that could not be imported, by its name in the package index.
+
+    An exception that left the body of a module came from importing it; the outermost one that is not ours is
+    named.
+
+    Returns:
+        None if the exception did not come from importing a package of others.
+    """
+    while problem is not None:
+        modules = [
+            frame.f_globals.get("__name__", "")
+            for frame, _ in walk_tb(problem.__traceback__)
+            if frame.f_code.co_name == "<module>"
+        ]
+        if isinstance(problem, ImportError):
+            modules.append(problem.name or "")
+        for name in (module.partition(".")[0] for module in modules):
+            if name and name not in (__package__, "__main__", "__mp_main__"):
+                names: list[str] = packages_distributions().get(name, [name])
+                return names[0]
+        problem = problem.__cause__ or problem.__context__
+    return None
 
 
 class UsageError(ToolkitError):

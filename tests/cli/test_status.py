@@ -4,6 +4,7 @@ import os
 import resource
 import subprocess
 import sys
+from importlib import import_module
 
 import click
 import pytest
@@ -13,7 +14,7 @@ from mdl_toolkit import __version__
 from mdl_toolkit.cli import main as cli
 from mdl_toolkit.config.data import ConvertOptions
 from mdl_toolkit.config.train import TrainOptions
-from mdl_toolkit.errors import InputError, RowProblem, RowsError
+from mdl_toolkit.errors import InputError, RowProblem, RowsError, broken_package
 from mdl_toolkit.i18n import Verbatim
 from tests.support.command_line import (
     LANGUAGES,
@@ -180,6 +181,46 @@ def test_anything_else_is_a_bug_and_said_to_be(door, language, line, monkeypatch
     done = door(*TRAIN)
     assert done.status == 1
     assert one_line(done) == line
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ("raise ImportError('libx.so: cannot open')", "ImportError: libx.so: cannot open"),
+        (
+            "import collections\ncollections.gone",
+            "AttributeError: module 'collections' has no attribute 'gone'",
+        ),
+        ("import a_package_that_is_not_there", "ModuleNotFoundError: No module named 'a_package_that_is_not"),
+        ("try:\n  1 / 0\nexcept Exception as p:\n  raise RuntimeError('lazy') from p", "RuntimeError: lazy"),
+    ],
+)
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_a_package_that_cannot_be_imported_is_no_bug(door, tmp_path, monkeypatch, content, what, is_wrapped):
+    (tmp_path / "broken_thing.py").write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        try:
+            import_module("broken_thing")
+        except Exception as problem:
+            if not is_wrapped:
+                raise
+            raise RuntimeError("no broken_thing") from problem
+    except Exception as problem:  # noqa: BLE001
+        door.trouble = problem
+    line = one_line(door(*TRAIN))
+    shown = "RuntimeError: no broken_thing" if is_wrapped else what
+    assert line.startswith(f"error: the package broken_thing cannot be imported: {shown}")
+    assert line.endswith(
+        "`pip install --force-reinstall --no-deps broken_thing` (--debug shows the traceback)"
+    )
+
+
+def test_a_name_that_we_do_not_have_is_a_bug_and_a_package_has_the_name_that_pip_knows(door):
+    with pytest.raises(ImportError) as ours:
+        from mdl_toolkit.errors import GoneError  # noqa: F401
+    assert broken_package(ours.value) is None
+    assert broken_package(ImportError("no", name="yaml._yaml")) == "PyYAML"
 
 
 def test_a_bug_under_debug_is_raised(door):

@@ -7,8 +7,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
 
+import matplotlib
 import pytest
 import soundfile
+from matplotlib import font_manager
+from matplotlib.ft2font import FT2Font
 
 from mdl_toolkit.cli.main import run
 from mdl_toolkit.config.evaluation import ReportOptions
@@ -16,7 +19,7 @@ from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.inference.run import infer
 from mdl_toolkit.reporting import report as report_room
 from mdl_toolkit.reporting.audio_links import audio_values
-from mdl_toolkit.reporting.plots import draw_confusion
+from mdl_toolkit.reporting.plots import draw_confusion, fonts_for
 from mdl_toolkit.reporting.report import report
 from mdl_toolkit.reporting.run_section import MOST_POINTS, run_values
 from mdl_toolkit.training.run import train
@@ -241,6 +244,36 @@ def test_the_page_has_intervals_and_p_of_a_comparison_also_by_group(tmp_path, ca
 def test_a_confusion_picture_of_labels_in_any_script(tmp_path):
     draw_confusion(["", "狗", "$x$"], [[1, 0, 0, 0], [0, 2, 1, 0], [0, 0, 3, 9]], tmp_path / "c.png")
     assert (tmp_path / "c.png").read_bytes().startswith(PNG)
+
+
+def test_a_picture_says_which_characters_no_font_has(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda *_, **__: [])
+    draw_confusion(["狗", "猫", "b"], [[1, 0, 0, 0], [0, 2, 1, 0], [0, 0, 3, 0]], tmp_path / "c.png")
+    assert (
+        "warning: no installed font has 狗 猫: the picture shows boxes; install one"
+        in capsys.readouterr().err
+    )
+
+
+def test_a_picture_finds_the_font_that_has_its_characters(tmp_path, monkeypatch, capsys):
+    """A capital only in STIX, of the fonts that come with matplotlib; the first file is no font at all."""
+    folder = Path(matplotlib.get_data_path()) / "fonts/ttf"
+    letters = {
+        font: {*FT2Font(str(folder / font)).get_charmap()} for font in ("DejaVuSans.ttf", "STIXGeneral.ttf")
+    }
+    only = chr(
+        min(code for code in letters["STIXGeneral.ttf"] - letters["DejaVuSans.ttf"] if chr(code).isalpha())
+    )
+    (tmp_path / "bad.ttf").write_bytes(b"no font")
+    there = [str(tmp_path / "bad.ttf"), str(folder / "STIXGeneral.ttf")]
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda *_, **__: there)
+    assert fonts_for(f"abc {only}") == ["DejaVu Sans", "STIXGeneral"]
+    assert fonts_for("abc é") == ["DejaVu Sans"]
+    # Neither markup nor the length of a label spoils the picture.
+    draw_confusion(["$\\x$", only * 1000], [[1, 0, 0], [0, 2, 0]], tmp_path / "c.png")
+    assert capsys.readouterr().err == ""
+    width, height = struct.unpack(">II", (tmp_path / "c.png").read_bytes()[16:24])
+    assert (width, height) == (2 * 50 + 288, 2 * 50 + 288)
 
 
 def test_evaluate_writes_the_page_too(place, capsys):

@@ -22,7 +22,7 @@ from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.config.options import Options
 from mdl_toolkit.config.train import MergeOptions, TrainOptions
 from mdl_toolkit.config.types import TRUE_WORDS
-from mdl_toolkit.errors import ToolkitError
+from mdl_toolkit.errors import ToolkitError, broken_package
 from mdl_toolkit.i18n import Localized
 
 PROGRAM = "mdl-toolkit"
@@ -137,12 +137,22 @@ def run(words: Sequence[str]) -> int:
         if session.debug:
             raise
         if not _reader_has_gone(problem):
-            what = " ".join(f"{type(problem).__name__}: {problem}".split())
-            _write_error(
-                Localized("error: a bug in mdl-toolkit: {what} (--debug shows the traceback)", what=what)
-            )
+            _write_error(_unforeseen(problem))
         return FAILED
     return 0
+
+
+def _unforeseen(problem: Exception) -> Localized:
+    """Tell a package that does not work from a bug of ours."""
+    what = " ".join(f"{type(problem).__name__}: {problem}".split())
+    if package := broken_package(problem):
+        return Localized(
+            "error: the package {package} cannot be imported: {what}; repair it, for example by `pip install "
+            "--force-reinstall --no-deps {package}` (--debug shows the traceback)",
+            package=package,
+            what=what,
+        )
+    return Localized("error: a bug in mdl-toolkit: {what} (--debug shows the traceback)", what=what)
 
 
 def _reader_has_gone(problem: Exception) -> bool:

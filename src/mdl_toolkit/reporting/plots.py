@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,12 @@ LIGHT, DARK, EVALUATION, RATE = "#b5cde3", "#1f4e79", "#d95f02", "#999999"
 STYLES = ("o-", "s--", "^:")
 # Inches of a cell of the confusion matrix, and of the labels around them.
 CELL, MARGIN = 0.42, 2.4
-# Fonts with Chinese characters; the first one that is installed is used.
-FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "Microsoft YaHei", "PingFang SC", "SimHei")
+# Characters that a message names.
+MOST_LETTERS = 10
+# Characters of a label in the confusion matrix.
+LONGEST_LABEL = 24
+# Of the font that matplotlib brings along; and a font that has a box for every character.
+FONT, BOXES = "DejaVu Sans", "LastResort"
 
 
 def plot(output: Path) -> None:
@@ -94,6 +99,36 @@ def _run_figure(lines: list[dict[str, Any]]) -> Any:
     return figure
 
 
+def fonts_for(text: str) -> list[str]:
+    """Find installed fonts that have the characters of a text, and warn of those that none has.
+
+    Returns:
+        Names of font families, the first to be tried first.
+    """
+    from matplotlib import font_manager
+    from matplotlib.ft2font import FT2Font
+
+    def lacking(path: str, letters: set[str]) -> set[str]:
+        font = FT2Font(path)
+        return {each for each in letters if each.isprintable() and not font.get_char_index(ord(each))}
+
+    families, missing = [FONT], lacking(font_manager.findfont(FONT), {*text})
+    for path in sorted(font_manager.findSystemFonts(), key=lambda path: ("Regular" not in path, path)):
+        # It may be damaged, or of a kind that matplotlib does not read.
+        with suppress(RuntimeError, OSError):
+            if missing and BOXES not in path and (left := lacking(path, missing)) < missing:
+                font_manager.fontManager.addfont(path)
+                families.append(FT2Font(path).family_name)
+                missing = left
+    if missing:
+        warn(
+            "no installed font has {letters}: the picture shows boxes; install one (for Chinese, Noto Sans "
+            "CJK) and draw it again",
+            letters=" ".join(sorted(missing)[:MOST_LETTERS]),
+        )
+    return families
+
+
 def draw_confusion(labels: Sequence[str], counts: Sequence[Sequence[int]], path: Path) -> Path:
     """Draw how often each label was answered with each, coloured by its share of the row.
 
@@ -105,19 +140,17 @@ def draw_confusion(labels: Sequence[str], counts: Sequence[Sequence[int]], path:
     Raises:
         OSError: it cannot be written.
     """
-    from matplotlib import font_manager
-
     has_other = any(row[-1] for row in counts)
     shown = [list(row) if has_other else list(row[:-1]) for row in counts]
-    names = [*(label or "(empty)" for label in labels), "(other)"][: len(labels) + has_other]
+    cut = (each if len(each) <= LONGEST_LABEL else f"{each[: LONGEST_LABEL - 1]}…" for each in labels)
+    names = [*(label or "(empty)" for label in cut), "(other)"][: len(labels) + has_other]
     shares = [[count / max(sum(row), 1) for count in row] for row in shown]
     figure = _empty_figure(MARGIN + CELL * len(names), MARGIN + CELL * len(labels))
     axes = figure.add_subplot()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    installed = set(font_manager.get_font_names())
-    font = {"fontfamily": ["DejaVu Sans", *[name for name in FONTS if name in installed][:1]]}
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", **font)
-    axes.set_yticks(range(len(labels)), names[: len(labels)], **font)
+    style = {"fontfamily": fonts_for("".join(names)), "parse_math": False}
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", **style)
+    axes.set_yticks(range(len(labels)), names[: len(labels)], **style)
     axes.set(xlabel="answer", ylabel="reference")
     for row, line in enumerate(shown):
         for column, count in enumerate(line):
