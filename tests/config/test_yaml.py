@@ -29,7 +29,7 @@ from tests.support.command_line import (
 
 TEXT = st.text(st.characters(exclude_characters="\0", codec="utf-8"), max_size=20)
 WORD = TEXT.filter(str)
-CADENCE = st.integers(0, 10**6) | st.floats(0, 1, exclude_min=True, exclude_max=True)
+CADENCE = st.integers(0, 10**6) | st.floats(0, 1, exclude_min=True, exclude_max=True) | st.just("epoch")
 POSITIVE = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
 VALUES: dict[types.ValueType, st.SearchStrategy[Any]] = {
     types.BOOLEAN: st.booleans(),

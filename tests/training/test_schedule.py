@@ -1,13 +1,18 @@
 """The steps of a run, and those after which something is due."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from mdl_toolkit.config.train import TrainOptions
+from mdl_toolkit.training.checkpoints import checkpoints
+from mdl_toolkit.training.run import train
 from mdl_toolkit.training.sampler import BatchSampler
-from mdl_toolkit.training.schedule import Schedule, due_steps
+from mdl_toolkit.training.schedule import Schedule, due_steps, warn_of_every_step
+from tests.support.paths import MODEL
+from tests.support.runs import evaluations, make_csv, train_options
 
 
 @pytest.mark.parametrize(
@@ -46,7 +51,67 @@ def test_a_tiny_fraction_of_an_epoch_is_every_step():
         (0.5, 5, 15, {2, 5, 8, 10, 12, 15}),
         (0.1, 4, 4, {1, 2, 3, 4}),  # more often than there are steps: every step
         (0.25, 100, 30, {25, 30}),
+        ("epoch", 3, 8, {3, 6, 8}),
+        ("epoch", 1, 3, {1, 2, 3}),
+        ("epoch", 5, 3, {3}),
+        # Not an epoch: by the contract a whole number is steps.
+        (1.0, 4, 4, {1, 2, 3, 4}),
     ],
 )
 def test_due_steps(cadence, per_epoch, total, due):
     assert due_steps(cadence, per_epoch, total) == due
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "accumulation", "processes", "epochs"),
+    [(11, 2, 2, 1, 3), (11, 2, 1, 2, 2.5), (7, 3, 4, 1, 2), (12, 4, 1, 1, 2), (5, 8, 1, 2, 1)],
+)
+def test_epoch_is_the_step_after_which_every_row_came_as_often(rows, batch, accumulation, processes, epochs):
+    """Counted row by row, with partial batches and windows at the end of an epoch."""
+    lengths = np.arange(1, rows + 1)
+    sampler = BatchSampler(lengths, lengths, batch, accumulation, processes, 3)
+    options = TrainOptions(train_dataset="d", output="o", save_steps="epoch", num_epochs=epochs)
+    schedule, counts, ends = Schedule.of(sampler.steps_per_epoch, options), np.zeros(rows, int), set()
+    for step in range(schedule.total):
+        for process in range(processes):
+            for indices in sampler.batches(step, process):
+                counts[indices] += 1
+        if len({*counts}) == 1:
+            ends.add(step + 1)
+    assert len(ends) == int(epochs)
+    assert schedule.saving == ends | {schedule.total}
+
+
+def test_epoch_outlives_a_resumption(tmp_path):
+    """Checkpoints and evaluations of 2.4 epochs of 4 rows a step, 11 rows; stopped after the first epoch."""
+    csv = make_csv(tmp_path, 11)
+    options = train_options(
+        csv, MODEL, tmp_path / "run", save_steps="epoch", eval_steps="epoch", eval_dataset=str(csv),
+        batch_size=2, gradient_accumulation_steps=2, num_epochs=2.4, merge_lora=False,
+    )  # fmt: skip
+    train(options)
+    assert [path.name for path in checkpoints(tmp_path / "run")] == [f"checkpoint-{n}" for n in (3, 6, 8)]
+    assert [line["step"] for line in evaluations(tmp_path / "run")] == [3, 6, 8]
+    assert [line["epoch"] for line in evaluations(tmp_path / "run")][:2] == [1.0, 2.0]
+    first = str(tmp_path / "run/checkpoint-3")
+    train(replace(options, output=str(tmp_path / "again"), resume_from_checkpoint=first))
+    assert [path.name for path in checkpoints(tmp_path / "again")] == [f"checkpoint-{n}" for n in (3, 6, 8)]
+    assert [line["step"] for line in evaluations(tmp_path / "again")] == [6, 8]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"save_steps": "1.0"}, ["save"]),
+        ({"save_steps": "1.0", "eval_steps": 1.0}, ["save"]),
+        ({"eval_steps": 1.0, "eval_dataset": "e"}, ["eval"]),
+        ({"save_steps": 1, "eval_steps": "1", "eval_dataset": "e"}, []),
+        ({"save_steps": "epoch", "eval_steps": 2.0, "eval_dataset": "e"}, []),
+    ],
+)
+def test_1_0_is_said_to_be_no_epoch(capsys, changes, told):
+    warn_of_every_step(TrainOptions(train_dataset="d", output="o", **changes))
+    expected = [
+        f"warning: --{name}-steps 1.0 is every step; once per epoch is --{name}-steps epoch" for name in told
+    ]
+    assert capsys.readouterr().err.splitlines() == expected

@@ -121,6 +121,17 @@ def test_a_warm_up_that_never_ends_is_warned_of(tmp_path, capsys, warmup, told):
     ] == told
 
 
+@pytest.mark.parametrize(
+    ("every", "told"), [(500, True), (3, True), (2, False), (0, False), (0.5, False), ("epoch", True)]
+)
+def test_a_run_that_saves_nothing_before_its_end_says_so(tmp_path, capsys, every, told):
+    lengths = np.ones(12, np.int64)
+    options = train_options("d", MODEL, tmp_path, save_steps=every)
+    briefing.say_steps(options, BatchSampler(lengths, lengths, 4, 1, 1, 0), 3)
+    line = f"nothing is saved before the end, after step 3: --save-steps is {every}"
+    assert (line in lines_of(capsys)) == told
+
+
 def test_what_is_left_of_a_resumed_run_goes_by_the_steps_since(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: now[0])

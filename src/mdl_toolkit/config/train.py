@@ -117,12 +117,12 @@ class TrainOptions(ConversionOptions):
         "Data to evaluate on: a CSV file or a converted folder. Without it the other evaluation options "
         "are ignored.",
     )
-    eval_steps: int | float = option(
+    eval_steps: int | float | str = option(
         CADENCE,
         500,
         EVALUATION,
-        "Evaluate every so many steps, or so often per epoch (0.5: twice an epoch), and always at the "
-        "end; 0: only there.",
+        "Evaluate every so many steps (1.0 is 1, every step), or so often per epoch (0.5: twice; `epoch`: at "
+        "the end of each), and always at the end; 0: only there.",
     )
     eval_batch_size: int | None = option(
         COUNT, None, EVALUATION, "Rows per device in evaluation; as in training if not given."
@@ -162,12 +162,12 @@ class TrainOptions(ConversionOptions):
         CHECKPOINTS,
         "true: go on from the newest checkpoint in the output folder; a path: from that one.",
     )
-    save_steps: int | float = option(
+    save_steps: int | float | str = option(
         CADENCE,
         500,
         CHECKPOINTS,
-        "Save a checkpoint every so many steps, or so often per epoch (0.5: twice an epoch); 0: only at "
-        "the end.",
+        "Save a checkpoint every so many steps (1.0 is 1, every step), or so often per epoch (0.5: twice; "
+        "`epoch`: at the end of each), and always at the end; 0: only there.",
     )
     save_total_limit: int | None = option(
         COUNT, None, CHECKPOINTS, "Keep only the newest so many checkpoints."

@@ -16,6 +16,8 @@ from mdl_toolkit.i18n import Localized
 TRUE_WORDS = frozenset({"true", "1", "yes", "on"})
 FALSE_WORDS = frozenset({"false", "0", "no", "off"})
 METRIC_NAMES = ("accuracy", "exact-match", "macro-f1", "wer", "cer", "bleu", "chrf", "map")
+# The end of each epoch, as a cadence.
+EPOCH = "epoch"
 TRAIN_TARGETS = ("encoder", "projector", "decoder", "embed_tokens", "lm_head")
 
 
@@ -89,14 +91,20 @@ def _real(accepts: Callable[[float], bool], message: Localized) -> ValueType:
     return ValueType("X", parse)
 
 
-def _parse_cadence(value: Any) -> int | float:
-    """Read a number of steps, or a fraction of an epoch; 0 is never."""
-    number = _parse_number(value)
-    if number >= 0 and number == int(number):
-        return int(number)
-    if 0 < number < 1:
-        return number
-    raise refuse("expected a whole number of steps, a fraction of an epoch between 0 and 1, or 0 for never")
+def _parse_cadence(value: Any) -> int | float | str:
+    """Read a number of steps, a fraction of an epoch, or the word `epoch`; 0 is never."""
+    if value == EPOCH:
+        return EPOCH
+    with suppress(ValueError):
+        number = _parse_number(value)
+        if number >= 0 and number == int(number):
+            # 1.0 stays what was typed, so that `train` can say that it is a step, and no epoch.
+            return number if number == 1 and "." in str(value) else int(number)
+        if 0 < number < 1:
+            return number
+    raise refuse(
+        "expected a whole number of steps, a fraction of an epoch between 0 and 1, epoch, or 0 for never"
+    )
 
 
 def _parse_text(value: Any) -> str:
@@ -197,7 +205,7 @@ BOOLEAN = ValueType("true|false", _parse_boolean, takes=is_boolean_word)
 TEXT = ValueType("TEXT", _parse_prompt)
 PATH = ValueType("PATH", _parse_path)
 NAME = ValueType("NAME|PATH", _parse_path)
-CADENCE = ValueType("N|FRACTION", _parse_cadence)
+CADENCE = ValueType("N|FRACTION|epoch", _parse_cadence)
 PATHS = ValueType("PATH", _parse_paths, is_repeated=True)
 RESUME = ValueType("true|false|PATH", _parse_true_or_path, takes=lambda word: not word.startswith("-"))
 # A bare `--json` must not take the CSV after it for the file to write.

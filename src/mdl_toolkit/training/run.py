@@ -30,7 +30,7 @@ from mdl_toolkit.training.output import check_run_folder, prepare_output, tidy_o
 from mdl_toolkit.training.result import origin_of, write_result
 from mdl_toolkit.training.resume import compare_options, say_resumed
 from mdl_toolkit.training.sampler import BatchSampler
-from mdl_toolkit.training.schedule import Schedule
+from mdl_toolkit.training.schedule import Schedule, warn_of_every_step
 from mdl_toolkit.training.step import ForwardPass
 from mdl_toolkit.training.summary import (
     say_data,
@@ -99,6 +99,7 @@ def train(options: TrainOptions) -> TrainResult:
     """
     check_trackers(options.report_to)
     check_frozen(options)
+    warn_of_every_step(options)
     if options.quantization is not None:
         require_package(BITSANDBYTES, "quantization", "--quantization")
     output = Path(options.output)

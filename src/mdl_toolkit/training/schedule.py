@@ -3,7 +3,9 @@
 import math
 from dataclasses import dataclass
 
+from mdl_toolkit.config.options import spelling
 from mdl_toolkit.config.train import TrainOptions
+from mdl_toolkit.utils.console import warn
 
 
 @dataclass(frozen=True)
@@ -42,15 +44,26 @@ class Schedule:
         return max(0.0, (self.total - step) / max(1, self.total - self.warmup))
 
 
-def due_steps(cadence: int | float, steps_per_epoch: int, total: int) -> frozenset[int]:
+def warn_of_every_step(options: TrainOptions) -> None:
+    """Warn where 1.0 was given for a cadence, which is a step, by those who may have meant an epoch."""
+    for name in ("save_steps", "eval_steps"):
+        value = getattr(options, name)
+        if isinstance(value, float) and value == 1 and (name == "save_steps" or options.eval_dataset):
+            warn("{option} 1.0 is every step; once per epoch is {option} epoch", option=spelling(name))
+
+
+def due_steps(cadence: int | float | str, steps_per_epoch: int, total: int) -> frozenset[int]:
     """Return the optimizer steps after which something is due; the last step is always one of them.
 
     Args:
-        cadence: every so many steps, or a fraction of an epoch, or 0 for the end alone.
+        cadence: every so many steps, or a fraction of an epoch, or `epoch`, or 0 for the end alone.
         steps_per_epoch: optimizer steps in an epoch.
         total: optimizer steps of the run.
     """
-    every = cadence if isinstance(cadence, int) else cadence * steps_per_epoch
+    if isinstance(cadence, str):
+        every: int | float = steps_per_epoch
+    else:
+        every = cadence * steps_per_epoch if 0 < cadence < 1 else cadence
     if every == 0:
         return frozenset({total})
     if every <= 1:

@@ -13,6 +13,7 @@ from mdl_toolkit.training.log import Pace
 from mdl_toolkit.training.lora import TargetCount
 from mdl_toolkit.training.memory.plan import MemoryPlan
 from mdl_toolkit.training.sampler import BatchSampler
+from mdl_toolkit.training.schedule import due_steps
 from mdl_toolkit.utils.console import clock, say, warn
 from mdl_toolkit.utils.run_folder import LOG, SmoothedLoss, read_log
 
@@ -71,6 +72,12 @@ def say_steps(options: TrainOptions, sampler: BatchSampler, total: int) -> None:
             warmup=options.warmup_steps,
             total=total,
             share=(total - 1) / options.warmup_steps,
+        )
+    if options.save_steps != 0 and len(due_steps(options.save_steps, sampler.steps_per_epoch, total)) == 1:
+        say(
+            "nothing is saved before the end, after step {total:,}: --save-steps is {every}",
+            total=total,
+            every=options.save_steps,
         )
 
 
