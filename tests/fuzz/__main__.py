@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tests.fuzz import datasets, models, recordings, servers, tables
+from tests.fuzz import datasets, memory, models, recordings, servers, tables
 from tests.fuzz.cases import Case, judge
 
 Maker = Callable[[Path, Path, np.random.Generator], Case]
@@ -35,7 +35,11 @@ KINDS: dict[str, tuple[Maker, int, int]] = {
     "models": (models.make, 800, 1),
     "datasets": (datasets.make, 400, 1),
     "servers": (servers.make, 200, 8),
+    "memory": (memory.make, 100, 1),
 }
+
+# Unclean cases of a kind that are printed.
+SHOWN = 20
 
 
 def main() -> int:
@@ -58,7 +62,7 @@ def main() -> int:
         shared = Path(place) / "shared"
         shared.mkdir()
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            for kinds in (tables, models, datasets):
+            for kinds in (tables, models, datasets, memory):
                 kinds.make_shared(shared)
         for kind in given.only:
             faults += fuzz(kind, shared, given)
@@ -91,12 +95,12 @@ def fuzz(kind: str, shared: Path, given: argparse.Namespace) -> int:
         f"{(time.monotonic() - started) / 60:.1f}",
     )
     _say(_table_row(row))
-    for verdict in unclean:
+    for verdict in unclean[:SHOWN]:
         _say(
             f"\n{kind} --case {verdict['number']}: {'; '.join(verdict['faults'])}",
             f"  {verdict['spoilt']}",
             f"  {' '.join(verdict['words'])}",
-            f"  {verdict['said'][-1500:]!r}",
+            f"  {verdict['said'][-800:]!r}",
         )
     if broken:
         _say(f"{kind}: {broken} lanes ended early")

@@ -26,12 +26,14 @@ class Case:
     Attributes:
         words: the command line, run in `folder`.
         spoilt: in words, how the input was spoilt.
+        limit: bytes of memory that the command may hold.
         check: look at what the command left and return what is wrong with it, or nothing.
     """
 
     folder: Path
     words: list[str]
     spoilt: str
+    limit: int = resource.RLIM_INFINITY
     check: Callable[[int, str], str] = field(default=lambda *_: "")
 
 
@@ -80,6 +82,7 @@ def judge(case: Case) -> Verdict:
 def _become_command(case: Case, said: Path) -> None:
     """Run the command line in this process, which ends with it."""
     os.setsid()
+    resource.setrlimit(resource.RLIMIT_DATA, (case.limit, resource.RLIM_INFINITY))
     os.chdir(case.folder)
     with said.open("wb") as file:
         os.dup2(file.fileno(), 1)

@@ -50,7 +50,7 @@ def make(folder: Path, shared: Path, random: np.random.Generator) -> Case:
             """A shard holds recordings and labels: whatever was changed in it must be noticed."""
             return "" if status or ".arrow" not in spoilt else "not noticed"
 
-        return Case(folder, ["train", "--train-dataset", "data", *TRAIN], f"dataset: {spoilt}", notices)
+        return Case(folder, ["train", "--train-dataset", "data", *TRAIN], f"dataset: {spoilt}", check=notices)
     shutil.copytree(shared / "run", folder / "run", copy_function=shutil.copy2)
     newest = folder / "run/checkpoint-2"
     spoilt = spoil_file(newest if random.integers(4) else folder / "run", random)

@@ -68,7 +68,7 @@ def make(folder: Path, shared: Path, random: np.random.Generator) -> Case:
 
     if random.integers(8) == 0:
         return Case(folder, check, spoilt)
-    return Case(folder, merge if has_adapter and random.integers(2) else inference, spoilt, notices)
+    return Case(folder, merge if has_adapter and random.integers(2) else inference, spoilt, check=notices)
 
 
 def spoil_file(model: Path, random: np.random.Generator) -> str:

@@ -51,4 +51,4 @@ def make(folder: Path, shared: Path, random: np.random.Generator) -> Case:
         return f"{lost} of {heard} samples lost without a word" if lost > 2 * 16_000 // 10 else ""
 
     words = [*command, "--model-name", str(MODEL), "--num-workers", "1"]
-    return Case(folder, words, f"{' '.join(map(str, kind))}: {how}", hears_all)
+    return Case(folder, words, f"{' '.join(map(str, kind))}: {how}", check=hears_all)
