@@ -85,6 +85,7 @@ class ConversionOptions(HubOptions):
     )
 
 
+DYNAMIC_BF16 = Localized("true where CUDA supports bfloat16")
 MODEL_HELP = Localized("The model: a name on the hub, or a local folder.")
 INPUT_HELP = Localized("The CSV file.")
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mdl_toolkit.config.data import COMMON, DATASET, ConversionOptions
+from mdl_toolkit.config.data import COMMON, DATASET, DYNAMIC_BF16, ConversionOptions
 from mdl_toolkit.config.options import REQUIRED, option
 from mdl_toolkit.config.types import BOOLEAN, COUNT, NAME, NOT_NEGATIVE, PATH, PROBABILITY, SEED, choice
 from mdl_toolkit.i18n import Localized
@@ -46,6 +46,15 @@ class InferenceOptions(ConversionOptions):
         "The model: a name on the hub, a local folder, or an adapter folder written by train.",
     )
     batch_size: int = option(COUNT, 32, INFERENCE, "Most rows per device at once.")
+    bf16: bool | None = option(
+        BOOLEAN, None, INFERENCE, "Load the weights in bfloat16.", dynamic=DYNAMIC_BF16
+    )
+    quantization: str | None = option(
+        choice("8bit", "4bit"),
+        None,
+        INFERENCE,
+        "Quantise the decoder's weights, where memory is short (needs the extra `quantization`).",
+    )
     max_length: int = option(
         COUNT, 128, INFERENCE, "Most tokens of one row: prompt, audio, answer and special tokens together."
     )

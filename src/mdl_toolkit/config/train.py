@@ -2,7 +2,15 @@
 
 from dataclasses import dataclass
 
-from mdl_toolkit.config.data import COMMON, DATASET, DEFAULT_MODEL, MODEL_HELP, ConversionOptions, HubOptions
+from mdl_toolkit.config.data import (
+    COMMON,
+    DATASET,
+    DEFAULT_MODEL,
+    DYNAMIC_BF16,
+    MODEL_HELP,
+    ConversionOptions,
+    HubOptions,
+)
 from mdl_toolkit.config.options import REQUIRED, option
 from mdl_toolkit.config.types import (
     BOOLEAN,
@@ -30,7 +38,6 @@ MERGE = Localized("Merge options")
 VERIFY_HELP = Localized(
     "Ask the merged model the same few rows as base and adapter before it is put in place (both are loaded)."
 )
-DYNAMIC_BF16 = Localized("true where CUDA supports bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ from mdl_toolkit.inference.generate import (
 from mdl_toolkit.model.constants import SAMPLE_RATE
 from mdl_toolkit.model.kernels.matmul import prepack
 from mdl_toolkit.weights.loading import load_for_inference
-from mdl_toolkit.weights.resolve import ADAPTER_CONFIG, require_package
+from mdl_toolkit.weights.resolve import ADAPTER_CONFIG, BITSANDBYTES, require_package
 
 VLLM = "vllm"
 
@@ -48,6 +48,8 @@ def check_engine(options: InferenceOptions) -> None:
         ("--choices", "--num-beams", options.choices is not None and options.num_beams > 1),
         ("--engine vllm", "--choices", options.engine == VLLM and options.choices is not None),
         ("--engine vllm", "--num-beams", options.engine == VLLM and options.num_beams > 1),
+        ("--engine vllm", "--bf16", options.engine == VLLM and options.bf16 is not None),
+        ("--engine vllm", "--quantization", options.engine == VLLM and options.quantization is not None),
     ]
     for one, other, is_given in contradictions:
         if is_given:
@@ -64,6 +66,8 @@ def check_engine(options: InferenceOptions) -> None:
             )
     if options.engine == VLLM:
         require_package(VLLM, VLLM, "--engine vllm")
+    if options.quantization is not None:
+        require_package(BITSANDBYTES, "quantization", "--quantization")
 
 
 def make_engine(
@@ -88,8 +92,9 @@ def make_engine(
     sampling = SamplingParams(options.temperature, options.top_p, options.seed)
     if options.engine == VLLM:
         return vllm_engine(folder, tokenizer, sampling, options.batch_size)
-    model = load_for_inference(folder, base)
-    if model.device.type == "cpu":
+    model = load_for_inference(folder, base, bf16=options.bf16, quantization=options.quantization)
+    # PEFT's layers read the weights that would be laid out anew.
+    if model.device.type == "cpu" and base_model(model) is model:
         prepack(model)
     if choices is not None:
         sizes = (options.batch_size, options.top_k, options.normalize_scores)

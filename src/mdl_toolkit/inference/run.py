@@ -46,9 +46,9 @@ from mdl_toolkit.utils.launcher import warn_of_idle_gpus
 from mdl_toolkit.utils.signals import Interruption, raise_if_interrupted
 from mdl_toolkit.weights.loading import explaining_memory, find_with_base
 from mdl_toolkit.weights.provenance import fingerprint, read_provenance
-from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
+from mdl_toolkit.weights.tokenizer_files import TOKENIZER_CONFIG, read_tokenizer_files
 
-MEMORY_REMEDY = Localized("lower --batch-size")
+MEMORY_REMEDY = Localized("lower --batch-size, or give --bf16 true or --quantization 4bit")
 # The column that --on-error keep adds.
 ERROR = "error"
 # Threads that read and decode the next recordings.
@@ -134,8 +134,10 @@ class _Inference:
         # A local folder is checked as a whole now; a hub's weights are downloaded once the rows are checked.
         options = self.options
         find = partial(find_with_base, options.model_name, from_modelscope=options.from_modelscope)
-        folder, _ = find(weights=Path(options.model_name).is_dir())
-        tokenizer = ChatTokenizer(read_tokenizer_files(folder))
+        folder, base = find(weights=Path(options.model_name).is_dir())
+        # Adapters from elsewhere lie in their folder alone.
+        with_text = folder if base is None or (folder / TOKENIZER_CONFIG).is_file() else base
+        tokenizer = ChatTokenizer(read_tokenizer_files(with_text))
         if (origin := read_provenance(folder)) is not None:
             manifest = with_training_prompts(manifest, origin.prompts)
         required = TokenBudget.of_choices(self.choices, tokenizer, options)

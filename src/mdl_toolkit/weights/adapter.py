@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mdl_toolkit.errors import ModelError
-from mdl_toolkit.weights.resolve import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
-from mdl_toolkit.weights.safetensors_stream import TensorEntry, WeightFile
+from mdl_toolkit.weights.resolve import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG, read_json
+from mdl_toolkit.weights.safetensors_stream import TensorEntry, WeightFile, weight_files
 
 EMBEDDING, HEAD = "decoder.model.embed_tokens.weight", "decoder.lm_head.weight"
 _PREFIX = "base_model.model."
@@ -27,8 +27,13 @@ _UNSUPPORTED = (
     "alora_invocation_tokens", "layer_replication", "megatron_config", "use_bdlora", "arrow_config",
     "velora_config", "monteclora_config", "kasa_config",
 )  # fmt: skip
+CPU = torch.device("cpu")
 # Initialisations of LoRA that also change the base's weights.
 _CHANGING_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+class NotMergeableError(ModelError):
+    """Refuse an adapter that is more than this module can merge; PEFT may still apply it."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,9 @@ class LowRankDelta:
     entries: Mapping[str, TensorEntry]
     scale: float
 
-    def merged_blocks(self, file: WeightFile, base: WeightFile, entry: TensorEntry) -> Iterator[Tensor]:
+    def merged_blocks(
+        self, file: WeightFile, base: WeightFile, entry: TensorEntry, device: torch.device
+    ) -> Iterator[Tensor]:
         """Yield the merged tensor in blocks of rows, `[rows, ...]`, in float32.
 
         With DoRA, the norm of each row (of an embedding: each column) of W + scale B A becomes its magnitude.
@@ -52,11 +59,12 @@ class LowRankDelta:
             file: the adapter's weights.
             base: the file of W.
             entry: that of W.
+            device: where it is computed.
 
         Raises:
             ModelError: the shapes differ.
         """
-        parts = {name: file.read(part).float() for name, part in self.entries.items()}
+        parts = {name: file.read(part).to(device, torch.float32) for name, part in self.entries.items()}
         magnitude = parts.pop("lora_magnitude_vector", None)
         of_embedding = "lora_embedding_A" in parts
         a, b = (parts[name].flatten(1) for name in sorted(parts))
@@ -69,12 +77,13 @@ class LowRankDelta:
             start = 0
             for block in base.rows(entry):
                 rows = b[start : start + len(block)]
-                yield start, block.float().reshape(len(block), -1).addmm_(rows, a, alpha=self.scale)
+                matrix = block.to(device, torch.float32).reshape(len(block), -1)
+                yield start, matrix.addmm_(rows, a, alpha=self.scale)
                 start += len(block)
 
-        norms = torch.ones(())
+        norms = torch.zeros((), device=device)
         if magnitude is not None and of_embedding:
-            norms = sum((block.square().sum(0) for _, block in sums()), torch.zeros(())).sqrt()
+            norms = sum((block.square().sum(0) for _, block in sums()), norms).sqrt()
         for start, block in sums():
             if magnitude is not None and of_embedding:
                 block *= magnitude / norms
@@ -92,23 +101,25 @@ class AdapterDelta:
     Attributes:
         file: the adapter's weights.
         low_rank: low-rank changes by tensor name.
-        full: entries of tensors that were trained themselves, by tensor name.
-        tied: the output head is the embedding; a base may store only one of them.
+        full: entries of tensors that were trained themselves, by tensor name; also the base's own ones that
+            PEFT saves beside a LoRA of embeddings.
     """
 
     file: WeightFile
     low_rank: dict[str, LowRankDelta]
     full: dict[str, TensorEntry]
-    tied: bool
 
     @staticmethod
-    def read(adapter: Path, base_config: Mapping[str, Any]) -> "AdapterDelta":
+    def read(adapter: Path, base: Path) -> "AdapterDelta":
         """Read an adapter folder; with tied embeddings a change of one side is a change of both.
 
         Raises:
-            ModelError: the adapter is damaged, or changes tensors in a way that cannot be merged.
+            NotMergeableError: it changes tensors in a way that cannot be merged here.
+            ModelError: the adapter is damaged, or changes nothing, or tensors that the base does not have.
         """
         config, file = read_json(adapter / ADAPTER_CONFIG), WeightFile.open(adapter / ADAPTER_WEIGHTS)
+        if not file.entries:
+            raise ModelError("{adapter}: the adapter holds no weights; copy it again", adapter=adapter)
         check_mergeable(adapter, config)
         modules: dict[str, dict[str, TensorEntry]] = {}
         full: dict[str, TensorEntry] = {}
@@ -119,7 +130,7 @@ class AdapterDelta:
             elif "lora_" in name:
                 raise _not_mergeable(adapter, name)
             else:
-                full[name] = entry
+                full[name.replace(".base_layer.", ".")] = entry
         low_rank: dict[str, LowRankDelta] = {}
         for module, entries in modules.items():
             if not any({f"lora_{kind}A", f"lora_{kind}B"} <= entries.keys() for kind in ("", "embedding_")):
@@ -131,41 +142,62 @@ class AdapterDelta:
             divisor = math.sqrt(rank) if config.get("use_rslora") else rank
             scale = next(alphas, config["lora_alpha"]) / divisor
             low_rank[f"{module}.weight"] = LowRankDelta(entries, scale)
+        base_config = read_json(base / MODEL_CONFIG)
         text = base_config.get("text_config") or {}
         tied = bool(text.get("tie_word_embeddings", base_config.get("tie_word_embeddings", False)))
         if tied and {EMBEDDING, HEAD} & low_rank.keys():
             raise _not_mergeable(adapter, "LoRA on tied embeddings")
         if tied and (trained := full.get(EMBEDDING) or full.get(HEAD)):
             full[EMBEDDING] = full[HEAD] = trained
-        return AdapterDelta(file, low_rank, full, tied)
+        names = {entry.name for weights in weight_files(base) for entry in weights.entries}
+        # Most tied models store the one matrix once.
+        if tied and EMBEDDING in names:
+            names.add(HEAD)
+        if missing := sorted((low_rank.keys() | full.keys()) - names):
+            raise ModelError(
+                "{adapter}: the base model {base} has no tensors {names}",
+                adapter=adapter,
+                base=base,
+                names=", ".join(missing[:20]),
+            )
+        return AdapterDelta(file, low_rank, full)
 
     def changes(self, name: str) -> bool:
         """Tell whether a tensor changes."""
         return name in self.low_rank or name in self.full
 
-    def missing(self, base_names: set[str]) -> list[str]:
-        """List changed tensors that the base does not have."""
-        names = (self.low_rank.keys() | self.full.keys()) - base_names
-        # Most tied models store the one matrix once.
-        if self.tied and EMBEDDING in base_names:
-            names.discard(HEAD)
-        return sorted(names)
+    @torch.inference_mode()
+    def merge_into(self, model: nn.Module, base: Path) -> None:
+        """Give a loaded base model the weights that the merged model would have, in its own dtypes.
 
-    def merged_blocks(self, base: WeightFile, entry: TensorEntry, dtype: torch.dtype) -> Iterator[Tensor]:
+        Raises:
+            ModelError: the shapes differ, or the result is not finite.
+        """
+        state = model.state_dict()
+        for file in weight_files(base):
+            for entry in filter(lambda entry: self.changes(entry.name), file.entries):
+                weight, start = state[entry.name], 0
+                for block in self.merged_blocks(file, entry, weight.dtype, weight.device):
+                    weight[start : start + len(block)] = block
+                    start += len(block)
+
+    def merged_blocks(
+        self, base: WeightFile, entry: TensorEntry, dtype: torch.dtype, device: torch.device = CPU
+    ) -> Iterator[Tensor]:
         """Yield a tensor's merged content in blocks of rows, `[rows, ...]`, computed in float32.
 
         Raises:
             ModelError: the shapes differ, or the result is not finite.
         """
-        if entry.name in self.full:
-            trained = self.full[entry.name]
+        file, source = base, entry
+        if trained := self.full.get(entry.name):
             if trained.shape != entry.shape:
                 raise _other_shape(entry, trained.shape)
-            blocks = self.file.rows(trained)
-        elif entry.name in self.low_rank:
-            blocks = self.low_rank[entry.name].merged_blocks(self.file, base, entry)
+            file, source = self.file, trained
+        if low_rank := self.low_rank.get(entry.name):
+            blocks = low_rank.merged_blocks(self.file, file, source, device)
         else:
-            blocks = base.rows(entry)
+            blocks = file.rows(source)
         limit = torch.finfo(dtype).max
         for block in blocks:
             cast = block.to(dtype)
@@ -180,7 +212,7 @@ def check_mergeable(adapter: Path, config: Mapping[str, Any]) -> None:
     """Refuse an adapter that is more than LoRA, DoRA and full copies.
 
     Raises:
-        ModelError: naming the unsupported feature.
+        NotMergeableError: naming the unsupported feature.
     """
     if config.get("peft_type") != "LORA":
         raise _not_mergeable(adapter, f"peft_type {config.get('peft_type')}")
@@ -194,8 +226,8 @@ def check_mergeable(adapter: Path, config: Mapping[str, Any]) -> None:
         raise _not_mergeable(adapter, f"init_lora_weights {start}")
 
 
-def _not_mergeable(adapter: Path, what: str) -> ModelError:
-    return ModelError(
+def _not_mergeable(adapter: Path, what: str) -> NotMergeableError:
+    return NotMergeableError(
         "{adapter}: an adapter with {what} cannot be merged here, only LoRA, DoRA and full copies can",
         adapter=adapter,
         what=what,

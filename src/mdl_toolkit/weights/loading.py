@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,14 +150,34 @@ def quiet_libraries() -> None:
     logging.set_verbosity_error()
 
 
-def load_for_inference(folder: Path, base: Path | None) -> Any:
+def load_for_inference(
+    folder: Path, base: Path | None, *, bf16: bool | None = None, quantization: str | None = None
+) -> Any:
     """Load a model in evaluation mode: a full one, or an adapter on its base.
+
+    The adapter is merged into the loaded weights, which are then those of the merged model. On a quantised
+    base, and where it is of a kind that cannot be merged here, PEFT computes it beside the base.
+
+    Args:
+        folder: that of the model or adapter.
+        base: that of an adapter's base.
+        bf16: the dtype of the weights; None for the default.
+        quantization: `8bit` or `4bit`; None for the weights as they are stored.
 
     Raises:
         ModelError: the model cannot be loaded, or the adapter does not fit.
     """
-    model = load_model(base or folder, dtype=choose_dtype(None), device=best_device())
-    return (model if base is None else with_adapter(model, folder)).eval()
+    from mdl_toolkit.weights.adapter import AdapterDelta, NotMergeableError
+
+    source = base or folder
+    model = load_model(source, dtype=choose_dtype(bf16), device=best_device(), quantization=quantization)
+    if base is None:
+        return model.eval()
+    if quantization is None and quantized_by(base) is None:
+        with suppress(NotMergeableError):
+            AdapterDelta.read(folder, base).merge_into(model, base)
+            return model.eval()
+    return with_adapter(model, folder).eval()
 
 
 def with_adapter(model: "MiDashengLMModel", folder: Path) -> Any:
@@ -170,10 +190,12 @@ def with_adapter(model: "MiDashengLMModel", folder: Path) -> Any:
 
     try:
         with quiet_peft():
+            # An adapter whose weights have other names would be left as it was initialised.
+            warnings.filterwarnings("error", message=".*missing adapter keys", category=UserWarning)
             return PeftModel.from_pretrained(
                 model, folder, torch_device=str(model.device), use_safetensors=True
             )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as problem:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, UserWarning) as problem:
         reason = " ".join(str(problem).split())[:300]
         raise ModelError(
             "{folder}: the adapter does not fit its base: {reason}", folder=folder, reason=reason
@@ -183,21 +205,28 @@ def with_adapter(model: "MiDashengLMModel", folder: Path) -> Any:
 def find_with_base(name: str, *, from_modelscope: bool, weights: bool) -> tuple[Path, Path | None]:
     """Find the folder of a model or adapter, and for an adapter that of its base.
 
+    Args:
+        name: a local folder, or a name on the hub.
+        from_modelscope: look names up on ModelScope.
+        weights: download everything; otherwise only the small text files.
+
     Raises:
         ModelError: one of them cannot be found, or they do not belong together.
     """
     folder = find_model(name, from_modelscope=from_modelscope, weights=weights)
-    is_adapter = weights and (folder / ADAPTER_CONFIG).is_file()
-    return folder, base_of(folder, from_modelscope=from_modelscope) if is_adapter else None
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return folder, None
+    return folder, base_of(folder, from_modelscope=from_modelscope, weights=weights)
 
 
-def base_of(adapter: Path, *, from_modelscope: bool, name: str | None = None) -> Path:
+def base_of(adapter: Path, *, from_modelscope: bool, name: str | None = None, weights: bool = True) -> Path:
     """Find the folder of an adapter's base model, and check that the adapter was trained on it.
 
     Args:
         adapter: the adapter's folder.
         from_modelscope: look names up on ModelScope.
         name: a name or path to use in place of the one that the adapter records.
+        weights: download everything, and compare the weights; otherwise only the small text files.
 
     Raises:
         ModelError: the adapter names no base, it cannot be found, or it has other weights.
@@ -208,7 +237,9 @@ def base_of(adapter: Path, *, from_modelscope: bool, name: str | None = None) ->
     if not isinstance(named, str):
         raise ModelError("{adapter}: the adapter does not name its base model", adapter=adapter)
     revision = recorded.revision if recorded is not None and named == recorded.name else None
-    folder = find_model(named, from_modelscope=from_modelscope, weights=True, revision=revision)
+    folder = find_model(named, from_modelscope=from_modelscope, weights=weights, revision=revision)
+    if not weights:
+        return folder
     if recorded is not None and recorded.fingerprint != (base := Base.of(folder, named)).fingerprint:
         raise ModelError(
             "{adapter}: it was trained on {base}, and {other} has other weights; give its own base "

@@ -116,12 +116,7 @@ def merge(base: Path, adapter: Path, output: Path, dtype: str | None = None) -> 
             base=base,
             method=method,
         )
-    delta, files = AdapterDelta.read(adapter, read_json(base / "config.json")), weight_files(base)
-    if missing := delta.missing({entry.name for file in files for entry in file.entries}):
-        names = ", ".join(missing[:20])
-        raise ModelError(
-            "{adapter}: the base model {base} has no tensors {names}", adapter=adapter, base=base, names=names
-        )
+    delta, files = AdapterDelta.read(adapter, base), weight_files(base)
     for path in sorted(base.iterdir()):
         if path.name in _LEFT_OUT or path.suffix == SUFFIX or any(map(path.match, _PRIVATE)):
             continue

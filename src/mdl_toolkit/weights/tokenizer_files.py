@@ -8,6 +8,7 @@ from pathlib import Path
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.weights.resolve import read_json, read_text
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
 USUAL_TOKENS = {
     "audio_token": "<|AUDIO|>", "audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>",
     "pad_token": "<|endoftext|>",
@@ -47,7 +48,7 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     Raises:
         ModelError: the tokenizer or the chat template is missing or broken.
     """
-    config = read_json(folder / "tokenizer_config.json")
+    config = read_json(folder / TOKENIZER_CONFIG)
     processor = folder / "processor_config.json"
     config = {**config, **(read_json(processor) if processor.is_file() else {})}
     specials = dict(USUAL_TOKENS)
