@@ -5,6 +5,10 @@ Modules:
     decoders         decode with libsndfile or FFmpeg, block by block
     mixdown          average channels and resample, block by block
     integrity        check that a file is complete, without decoding it
+    chunks           the same for files of chunks or boxes: sizes in headers against the file
+    ogg              the same for Ogg, page by page
+    mpeg             the same for MP3 and its kin, frame by frame, between tags
+    file_parts       read a file in blocks; show decoders only parts of it
     flac             store samples as FLAC, and read them back
     http             download one address
     download_cache   download each address once, and keep its content

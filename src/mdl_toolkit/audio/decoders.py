@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import soundfile
 
-from mdl_toolkit.audio.integrity import Integrity
+from mdl_toolkit.audio.file_parts import Integrity
 from mdl_toolkit.audio.mixdown import CONVERT, Floats, Mixdown
 from mdl_toolkit.errors import AudioError
 from mdl_toolkit.i18n import Localized
@@ -35,6 +35,8 @@ FILE_LENGTH = ("matroska,webm", "asf", "flv")
 # Encoder delay makes decoded and promised length differ: by up to 3 frames of AAC (2,112 samples of priming
 # and up to 1,023 of padding), by 1 frame of WMA. Codecs with a delay have frames of at most 2,048 samples.
 DELAY_FRAMES, DELAY_FRAME = 4, 2_048
+# Codecs without a delay, and seconds by which the clocks of containers round.
+LOSSLESS, CLOCK = ("pcm_", "flac", "alac", "wavpack", "tta", "ape"), 0.002
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,12 @@ class Decoded:
     Attributes:
         format: the name of the file's format.
         missing: what was promised and did not come, of a file that was cut off.
+        has_length: FFmpeg knows how long the sound should be.
     """
 
     format: str
     missing: Localized | None
+    has_length: bool = False
 
 
 def decode(file: BinaryIO, integrity: Integrity, mixdown: Mixdown) -> Decoded:
@@ -77,16 +81,15 @@ def decode(file: BinaryIO, integrity: Integrity, mixdown: Mixdown) -> Decoded:
 def _reads_all(sound: Any, integrity: Integrity) -> bool:
     """Tell whether libsndfile reads all the sound of a file that it knows.
 
-    It does not read all of MPEG audio, where it stops at an estimate (WAV may hold it too); of WAV that was
-    written into a pipe with the size left at 0; of Opus whose header names under 16 kHz, or 0, which is a
-    mere remark on the source (RFC 7845, section 5.1); and of Opus that starts in the middle of a stream,
-    where it plays what is to be skipped, and ends as much too early.
+    It does not read all of MPEG audio, where it stops at an estimate (WAV may hold it too); of Opus whose
+    header names under 16 kHz, or 0, which is a mere remark on the source (RFC 7845, section 5.1); and of Opus
+    that starts in the middle of a stream, where it plays what is to be skipped, and ends as much too early.
     """
     if sound.subtype == "OPUS":
         rate: int = sound.samplerate
         lost: float = integrity.opus_seconds - sound.frames / rate
         return rate >= OPUS_LEAST and lost < 1 / rate
-    return not integrity.is_streamed and not sound.subtype.startswith("MPEG")
+    return not sound.subtype.startswith("MPEG")
 
 
 def _damaged(name: str, decoder: str, problem: object) -> AudioError:
@@ -214,7 +217,15 @@ class _Reader:
                 raise _damaged(self.name, "FFmpeg", self.problem) from error
         if self.problem and not self.mixdown.length:
             raise _damaged(self.name, "FFmpeg", self.problem)
-        return Decoded(self.name, self._missing())
+        promised, present = self._promised(), self.mixdown.length / (self.mixdown.rate or 1)
+        frames = 0 if self.stream.codec_context.name.startswith(LOSSLESS) else DELAY_FRAMES
+        tolerance = CLOCK + frames * min(self.longest, DELAY_FRAME) / (self.mixdown.rate or 1)
+        missing = None
+        if self.problem:
+            missing = _breaks_off(present, "FFmpeg", self.problem)
+        elif present < promised - tolerance and not 0 < self.stream.frames <= self.packets:
+            missing = _seconds_missing(promised, present)
+        return Decoded(self.name, missing, has_length=promised > 0)
 
     def _decode_packet(self, packet: Any) -> None:
         """Decode a packet; after a bad one only the empty packet at the end may come."""
@@ -235,20 +246,14 @@ class _Reader:
         except (av.FFmpegError, OSError, ValueError, LookupError) as error:
             self.problem = error
 
-    def _missing(self) -> Localized | None:
-        """Return the sound that is missing; None if the file does not say its length, or all packets came."""
-        rate = self.mixdown.rate or 1
-        present = self.mixdown.length / rate
-        if self.problem:
-            return _breaks_off(present, "FFmpeg", self.problem)
-        promised, container, stream = 0.0, self.container, self.stream
-        name = container.format.name
-        if name in STREAM_LENGTH and stream.duration and not 0 < stream.frames <= self.packets:
-            promised = float(stream.duration * stream.time_base)
-        elif name in FILE_LENGTH and container.duration and len(container.streams) == 1:
-            promised = float(container.duration / 1_000_000)
-        tolerance = DELAY_FRAMES * min(self.longest, DELAY_FRAME) / rate
-        return _seconds_missing(promised, present) if present < promised - tolerance else None
+    def _promised(self) -> float:
+        """Return the seconds that the file says it has; 0 if it does not."""
+        container, stream = self.container, self.stream
+        if container.format.name in STREAM_LENGTH and stream.duration:
+            return float(stream.duration * stream.time_base)
+        if container.format.name in FILE_LENGTH and container.duration and len(container.streams) == 1:
+            return float((container.duration - max(0, container.start_time or 0)) / 1_000_000)
+        return 0.0
 
 
 def _floats(frame: Any) -> Floats:

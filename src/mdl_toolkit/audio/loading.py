@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mdl_toolkit.audio.decoders import decode
+from mdl_toolkit.audio.file_parts import Blocks, Splice
 from mdl_toolkit.audio.integrity import check_integrity
 from mdl_toolkit.audio.mixdown import Floats, Mixdown
+from mdl_toolkit.audio.mpeg import after_id3
 from mdl_toolkit.errors import AudioError
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.model.constants import SAMPLE_RATE as SAMPLE_RATE
@@ -84,13 +86,15 @@ def load(path: str | Path, *, allow_truncated: bool = False) -> Clip:
         raise AudioError(
             "the file cannot be opened ({reason}); correct the path or its permissions", reason=reason
         ) from problem
-    # Without a name, the decoders cannot go by the extension.
-    plain.name = ""
-    with _File(plain) as file:
-        if not file.seek(0, 2):
+    with _File(plain) as whole:
+        size = whole.seek(0, 2)
+        if not size:
             raise AudioError("the file is empty (0 bytes); get it again")
+        file = _File(Splice(whole, (range(after_id3(Blocks(whole)), size),)))
         integrity = check_integrity(file)
         _check_complete(integrity.missing, allow_truncated)
+        if integrity.parts:
+            file = _File(Splice(file, integrity.parts))
         mixdown = Mixdown()
         decoded = decode(file, integrity, mixdown)
     missing = integrity.missing or decoded.missing
