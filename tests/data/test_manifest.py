@@ -197,7 +197,8 @@ def test_all_problems_of_all_rows_in_one_message(folder):
         "audio,prediction\n"
         "missing.wav,x\n"
         'a.wav,"fine\nin two lines"\n'
-        ",\n"
+        ",x\n"
+        "a.wav,\n"
         "d,x\n"
         "empty.wav,x\n"
         "pipe,x\n"
@@ -214,20 +215,20 @@ def test_all_problems_of_all_rows_in_one_message(folder):
     assert problems(text) == [
         (2, "audio", "missing.wav"),
         (5, "audio", ""),
-        (5, "prediction", ""),
-        (6, "audio", "d"),
-        (7, "audio", "empty.wav"),
-        (8, "audio", "pipe"),
-        (9, "audio", "a.wav/b"),
-        (10, "audio", long),
-        (11, "audio", "ftp://h/a.wav"),
-        (12, "audio", "file:///a.wav"),
-        (13, "audio", "s3://b/a.wav"),
-        (14, "audio", "http:///a.wav"),
-        (15, "audio", "http://h:x/a.wav"),
-        (16, "3", "y"),
-        (17, "prediction", "b\0c"),
-        (18, "prediction", "\n\udcff"),
+        (6, "prediction", ""),
+        (7, "audio", "d"),
+        (8, "audio", "empty.wav"),
+        (9, "audio", "pipe"),
+        (10, "audio", "a.wav/b"),
+        (11, "audio", long),
+        (12, "audio", "ftp://h/a.wav"),
+        (13, "audio", "file:///a.wav"),
+        (14, "audio", "s3://b/a.wav"),
+        (15, "audio", "http:///a.wav"),
+        (16, "audio", "http://h:x/a.wav"),
+        (17, "3", "y"),
+        (18, "prediction", "b\0c"),
+        (19, "prediction", "\n\udcff"),
     ]
 
 
@@ -285,17 +286,16 @@ def test_files_that_cannot_be_read(folder):
         ("\ufeff", "the file is empty"),
         ("audio\na.wav\n", "'prediction' is missing, the columns are 'audio'; add it"),
         ("a,b\n1,2\n", "'audio' is missing"),
-        ("Audio,prediction\na.wav,x\n", "rename 'Audio'"),
-        (" audio,prediction\na.wav,x\n", "rename ' audio'"),
         ("audio,predictions\na.wav,x\n", "rename 'predictions'"),
-        ("audio;prediction\na.wav;x\n", "separate cells by commas"),
+        ("sound;prediction\na.wav;x\n", "separate cells by commas"),
+        ("file,prediction\na.wav,x\n", "the columns are 'file', 'prediction'; rename 'file'"),
+        ("Audio,AUDIO,prediction\na.wav,x,y\n", "2 columns 'audio'"),
         ("audio,prediction,audio\na.wav,x,y\n", "2 columns 'audio'"),
-        ("audio,prediction,,\na.wav,x,,\n", "2 columns ''"),
+        ("audio,prediction,,\na.wav,x,,y\n", "2 columns ''"),
         ("audio,prediction,n\0te\na.wav,x,y\n", "line 1: holds a NUL byte"),
         ('audio,prediction\na.wav,x\na.wav,"x\n\n', "starts on line 3 is no valid CSV"),
         ('audio,prediction\na.wav,"x"y\n', "starts on line 2 is no valid CSV"),
         ("audio,prediction\na.wav,x\ry\n", "starts on line 2 is no valid CSV"),
-        ("audio,prediction\n".encode("utf-16"), "UTF-16"),
         (b"audio,pr\xffdiction\na.wav,x\n", "line 1: not UTF-8"),
     ],
 )  # fmt: skip

@@ -59,7 +59,7 @@ class TestTheCsv:
 
     def test_not_utf_8(self, place, capsys, command):
         (place / "bad.csv").write_bytes("audio,prediction\na.wav,狗\n".encode("gbk"))
-        one_line(refused(place, capsys, COMMANDS[command]("bad.csv"), 1, "bad.csv", "UTF-8", "2"))
+        refused(place, capsys, COMMANDS[command]("bad.csv"), 1, "bad.csv", "UTF-8", "line 2")
 
     def test_empty_file(self, place, capsys, command):
         (place / "bad.csv").write_text("")

@@ -1,11 +1,14 @@
 """Inference: limits of new tokens, independence of the batch, and what is written."""
 
+import codecs
 import csv
+import io
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from openpyxl import Workbook
 from safetensors.torch import load_file, save_file
 
 from mdl_toolkit.config.inference import InferenceOptions
@@ -118,6 +121,47 @@ def test_the_output_keeps_every_column_byte_for_byte(model, tmp_path):
         [row["id"], row["audio"], row["user_prompt"], row["note"]] for row in rows
     ]
     assert [line[1] for line in written[1:]] == answers
+
+
+@pytest.mark.parametrize("bom", [b"", codecs.BOM_UTF8])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_byte_order_mark_and_line_ends_come_out_as_they_came_in(model, tmp_path, bom, end):
+    (row,) = make_rows(tmp_path / "audio", 1)
+    note = '"a\rb","c\nd\r\n","no"'
+    text = f"audio,one,two,three,,{end}{row['audio']},{note},,{end},,,,,{end}"
+    (tmp_path / "in.csv").write_bytes(bom + text.encode())
+    (answer,) = infer(options(tmp_path / "in.csv", model, tmp_path / "out.csv"))
+    expected = io.StringIO(newline="")
+    csv.writer(expected).writerow([answer])
+    cells = [row["audio"], note.replace('"no"', "no"), expected.getvalue().removesuffix("\r\n")]
+    line = ",".join(cells) + end
+    written = (tmp_path / "out.csv").read_bytes()
+    assert written == bom + f"audio,one,two,three,prediction{end}{line}".encode()
+
+
+@pytest.mark.parametrize("encoding", ["gb18030", "utf-16"])
+def test_another_encoding_comes_out_as_utf_8_with_a_byte_order_mark(model, tmp_path, encoding):
+    (row,) = make_rows(tmp_path / "audio", 1)
+    note = "这段录音里有一只狗在叫，远处传来雷声，还有人在说话。"
+    text = f"sep=;\naudio;note\n{row['audio']};{note}\n"
+    (tmp_path / "in.csv").write_bytes(text.encode(encoding))
+    infer(options(tmp_path / "in.csv", model, tmp_path / "out.csv"))
+    written = (tmp_path / "out.csv").read_bytes()
+    assert written.startswith(codecs.BOM_UTF8 + f"audio,note,prediction\n{row['audio']},{note},".encode())
+
+
+def test_a_workbook_is_never_replaced_by_a_csv(model, tmp_path):
+    (row,) = make_rows(tmp_path / "audio", 1)
+    book = Workbook()
+    for cells in (["audio", "id"], [row["audio"], 7]):
+        book.active.append(cells)
+    book.save(tmp_path / "in.xlsx")
+    before = (tmp_path / "in.xlsx").read_bytes()
+    with pytest.raises(InputError, match="inside the input"):
+        infer(options(tmp_path / "in.xlsx", model, tmp_path / "in.xlsx"))
+    assert (tmp_path / "in.xlsx").read_bytes() == before
+    (answer,) = infer(options(tmp_path / "in.xlsx", model, tmp_path / "out.csv"))
+    assert read(tmp_path / "out.csv") == [["\ufeffaudio", "id", "prediction"], [row["audio"], "7", answer]]
 
 
 def test_the_prediction_column_is_appended_when_there_is_none(model, tmp_path):

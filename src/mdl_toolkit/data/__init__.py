@@ -1,7 +1,9 @@
 """From a CSV to batches of tensors.
 
 Modules:
+    csv_format      what a file of rows is: encoding, separator, line ends, workbook
     csv_reader      a CSV file to lines of cells
+    column_names    which names of columns are read, forgiven or not known
     manifest        lines to `Row`s; every problem at once
     listing         a folder or pattern of recordings as a CSV
     chat_template   a row to messages and segments

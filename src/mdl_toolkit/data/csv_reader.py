@@ -1,31 +1,35 @@
-"""A CSV file to lines of cells, as a stream: encoding, line ends, quotes, and where they are wrong.
+"""A file of rows as a stream of lines of cells, and where it is wrong.
 
-What the columns mean is said in `manifest`, and in `evaluation.csv_table` for CSVs without recordings.
+What its bytes are is found out in `csv_format`; what the columns mean is said in `manifest`, and in
+`evaluation.csv_table` for CSVs without recordings.
 """
 
 import csv
-import difflib
 import io
 import os
-import re
 import stat
-from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from types import SimpleNamespace
+from typing import Any, BinaryIO, NamedTuple
 
+from mdl_toolkit.data.csv_format import (
+    BAD_BYTE,
+    WORKBOOK,
+    CsvFormat,
+    csv_error,
+    detect_format,
+)
 from mdl_toolkit.errors import InputError, RowProblem
 from mdl_toolkit.i18n import Localized, join_messages
+from mdl_toolkit.utils.console import say
 
-# What `surrogateescape` makes of bytes that are not UTF-8.
-BAD_BYTE = re.compile("[\udc80-\udcff]")
 NUL_BYTE = Localized("holds a NUL byte; remove it")
 NOT_UTF8 = Localized("not UTF-8 text; save the file as UTF-8")
 # The most that csv.field_size_limit takes where a C long has 32 bits; its default is 131,072.
 LONGEST_CELL = 2**31 - 1
-# Bytes read at once.
-BLOCK_BYTES = 1 << 20
 
 
 class Line(NamedTuple):
@@ -35,12 +39,121 @@ class Line(NamedTuple):
     cells: list[str]
 
 
-def csv_error(path: Path, message: Localized) -> InputError:
-    """Return an error that names the file."""
-    return InputError("{path}: {message}.", path=path, message=message)
+@dataclass(frozen=True)
+class CsvFile:
+    """Read a file of rows; each iteration reads it as a stream, anew.
+
+    Attributes:
+        path: the file.
+        format: how it is written.
+        columns: the column names as they are written, without empty columns at the end.
+        header: the line of the column names.
+        rows: how many there are, usable or not.
+        stamp: size (bytes) and time of change (ns) when it was opened first.
+    """
+
+    path: Path
+    format: CsvFormat
+    columns: tuple[str, ...]
+    header: int
+    rows: int
+    stamp: tuple[int, int]
+
+    def __iter__(self) -> Iterator[Line]:
+        """Yield the rows that hold something, without the column names and empty cells beyond them.
+
+        Bytes that are not of the encoding are lone surrogates in the cells, as `BAD_BYTE` finds them.
+
+        Raises:
+            InputError: no valid CSV, with the first place; or it was changed in the meantime.
+        """
+        width = len(self.columns)
+        with open_csv(self.path) as file:
+            self.check_unchanged(os.fstat(file.fileno()))
+            for number, cells in read_lines(self.path, file, self.format):
+                if number > self.header and _is_row(cells):
+                    is_wide = any(cells[width:])
+                    yield Line(number, cells if is_wide else cells[:width])
+
+    def check_unchanged(self, status: os.stat_result) -> None:
+        """Raise InputError if the file is not any more what it was when it was opened first."""
+        if file_stamp(status) != self.stamp:
+            raise csv_error(
+                self.path,
+                Localized("the file was changed while it was being read; start again when it is complete"),
+            )
+
+    def copy_rows(self, target: BinaryIO, is_wanted: Callable[[int], bool]) -> None:
+        """Copy the file without the rows that are not wanted, by the lines where they start, byte for byte.
+
+        A workbook's rows are written as a CSV.
+
+        Raises:
+            InputError: it is no valid CSV any more, or it was changed in the meantime.
+        """
+        if self.format.encoding == WORKBOOK:
+            with write_csv(target, self.format) as writer:
+                writer.writerow(self.columns)
+                writer.writerows(line.cells for line in self if is_wanted(line.number))
+            return
+        # Bytes one by one, as not every encoding comes back as it was; in UTF-16 a line end has two.
+        encoding = self.format.encoding if self.format.encoding.startswith("utf-16") else "latin-1"
+        starts, is_kept = iter(self), True
+        start = next(starts, None)
+        with self.path.open(encoding=encoding, newline=self.format.newline) as physical:
+            for number, line in enumerate(physical, 1):
+                if start is not None and number == start.number:
+                    is_kept, start = is_wanted(number), next(starts, None)
+                if is_kept:
+                    target.write(line.encode(encoding))
+        self.check_unchanged(self.path.stat())
 
 
-# --- reading -----------------------------------------------------------------------------------------
+def _is_row(cells: Sequence[str]) -> bool:
+    """Tell whether a line is a row: not blank, and no row of commas alone."""
+    return len(cells) == 1 or any(cells)
+
+
+def open_rows(path: Path, wanted: Sequence[str]) -> CsvFile:
+    """Open a file of rows and read it once, to say what it was taken for and what of it is left out.
+
+    Args:
+        path: the file.
+        wanted: column names, one of which tells what separates cells.
+
+    Raises:
+        InputError: it cannot be read, or is no valid CSV.
+    """
+    columns: tuple[str, ...] = ()
+    header, rows, empty, widest = 0, 0, 0, 0
+    with open_csv(path) as file:
+        stamp, form = file_stamp(os.fstat(file.fileno())), detect_format(path, file, wanted)
+        for number, cells in read_lines(path, file, form):
+            if not _is_row(cells):
+                empty += 1
+            elif not columns:
+                header, columns = number, tuple(cells)
+            else:
+                rows += 1
+            if len(cells) > widest and any(cells[widest:]):
+                widest = max(index for index, cell in enumerate(cells, 1) if cell)
+    if not columns:
+        raise csv_error(path, Localized("the file is empty; a CSV starts with a line of column names"))
+    nameless = next((index for index, name in enumerate(reversed(columns)) if name.strip()), 0)
+    width = max(len(columns) - nameless, min(widest, len(columns)))
+    if not form.is_usual:
+        say("{path}: taken for {what}", path=path, what=form.describe())
+    left_out = []
+    if width < len(columns):
+        left_out.append(Localized("{count} empty columns at the end", count=len(columns) - width))
+    if empty:
+        left_out.append(Localized("{count} rows of empty cells", count=empty))
+    if left_out:
+        say("{path}: left out: {what}", path=path, what=join_messages(left_out, "{left}, {right}"))
+    return CsvFile(path, form, columns[:width], header, rows, stamp)
+
+
+# --- reading and writing -----------------------------------------------------------------------------
 
 
 def file_stamp(status: os.stat_result) -> tuple[int, int]:
@@ -50,62 +163,45 @@ def file_stamp(status: os.stat_result) -> tuple[int, int]:
 
 @contextmanager
 def open_csv(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that is not UTF-16.
+    """Open a file.
 
     Raises:
-        InputError: it cannot be read, is no regular file, or UTF-16.
+        InputError: it cannot be read, or is no regular file.
     """
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
             reason = Localized("this is a device or pipe, and it is read more than once; give a file")
             raise csv_error(path, reason)
-        file = path.open("rb")
+        with path.open("rb") as file:
+            yield file
     except FileNotFoundError:
         raise csv_error(path, Localized("there is no such file; correct the path")) from None
     except IsADirectoryError:
         raise csv_error(path, Localized("this is a folder; give a CSV file")) from None
     except (OSError, ValueError) as problem:
-        raise _unreadable(path, problem) from problem
-    with file:
-        try:
-            if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
-                raise csv_error(path, Localized("this is UTF-16; save it as UTF-8"))
-            file.seek(0)
-            yield file
-        except OSError as problem:
-            raise _unreadable(path, problem) from problem
+        reason = Localized("cannot be read ({reason})", reason=getattr(problem, "strerror", None) or problem)
+        raise csv_error(path, reason) from problem
 
 
-def _unreadable(path: Path, problem: OSError | ValueError) -> InputError:
-    reason = getattr(problem, "strerror", None) or problem
-    return csv_error(path, Localized("cannot be read ({reason})", reason=reason))
-
-
-def _line_ending(file: BinaryIO) -> str:
-    r"""Return `\n` if a line ends with it or with \r\n, else `\r`, which old spreadsheets wrote."""
-    has_newline = any(b"\n" in block for block in iter(lambda: file.read(BLOCK_BYTES), b""))
-    file.seek(0)
-    return "\n" if has_newline else "\r"
-
-
-def read_lines(path: Path, file: BinaryIO) -> Generator[Line, None, None]:
-    r"""Yield the rows that are not blank, the column names first; a \r inside a row must be quoted.
-
-    Bytes that are not UTF-8 are lone surrogates in the cells, as `BAD_BYTE` finds them.
+def read_lines(path: Path, file: BinaryIO, form: CsvFormat) -> Iterator[Line]:
+    r"""Yield the lines that are not blank, the column names among them; a \r inside a row must be quoted.
 
     Raises:
         InputError: no valid CSV, with the first place.
     """
+    if form.encoding == WORKBOOK:
+        yield from _read_workbook(path, file)
+        return
     csv.field_size_limit(LONGEST_CELL)
-    text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline=_line_ending(file))
-    reader = csv.reader(text, strict=True)
-    number = 1
+    text = form.text(file)
+    before = 1 if form.is_named and text.readline() else 0
+    reader, number = csv.reader(text, delimiter=form.delimiter, strict=True), before + 1
     try:
         for cells in reader:
             if cells:
                 yield Line(number, cells)
-            number = reader.line_num + 1
+            number = before + reader.line_num + 1
     except csv.Error as problem:
         reason = Localized(
             "the row that starts on line {number} is no valid CSV ({reason}); check its quotes",
@@ -117,83 +213,55 @@ def read_lines(path: Path, file: BinaryIO) -> Generator[Line, None, None]:
         text.detach()
 
 
-def copy_rows(path: Path, target: BinaryIO, is_wanted: Callable[[int], bool]) -> None:
-    """Copy the column names and the rows that are wanted, by the lines where they start, byte for byte.
-
-    Raises:
-        InputError: see `read_lines`.
-    """
-    with (
-        open_csv(path) as file,
-        closing(read_lines(path, file)) as lines,
-        open_csv(path) as raw,
-        io.TextIOWrapper(raw, "latin-1", newline=_line_ending(raw)) as physical,
-    ):
-        next(lines)
-        is_kept, start = True, next(lines, None)
-        for number, line in enumerate(physical, 1):
-            if start is not None and number == start.number:
-                is_kept, start = is_wanted(number), next(lines, None)
-            if is_kept:
-                target.write(line.encode("latin-1"))
+def _read_workbook(path: Path, file: BinaryIO) -> Iterator[Line]:
+    """Yield the rows of a workbook's active sheet that hold something."""
+    try:
+        from openpyxl import load_workbook
+    except ImportError:
+        reason = Localized("this is an Excel workbook; install the extra `xlsx`, or save it as CSV UTF-8")
+        raise csv_error(path, reason) from None
+    try:
+        sheet = load_workbook(file, read_only=True, data_only=True).active
+        for number, values in enumerate(sheet.iter_rows(values_only=True), 1):
+            cells = [*map(_cell_text, values)]
+            if any(cells):
+                yield Line(number, cells)
+    # What it raises for a damaged workbook is not documented.
+    except Exception as problem:
+        reason = Localized("cannot be read as a workbook ({reason}); save it as CSV UTF-8", reason=problem)
+        raise csv_error(path, reason) from problem
 
 
-# --- columns and cells ---------------------------------------------------------------------------------
+def _cell_text(value: Any) -> str:
+    """Return a workbook's value as text: a number without needless digits, a day as ISO 8601 has it."""
+    if isinstance(value, bool):
+        return str(value).upper()
+    if isinstance(value, float):
+        return f"{value:.15g}"
+    return "" if value is None else str(value)
 
 
-def read_header(path: Path, lines: Iterator[Line]) -> tuple[str, ...]:
-    """Return the column names, which are the first of the lines.
+@contextmanager
+def write_csv(target: BinaryIO, form: CsvFormat) -> Iterator[Any]:
+    """Yield a `csv.writer` of UTF-8 with commas, with the byte order mark and line ends of a format."""
+    text = io.TextIOWrapper(target, "utf-8", newline="")
+    text.write("\ufeff" if form.has_bom else "")
 
-    Raises:
-        InputError: there is no line.
-    """
-    header = next(lines, None)
-    if header is None:
-        raise csv_error(path, Localized("the file is empty; a CSV starts with a line of column names"))
-    return tuple(header.cells)
+    # csv quotes each kind of line end in a cell only if lines end with both characters.
+    def write(line: str) -> int:
+        return text.write(line.removesuffix("\r\n") + form.line_end)
+
+    yield csv.writer(SimpleNamespace(write=write))
+    text.flush()
+    text.detach()
+
+
+# --- cells ---------------------------------------------------------------------------------------------
 
 
 def no_rows_error(path: Path) -> InputError:
     """Return the error for a CSV of column names alone."""
     return csv_error(path, Localized("there is no row below the column names; add one"))
-
-
-def check_columns(path: Path, columns: Sequence[str], needed: Sequence[str]) -> None:
-    """Refuse column names that cannot be used.
-
-    Raises:
-        InputError: a needed column is missing, or any column is there twice.
-    """
-    complaints = [_missing_column(name, columns) for name in needed if name not in columns]
-    complaints += [
-        Localized("there are {count} columns {name!r}; rename or remove one", count=count, name=name)
-        for name, count in Counter(columns).items()
-        if count > 1
-    ]
-    if any("\0" in name for name in columns):
-        complaints.append(Localized("line 1: {reason}", reason=NUL_BYTE))
-    if any(map(BAD_BYTE.search, columns)):
-        complaints.append(Localized("line 1: {reason}", reason=NOT_UTF8))
-    if complaints:
-        raise csv_error(path, join_messages(complaints, "{left}; {right}"))
-
-
-def _missing_column(name: str, columns: Sequence[str]) -> Localized:
-    normalized = {column.strip().lower().replace("-", "_").replace(" ", "_"): column for column in columns}
-    alike = difflib.get_close_matches(name, normalized, 1, 0.8)
-    listed = ", ".join(repr(column) for column in columns)
-    if alike:
-        hint = Localized("rename {column!r}", column=normalized[alike[0]])
-    elif len(columns) == 1 and re.search("[;\t|]", columns[0]):
-        hint = Localized("separate cells by commas")
-    else:
-        hint = Localized("add it")
-    return Localized(
-        "the column {name!r} is missing, the columns are {listed}; {hint}",
-        name=name,
-        listed=listed,
-        hint=hint,
-    )
 
 
 def cell_problems(columns: Sequence[str], line: Line) -> Iterator[RowProblem]:

@@ -7,32 +7,28 @@ with it. Recordings are looked for, never opened; nothing is fetched.
 import os
 import re
 import stat
-from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
 from urllib.parse import urlsplit
 
 from mdl_toolkit.audio.urls import is_url, without_credentials
 from mdl_toolkit.config.data import ConversionOptions
+from mdl_toolkit.data.column_names import AUDIO, PREDICTION, SYSTEM, USER, understand
 from mdl_toolkit.data.csv_reader import (
     NUL_BYTE,
+    CsvFile,
     Line,
     cell_problems,
-    check_columns,
-    copy_rows,
-    csv_error,
     file_stamp,
     no_rows_error,
-    open_csv,
-    read_header,
-    read_lines,
+    open_rows,
 )
 from mdl_toolkit.errors import InputError, Problems, RowProblem
 from mdl_toolkit.i18n import Localized
 
-AUDIO, SYSTEM, USER, PREDICTION = "audio", "system_prompt", "user_prompt", "prediction"
+# The columns that are read.
+KNOWN = (AUDIO, SYSTEM, USER, PREDICTION)
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 EMPTY_PREDICTION = Localized("empty; fill it in, or accept empty ones with --allow-empty-prediction")
@@ -73,23 +69,21 @@ class Manifest:
     """Read a CSV whose columns have been checked; each iteration reads it as a stream, anew.
 
     Attributes:
-        path: the file.
-        columns: its columns, in order.
+        file: the file and how it is written.
+        columns: its columns, in order, by the names that are understood.
         base_dir: where relative audio paths start; None is the current directory.
         system_prompt: for rows whose own is empty or `null`.
         user_prompt: likewise.
         requires_prediction: an empty prediction is a problem.
-        stamp: size (bytes) and time of change (ns) when it was opened first.
         listed: the folder or pattern of recordings that the file is a list of, if it was made of one.
     """
 
-    path: Path
+    file: CsvFile
     columns: tuple[str, ...]
     base_dir: str | None
     system_prompt: str | None
     user_prompt: str | None
     requires_prediction: bool
-    stamp: tuple[int, int]
     listed: str | None = None
 
     def __iter__(self) -> Iterator[Row | RowProblem]:
@@ -109,12 +103,7 @@ class Manifest:
         return (item for item in self._read(lambda _: (0, 0)) if isinstance(item, Row))
 
     def _read(self, find: Callable[[Row], tuple[int, int] | Localized]) -> Iterator[Row | RowProblem]:
-        with open_csv(self.path) as file, closing(read_lines(self.path, file)) as lines:
-            self._check_unchanged(os.fstat(file.fileno()))
-            # The header.
-            next(lines)
-            for line in lines:
-                yield from self._parse(line, find)
+        return (item for line in self.file for item in self._parse(line, find))
 
     def _parse(
         self, line: Line, find: Callable[[Row], tuple[int, int] | Localized]
@@ -140,26 +129,10 @@ class Manifest:
             problems.append(RowProblem(line.number, PREDICTION, "", EMPTY_PREDICTION))
         return problems if problems or isinstance(stamp, Localized) else [replace(row, stamp=stamp)]
 
-    def _check_unchanged(self, status: os.stat_result) -> None:
-        if file_stamp(status) != self.stamp:
-            raise csv_error(
-                self.path,
-                Localized("the file was changed while it was being read; start again when it is complete"),
-            )
-
-    def copy_without(self, lines: Container[int], target: BinaryIO) -> None:
-        """Copy the file byte by byte, but for the rows that start on some lines.
-
-        Raises:
-            InputError: it was changed in the meantime.
-        """
-        copy_rows(self.path, target, lambda line: line not in lines)
-        self._check_unchanged(self.path.stat())
-
     @property
     def source(self) -> str:
         """Return the path or pattern that the user has given."""
-        return str(self.path) if self.listed is None else self.listed
+        return str(self.file.path) if self.listed is None else self.listed
 
     def check(self, problems: Problems) -> None:
         """Raise RowsError if there is any problem with the rows."""
@@ -167,7 +140,7 @@ class Manifest:
 
     def no_rows(self) -> InputError:
         """Return the error for a CSV of column names alone."""
-        return no_rows_error(self.path)
+        return no_rows_error(self.file.path)
 
 
 def read_manifest(path: str | Path, options: ConversionOptions, *, needs_prediction: bool) -> Manifest:
@@ -183,19 +156,17 @@ def read_manifest(path: str | Path, options: ConversionOptions, *, needs_predict
     Raises:
         InputError: the file cannot be read, its first line is no CSV; a column is missing or there twice.
     """
-    path = Path(path)
-    with open_csv(path) as file, closing(read_lines(path, file)) as lines:
-        stamp = file_stamp(os.fstat(file.fileno()))
-        columns = read_header(path, lines)
-    check_columns(path, columns, (AUDIO, PREDICTION) if needs_prediction else (AUDIO,))
+    file = open_rows(Path(path), KNOWN[:1])
+    # In inference, what is called like a prediction may be somebody's reference, and stays.
+    known, needed = (KNOWN, (AUDIO, PREDICTION)) if needs_prediction else (KNOWN[:-1], (AUDIO,))
+    columns = understand(file.path, file.columns, known, needed)
     return Manifest(
-        path,
+        file,
         columns,
         options.base_dir,
         options.system_prompt,
         options.user_prompt,
         requires_prediction=needs_prediction and not options.allow_empty_prediction,
-        stamp=stamp,
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mdl_toolkit.config.evaluation import EvaluateOptions
-from mdl_toolkit.data.manifest import PREDICTION
+from mdl_toolkit.data.column_names import PREDICTION
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.evaluation.answers import Answers
 from mdl_toolkit.evaluation.csv_table import Table, join_tables, read_table

@@ -5,20 +5,12 @@ Rows are joined by `audio` where its values are unique, else by their number.
 
 import re
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mdl_toolkit.audio.urls import without_credentials
-from mdl_toolkit.data.csv_reader import (
-    cell_problems,
-    check_columns,
-    no_rows_error,
-    open_csv,
-    read_header,
-    read_lines,
-)
-from mdl_toolkit.data.manifest import AUDIO
+from mdl_toolkit.data.column_names import AUDIO, PREDICTION, check_columns
+from mdl_toolkit.data.csv_reader import cell_problems, no_rows_error, open_rows
 from mdl_toolkit.errors import InputError, Problems
 from mdl_toolkit.i18n import Localized, join_messages
 
@@ -65,19 +57,18 @@ def read_table(path: str | Path, needed: Sequence[str] = ()) -> Table:
     path, problems = Path(path), Problems()
     numbers: list[int] = []
     cells: list[tuple[str, ...]] = []
-    with open_csv(path) as file, closing(read_lines(path, file)) as lines:
-        columns = read_header(path, lines)
-        check_columns(path, columns, needed)
-        for line in lines:
-            for problem in cell_problems(columns, line):
-                problems.add(problem)
-            numbers.append(line.number)
-            missing = [""] * (len(columns) - len(line.cells))
-            cells.append((*line.cells, *missing))
+    file = open_rows(path, needed or (AUDIO, PREDICTION))
+    check_columns(path, file.columns, needed)
+    for line in file:
+        for problem in cell_problems(file.columns, line):
+            problems.add(problem)
+        numbers.append(line.number)
+        missing = [""] * (len(file.columns) - len(line.cells))
+        cells.append((*line.cells, *missing))
     problems.check(str(path))
     if not cells:
         raise no_rows_error(path)
-    return Table(path, columns, tuple(numbers), tuple(cells))
+    return Table(path, file.columns, tuple(numbers), tuple(cells))
 
 
 def join_tables(left: Table, right: Table) -> tuple[Table, Localized]:

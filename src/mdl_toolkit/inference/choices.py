@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mdl_toolkit.data.collate import collate_prompts
-from mdl_toolkit.data.csv_reader import csv_error
+from mdl_toolkit.data.csv_format import csv_error
 from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.inference.generate import Question, admit, base_model

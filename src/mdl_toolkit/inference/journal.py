@@ -12,7 +12,6 @@ The next run with the same fingerprint takes over the answers of a killed one. T
 are moved to `NAME.previous-N`, and taken over from there when a run asks for them again.
 """
 
-import csv
 import json
 import re
 import shutil
@@ -20,6 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mdl_toolkit.data.csv_reader import CsvFile, write_csv
 from mdl_toolkit.data.manifest import Row
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.utils.console import say
@@ -170,27 +170,28 @@ def _fingerprint_in(folder: Path) -> str | None:
 
 
 def write_table(
-    output: Path, columns: Sequence[str], new: Sequence[str], rows: Iterable[tuple[Row, Sequence[str]]]
+    output: Path, source: CsvFile, new: Sequence[str], rows: Iterable[tuple[Row, Sequence[str]]]
 ) -> None:
     """Write a CSV of the input's cells as they are and new ones, as a whole or not at all.
 
     Args:
         output: the CSV file; an existing one is replaced.
-        columns: names of the input's columns.
+        source: the input, whose columns, byte order mark and line ends it has.
         new: names of the new columns, which come last; one that the input has is replaced where it is.
         rows: the input's rows, each with its new cells.
 
     Raises:
         InputError: it cannot be written.
     """
+    columns = source.columns
     names = [*columns, *(name for name in new if name not in columns)]
     indices = [names.index(name) for name in new]
     with (
         report_write_errors(f"--output {output}", InputError),
         replace_file(output) as work,
-        work.open("w", encoding="utf-8", newline="") as file,
+        work.open("wb") as file,
+        write_csv(file, source.format) as writer,
     ):
-        writer = csv.writer(file)
         writer.writerow(names)
         for row, cells in rows:
             line = [*row.cells, *[""] * (len(names) - len(columns))]

@@ -20,6 +20,7 @@ from mdl_toolkit import __version__
 from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, to_yaml
 from mdl_toolkit.data.convert.run import PLAN_FILE, convert_rows
+from mdl_toolkit.data.csv_format import WORKBOOK
 from mdl_toolkit.data.csv_reader import file_stamp
 from mdl_toolkit.data.listing import is_listing, list_recordings, write_listing
 from mdl_toolkit.data.manifest import Manifest, Row, read_manifest
@@ -175,7 +176,11 @@ class _Inference:
         """Open the input's CSV, which is made first where a folder or pattern is given."""
         options = self.options
         if not is_listing(options.input):
-            return read_manifest(options.input, options, needs_prediction=False)
+            manifest = read_manifest(options.input, options, needs_prediction=False)
+            # What is written is a CSV, whatever was read.
+            if manifest.file.format.encoding == WORKBOOK:
+                check_apart(Path(options.output), manifest.file.path)
+            return manifest
         if self.world.is_first:
             write_listing(list_recordings(options.input), self.journal.listing)
         self.world.wait()
@@ -230,7 +235,7 @@ class _Inference:
                 reason = str(problems[row.line].reason) if row.line in problems else ""
                 yield row, [*cells, reason][: len(columns)]
 
-        write_table(output, manifest.columns, columns, rows())
+        write_table(output, manifest.file, columns, rows())
         output.with_name(f"{output.name}.{SETTINGS_FILE}").write_text(to_yaml(self.options), encoding="utf-8")
         figures = {"predictions": len(predictions) - len(problems), "without": len(problems)}
         if problems:

@@ -7,7 +7,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from mdl_toolkit.data.manifest import AUDIO, PREDICTION
+from mdl_toolkit.data.column_names import AUDIO, PREDICTION
 from mdl_toolkit.evaluation.align import ERROR, SCORE
 from mdl_toolkit.evaluation.csv_table import Table
 from mdl_toolkit.evaluation.metrics import CORPUS_METRICS

@@ -6,8 +6,8 @@ from typing import Any
 
 from mdl_toolkit.config.evaluation import EvaluateOptions, ReportOptions, ScoringOptions
 from mdl_toolkit.config.inference import InferenceOptions
+from mdl_toolkit.data.column_names import PREDICTION
 from mdl_toolkit.data.listing import is_listing
-from mdl_toolkit.data.manifest import PREDICTION
 from mdl_toolkit.errors import InputError, UsageError
 from mdl_toolkit.evaluation.align import REFERENCE
 from mdl_toolkit.evaluation.csv_table import Table, read_table

@@ -37,6 +37,7 @@ from tests.support.runs import make_rows, write_csv
 from tests.support.server import needs_server
 from tests.support.spoilt import PROMPT, Table, make_spoilt, phrases
 
+COMMENTED = "{}: columns that are not read: 'comment'\n"
 UNUSABLE = ("truncated", "text", "missing", "empty")
 
 
@@ -87,7 +88,7 @@ def test_nothing_is_found_on_the_clean_phrases(run, tmp_path):
     for name in ("train", "test"):
         tables.append(write_csv(tmp_path / f"{name}.csv", phrases(f"{name}.csv")))
     done = run(*tables, "--json")
-    assert (done.status, done.err) == (0, "")
+    assert (done.status, done.err) == (0, "".join(map(COMMENTED.format, tables)))
     for file, rows in zip(done.figures["files"], (180, 60), strict=True):
         assert (file["findings"], file["bad"]["rows"], file["rows"]) == ([], 0, rows)
 
@@ -103,7 +104,8 @@ def test_every_kind_of_spoilt_copy_is_found_and_named_by_its_row(run, spoilt):
     assert ours["rows"] == len(train.rows) - 4
     assert theirs["bad"]["rows"] == 0
     assert done.status == 1
-    assert done.err == f"error: {train.path}: 4 rows cannot be used\n"
+    said = "".join(map(COMMENTED.format, (train.path, held.path)))
+    assert done.err == f"{said}error: {train.path}: 4 rows cannot be used\n"
 
 
 def test_details_lead_to_the_other_row(run, spoilt):
@@ -455,7 +457,9 @@ def test_without_the_model_characters_are_counted_and_that_is_said(run, tmp_path
     table = write_csv(tmp_path / "t.csv", phrases("train.csv")[:3])
     done = run(table, "--json", model="nobody/no-such-model")
     assert done.status == 0
-    assert done.err.startswith("warning: counting characters in place of tokens")
+    assert done.err.removeprefix(COMMENTED.format(table)).startswith(
+        "warning: counting characters in place of tokens"
+    )
     assert run(table, "--max-length", 1, "--for-inference", model="nobody/no-such-model").status == 0
     assert (done.figures["counted"], done.figures["training"], done.figures["sample"]) == (
         "characters",

@@ -146,7 +146,7 @@ def _inspect_file(
         limit=options.max_length if options.for_inference and tokenizer is not None else None,
         rows_per_step=options.tokenizing_batch_size,
     )
-    findings, rows = Findings(str(manifest.path), role), sum(1 for _ in manifest.rows_unchecked())
+    findings, rows = Findings(str(manifest.file.path), role), manifest.file.rows
     workers = options.num_workers or default_workers() if rows >= FEW_ROWS else 1
     workers = min(workers, -(-rows // JOB_ROWS) or 1)
     readable = findings.readable_rows(manifest)
@@ -231,7 +231,7 @@ def _write_fixed(output: Path, manifest: Manifest, findings: Findings, options: 
     if findings.rows:
         with report_write_errors(f"--write-fixed {output}", InputError):
             with replace_file(output) as work, work.open("wb") as file:
-                manifest.copy_without(bad_lines, file)
+                manifest.file.copy_rows(file, lambda line: line not in bad_lines)
             with replace_file(output.with_name(f"{output.name}.{SETTINGS_FILE}")) as work:
                 work.write_text(to_yaml(options), encoding="utf-8")
     return {"path": str(output), "rows": findings.rows, "left_out": len(bad_lines)}

@@ -1,0 +1,224 @@
+"""What a file of rows is, before it is read: its encoding, what separates its cells, how its lines end.
+
+A CSV is UTF-8 with commas. What spreadsheets write besides is read too where it can be told for sure: by a
+byte order mark, by a column name that must be there, by the statistics of charset-normalizer on enough text.
+What is no table at all is refused with what to do about it.
+"""
+
+import codecs
+import csv
+import io
+import re
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from mdl_toolkit.data.listing import SUFFIXES
+from mdl_toolkit.errors import InputError
+from mdl_toolkit.i18n import Localized, join_messages
+
+# Bytes read at once.
+BLOCK_BYTES = 1 << 20
+# What `surrogateescape` makes of bytes that are not of the encoding.
+BAD_BYTE = re.compile("[\udc80-\udcff]")
+ASCII = bytes(range(128))
+WORKBOOK = "xlsx"
+# Encodings that spreadsheets write, as Python and people call them; they are told apart by the bytes outside
+# ASCII of a sample. Of fewer than 32 such bytes one guess in twenty was wrong, of more one in a hundred.
+ENCODINGS = {
+    "gb18030": "GB18030", "cp932": "Shift-JIS", "big5": "Big5", "cp949": "CP949", "cp1252": "Windows-1252",
+    "cp1251": "Windows-1251", "utf-16-le": "UTF-16", "utf-16-be": "UTF-16",
+}  # fmt: skip
+GUESSED = ("gb18030", "cp932", "big5", "cp949", "cp1252", "cp1251")
+LEAST_BYTES = 32
+SAMPLE_BYTES = 1 << 16
+# Text is not UTF-8 if more of its bytes outside ASCII do not fit; with fewer, single rows are damaged.
+MOST_BAD = 0.4
+DELIMITERS = (",", ";", "\t", "|")
+DELIMITER_NAMES = {
+    ";": Localized("semicolons"),
+    "\t": Localized("tabs"),
+    "|": Localized("vertical bars"),
+}
+# Excel's first line that says what separates cells.
+SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)
+# What files begin with that are no text.
+SIGNATURES = (
+    (b"PAR1", Localized("this is Parquet; write it as CSV, such as with pandas: read_parquet and to_csv")),
+    (b"\xd0\xcf\x11\xe0", Localized("this is an old Excel workbook; save it as CSV UTF-8 or xlsx")),
+    (b"\x1f\x8b", Localized("this is compressed with gzip; unpack it first")),
+    (b"PK\x03\x04", Localized("this is a zip archive; unpack it first")),
+)
+KALDI = re.compile(r"\S+\s+\S.*")
+
+
+@dataclass(frozen=True)
+class CsvFormat:
+    r"""Say how a file of rows is written.
+
+    Attributes:
+        encoding: Python's name of it, or `WORKBOOK`.
+        has_bom: a byte order mark comes first.
+        delimiter: what separates cells.
+        line_end: how the first line ends.
+        is_named: the first line says what separates cells.
+    """
+
+    encoding: str = "utf-8"
+    has_bom: bool = False
+    delimiter: str = ","
+    line_end: str = "\r\n"
+    is_named: bool = False
+
+    @property
+    def is_usual(self) -> bool:
+        """Tell whether it is UTF-8 with commas."""
+        return self.encoding == "utf-8" and self.delimiter == ","
+
+    @property
+    def newline(self) -> str:
+        r"""Return what ends a line for a reader: `\n`, or `\r` as old spreadsheets wrote."""
+        return self.line_end[-1:]
+
+    def describe(self) -> Localized:
+        """Describe what it was taken for."""
+        parts = [Localized("a workbook, its active sheet")] if self.encoding == WORKBOOK else []
+        if self.encoding in ENCODINGS:
+            parts.append(Localized("{encoding} text", encoding=ENCODINGS[self.encoding]))
+        if self.delimiter != ",":
+            name = DELIMITER_NAMES.get(self.delimiter, repr(self.delimiter))
+            parts.append(Localized("cells separated by {delimiter}", delimiter=name))
+        return join_messages(parts, "{left}, {right}")
+
+    def text(self, file: BinaryIO) -> io.TextIOWrapper:
+        """Return the text of a file behind its byte order mark; bytes that do not fit are surrogates."""
+        file.seek(0)
+        text = io.TextIOWrapper(file, self.encoding, "surrogateescape", newline=self.newline)
+        if text.read(1) != "\ufeff":
+            text.seek(0)
+        return text
+
+
+def csv_error(path: Path, message: Localized) -> InputError:
+    """Return an error that names the file."""
+    return InputError("{path}: {message}.", path=path, message=message)
+
+
+def detect_format(path: Path, file: BinaryIO, wanted: Sequence[str]) -> CsvFormat:
+    """Find out how an open file is written.
+
+    Args:
+        path: its name, for messages.
+        file: is read from its start.
+        wanted: column names, one of which tells what separates cells.
+
+    Raises:
+        InputError: it is no file of rows.
+    """
+    head = file.read(BLOCK_BYTES)
+    if zipfile.is_zipfile(file) and "xl/workbook.xml" in zipfile.ZipFile(file).namelist():
+        return CsvFormat(WORKBOOK, has_bom=True)
+    reason = next((reason for mark, reason in SIGNATURES if head.startswith(mark)), None)
+    if path.suffix.lower() in SUFFIXES:
+        reason = Localized("this is a recording; give a CSV with the column `audio` that names it")
+    if reason is not None:
+        raise csv_error(path, reason)
+    encoding = detect_encoding(head, file)
+    # Every kind of line end is recognised, and left as it is.
+    text = CsvFormat(encoding, line_end="").text(file)
+    first = text.readline()
+    ending = first[len(first.rstrip("\r\n")) :] or "\r\n"
+    named = SEPARATOR_LINE.fullmatch(first)
+    header = "" if named else first
+    while not header.strip() and (line := text.readline()):
+        header = line
+    text.detach()
+    delimiter = named[1] if named else detect_delimiter(header, wanted)
+    _refuse_other_text(path, header, delimiter, wanted)
+    has_bom = encoding != "utf-8" or head.startswith(codecs.BOM_UTF8)
+    return CsvFormat(encoding, has_bom, delimiter, ending, is_named=named is not None)
+
+
+def detect_encoding(head: bytes, file: BinaryIO) -> str:
+    """Return the encoding of a file that begins with `head`: UTF-8 unless it is another for sure."""
+    for mark, name in (
+        (codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"),
+    ):  # fmt: skip
+        if head.startswith(mark):
+            return name
+    # Without a mark, half of the bytes of Western text are zero, and of a Chinese CSV its commas and paths.
+    zeros = [head[start::2].count(0) for start in (0, 1)]
+    if 10 * max(zeros) > len(head) and 10 * min(zeros) < max(zeros):
+        return ("utf-16-be", "utf-16-le")[zeros.index(max(zeros))]
+    decoder, bad, high, sample = codecs.getincrementaldecoder("utf-8")("surrogateescape"), 0, 0, b""
+    for block in _blocks(file):
+        text = decoder.decode(block)
+        if not block.isascii():
+            high += len(block.translate(None, ASCII))
+            bad += len(BAD_BYTE.findall(text))
+            if len(sample) < SAMPLE_BYTES:
+                lines = (line for line in block.splitlines(keepends=True) if not line.isascii())
+                sample = (sample + b"".join(lines))[:SAMPLE_BYTES]
+    if high < LEAST_BYTES or bad <= MOST_BAD * high:
+        return "utf-8"
+    from charset_normalizer import from_bytes
+
+    # A sample that ends in the middle of a character would fit no encoding.
+    sample = sample[: sample.rfind(b"\n") + 1] or sample
+    best = from_bytes(sample, cp_isolation=[*GUESSED]).best()
+    return best.encoding if best is not None and _decodes(file, best.encoding) else "utf-8"
+
+
+def _blocks(file: BinaryIO) -> Iterator[bytes]:
+    file.seek(0)
+    return iter(lambda: file.read(BLOCK_BYTES), b"")
+
+
+def _decodes(file: BinaryIO, encoding: str) -> bool:
+    """Tell whether a whole file is text of an encoding."""
+    decoder = codecs.getincrementaldecoder(encoding)()
+    try:
+        for block in _blocks(file):
+            decoder.decode(block)
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def detect_delimiter(header: str, wanted: Sequence[str]) -> str:
+    """Return what separates the cells of a header: a comma, unless only another one makes a wanted name."""
+    for delimiter in DELIMITERS:
+        try:
+            cells = next(csv.reader([header], delimiter=delimiter), [])
+        except csv.Error:
+            continue
+        if {*map(fold_name, cells)} & {*wanted}:
+            return delimiter
+    return ","
+
+
+def fold_name(column: str) -> str:
+    """Return a column name without regard to case, and to what stands around and between its words."""
+    return re.sub(r"[\s_-]+", "_", column.strip("\ufeff").strip().casefold())
+
+
+def _refuse_other_text(path: Path, header: str, delimiter: str, wanted: Sequence[str]) -> None:
+    """Refuse JSON and lists of Kaldi's, which have no column names."""
+    names = {*map(fold_name, header.split(delimiter))}
+    if names & {*wanted}:
+        return
+    if header.lstrip().startswith(("{", "[")):
+        raise csv_error(
+            path, Localized("this is JSON; write it as CSV, such as with pandas: read_json and to_csv")
+        )
+    # An identifier and a path; the path may be of a pipe.
+    if delimiter == "," and "," not in header and KALDI.fullmatch(header.strip()):
+        name = header.strip().rstrip("|").split()[-1]
+        if Path(name).suffix.lower() in SUFFIXES or path.suffix == ".scp":
+            raise csv_error(
+                path,
+                Localized("this is a list such as Kaldi's wav.scp; write a CSV with the column `audio`"),
+            )
