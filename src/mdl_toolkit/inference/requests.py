@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.data.check.rows import too_long
-from mdl_toolkit.data.column_names import SYSTEM, USER
 from mdl_toolkit.data.convert.run import left_out
 from mdl_toolkit.data.dataset import ConvertedDataset
 from mdl_toolkit.data.manifest import Manifest, Row
