@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import pytest
 
+from mdl_toolkit.config.yaml import as_command
 from mdl_toolkit.errors import DatasetError, InputError, ModelError, ToolkitError, UsageError
 from mdl_toolkit.training import run as training
 from mdl_toolkit.training.run import train
+from tests.support.fleet import fleet
 from tests.support.runs import (
     ANSWERS,
     convert,
@@ -104,6 +106,46 @@ def test_conversion_options_with_converted_data_are_warned_of(model, tmp_path, c
     data = convert(make_csv(tmp_path, 4), model, tmp_path / "data")
     train(train_options(data, model, tmp_path / "run", user_prompt="ignored", base_dir=str(tmp_path)))
     assert "converted already: --user-prompt, --base-dir ignored" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_converted", [(True, True), (True, False), (False, True), (False, False)])
+def test_options_that_do_not_reach_a_converted_set_are_named(model, tmp_path, is_converted):
+    """Also where what was typed is the default: `--allow-truncated false`, `--user-prompt null`."""
+    paths = []
+    for name, converted in zip(("train", "eval"), is_converted, strict=True):
+        csv = make_csv(tmp_path / name, 4)
+        paths.append(convert(csv, model, tmp_path / f"{name}-data") if converted else csv)
+    options = train_options(
+        paths[0],
+        model,
+        tmp_path / "run",
+        eval_dataset=str(paths[1]),
+        base_dir=str(tmp_path),
+        merge_lora=False,
+    )
+    words = as_command(options).split()[1:]
+    words += [
+        "--allow-truncated",
+        "false",
+        "--user_prompt",
+        "null",
+        "--num-workers=1",
+        "--from-modelscope=no",
+    ]
+    with fleet(tmp_path) as start:
+        job = start(words)
+        assert job.end() == 0
+    said = [line for line in job.said().splitlines() if "converted already" in line]
+    names = "--user-prompt, --base-dir, --allow-truncated"
+    assert (
+        said
+        == {
+            (True, True): [f"warning: the data are converted already: --num-workers, {names} ignored"],
+            (True, False): [f"warning: {paths[0]} is converted already: {names} ignored for it"],
+            (False, True): [f"warning: {paths[1]} is converted already: {names} ignored for it"],
+            (False, False): [],
+        }[is_converted]
+    )
 
 
 def test_evaluation_options_without_evaluation_data_are_warned_of(model, tmp_path, capsys):

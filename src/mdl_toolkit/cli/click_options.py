@@ -100,7 +100,7 @@ class OptionsCommand(click.Command):
             name, word = self.options.COMMAND, ctx.args[0]
             raise UsageError("{command}: unexpected argument {word!r}", command=name, word=word)
         from_file = read_settings(shared.config, self.options) if shared.config else {}
-        return self.work(from_mapping(self.options, {**from_file, **from_words}))
+        return self.work(from_mapping(self.options, {**from_file, **from_words}, from_words))
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write usage, summary and the groups of options in the order of the reference."""

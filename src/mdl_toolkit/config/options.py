@@ -4,7 +4,7 @@ Values are checked here one by one; nothing here depends on files, models or the
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -95,11 +95,13 @@ class Options:
         COMMAND: the command's name.
         SUMMARY: one sentence for `--help`.
         GROUPS: the headings of `--help`, in order.
+        typed: names of the fields whose values stood on the command line, also where they are the defaults.
     """
 
     COMMAND: ClassVar[str] = ""
     SUMMARY: ClassVar[Localized]
     GROUPS: ClassVar[tuple[Localized, ...]] = ()
+    typed: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         """Bring every value to its type.
@@ -109,6 +111,15 @@ class Options:
         """
         for name, value in checked(type(self), vars(self)).items():
             object.__setattr__(self, name, value)
+
+    def given(self, names: Collection[str]) -> list[str]:
+        """Return those of some fields that were typed or are not at their defaults, as they are typed."""
+        return [
+            spelling(field.name)
+            for field in dataclasses.fields(self)
+            if field.name in names
+            and (field.name in self.typed or getattr(self, field.name) != field.default)
+        ]
 
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,13 @@ from mdl_toolkit.errors import InputError, UsageError
 SETTINGS_FILE = "mdl-toolkit.yaml"
 
 
-def from_mapping(cls: type[AnyOptions], values: Mapping[str, Any]) -> AnyOptions:
+def from_mapping(cls: type[AnyOptions], values: Mapping[str, Any], typed: Collection[str] = ()) -> AnyOptions:
     """Make options of values by field name.
+
+    Args:
+        cls: the options.
+        values: by field name.
+        typed: names of those that stood on the command line.
 
     Raises:
         UsageError: naming the required options that are missing, or the values that are not accepted.
@@ -36,7 +41,9 @@ def from_mapping(cls: type[AnyOptions], values: Mapping[str, Any]) -> AnyOptions
     if missing:
         names = ", ".join(missing)
         raise UsageError("{command}: missing {names}", command=cls.COMMAND, names=names)
-    return cls(**values)
+    options = cls(**values)
+    object.__setattr__(options, "typed", frozenset(typed))
+    return options
 
 
 def read_settings(path: str | Path, cls: type[Options], option: str = "--config") -> dict[str, Any]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mdl_toolkit.config.data import ConversionOptions
-from mdl_toolkit.config.options import spec_of, spelling
+from mdl_toolkit.config.options import spec_of
 from mdl_toolkit.config.train import EVALUATION, TrainOptions
 from mdl_toolkit.data.convert.run import convert_rows
 from mdl_toolkit.data.dataset import ROUNDED_FORMAT, ConvertedDataset
@@ -44,16 +44,7 @@ def open_data(
     folder = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=is_local)
     check_trainable(folder, quantization=options.quantization, merge=options.merge_lora)
     files = read_tokenizer_files(folder)
-    # Options that were given and have no effect, as no CSV is converted or nothing is evaluated.
-    paths = [path for path in (options.train_dataset, options.eval_dataset) if path is not None]
-    converting = {field.name for field in dataclasses.fields(ConversionOptions)}
-    names = _given(options, converting - {"from_modelscope", "num_workers"})
-    if names and all(Path(path).is_dir() for path in paths):
-        warn("the data are converted already: {names} ignored", names=names)
-    evaluating = {f.name for f in dataclasses.fields(options) if spec_of(f).group == EVALUATION}
-    names = _given(options, evaluating - {"report_to"})
-    if names and options.eval_dataset is None:
-        warn("there is no --eval-dataset: {names} ignored", names=names)
+    warn_of_ignored(options)
     eval_set = None
     # First: it is the smaller one, and its bad rows are soon known.
     if options.eval_dataset is not None:
@@ -83,12 +74,23 @@ def _open_set(path: str, options: TrainOptions, files: TokenizerFiles, private: 
     return ConvertedDataset(private)
 
 
-def _given(options: TrainOptions, names: set[str]) -> str:
-    """Return those of some options that are not at their defaults, as they are typed."""
-    fields = [field for field in dataclasses.fields(options) if field.name in names]
-    return ", ".join(
-        spelling(field.name) for field in fields if getattr(options, field.name) != field.default
-    )
+def warn_of_ignored(options: TrainOptions) -> None:
+    """Warn of options that were given and have no effect, as a set is converted or nothing is evaluated."""
+    paths = [path for path in (options.train_dataset, options.eval_dataset) if path is not None]
+    converted = [path for path in paths if Path(path).is_dir()]
+    converting = {field.name for field in dataclasses.fields(ConversionOptions)} - {"from_modelscope"}
+    if len(converted) < len(paths):
+        # Options of speed, which have their effect on the other set.
+        converting -= {"num_workers", "tokenizing_batch_size"}
+    names = ", ".join(options.given(converting))
+    if names and converted == paths:
+        warn("the data are converted already: {names} ignored", names=names)
+    elif names and converted:
+        warn("{path} is converted already: {names} ignored for it", path=converted[0], names=names)
+    evaluating = {field.name for field in dataclasses.fields(options) if spec_of(field).group == EVALUATION}
+    names = ", ".join(options.given(evaluating - {"report_to"}))
+    if names and options.eval_dataset is None:
+        warn("there is no --eval-dataset: {names} ignored", names=names)
 
 
 class Converted:
