@@ -16,6 +16,7 @@ from mdl_toolkit.cli.main import run
 from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.model import MiDashengLMModel
 from tests.support.paths import PHRASES
+from tests.support.readme import snippet_answers
 from tests.support.runs import files_below
 
 
@@ -50,6 +51,7 @@ def test_it_learns_from_scratch_to_at_least_80_percent(tmp_path, seed):
     assert all((tmp_path / "demo" / unquote(folder + name)).is_file() for name in names)
     assert "Traceback" not in said
     assert "arning" not in said
+    assert snippet_answers(tmp_path / "demo/run/final", tmp_path / "demo") == answers
 
 
 def test_the_splits_share_no_recording(tmp_path):

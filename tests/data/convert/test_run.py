@@ -19,7 +19,7 @@ from mdl_toolkit.config.data import ConvertOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, from_mapping, read_settings
 from mdl_toolkit.data.convert import plan, rank
 from mdl_toolkit.data.convert.run import convert_dataset, convert_rows
-from mdl_toolkit.data.dataset import ConvertedDataset
+from mdl_toolkit.data.dataset import FORMAT, ConvertedDataset
 from mdl_toolkit.data.manifest import read_manifest
 from mdl_toolkit.data.tokenization import IGNORE_INDEX, ChatTokenizer
 from mdl_toolkit.errors import InputError, ModelError, RowsError
@@ -107,7 +107,7 @@ def test_the_record(place):
     audio = sum(int((sample.input_ids == audio_id).sum()) for sample in samples)
     assert json.loads((place / "out/mdl-toolkit.json").read_text(encoding="utf-8")) == {
         "toolkit": __version__,
-        "format": 1,
+        "format": FORMAT,
         "tokenizer": files.tokenizer_fingerprint,
         "chat_template": files.template_fingerprint,
         "system_prompt": "Kurz.",

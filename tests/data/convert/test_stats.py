@@ -41,7 +41,8 @@ def row(line: int) -> Row:
 
 def clip_of(samples: int, **changes: Any) -> Clip:
     plain = {"padded": False, "silent": False, "clipped": False, "full_scale": 0.0, "truncated": None}
-    return Clip("WAV", np.zeros(samples, np.float32), samples / 16_000, 16_000, 1, **{**plain, **changes})
+    zeros = np.zeros(samples, np.float32)
+    return Clip("WAV", zeros, zeros, samples / 16_000, 16_000, 1, **{**plain, **changes})
 
 
 def stats_of(first_line: int, clips: list[tuple[Any, ...]]) -> ConversionStats:
