@@ -27,6 +27,11 @@ MOST_ROWS_SHOWN = 50
 LONGEST_VALUE = 120
 
 
+def shorten(text: str, most: int = LONGEST_VALUE) -> str:
+    """Cut a text for a message or a picture."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 class ToolkitError(Exception):
     """Say what went wrong, where, and what to do, in one sentence.
 
@@ -127,7 +132,7 @@ class RowProblem:
         Args:
             is_list: the CSV was made of a folder or a pattern, so that line and column say nothing.
         """
-        value = self.value if len(self.value) <= LONGEST_VALUE else f"{self.value[: LONGEST_VALUE - 1]}…"
+        value = shorten(self.value)
         if is_list:
             return Localized("  {value!r}: {reason}", value=value, reason=self.reason)
         return Localized(

@@ -223,6 +223,21 @@ def test_undefined_is_neither_zero_nor_an_error(tmp_path, capsys):
     assert json.loads((tmp_path / "o.json").read_text())["metrics"]["wer"]["value"] is None
 
 
+@pytest.mark.timeout(60)
+def test_labels_of_a_million_letters_are_told_apart_and_cut_in_tables(tmp_path, capsys):
+    long = ["x" * 1_000_000 + end for end in "ab"]
+    path = labels(tmp_path, [*long, long[0], long[0]], references=long * 2, group=long * 2)
+    found = evaluate(EvaluateOptions(input=path, metric=("accuracy", "macro-f1", "cer"), group_by=("group",)))
+    assert found.value("accuracy") == 0.75
+    assert found.confusion.counts == ((2, 0, 0), (1, 1, 0))
+    assert [group.metrics[0].value for group in found.groups] == [1, 0.5]
+    assert max(map(len, as_text(found).splitlines())) < 400
+    write_csv(tmp_path / "q.csv", [{"audio": "y" * 1_000_000, "prediction": "a", "reference": "b"}] * 2)
+    with pytest.raises(InputError) as refused:
+        evaluate(EvaluateOptions(input=path, compare=str(tmp_path / "q.csv")))
+    assert len(str(refused.value)) < 600
+
+
 def test_several_labels(tmp_path, capsys):
     rows = [
         {"prediction": "dog;rain", "reference": "rain; dog", "confidence": "0.9;0.2"},
@@ -405,6 +420,14 @@ def test_files(place, capsys):
     assert "rapidfuzz=" in lines[0]["versions"]
     again = from_mapping(EvaluateOptions, read_settings(place / "o.csv.mdl-toolkit.yaml", EvaluateOptions))
     assert evaluate(again).metrics == found.metrics
+
+
+def test_cells_that_a_spreadsheet_would_run_are_kept_as_they_are(tmp_path):
+    cells = ["=cmd|' /C calc'!A0", "+1", "-2", "@SUM(1)"]
+    path, out = labels(tmp_path, cells, references=cells, group=cells), tmp_path / "o.csv"
+    evaluate(EvaluateOptions(input=path, group_by=("group",), metric=("accuracy",), output=(str(out),)))
+    with out.open(newline="", encoding="utf-8") as file:
+        assert {line["group"] for line in csv.DictReader(file)} == {"", *cells}
 
 
 def test_a_file_that_cannot_be_written_leaves_what_was_there(place, monkeypatch, capsys):

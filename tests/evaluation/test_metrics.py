@@ -11,7 +11,7 @@ from mdl_toolkit.evaluation.answers import ScoringRules, correct_rows
 from mdl_toolkit.evaluation.bootstrap import point_estimate
 from mdl_toolkit.evaluation.label_metrics import confusion_counts
 from mdl_toolkit.evaluation.metrics import CORPUS_METRICS, library_versions
-from mdl_toolkit.evaluation.text_metrics import TEXT_METRICS, edits, normalized
+from mdl_toolkit.evaluation.text_metrics import CHARACTER, TEXT_METRICS, WORD, edits, normalized
 from tests.support.scoring import CHINESE, PLAIN, RAW, TAGS, answers, labelled, metric_value, several
 
 ENGLISH = [
@@ -58,6 +58,28 @@ def test_edits_of_each_row():
     rows = [("a b c d", "a x c d e"), ("a b c", "c"), ("", "x y"), ("a", "a")]
     counts = edits([row[0] for row in rows], [row[1] for row in rows], "word")
     assert counts.tolist() == [[2, 4], [2, 3], [2, 0], [0, 1]]
+
+
+@pytest.mark.timeout(60)
+def test_edits_of_long_texts_take_time_by_their_length():
+    """Of 4 MB each, every hundredth character another one; at once 10^13 pairs would take hours."""
+    draw = np.random.default_rng(1)
+    reference = draw.integers(0, 26, 4_000_000, dtype=np.uint8) + ord("a")
+    prediction = reference.copy()
+    prediction[::100] = ord("z") + 1
+    texts = [[bytes(side).decode("latin-1")] for side in (reference, prediction)]
+    assert edits(*texts, CHARACTER, normalize=False).tolist() == [[40_000, 4_000_000]]
+
+
+def test_pieces_never_count_too_few_edits(monkeypatch):
+    draw = np.random.default_rng(2)
+    words = [[" ".join(draw.choice([*"abc"], size)) for size in draw.integers(0, 60, 200)] for _ in range(2)]
+    exact = edits(*words, WORD)
+    monkeypatch.setattr("mdl_toolkit.evaluation.text_metrics.MOST_PAIRS", 500)
+    bound = edits(*words, WORD)
+    assert bound[:, 1].tolist() == exact[:, 1].tolist()
+    assert (bound[:, 0] >= exact[:, 0]).all()
+    assert 1 < bound[:, 0].sum() / exact[:, 0].sum() < 1.1
 
 
 def test_white_space_of_any_kind_separates_words_even_without_normalisation():

@@ -189,6 +189,19 @@ def test_nothing_in_the_page_points_elsewhere(place):
     assert "unsafe" not in policy
 
 
+def test_a_formula_is_text_in_the_page(tmp_path):
+    """It is in the values alone, which the page shows as text; in a browser elsewhere."""
+    formula = "=cmd|' /C calc'!A0"
+    row = {"audio": formula, "reference": formula, "prediction": formula, "group": formula}
+    page = report(ReportOptions(input=str(write_csv(tmp_path / "p.csv", [row])), base_dir=str(tmp_path)))
+    tags = Tags()
+    tags.feed(page.read_text(encoding="utf-8"))
+    assert not [
+        attributes for _, attributes in tags.seen if "href" in attributes or "calc" in str(attributes)
+    ]
+    assert links(values_of(page)) == ["%3Dcmd%7C%27%20/C%20calc%27%21A0"]
+
+
 def test_without_references_the_answers_are_shown_as_they_are(place, capsys):
     rows = [
         {"audio": "a.wav", "prediction": "x", "error": ""},

@@ -11,7 +11,7 @@ from pathlib import Path
 from mdl_toolkit.audio.urls import without_credentials
 from mdl_toolkit.data.column_names import AUDIO, PREDICTION, check_columns
 from mdl_toolkit.data.csv_reader import cell_problems, no_rows_error, open_rows
-from mdl_toolkit.errors import InputError, Problems
+from mdl_toolkit.errors import InputError, Problems, shorten
 from mdl_toolkit.i18n import Localized, join_messages
 
 # Number of rows that a message names.
@@ -136,7 +136,7 @@ def _why_not_by_audio(left: Table, right: Table) -> Localized:
                 return Localized(
                     "{path} has {shown!r} on lines {first} and {line}",
                     path=table.path,
-                    shown=without_credentials(name),
+                    shown=shorten(without_credentials(name)),
                     first=table.lines[first_of[name]],
                     line=table.lines[row],
                 )
@@ -166,7 +166,7 @@ def _check_file_names(left: Table, right: Table) -> None:
 
 def _recording(table: Table, row: int) -> Localized:
     """Name a row's recording and line in a message."""
-    line, name = table.lines[row], without_credentials(table.column(AUDIO)[row])
+    line, name = table.lines[row], shorten(without_credentials(table.column(AUDIO)[row]))
     return Localized("{name!r} on line {line}", name=name, line=line)
 
 

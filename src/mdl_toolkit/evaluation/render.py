@@ -126,7 +126,7 @@ def align_columns(rows: Sequence[Sequence[str]]) -> str:
 
 def _printable(cell: str) -> str:
     """Replace unprintable characters, and cut a cell that is too wide."""
-    shown = "".join(letter if letter.isprintable() else "·" for letter in cell)
+    shown = "".join(letter if letter.isprintable() else "·" for letter in cell[: WIDEST_CELL + 1])
     if width_of(shown) <= WIDEST_CELL:
         return shown
     while width_of(shown) >= WIDEST_CELL:

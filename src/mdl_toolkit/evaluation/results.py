@@ -11,7 +11,7 @@ from typing import Any
 
 from mdl_toolkit.config.evaluation import EvaluateOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, to_yaml
-from mdl_toolkit.errors import LONGEST_VALUE, InputError
+from mdl_toolkit.errors import InputError, shorten
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.files import removing_empty, replace_file, report_write_errors
 
@@ -140,10 +140,9 @@ class Evaluation:
         if self.most_frequent is None:
             return None
         answer, share = self.most_frequent
-        shown = answer if len(answer) <= LONGEST_VALUE else f"{answer[: LONGEST_VALUE - 1]}…"
         return Localized(
             "always answering {answer!r}, the most frequent reference, has an accuracy of {share:.2%}",
-            answer=shown,
+            answer=shorten(answer),
             share=share,
         )
 

@@ -17,6 +17,8 @@ from mdl_toolkit.i18n import Localized
 Count = Callable[[str, str], tuple[float, float]]
 
 WORD, CHARACTER = "word", "character"
+# Units of a reference by units of its prediction that are compared at once: some seconds.
+MOST_PAIRS = 10**10
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Best:
         return replace(self, worse=self.worse + 1)
 
 
-LETTER = re.compile(r"[^\W\d_]")
+LETTERS = re.compile(r"[^\W\d_]+")
 CHINESE = re.compile("[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 # Han, kana, Thai, Lao, Tibetan, Burmese, Khmer: the scripts that put no spaces between words.
 SPACELESS = re.compile(
@@ -82,8 +84,8 @@ WORDLESS = Localized(
 
 def are_mostly(script: re.Pattern[str], texts: Iterable[str]) -> bool:
     """Tell whether at least half of the letters are of a script."""
-    letters = "".join(letter for text in texts for letter in LETTER.findall(text))
-    return bool(letters) and 2 * len(script.findall(letters)) >= len(letters)
+    letters = "".join(run for text in texts for run in LETTERS.findall(text))
+    return bool(letters) and 2 * len(script.sub("", letters)) <= len(letters)
 
 
 class _PunctuationRemoval(dict[int, str]):
@@ -115,6 +117,9 @@ def edits(
 ) -> np.ndarray:
     """Count the edits that turn each reference into its prediction (Levenshtein distance), by rapidfuzz.
 
+    Two texts of more than 100,000 units each are compared piece by piece, so that time grows with their
+    length and not with its square; the count is then one that suffices, which a smaller one might do too.
+
     Args:
         references: `[rows]`, at least one.
         predictions: `[rows]`.
@@ -131,8 +136,16 @@ def edits(
         words = (normalized(text) if normalize else text).split()
         return words if unit == WORD else ("" if normalize else " ").join(words)
 
-    pairs = [[units(text) for text in pair] for pair in zip(references, predictions, strict=True)]
-    return np.array([(Levenshtein.distance(*pair), len(pair[0])) for pair in pairs], dtype=float)
+    counts = []
+    for pair in zip(references, predictions, strict=True):
+        sides = reference, prediction = [units(text) for text in pair]
+        count = len(reference) * len(prediction) // MOST_PAIRS + 1
+        pieces = [
+            [side[len(side) * n // count : len(side) * (n + 1) // count] for n in range(count)]
+            for side in sides
+        ]
+        counts.append((sum(map(Levenshtein.distance, *pieces)), len(reference)))
+    return np.array(counts, dtype=float)
 
 
 def _errors(unit: str, *texts: str) -> tuple[float, float]:

@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from mdl_toolkit.errors import shorten
 from mdl_toolkit.evaluation.text_metrics import TEXT_METRICS
 from mdl_toolkit.utils.console import warn
 from mdl_toolkit.utils.files import replace_file
@@ -142,8 +143,9 @@ def draw_confusion(labels: Sequence[str], counts: Sequence[Sequence[int]], path:
     """
     has_other = any(row[-1] for row in counts)
     shown = [list(row) if has_other else list(row[:-1]) for row in counts]
-    cut = (each if len(each) <= LONGEST_LABEL else f"{each[: LONGEST_LABEL - 1]}…" for each in labels)
-    names = [*(label or "(empty)" for label in cut), "(other)"][: len(labels) + has_other]
+    names = [*(shorten(label, LONGEST_LABEL) or "(empty)" for label in labels), "(other)"][
+        : len(labels) + has_other
+    ]
     shares = [[count / max(sum(row), 1) for count in row] for row in shown]
     figure = _empty_figure(MARGIN + CELL * len(names), MARGIN + CELL * len(labels))
     axes = figure.add_subplot()

@@ -29,7 +29,7 @@ class Filters {
 
   /** Rows as numbers by which they can be chosen: what is chosen, title, and names of the numbers. */
   fields() {
-    const labels = ROWS.labels?.map((label) => label || say("empty"));
+    const labels = ROWS.labels?.map((label) => short(label) || say("empty"));
     return [
       ["state", say("result"), ROWS.state, [say("wrong"), say("right"), say("failed")]],
       ["expected", say("expected"), ROWS.expected, labels],
@@ -58,7 +58,7 @@ class Filters {
 
   choice(name, title, codes, names) {
     const used = new Set(codes);
-    const options = [["", say("all")], ...names.map((each, code) => [String(code), each || say("empty")]).filter(([code]) => used.has(Number(code)))];
+    const options = [["", say("all")], ...names.map((each, code) => [String(code), short(each) || say("empty")]).filter(([code]) => used.has(Number(code)))];
     return make("label", {}, title, this.select(name, options, String(this.chosen[name] ?? ""), (code) => this.choose({ [name]: code })));
   }
 
@@ -136,7 +136,7 @@ class Confusion {
   translate() {
     const { labels, counts } = this.confusion;
     const hasOther = counts.some((row) => row[labels.length] > 0);
-    const names = [...labels.map((label) => label || say("empty")), `(${say("other")})`].slice(0, labels.length + hasOther);
+    const names = [...labels.map((label) => short(label) || say("empty")), `(${say("other")})`].slice(0, labels.length + hasOther);
     const head = make("tr", {}, make("th"), ...names.map((name) => make("th", { scope: "col", title: name }, name)));
     const body = counts.map((row, expected) => make("tr", {}, make("th", { scope: "row", title: names[expected] }, names[expected]),
       ...names.map((_, given) => this.cell(row, expected, given))));
@@ -146,7 +146,7 @@ class Confusion {
 
   cell(row, expected, given) {
     if (!row[given]) return make("td", {}, "·");
-    const names = [...this.confusion.labels, `(${say("other")})`];
+    const names = [...this.confusion.labels.map(short), `(${say("other")})`];
     const button = make("button", {
       type: "button", "data-expected": expected, "data-given": given, class: expected === given ? "right" : null,
       "aria-label": `${names[expected]} → ${names[given]}: ${row[given]}`,

@@ -3,6 +3,7 @@
 const ROWS = VALUES.rows;
 const AHEAD = 500; // pixels above and below the window that are filled too
 const GUESS = 84; // pixels of a row that was never shown
+const MARKED = 200_000; // characters of a row beyond which differences are not looked for
 const PRINTED = 300; // rows on paper
 
 /** The address of a row's recording; null without one. */
@@ -31,7 +32,7 @@ function marks(row) {
   const lines = [say("lineNumber", ROWS.line[row])];
   if (ROWS.errors && !ROWS.labels) lines.push(say("errorsOf", ROWS.errors[row], ROWS.length[row]));
   if (ROWS.score && ROWS.score[row] !== null) lines.push(say("score", number(ROWS.score[row])));
-  for (const group of ROWS.groups) lines.push(`${group.title}: ${group.names[group.codes[row]] || say("empty")}`);
+  for (const group of ROWS.groups) lines.push(`${group.title}: ${short(group.names[group.codes[row]]) || say("empty")}`);
   const sign = { right: "✓ ", wrong: "✗ ", failed: "! " }[state];
   return make("div", { role: "cell", class: "first" },
     state ? make("span", { class: `mark ${state === "right" ? "right" : "wrong"}` }, sign + say(state)) : "",
@@ -51,7 +52,7 @@ function player(row) {
 
 function rowElement(row) {
   const [reference, prediction] = [ROWS.reference?.[row], ROWS.prediction[row]];
-  const sides = ROWS.reference && ROWS.state[row] !== 2
+  const sides = ROWS.reference && ROWS.state[row] !== 2 && reference.length + prediction.length < MARKED
     ? differences(reference, prediction, ROWS.by_character, ROWS.normalize)
     : [reference, prediction].map((text) => [{ text: text ?? "", marked: false }]);
   const answer = textCell("prediction", sides[1], "ins");

@@ -75,7 +75,7 @@ function fillFacts() {
 function showGroups() {
   if (!evaluation?.groups.length) return;
   const { groups } = evaluation;
-  const lines = groups.map((group) => [`${group.column}: ${group.name || say("empty")}`, group.rows, ...group.figures.flatMap(groupCells)]);
+  const lines = groups.map((group) => [`${group.column}: ${short(group.name) || say("empty")}`, group.rows, ...group.figures.flatMap(groupCells)]);
   const heads = groups[0].figures.flatMap((each) => [each.title, ...(each.other === undefined ? [] : [say("otherModel"), say("difference")])]);
   fill("groups", tableOf([say("group"), say("rows"), ...heads], lines));
 }

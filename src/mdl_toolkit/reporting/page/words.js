@@ -110,6 +110,11 @@ function figure(value, isShare, sign = false) {
   return sign && value >= 0 ? `+${text}` : text;
 }
 
+/** A name that may have a million letters, as a table or a list shows it. */
+function short(name) {
+  return name.length > 60 ? `${name.slice(0, 59)}…` : name;
+}
+
 /** A table of cells; numbers stand to the right. */
 function tableOf(heads, lines) {
   const isNumber = (column) => lines.every((line) => typeof line[column] === "number" || line[column] === "");
