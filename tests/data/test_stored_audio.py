@@ -100,6 +100,20 @@ def test_peaks_above_full_scale_are_kept(stored, name):
     assert np.abs(samples[name].waveform).max() == pytest.approx(np.abs(expected).max(), rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name, (_, encoding, rate, channels, _) in CASES.items()
+        if (rate <= 16_000 and (encoding in ("PCM_16", "PCM_24")))
+        or (rate <= 24_000 and (encoding, channels) == ("PCM_16", 1))
+    ],
+)
+def test_integers_at_low_rates_are_exact(stored, name):
+    files, samples = stored
+    np.testing.assert_array_equal(samples[name].waveform, heard(files[name]))
+
+
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case[1:4] == ("PCM_16", 16_000, 1)])
 def test_what_is_16_bit_at_16_khz_stays_so(stored, name):
     files, samples = stored

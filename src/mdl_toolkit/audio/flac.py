@@ -1,7 +1,7 @@
 """Store recordings as FLAC, so exactly that their log-mel is that of the recording itself.
 
-Up to 16 kHz the source's own samples are stored, at their own rate, and resampled when they are read; above
-that, the resampled ones. Integers of up to 24 bits are exact, anything else keeps 28 bits.
+The source's own samples are stored and resampled when they are read, where that takes fewer bytes: up to
+16 kHz, and of 16 bits up to 24 kHz. Integers of up to 24 bits are exact, anything else keeps 28 bits.
 """
 
 import io
@@ -45,7 +45,7 @@ def pack_audio(
 
     Args:
         samples: float32 `[samples]`.
-        rate: of these; up to 16 kHz.
+        rate: of these, in Hz.
         length: samples when it is read; None for as many as are given.
     """
     exponent = int(np.frexp(np.abs(samples).max(initial=0.0))[1])

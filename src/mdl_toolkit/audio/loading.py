@@ -30,8 +30,9 @@ class Clip:
         format: name of the source's format.
         samples: float32 `[n]`, mono, at 16 kHz; n is the source's length * 16000 / rate, rounded, but at
             least 3,200.
-        stored: float32 `[m]`, the mono mix that a dataset stores: at the source's rate if that is below
-            16 kHz, else at 16 kHz.
+        stored: float32 `[m]`, the mono mix that a dataset stores: at the source's rate if that is up to
+            16 kHz, or up to 24 kHz and 16 bits are exact; else at 16 kHz.
+        stored_rate: Hz, of these.
         source_seconds: length of the source.
         source_rate: Hz.
         channels: of the source; all were averaged.
@@ -45,6 +46,7 @@ class Clip:
     format: str
     samples: Floats
     stored: Floats
+    stored_rate: int
     source_seconds: float
     source_rate: int
     channels: int
@@ -53,11 +55,6 @@ class Clip:
     clipped: bool
     full_scale: float
     truncated: Localized | None
-
-    @property
-    def stored_rate(self) -> int:
-        """Return the rate of what a dataset stores, in Hz."""
-        return min(self.source_rate, SAMPLE_RATE)
 
 
 def load(path: str | Path, *, allow_truncated: bool = False) -> Clip:
@@ -101,11 +98,12 @@ def load(path: str | Path, *, allow_truncated: bool = False) -> Clip:
     _check_complete(missing, allow_truncated)
     if not mixdown.length:
         raise AudioError("{name}: there are no samples in it; get it again", name=decoded.format)
-    stored, samples = mixdown.finish()
+    samples, stored, stored_rate = mixdown.finish()
     return Clip(
         format=decoded.format,
         samples=samples,
         stored=stored,
+        stored_rate=stored_rate,
         source_seconds=mixdown.length / mixdown.rate,
         source_rate=mixdown.rate,
         channels=mixdown.channels,

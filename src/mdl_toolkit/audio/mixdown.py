@@ -1,6 +1,6 @@
 """Mix decoded sound down to mono and resample it to the model's rate, block by block.
 
-Memory is that of the result: neither all channels nor a rate above the model's are held longer than a block.
+Memory is that of the result: neither all channels nor a rate above 24 kHz are held longer than a block.
 """
 
 from typing import Any
@@ -22,12 +22,14 @@ FULL_SCALE = 32767 / 32768
 CLIPPED = 3
 # soxr's: aliases below -100 dB. FFmpeg's own resampler leaves -62 dB at 9 kHz.
 QUALITY = "HQ"
+# Hz; up to this, 16-bit samples take fewer bytes than resampled ones, which need 28 bits.
+HIGHEST_STORED_RATE = 24_000
 # Hz; a rate beyond these is a damaged header, not a recording.
 RATES = range(1_000, 1_000_001)
 
 
 class Mixdown:
-    """Take blocks of decoded sound, and hold their average over all channels, at 16 kHz or a lower rate.
+    """Take blocks of decoded sound, and hold their average over all channels, at 16 kHz or up to 24 kHz.
 
     Attributes:
         rate: Hz, of the source; 0 before the first block.
@@ -88,18 +90,22 @@ class Mixdown:
         self.clipped |= bool(np.logical_and.reduce(runs).any())
 
     def _resample(self, mono: Floats, last: bool = False) -> None:
-        if self.rate > SAMPLE_RATE:
+        if self.rate > HIGHEST_STORED_RATE:
             self._resampler = self._resampler or soxr.ResampleStream(
                 self.rate, SAMPLE_RATE, 1, quality=QUALITY
             )
             mono = self._resampler.resample_chunk(mono, last=last)
         self._samples += mono.data
 
-    def finish(self) -> tuple[Floats, Floats]:
-        """Return all samples at 16 kHz or the source's lower rate, and all as the model takes them."""
+    def finish(self) -> tuple[Floats, Floats, int]:
+        """Return all samples as the model takes them, those that a dataset stores, and the rate of these."""
         self._resample(np.zeros(0, np.float32), last=True)
         stored = np.frombuffer(self._samples, np.float32)
-        return stored, to_model_rate(stored, min(self.rate, SAMPLE_RATE))
+        rate = SAMPLE_RATE if self._resampler else self.rate
+        samples = to_model_rate(stored, rate)
+        if rate > SAMPLE_RATE and (stored * 2.0**15 % 1).any():
+            return samples, samples, SAMPLE_RATE
+        return samples, stored, rate
 
 
 def to_model_rate(mono: Floats, rate: int) -> Floats:
