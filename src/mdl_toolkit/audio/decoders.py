@@ -12,6 +12,7 @@ import soundfile
 
 from mdl_toolkit.audio.file_parts import Integrity
 from mdl_toolkit.audio.mixdown import CONVERT, Floats, Mixdown
+from mdl_toolkit.audio.unreadable import explain_content
 from mdl_toolkit.errors import AudioError
 from mdl_toolkit.i18n import Localized
 
@@ -165,7 +166,7 @@ def _decode_with_ffmpeg(file: BinaryIO, refused: Any, mixdown: Mixdown) -> Decod
         container = av.open(file, options={"protocol_whitelist": "none"}, **tags)
     except (av.FFmpegError, OSError, ValueError, LookupError) as error:
         words = _reason(refused) if refused else "there are no samples"
-        raise _other_content(file) or AudioError(
+        raise explain_content(file) or AudioError(
             "neither libsndfile nor FFmpeg can read it (libsndfile says: {words}): no recording, or damaged, "
             "or cut off; get it again",
             words=words,
@@ -173,7 +174,7 @@ def _decode_with_ffmpeg(file: BinaryIO, refused: Any, mixdown: Mixdown) -> Decod
     with container:
         name, stream = container.format.long_name, container.streams.best("audio")
         if stream is None:
-            raise _other_content(file) or AudioError(
+            raise explain_content(file) or AudioError(
                 "{name}: there is no sound track in it; give a file with sound", name=name
             )
         if stream.codec_context is None:
@@ -273,30 +274,3 @@ def _floats(frame: Any) -> Floats:
     if samples.dtype.kind in "iu":
         floats /= np.float32(2 ** (8 * samples.itemsize - 1))
     return floats
-
-
-# --- files that are no recordings ------------------------------------------------------------------------
-
-LOOKS = {
-    b"\x89PNG": Localized("a PNG image"),
-    b"\xff\xd8\xff": Localized("a JPEG image"),
-    b"GIF8": Localized("a GIF image"),
-    b"%PDF": Localized("a PDF document"),
-    b"PK\x03\x04": Localized("a ZIP archive"),
-    b"\x1f\x8b": Localized("a gzip archive"),
-}
-
-
-def _other_content(file: BinaryIO) -> AudioError | None:
-    """Return the error for a file that is something well known, by its first bytes; None for any other."""
-    file.seek(0)
-    head = file.read(80)
-    looks = next((name for start, name in LOOKS.items() if head.startswith(start)), None)
-    text = head.decode("utf-8", "ignore")
-    # The last character may be cut.
-    is_text = len(text.encode()) > len(head) - 4
-    if looks is None and is_text and all(one.isprintable() or one in "\r\n\t" for one in text):
-        looks = Localized("a text file that starts with {start!r}", start=" ".join(text.split())[:40])
-    if looks is None:
-        return None
-    return AudioError("this is {looks}, not a recording; correct the path", looks=looks)

@@ -11,15 +11,12 @@ from pathlib import Path
 from mdl_toolkit.audio.decoders import decode
 from mdl_toolkit.audio.file_parts import Blocks, Splice
 from mdl_toolkit.audio.integrity import check_integrity
-from mdl_toolkit.audio.mixdown import Floats, Mixdown
+from mdl_toolkit.audio.mixdown import SILENCE, Floats, Mixdown
 from mdl_toolkit.audio.mpeg import after_id3
 from mdl_toolkit.errors import AudioError
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.model.constants import SAMPLE_RATE as SAMPLE_RATE
 from mdl_toolkit.model.lengths import MIN_SAMPLES
-
-# -80 dBFS; the dither of 16-bit files stays below -90 dBFS.
-SILENCE = 1e-4
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +38,8 @@ class Clip:
         clipped: three samples of the mono mix in a row are at full scale: it was recorded too loud.
         full_scale: share of the mono mix's samples that are at full scale, 0 to 1.
         truncated: what the file promised and what came; None if all of it came.
+        cancelled: it is silent only because its channels cancel each other out.
+        has_length: the file says how long it is, so that a cut is noticed wherever it is.
     """
 
     format: str
@@ -55,6 +54,8 @@ class Clip:
     clipped: bool
     full_scale: float
     truncated: Localized | None
+    cancelled: bool = False
+    has_length: bool = True
 
 
 def load(path: str | Path, *, allow_truncated: bool = False) -> Clip:
@@ -112,6 +113,8 @@ def load(path: str | Path, *, allow_truncated: bool = False) -> Clip:
         clipped=mixdown.clipped,
         full_scale=mixdown.loud / mixdown.length,
         truncated=missing,
+        cancelled=mixdown.peak < SILENCE <= mixdown.channel_peak,
+        has_length=integrity.has_length or decoded.has_length,
     )
 
 

@@ -16,6 +16,8 @@ from mdl_toolkit.model.lengths import MIN_SAMPLES
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 
 CONVERT = Localized("convert it first, for example with: ffmpeg -i FILE new.flac")
+# -80 dBFS; the dither of 16-bit files stays below -90 dBFS.
+SILENCE = 1e-4
 # The largest 16-bit sample.
 FULL_SCALE = 32767 / 32768
 # Samples in a row at full scale; a healthy peak touches it once or twice.
@@ -36,13 +38,14 @@ class Mixdown:
         channels: of the source's last block.
         length: samples per channel so far.
         peak: the largest magnitude of the mono mix.
+        channel_peak: that of any channel, while the mono mix is silent.
         loud: samples of the mono mix at full scale.
         clipped: as many as `CLIPPED` of them follow one another.
     """
 
     def __init__(self) -> None:
         self.rate = self.channels = self.length = self.loud = 0
-        self.peak, self.clipped = 0.0, False
+        self.peak, self.channel_peak, self.clipped = 0.0, 0.0, False
         # A bytearray grows in place, and untouched room in it takes no memory.
         self._samples = bytearray()
         self._resampler: soxr.ResampleStream | None = None
@@ -77,6 +80,8 @@ class Mixdown:
             )
         self.length += len(mono)
         self._measure(mono)
+        if self.peak < SILENCE:
+            self.channel_peak = max(self.channel_peak, float(np.abs(block).max(initial=0)))
         self._resample(mono)
 
     def _measure(self, mono: Floats) -> None:

@@ -5,6 +5,7 @@ Modules:
     csv_reader      a CSV file to lines of cells
     column_names    which names of columns are read, forgiven or not known
     manifest        lines to `Row`s; every problem at once
+    missing         why a recording is not found, and where it is
     listing         a folder or pattern of recordings as a CSV
     chat_template   a row to messages and segments
     tokenization    segments to `input_ids` and `labels`

@@ -24,6 +24,7 @@ from mdl_toolkit.data.csv_reader import (
     no_rows_error,
     open_rows,
 )
+from mdl_toolkit.data.missing import explain_missing
 from mdl_toolkit.errors import InputError, Problems, RowProblem
 from mdl_toolkit.i18n import Localized
 
@@ -92,7 +93,7 @@ class Manifest:
         Raises:
             InputError: from some line on it is no CSV, or it was changed in the meantime.
         """
-        return self._read(find_recording)
+        return self._read(lambda row: find_recording(row, self.path.parent))
 
     def rows(self) -> Iterator[Row]:
         """Yield the usable rows, for callers that know of the problems already."""
@@ -182,8 +183,13 @@ def _resolve(audio: str, base_dir: str | None) -> str:
     return os.path.join(os.path.expanduser(base_dir or ""), os.path.expanduser(audio))  # noqa: PTH111, PTH118
 
 
-def find_recording(row: Row) -> tuple[int, int] | Localized:
-    """Return the recording's stamp, or what is wrong with the cell; nothing is opened or fetched."""
+def find_recording(row: Row, folder: Path) -> tuple[int, int] | Localized:
+    """Return the recording's stamp, or what is wrong with the cell; nothing is opened or fetched.
+
+    Args:
+        row: the row.
+        folder: where the CSV is.
+    """
     if not row.audio_text:
         return Localized("empty; give a path or an http(s) address")
     if _SCHEME.match(row.audio):
@@ -194,7 +200,7 @@ def find_recording(row: Row) -> tuple[int, int] | Localized:
         # A NUL byte has its own message.
         return 0, 0
     except (FileNotFoundError, NotADirectoryError):
-        return Localized("not found (looked for {audio}); correct the path or --base-dir", audio=row.audio)
+        return explain_missing(row.audio, row.audio_text, folder)
     except OSError as problem:
         return Localized("cannot be used ({reason}); correct it", reason=problem.strerror)
     if stat.S_ISDIR(status.st_mode):

@@ -48,7 +48,7 @@ FLAGS = {
     for bit, name in enumerate(
         (
             "silent", "nearly_empty", "clipped", "padded", "truncated", "empty_answer", "number_answer",
-            "space_answer", "space_prompt",
+            "space_answer", "space_prompt", "cancelled", "no_length",
         )
     )
 }  # fmt: skip
@@ -167,6 +167,8 @@ def _flags(row: Row, clip: Clip) -> int:
         "empty_answer": answer == "",
         "number_answer": answer is not None and looks_mangled(answer),
         "space_answer": answer is not None and answer != answer.strip(),
+        "cancelled": clip.cancelled,
+        "no_length": not clip.has_length,
         "space_prompt": any(prompt != prompt.strip() for prompt in prompt_texts(row)),
     }
     return sum(FLAGS[name] for name, is_set in holds.items() if is_set)

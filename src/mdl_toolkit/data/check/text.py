@@ -26,6 +26,8 @@ FINDINGS = {
     "clipped": Localized("clipped, recorded too loud (share of samples at full scale)"),
     "padded": Localized("shorter than 0.2 s, padded to one audio token"),
     "truncated": Localized("cut off, accepted by --allow-truncated"),
+    "cancelled": Localized("silent because its channels cancel each other out (opposite phase); give one"),
+    "no_length": Localized("does not say how long it is, so that a cut between two frames cannot be noticed"),
     "empty_answer": Localized("answer is empty"),
     "number_answer": Localized("answer is a number or a date that a spreadsheet would rewrite (0012, 1.0)"),
     "space_answer": Localized("white space around the answer"),

@@ -37,6 +37,7 @@ class ConversionStats:
         padded: clips padded to one audio token.
         silent: clips with nothing to hear.
         clipped: clips that were recorded too loud.
+        cancelled: clips that are silent because their channels cancel each other out.
         truncated: clips that are shorter than their files promise.
         problems: rows that cannot be used.
         bytes: on disk.
@@ -53,6 +54,7 @@ class ConversionStats:
     padded: int = 0
     silent: int = 0
     clipped: int = 0
+    cancelled: int = 0
     truncated: Problems = field(default_factory=Problems)
     problems: Problems = field(default_factory=Problems)
     bytes: int = 0
@@ -62,7 +64,7 @@ class ConversionStats:
         length = len(clip.samples)
         one = ConversionStats(
             1, length, length, length, audio_tokens, {positions: 1}, [row.system_prompt or None],
-            [row.user_prompt or None], clip.padded, clip.silent, clip.clipped,
+            [row.user_prompt or None], clip.padded, clip.silent, clip.clipped, clip.cancelled,
         )  # fmt: skip
         if clip.truncated is not None:
             one.truncated.add(RowProblem(row.line, "audio", row.shown, clip.truncated))
@@ -72,7 +74,7 @@ class ConversionStats:
         """Add the counts of other rows."""
         self.shortest = min(self.shortest or other.shortest, other.shortest or self.shortest)
         self.longest = max(self.longest, other.longest)
-        for name in ("rows", "samples", "audio_tokens", "padded", "silent", "clipped", "bytes"):
+        for name in ("rows", "samples", "audio_tokens", "padded", "silent", "clipped", "cancelled", "bytes"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for length, rows in other.positions.items():
             self.positions[length] = self.positions.get(length, 0) + rows
@@ -169,6 +171,12 @@ def warn_of_clips(stats: ConversionStats, *, is_list: bool = False) -> None:
         warn("{padded} clips are shorter than 0.2 s and were padded to one audio token", padded=stats.padded)
     if stats.silent:
         warn("{silent} clips are silent", silent=stats.silent)
+    if stats.cancelled:
+        warn(
+            "{cancelled} of them have sound, but their channels cancel each other out (opposite phase); give "
+            "one channel of them, for example with: ffmpeg -i FILE -af pan='mono|c0=c0' new.flac",
+            cancelled=stats.cancelled,
+        )
     if stats.clipped:
         warn("{clipped} clips are clipped (recorded too loud)", clipped=stats.clipped)
 
