@@ -93,7 +93,7 @@ class Manifest:
         Raises:
             InputError: from some line on it is no CSV, or it was changed in the meantime.
         """
-        return self._read(lambda row: find_recording(row, self.path.parent))
+        return self._read(lambda row: find_recording(row, self.file.path.parent))
 
     def rows(self) -> Iterator[Row]:
         """Yield the usable rows, for callers that know of the problems already."""
