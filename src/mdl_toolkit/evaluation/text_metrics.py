@@ -27,11 +27,13 @@ class TextMetric:
 
     Attributes:
         name: as on the command line.
+        title: as in a message.
         more_is_better: whether a larger value is the better one.
         count: gives a row's numerator and denominator for its reference and prediction.
     """
 
     name: str
+    title: Localized
     more_is_better: bool
     count: Count
 
@@ -154,12 +156,17 @@ def _errors(unit: str, *texts: str) -> tuple[float, float]:
     return errors, length
 
 
-LOSS = TextMetric("loss", False, lambda _reference, _prediction: (0.0, 0.0))
+LOSS = TextMetric("loss", Localized("loss"), False, lambda _reference, _prediction: (0.0, 0.0))
 TEXT_METRICS = {
     metric.name: metric
     for metric in (
-        TextMetric("accuracy", True, lambda *texts: (float(texts[0].strip() == texts[1].strip()), 1.0)),
-        TextMetric("wer", False, partial(_errors, WORD)),
-        TextMetric("cer", False, partial(_errors, CHARACTER)),
+        TextMetric(
+            "accuracy",
+            Localized("accuracy"),
+            True,
+            lambda *texts: (float(texts[0].strip() == texts[1].strip()), 1.0),
+        ),
+        TextMetric("wer", Localized("wer"), False, partial(_errors, WORD)),
+        TextMetric("cer", Localized("cer"), False, partial(_errors, CHARACTER)),
     )
 }

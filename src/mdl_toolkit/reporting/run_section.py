@@ -143,7 +143,7 @@ def _outcome(
             if math.isfinite(line[name]):
                 best = best.after(metric, line["step"], line[name], line["eval_loss"])
         if best.step is not None:
-            title = Localized("evaluation {metric}", metric=metric.name).to_json()
+            title = Localized("evaluation {metric}", metric=metric.title).to_json()
             best_value = {"value": best.value, "step": best.step}
             outcome.append({"title": title, "value": measured[-1][name], "best": best_value})
     return [each for each in outcome if math.isfinite(each["value"])]

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from mdl_toolkit.data.warnings import LossWatch
 from mdl_toolkit.errors import InputError
+from mdl_toolkit.evaluation.text_metrics import TEXT_METRICS
 from mdl_toolkit.i18n import Localized, join_messages
 from mdl_toolkit.training.sampler import BatchSampler, Indices
 from mdl_toolkit.training.trackers import Trackers
@@ -178,7 +179,8 @@ class RunLog:
             )
         ]
         for name, value in scores.items():
-            parts.append(Localized("{metric} {value:.4f}", metric=name.removeprefix("eval_"), value=value))
+            metric = TEXT_METRICS[name.removeprefix("eval_")].title
+            parts.append(Localized("{metric} {value:.4g}", metric=metric, value=value))
         say(join_messages(parts, "{left}, {right}"))
         self._mark = time.monotonic()
 
