@@ -13,10 +13,12 @@ from mdl_toolkit.data.convert.run import PLAN_FILE, convert_rows
 from mdl_toolkit.data.dataset import RECORD_FILE, ConvertedDataset, Record
 from mdl_toolkit.data.manifest import read_manifest
 from mdl_toolkit.data.tokenization import ChatTokenizer
-from mdl_toolkit.errors import RowsError
+from mdl_toolkit.errors import InputError, RowsError
+from mdl_toolkit.training.run import train
 from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 from tests.support.commands import data_of, make_place, names
 from tests.support.paths import MODEL
+from tests.support.runs import make_rows, train_options, write_csv
 
 
 @pytest.fixture
@@ -114,3 +116,34 @@ def test_a_bad_row_more_is_not_overlooked(place, audio):
         use_or_convert()
     assert data_of(place / "out") == before
     assert names(place) == {"audio", "rows.csv", "nan.wav", "out"}
+
+
+def test_bad_rows_of_both_sets_come_in_one_message(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = make_rows(tmp_path / "audio", 2)
+    soundfile.write("nan.wav", np.full(9000, np.nan), 16_000, subtype="FLOAT")
+    for name, bad in (("eval", "gone.wav"), ("train", "nan.wav")):
+        table = write_csv(Path(f"{name}.csv"), [*rows, {**rows[0], "audio": bad}])
+        with table.open("ab") as file:
+            file.write(b"audio/clip-0-0.wav,\xff,x\n")
+    with pytest.raises(InputError) as caught:
+        train(train_options(Path("train.csv"), MODEL, Path("run"), eval_dataset="eval.csv"))
+    lines = caught.value.message.en.splitlines()
+    assert lines[0] == "eval.csv: 2 bad row(s):"
+    assert lines[1].startswith("  line 4, column audio 'gone.wav': not found")
+    assert lines[2].startswith("  line 5, column user_prompt '\\udcff': not UTF-8 text")
+    assert lines[3] == "train.csv: 2 bad row(s):"
+    assert lines[4].startswith("  line 4, column audio 'nan.wav': ")
+    assert lines[5].startswith("  line 5, column user_prompt '\\udcff': not UTF-8 text")
+    assert len(lines) == 6
+    assert "eval.csv: 2 rows cannot be used; looking at the training rows too" in capsys.readouterr().err
+    assert names(tmp_path) == {"audio", "nan.wav", "eval.csv", "train.csv"}
+
+
+def test_a_column_that_is_missing_is_told_before_anything_is_converted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = make_rows(tmp_path / "audio", 2)
+    write_csv(Path("eval.csv"), [{**rows[0], "audio": "gone.wav"}])
+    write_csv(Path("train.csv"), [{"audio": row["audio"], "label": "x"} for row in rows])
+    with pytest.raises(InputError, match="'prediction' is missing, .*; rename 'label'"):
+        train(train_options(Path("train.csv"), MODEL, Path("run"), eval_dataset="eval.csv"))

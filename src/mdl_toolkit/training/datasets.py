@@ -2,7 +2,7 @@
 
 import dataclasses
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -13,7 +13,8 @@ from mdl_toolkit.data.convert.run import convert_rows
 from mdl_toolkit.data.dataset import ROUNDED_FORMAT, ConvertedDataset
 from mdl_toolkit.data.manifest import read_manifest
 from mdl_toolkit.data.tokenization import ChatTokenizer
-from mdl_toolkit.errors import DatasetError, ToolkitError
+from mdl_toolkit.errors import DatasetError, InputError, RowsError, ToolkitError
+from mdl_toolkit.i18n import join_messages
 from mdl_toolkit.utils.console import is_first_process, say, warn
 from mdl_toolkit.utils.distributed import PeerLostError
 from mdl_toolkit.utils.machine import describe_oom
@@ -45,18 +46,58 @@ def open_data(
     check_trainable(folder, quantization=options.quantization, merge=options.merge_lora)
     files = read_tokenizer_files(folder)
     warn_of_ignored(options)
-    eval_set = None
-    # First: it is the smaller one, and its bad rows are soon known.
-    if options.eval_dataset is not None:
-        eval_set = _open_set(options.eval_dataset, options, files, private / "eval")
-    train_set = _open_set(options.train_dataset, options, files, private / "train")
+    sets = open_sets({"eval": options.eval_dataset, "train": options.train_dataset}, options, files, private)
+    train_set, eval_set = sets["train"], sets.get("eval")
     if not len(train_set):
         raise DatasetError("{dataset}: no rows", dataset=options.train_dataset)
     return files, train_set, eval_set
 
 
-def _open_set(path: str, options: TrainOptions, files: TokenizerFiles, private: Path) -> ConvertedDataset:
-    """Open a converted dataset; a CSV is converted first, by the first process."""
+def open_sets(
+    paths: Mapping[str, str | None], options: ConversionOptions, files: TokenizerFiles, private: Path
+) -> dict[str, ConvertedDataset]:
+    """Open converted datasets, and convert CSVs, in the first process; bad rows of all are told together.
+
+    Args:
+        paths: by name; those whose bad rows are soon known come first.
+        options: of the conversion.
+        files: the base's tokenizer files.
+        private: folder in which each CSV is converted to a folder of its name.
+
+    Raises:
+        ToolkitError: bad rows, or a dataset of another model.
+    """
+    manifests = {
+        name: read_manifest(path, options, needs_prediction=True)
+        for name, path in paths.items()
+        if path is not None and is_first_process() and not Path(path).is_dir()
+    }
+    sets: dict[str, ConvertedDataset] = {}
+    refusals: list[RowsError] = []
+    for name, path in paths.items():
+        try:
+            if name in manifests:
+                tokenizer = ChatTokenizer(files)
+                convert_rows(manifests[name], private / name, tokenizer, options, reuse=True)
+            if path is not None:
+                sets[name] = _open_set(path, files, private / name)
+        except RowsError as refusal:  # noqa: PERF203 - there are two
+            refusals.append(refusal)
+            if name != next(reversed(manifests)):
+                warn(
+                    "{path}: {count} rows cannot be used; looking at the training rows too, to report all "
+                    "at once",
+                    path=path,
+                    count=refusal.count,
+                )
+    if refusals:
+        message = join_messages([refusal.message for refusal in refusals], "{left}\n{right}")
+        raise refusals[0] if len(refusals) == 1 else InputError(message)
+    return sets
+
+
+def _open_set(path: str, files: TokenizerFiles, private: Path) -> ConvertedDataset:
+    """Open a converted dataset, or what a CSV was converted to."""
     if Path(path).is_dir():
         dataset = ConvertedDataset(Path(path))
         dataset.record.check_model(files, path)
@@ -68,9 +109,6 @@ def _open_set(path: str, options: TrainOptions, files: TokenizerFiles, private: 
                 path=path,
             )
         return dataset
-    if is_first_process():
-        manifest = read_manifest(path, options, needs_prediction=True)
-        convert_rows(manifest, private, ChatTokenizer(files), options, reuse=True)
     return ConvertedDataset(private)
 
 
