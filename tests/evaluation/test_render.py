@@ -21,7 +21,7 @@ def test_columns_stand_below_each_other_in_chinese_too(tmp_path, monkeypatch):
     shown = as_text(evaluated(tmp_path, references, predictions, bootstrap=20)).split("\n\n")
     assert shown[0].startswith("4 行")
     table = shown[1].splitlines()
-    assert table[0] == "各参考（行）的回答（列）"
+    assert table[0] == "混淆矩阵（行：参考答案，列：模型回答）"
     assert table[1].split() == ["rain", "狗在叫", "(其他)"]
     assert len({width_of(line) for line in table[1:]}) == 1
 

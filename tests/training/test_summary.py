@@ -78,13 +78,13 @@ def test_the_briefing_in_chinese(tmp_path, capsys, monkeypatch):
         "设备：cpu；基础权重：float32",
         "训练数据：4 行，",
         "；评估数据：4 行，",
-        "步数：1 轮共 1 步，",
+        "步数：1 个 epoch 共 1 步，",
         "共训练 ",
     ):
         assert text in said
     note = r"损失 [\d.]+，学习率 0.01，每秒 [\d.e+]+ 个样本，[\d.e+]+x"
-    assert re.search(rf"训练：1/1，{note}，剩余 0:00", said)
-    for text in ("训练：1 步，1 轮；平滑损失：", "时间：0:0", "评估 ", "  最佳"):
+    assert re.search(rf"训练：1/1，{note}，还需 0:00", said)
+    for text in ("已训练 1 步，1 个 epoch；平滑损失：", "用时 0:0", "评估 ", "  最佳"):
         assert text in said
 
 
