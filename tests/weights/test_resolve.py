@@ -9,6 +9,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mdl_toolkit.cli.main import run
 from mdl_toolkit.weights.loading import load_model
@@ -132,7 +133,7 @@ def test_modelscope_is_an_extra(monkeypatch):
 def test_modelscope_gives_a_folder_or_the_reason(model, tmp_path, monkeypatch):
     """The package is stood in for by a module of the same name."""
     (tmp_path / "modelscope.py").write_text(
-        "def snapshot_download(name, allow_patterns):\n"
+        "def snapshot_download(name, allow_patterns, local_files_only):\n"
         f"    if name == {NAME!r} and '*.safetensors' in allow_patterns:\n"
         f"        return {str(model)!r}\n"
         "    raise RuntimeError('404\\nnot there')\n"
@@ -176,7 +177,7 @@ def test_the_folder_of_a_training_in_place_of_its_result(tmp_path, monkeypatch, 
         place = Path(folder, "final")
         place.mkdir(parents=True)
         (place / kind).write_text('{"base_model_name_or_path": "gone"}')
-        (place / "adapter_model.safetensors").touch()
+        save_file({"lora_A": torch.zeros(1)}, place / "adapter_model.safetensors")
     before = files_below(tmp_path)
     assert run([*words]) == 1
     expected = "did you mean run/final?"

@@ -2,6 +2,7 @@
 
 Modules:
     resolve              a name or path to a model's folder
+    hub                  a name to a folder, from Hugging Face, ModelScope or their caches
     loading              a model with dtype, device and quantization; adapters on their base
     tokenizer_files      tokenizer, chat template and special tokens of a folder
     provenance           `mdl-toolkit.json`: where a result comes from

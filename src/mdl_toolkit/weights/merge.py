@@ -21,7 +21,7 @@ from mdl_toolkit.utils.machine import available_cpus
 from mdl_toolkit.weights.adapter import AdapterDelta
 from mdl_toolkit.weights.model_card import ResultMetadata, render_card
 from mdl_toolkit.weights.provenance import PROVENANCE_FILE
-from mdl_toolkit.weights.resolve import ADAPTER_CONFIG, ADAPTER_WEIGHTS, quantized_by, read_json
+from mdl_toolkit.weights.resolve import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, quantized_by, read_json
 from mdl_toolkit.weights.safetensors_stream import (
     FLOATS,
     SUFFIX,
@@ -36,7 +36,6 @@ CARD = "README.md"
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 # Files that are merged at once.
 MOST_THREADS = 4
-INDEX = "model.safetensors.index.json"
 # The model keeps these in float32, whatever its dtype.
 _ALWAYS_FLOAT32 = "audio_encoder.init_bn."
 # Files of the base that are not copied: those written anew, and its weights in other formats.

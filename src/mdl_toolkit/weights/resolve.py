@@ -11,20 +11,18 @@ from typing import Any
 
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.i18n import Localized
+from mdl_toolkit.weights.hub import download, not_found
 
 MODEL_TYPE = "midashenglm"
 MODEL_CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+INDEX = "model.safetensors.index.json"
 # The folder of the result in the output of a training.
 FINAL = "final"
 # A key of an adapter's configuration.
 BASE_NAME = "base_model_name_or_path"
 # The quantisation that can be trained on.
 BITSANDBYTES = "bitsandbytes"
-TEXT_FILES = ("*.json", "*.jinja", "*.txt")
-WEIGHT_FILES = ("*.safetensors",)
-# Files that a checkpoint folder may hold besides weights; they are copied when a model is exported.
-ALL_FILES = (*TEXT_FILES, *WEIGHT_FILES, "*.py", "*.md", "LICENSE*", "NOTICE*")
 
 
 def find_model(name: str, *, from_modelscope: bool, weights: bool, revision: str | None = None) -> Path:
@@ -43,27 +41,48 @@ def find_model(name: str, *, from_modelscope: bool, weights: bool, revision: str
     if folder.is_dir():
         check_is_no_run(folder, MODEL_CONFIG, ADAPTER_CONFIG)
     elif folder.exists() or name.startswith((".", "~", "/")) or name.count("/") > 1:
-        raise _not_found(name, Localized("there is no such folder"))
+        raise not_found(name, Localized("there is no such folder"))
     else:
-        folder = _download(name, revision, from_modelscope=from_modelscope, weights=weights)
-    if (folder / ADAPTER_CONFIG).is_file():
-        if weights and not (folder / ADAPTER_WEIGHTS).is_file():
-            raise ModelError(
-                "{folder}: an adapter without weights ({weights}); copy the whole folder",
-                folder=folder,
-                weights=ADAPTER_WEIGHTS,
-            )
-        return folder
-    kind = read_json(folder / MODEL_CONFIG).get("model_type")
-    if kind != MODEL_TYPE:
+        if from_modelscope:
+            require_package("modelscope", "modelscope", "--from-modelscope")
+        folder = download(name, revision, from_modelscope=from_modelscope, weights=weights)
+    if (
+        not (folder / ADAPTER_CONFIG).is_file()
+        and (kind := read_json(folder / MODEL_CONFIG).get("model_type")) != MODEL_TYPE
+    ):
         raise ModelError(
             "{folder}: not a MiDashengLM (config.json says model_type {kind!r}); give a MiDashengLM folder",
             folder=folder,
             kind=kind,
         )
-    if weights and not list(folder.glob("*.safetensors")):
-        raise ModelError("{folder}: no weights (*.safetensors); download the whole model", folder=folder)
+    if weights:
+        check_weights(folder)
     return folder
+
+
+def check_weights(folder: Path) -> None:
+    """Refuse a model's or adapter's folder whose weights are not all there and whole.
+
+    Raises:
+        ModelError: naming the files.
+    """
+    # It imports torch, which a conversion does without.
+    from mdl_toolkit.weights.safetensors_stream import WeightFile
+
+    if (folder / ADAPTER_CONFIG).is_file():
+        names = {ADAPTER_WEIGHTS}
+    elif (folder / INDEX).is_file():
+        names = {*map(str, dict(read_json(folder / INDEX).get("weight_map") or {}).values())}
+    else:
+        names = {file.name for file in folder.glob("*.safetensors")} or {"*.safetensors"}
+    if missing := sorted(name for name in names if not (folder / name).is_file()):
+        raise ModelError(
+            "{folder}: no weights ({names}); copy or download the whole folder",
+            folder=folder,
+            names=", ".join(missing),
+        )
+    for name in names:
+        WeightFile.open(folder / name)
 
 
 def check_is_no_run(folder: Path, *names: str) -> None:
@@ -129,35 +148,6 @@ def quantized_by(folder: Path) -> str | None:
     """Return the method by which a folder's weights are quantised, or None."""
     config = read_json(folder / MODEL_CONFIG).get("quantization_config")
     return None if config is None else str(config.get("quant_method") if isinstance(config, dict) else config)
-
-
-def _download(name: str, revision: str | None, *, from_modelscope: bool, weights: bool) -> Path:
-    patterns = list(ALL_FILES if weights else TEXT_FILES)
-    if from_modelscope:
-        require_package("modelscope", "modelscope", "--from-modelscope")
-    try:
-        if from_modelscope:
-            from modelscope import snapshot_download
-
-            return Path(snapshot_download(name, allow_patterns=patterns))
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    # The hubs' libraries raise a dozen kinds of errors; each means that the model cannot be downloaded.
-    except Exception as problem:
-        hub = "ModelScope" if from_modelscope else "Hugging Face"
-        reason = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
-        message = Localized("{hub} did not give it ({reason})", hub=hub, reason=reason)
-        raise _not_found(name, message) from problem
-
-
-def _not_found(name: str, message: Localized) -> ModelError:
-    return ModelError(
-        "model {name}: not a folder here, and {message}. Give a local folder with --model-name, set "
-        "HF_ENDPOINT to a mirror that can be reached, or use --from-modelscope true",
-        name=name,
-        message=message,
-    )
 
 
 def require_package(package: str, extra: str, option: str) -> None:

@@ -24,6 +24,8 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 BLOCK = 1 << 20
 # Bytes before the header that hold its length.
 _LENGTH = 8
+# What stands in place of a file's content where git-lfs has not fetched it.
+_POINTER = b"version https://git-lfs"
 # The most bytes of a header, as in the safetensors library.
 _LONGEST_HEADER = 100 << 20
 
@@ -78,6 +80,13 @@ class WeightFile:
         """
         try:
             with path.open("rb") as file:
+                if file.read(len(_POINTER)) == _POINTER:
+                    raise ModelError(
+                        "{path}: a git-lfs pointer, not the weights; run `git lfs pull` in {folder}",
+                        path=path,
+                        folder=path.parent,
+                    )
+                file.seek(0)
                 length = file.read(_LENGTH)
                 size = int.from_bytes(length, "little")
                 if len(length) < _LENGTH or size > _LONGEST_HEADER:

@@ -1,0 +1,134 @@
+"""Download a model by its name from Hugging Face or ModelScope, or take it from their caches.
+
+A cache does where the hub cannot be reached. The authors' organisation has another name on each of the two.
+"""
+
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from mdl_toolkit.errors import ModelError
+from mdl_toolkit.i18n import Localized
+from mdl_toolkit.utils.console import warn
+
+TEXT_FILES = ("*.json", "*.jinja", "*.txt")
+# Files that a checkpoint folder may hold besides these; they are copied when a model is exported.
+OTHER_FILES = ("*.safetensors", "*.py", "*.md", "LICENSE*", "NOTICE*")
+ON_HUGGING_FACE, ON_MODELSCOPE = "mispeech", "midasheng"
+
+
+def download(name: str, revision: str | None, *, from_modelscope: bool, weights: bool) -> Path:
+    """Return the folder of a model on a hub, whose files are downloaded where they are not cached.
+
+    Args:
+        name: the model's name; where the hub has none of it, the authors' other organisation is asked too.
+        revision: a commit on Hugging Face; the newest if not given.
+        from_modelscope: ask ModelScope.
+        weights: download everything; otherwise only the small text files.
+
+    Raises:
+        ModelError: neither hub nor cache has it.
+    """
+    owner, _, model = name.partition("/")
+    here, there = (ON_HUGGING_FACE, ON_MODELSCOPE)[:: -1 if from_modelscope else 1]
+    names = [name, *([f"{here}/{model}"] if owner == there else [])]
+    problems: dict[str, Exception] = {}
+    for candidate in names:
+        # A hub that could not be reached is not asked again, only its cache.
+        only_cached = any(_status(problem) not in (401, 404) for problem in problems.values())
+        for cached in (True,) if only_cached else (False, True):
+            try:
+                folder = _snapshot(candidate, revision, from_modelscope, weights, cached=cached)
+            # The hubs' libraries raise a dozen kinds of errors; each means that they do not have it.
+            except Exception as problem:  # noqa: BLE001
+                problems.setdefault(candidate, problem)
+                continue
+            if cached:
+                reason = _reason(problems[name], from_modelscope)
+                warn(
+                    "{name}: taken from the cache, {folder} ({reason})",
+                    name=candidate,
+                    folder=folder,
+                    reason=reason,
+                )
+            return folder
+    hub = "ModelScope" if from_modelscope else "Hugging Face"
+    first, *others = (_reason(problem, from_modelscope) for problem in problems.values())
+    message = Localized("{hub} did not give it ({reason})", hub=hub, reason=first)
+    for second in others:
+        message = Localized(
+            "{hub} did not give it ({reason}), nor {other} ({second})",
+            hub=hub,
+            reason=first,
+            other=names[1],
+            second=second,
+        )
+    raise not_found(name, message) from problems[name]
+
+
+def not_found(name: str, message: Localized) -> ModelError:
+    """Make the error for a name that is neither a folder nor a model on a hub."""
+    return ModelError(
+        "model {name}: not a folder here, and {message}. Give a local folder with --model-name, set "
+        "HF_ENDPOINT to a mirror that can be reached, or use --from-modelscope true",
+        name=name,
+        message=message,
+    )
+
+
+def _snapshot(name: str, revision: str | None, from_modelscope: bool, weights: bool, *, cached: bool) -> Path:
+    patterns = [*TEXT_FILES, *(OTHER_FILES if weights else ())]
+    if from_modelscope:
+        from modelscope import snapshot_download
+
+        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=cached))
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=cached))
+
+
+def _chain(problem: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and those that it came from."""
+    while problem is not None:
+        yield problem
+        problem = problem.__cause__ or problem.__context__
+
+
+def _status(problem: Exception) -> int | None:
+    """Return the HTTP status that an error tells of."""
+    for each in _chain(problem):
+        if type(each).__name__ == "NotExistError":
+            return 404
+        if (status := getattr(getattr(each, "response", None), "status_code", None)) is not None:
+            return int(status)
+    return None
+
+
+def _reason(problem: Exception, from_modelscope: bool) -> Localized | str:
+    """Say why a hub did not give a model, and what to do about it."""
+    text = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
+    status, kinds = _status(problem), {type(each).__name__ for each in _chain(problem)}
+    if status in (401, 403):
+        return Localized(
+            "status {status}: it is not there, or you have to log in, by `{login}`, and to accept the terms "
+            "on its page",
+            status=status,
+            login="modelscope login" if from_modelscope else "hf auth login",
+        )
+    if "SOCKS" in text:
+        package = "requests[socks]" if from_modelscope else "httpx[socks]"
+        return Localized(
+            'the proxy speaks SOCKS, which needs a package: pip install "{package}"', package=package
+        )
+    from huggingface_hub import constants
+
+    address = urlsplit("https://www.modelscope.cn" if from_modelscope else constants.ENDPOINT)
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(address.scheme) or proxies.get("all")
+    is_used = proxy and not urllib.request.proxy_bypass(str(address.hostname))
+    if is_used and any(kind in {"ProxyError", "ConnectError", "ConnectionError"} for kind in kinds):
+        # Without the password that it may hold.
+        shown = urlsplit(str(proxy)).netloc.rpartition("@")[2]
+        return Localized("the proxy {proxy} does not let it through: {reason}", proxy=shown, reason=text)
+    return text
