@@ -170,6 +170,8 @@ def test_a_path_with_undecodable_bytes_survives(tmp_path):
     [
         ("- a\n", "expected `name: value` lines"),
         ("lr: [1\n", "line 2"),
+        ("lr: 1\n# again\n'lr': 2\n", "lr stands twice, in lines 1 and 3"),
+        ("lora-rank: 1\nlora_rank: 1\n", "lora_rank stands twice, in lines 1 and 2"),
         ("lr: 2024-13-45\n", "month"),
         ("speed: 1\nlora: 2\n", "train has no option lora, speed"),
         ("lr: fast\nlora-rank: 0\n", "--lora-rank: expected a whole number of at least 1, not 0"),
@@ -203,3 +205,34 @@ def test_a_file_may_be_empty_or_have_a_bom_and_both_spellings(tmp_path):
     assert read_settings(path, TrainOptions) == {}
     Path(path).write_text("lora-rank: 8\nlr: 1e-5\n", encoding="utf-8-sig")
     assert read_settings(path, TrainOptions) == {"lora_rank": 8, "lr": 1e-5}
+
+
+def test_a_record_serves_the_other_commands(tmp_path):
+    """What means the same there is taken: prompts, the folder of recordings; not the output, batch sizes."""
+    record, said = tmp_path / "mdl-toolkit.yaml", []
+    trained = TrainOptions(
+        train_dataset="t.csv", output="run", model_name="base", user_prompt="What?", base_dir="clips",
+        batch_size=2, quantization="4bit", num_workers=3,
+    )  # fmt: skip
+    record.write_text(to_yaml(trained), encoding="utf-8")
+    converted = read_settings(record, ConvertOptions, say=said.append)
+    assert {name for name, value in converted.items() if value != getattr(trained, name)} == set()
+    assert converted["model_name"] == "base"
+    assert not {"output", "train_dataset", "batch_size"} & {*converted}
+    asked = read_settings(record, InferenceOptions, say=said.append)
+    assert (asked["user_prompt"], asked["base_dir"], asked["num_workers"]) == ("What?", "clips", 3)
+    assert not {"output", "model_name", "batch_size", "quantization"} & {*asked}
+    assert [line.en.partition("; ")[0] for line in said] == [f"--config {record}: the record of train"] * 2
+    assert "user_prompt" in said[1].en
+    # Its own record, and one that is read for another purpose, as before.
+    assert read_settings(record, TrainOptions, say=said.append)["batch_size"] == 2
+    assert len(said) == 2
+    with pytest.raises(InputError, match="inference has no option"):
+        read_settings(record, InferenceOptions)
+
+
+def test_a_record_of_another_command_may_hold_nothing_unknown(tmp_path):
+    record = tmp_path / "mdl-toolkit.yaml"
+    record.write_text("# mdl-toolkit train\nlora_rank: 2\nspeed: 1\n", encoding="utf-8")
+    with pytest.raises(InputError, match="convert-dataset has no option speed"):
+        read_settings(record, ConvertOptions, say=print)

@@ -42,7 +42,9 @@ def test_the_briefing(tmp_path, capsys):
     train(options)
     said = lines_of(capsys)
     first = said.index("device: cpu; base weights: float32")
-    data, steps, memory, *targets = said[first + 1 : first + 8]
+    data, steps, memory, loading, *targets = said[first + 1 : first + 9]
+    weights = sum(file.stat().st_size for file in MODEL.glob("*.safetensors"))
+    assert loading == f"loading weights: {weights / 1e6:.3g} MB from {MODEL}"
     assert memory.startswith("memory predicted: ")
     assert data.startswith(
         f"training data: 11 rows, {seconds / 3600:.2g} hours of audio; evaluation data: 3 rows, "

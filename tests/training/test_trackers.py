@@ -17,7 +17,7 @@ from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.config.yaml import as_command
 from mdl_toolkit.errors import ToolkitError
 from mdl_toolkit.training.run import train
-from mdl_toolkit.training.trackers import Trackers
+from mdl_toolkit.training.trackers import Trackers, check_trackers
 from mdl_toolkit.utils.run_folder import read_log
 from tests.support.fleet import fleet, slow_steps, start_ranks
 from tests.support.paths import MODEL
@@ -139,6 +139,45 @@ def test_a_tracker_that_cannot_begin_is_named_before_the_first_step(options, tmp
     assert refused.value.message.en == told
     assert refused.value.message.zh.startswith("--report-to tensorboard：api_key not configured；请登录")
     assert not (tmp_path / "run/log.jsonl").exists()
+
+
+def test_what_a_tracker_wrote_moves_with_its_run(options):
+    output = Path(options.output)
+    train(options)
+    before = {name for name in files_below(output) if name.startswith("runs/")}
+    (output / "notes.txt").write_text("mine")
+    train(options)
+    after = files_below(output)
+    assert before
+    assert {
+        name.removeprefix("previous-1/") for name in after if name.startswith("previous-1/runs/")
+    } == before
+    new = {name for name in after if name.startswith("runs/")}
+    assert len(new) == 1
+    assert not new & before
+    check_figures_of(output / "runs")
+
+
+def check_figures_of(runs):
+    """Of the new run alone."""
+    assert len([*runs.glob("*/events.out.tfevents.*")]) == 1
+
+
+def test_a_folder_of_that_name_that_is_another_stays(options):
+    output = Path(options.output)
+    (output / "runs").mkdir(parents=True)
+    (output / "runs/mine.txt").write_text("mine")
+    (output / "final").mkdir()
+    train(replace(options, report_to=()))
+    assert (output / "runs/mine.txt").read_text() == "mine"
+    assert not (output / "previous-1/runs").exists()
+
+
+@pytest.mark.parametrize("names", ["null", "none", ("null",), None, ()])
+def test_null_reports_to_nobody(tmp_path, names):
+    options = TrainOptions(train_dataset="d", output=str(tmp_path), report_to=names)
+    assert options.report_to in ((), ("none",))
+    check_trackers(options.report_to)
 
 
 @pytest.mark.parametrize("names", [(), ("none",)])

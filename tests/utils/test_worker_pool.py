@@ -18,7 +18,9 @@ import pytest
 from mdl_toolkit.errors import ModelError, RowProblem, RowsError, ToolkitError
 from mdl_toolkit.i18n import Verbatim
 from mdl_toolkit.utils.worker_pool import WorkerDiedError, work_through
+from tests.support.paths import MODEL
 from tests.support.processes import is_alive, wait_for
+from tests.support.runs import make_csv
 from tests.support.worker_tasks import broken, busy, endless, fail, long_message, meet, squares
 
 # --- helpers ---------------------------------------------------------------------------------------------
@@ -215,3 +217,55 @@ def test_workers_end_with_their_parent(tmp_path, task):
         assert all(map(is_alive, pids))
         parent.kill()
     wait_for(lambda: not any(map(is_alive, pids)))
+
+
+# --- scripts ---------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import sys
+import mdl_toolkit.data.convert.plan as plan
+import mdl_toolkit.data.convert.rank as rank
+from mdl_toolkit import {names}
+plan.CHUNK_ROWS, plan.FEWEST_BYTES, rank.FEW_ROWS = 2, 1, 1
+data, model = {data!r}, {model!r}
+{call}
+"""
+CALLS = {
+    "convert": "convert_dataset(ConvertOptions(input=data, output='out', model_name=model, num_workers=2))",
+    "train": "train(TrainOptions(train_dataset=data, output='out', model_name=model, num_workers=2))",
+}
+NAMES = ", ".join(
+    (
+        "ConvertOptions",
+        "TrainOptions",
+        "InferenceOptions",
+        "convert_dataset",
+        "train",
+        "infer",
+        "ToolkitError",
+    )
+)
+
+
+@pytest.mark.parametrize("work", ["convert", "train"])
+def test_a_script_without_a_guard_is_told_in_one_sentence(tmp_path, work):
+    data, script = make_csv(tmp_path, 12), tmp_path / "script.py"
+    call = f"try:\n    {CALLS[work]}\nexcept ToolkitError as error:\n    sys.exit(f'{{error}}')"
+    text = SCRIPT.format(names=NAMES, data=str(data), model=str(MODEL), call=call)
+    script.write_text(text, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.endswith('put the call under `if __name__ == "__main__":`')
+    assert "Traceback" not in done.stderr
+
+
+def test_a_script_with_a_guard_works(tmp_path):
+    data, script = make_csv(tmp_path, 12), tmp_path / "script.py"
+    call = f"if __name__ == '__main__':\n    {CALLS['convert']}"
+    text = SCRIPT.format(names=NAMES, data=str(data), model=str(MODEL), call=call)
+    script.write_text(text, encoding="utf-8")
+    subprocess.run([sys.executable, str(script)], cwd=tmp_path, check=True, timeout=120)
+    assert (tmp_path / "out/state.json").is_file()

@@ -28,6 +28,7 @@ from mdl_toolkit.config.types import BOOLEAN, PATH
 from mdl_toolkit.config.yaml import from_mapping, read_settings
 from mdl_toolkit.errors import UsageError
 from mdl_toolkit.i18n import Localized
+from mdl_toolkit.utils.console import say
 
 CONTEXT_SETTINGS = {"help_option_names": list(HELP_NAMES), "max_content_width": 100}
 
@@ -99,7 +100,7 @@ class OptionsCommand(click.Command):
         if ctx.args:
             name, word = self.options.COMMAND, ctx.args[0]
             raise UsageError("{command}: unexpected argument {word!r}", command=name, word=word)
-        from_file = read_settings(shared.config, self.options) if shared.config else {}
+        from_file = read_settings(shared.config, self.options, say=say) if shared.config else {}
         return self.work(from_mapping(self.options, {**from_file, **from_words}, from_words))
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -21,7 +21,7 @@ class OptionSpec:
         type: reads and checks its value.
         group: the heading under which `--help` shows it.
         help: one text for `--help`, settings files and the reference.
-        nullable: the word `null` is accepted and means None.
+        nullable: the word `null` is accepted and means None, or none of several values.
         dynamic: words shown for a default that depends on the machine.
         positional: the value stands on the command line without the option's name.
     """
@@ -39,8 +39,8 @@ class OptionSpec:
         Raises:
             ValueError: it is not accepted; the argument is a `Localized` that says which ones are.
         """
-        if self.nullable and (value is None or value == "null"):
-            return None
+        if self.nullable and (value is None or value in ("null", ("null",), ["null"])):
+            return () if self.type.is_repeated else None
         if value is None:
             raise refuse("expected a value")
         try:
@@ -61,12 +61,12 @@ def option(
 
     Args:
         value_type: reads and checks its value.
-        default: `REQUIRED` if there is none; where it is None, `null` is accepted.
+        default: `REQUIRED` if there is none; where it is None or (), `null` is accepted.
         group: the heading under which `--help` shows it.
         help_text: what it does.
         more: `dynamic` and `positional` of `OptionSpec`.
     """
-    spec = OptionSpec(value_type, group, Localized.of(help_text, {}), nullable=default is None, **more)
+    spec = OptionSpec(value_type, group, Localized.of(help_text, {}), nullable=default in (None, ()), **more)
     return dataclasses.field(default=default, metadata={"spec": spec})
 
 

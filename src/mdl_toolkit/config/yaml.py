@@ -2,12 +2,14 @@
 
 import dataclasses
 import shlex
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from mdl_toolkit.config.data import ConvertOptions
+from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.config.options import (
     AnyOptions,
     Options,
@@ -17,9 +19,13 @@ from mdl_toolkit.config.options import (
     spec_of,
     spelling,
 )
+from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.errors import InputError, UsageError
+from mdl_toolkit.i18n import Localized
 
 SETTINGS_FILE = "mdl-toolkit.yaml"
+# Options of commands whose records other commands take too: those of the same name and heading.
+WRITERS: tuple[type[Options], ...] = (ConvertOptions, TrainOptions, InferenceOptions)
 
 
 def from_mapping(cls: type[AnyOptions], values: Mapping[str, Any], typed: Collection[str] = ()) -> AnyOptions:
@@ -46,34 +52,66 @@ def from_mapping(cls: type[AnyOptions], values: Mapping[str, Any], typed: Collec
     return options
 
 
-def read_settings(path: str | Path, cls: type[Options], option: str = "--config") -> dict[str, Any]:
+def read_settings(
+    path: str | Path,
+    cls: type[Options],
+    option: str = "--config",
+    say: Callable[[Localized], object] | None = None,
+) -> dict[str, Any]:
     """Read the values of a settings file; names may be spelled `max_length` or `max-length`.
 
     Args:
         path: the file.
         cls: the options that it is to hold.
         option: the option that named the file, for the errors.
+        say: accepts the record of another command, says so, and leaves out what means something else there.
 
     Returns:
         The values by field name.
 
     Raises:
-        InputError: the file cannot be read, is no YAML mapping, or holds unknown keys or values that are not
-            accepted (all of them named).
+        InputError: the file cannot be read, is no YAML mapping, or holds unknown keys, a key twice, or values
+            that are not accepted (all of them named).
     """
     source = f"{option} {path}"
     try:
-        with Path(path).open(encoding="utf-8-sig") as file:
-            values = yaml.safe_load(file)
+        text = Path(path).read_text(encoding="utf-8-sig")
+        node, values = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
     except FileNotFoundError as problem:
         raise InputError("{source}: file not found", source=source) from problem
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as problem:
         reason = " ".join(str(problem).split())
         raise InputError("{source}: {reason}", source=source, reason=reason) from problem
-    values = {} if values is None else values
-    if not isinstance(values, dict):
+    if values is None:
+        return {}
+    if not isinstance(node, yaml.MappingNode):
         raise InputError("{source}: expected `name: value` lines", source=source)
+    lines: dict[str, int] = {}
+    for key, _ in node.value:
+        name, line = str(key.value).replace("-", "_"), key.start_mark.line + 1
+        if lines.setdefault(name, line) != line:
+            raise InputError(
+                "{source}: {name} stands twice, in lines {first} and {line}; delete one",
+                source=source,
+                name=key.value,
+                first=lines[name],
+                line=line,
+            )
     named = {str(key).replace("-", "_"): value for key, value in values.items()}
+    writer = next((each for each in WRITERS if text.startswith(f"# mdl-toolkit {each.COMMAND}\n")), cls)
+    if writer is not cls and say is not None:
+        theirs = {field.name: spec_of(field).group for field in dataclasses.fields(writer)}
+        ours = {field.name: spec_of(field).group for field in dataclasses.fields(cls)}
+        shared = [name for name in named if name in ours and ours[name] == theirs.get(name)]
+        say(
+            Localized(
+                "{source}: the record of {command}; taken from it: {names}",
+                source=source,
+                command=writer.COMMAND,
+                names=", ".join(shared),
+            )
+        )
+        named = {name: value for name, value in named.items() if name in shared or name not in theirs}
     unknown = sorted(set(named) - {field.name for field in dataclasses.fields(cls)})
     if unknown:
         names = ", ".join(unknown)

@@ -45,6 +45,7 @@ from mdl_toolkit.utils.distributed import World, join_world
 from mdl_toolkit.utils.files import check_apart, check_file, removing_empty
 from mdl_toolkit.utils.launcher import warn_of_idle_gpus
 from mdl_toolkit.utils.signals import Interruption, raise_if_interrupted
+from mdl_toolkit.utils.worker_pool import end_unguarded_script
 from mdl_toolkit.weights.loading import explaining_memory, find_with_base
 from mdl_toolkit.weights.provenance import fingerprint, read_provenance
 from mdl_toolkit.weights.tokenizer_files import TOKENIZER_CONFIG, read_tokenizer_files
@@ -90,6 +91,7 @@ def infer(options: InferenceOptions) -> list[str]:
         print(answers[0])
         ```
     """
+    end_unguarded_script()
     check_engine(options)
     output = Path(options.output)
     lists = [] if options.choices is None else [options.choices]

@@ -5,6 +5,7 @@ Only the first process speaks and writes.
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ class RunLog:
     Args:
         output: the run's folder, in which `log.jsonl` is written.
         bar: shows the steps.
-        trackers: take the figures as well.
+        begin_trackers: starts what takes the figures as well.
         sampler: chooses the examples of each step.
         seconds: of audio in every example, `[examples]`.
         watch: warns of losses that do not fall.
@@ -96,12 +97,12 @@ class RunLog:
         self,
         output: Path,
         bar: Progress,
-        trackers: Trackers,
+        begin_trackers: Callable[[], Trackers],
         sampler: BatchSampler,
         seconds: NDArray[np.float64],
         watch: LossWatch,
     ) -> None:
-        self._file, self._bar, self._trackers = output / LOG, bar, trackers
+        self._file, self._bar, self._begin_trackers = output / LOG, bar, begin_trackers
         self._seconds, self._epoch = seconds, sampler.steps_per_epoch
         self._watch, self._forecast = watch, TimeForecast(sampler, watch.total)
         self._smooth, self._end_of_a_cut_line = SmoothedLoss(), ""
@@ -110,6 +111,7 @@ class RunLog:
 
     def begin(self, step: int) -> None:
         """Start logging after a step, and drop the lines of later steps, which were lost."""
+        self._trackers = self._begin_trackers()
         self._bar.begin(step)
         if is_first_process() and self._file.exists():
             kept = [line for line in read_log(self._file) if line["step"] <= step]

@@ -24,6 +24,10 @@ from mdl_toolkit.weights.resolve import ADAPTER_CONFIG, FINAL, MODEL_CONFIG
 OUTPUT_FILES = (FINAL, SETTINGS_FILE, PROVENANCE_FILE, LOG, PLOT, REPORT)
 
 
+# The folder that transformers gives TensorBoard.
+RUNS = "runs"
+
+
 def check_run_folder(output: Path, options: TrainOptions) -> None:
     """Refuse an output folder that holds a model or what the run reads, and data that are not there.
 
@@ -108,6 +112,8 @@ def set_aside(output: Path, resumed: Checkpoint | None = None) -> Path | None:
         paths = [path for path in checkpoints(output) if step_of(path) > resumed.step]
     else:
         paths = [path for path in output.glob("*") if path.name in OUTPUT_FILES or is_checkpoint(path)]
+        # TensorBoard's.
+        paths += [output / RUNS] if any((output / RUNS).glob("*/events.out.tfevents.*")) else []
     if {path.name for path in paths} <= {SETTINGS_FILE, PROVENANCE_FILE}:
         return None
     numbers = [

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,14 @@ from mdl_toolkit.utils.distributed import World, join_world
 from mdl_toolkit.utils.files import claim_folder, report_write_errors
 from mdl_toolkit.utils.launcher import warn_of_idle_gpus
 from mdl_toolkit.utils.signals import Interruption, raise_if_interrupted
+from mdl_toolkit.utils.worker_pool import end_unguarded_script
 from mdl_toolkit.weights.loading import (
     best_device,
     choose_dtype,
     explaining_memory,
     load_model,
     quiet_libraries,
+    say_loading,
 )
 from mdl_toolkit.weights.provenance import Provenance
 from mdl_toolkit.weights.resolve import BITSANDBYTES, FINAL, find_model, recorded_name, require_package
@@ -97,6 +100,7 @@ def train(options: TrainOptions) -> TrainResult:
         print(result.final, result.train_loss)
         ```
     """
+    end_unguarded_script()
     check_trackers(options.report_to)
     check_frozen(options)
     warn_of_every_step(options)
@@ -207,7 +211,8 @@ def _train(run: _RunPlan, kept: KeptBlocks, device: torch.device, dtype: torch.d
     examples: SampleSource = cache.precomputed(run.train_set, model)
     eval_examples = None if run.eval_set is None else cache.precomputed(run.eval_set, model)
     with progress(schedule.total, "training") as shown:
-        trackers = Trackers(options, schedule.total)
+        # They begin when what an earlier run left, their files too, is set aside.
+        trackers = partial(Trackers, options, schedule.total)
         watch = LossWatch(schedule.total, schedule.warmup, options.lr)
         log = RunLog(output, shown, trackers, run.sampler, run.train_set.audio_lengths / SAMPLE_RATE, watch)
         answers = AnswerEvaluator.of(options, run.eval_set, run.tokenizer, world)
@@ -237,6 +242,7 @@ def trainable_model(
     """
     quiet_libraries()
     torch.manual_seed(options.seed)
+    say_loading(base)
     model = load_model(base, dtype=dtype, device=device, quantization=options.quantization)
     return add_adapters(
         model,

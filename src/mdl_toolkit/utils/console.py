@@ -110,6 +110,11 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def size(count: int) -> str:
+    """Format a number of bytes, by thousands: 16.9 GB, 310 MB."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
+
+
 def width_of(text: str) -> int:
     """Return the columns of a terminal that a text takes; a Chinese character takes two."""
     return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)

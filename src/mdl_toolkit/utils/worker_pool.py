@@ -23,6 +23,9 @@ JobT = TypeVar("JobT")
 ReportT = TypeVar("ReportT")
 # A worker sends this when a job is done; no task may yield it.
 _END = None
+# Set in the environment of a worker process until it has imported the script that started it; and its exit
+# status if that script calls us meanwhile.
+_STARTING, _UNGUARDED = "MDL_TOOLKIT_WORKER_STARTS", 78
 
 
 class WorkerDiedError(ToolkitError):
@@ -57,6 +60,7 @@ def work_through(
 
     Raises:
         WorkerDiedError: a process was killed.
+        ToolkitError: the script that calls this does so whenever it is imported.
         Exception: the task raised it.
     """
     if count == 1:
@@ -68,7 +72,7 @@ def work_through(
     pipes: list[Any] = []
     processes: list[Any] = []
     try:
-        with _blocked_interrupts(context):
+        with _blocked_interrupts(context), _marked_environment():
             for _ in range(count):
                 ours, theirs = context.Pipe()
                 processes.append(context.Process(target=_serve, args=(theirs,), daemon=True))
@@ -79,6 +83,17 @@ def work_through(
         for pipe in pipes:
             _use(pipe.send, task)
         yield from _share_out(jobs, pipes)
+    except WorkerDiedError:
+        ended = wait([process.sentinel for process in processes], timeout=5)
+        gone = [process for process in processes if process.sentinel in ended]
+        for process in gone:
+            process.join()
+        if any(process.exitcode == _UNGUARDED for process in gone):
+            raise ToolkitError(
+                "worker processes import your script, which then starts this work again: put the call under "
+                '`if __name__ == "__main__":`'
+            ) from None
+        raise
     finally:
         # Also in the middle of a job.
         for pipe in pipes:
@@ -104,6 +119,22 @@ def _share_out(jobs: Iterator[Any], pipes: list[Any]) -> Iterator[Any]:
                 idle.append(ready)
             else:
                 yield report
+
+
+@contextmanager
+def _marked_environment() -> Iterator[None]:
+    """Tell processes that are started in this context that they have not come to their work yet."""
+    os.environ[_STARTING] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[_STARTING]
+
+
+def end_unguarded_script() -> None:
+    """End a worker process whose script calls us while it is imported; the parent says what is wrong."""
+    if _STARTING in os.environ:
+        os._exit(_UNGUARDED)
 
 
 @contextmanager
@@ -135,6 +166,7 @@ def _use(pipe_method: Callable[..., Any], *arguments: Any) -> Any:
 
 def _serve(pipe: Any) -> None:
     """Receive a task, then jobs to do with it, until the parent closes the pipe or is gone."""
+    os.environ.pop(_STARTING, None)
     # The parent is interrupted too, and ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mdl_toolkit.errors import ModelError, ToolkitError
 from mdl_toolkit.i18n import Localized
+from mdl_toolkit.utils.console import say, size
 from mdl_toolkit.utils.machine import OOM_ERRORS, describe_oom
 from mdl_toolkit.weights.provenance import Base, read_provenance
 from mdl_toolkit.weights.resolve import ADAPTER_CONFIG, BASE_NAME, find_model, quantized_by, read_json
@@ -80,6 +81,12 @@ def load_model(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model  # type: ignore[no-any-return]
+
+
+def say_loading(folder: Path) -> None:
+    """Say how large the weights are that are being loaded, which may take minutes."""
+    total = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    say("loading weights: {size} from {folder}", size=size(total), folder=folder)
 
 
 def _bitsandbytes_config(quantization: str, dtype: "torch.dtype") -> Any:
@@ -170,6 +177,7 @@ def load_for_inference(
     from mdl_toolkit.weights.adapter import AdapterDelta, NotMergeableError
 
     source = base or folder
+    say_loading(source)
     model = load_model(source, dtype=choose_dtype(bf16), device=best_device(), quantization=quantization)
     if base is None:
         return model.eval()

@@ -30,7 +30,7 @@ from mdl_toolkit.i18n import Localized, Verbatim, join_messages
 from mdl_toolkit.utils.console import progress, warn
 from mdl_toolkit.utils.files import check_apart, replace_file, report_write_errors
 from mdl_toolkit.utils.machine import default_workers
-from mdl_toolkit.utils.worker_pool import work_through
+from mdl_toolkit.utils.worker_pool import end_unguarded_script, work_through
 from mdl_toolkit.weights.resolve import find_model
 from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 
@@ -59,6 +59,7 @@ def check(options: CheckOptions, forecast: Forecast | None = None) -> Figures:
         InputError: something would stop a training; or a CSV or a file to write cannot be used.
         ModelError: the model's folder is here, and broken.
     """
+    end_unguarded_script()
     _check_output_paths(options)
     training = None if options.for_inference else _training_options(options)
     manifests = [

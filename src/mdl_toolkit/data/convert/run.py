@@ -30,6 +30,7 @@ from mdl_toolkit.errors import MOST_ROWS_SHOWN, DatasetError, RowProblem, RowsEr
 from mdl_toolkit.utils.console import say
 from mdl_toolkit.utils.files import check_apart, removing_empty
 from mdl_toolkit.utils.launcher import Ranks
+from mdl_toolkit.utils.worker_pool import end_unguarded_script
 from mdl_toolkit.weights.resolve import find_model
 from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 
@@ -62,6 +63,7 @@ def convert_dataset(options: ConvertOptions) -> Record | None:
         print(record.rows, record.seconds)
         ```
     """
+    end_unguarded_script()
     output, ranks = Path(options.output), Ranks.from_environment()
     check_output(output)
     check_apart(output, Path(options.input))

@@ -24,6 +24,7 @@ from mdl_toolkit.training.gradient_checkpointing import NONE, KeptBlocks
 from mdl_toolkit.training.lora import FULL_TARGETS, LORA_TARGETS, add_adapters
 from mdl_toolkit.training.memory.activations import FLOAT, ActivationEstimate, Integers
 from mdl_toolkit.training.sampler import BatchSampler
+from mdl_toolkit.utils.console import size
 from mdl_toolkit.utils.machine import free_memory
 from mdl_toolkit.weights.loading import quiet_libraries
 from mdl_toolkit.weights.resolve import read_json
@@ -116,11 +117,6 @@ class MemoryPlan:
         tries = [Localized("{remedy}", remedy=each) for each in options]
         remedies = join_messages(tries, "{left}, or {right}")
         return Localized("{warning}; try {remedies}", warning=warning, remedies=remedies)
-
-
-def size(count: int) -> str:
-    """Format a number of bytes, by thousands: 16.9 GB, 310 MB."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
 
 
 def plan_memory(
