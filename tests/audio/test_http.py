@@ -1,6 +1,9 @@
 """An address is fetched whole or not at all, from a server on this machine that misbehaves on purpose."""
 
+import gzip
+import sys
 import time
+import zlib
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
@@ -138,6 +141,7 @@ def test_a_server_that_drips(server, tmp_path):
 
 
 ENDLESS = {
+    "the status line": b"HTTP/1.1 20",
     "headers": b"HTTP/1.1 200 OK\r\nX-Long: ",
     "interim answers": b"",
     "a chunk's size": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
@@ -160,10 +164,96 @@ def test_a_server_that_drips_what_is_no_content(server, tmp_path, name):
     assert len(server.asked) == 1
 
 
-def test_bytes_are_kept_as_they_are_sent(server, tmp_path):
-    """A server that compresses unasked sends what it sends: a limit of decompressed bytes comes too late."""
-    server.answers["/a"] = reply(Content_Encoding="gzip")
+@pytest.mark.parametrize("name", ENDLESS)
+def test_no_drop_is_a_sign_of_life_before_the_content(server, tmp_path, name):
+    def drip(handler: BaseHTTPRequestHandler) -> None:
+        handler.wfile.write(ENDLESS[name])
+        while not server.stop.wait(0.02):
+            handler.wfile.write(b"0" if ENDLESS[name] else b"HTTP/1.1 102 Processing\r\n\r\n")
+
+    server.answers["/a"] = drip
+    started = time.monotonic()
+    assert "does not answer in time" in refuse(f"{server.url}/a", tmp_path, timeout_s=0.3)
+    assert time.monotonic() - started < 5
+    assert len(server.asked) == 3
+
+
+def test_slow_content_is_a_sign_of_life(server, tmp_path):
+    def slow(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.end_headers()
+        for _ in range(6):
+            time.sleep(0.2)
+            handler.wfile.write(b"x")
+
+    server.answers["/a"] = slow
+    assert get(f"{server.url}/a", tmp_path, timeout_s=0.8).read_bytes() == b"xxxxxx"
+
+
+@pytest.mark.parametrize(("encoding", "pack"), [("gzip", gzip.compress), ("deflate", zlib.compress)])
+def test_what_is_compressed_on_the_way_is_unpacked(server, tmp_path, encoding, pack):
+    """Some servers do it unasked; the limit counts what is unpacked."""
+    server.answers["/a"] = reply(body=pack(BODY), Content_Encoding=encoding)
     assert get(f"{server.url}/a", tmp_path).read_bytes() == BODY
+    server.answers["/b"] = reply(body=pack(bytes(2_000_000)), Content_Encoding=encoding)
+    assert "larger than 1 MB" in refuse(f"{server.url}/b", tmp_path)
+    server.answers["/c"] = reply(Content_Encoding=encoding)
+    assert "cannot be fetched" in refuse(f"{server.url}/c", tmp_path)
+
+
+def test_a_web_page_is_no_recording(server, tmp_path):
+    server.answers["/a"] = reply(body=b"\n<!doctype HTML><title>Sign in</title>", Content_Type="audio/wav")
+    assert "the server sent a web page, such as a login" in refuse(f"{server.url}/a", tmp_path)
+    assert len(server.asked) == 1
+
+
+ABSURD = {
+    "a long header": {"X_Long": "x" * 300_000},
+    "many headers": {f"X_{number}": "x" * 20 for number in range(10_000)},
+    "a long pause": {"Retry_After": "9" * 5000},
+    "a pause without sense": {"Retry_After": "\u0663"},
+    "another place": {"Location": "http://127.0.0.1:99999999/"},
+    "a long place": {"Location": "http://h/" + "x" * 70_000},
+    "no place": {"Location": "http://[::1"},
+}
+
+
+@pytest.mark.parametrize("name", ABSURD)
+@pytest.mark.parametrize("status", [200, 302, 503])
+def test_absurd_headers_are_an_error_of_that_address(server, tmp_path, monkeypatch, name, status):
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        head = "".join(f"{key.replace('_', '-')}: {value}\r\n" for key, value in ABSURD[name].items())
+        handler.wfile.write(f"HTTP/1.1 {status} Words\r\n{head}Content-Length: 2\r\n\r\nok".encode())
+
+    server.answers["/a"] = answer
+    try:
+        got = get(f"{server.url}/a", tmp_path).read_bytes()
+    except AudioError as problem:
+        got = str(problem).encode()
+    assert got == b"ok" or (b"127.0.0.1" in got and len(got) < 500)
+
+
+@pytest.mark.parametrize("length", ["9" * 19, "9" * 5000, "-1", "x", "1, 2"])
+def test_absurd_lengths(server, tmp_path, length):
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        handler.wfile.write(f"HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\nok".encode())
+
+    server.answers["/a"] = answer
+    assert "cannot be fetched" in refuse(f"{server.url}/a", tmp_path)
+
+
+def test_a_pause_that_the_server_wants_is_said(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    server.answers["/a"] = in_turn(reply(503, Retry_After="7"), reply(503), reply())
+    get(f"http://me:secret@{server.host}/a", tmp_path)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{server.url}/a: ")
+    assert " 7 " in line
+
+
+# --- proxies ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("proxy", ["socks://127.0.0.1:1", "http://127.0.0.1:port"])
@@ -179,6 +269,30 @@ def test_a_proxy_of_the_environment_is_asked(server, other, tmp_path, monkeypatc
     server.answers["/a"] = reply()
     assert get(f"{server.url}/a", tmp_path).read_bytes() == BODY
     assert (len(server.asked), len(other.asked)) == (1, 1)
+
+
+def test_a_socks_proxy_names_its_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:1080")
+    assert "pip install 'httpx[socks]'" in refuse("http://example.org/a", tmp_path)
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_proxy_that_refuses_is_named(other, tmp_path, monkeypatch, scheme):
+    monkeypatch.setenv(f"{scheme}_proxy", other.url)
+    other.answers["http://example.org/a"] = reply(407)
+    said = refuse(f"{scheme}://example.org/a", tmp_path)
+    assert f"the proxy {other.host}" in said
+    assert "407" in said or "501" in said  # this server knows no CONNECT
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_proxy_that_is_not_there_is_named(other, tmp_path, monkeypatch, scheme):
+    other.close()
+    monkeypatch.setenv(f"{scheme}_proxy", other.url)
+    assert f"the proxy {other.host} refuses or cannot be reached" in refuse(
+        f"{scheme}://example.org/a", tmp_path
+    )
 
 
 def test_no_server_at_all(server, tmp_path):
@@ -200,6 +314,29 @@ def test_redirections_are_followed(server, other, tmp_path, status):
     server.answers["/b"] = reply(status, Location=f"{other.url}/c")
     other.answers["/c"] = reply()
     assert get(f"{server.url}/a", tmp_path).read_bytes() == BODY
+
+
+@pytest.mark.parametrize(
+    "place", ["{server}/b", "http://localhost:{port}/b", "http://10.1.2.3/b", "http://[::1]/b"]
+)
+def test_a_public_address_does_not_lead_into_the_private_network(server, other, tmp_path, monkeypatch, place):
+    """The public one is reached by a proxy, of which neither its own address counts nor what is behind it."""
+    monkeypatch.setenv("http_proxy", other.url)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    place = place.format(server=server.url, port=server.host.split(":")[1])
+    other.answers |= {"http://example.org/a": reply(302, Location=place), place: reply()}
+    server.answers["/b"] = reply()
+    said = refuse("http://example.org/a", tmp_path)
+    assert "redirects from a public address to one of this machine" in said
+    assert server.asked == []
+    assert [path for path, _ in other.asked] == ["http://example.org/a"]
+
+
+def test_one_public_address_may_lead_to_another(other, tmp_path, monkeypatch):
+    monkeypatch.setenv("http_proxy", other.url)
+    other.answers["http://example.org/a"] = reply(302, Location="http://1.1.1.1/b")
+    other.answers["http://1.1.1.1/b"] = reply()
+    assert get("http://example.org/a", tmp_path).read_bytes() == BODY
 
 
 def test_circles_and_other_kinds_of_addresses_are_not(server, tmp_path):

@@ -12,6 +12,7 @@ Modules:
     file_parts       read a file in blocks; show decoders only parts of it
     flac             store samples as FLAC, and read them back
     http             download one address
+    connections      how long a server may be silent, and where redirections may lead
     download_cache   download each address once, and keep its content
     urls             tell addresses from paths, show them without passwords
 

@@ -8,20 +8,20 @@ is not looked at; `download_cache` keeps the files.
 import hashlib
 import re
 import ssl
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from socket import SHUT_RDWR, socket
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mdl_toolkit import __version__
+from mdl_toolkit.audio.connections import PRIVATE_TARGET, ConnectionWatch, PrivateAddressError
+from mdl_toolkit.audio.unreadable import is_web_page
 from mdl_toolkit.audio.urls import without_credentials
 from mdl_toolkit.errors import AudioError
 from mdl_toolkit.i18n import Localized
+from mdl_toolkit.utils.console import say
 
 if TYPE_CHECKING:
     import httpx
@@ -33,6 +33,9 @@ MAX_REDIRECTS = 5
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 # Seconds between two tries, whatever the server asks for.
 LONGEST_PAUSE = 60.0
+# Digits of numbers in headers that mean something.
+DIGITS = 16
+SILENT_SERVER = Localized("the server does not answer in time")
 # The machine's certificates, read once.
 _certificates = lru_cache(maxsize=1)(ssl.create_default_context)
 
@@ -43,7 +46,7 @@ class Limits:
 
     Attributes:
         max_mb: the most megabytes that are accepted.
-        timeout_s: seconds without a sign of life.
+        timeout_s: seconds for an answer's head, and between two pieces of its body.
         tries: how often it is tried, if the failure is of a passing kind.
         pause_s: seconds before the second try; twice as long before each further one.
         deadline_s: seconds for everything together.
@@ -136,61 +139,44 @@ def fetch(url: str, target: Path, limits: Limits, known: RemoteVersion = NOTHING
         FetchError: the server refused, or the connection failed, at the last try; or there is a proxy that
             httpx cannot use.
     """
+    ends = time.monotonic() + limits.deadline_s
+    attempt = 1
+    while True:
+        try:
+            with ConnectionWatch(limits.timeout_s, ends) as watch, _client(limits.timeout_s) as client:
+                return _Transfer(client, watch, url, target, limits, known, ends).try_once()
+        except FetchError as failure:
+            pause = max(limits.pause_s * 2 ** (attempt - 1), min(failure.pause_s, LONGEST_PAUSE))
+            if failure.is_final or attempt >= limits.tries or time.monotonic() + pause > ends:
+                raise
+            if failure.pause_s:
+                say(
+                    "{shown}: the server asks for a pause; it is asked again in {pause:.0f} s",
+                    shown=without_credentials(url),
+                    pause=pause,
+                )
+        time.sleep(pause)
+        attempt += 1
+
+
+def _client(timeout_s: float) -> "httpx.Client":
+    """Return a client with the proxies of the environment."""
     import httpx
 
-    # Bytes are kept as they are: what is compressed on the way only has no size that could be checked.
+    # What is compressed on the way has no size to check at the start; some servers do it unasked.
     headers = {"User-Agent": f"mdl-toolkit/{__version__}", "Accept-Encoding": "identity"}
     try:
-        client = httpx.Client(headers=headers, timeout=limits.timeout_s, verify=_certificates())
-    except (ImportError, ValueError, httpx.InvalidURL) as problem:
+        return httpx.Client(headers=headers, timeout=timeout_s, verify=_certificates())
+    except ImportError as problem:
+        reason = Localized(
+            "the environment names a SOCKS proxy, which needs another package: pip install 'httpx[socks]'"
+        )
+        raise FetchError(reason, is_final=True) from problem
+    except (ValueError, httpx.InvalidURL) as problem:
         raise FetchError(
             Localized("the proxy settings of the environment cannot be used ({reason})", reason=problem),
             is_final=True,
         ) from problem
-    ends = time.monotonic() + limits.deadline_s
-    with client, _shut_down_at(ends) as watch:
-        transfer = _Transfer(client, watch, url, target, limits, known, ends)
-        attempt = 1
-        while True:
-            try:
-                return transfer.try_once()
-            except FetchError as failure:
-                pause = max(limits.pause_s * 2 ** (attempt - 1), min(failure.pause_s, LONGEST_PAUSE))
-                if failure.is_final or attempt >= limits.tries or time.monotonic() + pause > ends:
-                    raise
-            time.sleep(pause)
-            attempt += 1
-
-
-@contextmanager
-def _shut_down_at(ends: float) -> Iterator[Callable[[str, dict[str, Any]], None]]:
-    """Shut connections down when the time is over; yield the callback by which httpx tells of them.
-
-    httpx's time-outs are for a single read: a server that drips headers or chunk sizes would never meet them.
-    """
-    connections: list[socket] = []
-
-    def cut() -> None:
-        for connection in connections:
-            with suppress(OSError):
-                connection.shutdown(SHUT_RDWR)
-
-    def watch(event: str, info: dict[str, Any]) -> None:
-        if event.endswith("connect_tcp.complete"):
-            # A duplicate, as TLS takes the original over.
-            connections.append(info["return_value"].get_extra_info("socket").dup())
-            if time.monotonic() > ends:
-                cut()
-
-    timer = threading.Timer(ends - time.monotonic(), cut)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield watch
-    finally:
-        timer.cancel()
-        for connection in connections:
-            connection.close()
 
 
 @dataclass(frozen=True)
@@ -198,7 +184,7 @@ class _Transfer:
     """Fetch one address; `ends` is when, by the monotonic clock, the time is over."""
 
     client: "httpx.Client"
-    watch: Callable[[str, dict[str, Any]], None]
+    watch: ConnectionWatch
     url: str
     target: Path
     limits: Limits
@@ -222,16 +208,22 @@ class _Transfer:
                     return self._store(response)
                 status, wait = response.status_code, response.headers.get("Retry-After", "")
                 words = f"{status} {httpx.codes.get_reason_phrase(status)}".strip()
+                proxy = self.watch.proxy
                 raise FetchError(
-                    Localized("the server answered {words}", words=words),
+                    Localized("the server, or the proxy {proxy}, answered {words}", proxy=proxy, words=words)
+                    if proxy
+                    else Localized("the server answered {words}", words=words),
                     is_final=status not in TRANSIENT,
-                    pause_s=float(wait) if wait.isdecimal() else 0,
+                    pause_s=float(wait) if wait.isdecimal() and len(wait) < DIGITS else 0,
                 )
         except (httpx.InvalidURL, httpx.UnsupportedProtocol) as problem:
             raise FetchError(Localized("the address is not valid"), is_final=True) from problem
-        except (httpx.HTTPError, OSError) as problem:
+        except PrivateAddressError as problem:
+            raise FetchError(PRIVATE_TARGET, is_final=True) from problem
+        # Also what headers without sense bring about: numbers of any size, names that are none.
+        except (httpx.HTTPError, OSError, ValueError, OverflowError) as problem:
             self._check_time()
-            raise _connection_error(problem) from problem
+            raise _connection_error(problem, self.watch.proxy) from problem
 
     def _send(self) -> "httpx.Response":
         """Send the request and follow redirections, to http(s) only.
@@ -245,6 +237,7 @@ class _Transfer:
         with suppress(httpx.InvalidURL):
             for _ in range(MAX_REDIRECTS + 1):
                 self._check_time()
+                self.watch.ask(request.url.raw_host.decode())
                 login = (request.url.username, request.url.password)
                 # httpx logs addresses.
                 request.url = request.url.copy_with(userinfo=b"")
@@ -268,17 +261,24 @@ class _Transfer:
     def _store(self, response: "httpx.Response") -> RemoteVersion:
         """Write the body of an answer to the file, and return what identifies it."""
         promised = response.headers.get("Content-Length", "")
-        self._check_size(int(promised) if promised.isdecimal() else 0)
+        self._check_size(int(promised) if promised.isdecimal() and len(promised) < DIGITS else 0)
         size = 0
         try:
             with self.target.open("wb") as file:
-                for piece in response.iter_raw():
+                for piece in response.iter_bytes():
+                    self.watch.renew()
                     size += len(piece)
                     self._check_size(size)
                     self._check_time()
                     file.write(piece)
             # A connection that was cut off looks like the end of a body of unknown length.
             self._check_time()
+            with self.target.open("rb") as file:
+                if is_web_page(file.read(1000)):
+                    raise FetchError(
+                        Localized("the server sent a web page, such as a login or a network's sign-in page"),
+                        is_final=True,
+                    )
         except BaseException:
             self.target.unlink(missing_ok=True)
             raise
@@ -288,6 +288,8 @@ class _Transfer:
     def _check_time(self) -> None:
         if time.monotonic() > self.ends:
             raise FetchError(Localized("it takes too long"), is_final=True)
+        if self.watch.is_cut:
+            raise FetchError(SILENT_SERVER, is_answered=False)
 
     def _check_size(self, size: int) -> None:
         most = self.limits.max_mb
@@ -302,16 +304,18 @@ def _address(url: "httpx.URL") -> str:
     return f"{url.scheme}://{url.netloc.decode()}{url.raw_path.decode()}"
 
 
-def _connection_error(problem: Exception) -> FetchError:
-    """Return the error for a connection that failed."""
+def _connection_error(problem: Exception, proxy: str) -> FetchError:
+    """Return the error for a connection that failed, with the proxy that it went through."""
     import httpx
 
     if isinstance(problem, httpx.TimeoutException):
-        return FetchError(Localized("the server does not answer in time"), is_answered=False)
+        return FetchError(SILENT_SERVER, is_answered=False)
     words = getattr(problem, "strerror", None) or re.sub(r"^\[Errno -?\d+\] ", "", str(problem))
     words = words or type(problem).__name__
+    refused = Localized("the proxy {proxy} refuses or cannot be reached ({words})", proxy=proxy, words=words)
+    is_refused = proxy and isinstance(problem, (httpx.ConnectError, httpx.ProxyError))
     return FetchError(
-        Localized("it cannot be fetched ({words})", words=words),
+        refused if is_refused else Localized("it cannot be fetched ({words})", words=words),
         is_final="CERTIFICATE_VERIFY_FAILED" in words,
         is_answered=not isinstance(problem, (httpx.ConnectError, httpx.ProxyError)),
     )
