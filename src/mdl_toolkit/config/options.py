@@ -61,12 +61,13 @@ def option(
 
     Args:
         value_type: reads and checks its value.
-        default: `REQUIRED` if there is none; where it is None or (), `null` is accepted.
+        default: `REQUIRED` if there is none; where it is None, `null` is accepted.
         group: the heading under which `--help` shows it.
         help_text: what it does.
-        more: `dynamic` and `positional` of `OptionSpec`.
+        more: `dynamic`, `positional` and `nullable` of `OptionSpec`.
     """
-    spec = OptionSpec(value_type, group, Localized.of(help_text, {}), nullable=default in (None, ()), **more)
+    more.setdefault("nullable", default is None)
+    spec = OptionSpec(value_type, group, Localized.of(help_text, {}), **more)
     return dataclasses.field(default=default, metadata={"spec": spec})
 
 

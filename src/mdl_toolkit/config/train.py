@@ -161,6 +161,7 @@ class TrainOptions(ConversionOptions):
         (),
         EVALUATION,
         "Trackers to report to (tensorboard, wandb, swanlab ...). May be given several times.",
+        nullable=True,
     )
     output: str = option(PATH, REQUIRED, CHECKPOINTS, "Folder for checkpoints and, in `final/`, the result.")
     resume_from_checkpoint: bool | str | None = option(
