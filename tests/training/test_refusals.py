@@ -1,5 +1,6 @@
 """What a training refuses or warns of, before any weight is loaded."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -38,8 +39,8 @@ def no_weights(monkeypatch):
 @pytest.mark.usefixtures("no_weights")
 class TestRefusals:
     def test_an_adapter_as_the_base(self, model, tmp_path):
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            (model / name).write_text("{}")
+        (model / "adapter_config.json").write_text("{}")
+        shutil.copy(model / "model.safetensors", model / "adapter_model.safetensors")
         with pytest.raises(ModelError, match="an adapter; train the base model"):
             train(train_options(make_csv(tmp_path, 2), model, tmp_path / "run"))
 

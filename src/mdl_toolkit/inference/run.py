@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -191,9 +191,8 @@ class _Inference:
 
     def _fingerprint(self, inputs: Inputs, *folders: Path | None) -> str:
         """Hash all that the answers depend on: content, however its paths are spelt."""
-        options = {
-            name: value for name, value in vars(self.options).items() if name not in CHANGEABLE | BY_CONTENT
-        }
+        names = sorted({field.name for field in fields(self.options)} - CHANGEABLE - BY_CONTENT)
+        options = {name: getattr(self.options, name) for name in names}
         plan = (self.journal.dataset / PLAN_FILE).read_text(encoding="utf-8")
         # The rows of the CSV that are in the dataset: not all, where some could not be fetched.
         arrays = (inputs.lines, inputs.dataset.token_counts)
