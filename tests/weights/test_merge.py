@@ -74,6 +74,28 @@ def test_remote_code_files_and_auto_map_travel_along(golden, tmp_path):
     assert "auto_map" in json.loads((output / "config.json").read_text())
 
 
+@pytest.mark.parametrize("is_named", [True, False])
+def test_code_that_a_copied_configuration_names_comes_along_with_an_adapter(golden, tmp_path, is_named):
+    """And what that imports; without such a configuration no code does."""
+    base = copy_checkpoint(golden, "A-small", tmp_path)
+    for name in ("processing_midashenglm.py", "helpers.py"):
+        (base / name).write_text(f"raise SystemExit('{name} never runs')")
+    named = set()
+    for file in ("preprocessor_config.json", "processor_config.json", "tokenizer_config.json"):
+        values = json.loads((base / file).read_text())
+        values.pop("auto_map", None)
+        if is_named and file == "processor_config.json":
+            values["auto_map"] = {"AutoProcessor": "processing_midashenglm.MiDashengLMProcessor"}
+        (base / file).write_text(json.dumps(values))
+    output = tmp_path / "final"
+    export_adapter(base, make_adapter(base, tmp_path / "adapter", ("projector",)), output, ABOUT)
+    for file in output.glob("*_config.json"):
+        values = json.loads(file.read_text()).get("auto_map", {}).values()
+        named |= {f"{value.partition('.')[0]}.py" for value in values}
+    assert named == ({"processing_midashenglm.py"} if is_named else set())
+    assert {file.name for file in output.glob("*.py")} == ({*named, "helpers.py"} if is_named else set())
+
+
 @pytest.mark.parametrize(("with_head", "shards"), [(False, 1), (True, 1), (True, 3), (False, 3)])
 def test_tied_embeddings_stay_tied(golden, tmp_path, with_head, shards):
     base = copy_checkpoint(golden, "B-small-tied", tmp_path)

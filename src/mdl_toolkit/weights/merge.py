@@ -91,6 +91,10 @@ def export_adapter(base: Path, adapter: Path, output: Path, metadata: ResultMeta
         for pattern in _COPIED_TO_ADAPTER:
             for file in base.glob(pattern):
                 shutil.copyfile(file, work / file.name)
+        # What the `auto_map` of a configuration names, and what that imports.
+        if any("auto_map" in read_json(file) for file in work.glob("*_config.json")):
+            for file in base.glob("*.py"):
+                shutil.copyfile(file, work / file.name)
         _write_metadata(work, base, metadata, is_adapter=True)
 
 
