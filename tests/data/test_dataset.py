@@ -5,8 +5,9 @@ import os
 import pickle
 import resource
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ from mdl_toolkit.data.dataset import (
     is_converted,
 )
 from mdl_toolkit.data.dataset_writer import ShardWriter, check_output, shard_name, write_metadata
-from mdl_toolkit.data.tokenization import Tokens
+from mdl_toolkit.data.tokenization import ChatTokenizer, Tokens
 from mdl_toolkit.errors import DatasetError, InputError
-from mdl_toolkit.weights.tokenizer_files import TokenizerFiles
+from mdl_toolkit.model import MiDashengLMConfig
+from mdl_toolkit.weights.tokenizer_files import TokenizerFiles, read_tokenizer_files
+from tests.support.paths import MODEL
 from tests.support.runs import files_below
 from tests.support.waves import wave
 
@@ -50,14 +53,15 @@ def make_rows(count: int) -> Rows:
 def write(folder: Path, rows: Rows, rows_per_shard: int = 10**9) -> Path:
     folder.mkdir()
     starts = range(0, len(rows), rows_per_shard)
-    total = 0
+    total, checksums = 0, []
     for number, start in enumerate(starts):
         writer = ShardWriter(folder / shard_name(number, len(starts)))
         for tokens, waveform in rows[start : start + rows_per_shard]:
             writer.append(tokens, pack_audio(waveform))
         total += writer.close()
+        checksums.append(writer.crc32)
     assert total == sum(file.stat().st_size for file in folder.iterdir())
-    write_metadata(folder, len(starts), replace(RECORD, rows=len(rows)))
+    write_metadata(folder, checksums, replace(RECORD, rows=len(rows)))
     return folder
 
 
@@ -113,6 +117,7 @@ def test_datasets_opens_it(tmp_path, count, rows_per_shard):
         "audio_format": [each.format for each in packed],
         "audio_scale": [each.scale for each in packed],
         "audio_length": [each.length for each in packed],
+        "audio_crc32": [zlib.crc32(each.data) for each in packed],
     }
     assert opened.features == datasets.Features(
         input_ids=datasets.List(datasets.Value("int32")),
@@ -121,6 +126,7 @@ def test_datasets_opens_it(tmp_path, count, rows_per_shard):
         audio_format=datasets.Value("string"),
         audio_scale=datasets.Value("float32"),
         audio_length=datasets.Value("int64"),
+        audio_crc32=datasets.Value("uint32"),
     )
 
 
@@ -130,7 +136,7 @@ def test_datasets_tells_two_of_them_apart(tmp_path):
     for number, record in enumerate((RECORD, replace(RECORD, seconds=1.5), replace(RECORD, text_tokens=3))):
         folder = tmp_path / str(number)
         folder.mkdir()
-        write_metadata(folder, 1, record)
+        write_metadata(folder, [0], record)
         prints.add(json.loads((folder / "state.json").read_text())["_fingerprint"])
     assert len(prints) == 3
 
@@ -268,7 +274,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "data cut in the header": (cut(0.001), "damaged"),
     "data cut in the middle": (cut(0.5), "damaged"),
     "data cut near the end": (cut(0.99), "damaged"),
-    "data cut between batches": (keep_one_batch, "32 rows, 40 recorded"),
+    "data cut between batches": (keep_one_batch, f"{ARROW}: its checksum is another, it was changed"),
+    "another shard's data": (
+        lambda folder: (
+            write(folder / "new", make_rows(40)[::-1]) and (folder / "new" / ARROW).replace(folder / ARROW)
+        ),
+        f"{ARROW}: its checksum",
+    ),
+    "no checksum": (change_json("state.json", _data_files=[{"filename": ARROW}]), f"{ARROW}: its checksum"),
     "other columns": (other_columns, "columns ['input_ids', 'labels']"),
     "more rows recorded": (change_json(RECORD_FILE, rows=41), "40 rows, 41 recorded"),
     "another format": (change_json(RECORD_FILE, format=3), "format 3, this version reads 2"),
@@ -313,18 +326,78 @@ def test_a_damaged_recording_is_named_when_it_is_read(folder):
     (folder / ARROW).write_bytes(content)
     dataset = ConvertedDataset(folder)
     assert len(dataset[0].waveform) == 3200
-    with pytest.raises(DatasetError, match=r"the dataset is damaged \(row 1: .*\); convert again"):
-        dataset[1]
+    for _ in range(2):
+        with pytest.raises(
+            DatasetError, match=rf"is damaged \({ARROW}, row 1: .* was changed\); convert again"
+        ):
+            dataset[1]
+
+
+def test_no_changed_byte_is_read(tmp_path):
+    """Whichever it is: it is refused, or nothing is read from it."""
+    rows = make_rows(3)
+    folder = write(tmp_path / "data", rows)
+    content = (folder / ARROW).read_bytes()
+    read = 0
+    for place in range(0, len(content), 23):
+        changed = bytearray(content)
+        changed[place] ^= 1 << place % 8
+        (folder / ARROW).write_bytes(changed)
+        with suppress(DatasetError):
+            dataset = ConvertedDataset(folder)
+            for sample, (tokens, waveform) in zip(dataset, rows, strict=True):
+                np.testing.assert_array_equal(sample.input_ids, tokens.input_ids)
+                np.testing.assert_array_equal(sample.labels, tokens.labels)
+                np.testing.assert_array_equal(sample.waveform, waveform)
+            read += 1
+    # The rest is padding and the text of the metadata.
+    assert read < 0.15 * len(content) / 23
+
+
+@pytest.mark.parametrize(
+    ("ids", "labels", "reason"),
+    [
+        ([5, -1, 7], [-100, -100, 7], "a token below 0"),
+        ([5, 6, 7], [-100, -100, 8], "labels that are not its tokens"),
+        ([5, 6, 7], [-100, -101, 7], "labels that are not its tokens"),
+        ([5, 6, 7], [-100, 7], "labels that are not its tokens"),
+    ],
+)
+def test_tokens_and_labels_that_cannot_be(tmp_path, ids, labels, reason):
+    """Whole as they are by their checksums: whoever wrote them."""
+    rows = [(Tokens(np.array(ids, np.int32), np.array(labels, np.int32)), make_rows(1)[0][1])]
+    folder = write(tmp_path / "data", rows)
+    with pytest.raises(DatasetError, match=rf"is damaged \({ARROW}: {reason}\); convert again"):
+        ConvertedDataset(folder)
+
+
+def test_a_token_outside_the_vocabulary(tmp_path):
+    files = read_tokenizer_files(MODEL)
+    size = files.vocabulary_size
+    assert (
+        ChatTokenizer(files).end_id < size <= MiDashengLMConfig.from_pretrained(MODEL).text_config.vocab_size
+    )
+    for highest in (size - 1, size):
+        ids = np.array([0, highest], np.int32)
+        folder = write(tmp_path / str(highest), [*make_rows(1), (Tokens(ids, ids), make_rows(1)[0][1])])
+        fingerprints = {"tokenizer": files.tokenizer_fingerprint, "chat_template": files.template_fingerprint}
+        change_json(RECORD_FILE, **fingerprints)(folder)
+        if highest < size:
+            ConvertedDataset(folder).check_model(files)
+    reason = f"{ARROW}: token {size}, of {size} in the vocabulary"
+    with pytest.raises(DatasetError, match=rf"is damaged \({reason}\); convert again"):
+        ConvertedDataset(folder).check_model(files)
 
 
 def test_names_do_not_lead_out_of_the_folder(folder, tmp_path):
     secret = write(tmp_path / "secret", make_rows(40)) / ARROW
     secret.rename(tmp_path / "secret.arrow")
+    (file,) = json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]
     for name in ("../secret.arrow", str(tmp_path / "secret.arrow")):
-        change_json("state.json", _data_files=[{"filename": name}])(folder)
+        change_json("state.json", _data_files=[{**file, "filename": name}])(folder)
         with pytest.raises(DatasetError, match="damaged"):
             ConvertedDataset(folder)
-    change_json("state.json", _data_files=[{"filename": f"/elsewhere/{ARROW}"}])(folder)
+    change_json("state.json", _data_files=[{**file, "filename": f"/elsewhere/{ARROW}"}])(folder)
     assert_equal(ConvertedDataset(folder), make_rows(40))
 
 

@@ -5,8 +5,9 @@ Reading is a memory map and a view: no list of numbers is ever made. Audio is mo
 
 import bisect
 import json
+import zlib
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ FEATURES = {
     "audio_format": {"dtype": "string", "_type": "Value"},
     "audio_scale": {"dtype": "float32", "_type": "Value"},
     "audio_length": {"dtype": "int64", "_type": "Value"},
+    "audio_crc32": {"dtype": "uint32", "_type": "Value"},
 }
 SCHEMA = pa.schema(
     {
@@ -42,9 +44,19 @@ SCHEMA = pa.schema(
         "audio_format": pa.string(),
         "audio_scale": pa.float32(),
         "audio_length": pa.int64(),
+        "audio_crc32": pa.uint32(),
     },
     metadata={"huggingface": json.dumps({"info": {"features": FEATURES}})},
 )
+SCHEMAS = {ROUNDED_FORMAT: SCHEMA.remove(len(SCHEMA) - 1), FORMAT: SCHEMA}
+
+
+def checksum(before: int, batch: pa.RecordBatch) -> int:
+    """Continue the CRC-32 of a shard by a batch: all columns but `audio`, whose rows have their own."""
+    for name in batch.schema.names:
+        for buffer in batch.column(name).buffers() if name != "audio" else ():
+            before = zlib.crc32(buffer or b"", before)
+    return before
 
 
 # --- samples -----------------------------------------------------------------------------------------
@@ -158,6 +170,9 @@ class ConvertedDataset:
     record: Record = field(init=False)
 
     def __post_init__(self) -> None:
+        self._batches: list[pa.RecordBatch] = []
+        # The shard that each of them is in.
+        self._shards: list[str] = []
         if not is_converted(self.folder):
             raise DatasetError(
                 "{folder}: not a complete dataset written by convert-dataset; convert again",
@@ -168,37 +183,60 @@ class ConvertedDataset:
             if values["format"] not in (ROUNDED_FORMAT, FORMAT):
                 raise ValueError(f"format {values['format']}, this version reads {FORMAT}")
             self.record = Record(**{**values, "prompts": Prompts(**values.get("prompts", {}))})
-            rows = self._starts[-1]
-        except (OSError, ValueError, TypeError, KeyError, pa.ArrowException) as problem:
+            state = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
+            for file in state["_data_files"]:
+                name = Path(file["filename"]).name
+                try:
+                    batches = self._read_shard(self.folder / name, file.get("crc32"))
+                except (OSError, ValueError, pa.ArrowException) as problem:
+                    raise self._damaged(f"{name}: {problem}") from problem
+                self._batches += batches
+                self._shards += [name] * len(batches)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as problem:
             raise self._damaged(str(problem)) from problem
-        if rows != self.record.rows:
-            raise self._damaged(f"{rows} rows, {self.record.rows} recorded")
+        self._starts = [0, *np.cumsum([len(batch) for batch in self._batches]).tolist()]
+        if self._starts[-1] != self.record.rows:
+            raise self._damaged(f"{self._starts[-1]} rows, {self.record.rows} recorded")
+        # Recordings that were read before.
+        self._verified = np.full(len(self), self.record.format == ROUNDED_FORMAT)
+
+    def check_model(self, files: TokenizerFiles) -> None:
+        """Refuse a model whose tokenizer or chat template is another, and tokens that it does not have.
+
+        Raises:
+            DatasetError: naming the fingerprints, or the shard.
+        """
+        self.record.check_model(files, str(self.folder))
+        size = files.vocabulary_size
+        for shard, batch in zip(self._shards, self._batches, strict=True):
+            if (highest := batch.column("input_ids").values.to_numpy().max(initial=0)) >= size:
+                raise self._damaged(f"{shard}: token {highest}, of {size} in the vocabulary")
 
     def __len__(self) -> int:
         return self.record.rows
 
     def __getitem__(self, index: int) -> Sample:
         batch, row = self._locate(index)
-        column = {name: batch.column(i)[row] for i, name in enumerate(SCHEMA.names)}
-        packed = PackedAudio(
-            column["audio"].as_buffer(),
-            column["audio_format"].as_py(),
-            column["audio_scale"].as_py(),
-            column["audio_length"].as_py(),
-        )
+        column = {name: batch.column(name)[row] for name in batch.schema.names}
+        data = column["audio"].as_buffer()
+        about = (column[f"audio_{name}"].as_py() for name in ("format", "scale", "length"))
         tokens = self.tokens(index)
         try:
-            return Sample(tokens.input_ids, tokens.labels, unpack_audio(packed))
+            if not self._verified[index] and zlib.crc32(data) != column["audio_crc32"].as_py():
+                raise ValueError("its recording was changed")
+            self._verified[index] = True
+            return Sample(tokens.input_ids, tokens.labels, unpack_audio(PackedAudio(data, *about)))
         except ValueError as problem:
-            raise self._damaged(f"row {index}: {problem}") from problem
+            shard = self._shards[bisect.bisect_right(self._starts, index) - 1]
+            raise self._damaged(f"{shard}, row {index}: {problem}") from problem
 
     def tokens(self, index: int) -> Tokens:
         """Return an example's ids and labels; no audio is decoded."""
         batch, row = self._locate(index)
         return Tokens(*(batch.column(name)[row].values.to_numpy() for name in ("input_ids", "labels")))
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "record": self.record}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ConvertedDataset, (self.folder,)
 
     def encoded_audio(self, index: int) -> memoryview:
         """Return the bytes that hold an example's audio; they are not decoded."""
@@ -228,22 +266,28 @@ class ConvertedDataset:
         index = SCHEMA.names.index("audio_length")
         return np.concatenate([np.zeros(0, np.int64), *(b.column(index).to_numpy() for b in self._batches)])
 
-    @cached_property
-    def _batches(self) -> list[pa.RecordBatch]:
-        state = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
-        batches: list[pa.RecordBatch] = []
-        for file in state["_data_files"]:
-            # A closed map stays mapped as long as a batch needs it, but takes no file descriptor.
-            with pa.memory_map(str(self.folder / Path(file["filename"]).name)) as mapped:
-                stream = pa.ipc.open_stream(mapped)
-                if not stream.schema.equals(SCHEMA):
-                    raise ValueError(f"{file['filename']}: columns {stream.schema.names}")
-                batches += stream
-        return batches
+    def _read_shard(self, file: Path, crc32: int | None) -> list[pa.RecordBatch]:
+        """Map a shard, and check all of it but recordings, which are checked when they are read.
 
-    @cached_property
-    def _starts(self) -> list[int]:
-        return [0, *np.cumsum([len(batch) for batch in self._batches]).tolist()]
+        Raises:
+            ValueError, OSError, ArrowException: it is not what was written.
+        """
+        # A closed map stays mapped as long as a batch needs it, but takes no file descriptor.
+        with pa.memory_map(str(file)) as mapped:
+            stream = pa.ipc.open_stream(mapped)
+            if not stream.schema.equals(SCHEMAS[self.record.format]):
+                raise ValueError(f"columns {stream.schema.names}")
+            batches: list[pa.RecordBatch] = [*stream]
+        if self.record.format == FORMAT and reduce(checksum, batches, 0) != crc32:
+            raise ValueError("its checksum is another, it was changed")
+        for batch in batches:
+            batch.validate(full=True)
+            ids, labels = (batch.column(each).values.to_numpy() for each in ("input_ids", "labels"))
+            if len(ids) != len(labels) or (labels != np.where(labels == IGNORE_INDEX, labels, ids)).any():
+                raise ValueError("labels that are not its tokens")
+            if ids.min(initial=0) < 0:
+                raise ValueError("a token below 0")
+        return batches
 
     def _locate(self, index: int) -> tuple[pa.RecordBatch, int]:
         if not 0 <= index < len(self):

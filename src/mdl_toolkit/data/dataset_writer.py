@@ -5,6 +5,7 @@ The folder is one that `datasets.load_from_disk` opens: Arrow streams with its m
 
 import hashlib
 import json
+import zlib
 from collections.abc import Sequence, Sized
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -16,7 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mdl_toolkit.audio.flac import PackedAudio
-from mdl_toolkit.data.dataset import FEATURES, RECORD_FILE, SCHEMA, Record, is_converted
+from mdl_toolkit.data.dataset import FEATURES, RECORD_FILE, SCHEMA, Record, checksum, is_converted
 from mdl_toolkit.data.tokenization import Tokens
 from mdl_toolkit.errors import DatasetError, InputError
 from mdl_toolkit.utils.files import fsync, report_write_errors
@@ -38,6 +39,8 @@ class ShardWriter:
     def __init__(self, file: Path) -> None:
         self._file = file
         self._rows: list[tuple[Tokens, PackedAudio]] = []
+        # Of what is written, for the metadata.
+        self.crc32 = 0
         # Bytes of audio in rows that are not written yet.
         self._pending = 0
         with self._writing():
@@ -72,9 +75,12 @@ class ShardWriter:
             _bytes_array(pa.string(), [each.format.encode() for each in audio]),
             _number_array(pa.float32(), np.array([each.scale for each in audio], dtype=np.float32)),
             _number_array(pa.int64(), np.array([each.length for each in audio], dtype=np.int64)),
+            _number_array(pa.uint32(), np.array([zlib.crc32(each.data) for each in audio], dtype=np.uint32)),
         ]
+        batch = pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
+        self.crc32 = checksum(self.crc32, batch)
         with self._writing():
-            self._stream.write_batch(pa.RecordBatch.from_arrays(columns, schema=SCHEMA))
+            self._stream.write_batch(batch)
         self._rows, self._pending = [], 0
 
     def _writing(self) -> AbstractContextManager[None]:
@@ -105,17 +111,26 @@ def shard_name(number: int, count: int) -> str:
     return f"data-{number:05d}-of-{count:05d}.arrow"
 
 
-def write_metadata(folder: Path, shards: int, record: Record) -> None:
+def write_metadata(folder: Path, checksums: Sequence[int], record: Record) -> None:
     """Complete a folder of shards with what `datasets` and this toolkit need to open it.
+
+    Args:
+        folder: of the shards.
+        checksums: the CRC-32 of each shard.
+        record: of all.
 
     Raises:
         DatasetError: the disk does not take it.
     """
     about = {"citation": "", "description": "", "features": FEATURES}
+    files = [
+        {"filename": shard_name(number, len(checksums)), "crc32": crc32}
+        for number, crc32 in enumerate(checksums)
+    ]
     # By the fingerprint `datasets` names what it caches.
-    canonical = json.dumps(asdict(record), sort_keys=True)
+    canonical = json.dumps([asdict(record), files], sort_keys=True)
     state: dict[str, Any] = {
-        "_data_files": [{"filename": shard_name(number, shards)} for number in range(shards)],
+        "_data_files": files,
         "_fingerprint": hashlib.sha256(canonical.encode()).hexdigest()[:16],
         "_format_columns": None,
         "_format_kwargs": {},

@@ -100,7 +100,7 @@ def _open_set(path: str, files: TokenizerFiles, private: Path) -> ConvertedDatas
     """Open a converted dataset, or what a CSV was converted to."""
     if Path(path).is_dir():
         dataset = ConvertedDataset(Path(path))
-        dataset.record.check_model(files, path)
+        dataset.check_model(files)
         if dataset.record.format == ROUNDED_FORMAT:
             warn(
                 "{path}: converted by an earlier version, which rounded recordings to 16 bits at 16 kHz; "

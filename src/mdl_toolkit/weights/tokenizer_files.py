@@ -37,6 +37,13 @@ class TokenizerFiles:
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     @property
+    def vocabulary_size(self) -> int:
+        """The least number above all token ids."""
+        tokenizer = json.loads(self.tokenizer)
+        added = (token["id"] for token in tokenizer.get("added_tokens") or ())
+        return 1 + max([-1, *tokenizer["model"]["vocab"].values(), *added])
+
+    @property
     def template_fingerprint(self) -> str:
         """A hash of the chat template."""
         return hashlib.sha256(self.chat_template.encode()).hexdigest()[:16]

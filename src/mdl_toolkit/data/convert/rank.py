@@ -95,7 +95,8 @@ class RankConversion:
             time.sleep(POLL)
         stats = self._total()
         record = stats.record(self.tokenizer.files, self.options)
-        write_metadata(self.work.dataset, len(self.plan.shards), record)
+        finished = [shard for each in self.plan.shards if (shard := self.work.entry(each))]
+        write_metadata(self.work.dataset, [shard.crc32 for shard in finished], record)
         if self.keeps_going:
             left_out = json.dumps([problem.to_json() for problem in stats.problems.first])
             extra_files = {**extra_files, LEFT_OUT_FILE: left_out}

@@ -41,6 +41,7 @@ class ConversionStats:
         truncated: clips that are shorter than their files promise.
         problems: rows that cannot be used.
         bytes: on disk.
+        crc32: checksum of one shard's rows; not for several.
     """
 
     rows: int = 0
@@ -58,6 +59,7 @@ class ConversionStats:
     truncated: Problems = field(default_factory=Problems)
     problems: Problems = field(default_factory=Problems)
     bytes: int = 0
+    crc32: int = 0
 
     def add(self, row: Row, clip: Clip, positions: int, audio_tokens: int) -> None:
         """Count one row."""

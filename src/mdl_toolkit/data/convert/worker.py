@@ -86,5 +86,5 @@ class ShardConverter:
                 writer.append(tokens, pack_audio(clip.stored, clip.stored_rate, len(clip.samples)))
                 stats.add(row, clip, len(tokens.input_ids), count)
             yield ShardProgress(len(group), samples)
-        stats.bytes = writer.close()
+        stats.bytes, stats.crc32 = writer.close(), writer.crc32
         yield ShardResult(job.shard, job.file, stats)
