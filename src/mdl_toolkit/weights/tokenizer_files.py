@@ -41,7 +41,7 @@ class TokenizerFiles:
         """The least number above all token ids."""
         tokenizer = json.loads(self.tokenizer)
         added = (token["id"] for token in tokenizer.get("added_tokens") or ())
-        return 1 + max([-1, *tokenizer["model"]["vocab"].values(), *added])
+        return 1 + max(map(int, [-1, *tokenizer["model"]["vocab"].values(), *added]))
 
     @property
     def template_fingerprint(self) -> str:

@@ -95,8 +95,8 @@ class RankConversion:
             time.sleep(POLL)
         stats = self._total()
         record = stats.record(self.tokenizer.files, self.options)
-        finished = [shard for each in self.plan.shards if (shard := self.work.entry(each))]
-        write_metadata(self.work.dataset, [shard.crc32 for shard in finished], record)
+        counted = [entry for shard in self.plan.shards if (entry := self.work.entry(shard))]
+        write_metadata(self.work.dataset, [entry.crc32 for entry in counted], record)
         if self.keeps_going:
             left_out = json.dumps([problem.to_json() for problem in stats.problems.first])
             extra_files = {**extra_files, LEFT_OUT_FILE: left_out}
