@@ -1,5 +1,6 @@
 """Joined and tagged MP3 files are read to their ends; tags in the middle are neither damage nor sound."""
 
+import contextlib
 import struct
 
 import numpy as np
@@ -101,3 +102,12 @@ def test_a_part_that_was_split_off(tmp_path):
     content = without_table(mp3(3.0))
     start = content.index(content[:2], len(content) // 2)
     assert 1.3 < load(save(tmp_path, content[start:])).source_seconds < 1.6
+
+
+@pytest.mark.parametrize(
+    "content", [struct.pack(">I", 0xFFFB9000).ljust(500, b"\x55") * 30, mp3()[:-7], mp3()]
+)
+def test_no_library_prints_what_it_thinks(tmp_path, capfd, content):
+    with contextlib.suppress(AudioError):
+        load(save(tmp_path, content), allow_truncated=True)
+    assert capfd.readouterr() == ("", "")

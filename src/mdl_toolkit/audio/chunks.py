@@ -92,7 +92,10 @@ def check_chunks(data: Blocks) -> Integrity:
     else:
         missing = None
         sound = _check_rest(data, layout, sound, formats)
-    return Integrity(missing, has_length=True, parts=_parts(data, magic, layout, sound, formats))
+    # Layers 1 and 2, and 3.
+    is_mpeg = formats.get(b"fmt ", b"")[:2] in (b"\x50\0", b"\x55\0")
+    parts = _parts(data, magic, layout, sound, formats)
+    return Integrity(missing, is_mpeg=is_mpeg, has_length=True, parts=parts)
 
 
 def _chunk(data: Blocks, layout: _Layout, position: int) -> tuple[bytes, int, int] | None:

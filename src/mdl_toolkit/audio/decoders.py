@@ -63,7 +63,6 @@ def decode(file: BinaryIO, integrity: Integrity, mixdown: Mixdown) -> Decoded:
     """
     file.seek(0)
     try:
-        # libsndfile's decoder would print warnings.
         if integrity.is_mpeg:
             decoded = _decode_with_ffmpeg(file, None, mixdown)
         else:

@@ -24,7 +24,7 @@ class Integrity:
     Attributes:
         missing: what was promised and is not there, of a file that was cut off.
         least_samples: the fewest samples per channel that a sound decoder returns; 0 if not known.
-        is_mpeg: MPEG audio.
+        is_mpeg: MPEG audio, or what looks like it; libsndfile would print warnings without the file's name.
         has_length: the file says how long it is, in bytes, pages or frames, and that was checked.
         opus_seconds: how long Ogg Opus is, if it does not start in the middle of a stream.
         parts: bytes, and ranges of the file, that decoders are to see in its place; none: the file itself.

@@ -126,7 +126,7 @@ def check_mpeg(data: Blocks) -> Integrity:
                 raise damage_at(position, "MPEG audio", Localized("bytes that are no frame"))
             position = following
     if not parts:
-        return Integrity()
+        return Integrity(is_mpeg=_frame(data.at(0, 4)) is not None)
     missing = Localized("the last MPEG frame is incomplete") if is_cut else None
     # Encoders disagree whether the frame with the table counts, so one frame is not missing.
     if promises and frames < max(promises) - 1:

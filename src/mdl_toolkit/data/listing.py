@@ -2,17 +2,24 @@
 
 import csv
 import glob
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.i18n import Localized
 
-# Names that recordings go by; with a pattern, whatever it matches is taken.
+# Names that recordings go by, of whatever decoders read; with a pattern, whatever it matches is taken.
 SUFFIXES = frozenset(
     [
-        ".3gp", ".aac", ".ac3", ".aif", ".aifc", ".aiff", ".amr", ".au", ".caf", ".flac", ".m4a", ".m4b",
-        ".mka", ".mkv", ".mov", ".mp2", ".mp3", ".mp4", ".oga", ".ogg", ".opus", ".ra", ".rf64", ".snd",
-        ".sph", ".w64", ".wav", ".wave", ".webm", ".wma",
+        ".3g2", ".3gp", ".aac", ".ac3", ".adts", ".aif", ".aifc", ".aiff", ".amr", ".ape", ".asf", ".au",
+        ".avi", ".avr", ".awb", ".bwf", ".caf", ".dsf", ".dts", ".eac3", ".ec3", ".f4a", ".f4v", ".flac",
+        ".flv", ".htk", ".ircam", ".m1a", ".m2a", ".m2ts", ".m4a", ".m4b", ".m4r", ".m4v", ".mka", ".mkv",
+        ".mov", ".mp1", ".mp2", ".mp3", ".mp4", ".mpc", ".mpeg", ".mpg", ".mpga", ".mts", ".nist", ".oga",
+        ".ogg", ".ogv", ".opus", ".paf", ".pvf", ".ra", ".rf64", ".rm", ".sd2", ".sf", ".snd", ".sph",
+        ".spx", ".svx", ".tak", ".ts", ".tta", ".voc", ".w64", ".wav", ".wave", ".webm", ".wma", ".wmv",
+        ".wv", ".wve", ".xi",
     ]
 )  # fmt: skip
 
@@ -26,7 +33,8 @@ def is_listing(given: str) -> bool:
 def list_recordings(given: str) -> list[str]:
     """List the recordings of a folder and of all folders in it, or those that a pattern matches, sorted.
 
-    Hidden files and folders are left out. Paths start where the folder's or the pattern's does.
+    Hidden files and folders are left out, and links to a folder that they lie in are not followed. Paths
+    start where the folder's or the pattern's does.
 
     Raises:
         InputError: there is none.
@@ -48,7 +56,32 @@ def list_recordings(given: str) -> list[str]:
 
 
 def _matches(pattern: str) -> list[str]:
-    return sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - paths stay spelled as the user did
+    """Return what a pattern matches, spelt as it is, sorted; `**` is all folders below but hidden ones."""
+    if pattern.endswith("**"):
+        pattern += "/*"
+    recursive = re.fullmatch(r"(|.*?/)\*\*/(.*)", pattern, re.DOTALL)
+    if not recursive:
+        # Paths stay spelled as the user did.
+        return sorted(glob.glob(pattern))  # noqa: PTH207
+    base, rest = recursive.groups()
+    starts = _matches(base) if base else [""]
+    folders = (folder for start in starts for folder in _folders(start, ()))
+    return sorted({found for folder in folders for found in _matches(glob.escape(folder) + rest)})
+
+
+def _folders(start: str, above: tuple[Path, ...]) -> Iterator[str]:
+    """Yield a folder and all below it, each with a slash, but for links to a folder that holds them."""
+    real = Path(start or ".").resolve()
+    if any(folder.is_relative_to(real) for folder in above):
+        return
+    yield start
+    try:
+        entries = sorted(os.scandir(start or "."), key=lambda entry: entry.name)
+    except OSError:
+        return
+    for entry in entries:
+        if not entry.name.startswith(".") and entry.is_dir():
+            yield from _folders(f"{start}{entry.name}/", (*above, real))
 
 
 def write_listing(files: list[str], target: Path) -> None:
