@@ -155,6 +155,25 @@ def test_numbers_that_a_spreadsheet_would_rewrite(answer, expected):
 
 
 @pytest.mark.parametrize(
+    ("answer", "prompt", "is_found"),
+    [
+        ("=cmd|' /C calc'!A0", "What?", True), ("yes", "=1+1", True), (" =1", "What?", True),
+        ("@SUM(A1)", "What?", True), ("-2+3+cmd|' /C calc'!A0", "What?", True), ("+HYPERLINK(1)", "", True),
+        ("-5", "+3", False), ("- one, two", "a = b", False), ("@anna hello", "What?", False),
+    ],
+)  # fmt: skip
+def test_formulas_are_named_and_kept_by_write_fixed(run, tmp_path, answer, prompt, is_found):
+    rows = [{**row, "user_prompt": "What?", "prediction": "b"} for row in phrases("train.csv")[:3]]
+    rows[1] |= {"user_prompt": prompt, "prediction": answer}
+    source = write_csv(tmp_path / "x.csv", rows)
+    file = run(source, "--json", "--write-fixed", str(tmp_path / "y.csv")).figures["files"][0]
+    found = {each["name"]: each["lines"] for each in file["findings"]}
+    assert ("formula" in found) is is_found
+    assert found.get("formula", [3]) == [3]
+    assert (tmp_path / "y.csv").read_bytes() == source.read_bytes()
+
+
+@pytest.mark.parametrize(
     ("prompts", "pairs"),
     [
         (["Say it.", "Say it"], 1), (["Question 1", "Question 2"], 0), (["Question 1", "Question 12"], 0),

@@ -29,6 +29,8 @@ LEAST_AUDIBLE = 0.05
 # What a spreadsheet takes for a number or a day, and may write as another text.
 NUMBER = re.compile(r"[+-]?(\d[\d,]*\.?\d*|\.\d+)([eE][+-]?\d+)?")
 DAY = re.compile(r"\d{1,4}[-/]\d{1,2}([-/]\d{1,4})?")
+# What it runs; a number with a sign, a list item or a name with @ before it is not meant.
+FORMULA = re.compile(r"\s*(=|[@+-].*[(|!])")
 # Digits that a spreadsheet keeps of a number.
 DIGITS = 15
 
@@ -48,7 +50,7 @@ FLAGS = {
     for bit, name in enumerate(
         (
             "silent", "nearly_empty", "clipped", "padded", "truncated", "empty_answer", "number_answer",
-            "space_answer", "space_prompt", "cancelled", "no_length",
+            "space_answer", "space_prompt", "cancelled", "no_length", "formula",
         )
     )
 }  # fmt: skip
@@ -169,6 +171,7 @@ def _flags(row: Row, clip: Clip) -> int:
         "space_answer": answer is not None and answer != answer.strip(),
         "cancelled": clip.cancelled,
         "no_length": not clip.has_length,
+        "formula": any(map(FORMULA.match, (answer or "", *prompt_texts(row)))),
         "space_prompt": any(prompt != prompt.strip() for prompt in prompt_texts(row)),
     }
     return sum(FLAGS[name] for name, is_set in holds.items() if is_set)

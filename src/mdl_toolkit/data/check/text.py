@@ -30,6 +30,7 @@ FINDINGS = {
     "no_length": Localized("does not say how long it is, so that a cut between two frames cannot be noticed"),
     "empty_answer": Localized("answer is empty"),
     "number_answer": Localized("answer is a number or a date that a spreadsheet would rewrite (0012, 1.0)"),
+    "formula": Localized("answer or prompt that a spreadsheet would run as a formula (=1+1)"),
     "space_answer": Localized("white space around the answer"),
     "space_prompt": Localized("white space around a prompt"),
     "too_long": Localized("longer than --max-length (its length)"),
