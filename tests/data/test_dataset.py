@@ -56,8 +56,8 @@ def write(folder: Path, rows: Rows, rows_per_shard: int = 10**9) -> Path:
     total, checksums = 0, []
     for number, start in enumerate(starts):
         writer = ShardWriter(folder / shard_name(number, len(starts)))
-        for tokens, waveform in rows[start : start + rows_per_shard]:
-            writer.append(tokens, pack_audio(waveform))
+        for index, (tokens, waveform) in enumerate(rows[start : start + rows_per_shard], start):
+            writer.append(3 * index + 4, tokens, pack_audio(waveform))
         total += writer.close()
         checksums.append(writer.crc32)
     assert total == sum(file.stat().st_size for file in folder.iterdir())
@@ -75,6 +75,7 @@ def assert_equal(dataset: ConvertedDataset, rows: Rows) -> None:
         assert sample.input_ids.dtype == sample.labels.dtype == np.int32
         assert sample.waveform.dtype == np.float32
     assert dataset.token_counts.tolist() == [len(tokens.input_ids) for tokens, _ in rows]
+    assert [dataset.line(index) for index in range(len(rows))] == [*range(4, 4 + 3 * len(rows), 3)]
     assert dataset.audio_lengths.tolist() == [len(waveform) for _, waveform in rows]
 
 
@@ -118,6 +119,7 @@ def test_datasets_opens_it(tmp_path, count, rows_per_shard):
         "audio_scale": [each.scale for each in packed],
         "audio_length": [each.length for each in packed],
         "audio_crc32": [zlib.crc32(each.data) for each in packed],
+        "line": [*range(4, 4 + 3 * count, 3)],
     }
     assert opened.features == datasets.Features(
         input_ids=datasets.List(datasets.Value("int32")),
@@ -127,6 +129,7 @@ def test_datasets_opens_it(tmp_path, count, rows_per_shard):
         audio_scale=datasets.Value("float32"),
         audio_length=datasets.Value("int64"),
         audio_crc32=datasets.Value("uint32"),
+        line=datasets.Value("int64"),
     )
 
 
@@ -328,7 +331,7 @@ def test_a_damaged_recording_is_named_when_it_is_read(folder):
     assert len(dataset[0].waveform) == 3200
     for _ in range(2):
         with pytest.raises(
-            DatasetError, match=rf"is damaged \({ARROW}, row 1: .* was changed\); convert again"
+            DatasetError, match=rf"is damaged \({ARROW}, line 7 of the CSV: .* was changed\); convert again"
         ):
             dataset[1]
 

@@ -119,8 +119,8 @@ def test_leaks_by_kind(sets, capsys, monkeypatch):
     assert advice.warn_of_leaks(*sets)
     (line,) = said(capsys)
     assert "4 of 8 evaluation rows have a recording that is also trained on: " in line
-    assert "2 with the same prompt and answer (rows 4, 6); " in line
-    assert "2 with another prompt or answer (rows 5, 7); " in line
+    assert "2 with the same prompt and answer (line 5, 7); " in line
+    assert "2 with another prompt or answer (line 6, 8); " in line
 
 
 def test_one_of_several_rows_with_a_recording_decides(tmp_path):
@@ -154,7 +154,7 @@ def test_many_are_counted_and_the_first_named(tmp_path, capsys):
     advise(data, data)
     (line,) = said(capsys)
     assert "14 of 14 evaluation rows" in line
-    assert "(rows 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, ...)" in line
+    assert "(line 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, ...)" in line
 
 
 def test_a_training_warns_before_it_loads_weights(tmp_path, capsys):

@@ -38,6 +38,9 @@ class SampleSource(Protocol):
     def token_counts(self) -> NDArray[np.int64]:
         """Return the tokens of every example, `[examples]`."""
 
+    def line(self, index: int) -> int:
+        """Return the line of the CSV that an example comes from."""
+
     def __getitem__(self, index: int, /) -> Sample | PrecomputedSample:
         """Return one example."""
 

@@ -35,6 +35,7 @@ FEATURES = {
     "audio_scale": {"dtype": "float32", "_type": "Value"},
     "audio_length": {"dtype": "int64", "_type": "Value"},
     "audio_crc32": {"dtype": "uint32", "_type": "Value"},
+    "line": {"dtype": "int64", "_type": "Value"},
 }
 SCHEMA = pa.schema(
     {
@@ -45,10 +46,11 @@ SCHEMA = pa.schema(
         "audio_scale": pa.float32(),
         "audio_length": pa.int64(),
         "audio_crc32": pa.uint32(),
+        "line": pa.int64(),
     },
     metadata={"huggingface": json.dumps({"info": {"features": FEATURES}})},
 )
-SCHEMAS = {ROUNDED_FORMAT: SCHEMA.remove(len(SCHEMA) - 1), FORMAT: SCHEMA}
+SCHEMAS = {ROUNDED_FORMAT: pa.schema([*SCHEMA][:6]), FORMAT: SCHEMA}
 
 
 def checksum(before: int, batch: pa.RecordBatch) -> int:
@@ -228,7 +230,7 @@ class ConvertedDataset:
             return Sample(tokens.input_ids, tokens.labels, unpack_audio(PackedAudio(data, *about)))
         except ValueError as problem:
             shard = self._shards[bisect.bisect_right(self._starts, index) - 1]
-            raise self._damaged(f"{shard}, row {index}: {problem}") from problem
+            raise self._damaged(f"{shard}, line {self.line(index)} of the CSV: {problem}") from problem
 
     def tokens(self, index: int) -> Tokens:
         """Return an example's ids and labels; no audio is decoded."""
@@ -242,6 +244,11 @@ class ConvertedDataset:
         """Return the bytes that hold an example's audio; they are not decoded."""
         batch, row = self._locate(index)
         return memoryview(batch.column(SCHEMA.names.index("audio"))[row].as_buffer())
+
+    def line(self, index: int) -> int:
+        """Return the line of the CSV where an example's row starts, as if each had one if it is not noted."""
+        batch, row = self._locate(index)
+        return int(batch.column("line")[row].as_py()) if "line" in batch.schema.names else index + 2
 
     @cached_property
     def token_counts(self) -> NDArray[np.int64]:

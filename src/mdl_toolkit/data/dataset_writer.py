@@ -38,7 +38,7 @@ class ShardWriter:
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._rows: list[tuple[Tokens, PackedAudio]] = []
+        self._rows: list[tuple[int, Tokens, PackedAudio]] = []
         # Of what is written, for the metadata.
         self.crc32 = 0
         # Bytes of audio in rows that are not written yet.
@@ -47,9 +47,9 @@ class ShardWriter:
             self._sink = pa.OSFile(str(file), "wb")
             self._stream = pa.ipc.new_stream(self._sink, SCHEMA)
 
-    def append(self, tokens: Tokens, audio: PackedAudio) -> None:
-        """Add one sample."""
-        self._rows.append((tokens, audio))
+    def append(self, line: int, tokens: Tokens, audio: PackedAudio) -> None:
+        """Add the sample of the row that starts on a line of the CSV."""
+        self._rows.append((line, tokens, audio))
         self._pending += len(audio.data)
         if len(self._rows) == ROWS_PER_BATCH or self._pending >= BATCH_BYTES:
             self._flush()
@@ -66,7 +66,7 @@ class ShardWriter:
     def _flush(self) -> None:
         if not self._rows:
             return
-        tokens, audio = zip(*self._rows, strict=True)
+        lines, tokens, audio = zip(*self._rows, strict=True)
         # From buffers: `pa.array` would import pandas where there is one, 0.2 s and 40 MB in each process.
         columns = [
             _list_array([each.input_ids for each in tokens]),
@@ -76,6 +76,7 @@ class ShardWriter:
             _number_array(pa.float32(), np.array([each.scale for each in audio], dtype=np.float32)),
             _number_array(pa.int64(), np.array([each.length for each in audio], dtype=np.int64)),
             _number_array(pa.uint32(), np.array([zlib.crc32(each.data) for each in audio], dtype=np.uint32)),
+            _number_array(pa.int64(), np.array(lines, dtype=np.int64)),
         ]
         batch = pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
         self.crc32 = checksum(self.crc32, batch)

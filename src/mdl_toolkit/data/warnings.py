@@ -143,9 +143,15 @@ def warn_of_leaks(train_set: ConvertedDataset, eval_set: ConvertedDataset) -> bo
         (leaks.other_text, Localized("with another prompt or answer")),
     )
     parts = [
-        Localized("{count} {kind} (rows {rows})", count=len(rows), kind=kind, rows=_numbers(rows))
-        for rows, kind in kinds
-        if rows
+        Localized(
+            "{count} {kind} (line {lines})",
+            count=len(indices),
+            kind=kind,
+            lines=", ".join(str(eval_set.line(index)) for index in indices[:MOST_NAMED])
+            + ", ..." * (len(indices) > MOST_NAMED),
+        )
+        for indices, kind in kinds
+        if indices
     ]
     if parts:
         warn(
@@ -156,12 +162,6 @@ def warn_of_leaks(train_set: ConvertedDataset, eval_set: ConvertedDataset) -> bo
             parts=join_messages(parts, "{left}; {right}"),
         )
     return bool(parts)
-
-
-def _numbers(rows: list[int]) -> str:
-    """Return the numbers of the first examples, from 1."""
-    shown = ", ".join(str(row + 1) for row in rows[:MOST_NAMED])
-    return f"{shown}, ..." if len(rows) > MOST_NAMED else shown
 
 
 # --- the loss ------------------------------------------------------------------------------------------

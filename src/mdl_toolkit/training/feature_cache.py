@@ -90,6 +90,10 @@ class PrecomputedDataset:
         """Return the decoder tokens of every example, `[examples]`."""
         return self.dataset.token_counts
 
+    def line(self, index: int) -> int:
+        """Return the line of the CSV that an example comes from."""
+        return self.dataset.line(index)
+
     def __getitem__(self, index: int) -> PrecomputedSample:
         """Return an example."""
         tokens, start = self.dataset.tokens(index), self.starts[index]

@@ -190,9 +190,9 @@ class Trainer:
                 self._check_weights()
                 raise ToolkitError(
                     "step {next}: the loss or its gradient is not finite; try a smaller --lr, or look at "
-                    "rows {rows} of the training data",
+                    "lines {lines} of the training data",
                     next=self.step + 1,
-                    rows=", ".join(str(index + 1) for index in sorted(indices)[:MOST_ROWS_NAMED]),
+                    lines=", ".join(str(self.train_set.line(i)) for i in sorted(indices)[:MOST_ROWS_NAMED]),
                 )
         rate = self.options.lr * self.schedule.rate(self.step)
         self.trainable.update(rate)

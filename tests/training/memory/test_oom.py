@@ -154,10 +154,10 @@ def test_numbers_that_are_not_finite_stop_a_run(tmp_path, compute, value, where)
     with pytest.raises(ToolkitError) as caught:
         train(train_options(csv, MODEL, output, **changes))
     assert calls[-1] == 3
-    rows = ", ".join(str(row + 1) for row in sorted(rows_of_step(tmp_path, csv, 3)))
+    lines = ", ".join(str(row + 2) for row in sorted(rows_of_step(tmp_path, csv, 3)))
     assert caught.value.message.en == (
         "step 4: the loss or its gradient is not finite; try a smaller --lr, or look at "
-        f"rows {rows} of the training data"
+        f"lines {lines} of the training data"
     )
     assert caught.value.exit_status == 1
     assert [line["step"] for line in read_log(output / "log.jsonl")] == [1, 2, 3]

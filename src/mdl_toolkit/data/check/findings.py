@@ -33,8 +33,9 @@ LEAST_ROWS = 3
 UNBALANCED = 10
 # Edges of the histogram of lengths, in seconds.
 EDGES = (0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600)
-# Bytes of a row in a converted dataset without recording and ids: offsets, the word `flac`, scale, length.
-ROW_BYTES = 5 * 4 + 4 + 4 + 8
+# Bytes of a row in a converted dataset without recording and ids: offsets, the word `flac`, scale, length,
+# checksum, line.
+ROW_BYTES = 5 * 4 + 4 + 4 + 8 + 4 + 8
 # Bytes of a token in a converted dataset: id and label.
 TOKEN_BYTES = 2 * 4
 

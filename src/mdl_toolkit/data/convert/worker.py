@@ -83,7 +83,8 @@ class ShardConverter:
                 samples += len(clip.samples)
                 count = audio_token_count(len(clip.samples))
                 tokens = self.tokenizer.encode_row(row, count, with_answer=self.with_answer)
-                writer.append(tokens, pack_audio(clip.stored, clip.stored_rate, len(clip.samples)))
+                packed = pack_audio(clip.stored, clip.stored_rate, len(clip.samples))
+                writer.append(row.line, tokens, packed)
                 stats.add(row, clip, len(tokens.input_ids), count)
             yield ShardProgress(len(group), samples)
         stats.bytes, stats.crc32 = writer.close(), writer.crc32
