@@ -2,14 +2,23 @@
 
 import random
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mdl_toolkit.config.evaluation import EvaluateOptions
 from mdl_toolkit.evaluation.answers import Answers, ScoringRules
 from mdl_toolkit.evaluation.bootstrap import point_estimate
 from mdl_toolkit.evaluation.metrics import CORPUS_METRICS
+from tests.support.runs import write_csv
 
+TEXTS = [
+    ("a.wav", "The cat sat on the mat.", "the cat sat on a mat", "en", "1"),
+    ("b.wav", "Good morning, everyone!", "good morning everyone", "en", "2"),
+    ("c.wav", "What a day", "what day", "us", "1"),
+    ("d.wav", "nothing at all to say here", "", "us", "2"),
+]
 PLAIN = ScoringRules(normalize=True, is_chinese=False, is_spaceless=False, label_separator=None)
 RAW = ScoringRules(normalize=False, is_chinese=False, is_spaceless=False, label_separator=None)
 CHINESE = ScoringRules(normalize=True, is_chinese=True, is_spaceless=True, label_separator=None)
@@ -60,3 +69,26 @@ def several(
         rows.append(("; ".join(expected), ";".join(given)))
         scores.append(";".join(str(round(generator.random(), 1)) for _ in given))
     return rows, tuple(scores) if with_scores else None
+
+
+def labels(
+    folder: Path,
+    answers: Sequence[str],
+    name: str = "p.csv",
+    references: Sequence[str] | None = None,
+    **columns: Sequence[str],
+) -> str:
+    """Write a CSV of predictions with their references, `yes` and `no` by turns if none are given."""
+    references = references or ["yes", "no"] * (len(answers) // 2)
+    rows = [
+        {"reference": reference, "prediction": answer, **{key: cells[row] for key, cells in columns.items()}}
+        for row, (reference, answer) in enumerate(zip(references, answers, strict=True))
+    ]
+    return str(write_csv(folder / name, rows))
+
+
+def options(place: Path, **more: Any) -> EvaluateOptions:
+    """The options for the files of the fixture `place`."""
+    return EvaluateOptions(
+        **{"input": str(place / "p.csv"), "reference": str(place / "r.csv"), "bootstrap": 50, **more}
+    )
