@@ -1,6 +1,7 @@
 """A row as the model is shown it: the checkpoint's template decides, and words can pass for nothing else."""
 
 import json
+import resource
 from datetime import datetime
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from mdl_toolkit.data import chat_template
 from mdl_toolkit.data.chat_template import AudioMarks, ChatTemplate, Message, Segment, messages_of
 from mdl_toolkit.data.manifest import Row
 from mdl_toolkit.errors import ModelError
@@ -351,3 +353,22 @@ def test_a_template_stays_in_its_sandbox(attempt, tmp_path):
     marker = tmp_path / "escaped"
     refused(chatml(head=attempt.format(marker=marker)))
     assert not marker.exists()
+
+
+BOMBS = {
+    "loops in loops": "{% for i in range(9999) %}{% for j in range(9999) %}{% for k in range(9999) %}"
+    "{% endfor %}{% endfor %}{% endfor %}",
+    "a number of a billion digits": "{{ 10 ** (10 ** 9) % 7 }}",
+    "ten gigabytes of text": "{% set x = 'a' * 10 ** 10 %}",
+    "text that doubles": "{% set n = namespace(x='a') %}{% for i in range(40) %}{% set n.x = n.x + n.x %}"
+    "{% endfor %}",
+    "an answer of megabytes": "{{ 'a' * 5000000 }}",
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS)
+def test_a_template_without_bounds_ends_at_ours(bomb, monkeypatch):
+    monkeypatch.setattr(chat_template, "SECONDS", 1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert refused(chatml(head=bomb)) == "it takes more than 1 s, 512 MB or 1024 KB of text"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 << 10

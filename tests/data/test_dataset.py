@@ -430,3 +430,10 @@ def test_outputs_that_may_not(folder, tmp_path):
 def test_a_mounted_folder_cannot_be_replaced():
     with pytest.raises(InputError, match="--output /: a mounted folder cannot be replaced"):
         check_output(Path("/"))
+
+
+def test_a_device_in_place_of_a_shard_is_refused_before_it_is_opened(folder):
+    (folder / ARROW).unlink()
+    (folder / ARROW).symlink_to("/dev/zero")
+    with pytest.raises(DatasetError, match=f"{ARROW}: a FIFO, socket or device, which is never read here"):
+        ConvertedDataset(folder)

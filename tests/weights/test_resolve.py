@@ -223,3 +223,12 @@ def test_an_adapter_is_found_as_it_is(model):
 def test_json_of_a_model_folder(tmp_path):
     (tmp_path / "a.json").write_text('{"狗": [1, 2.5]}', encoding="utf-8")
     assert read_json(tmp_path / "a.json") == {"狗": [1, 2.5]}
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "notes"])
+@pytest.mark.parametrize("kind", ["FIFO", "device"])
+def test_what_may_never_end_is_refused_before_it_is_opened(model, name, kind):
+    (model / name).unlink(missing_ok=True)
+    os.mkfifo(model / name) if kind == "FIFO" else (model / name).symlink_to("/dev/zero")
+    message = refused(find, model, weights=False)
+    assert message == f"{model / name}: a FIFO, socket or device, which is never read here; remove it"

@@ -13,7 +13,10 @@ from typing import Any, Literal
 from mdl_toolkit.data.manifest import Row
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.i18n import Localized
+from mdl_toolkit.utils.bounded import OutOfBoundsError, call_bounded
 
+# What rendering one conversation may take: processor time, bytes allocated, and bytes of text.
+SECONDS, MEMORY, LENGTH = 5, 1 << 29, 1 << 20
 Role = Literal["system", "user", "assistant"]
 # Unicode noncharacters, which no template holds.
 _MARK = "\ufdd0{}\ufdd1"
@@ -184,18 +187,30 @@ def _audio_parts(text: str, marks: AudioMarks) -> list[_SkeletonPart]:
 
 
 def _render(template: ChatTemplate, turns: list[dict[str, Any]], *, asking: bool) -> str:
-    """Render turns in transformers' sandbox; `asking` adds what an answer follows."""
+    """Render turns in transformers' sandbox, within bounds; `asking` adds what an answer follows."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    variables = dict(template.variables)
-    try:
+    def render() -> str:
+        variables = dict(template.variables)
         (text,), _ = render_jinja_template(
             [turns], chat_template=template.source, add_generation_prompt=asking, **variables
         )
+        return str(text)
+
+    try:
+        return call_bounded(render, seconds=SECONDS, memory=MEMORY, length=LENGTH)
     # A template is a program, and may fail in every way that one can.
-    except Exception as problem:
-        raise _unfit(" ".join(str(problem).split()) or type(problem).__name__) from problem
-    return str(text)
+    except ValueError as problem:
+        raise _unfit(" ".join(str(problem).split())) from problem
+    except OutOfBoundsError as problem:
+        raise _unfit(
+            Localized(
+                "it takes more than {seconds} s, {memory} MB or {length} KB of text",
+                seconds=SECONDS,
+                memory=MEMORY >> 20,
+                length=LENGTH >> 10,
+            )
+        ) from problem
 
 
 _TEXTS_MISSING = Localized("it repeats words of a message or leaves them out")

@@ -19,6 +19,7 @@ from mdl_toolkit.audio.flac import PackedAudio, unpack_audio
 from mdl_toolkit.data.tokenization import IGNORE_INDEX, Tokens
 from mdl_toolkit.errors import DatasetError
 from mdl_toolkit.i18n import Localized
+from mdl_toolkit.utils.files import refuse_devices
 from mdl_toolkit.weights.provenance import Prompts
 from mdl_toolkit.weights.tokenizer_files import TokenizerFiles
 
@@ -180,6 +181,7 @@ class ConvertedDataset:
                 "{folder}: not a complete dataset written by convert-dataset; convert again",
                 folder=self.folder,
             )
+        refuse_devices(self.folder, DatasetError)
         try:
             values = json.loads((self.folder / RECORD_FILE).read_text(encoding="utf-8"))
             if values["format"] not in (ROUNDED_FORMAT, FORMAT):

@@ -6,6 +6,7 @@ Modules:
     locks         locks that end with their process
     machine       CPUs and memory that this process may use, errors that say memory ran out
     worker_pool   run jobs in several processes
+    bounded       run a small computation with bounds on its time and memory
     launcher      read what torchrun and its like say in the environment
     distributed   join processes that train together, and sum over them
     signals       stop after a step, or at once

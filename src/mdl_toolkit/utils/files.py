@@ -40,6 +40,24 @@ def report_write_errors(place: str, error: type[ToolkitError]) -> Iterator[None]
         ) from problem
 
 
+def refuse_devices(folder: Path, error: type[ToolkitError]) -> None:
+    """Refuse a folder with FIFOs, sockets or devices, or links to them, which may never end when read.
+
+    Raises:
+        ToolkitError: of the given type, naming the first one.
+    """
+    paths: list[Path] = []
+    # A folder that cannot be listed is refused by whoever reads in it.
+    with suppress(OSError):
+        paths = sorted(folder.iterdir())
+    for path in paths:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            message = Localized(
+                "{path}: a FIFO, socket or device, which is never read here; remove it", path=path
+            )
+            raise error(message)
+
+
 def fsync(path: Path) -> None:
     """Wait until a written file or folder is on the disk, so that a power cut does not undo it."""
     descriptor = os.open(path, os.O_RDONLY)

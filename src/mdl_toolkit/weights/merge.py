@@ -16,7 +16,7 @@ from torch import Tensor
 from mdl_toolkit.config.yaml import SETTINGS_FILE
 from mdl_toolkit.errors import InputError, ModelError
 from mdl_toolkit.utils.console import warn
-from mdl_toolkit.utils.files import replace_folder, report_write_errors
+from mdl_toolkit.utils.files import refuse_devices, replace_folder, report_write_errors
 from mdl_toolkit.utils.machine import available_cpus
 from mdl_toolkit.weights.adapter import AdapterDelta
 from mdl_toolkit.weights.model_card import ResultMetadata, render_card
@@ -126,6 +126,8 @@ def merge(base: Path, adapter: Path, output: Path, dtype: str | None = None) -> 
         if path.suffix in _OTHER_WEIGHTS:
             warn("{path}: left out, as these weights would not be the merged ones", path=path)
         elif path.is_dir():
+            for each in (path, *filter(Path.is_dir, path.rglob("*"))):
+                refuse_devices(each, ModelError)
             shutil.copytree(path, output / path.name, ignore=shutil.ignore_patterns(*_PRIVATE))
         else:
             shutil.copyfile(path, output / path.name)

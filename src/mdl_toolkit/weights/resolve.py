@@ -11,6 +11,7 @@ from typing import Any
 
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.i18n import Localized
+from mdl_toolkit.utils.files import refuse_devices
 from mdl_toolkit.weights.hub import download, not_found
 
 MODEL_TYPE = "midashenglm"
@@ -39,6 +40,7 @@ def find_model(name: str, *, from_modelscope: bool, weights: bool, revision: str
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
+        refuse_devices(folder, ModelError)
         check_is_no_run(folder, MODEL_CONFIG, ADAPTER_CONFIG)
     elif folder.exists() or name.startswith((".", "~", "/")) or name.count("/") > 1:
         raise not_found(name, Localized("there is no such folder"))
