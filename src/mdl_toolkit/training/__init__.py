@@ -3,6 +3,7 @@
 Modules:
     run                      `train`: check everything, train, write the result
     merge                    `merge_adapter`: an adapter and its base to one model
+    agreement                compare what the processes of a run were given, before its first step
     trainer                  the training loop
     sampler                  which examples make an optimizer step, on which process
     schedule                 steps, warm-up, learning rate, when to save and to evaluate

@@ -18,6 +18,7 @@ from mdl_toolkit.errors import InputError
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.reporting.plots import plot
 from mdl_toolkit.reporting.report import report_training
+from mdl_toolkit.training.agreement import check_data, check_options
 from mdl_toolkit.training.answer_eval import AnswerEvaluator
 from mdl_toolkit.training.checkpoints import Checkpoint, to_resume
 from mdl_toolkit.training.datasets import FEATURES, PRIVATE, Converted, open_data
@@ -114,6 +115,7 @@ def train(options: TrainOptions) -> TrainResult:
             with report_write_errors(f"--output {output}", InputError):
                 tidy_output(output)
         with join_world() as world:
+            check_options(world, options)
             return _prepare_and_run(options, world)
 
 
@@ -163,6 +165,7 @@ def _prepare_and_run(options: TrainOptions, world: World) -> TrainResult:
             schedule = Schedule.of(sampler.steps_per_epoch, options)
             origin, tokenizer = origin_of(options, base, train_set, eval_set), ChatTokenizer(files)
             data = train_set, eval_set
+            check_data(world, origin, choose_dtype(options.bf16), *data)
             return _run(
                 _RunPlan(options, world, converted, resume, base, origin, tokenizer, *data, sampler, schedule)
             )

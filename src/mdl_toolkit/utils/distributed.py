@@ -6,7 +6,7 @@ start the processes. Every process holds the whole model; gradients are summed o
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,6 +23,9 @@ from mdl_toolkit.utils.machine import describe_oom
 RENDEZVOUS_TIMEOUT = timedelta(minutes=15)
 # The time that processes wait for the first one to convert; torch's ten minutes would not do.
 GROUP_TIMEOUT = timedelta(days=2)
+
+# Values of a process that are compared at once, whatever its version.
+MOST_COMPARED = 256
 
 # Parts of the errors of gloo and the store that say nothing but that a process has ended.
 CLOSED = ("onnection closed by peer", "onnection reset by peer", "Broken pipe", "onnection refused", "imeout")
@@ -88,9 +91,27 @@ class World:
     def agrees(self, text: str) -> bool:
         """Tell whether all processes give the same text."""
         hashes = torch.zeros(self.size, dtype=torch.float64)
-        # Six bytes are exact in float64.
-        hashes[self.rank] = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
+        hashes[self.rank] = _number_of(text)
         return len(set(self.sum(hashes).tolist())) == 1
+
+    def differences(self, values: Mapping[str, str]) -> dict[str, list[int]]:
+        """Find the values that are not the same in all processes, which give them in the same order.
+
+        Args:
+            values: by name, at most `MOST_COMPARED`.
+
+        Returns:
+            The ranks that differ from the first one, by name.
+        """
+        if self.agrees(repr(values)):
+            return {}
+        hashes = torch.zeros(self.size, MOST_COMPARED, dtype=torch.float64)
+        hashes[self.rank, : len(values)] = torch.tensor(
+            [_number_of(value) for value in values.values()], dtype=torch.float64
+        )
+        is_other = self.sum(hashes) != hashes[0]
+        ranks = {name: is_other[:, n].nonzero().flatten().tolist() for n, name in enumerate(values)}
+        return {name: others for name, others in ranks.items() if others}
 
     def wait(self) -> None:
         """Wait until all processes are here.
@@ -99,6 +120,11 @@ class World:
             PeerLostError: another process has ended.
         """
         self.sum(torch.zeros(1))
+
+
+def _number_of(text: str) -> float:
+    """Return a hash of a text as a number that float64 holds exactly: six bytes."""
+    return float(int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big"))
 
 
 @contextmanager
