@@ -7,7 +7,7 @@ import bisect
 import json
 import zlib
 from dataclasses import dataclass, field
-from functools import cached_property, reduce
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,6 @@ FEATURES = {
     "audio_format": {"dtype": "string", "_type": "Value"},
     "audio_scale": {"dtype": "float32", "_type": "Value"},
     "audio_length": {"dtype": "int64", "_type": "Value"},
-    "audio_crc32": {"dtype": "uint32", "_type": "Value"},
     "line": {"dtype": "int64", "_type": "Value"},
 }
 SCHEMA = pa.schema(
@@ -46,20 +45,11 @@ SCHEMA = pa.schema(
         "audio_format": pa.string(),
         "audio_scale": pa.float32(),
         "audio_length": pa.int64(),
-        "audio_crc32": pa.uint32(),
         "line": pa.int64(),
     },
     metadata={"huggingface": json.dumps({"info": {"features": FEATURES}})},
 )
 SCHEMAS = {ROUNDED_FORMAT: pa.schema([*SCHEMA][:6]), FORMAT: SCHEMA}
-
-
-def checksum(before: int, batch: pa.RecordBatch) -> int:
-    """Continue the CRC-32 of a shard by a batch: all columns but `audio`, whose rows have their own."""
-    for name in batch.schema.names:
-        for buffer in batch.column(name).buffers() if name != "audio" else ():
-            before = zlib.crc32(buffer or b"", before)
-    return before
 
 
 # --- samples -----------------------------------------------------------------------------------------
@@ -156,6 +146,15 @@ class Record:
 # --- reading -----------------------------------------------------------------------------------------
 
 
+def checksum(file: Path) -> int:
+    """Return the CRC-32 of a file, read in pieces, which take no memory of a process that maps it later."""
+    crc32 = 0
+    with file.open("rb") as opened:
+        while piece := opened.read(2**20):
+            crc32 = zlib.crc32(piece, crc32)
+    return crc32
+
+
 def is_converted(path: Path) -> bool:
     """Tell whether a folder is a dataset that this toolkit converted."""
     return (path / RECORD_FILE).is_file() and (path / "state.json").is_file()
@@ -201,8 +200,6 @@ class ConvertedDataset:
         self._starts = [0, *np.cumsum([len(batch) for batch in self._batches]).tolist()]
         if self._starts[-1] != self.record.rows:
             raise self._damaged(f"{self._starts[-1]} rows, {self.record.rows} recorded")
-        # Recordings that were read before.
-        self._verified = np.full(len(self), self.record.format == ROUNDED_FORMAT)
 
     def check_model(self, files: TokenizerFiles) -> None:
         """Refuse a model whose tokenizer or chat template is another, and tokens that it does not have.
@@ -226,9 +223,6 @@ class ConvertedDataset:
         about = (column[f"audio_{name}"].as_py() for name in ("format", "scale", "length"))
         tokens = self.tokens(index)
         try:
-            if not self._verified[index] and zlib.crc32(data) != column["audio_crc32"].as_py():
-                raise ValueError("its recording was changed")
-            self._verified[index] = True
             return Sample(tokens.input_ids, tokens.labels, unpack_audio(PackedAudio(data, *about)))
         except ValueError as problem:
             shard = self._shards[bisect.bisect_right(self._starts, index) - 1]
@@ -276,19 +270,19 @@ class ConvertedDataset:
         return np.concatenate([np.zeros(0, np.int64), *(b.column(index).to_numpy() for b in self._batches)])
 
     def _read_shard(self, file: Path, crc32: int | None) -> list[pa.RecordBatch]:
-        """Map a shard, and check all of it but recordings, which are checked when they are read.
+        """Map a shard, once its bytes are known to be those that were written.
 
         Raises:
             ValueError, OSError, ArrowException: it is not what was written.
         """
+        if self.record.format == FORMAT and checksum(file) != crc32:
+            raise ValueError("its checksum is another, it was changed")
         # A closed map stays mapped as long as a batch needs it, but takes no file descriptor.
         with pa.memory_map(str(file)) as mapped:
             stream = pa.ipc.open_stream(mapped)
             if not stream.schema.equals(SCHEMAS[self.record.format]):
                 raise ValueError(f"columns {stream.schema.names}")
             batches: list[pa.RecordBatch] = [*stream]
-        if self.record.format == FORMAT and reduce(checksum, batches, 0) != crc32:
-            raise ValueError("its checksum is another, it was changed")
         for batch in batches:
             batch.validate(full=True)
             ids, labels = (batch.column(each).values.to_numpy() for each in ("input_ids", "labels"))

@@ -5,7 +5,6 @@ The folder is one that `datasets.load_from_disk` opens: Arrow streams with its m
 
 import hashlib
 import json
-import zlib
 from collections.abc import Sequence, Sized
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -39,8 +38,6 @@ class ShardWriter:
     def __init__(self, file: Path) -> None:
         self._file = file
         self._rows: list[tuple[int, Tokens, PackedAudio]] = []
-        # Of what is written, for the metadata.
-        self.crc32 = 0
         # Bytes of audio in rows that are not written yet.
         self._pending = 0
         with self._writing():
@@ -54,14 +51,14 @@ class ShardWriter:
         if len(self._rows) == ROWS_PER_BATCH or self._pending >= BATCH_BYTES:
             self._flush()
 
-    def close(self) -> int:
-        """Write what is pending, wait until all is on the disk, and return the file's bytes."""
+    def close(self) -> tuple[int, int]:
+        """Write what is pending, wait until all is on the disk, and return the file's bytes and checksum."""
         self._flush()
         with self._writing():
             self._stream.close()
             self._sink.close()
             fsync(self._file)
-            return self._file.stat().st_size
+            return self._file.stat().st_size, checksum(self._file)
 
     def _flush(self) -> None:
         if not self._rows:
@@ -75,13 +72,10 @@ class ShardWriter:
             _bytes_array(pa.string(), [each.format.encode() for each in audio]),
             _number_array(pa.float32(), np.array([each.scale for each in audio], dtype=np.float32)),
             _number_array(pa.int64(), np.array([each.length for each in audio], dtype=np.int64)),
-            _number_array(pa.uint32(), np.array([zlib.crc32(each.data) for each in audio], dtype=np.uint32)),
             _number_array(pa.int64(), np.array(lines, dtype=np.int64)),
         ]
-        batch = pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
-        self.crc32 = checksum(self.crc32, batch)
         with self._writing():
-            self._stream.write_batch(batch)
+            self._stream.write_batch(pa.RecordBatch.from_arrays(columns, schema=SCHEMA))
         self._rows, self._pending = [], 0
 
     def _writing(self) -> AbstractContextManager[None]:

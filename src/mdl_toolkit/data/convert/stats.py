@@ -41,7 +41,7 @@ class ConversionStats:
         truncated: clips that are shorter than their files promise.
         problems: rows that cannot be used.
         bytes: on disk.
-        crc32: checksum of one shard's rows; not for several.
+        crc32: checksum of one shard; not for several.
     """
 
     rows: int = 0

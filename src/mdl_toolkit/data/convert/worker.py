@@ -87,5 +87,5 @@ class ShardConverter:
                 writer.append(row.line, tokens, packed)
                 stats.add(row, clip, len(tokens.input_ids), count)
             yield ShardProgress(len(group), samples)
-        stats.bytes, stats.crc32 = writer.close(), writer.crc32
+        stats.bytes, stats.crc32 = writer.close()
         yield ShardResult(job.shard, job.file, stats)
