@@ -13,6 +13,7 @@ from mdl_toolkit.errors import InputError, RowProblem, RowsError
 from mdl_toolkit.i18n import Localized, Verbatim, join_messages
 from tests.support.chinese import wrong_in
 from tests.support.messages import MO, PO, SOURCE, TAKES, extracted, translated, written
+from tests.support.paths import DOCS, PACKAGE, ROOT
 
 PATHS = [path for path in sorted(SOURCE.rglob("*.py")) if path.name != "i18n.py"]
 CHINESE = re.compile("[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]")
@@ -90,6 +91,25 @@ def test_every_template_is_translated_and_nothing_else():
 def test_translations_have_the_fields_of_their_templates():
     for message in translated():
         assert fields_of(message.string) == fields_of(message.id) or not message.id, message.id
+
+
+def test_chinese_has_one_word_for_one_thing():
+    """The third column of the translators' glossary is what is not said."""
+    lines = [line.split("|") for line in (PO.parents[2] / "README.md").read_text("utf-8").splitlines()]
+    columns = [line[3].strip() for line in lines if len(line) == 5]
+    wrong = [
+        word
+        for column in columns
+        for word in column.split("、")
+        if CHINESE.search(word) or word == "Huggingface"
+    ]
+    assert {"退出码", "渲染", "参考文本"} <= {*wrong}
+    pages = [*DOCS.glob("*.zh.md"), ROOT / "README.zh.md", PACKAGE / "reporting/page/words.js"]
+    assert len(pages) > 10
+    texts = {page.name: page.read_text("utf-8") for page in pages}
+    texts["messages"] = "\n".join(str(message.string) for message in translated())
+    found = [(name, word) for name, text in texts.items() for word in wrong if word in text]
+    assert found == []
 
 
 def test_translations_are_chinese():
