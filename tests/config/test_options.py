@@ -47,6 +47,7 @@ SPELLINGS: dict[str, tuple[Accepted, list[str]]] = {
     "--base-dir": (PATHS_OR_NULL, [""]),
     "--allow-empty-prediction": (YES_NO, NO_BOOLEANS),
     "--allow-truncated": (YES_NO, NO_BOOLEANS),
+    "--max-audio-hours": (POSITIVES, NO_POSITIVES),
     "--max-download-mb": (POSITIVES, NO_POSITIVES),
     "--download-cache": (PATHS_OR_NULL, [""]),
     "INPUT": (PATHS, [""]),

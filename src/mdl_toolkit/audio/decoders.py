@@ -4,6 +4,7 @@ libsndfile decodes the formats that it knows, FFmpeg (by PyAV) all others. FFmpe
 it reports is checked here, and that all promised seconds came.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -55,24 +56,25 @@ class Decoded:
     has_length: bool = False
 
 
-def decode(file: BinaryIO, integrity: Integrity, mixdown: Mixdown) -> Decoded:
+def decode(file: BinaryIO, integrity: Integrity, mixdown: Mixdown, max_hours: float = math.inf) -> Decoded:
     """Decode into a mixdown, by libsndfile, or by FFmpeg what that does not know or would read only in part.
 
     Raises:
-        AudioError: the file is no recording, or damaged. An error at the very end counts as cut off.
+        AudioError: the file is no recording, damaged, or longer than so many hours, by its header or as it
+            is decoded. An error at the very end counts as cut off.
     """
     file.seek(0)
     try:
         if integrity.is_mpeg:
-            decoded = _decode_with_ffmpeg(file, None, mixdown)
+            decoded = _decode_with_ffmpeg(file, None, mixdown, max_hours)
         else:
             with soundfile.SoundFile(file) as sound:
                 if _reads_all(sound, integrity):
-                    decoded = _decode_with_libsndfile(sound, file, mixdown)
+                    decoded = _decode_with_libsndfile(sound, file, mixdown, max_hours)
                 else:
-                    decoded = _decode_with_ffmpeg(file, None, mixdown)
+                    decoded = _decode_with_ffmpeg(file, None, mixdown, max_hours)
     except soundfile.LibsndfileError as refused:
-        decoded = _decode_with_ffmpeg(file, refused, mixdown)
+        decoded = _decode_with_ffmpeg(file, refused, mixdown, max_hours)
     if mixdown.length < integrity.least_samples and not decoded.missing:
         raise _damaged(decoded.format, "decoder", "stopped early")
     return decoded
@@ -109,6 +111,12 @@ def _reason(problem: object) -> str:
     return str(words).rstrip(".")
 
 
+def _check_hours(seconds: float, most: float) -> None:
+    """Raise an error for a recording that is longer than some hours."""
+    if seconds > most * 3600:
+        raise AudioError("it is longer than {most:g} hours; cut it, or set --max-audio-hours", most=most)
+
+
 def _seconds_missing(promised: float, present: float) -> Localized:
     """Say how many seconds a header promises and how many are there."""
     return Localized(
@@ -129,14 +137,17 @@ def _breaks_off(seconds: float, decoder: str, problem: object) -> Localized:
 # --- libsndfile ------------------------------------------------------------------------------------------
 
 
-def _decode_with_libsndfile(sound: Any, file: BinaryIO, mixdown: Mixdown) -> Decoded:
+def _decode_with_libsndfile(sound: Any, file: BinaryIO, mixdown: Mixdown, max_hours: float) -> Decoded:
     """Decode an open `soundfile.SoundFile` to its end, or up to an error at the end of the file."""
+    if sound.frames != UNKNOWN_LENGTH:
+        _check_hours(sound.frames / sound.samplerate, max_hours)
     # soundfile seeks after every block, at which libsndfile fails in FLAC of unknown length (from a pipe).
     sound.seekable = lambda: False
     problem = None
     try:
         while len(block := sound.read(BLOCK, dtype="float32", always_2d=True)):
             mixdown.add(sound.format, block.T, sound.samplerate)
+            _check_hours(mixdown.length / sound.samplerate, max_hours)
     except soundfile.LibsndfileError as error:
         problem = error
         if file.tell() < file.seek(0, 2):
@@ -153,7 +164,7 @@ def _decode_with_libsndfile(sound: Any, file: BinaryIO, mixdown: Mixdown) -> Dec
 # --- FFmpeg ----------------------------------------------------------------------------------------------
 
 
-def _decode_with_ffmpeg(file: BinaryIO, refused: Any, mixdown: Mixdown) -> Decoded:
+def _decode_with_ffmpeg(file: BinaryIO, refused: Any, mixdown: Mixdown, max_hours: float) -> Decoded:
     """Decode with FFmpeg what libsndfile refused, with the error `refused`, or would read only in part."""
     import av
 
@@ -182,17 +193,17 @@ def _decode_with_ffmpeg(file: BinaryIO, refused: Any, mixdown: Mixdown) -> Decod
         is_known = (container.format.name, codec) in KNOWN or codec.startswith(KNOWN_CODECS)
         if refused and refused.code not in NOT_KNOWN and is_known:
             raise _damaged(name, "libsndfile", refused)
-        return _Reader(container, stream, mixdown).read(file)
+        return _Reader(container, stream, mixdown, max_hours).read(file)
 
 
 class _Reader:
     """Decode one stream with FFmpeg, strictly."""
 
-    def __init__(self, container: Any, stream: Any, mixdown: Mixdown) -> None:
+    def __init__(self, container: Any, stream: Any, mixdown: Mixdown, max_hours: float) -> None:
         self.container = container
         self.stream = stream
         self.name = f"{container.format.long_name}, {stream.codec_context.name}"
-        self.mixdown = mixdown
+        self.mixdown, self.max_hours = mixdown, max_hours
         self.packets = self.longest = 0
         # What went wrong in the last packet so far.
         self.problem: object = None
@@ -202,6 +213,7 @@ class _Reader:
         import av
         from av.codec.context import Flags2
 
+        _check_hours(self._promised(), self.max_hours)
         codec = self.stream.codec_context
         # Errors are reported that FFmpeg would pass over: checksums, broken bit streams, short packets.
         codec.options = {"err_detect": "crccheck+bitstream+buffer+explode"}
@@ -242,6 +254,7 @@ class _Reader:
                 if frame.is_corrupt:
                     self.problem = "incomplete frame"
                 self.mixdown.add(self.name, _floats(frame), frame.sample_rate)
+                _check_hours(self.mixdown.length / frame.sample_rate, self.max_hours)
                 self.longest = max(self.longest, frame.samples)
         except (av.FFmpegError, OSError, ValueError, LookupError) as error:
             self.problem = error

@@ -4,6 +4,7 @@ Nothing is cut, padded or clipped without being marked. Addresses are not follow
 """
 
 import io
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,16 +59,17 @@ class Clip:
     has_length: bool = True
 
 
-def load(path: str | Path, *, allow_truncated: bool = False) -> Clip:
+def load(path: str | Path, *, allow_truncated: bool = False, max_hours: float = math.inf) -> Clip:
     """Decode a local file, mix it down to mono, resample it to 16 kHz and check it.
 
     Args:
         path: the file; its extension means nothing.
         allow_truncated: accept a file that was cut off, with what is left of it.
+        max_hours: refuse what is longer, as memory grows with it: 0.23 GB an hour.
 
     Raises:
-        AudioError: the file cannot be opened, is empty, is no recording, is damaged, was cut off, or holds
-            NaN, infinity or no samples at all. The message does not name the file.
+        AudioError: the file cannot be opened, is empty, is no recording, is damaged, too long or cut off, or
+            holds NaN, infinity or no samples at all. The message does not name the file.
 
     Example:
         ```python
@@ -94,7 +96,7 @@ def load(path: str | Path, *, allow_truncated: bool = False) -> Clip:
         if integrity.parts:
             file = _File(Splice(file, integrity.parts))
         mixdown = Mixdown()
-        decoded = decode(file, integrity, mixdown)
+        decoded = decode(file, integrity, mixdown, max_hours)
     missing = integrity.missing or decoded.missing
     _check_complete(missing, allow_truncated)
     if not mixdown.length:

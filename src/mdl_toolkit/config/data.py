@@ -29,6 +29,7 @@ DEMO = Localized("Demo options")
 COMPLETION = Localized("Arguments")
 
 DYNAMIC_WORKERS = Localized("half the available CPUs, at most 32")
+DEFAULT_HOURS = 10.0
 DEFAULT_MODEL = "mispeech/midashenglm-7b"
 
 
@@ -72,6 +73,12 @@ class ConversionOptions(HubOptions):
         False,
         DATASET,
         "Accept recordings that are shorter than their header or size promises, with a warning.",
+    )
+    max_audio_hours: float = option(
+        POSITIVE,
+        DEFAULT_HOURS,
+        DATASET,
+        "Longest recording that is accepted, in hours; 10 hours take 2.3 GB.",
     )
     max_download_mb: float = option(
         POSITIVE, 512.0, DATASET, "Largest recording, in megabytes, that is fetched from a URL."

@@ -25,10 +25,12 @@ class Recordings:
     Attributes:
         downloads: what fetches addresses.
         allow_truncated: accept files that were cut off.
+        max_hours: of the longest recording that is accepted.
     """
 
     downloads: Downloads
     allow_truncated: bool
+    max_hours: float
 
     def clips(self, rows: list[Row]) -> Iterator[tuple[Row, Clip | RowProblem]]:
         """Yield each row with its recording, or with what is wrong with that; addresses are fetched ahead."""
@@ -43,7 +45,7 @@ class Recordings:
     def _open(self, row: Row, file: Path | Future[Path]) -> tuple[Row, Clip | RowProblem]:
         try:
             path = file.result() if isinstance(file, Future) else file
-            clip = load(path, allow_truncated=self.allow_truncated)
+            clip = load(path, allow_truncated=self.allow_truncated, max_hours=self.max_hours)
             if not is_url(row.audio) and _stamp(path) != row.stamp:
                 raise AudioError(
                     "the file was changed while it was being read; start again when it is complete"

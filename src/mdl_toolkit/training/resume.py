@@ -30,7 +30,8 @@ from mdl_toolkit.utils.distributed import World
 ANY_TIME = frozenset(
     {
         "output", "resume_from_checkpoint", "num_workers", "tokenizing_batch_size", "download_cache",
-        "max_download_mb", "from_modelscope", "report_to", "cache_audio_features", "verify",
+        "max_download_mb", "max_audio_hours", "from_modelscope", "report_to", "cache_audio_features",
+        "verify",
     }
 )  # fmt: skip
 

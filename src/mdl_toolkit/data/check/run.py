@@ -69,9 +69,8 @@ def check(options: CheckOptions, forecast: Forecast | None = None) -> Figures:
     # Recordings fetched from addresses are kept while all files are inspected.
     with tempfile.TemporaryDirectory(prefix="mdl-toolkit-check-") as temporary:
         cache = Path(options.download_cache or temporary).expanduser()
-        recordings = Recordings(
-            Downloads(cache, options.max_download_mb, secrets.token_hex(8)), options.allow_truncated
-        )
+        downloads = Downloads(cache, options.max_download_mb, secrets.token_hex(8))
+        recordings = Recordings(downloads, options.allow_truncated, options.max_audio_hours)
         findings = [
             _inspect_file(manifest, number, recordings, tokenizer, options)
             for number, manifest in enumerate(manifests)

@@ -17,6 +17,7 @@ from mdl_toolkit.data.convert.worker import ShardConverter, ShardJob, ShardProgr
 from mdl_toolkit.data.dataset import Record
 from mdl_toolkit.data.dataset_writer import write_metadata
 from mdl_toolkit.data.manifest import Manifest
+from mdl_toolkit.data.open_audio import Recordings
 from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import MOST_ROWS_SHOWN, DatasetError, Problems
 from mdl_toolkit.utils.console import progress, say, warn
@@ -170,10 +171,10 @@ class RankConversion:
     def _converter(self) -> ShardConverter:
         options, cache = self.options, self.options.download_cache
         folder = self.work.downloads if cache is None else Path(cache).expanduser()
+        downloads = Downloads(folder, options.max_download_mb, self.work.run)
         return ShardConverter(
             self.tokenizer,
-            Downloads(folder, options.max_download_mb, self.work.run),
-            options.allow_truncated,
+            Recordings(downloads, options.allow_truncated, options.max_audio_hours),
             self.with_answer,
             self.keeps_going,
             options.tokenizing_batch_size,

@@ -153,7 +153,7 @@ def _conversion_identity(
         [
             FORMAT, __version__, *map(version, LIBRARIES), soundfile.__libsndfile_version__,
             files.tokenizer_fingerprint, files.template_fingerprint, files.specials,
-            options.allow_truncated, with_answer, keeps_going,
+            options.allow_truncated, options.max_audio_hours, with_answer, keeps_going,
         ]
     )  # fmt: skip
 

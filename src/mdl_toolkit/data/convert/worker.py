@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mdl_toolkit.audio.download_cache import Downloads
 from mdl_toolkit.audio.flac import pack_audio
 from mdl_toolkit.data.convert.plan import Shard
 from mdl_toolkit.data.convert.stats import ConversionStats
@@ -55,16 +54,14 @@ class ShardConverter:
 
     Attributes:
         tokenizer: the model's tokenizer and template.
-        downloads: what fetches addresses.
-        allow_truncated: accept files that were cut off.
+        recordings: opens them.
         with_answer: for training; otherwise prompts alone, and no labels.
         keeps_going: report all rows that cannot be used, and not only the first ones.
         rows_per_step: rows between two reports of progress.
     """
 
     tokenizer: ChatTokenizer
-    downloads: Downloads
-    allow_truncated: bool
+    recordings: Recordings
     with_answer: bool
     keeps_going: bool
     rows_per_step: int
@@ -73,7 +70,7 @@ class ShardConverter:
         """Convert the shard, and report."""
         stats = ConversionStats(problems=Problems(most=None if self.keeps_going else MOST_ROWS_SHOWN))
         writer = ShardWriter(job.file)
-        clips = Recordings(self.downloads, self.allow_truncated).clips(job.rows)
+        clips = self.recordings.clips(job.rows)
         while group := list(itertools.islice(clips, self.rows_per_step)):
             samples = 0
             for row, clip in group:
