@@ -5,6 +5,7 @@ the first Chinese text is asked for; `locale/README.md` says how to translate.
 """
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from functools import cache, reduce
 from gettext import NullTranslations, translation
@@ -14,6 +15,10 @@ from typing import Any
 
 DOMAIN = "mdl_toolkit"
 LOCALE = Path(__file__).parent / "locale"
+# Letters of a value that are shown, such as a path or what a server said.
+LONGEST_FIELD = 4000
+# Control characters but for tabs and line feeds, and surrogates, which stand for bytes that are no UTF-8.
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def is_chinese() -> bool:
@@ -34,11 +39,24 @@ def chinese() -> NullTranslations:
     return translation(DOMAIN, LOCALE, ["zh"])
 
 
+def _shorten(value: Any) -> Any:
+    """Cut a very long text."""
+    if not isinstance(value, str) or len(value) <= LONGEST_FIELD:
+        return value
+    return f"{value[:LONGEST_FIELD]}... ({len(value):,})"
+
+
+def _escape(message: str) -> str:
+    """Return a message as a terminal may show it, with what it would obey escaped."""
+    return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), message)
+
+
 class Localized:
     """Hold a message: a template and the values of its fields; `str()` renders it in the reader's language.
 
     Two messages are equal if their English is. A value other than a text, number, message or None is kept as
-    its text, so that any message can be hashed and pickled.
+    its text, so that any message can be hashed and pickled. What a text holds that a terminal would obey is
+    escaped, and a very long one is cut.
 
     Args:
         template: English, with fields as `str.format` has them; braces that are meant literally are doubled.
@@ -66,14 +84,14 @@ class Localized:
     @property
     def en(self) -> str:
         """The English text."""
-        fields = {name: getattr(value, "en", value) for name, value in self.fields.items()}
-        return self.template.format(**fields)
+        fields = {name: getattr(value, "en", _shorten(value)) for name, value in self.fields.items()}
+        return _escape(self.template.format(**fields))
 
     @property
     def zh(self) -> str:
         """The Chinese text."""
-        fields = {name: getattr(value, "zh", value) for name, value in self.fields.items()}
-        return chinese().gettext(self.template).format(**fields)
+        fields = {name: getattr(value, "zh", _shorten(value)) for name, value in self.fields.items()}
+        return _escape(chinese().gettext(self.template).format(**fields))
 
     def __str__(self) -> str:
         return self.zh if is_chinese() else self.en
