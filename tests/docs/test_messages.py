@@ -180,3 +180,10 @@ def test_messages_of_one_kind_are_put_together():
     messages = [Localized("{text}", text=text) for text in "abc"]
     assert join_messages(messages, "{left}; {right}").zh == "a；b；c"
     assert join_messages(messages[:1], "{left}; {right}") == messages[0]
+
+
+def test_a_message_shows_values_as_a_terminal_may_show_them():
+    shown = str(Localized("{path}: {text!r}\n", path="\x1b]0;x\x07\udc80\r.wav", text="\x1b" + "a" * 100_000))
+    assert shown.startswith("\\x1b]0;x\\x07\\udc80\\r.wav: '\\x1baaa")
+    assert shown.endswith("... (100,001)'\n")
+    assert len(shown) < 5_000

@@ -14,7 +14,7 @@ import pytest
 from mdl_toolkit.config.yaml import as_command
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.training.run import train
-from mdl_toolkit.utils.files import claim_folder
+from mdl_toolkit.utils.files import claim_folder, parse_json
 from mdl_toolkit.utils.run_folder import read_log
 from tests.support.fleet import fleet, slow_steps
 from tests.support.paths import MODEL
@@ -54,7 +54,7 @@ def test_a_killed_run_holds_nothing(tmp_path):
     code = f"""
 import os
 from pathlib import Path
-from mdl_toolkit.utils.files import claim_folder
+from mdl_toolkit.utils.files import claim_folder, parse_json
 with claim_folder(Path({str(tmp_path / "run")!r})):
     os.kill(os.getpid(), 9)
 """
@@ -84,3 +84,10 @@ def test_where_files_cannot_be_locked_nothing_is_refused(tmp_path, monkeypatch, 
 def test_a_folder_that_cannot_be_made_is_known_before_anything_is_loaded(tmp_path):
     with pytest.raises(InputError, match="--output /proc/nowhere/run: cannot be written"):
         train(train_options(make_csv(tmp_path, 4), MODEL, Path("/proc/nowhere/run")))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", b"\xff", '{"a": 1}x'])
+def test_json_that_is_none_is_a_value_error_however_deep(text):
+    assert parse_json('{"a": [1]}') == {"a": [1]}
+    with pytest.raises(ValueError):  # noqa: PT011
+        parse_json(text)

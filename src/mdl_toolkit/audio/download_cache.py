@@ -25,7 +25,7 @@ from mdl_toolkit.audio.http import (
 )
 from mdl_toolkit.errors import AudioError
 from mdl_toolkit.i18n import Verbatim
-from mdl_toolkit.utils.files import partial_name, report_write_errors
+from mdl_toolkit.utils.files import parse_json, partial_name, report_write_errors
 from mdl_toolkit.utils.locks import hold_lock
 
 
@@ -113,6 +113,6 @@ class _Record(RemoteVersion):
 def _read_record(content: Path) -> _Record:
     """Return the record beside a content; an empty one if it is missing or damaged."""
     try:
-        return _Record(**json.loads(content.with_suffix(".json").read_bytes()))
+        return _Record(**parse_json(content.with_suffix(".json").read_bytes()))
     except (OSError, ValueError, TypeError):
         return _Record()

@@ -19,7 +19,7 @@ from mdl_toolkit.audio.flac import PackedAudio, unpack_audio
 from mdl_toolkit.data.tokenization import IGNORE_INDEX, Tokens
 from mdl_toolkit.errors import DatasetError
 from mdl_toolkit.i18n import Localized
-from mdl_toolkit.utils.files import refuse_devices
+from mdl_toolkit.utils.files import parse_json, refuse_devices
 from mdl_toolkit.weights.provenance import Prompts
 from mdl_toolkit.weights.tokenizer_files import TokenizerFiles
 
@@ -182,11 +182,11 @@ class ConvertedDataset:
             )
         refuse_devices(self.folder, DatasetError)
         try:
-            values = json.loads((self.folder / RECORD_FILE).read_text(encoding="utf-8"))
+            values = parse_json((self.folder / RECORD_FILE).read_text(encoding="utf-8"))
             if values["format"] not in (ROUNDED_FORMAT, FORMAT):
                 raise ValueError(f"format {values['format']}, this version reads {FORMAT}")
             self.record = Record(**{**values, "prompts": Prompts(**values.get("prompts", {}))})
-            state = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
+            state = parse_json((self.folder / "state.json").read_text(encoding="utf-8"))
             for file in state["_data_files"]:
                 name = Path(file["filename"]).name
                 try:

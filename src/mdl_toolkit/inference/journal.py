@@ -24,7 +24,7 @@ from mdl_toolkit.data.manifest import Row
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.utils.console import say
 from mdl_toolkit.utils.distributed import PeerLostError
-from mdl_toolkit.utils.files import replace_file, report_write_errors
+from mdl_toolkit.utils.files import parse_json, replace_file, report_write_errors
 from mdl_toolkit.utils.locks import hold_lock
 
 RUN = "run.json"
@@ -126,7 +126,7 @@ class AnswerJournal:
             for line in file.read_text(encoding="utf-8").splitlines():
                 # The last line is broken where a run was killed.
                 with suppress(ValueError, TypeError):
-                    row, cells = json.loads(line)
+                    row, cells = parse_json(line)
                     answers[row] = cells
         return answers
 
@@ -165,7 +165,7 @@ def _move_answers(source: Path, target: Path) -> None:
 
 def _fingerprint_in(folder: Path) -> str | None:
     with suppress(OSError, ValueError):
-        return str(json.loads((folder / RUN).read_text(encoding="utf-8")))
+        return str(parse_json((folder / RUN).read_text(encoding="utf-8")))
     return None
 
 

@@ -23,7 +23,7 @@ from mdl_toolkit.config.yaml import SETTINGS_FILE
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.console import warn
-from mdl_toolkit.utils.files import fsync, remove_folder, replace_folder
+from mdl_toolkit.utils.files import fsync, parse_json, remove_folder, replace_folder
 from mdl_toolkit.weights.provenance import PROVENANCE_FILE
 from mdl_toolkit.weights.resolve import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 
@@ -149,7 +149,7 @@ def damage(folder: Path) -> Localized | None:
     try:
         sums = {}
         if (folder / CHECKSUMS).is_file():
-            sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+            sums = parse_json((folder / CHECKSUMS).read_text(encoding="utf-8"))
         for name in (CHECKSUMS, *_NEEDED, *sums):
             if not (folder / Path(name).name).is_file() or name not in {CHECKSUMS, *sums}:
                 return Localized("{name} is missing", name=name)

@@ -7,6 +7,7 @@ tells whether the writer still runs; if not, it puts back the previous content a
 
 import fnmatch
 import glob
+import json
 import os
 import re
 import secrets
@@ -14,6 +15,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from mdl_toolkit.errors import InputError, ToolkitError
 from mdl_toolkit.i18n import Localized
@@ -113,6 +115,14 @@ def remove_folder(folder: Path) -> None:
     """
     with _reserve(folder) as (work, _):
         folder.rename(work)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return what a JSON text holds; unlike `json.loads`, call endless nesting a ValueError too."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("JSON that is nested too deeply") from None
 
 
 def write_text(path: Path, text: str) -> None:

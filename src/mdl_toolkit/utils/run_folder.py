@@ -1,10 +1,11 @@
 """Name the files of a run's folder, and read its log."""
 
-import json
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from mdl_toolkit.utils.files import parse_json
 
 LOG = "log.jsonl"
 PLOT = "loss.png"
@@ -32,7 +33,7 @@ def read_log(file: Path) -> list[dict[str, Any]]:
     lines = []
     for line in whole.splitlines():
         with suppress(ValueError):
-            values = json.loads(line)
+            values = parse_json(line)
             if isinstance(values, dict) and isinstance(values.get("step"), int):
                 lines.append(values)
     return lines

@@ -5,13 +5,12 @@ is run, no pickle is read.
 """
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.i18n import Localized
-from mdl_toolkit.utils.files import refuse_devices
+from mdl_toolkit.utils.files import parse_json, refuse_devices
 from mdl_toolkit.weights.hub import download, not_found
 
 MODEL_TYPE = "midashenglm"
@@ -174,7 +173,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelError: the file is missing or is not a JSON object.
     """
     try:
-        value = json.loads(read_text(path))
+        value = parse_json(read_text(path))
     except ValueError as problem:
         raise ModelError("{path}: {reason}", path=path, reason=problem) from problem
     if not isinstance(value, dict):

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mdl_toolkit.errors import ModelError
+from mdl_toolkit.utils.files import parse_json
 
 SUFFIX = ".safetensors"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -92,7 +93,7 @@ class WeightFile:
                 if len(length) < _LENGTH or size > _LONGEST_HEADER:
                     raise ValueError("no header")
                 text = file.read(size)
-            header = json.loads(text)
+            header = parse_json(text)
             metadata = header.pop("__metadata__", None)
             entries = [
                 TensorEntry(name, each["dtype"], tuple(each["shape"]), *each["data_offsets"])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mdl_toolkit.errors import ModelError
+from mdl_toolkit.utils.files import parse_json
 from mdl_toolkit.weights.resolve import read_json, read_text
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -33,13 +34,13 @@ class TokenizerFiles:
     @property
     def tokenizer_fingerprint(self) -> str:
         """A hash of the tokenizer, independent of how its file is formatted."""
-        canonical = json.dumps(json.loads(self.tokenizer), sort_keys=True)
+        canonical = json.dumps(parse_json(self.tokenizer), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     @property
     def vocabulary_size(self) -> int:
         """The least number above all token ids."""
-        tokenizer = json.loads(self.tokenizer)
+        tokenizer = parse_json(self.tokenizer)
         added = (token["id"] for token in tokenizer.get("added_tokens") or ())
         return 1 + max(map(int, [-1, *tokenizer["model"]["vocab"].values(), *added]))
 

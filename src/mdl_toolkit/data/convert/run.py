@@ -28,7 +28,7 @@ from mdl_toolkit.data.manifest import Manifest, Row, read_manifest
 from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import MOST_ROWS_SHOWN, DatasetError, RowProblem, RowsError
 from mdl_toolkit.utils.console import say
-from mdl_toolkit.utils.files import check_apart, removing_empty
+from mdl_toolkit.utils.files import check_apart, parse_json, removing_empty
 from mdl_toolkit.utils.launcher import Ranks
 from mdl_toolkit.utils.worker_pool import end_unguarded_script
 from mdl_toolkit.weights.resolve import find_model
@@ -203,7 +203,7 @@ def left_out(dataset: Path) -> list[RowProblem]:
         DatasetError: it was another kind of conversion.
     """
     try:
-        problems = json.loads((dataset / LEFT_OUT_FILE).read_text(encoding="utf-8"))
+        problems = parse_json((dataset / LEFT_OUT_FILE).read_text(encoding="utf-8"))
         return [*map(RowProblem.from_json, problems)]
     except (OSError, ValueError, TypeError, KeyError) as problem:
         raise DatasetError(

@@ -28,7 +28,7 @@ from mdl_toolkit.data.convert.stats import ConversionStats
 from mdl_toolkit.data.dataset_writer import shard_name
 from mdl_toolkit.errors import DatasetError, InputError
 from mdl_toolkit.utils.console import say
-from mdl_toolkit.utils.files import fsync, put_in_place, report_write_errors, write_text
+from mdl_toolkit.utils.files import fsync, parse_json, put_in_place, report_write_errors, write_text
 from mdl_toolkit.utils.locks import TRIES, ByteLocks
 
 # Byte r of the lock file stands for rank r, byte _RANKS + n for shard n; _BEGUN: the plan is made known.
@@ -112,7 +112,7 @@ class WorkFolder:
         if not self.is_held(_BEGUN):
             return False
         try:
-            values = json.loads(self._plan.read_text(encoding="utf-8"))
+            values = parse_json(self._plan.read_text(encoding="utf-8"))
             theirs, self.run = values["fingerprint"], values["run"]
         except (OSError, ValueError, KeyError):
             return False
@@ -149,7 +149,7 @@ class WorkFolder:
     def entry(self, shard: Shard) -> ConversionStats | None:
         """Return the counts in the journal's line of a shard; None if it is not finished."""
         try:
-            values = json.loads((self._entries / f"{shard.number}.json").read_text(encoding="utf-8"))
+            values = parse_json((self._entries / f"{shard.number}.json").read_text(encoding="utf-8"))
             stats = ConversionStats.from_json(values["tally"])
             return stats if values["fingerprint"] == shard.fingerprint else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
