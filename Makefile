@@ -53,9 +53,9 @@ stress: $(STAMP)
 	$(BIN)/python -m tests.stress.infer --tries 60
 	$(BIN)/python -m tests.stress.merge --tries 60
 
-# Thousands of spoilt inputs, in under ten minutes; `python -m tests.fuzz --scale 5` for more.
+# Thousands of spoilt inputs, in under ten minutes; `python -m tests.stress.fuzz --scale 5` for more.
 fuzz: $(STAMP)
-	$(BIN)/python -m tests.fuzz
+	$(BIN)/python -m tests.stress.fuzz
 
 demo: $(STAMP)
 	$(BIN)/mdl-toolkit demo --output demo-output

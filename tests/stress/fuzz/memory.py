@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.fuzz.cases import Case
-from tests.fuzz.datasets import TRAIN
+from tests.stress.fuzz.cases import Case
+from tests.stress.fuzz.datasets import TRAIN
 from tests.support.paths import MODEL
 from tests.support.recordings import pcm_wav
 

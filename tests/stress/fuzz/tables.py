@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.fuzz.cases import Case, spoil_bytes
+from tests.stress.fuzz.cases import Case, spoil_bytes
 from tests.support.paths import MODEL
 from tests.support.recordings import pcm_wav
 

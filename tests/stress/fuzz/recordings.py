@@ -7,7 +7,7 @@ import numpy as np
 
 import mdl_toolkit.audio
 from mdl_toolkit.errors import ToolkitError
-from tests.fuzz.cases import Case, spoil_bytes
+from tests.stress.fuzz.cases import Case, spoil_bytes
 from tests.support.paths import MODEL
 from tests.support.recordings import EVERY, recording
 

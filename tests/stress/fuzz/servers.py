@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from mdl_toolkit.audio import download_cache, http
-from tests.fuzz.cases import Case
+from tests.stress.fuzz.cases import Case
 from tests.support.paths import MODEL
 from tests.support.recordings import pcm_wav
 

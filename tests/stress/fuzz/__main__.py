@@ -1,6 +1,6 @@
 """Give the commands thousands of spoilt inputs and count how many were taken cleanly.
 
-`python -m tests.fuzz [--scale 0.1] [--seed 1] [--only tables recordings ...] [--keep FOLDER]` in the
+`python -m tests.stress.fuzz [--scale 0.1] [--seed 1] [--only tables recordings ...] [--keep FOLDER]` in the
 repository's root, or `make fuzz`. Clean means: exit status 0, 1 or 2 within a minute and a gigabyte, no
 traceback, no bug of ours, no control characters, a sentence if it failed, and no less heard than there is
 without a word.
@@ -24,8 +24,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tests.fuzz import datasets, memory, models, recordings, servers, tables
-from tests.fuzz.cases import Case, judge
+from tests.stress.fuzz import datasets, memory, models, recordings, servers, tables
+from tests.stress.fuzz.cases import Case, judge
 
 Maker = Callable[[Path, Path, np.random.Generator], Case]
 # How many cases of each kind a run of scale 1 has, and how many run side by side for each processor.
@@ -44,7 +44,7 @@ SHOWN = 20
 
 def main() -> int:
     """Run the cases, print a table and the faults, and return 1 if there are any."""
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.stress.fuzz", description=__doc__.splitlines()[0])
     parser.add_argument("--scale", type=float, default=1.0, help="so many times the usual numbers of cases")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=[*KINDS], default=[*KINDS])

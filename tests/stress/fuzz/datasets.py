@@ -9,8 +9,8 @@ import numpy as np
 from mdl_toolkit.config.data import ConvertOptions
 from mdl_toolkit.data.convert.run import convert_dataset
 from mdl_toolkit.training.run import train
-from tests.fuzz.cases import Case
-from tests.fuzz.models import spoil_file
+from tests.stress.fuzz.cases import Case
+from tests.stress.fuzz.models import spoil_file
 from tests.support.paths import MODEL
 from tests.support.runs import make_csv, train_options
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.fuzz.cases import STRANGE, Case, spoil_bytes, spoil_json
+from tests.stress.fuzz.cases import STRANGE, Case, spoil_bytes, spoil_json
 from tests.support.adapters import adapted
 from tests.support.paths import MODEL
 
