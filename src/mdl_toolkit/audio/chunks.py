@@ -76,9 +76,10 @@ def check_chunks(data: Blocks) -> Integrity:
     while sound is None and (chunk := _chunk(data, layout, position)):
         name, start, size = chunk
         if name == layout.sound:
-            sound = range(start, start + _sound_size(size, formats.get(b"ds64", b""), data.size - start))
-            if sound.stop == data.size and data.find(b"WAVEfmt ", start) >= 0:
+            promised = _sound_size(size, formats.get(b"ds64", b""), data.size - start)
+            if promised is None and data.find(b"WAVEfmt ", start) >= 0:
                 raise joined_files(layout.name)
+            sound = range(start, data.size if promised is None else start + promised)
         elif not 0 <= size <= data.size - start:
             break
         elif name in FORMATS:
@@ -110,13 +111,13 @@ def _chunk(data: Blocks, layout: _Layout, position: int) -> tuple[bytes, int, in
     return None
 
 
-def _sound_size(size: int, wide: bytes, present: int) -> int:
-    """Return the promised bytes of sound; those that are present where nothing is promised."""
+def _sound_size(size: int, wide: bytes, present: int) -> int | None:
+    """Return the promised bytes of sound; None where nothing is promised."""
     if len(wide) >= 16 and size == 0xFFFFFFFF:
         (long,) = struct.unpack("<Q", wide[8:16])
-        return long if 0 < long < PLACEHOLDER_64 and long != size else present
+        return long if 0 < long < PLACEHOLDER_64 and long != size else None
     is_placeholder = size < 0 or size >= PLACEHOLDER_64 or (PLACEHOLDER <= size < 1 << 32 and size > present)
-    return present if is_placeholder else size
+    return None if is_placeholder else size
 
 
 def _check_rest(data: Blocks, layout: _Layout, sound: range, formats: dict[bytes, bytes]) -> range:
