@@ -9,6 +9,7 @@ from peft import LoHaConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from mdl_toolkit.errors import ModelError
+from mdl_toolkit.inference import engines
 from mdl_toolkit.inference.run import infer
 from mdl_toolkit.training.run import train
 from mdl_toolkit.weights.loading import load_for_inference, load_model, quiet_peft
@@ -134,3 +135,27 @@ def test_a_quantised_base_keeps_its_adapter_beside_it(base, tmp_path):
     loaded = load_for_inference(adapter, base, quantization="8bit")
     names = {type(module).__name__ for module in loaded.modules()}
     assert {"PeftModel", "Linear8bitLt"} <= names or {"PeftModelForCausalLM", "Linear8bitLt"} <= names
+
+
+@pytest.mark.parametrize("changes", [{"bf16": True}, {"quantization": "8bit"}], ids=str)
+def test_dtype_and_quantisation_are_those_that_are_asked_for(base, tmp_path, monkeypatch, changes):
+    kept = []
+
+    def keep(*words, **more):
+        kept.append(load_for_inference(*words, **more))
+        return kept[-1]
+
+    monkeypatch.setattr(engines, "load_for_inference", keep)
+    assert len(infer(options(make_csv(tmp_path, 2), base, tmp_path / "out.csv", **changes))) == 2
+    (model,) = kept
+    weight = model.get_submodule("decoder.model.layers.0.mlp.up_proj").weight
+    assert weight.dtype == (torch.bfloat16 if "bf16" in changes else torch.int8)
+
+
+def test_a_lack_of_memory_names_what_helps(base, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(engines, "load_for_inference", fail)
+    with pytest.raises(ModelError, match="lower --batch-size, or give --bf16 true or --quantization 4bit"):
+        infer(options(make_csv(tmp_path, 2), base, tmp_path / "out.csv"))

@@ -230,8 +230,9 @@ def test_an_adapter_whose_base_is_gone(model, tmp_path, monkeypatch):
     source = make_csv(tmp_path, 2)
     final = train(train_options(source, model, tmp_path / "run", merge_lora=False)).final
     model.rename(tmp_path / "elsewhere")
-    with pytest.raises(ModelError, match="A-small: not a folder here"):
+    with pytest.raises(ModelError, match="A-small: not a folder here") as caught:
         infer(options(source, final, tmp_path / "out.csv"))
+    assert f"mdl-toolkit merge {final} --model-name FOLDER" in str(caught.value)
 
 
 def test_bf16_base_is_answered_in_float32_on_a_cpu(model, tmp_path):

@@ -232,3 +232,10 @@ def test_what_may_never_end_is_refused_before_it_is_opened(model, name, kind):
     os.mkfifo(model / name) if kind == "FIFO" else (model / name).symlink_to("/dev/zero")
     message = refused(find, model, weights=False)
     assert message == f"{model / name}: a FIFO, socket or device, which is never read here; remove it"
+
+
+def test_a_run_that_has_no_result_yet_names_its_last_checkpoint(tmp_path):
+    for step in (9, 10):
+        (tmp_path / f"run/checkpoint-{step}").mkdir(parents=True)
+        (tmp_path / f"run/checkpoint-{step}/adapter_config.json").write_text("{}")
+    assert refused(find, tmp_path / "run").endswith(f"did you mean {tmp_path / 'run/checkpoint-10'}?")

@@ -245,7 +245,17 @@ def base_of(adapter: Path, *, from_modelscope: bool, name: str | None = None, we
     if not isinstance(named, str):
         raise ModelError("{adapter}: the adapter does not name its base model", adapter=adapter)
     revision = recorded.revision if recorded is not None and named == recorded.name else None
-    folder = find_model(named, from_modelscope=from_modelscope, weights=weights, revision=revision)
+    try:
+        folder = find_model(named, from_modelscope=from_modelscope, weights=weights, revision=revision)
+    except ModelError as problem:
+        if name is not None:
+            raise
+        raise ModelError(
+            "{adapter}: the adapter's base model cannot be used ({reason}); `mdl-toolkit merge {adapter} "
+            "--model-name FOLDER` merges it into a copy of the base in another place",
+            adapter=adapter,
+            reason=problem.message,
+        ) from problem
     if not weights:
         return folder
     if recorded is not None and recorded.fingerprint != (base := Base.of(folder, named)).fingerprint:

@@ -87,21 +87,25 @@ def check_weights(folder: Path) -> None:
 
 
 def check_is_no_run(folder: Path, *names: str) -> None:
-    """Refuse the output of a training where its result, the folder `final` in it, is meant.
+    """Refuse the output of a training where its result, or its last checkpoint, is meant.
 
     Args:
         folder: the folder that the user gave.
         names: files; a folder of the wanted kind has at least one of them.
 
     Raises:
-        ModelError: `final` has one of the files, and the folder itself has none.
+        ModelError: `final` or a checkpoint has one of the files, and the folder itself has none.
     """
-    here, inside = ([(each / name).is_file() for name in names] for each in (folder, folder / FINAL))
-    if any(inside) and not any(here):
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: (len(path.name), path.name))
+    here, *inside = (
+        any((each / name).is_file() for name in names)
+        for each in (folder, folder / FINAL, *reversed(checkpoints))
+    )
+    if any(inside) and not here:
         raise ModelError(
             "{folder}: the output of a training, and no model itself; did you mean {result}?",
             folder=folder,
-            result=folder / FINAL,
+            result=[folder / FINAL, *reversed(checkpoints)][inside.index(True)],
         )
 
 
