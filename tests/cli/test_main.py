@@ -270,8 +270,8 @@ def test_help_does_not_show_snake_case(door):
         ),
         (
             (*TRAIN, "--report-to", "wandb", "--report-to", "[1]"),
-            "--report-to: expected words, not 'wandb', '[1]'",
-            "--report-to：应为单词列表，而不是 'wandb', '[1]'",
+            "--report-to: expected words (or null), not 'wandb', '[1]'",
+            "--report-to：应为单词列表（或 null），而不是 'wandb', '[1]'",
         ),
         (
             (*TRAIN, "--config="),
@@ -324,7 +324,7 @@ def test_no_file_may_be_said(door):
     [
         ("speed: 1\nlora_rnk: 2\n", "train has no option lora_rnk, speed", "train 没有选项 lora_rnk, speed"),
         ("lr: fast\n", "--lr: expected a number, not 'fast'", "--lr：应为数字，而不是 'fast'"),
-        ("- 1\n", "expected `name: value` lines", "应为“名称: 值”"),
+        ("- 1\n", "expected `name: value` lines", "每行应为“名称: 值”的形式"),
         ("config: x.yaml\n", "train has no option config", "train 没有选项 config"),
     ],
 )

@@ -132,7 +132,7 @@ def test_what_the_user_can_put_right_is_said_in_one_piece(door, language, monkey
         done.err
         == {
             "en": "error: in.csv: 2 bad row(s):\n" + "  line 2, column audio 'a.wav': not found\n" * 2,
-            "zh_CN": "错误：in.csv：2 行有问题：\n" + "  第 2 行 audio 列 'a.wav': 找不到\n" * 2,
+            "zh_CN": "错误：in.csv：2 行有问题：\n" + "  第 2 行 audio 列 'a.wav'：找不到\n" * 2,
         }[language]
     )
 

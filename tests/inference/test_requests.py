@@ -125,7 +125,7 @@ def test_bad_recordings_of_a_folder_are_told_as_those_of_the_folder(model, tmp_p
         assert bad.startswith(f"  '{tmp_path}/clips/a.wav': this is a text file")
         head, bad = caught.value.message.zh.splitlines()
         assert head == f"{given}：1 个文件有问题："
-        assert bad.startswith(f"  '{tmp_path}/clips/a.wav': ")
+        assert bad.startswith(f"  '{tmp_path}/clips/a.wav'：")
     with pytest.raises(RowsError) as caught:  # too long, which is known later
         infer(options(tmp_path / "clips/clip*", model, tmp_path / "out.csv", max_length=3))
     assert caught.value.message.en.splitlines()[1].startswith(

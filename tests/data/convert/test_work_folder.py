@@ -343,7 +343,7 @@ def test_another_plan_is_refused(output):
     assert caught.value.message.en == (
         "rank 1 finds another CSV, other recordings, options or versions than rank 0; give all ranks the same"
     )
-    assert caught.value.message.zh == "进程 1 与进程 0 的 CSV、音频、选项或版本不一致；请保持一致"
+    assert caught.value.message.zh == "进程 1 与主进程的 CSV、音频、选项或版本不一致；请使各进程保持一致"
 
 
 @pytest.mark.parametrize(("seconds", "completed"), [(-3600, False), (0, True), (3600, True)])

@@ -286,7 +286,7 @@ def test_the_lines_in_both_languages():
         "free: 20.0 GB"
     )
     assert (
-        first.zh == "预计内存占用：14.4 GB（权重 5.0 GB，适配器与优化器 400 MB，激活值 9.0 GB）；可用 20.0 GB"
+        first.zh == "预计占用：14.4 GB（权重 5.0 GB，适配器与优化器 400 MB，激活值 9.0 GB）；可用 20.0 GB"
     )
     assert "free" not in PLAN.lines()[0].en
 
@@ -301,7 +301,7 @@ def test_it_says_what_is_computed_again():
 def test_the_warning_names_what_lowers_the_largest_share_first():
     warning = replace(PLAN, free=10 * GB).warning()
     assert warning.en == "memory may not suffice: 14.4 GB predicted, 10.0 GB free; try --a, or --b, or --c"
-    assert warning.zh == "内存可能不足：预计需要 14.4 GB，可用 10.0 GB；可尝试 --a，或 --b，或 --c"
+    assert warning.zh == "内存或显存可能不足：预计需要 14.4 GB，可用 10.0 GB；可尝试 --a，或 --b，或 --c"
     assert PLAN.warning() is None
     assert replace(PLAN, free=PLAN.total).warning() is None
 
