@@ -285,9 +285,7 @@ def test_the_lines_in_both_languages():
         "memory predicted: 14.4 GB (weights 5.0 GB, adapters and optimizer 400 MB, activations 9.0 GB); "
         "free: 20.0 GB"
     )
-    assert (
-        first.zh == "预计占用：14.4 GB（权重 5.0 GB，适配器与优化器 400 MB，激活值 9.0 GB）；可用 20.0 GB"
-    )
+    assert first.zh == "预计占用：14.4 GB（权重 5.0 GB，适配器与优化器 400 MB，激活值 9.0 GB）；可用 20.0 GB"
     assert "free" not in PLAN.lines()[0].en
 
 
