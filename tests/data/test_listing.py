@@ -1,10 +1,11 @@
 """Folders and patterns list every recording once, whatever links lead back into them."""
 
+import os
 import re
 
 import pytest
 
-from mdl_toolkit.data.listing import SUFFIXES, list_recordings
+from mdl_toolkit.data.listing import SUFFIXES, is_listing, list_recordings
 from mdl_toolkit.errors import InputError
 from tests.support.paths import DOCS
 
@@ -78,3 +79,20 @@ def test_every_extension_of_the_documents_is_known(language):
     rows = re.findall(r"^\| [^|(]+ \(([^|]+)\) \|[^|]+\| (?:libsndfile|PyAV)", page, re.MULTILINE)
     named = {name for row in rows for name in row.split(", ")}
     assert {".wav", ".sph", ".wv", ".tta", ".ts"} <= named <= SUFFIXES
+
+
+def test_a_recording_is_listed_alone(tree):
+    (tree / "odd [1].MP3").write_bytes(b"x")
+    for name in ("top/b.wav", "odd [1].MP3"):
+        assert is_listing(name)
+        assert list_recordings(name) == [name]
+    assert not is_listing("top/note.txt")
+
+
+@pytest.mark.parametrize("given", ["top", "top/*", b"top/\xff.wav"])
+def test_a_name_that_is_no_text_is_named(tree, given):
+    (tree / os.fsdecode(b"top/\xff.wav")).write_bytes(b"x")
+    with pytest.raises(InputError) as caught:
+        list_recordings(os.fsdecode(given))
+    assert r"1 names of files are not UTF-8, the first is 'top/\udcff.wav'; rename them" in str(caught.value)
+    str(caught.value).encode()

@@ -3,6 +3,7 @@
 import codecs
 import csv
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -257,3 +258,21 @@ def test_an_adapter_that_cannot_be_used_is_named(model, tmp_path):
     with pytest.raises(ModelError, match=r"no weights \(adapter_model\.safetensors\)"):
         infer(options(source, final, tmp_path / "a/b/out.csv"))
     assert not (tmp_path / "a").exists()
+
+
+def test_a_recording_is_answered_alone_and_never_replaced(model, tmp_path):
+    (row,) = make_rows(tmp_path / "audio", 1)
+    (answer,) = infer(options(row["audio"], model, tmp_path / "out.csv", base_dir="/nowhere"))
+    assert read(tmp_path / "out.csv") == [["audio", "prediction"], [row["audio"], answer]]
+    before = Path(row["audio"]).read_bytes()
+    with pytest.raises(InputError, match="lies inside the input"):
+        infer(options(row["audio"], model, row["audio"]))
+    assert Path(row["audio"]).read_bytes() == before
+
+
+def test_the_output_is_not_standard_output(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = make_csv(tmp_path, 1)
+    with pytest.raises(InputError, match="--output -: it is not written to standard output"):
+        infer(options(source, model, "-"))
+    assert not Path("-").exists()

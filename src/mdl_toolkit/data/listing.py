@@ -25,24 +25,28 @@ SUFFIXES = frozenset(
 
 
 def is_listing(given: str) -> bool:
-    """Tell whether an input is a folder or a pattern, rather than a CSV file."""
+    """Tell whether an input is a recording, a folder or a pattern, rather than a CSV file."""
     path = Path(given)
+    if path.is_file():
+        return path.suffix.lower() in SUFFIXES
     return path.is_dir() or (not path.exists() and glob.has_magic(given))
 
 
 def list_recordings(given: str) -> list[str]:
-    """List the recordings of a folder and of all folders in it, or those that a pattern matches, sorted.
+    """List a recording, those of a folder and all folders in it, or those that a pattern matches, sorted.
 
     Hidden files and folders are left out, and links to a folder that they lie in are not followed. Paths
     start where the folder's or the pattern's does.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or a name that no CSV can hold.
     """
     if Path(given).is_dir():
         names = _matches(f"{glob.escape(given.rstrip('/') or '/')}/**/*")
         files = [name for name in names if Path(name).suffix.lower() in SUFFIXES]
         where = Localized("the folder")
+    elif Path(given).is_file():
+        files, where = [given], Localized("the file")
     else:
         files, where = _matches(given), Localized("the pattern")
     files = [name for name in files if Path(name).is_file()]
@@ -51,6 +55,15 @@ def list_recordings(given: str) -> list[str]:
             "{words}: {where} holds no recordings; give a CSV, or a folder or pattern of audio files",
             words=given,
             where=where,
+        )
+    # Python has the bytes that are no text as lone surrogates.
+    odd = [name for name in files if re.search("[\udc80-\udcff]", name)]
+    if odd:
+        raise InputError(
+            "{words}: {count} names of files are not UTF-8, the first is {name!r}; rename them",
+            words=given,
+            count=len(odd),
+            name=odd[0],
         )
     return files
 

@@ -184,7 +184,9 @@ class _Inference:
                 check_apart(Path(options.output), manifest.file.path)
             return manifest
         if self.world.is_first:
-            write_listing(list_recordings(options.input), self.journal.listing)
+            files, output = list_recordings(options.input), Path(options.output)
+            check_file(output, [file for file in files if Path(file).name == output.name])
+            write_listing(files, self.journal.listing)
         self.world.wait()
         listing = read_manifest(self.journal.listing, replace(options, base_dir=None), needs_prediction=False)
         return replace(listing, listed=options.input)

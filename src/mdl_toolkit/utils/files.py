@@ -258,11 +258,15 @@ def removing_empty(folder: Path) -> Iterator[None]:
 
 
 def check_file(output: Path, inputs: Iterable[str | Path], option: str = "--output") -> None:
-    """Refuse a file to write whose name is a folder's, or that of an input.
+    """Refuse a file to write whose name is `-`, a folder's, or that of an input.
 
     Raises:
         InputError: naming both.
     """
+    if str(output) == "-":
+        raise InputError(
+            "{option} -: it is not written to standard output; give the name of a file", option=option
+        )
     if output.is_dir():
         raise InputError(
             "{option} {output}: a folder is there; give the name of a file", option=option, output=output

@@ -28,7 +28,7 @@ from mdl_toolkit.data.tokenization import ChatTokenizer, prefix_sample
 from mdl_toolkit.errors import InputError, ModelError
 from mdl_toolkit.i18n import Localized, Verbatim, join_messages
 from mdl_toolkit.utils.console import progress, warn
-from mdl_toolkit.utils.files import check_apart, replace_file, report_write_errors
+from mdl_toolkit.utils.files import check_apart, check_file, replace_file, report_write_errors
 from mdl_toolkit.utils.machine import default_workers
 from mdl_toolkit.utils.worker_pool import end_unguarded_script, work_through
 from mdl_toolkit.weights.resolve import find_model
@@ -94,8 +94,7 @@ def _check_output_paths(options: CheckOptions) -> None:
     named = (("--write-fixed", options.write_fixed), ("--json", options.json))
     outputs = {name: Path(path) for name, path in named if isinstance(path, str)}
     for name, output in outputs.items():
-        for path in options.input:
-            check_apart(output, Path(path), name)
+        check_file(output, options.input, name)
     if len(outputs) == 2:
         check_apart(outputs["--write-fixed"], outputs["--json"], "--write-fixed", "--json")
 
@@ -201,6 +200,8 @@ def _report(figures: Figures, manifest: Manifest, findings: Findings, options: C
         figures["fixed"] = _write_fixed(Path(options.write_fixed), manifest, findings, options)
     if options.json is not None and options.json is not False:
         text = json.dumps(figures, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+        # Names of files need not be text; JSON escapes such bytes as Python does.
+        text = text.encode("utf-8", "backslashreplace").decode()
         if isinstance(options.json, str):
             with (
                 report_write_errors(f"--json {options.json}", InputError),
