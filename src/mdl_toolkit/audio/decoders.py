@@ -12,7 +12,8 @@ import numpy as np
 import soundfile
 
 from mdl_toolkit.audio.file_parts import Integrity
-from mdl_toolkit.audio.mixdown import CONVERT, Floats, Mixdown
+from mdl_toolkit.audio.mixdown import CONVERT, Floats
+from mdl_toolkit.audio.segments import Cutter
 from mdl_toolkit.audio.unreadable import explain_content
 from mdl_toolkit.errors import AudioError
 from mdl_toolkit.i18n import Localized
@@ -56,8 +57,8 @@ class Decoded:
     has_length: bool = False
 
 
-def decode(file: BinaryIO, integrity: Integrity, mixdown: Mixdown, max_hours: float = math.inf) -> Decoded:
-    """Decode into a mixdown, by libsndfile, or by FFmpeg what that does not know or would read only in part.
+def decode(file: BinaryIO, integrity: Integrity, cutter: Cutter, max_hours: float = math.inf) -> Decoded:
+    """Decode into a cutter, by libsndfile, or by FFmpeg what that does not know or would read only in part.
 
     Raises:
         AudioError: the file is no recording, damaged, or longer than so many hours, by its header or as it
@@ -66,16 +67,16 @@ def decode(file: BinaryIO, integrity: Integrity, mixdown: Mixdown, max_hours: fl
     file.seek(0)
     try:
         if integrity.is_mpeg:
-            decoded = _decode_with_ffmpeg(file, None, mixdown, max_hours)
+            decoded = _decode_with_ffmpeg(file, None, cutter, max_hours)
         else:
             with soundfile.SoundFile(file) as sound:
                 if _reads_all(sound, integrity):
-                    decoded = _decode_with_libsndfile(sound, file, mixdown, max_hours)
+                    decoded = _decode_with_libsndfile(sound, file, cutter, max_hours)
                 else:
-                    decoded = _decode_with_ffmpeg(file, None, mixdown, max_hours)
+                    decoded = _decode_with_ffmpeg(file, None, cutter, max_hours)
     except soundfile.LibsndfileError as refused:
-        decoded = _decode_with_ffmpeg(file, refused, mixdown, max_hours)
-    if mixdown.length < integrity.least_samples and not decoded.missing:
+        decoded = _decode_with_ffmpeg(file, refused, cutter, max_hours)
+    if cutter.length < integrity.least_samples and not decoded.missing:
         raise _damaged(decoded.format, "decoder", "stopped early")
     return decoded
 
@@ -137,7 +138,7 @@ def _breaks_off(seconds: float, decoder: str, problem: object) -> Localized:
 # --- libsndfile ------------------------------------------------------------------------------------------
 
 
-def _decode_with_libsndfile(sound: Any, file: BinaryIO, mixdown: Mixdown, max_hours: float) -> Decoded:
+def _decode_with_libsndfile(sound: Any, file: BinaryIO, cutter: Cutter, max_hours: float) -> Decoded:
     """Decode an open `soundfile.SoundFile` to its end, or up to an error at the end of the file."""
     if sound.frames != UNKNOWN_LENGTH:
         _check_hours(sound.frames / sound.samplerate, max_hours)
@@ -146,16 +147,16 @@ def _decode_with_libsndfile(sound: Any, file: BinaryIO, mixdown: Mixdown, max_ho
     problem = None
     try:
         while len(block := sound.read(BLOCK, dtype="float32", always_2d=True)):
-            mixdown.add(sound.format, block.T, sound.samplerate)
-            _check_hours(mixdown.length / sound.samplerate, max_hours)
+            cutter.add(sound.format, block.T, sound.samplerate)
+            _check_hours(cutter.length / sound.samplerate, max_hours)
     except soundfile.LibsndfileError as error:
         problem = error
         if file.tell() < file.seek(0, 2):
             raise _damaged(sound.format, "libsndfile", error) from error
-    present = mixdown.length / sound.samplerate
+    present = cutter.length / sound.samplerate
     if problem:
         return Decoded(sound.format, _breaks_off(present, "libsndfile", problem))
-    is_short = mixdown.length < sound.frames != UNKNOWN_LENGTH
+    is_short = cutter.length < sound.frames != UNKNOWN_LENGTH
     return Decoded(
         sound.format, _seconds_missing(sound.frames / sound.samplerate, present) if is_short else None
     )
@@ -164,7 +165,7 @@ def _decode_with_libsndfile(sound: Any, file: BinaryIO, mixdown: Mixdown, max_ho
 # --- FFmpeg ----------------------------------------------------------------------------------------------
 
 
-def _decode_with_ffmpeg(file: BinaryIO, refused: Any, mixdown: Mixdown, max_hours: float) -> Decoded:
+def _decode_with_ffmpeg(file: BinaryIO, refused: Any, cutter: Cutter, max_hours: float) -> Decoded:
     """Decode with FFmpeg what libsndfile refused, with the error `refused`, or would read only in part."""
     import av
 
@@ -193,17 +194,17 @@ def _decode_with_ffmpeg(file: BinaryIO, refused: Any, mixdown: Mixdown, max_hour
         is_known = (container.format.name, codec) in KNOWN or codec.startswith(KNOWN_CODECS)
         if refused and refused.code not in NOT_KNOWN and is_known:
             raise _damaged(name, "libsndfile", refused)
-        return _Reader(container, stream, mixdown, max_hours).read(file)
+        return _Reader(container, stream, cutter, max_hours).read(file)
 
 
 class _Reader:
     """Decode one stream with FFmpeg, strictly."""
 
-    def __init__(self, container: Any, stream: Any, mixdown: Mixdown, max_hours: float) -> None:
+    def __init__(self, container: Any, stream: Any, cutter: Cutter, max_hours: float) -> None:
         self.container = container
         self.stream = stream
         self.name = f"{container.format.long_name}, {stream.codec_context.name}"
-        self.mixdown, self.max_hours = mixdown, max_hours
+        self.cutter, self.max_hours = cutter, max_hours
         self.packets = self.longest = 0
         # What went wrong in the last packet so far.
         self.problem: object = None
@@ -227,11 +228,11 @@ class _Reader:
             self.problem = error
             if file.tell() < file.seek(0, 2):
                 raise _damaged(self.name, "FFmpeg", self.problem) from error
-        if self.problem and not self.mixdown.length:
+        if self.problem and not self.cutter.length:
             raise _damaged(self.name, "FFmpeg", self.problem)
-        promised, present = self._promised(), self.mixdown.length / (self.mixdown.rate or 1)
+        promised, present = self._promised(), self.cutter.length / (self.cutter.rate or 1)
         frames = 0 if self.stream.codec_context.name.startswith(LOSSLESS) else DELAY_FRAMES
-        tolerance = CLOCK + frames * min(self.longest, DELAY_FRAME) / (self.mixdown.rate or 1)
+        tolerance = CLOCK + frames * min(self.longest, DELAY_FRAME) / (self.cutter.rate or 1)
         missing = None
         if self.problem:
             missing = _breaks_off(present, "FFmpeg", self.problem)
@@ -253,8 +254,8 @@ class _Reader:
             for frame in packet.decode():
                 if frame.is_corrupt:
                     self.problem = "incomplete frame"
-                self.mixdown.add(self.name, _floats(frame), frame.sample_rate)
-                _check_hours(self.mixdown.length / frame.sample_rate, self.max_hours)
+                self.cutter.add(self.name, _floats(frame), frame.sample_rate)
+                _check_hours(self.cutter.length / frame.sample_rate, self.max_hours)
                 self.longest = max(self.longest, frame.samples)
         except (av.FFmpegError, OSError, ValueError, LookupError) as error:
             self.problem = error

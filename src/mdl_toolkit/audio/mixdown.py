@@ -35,7 +35,6 @@ class Mixdown:
 
     Attributes:
         rate: Hz, of the source; 0 before the first block.
-        channels: of the source's last block.
         length: samples per channel so far.
         peak: the largest magnitude of the mono mix.
         channel_peak: that of any channel, while the mono mix is silent.
@@ -44,7 +43,7 @@ class Mixdown:
     """
 
     def __init__(self) -> None:
-        self.rate = self.channels = self.length = self.loud = 0
+        self.rate = self.length = self.loud = 0
         self.peak, self.channel_peak, self.clipped = 0.0, 0.0, False
         # A bytearray grows in place, and untouched room in it takes no memory.
         self._samples = bytearray()
@@ -56,20 +55,9 @@ class Mixdown:
         """Add decoded samples, `[channels, n]` float32.
 
         Raises:
-            AudioError: the rate is impossible or changes, or a sample is NaN or infinite; with the format's
-                name.
+            AudioError: a sample is NaN or infinite; with the format's name.
         """
-        if rate not in RATES:
-            raise AudioError(
-                "{name}: {rate} Hz is no possible sampling rate; the header is damaged, get the file again",
-                name=name,
-                rate=rate,
-            )
-        if self.rate not in (0, rate):
-            raise AudioError(
-                "{name}: the sampling rate changes in the middle; {convert}", name=name, convert=CONVERT
-            )
-        self.rate, self.channels = rate, len(block)
+        self.rate = rate
         mono = _average(block)
         bad = np.flatnonzero(~np.isfinite(mono))
         if len(bad):
@@ -102,15 +90,14 @@ class Mixdown:
             mono = self._resampler.resample_chunk(mono, last=last)
         self._samples += mono.data
 
-    def finish(self) -> tuple[Floats, Floats, int]:
-        """Return all samples as the model takes them, those that a dataset stores, and the rate of these."""
+    def finish(self) -> tuple[Floats, int]:
+        """Return all samples that a dataset stores, and the rate of these."""
         self._resample(np.zeros(0, np.float32), last=True)
         stored = np.frombuffer(self._samples, np.float32)
         rate = SAMPLE_RATE if self._resampler else self.rate
-        samples = to_model_rate(stored, rate)
         if rate > SAMPLE_RATE and (stored * 2.0**15 % 1).any():
-            return samples, samples, SAMPLE_RATE
-        return samples, stored, rate
+            return to_model_rate(stored, rate), SAMPLE_RATE
+        return stored, rate
 
 
 def to_model_rate(mono: Floats, rate: int) -> Floats:

@@ -7,11 +7,12 @@ with it. Recordings are looked for, never opened; nothing is fetched.
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from mdl_toolkit.audio.segments import WHOLE, Segment
 from mdl_toolkit.audio.urls import is_url, without_credentials
 from mdl_toolkit.config.data import ConversionOptions
 from mdl_toolkit.data.column_names import AUDIO, PREDICTION, SYSTEM, USER, understand
@@ -25,6 +26,14 @@ from mdl_toolkit.data.csv_reader import (
     open_rows,
 )
 from mdl_toolkit.data.missing import explain_missing
+from mdl_toolkit.data.segment_columns import (
+    DURATION,
+    END,
+    MEANINGS,
+    check_segment_columns,
+    read_segment,
+    segment_cells,
+)
 from mdl_toolkit.errors import InputError, Problems, RowProblem
 from mdl_toolkit.i18n import Localized
 
@@ -48,6 +57,8 @@ class Row:
         prediction: the cell as written; None if the CSV has no such column.
         cells: the text of every cell, as many as there are columns.
         stamp: size (bytes) and time of change (ns) of the recording when the row was read; zeros for a URL.
+        segment: the part of the recording that the row is about.
+        segment_cells: the column and the cell that say its start, end and channel, by these.
     """
 
     line: int
@@ -58,11 +69,19 @@ class Row:
     prediction: str | None
     cells: tuple[str, ...]
     stamp: tuple[int, int] = (0, 0)
+    segment: Segment = WHOLE
+    segment_cells: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     @property
     def shown(self) -> str:
         """Return the cell `audio` as messages may show it: an address without its password."""
         return without_credentials(self.audio_text)
+
+    def segment_problem(self, field: str, reason: Localized) -> RowProblem:
+        """Return the problem for a segment whose start, end, duration or channel is wrong."""
+        cells = self.segment_cells
+        column, cell = cells.get(field) or (field == END and cells.get(DURATION)) or (AUDIO, self.shown)
+        return RowProblem(self.line, column, cell, reason)
 
 
 @dataclass(frozen=True)
@@ -112,6 +131,8 @@ class Manifest:
         """Return the line's row, or its problems."""
         cells = line.cells + [""] * (len(self.columns) - len(line.cells))
         named = dict(zip(self.columns, cells, strict=False))
+        found = segment_cells(named)
+        segment = read_segment(found)
         row = Row(
             line=line.number,
             audio=_resolve(named[AUDIO], self.base_dir),
@@ -120,9 +141,13 @@ class Manifest:
             user_prompt=_prompt_or(self.user_prompt, named.get(USER)),
             prediction=named.get(PREDICTION),
             cells=tuple(cells),
+            segment=segment if isinstance(segment, Segment) else WHOLE,
+            segment_cells=found,
         )
         problems = [*cell_problems(self.columns, line)]
         problems += [RowProblem(line.number, *cell, NUL_BYTE) for cell in named.items() if "\0" in cell[1]]
+        if not isinstance(segment, Segment):
+            problems.append(row.segment_problem(*segment))
         stamp = find(row)
         if isinstance(stamp, Localized):
             problems.append(RowProblem(line.number, AUDIO, row.shown, stamp))
@@ -160,7 +185,8 @@ def read_manifest(path: str | Path, options: ConversionOptions, *, needs_predict
     file = open_rows(Path(path), KNOWN[:1])
     # In inference, what is called like a prediction may be somebody's reference, and stays.
     known, needed = (KNOWN, (AUDIO, PREDICTION)) if needs_prediction else (KNOWN[:-1], (AUDIO,))
-    columns = understand(file.path, file.columns, known, needed)
+    columns = understand(file.path, file.columns, (*known, *MEANINGS), needed)
+    check_segment_columns(file.path, columns)
     return Manifest(
         file,
         columns,

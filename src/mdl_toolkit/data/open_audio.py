@@ -1,14 +1,15 @@
 """Open the recordings of rows, fetching addresses ahead; what cannot be used becomes a problem of its row."""
 
 import threading
-from collections import deque
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
 from mdl_toolkit.audio.download_cache import Downloads
-from mdl_toolkit.audio.loading import Clip, load
+from mdl_toolkit.audio.loading import Clip, load_segments
+from mdl_toolkit.audio.segments import Segment, SegmentError
 from mdl_toolkit.audio.urls import is_url
 from mdl_toolkit.data.csv_reader import file_stamp
 from mdl_toolkit.data.manifest import Row
@@ -33,26 +34,76 @@ class Recordings:
     max_hours: float
 
     def clips(self, rows: list[Row]) -> Iterator[tuple[Row, Clip | RowProblem]]:
-        """Yield each row with its recording, or with what is wrong with that; addresses are fetched ahead."""
-        ahead: deque[tuple[Row, Path | Future[Path]]] = deque()
-        for row in rows:
-            ahead.append((row, _fetch(self.downloads, row.audio) if is_url(row.audio) else Path(row.audio)))
-            if len(ahead) == FETCHED_AHEAD:
-                yield self._open(*ahead.popleft())
-        while ahead:
-            yield self._open(*ahead.popleft())
+        """Yield each row with its clip, or with what is wrong with that; addresses are fetched ahead.
 
-    def _open(self, row: Row, file: Path | Future[Path]) -> tuple[Row, Clip | RowProblem]:
+        A recording of which rows name segments is decoded once, and its segments are kept until their rows
+        come; any other is decoded once for rows that follow one another.
+        """
+        visits = [*_visits(rows)]
+        uses = Counter((visit, row.segment) for visit, row in zip(visits, rows, strict=True))
+        segments: dict[tuple[str, int], list[Segment]] = {}
+        for visit, segment in uses:
+            segments.setdefault(visit, []).append(segment)
+        files: dict[str, Path | Future[Path]] = {}
+        opened: dict[tuple[str, int], _Opened] = {}
+        for number, (visit, row) in enumerate(zip(visits, rows, strict=True)):
+            for audio in (coming.audio for coming in rows[number : number + FETCHED_AHEAD]):
+                if audio not in files:
+                    files[audio] = _fetch(self.downloads, audio) if is_url(audio) else Path(audio)
+            if visit not in opened:
+                opened[visit] = self._open(files[row.audio], segments[visit])
+            recording = opened[visit]
+            yield row, recording.clip_of(row)
+            uses[visit, row.segment] -= 1
+            if not uses[visit, row.segment]:
+                del recording.clips[row.segment]
+            if not recording.clips:
+                del opened[visit]
+
+    def _open(self, file: Path | Future[Path], segments: list[Segment]) -> "_Opened":
+        """Decode a recording once; what is wrong with it is wrong with all of its segments."""
+        stamp = None
         try:
             path = file.result() if isinstance(file, Future) else file
-            clip = load(path, allow_truncated=self.allow_truncated, max_hours=self.max_hours)
-            if not is_url(row.audio) and _stamp(path) != row.stamp:
-                raise AudioError(
-                    "the file was changed while it was being read; start again when it is complete"
-                )
+            clips = load_segments(path, segments, self.allow_truncated, self.max_hours)
+            stamp = _stamp(path)
         except AudioError as problem:
-            return row, RowProblem(row.line, "audio", row.shown, problem.message)
-        return row, clip
+            return _Opened(dict.fromkeys(segments, problem), stamp)
+        return _Opened(dict(zip(segments, clips, strict=True)), stamp)
+
+
+@dataclass
+class _Opened:
+    """Hold the segments of a recording that rows are still to come for.
+
+    Attributes:
+        clips: the segments, or what is wrong with them.
+        stamp: size (bytes) and time of change (ns) of the file after it was read.
+    """
+
+    clips: dict[Segment, Clip | AudioError]
+    stamp: tuple[int, int] | None
+
+    def clip_of(self, row: Row) -> Clip | RowProblem:
+        """Return a row's clip, or what is wrong with it."""
+        clip = self.clips[row.segment]
+        if isinstance(clip, SegmentError):
+            return row.segment_problem(clip.field, clip.message)
+        if isinstance(clip, Clip) and not is_url(row.audio) and self.stamp != row.stamp:
+            clip = AudioError("the file was changed while it was being read; start again when it is complete")
+        if isinstance(clip, AudioError):
+            return RowProblem(row.line, "audio", row.shown, clip.message)
+        return clip
+
+
+def _visits(rows: list[Row]) -> Iterator[tuple[str, int]]:
+    """Yield for every row its recording, and a number that tells apart the times at which that is decoded."""
+    in_parts = {row.audio for row in rows if not row.segment.is_whole}
+    run, previous = 0, None
+    for row in rows:
+        run += row.audio != previous
+        previous = row.audio
+        yield row.audio, 0 if row.audio in in_parts else run
 
 
 def _stamp(file: Path) -> tuple[int, int] | None:

@@ -1,5 +1,6 @@
 """Rows to shards: the cuts depend on nothing but rows and sizes, the fingerprints on all that matters."""
 
+import itertools
 import os
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mdl_toolkit.audio.segments import Segment
 from mdl_toolkit.config.data import ConversionOptions
 from mdl_toolkit.data.convert import plan as room
 from mdl_toolkit.data.convert.plan import (
@@ -105,8 +107,8 @@ def test_nothing_but_sizes_moves_a_cut(sizes, seed):
     first = Rows(row(number, size) for number, size in enumerate(sizes))
     second = Rows(
         row(
-            number * 3 + seed, size, audio=f"/other/{seed}", stamp=(size, seed), system_prompt="s" * seed,
-            user_prompt=None, prediction="long " * (number % 9), cells=("a",),
+            number * 3 + seed, size, audio=f"/other/{seed}/{number}", stamp=(size, seed),
+            system_prompt="s" * seed, user_prompt=None, prediction="long " * (number % 9), cells=("a",),
         )
         for number, size in enumerate(sizes)
     )  # fmt: skip
@@ -194,6 +196,22 @@ def test_a_changed_row_changes_its_shard(change):
     same = [old == new for old, new in zip(before.shards, after.shards, strict=True)]
     assert same == [True, False, True]
     assert before.fingerprint != after.fingerprint
+
+
+def test_another_segment_changes_the_shard():
+    segments = [Segment(), Segment(1.0), Segment(0.0, 1.0), Segment(channel=1), Segment(channel=2)]
+    plans = [plan_of(Rows([row(0, segment=segment)])) for segment in segments]
+    assert len({plan.shards[0].fingerprint for plan in plans}) == len(segments)
+
+
+def test_rows_of_a_recording_stay_in_one_shard():
+    """A second each, of files of 100 MB; the others are cut as ever."""
+    rows = Rows(
+        row(number, 10**8, audio=f"/data/{number // 500}.wav", segment=Segment(number, number + 1))
+        for number in range(1500)
+    )
+    ends = [*itertools.accumulate(cuts(plan_of(rows)))]
+    assert {500, 1000, 1500} >= {*ends} >= {1500}
 
 
 @pytest.mark.usefixtures("small")

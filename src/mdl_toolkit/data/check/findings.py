@@ -1,4 +1,4 @@
-"""The findings of `check` on one CSV: some 60 bytes a row, and figures made of these at the end.
+"""The findings of `check` on one CSV: some 90 bytes a row, and figures made of these at the end.
 
 The figures are plain values, as they go into the JSON; `check.text` puts them into words. They depend on the
 rows alone, not on the order in which workers report.
@@ -31,6 +31,8 @@ MOST_CLASSES = 20
 LEAST_ROWS = 3
 # Classes are unbalanced if one has so many times the rows of another.
 UNBALANCED = 10
+# Seconds that two segments must have in common to share sound: their times may be rounded.
+LEAST_OVERLAP = 0.05
 # Edges of the histogram of lengths, in seconds.
 EDGES = (0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600)
 # Bytes of a row in a converted dataset without recording and ids: offsets, the word `flac`, scale, length,
@@ -254,14 +256,41 @@ def _leaks(facts: Facts, trained: Facts) -> list[Figures]:
     )
     answer_line = _line_of(facts["answer"], trained["answer"], trained["line"])
     are_texts = 2 * len(np.unique(trained["answer"])) > len(trained)
+    overlap_line, recording_line = _shared_recordings(facts, trained)
+    overlaps = (overlap_line > 0) & (clip_line == 0)
+    shares = (recording_line > 0) & (overlap_line == 0) & (clip_line == 0)
     is_leak, has_other_text = same_line > 0, (clip_line > 0) & (same_line == 0)
     has_same_answer = (answer_line > 0) & (clip_line == 0) & are_texts
     lines = facts["line"]
     return [
         *finding("leak", lines[is_leak], same_line[is_leak]),
         *finding("leak_other_text", lines[has_other_text], clip_line[has_other_text]),
+        *finding("leak_overlap", lines[overlaps], overlap_line[overlaps]),
+        *finding("same_recording", lines[shares], recording_line[shares]),
         *finding("same_text", lines[has_same_answer], answer_line[has_same_answer]),
     ]
+
+
+def _shared_recordings(facts: Facts, trained: Facts) -> tuple[Numbers, Numbers]:
+    """Return for every row a training row with some of the same sound, and one of the same recording.
+
+    Returns:
+        Their lines, 0 where there is none, each `[rows]`.
+    """
+    overlap_line, recording_line = np.zeros((2, len(facts)), np.int64)
+    by_recording: dict[int, list[int]] = {}
+    for index in np.flatnonzero(np.isin(trained["recording"], facts["recording"])).tolist():
+        by_recording.setdefault(int(trained["recording"][index]), []).append(index)
+    for row, recording in enumerate(facts["recording"].tolist()):
+        if recording not in by_recording:
+            continue
+        theirs, one = trained[by_recording[recording]], facts[row]
+        recording_line[row] = theirs["line"][0]
+        together = np.minimum(theirs["end"], one["end"]) - np.maximum(theirs["start"], one["start"])
+        can_hear = (one["channel"] == 0) | (theirs["channel"] == 0) | (theirs["channel"] == one["channel"])
+        if (shared := theirs["line"][(together > LEAST_OVERLAP) & can_hear]).size:
+            overlap_line[row] = shared[0]
+    return overlap_line, recording_line
 
 
 def _line_of(keys: Numbers, trained_keys: Numbers, lines: Numbers) -> Numbers:

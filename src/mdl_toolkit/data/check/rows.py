@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from mdl_toolkit.audio.flac import pack_audio
 from mdl_toolkit.audio.loading import SAMPLE_RATE, Clip
+from mdl_toolkit.audio.urls import is_url
 from mdl_toolkit.data.manifest import Row
 from mdl_toolkit.data.open_audio import Recordings
 from mdl_toolkit.data.tokenization import IGNORE_INDEX, ChatTokenizer
@@ -34,12 +36,14 @@ FORMULA = re.compile(r"\s*(=|[@+-].*[(|!])")
 # Digits that a spreadsheet keeps of a number.
 DIGITS = 15
 
-# One row. The three digests stand for the stored recording, the prompts and the answer; `text` counts what
-# is no audio, in tokens or, without a tokenizer, in characters; `stored` is bytes of the recording.
+# One row. Three digests stand for the stored recording, the prompts and the answer; `text` counts what is no
+# audio, in tokens or, without a tokenizer, in characters; `stored` is bytes of the recording; `recording` is
+# a digest of its path or address, and the row has `start` to `end` (seconds) of `channel`, 0 for all.
 FACTS = np.dtype(
     [
         ("line", "<i8"), ("clip", "<u8"), ("prompt", "<u8"), ("answer", "<u8"), ("samples", "<i8"),
         ("text", "<i4"), ("supervised", "<i4"), ("stored", "<i4"), ("full_scale", "<f4"), ("flags", "<u2"),
+        ("recording", "<u8"), ("start", "<f8"), ("end", "<f8"), ("channel", "<u2"),
     ]
 )  # fmt: skip
 Facts = NDArray[Any]
@@ -127,7 +131,10 @@ class Inspection:
         clip_digest = digest(packed.data, str(packed.scale), str(packed.length))
         digests = clip_digest, digest(*prompt_texts(row)), digest(row.prediction or "")
         counts = packed.length, text, supervised, len(packed.data)
-        return (row.line, *digests, *counts, clip.full_scale, _flags(row, clip))
+        source = row.audio if is_url(row.audio) else os.path.realpath(row.audio)
+        start, channel = row.segment.start, row.segment.channel or 0
+        part = digest(source), start, start + clip.source_seconds, channel
+        return (row.line, *digests, *counts, clip.full_scale, _flags(row, clip), *part)
 
 
 def too_long(length: int, limit: int) -> Localized:

@@ -45,6 +45,8 @@ FINDINGS = {
     "leak_other_text": Localized(
         "recording is also trained on, with another prompt or answer (= line there)"
     ),
+    "leak_overlap": Localized("some of its sound is also trained on (= line there)"),
+    "same_recording": Localized("another part of its recording is also trained on (= line there)"),
     "same_text": Localized("answer is also trained on, with another recording"),
     "near_prompts": Localized("prompts that differ in one letter"),
 }

@@ -17,6 +17,7 @@ from typing import Any
 from mdl_toolkit.audio.urls import is_url
 from mdl_toolkit.data.manifest import Manifest, Row
 from mdl_toolkit.errors import MOST_ROWS_SHOWN, InputError, Problems, RowProblem
+from mdl_toolkit.model.constants import SAMPLE_RATE
 
 MEBIBYTE = 2**20
 # A shard is made of whole chunks, each of at most so many rows, and ending when its files have so many bytes.
@@ -28,6 +29,11 @@ FEWEST_BYTES = MEBIBYTE
 MOST_BYTES = 256 * MEBIBYTE
 # A shard's rows are in memory at once.
 MOST_ROWS = 4096
+# Rows of one recording that follow one another stay together up to so many rows and bytes, since a shard
+# decodes each of its recordings once; a shard of segments holds as much, as all of it may be in memory.
+TOGETHER_ROWS, TOGETHER_BYTES = 1024, 64 * MEBIBYTE
+# Bytes of a second of a segment, in 16 bits at 16 kHz.
+SECOND_BYTES = 2 * SAMPLE_RATE
 # Taken for a recording whose size is not known yet: some seconds.
 URL_BYTES = 2**17
 
@@ -76,15 +82,27 @@ class _Chunk:
     rows: int = 0
     bytes: int = 0
     digest: Any = field(default_factory=hashlib.sha256)
+    has_segments: bool = False
+    audio: str | None = None
 
     def add(self, row: Row) -> None:
         self.rows += 1
-        self.bytes += URL_BYTES if is_url(row.audio) else row.stamp[0]
+        self.bytes += expected_bytes(row)
         self.digest.update(_encode_row(row))
+        self.has_segments |= not row.segment.is_whole
+        self.audio = row.audio
 
-    @property
-    def is_full(self) -> bool:
-        return self.rows == CHUNK_ROWS or self.bytes >= CHUNK_BYTES
+    def has_room(self, row: Row) -> bool:
+        if row.audio == self.audio:
+            return self.rows < TOGETHER_ROWS and self.bytes < TOGETHER_BYTES
+        return self.rows < CHUNK_ROWS and self.bytes < CHUNK_BYTES
+
+
+def expected_bytes(row: Row) -> int:
+    """Return the bytes that a row's recording, or the part that it names, is taken for before it is read."""
+    whole = URL_BYTES if is_url(row.audio) else row.stamp[0]
+    start, end = row.segment.start, row.segment.end
+    return whole if end is None else int((end - start) * SECOND_BYTES)
 
 
 def make_plan(
@@ -146,7 +164,7 @@ def read_shards(
 def _chunks(rows: Iterable[Row]) -> list[_Chunk]:
     chunks = [_Chunk()]
     for row in rows:
-        if chunks[-1].is_full:
+        if not chunks[-1].has_room(row):
             chunks.append(_Chunk())
         chunks[-1].add(row)
     return chunks
@@ -159,6 +177,8 @@ def _shard_fingerprint(identity: str, chunks: list[_Chunk]) -> str:
 def _shards(chunks: list[_Chunk], identity: str) -> Iterator[Shard]:
     """Join chunks to shards."""
     wanted = min(max(sum(chunk.bytes for chunk in chunks) // SHARDS_WANTED, FEWEST_BYTES), MOST_BYTES)
+    if any(chunk.has_segments for chunk in chunks):
+        wanted = TOGETHER_BYTES
     number, start = 0, 0
     for end in range(1, len(chunks) + 1):
         mine = chunks[start:end]
@@ -176,7 +196,8 @@ def _encode_row(row: Row) -> bytes:
         # The path from the root with all links to folders followed, however it is spelt.
         folder, name = os.path.split(os.path.join(os.getcwd(), audio))  # noqa: PTH109, PTH118 - faster
         audio = os.path.join(_real_folder(folder), name)  # noqa: PTH118
-    values = (row.line, audio, row.stamp, row.system_prompt, row.user_prompt, row.prediction)
+    part = (row.segment.start, row.segment.end, row.segment.channel)
+    values = (row.line, audio, row.stamp, *part, row.system_prompt, row.user_prompt, row.prediction)
     return json.dumps(values).encode()
 
 
