@@ -15,7 +15,6 @@ INNER = ("transformers.trainer_callback", "transformers.integrations.integration
 
 # Private names that stay, each with the reason; `trackers` names its inner parts of transformers itself.
 ALLOWED = {
-    "_attn_implementation": "transformers' own models read it: there is no public name for what was chosen",
     "_linear_pointwise": "oneDNN's product has no public name",
     "_reorder_linear_weight": "nor has laying out its weights beforehand",
 }
