@@ -92,8 +92,7 @@ def check_mpeg(data: Blocks) -> Integrity:
     Raises:
         AudioError: there are frames after bytes that are neither a frame nor a tag.
     """
-    position = after_id3(data)
-    kind = -1
+    position, kind = after_id3(data), -1
     parts: list[range] = []
     samples = frames = 0
     # How many frames there should be in the end, for each table.
@@ -117,10 +116,9 @@ def check_mpeg(data: Blocks) -> Integrity:
         elif size := _tag_length(data, position):
             position, after_tag = data.skip_zeros(position + size), True
         else:
-            head = data.at(position, 4)
             following = _next_frame(data, position + 1)
             if following is None:
-                is_cut = len(head) < 4 and head[0] == 0xFF
+                is_cut = data.size - position < 4 and data.at(position, 1) == b"\xff"
                 break
             if not after_tag:
                 raise damage_at(position, "MPEG audio", Localized("bytes that are no frame"))
