@@ -132,6 +132,11 @@ def test_datasets_opens_it(tmp_path, count, rows_per_shard):
     )
 
 
+def test_a_folder_whose_name_is_no_text(tmp_path):
+    rows = make_rows(3)
+    assert_equal(ConvertedDataset(write(tmp_path / os.fsdecode(b"\xff"), rows)), rows)
+
+
 def test_datasets_tells_two_of_them_apart(tmp_path):
     """It names what it caches by the fingerprint."""
     prints = set()

@@ -91,3 +91,12 @@ def test_json_that_is_none_is_a_value_error_however_deep(text):
     assert parse_json('{"a": [1]}') == {"a": [1]}
     with pytest.raises(ValueError):  # noqa: PT011
         parse_json(text)
+
+
+def test_a_folder_whose_name_is_no_text_is_refused(tmp_path):
+    with (
+        pytest.raises(InputError, match="its path is not UTF-8; choose another place"),
+        claim_folder(tmp_path / os.fsdecode(b"\xff")),
+    ):
+        pass
+    assert not [*tmp_path.iterdir()]

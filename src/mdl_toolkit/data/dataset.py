@@ -5,6 +5,7 @@ Reading is a memory map and a view: no list of numbers is ever made. Audio is mo
 
 import bisect
 import json
+import os
 import zlib
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -278,7 +279,7 @@ class ConvertedDataset:
         if self.record.format == FORMAT and checksum(file) != crc32:
             raise ValueError("its checksum is another, it was changed")
         # A closed map stays mapped as long as a batch needs it, but takes no file descriptor.
-        with pa.memory_map(str(file)) as mapped:
+        with pa.memory_map(os.fsencode(file)) as mapped:
             stream = pa.ipc.open_stream(mapped)
             if not stream.schema.equals(SCHEMAS[self.record.format]):
                 raise ValueError(f"columns {stream.schema.names}")

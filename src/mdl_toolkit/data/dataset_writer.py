@@ -5,6 +5,7 @@ The folder is one that `datasets.load_from_disk` opens: Arrow streams with its m
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence, Sized
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -41,7 +42,7 @@ class ShardWriter:
         # Bytes of audio in rows that are not written yet.
         self._pending = 0
         with self._writing():
-            self._sink = pa.OSFile(str(file), "wb")
+            self._sink = pa.OSFile(os.fsencode(file), "wb")
             self._stream = pa.ipc.new_stream(self._sink, SCHEMA)
 
     def append(self, line: int, tokens: Tokens, audio: PackedAudio) -> None:

@@ -235,4 +235,5 @@ def write_results(path: Path, evaluation: Evaluation, options: EvaluateOptions) 
     with removing_empty(path.parent):
         for file, content in ((path, text), (options_file, to_yaml(options))):
             with report_write_errors(f"--output {file}", InputError), replace_file(file) as work:
-                work.write_text(content, encoding="utf-8", newline="")
+                # The names of files in it need not be text.
+                work.write_text(content, encoding="utf-8", errors="backslashreplace", newline="")

@@ -227,8 +227,13 @@ def claim_folder(folder: Path, option: str = "--output") -> Iterator[None]:
     """Make a folder that this process alone writes into while the context lasts.
 
     Raises:
-        InputError: it cannot be made, or another process writes into it.
+        InputError: it cannot be made, its path is not UTF-8, or another process writes into it.
     """
+    # safetensors opens no others.
+    if str(folder.absolute()).encode(errors="replace") != os.fsencode(folder.absolute()):
+        raise InputError(
+            "{option} {folder}: its path is not UTF-8; choose another place", option=option, folder=folder
+        )
     busy = InputError(
         "{option} {folder}: another run writes into it; wait for its end, or give another folder",
         option=option,
