@@ -118,3 +118,19 @@ def test_a_mismatch_is_one_clear_sentence(tmp_path, left, right, message):
     assert message.format(tmp_path) in refused.value.message.en
     assert len(refused.value.message.en.splitlines()) == len(refused.value.message.zh.splitlines()) == 1
     assert "secret" not in f"{refused.value.message}"
+
+
+def test_segments_of_one_recording_are_joined_by_their_times(tmp_path):
+    """However these are written; where they are not unique, by the row's number."""
+    left = [{"audio": "a", "start": f"{n}", "end": f"{n + 1}.0", "x": f"{n}"} for n in range(4)]
+    right = [{"audio": "a", "offset": f"{n}.00", "duration": "1", "x": f"{n}"} for n in (3, 0, 2, 1)]
+    tables = [read_table(write_csv(tmp_path / f"{n}.csv", rows)) for n, rows in enumerate((left, right))]
+    found, by = join_tables(*tables)
+    assert found.column("x") == ["0", "1", "2", "3"]
+    assert by.en == "joined by recording and segment"
+    right[0]["offset"] = "0.5"
+    with pytest.raises(InputError, match="1 of 4 recordings are not in"):
+        join_tables(tables[0], read_table(write_csv(tmp_path / "1.csv", right)))
+    right[0]["offset"] = "1"
+    found, by = join_tables(tables[0], read_table(write_csv(tmp_path / "1.csv", right)))
+    assert by.en == "joined by row number"

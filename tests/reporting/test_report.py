@@ -1,5 +1,7 @@
 """The report as a file: what is in it, where it links to, which command makes it; in a browser elsewhere."""
 
+import base64
+import io
 import json
 import re
 import struct
@@ -8,6 +10,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import matplotlib
+import numpy as np
 import pytest
 import soundfile
 from matplotlib import font_manager
@@ -25,6 +28,7 @@ from mdl_toolkit.reporting.run_section import MOST_POINTS, run_values
 from mdl_toolkit.training.run import train
 from mdl_toolkit.utils.run_folder import read_log
 from tests.support.paths import MODEL
+from tests.support.recordings import sound
 from tests.support.runs import files_below, make_csv, make_rows, train_options, write_csv
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -305,13 +309,10 @@ def test_evaluate_writes_the_page_too(place, capsys):
 @pytest.mark.parametrize("embedded", [False, True])
 def test_an_embedded_recording_is_the_recording(tmp_path, embedded, monkeypatch):
     """Also where libsndfile makes no MP3."""
-    import base64
-    import io
-
     if embedded:
         monkeypatch.setattr(soundfile, "available_formats", dict)
     (row,) = make_rows(tmp_path, 1)
-    found = audio_values([row["audio"]], None, tmp_path / "p.html", 1)["embedded"][0]
+    found = audio_values([row], None, tmp_path / "p.html", 1)["embedded"][0]
     kind, content = found.split(";base64,")
     assert kind == ("data:audio/flac" if embedded else "data:audio/mpeg")
     samples, rate = soundfile.read(io.BytesIO(base64.b64decode(content)))
@@ -369,6 +370,27 @@ def test_a_page_in_the_place_of_something_else_is_refused_before_any_work(tmp_pa
     assert not (tmp_path / "p.csv").exists()
 
 
+def test_segments_are_played_alone(tmp_path, monkeypatch):
+    """Links name the seconds; what is embedded is the segment, of one channel if that is named."""
+    monkeypatch.setattr(soundfile, "available_formats", dict)
+    samples = np.stack([sound(3.0, 16_000, 1), sound(3.0, 16_000, 2)], 1)
+    soundfile.write(tmp_path / "call.wav", samples, 16_000)
+    samples, _ = soundfile.read(tmp_path / "call.wav")
+    times = [("1.5", "2.25", "left"), ("1", "", ""), ("", "2", "2"), ("", "", ""), ("2", "9", "")]
+    rows = [{"audio": "call.wav", "start": start, "end": end, "channel": side} for start, end, side in times]
+    rows.append({"audio": "https://example.org/x.wav", "start": "1234.567"})
+    found = audio_values(rows, str(tmp_path), tmp_path / "p.html", 5)
+    assert [found["folder"] + name for name in found["names"]] == [
+        "call.wav#t=1.5,2.25", "call.wav#t=1.0", "call.wav#t=0.0,2.0", "call.wav", "call.wav#t=2.0,9.0",
+        "https://example.org/x.wav#t=1234.567",
+    ]  # fmt: skip
+    expected = [samples[24_000:36_000, 0], samples[16_000:].mean(1), samples[:32_000, 1], samples.mean(1)]
+    assert found["embedded"].keys() == {0, 1, 2, 3}
+    for row, part in enumerate(expected):
+        content = base64.b64decode(found["embedded"][row].partition(";base64,")[2])
+        assert np.abs(soundfile.read(io.BytesIO(content))[0] - part).max() < 1e-4
+
+
 def test_addresses_and_odd_names(tmp_path):
     names = [
         "https://u:p@example.org/a b.wav",
@@ -378,7 +400,7 @@ def test_addresses_and_odd_names(tmp_path):
         "a:b.wav",
         str(Path.home()),
     ]
-    found = audio_values(names, str(tmp_path), tmp_path / "sub/p.html")
+    found = audio_values([{"audio": name} for name in names], str(tmp_path), tmp_path / "sub/p.html")
     shown = [found["folder"] + name if name else "" for name in found["names"]]
     assert shown[:5] == [
         "https://example.org/a b.wav", "HTTP://example.org/x", "", "../a/50%25%23%3F.wav", "../a%3Ab.wav"

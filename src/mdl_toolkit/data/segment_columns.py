@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mdl_toolkit.audio.segments import Segment, SegmentError, read_channel
+from mdl_toolkit.audio.segments import WHOLE, Segment, SegmentError, read_channel
 from mdl_toolkit.data.csv_format import csv_error
 from mdl_toolkit.i18n import Localized
 
@@ -70,3 +70,9 @@ def read_segment(found: Mapping[str, tuple[str, str]]) -> Segment | tuple[str, L
         return Segment(start, end, read_channel(found.get(CHANNEL, ("", ""))[1].strip()))
     except SegmentError as problem:
         return problem.field, problem.message
+
+
+def segment_or_whole(cells: Mapping[str, str]) -> Segment:
+    """Return the part of the recording that a row's cells name, by columns; all of it if they name none."""
+    segment = read_segment(segment_cells(cells))
+    return segment if isinstance(segment, Segment) else WHOLE

@@ -1,19 +1,23 @@
 """CSVs that are read whole, and the join of two of them; recordings are not needed.
 
-Rows are joined by `audio` where its values are unique, else by their number.
+Rows are joined by `audio`, and its segment, where these are unique, else by their number.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mdl_toolkit.audio.segments import WHOLE, Segment
 from mdl_toolkit.audio.urls import without_credentials
 from mdl_toolkit.data.column_names import AUDIO, PREDICTION, check_columns
 from mdl_toolkit.data.csv_reader import cell_problems, no_rows_error, open_rows
+from mdl_toolkit.data.segment_columns import segment_or_whole
 from mdl_toolkit.errors import InputError, Problems, shorten
 from mdl_toolkit.i18n import Localized, join_messages
 
+# A cell of `audio` and a part of it.
+Recording = tuple[str, Segment]
 # Number of rows that a message names.
 MOST_EXAMPLES = 3
 
@@ -41,6 +45,14 @@ class Table:
         """Return the cells of one column as they were written, `[rows]`."""
         index = self.columns.index(name)
         return [row[index] for row in self.cells]
+
+    def recordings(self, *, by_segment: bool) -> list[Recording]:
+        """Return the cells of `audio`, `[rows]`, and the segments that other columns name, if asked for."""
+        names = self.column(AUDIO)
+        if not by_segment:
+            return [(name, WHOLE) for name in names]
+        cells = (dict(zip(self.columns, row, strict=True)) for row in self.cells)
+        return [(name, segment_or_whole(row)) for name, row in zip(names, cells, strict=True)]
 
     def check_column(self, name: str) -> None:
         """Raise InputError if there is no such column."""
@@ -74,8 +86,9 @@ def read_table(path: str | Path, needed: Sequence[str] = ()) -> Table:
 def join_tables(left: Table, right: Table) -> tuple[Table, Localized]:
     """Bring the rows of `right` into the order of those of `left`; each row of both has one counterpart.
 
-    The key is `audio` if both tables have it, its values are unique in both, and at least one is in both.
-    Otherwise it is the row number; then recordings must have the same file name in each row of both.
+    The key is `audio` if both tables have it, its values are unique in both, and at least one is in both; or
+    likewise `audio` with the segment that other columns name. Otherwise it is the row number; then recordings
+    must have the same file name in each row of both.
 
     Returns:
         The other table in its new order, and a message that names the key.
@@ -84,16 +97,21 @@ def join_tables(left: Table, right: Table) -> tuple[Table, Localized]:
         InputError: rows without a counterpart, or another number of rows.
     """
     if AUDIO in left.columns and AUDIO in right.columns:
-        ours, theirs = left.column(AUDIO), right.column(AUDIO)
-        is_unique = all(len(set(names)) == len(names) for names in (ours, theirs))
-        if is_unique and set(ours) & set(theirs):
-            _check_known(left, right)
-            _check_known(right, left)
-            row_of = {name: row for row, name in enumerate(theirs)}
-            rows = [row_of[name] for name in ours]
+        for is_by_segment in (False, True):
+            ours, theirs = (table.recordings(by_segment=is_by_segment) for table in (left, right))
+            is_unique = all(len(set(keys)) == len(keys) for keys in (ours, theirs))
+            if not is_unique or not set(ours) & set(theirs):
+                continue
+            _check_known(left, right, {*theirs}, ours)
+            _check_known(right, left, {*ours}, theirs)
+            row_of = {key: row for row, key in enumerate(theirs)}
+            rows = [row_of[key] for key in ours]
             lines = tuple(right.lines[row] for row in rows)
             cells = tuple(right.cells[row] for row in rows)
-            return replace(right, lines=lines, cells=cells), Localized("joined by the column audio")
+            by = Localized("joined by the column audio")
+            if is_by_segment:
+                by = Localized("joined by recording and segment")
+            return replace(right, lines=lines, cells=cells), by
         if len(left) == len(right):
             _check_file_names(left, right)
     if len(left) != len(right):
@@ -109,10 +127,9 @@ def join_tables(left: Table, right: Table) -> tuple[Table, Localized]:
     return right, Localized("joined by row number")
 
 
-def _check_known(table: Table, other: Table) -> None:
-    """Raise InputError if recordings of a table are not in another one."""
-    known = set(other.column(AUDIO))
-    lost = [row for row, name in enumerate(table.column(AUDIO)) if name not in known]
+def _check_known(table: Table, other: Table, known: Container[Recording], keys: Sequence[Recording]) -> None:
+    """Raise InputError if recordings of a table are not in another one, which has the known ones."""
+    lost = [row for row, key in enumerate(keys) if key not in known]
     if lost:
         raise InputError(
             "{path}: {lost} of {rows} recordings are not in {other} ({examples}); give files with the same "

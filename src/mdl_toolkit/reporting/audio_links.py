@@ -4,7 +4,7 @@ import base64
 import io
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,14 @@ from urllib.parse import quote
 
 import soundfile
 
-from mdl_toolkit.audio.loading import SAMPLE_RATE, load
+from mdl_toolkit.audio.loading import SAMPLE_RATE, Clip, load_segments
+from mdl_toolkit.audio.segments import Segment
 from mdl_toolkit.audio.urls import is_url, without_credentials
 from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, read_settings
+from mdl_toolkit.data.column_names import AUDIO
 from mdl_toolkit.data.listing import is_listing
+from mdl_toolkit.data.segment_columns import segment_or_whole
 from mdl_toolkit.errors import AudioError, InputError
 from mdl_toolkit.utils.console import warn
 
@@ -40,20 +43,22 @@ def folder_of(predictions: Path, base_dir: str | None) -> str | None:
 
 
 def audio_values(
-    cells: Sequence[str], base_dir: str | None, page: Path, embedded: int = 0
+    rows: Sequence[Mapping[str, str]], base_dir: str | None, page: Path, embedded: int = 0
 ) -> dict[str, Any] | None:
     """Return the recordings that the page plays, row by row.
 
     Args:
-        cells: of the column `audio`, `[rows]`, in the order in which they are shown.
+        rows: the cells of each by column, in the order in which they are shown.
         base_dir: folder that relative paths start from; the current directory if None.
         page: the HTML file, from whose folder links start.
         embedded: so many of the first rows have their sound in the page.
 
     Returns:
-        `folder`, the common start of all links; `names`, their ends, percent-encoded, `[rows]`, empty where
-        there is no recording; `embedded`, `data:` addresses by row. None if there is no recording at all.
+        `folder`, the common start of all links; `names`, their ends, percent-encoded and with the seconds of
+        a segment, `[rows]`, empty where there is no recording; `embedded`, `data:` addresses by row. None if
+        there is no recording at all.
     """
+    cells, segments = [row.get(AUDIO, "") for row in rows], [*map(segment_or_whole, rows)]
     if not any(cells):
         return None
     # No link is followed.
@@ -72,6 +77,7 @@ def audio_values(
         except ValueError:
             # It is on another drive.
             links.append(path.as_uri())
+    links = [link and link + _times(segment) for link, segment in zip(links, segments, strict=True)]
     # The common start, cut at its last slash.
     folder = re.sub(r"[^/]*$", "", os.path.commonprefix([link for link in links if link]))  # noqa: RUF071
     if missing:
@@ -85,7 +91,7 @@ def audio_values(
     return {
         "folder": folder,
         "names": [link.removeprefix(folder) for link in links],
-        "embedded": _embedded(cells[:embedded], base_dir),
+        "embedded": _embedded(cells[:embedded], segments[:embedded], base_dir),
     }
 
 
@@ -93,7 +99,14 @@ def _path(cell: str, base_dir: str | None) -> Path:
     return Path(base_dir or "").expanduser().absolute() / Path(cell).expanduser()
 
 
-def _embedded(cells: Sequence[str], base_dir: str | None) -> dict[int, str]:
+def _times(segment: Segment) -> str:
+    """Return the end of an address that plays a segment alone (Media Fragments URI 1.0)."""
+    if not segment.start and segment.end is None:
+        return ""
+    return f"#t={segment.start}" + ("" if segment.end is None else f",{segment.end}")
+
+
+def _embedded(cells: Sequence[str], segments: Sequence[Segment], base_dir: str | None) -> dict[int, str]:
     """Return `data:` addresses by row of the files that can be read, and warn of the other recordings.
 
     The sound is as the model hears it (16 kHz mono): MP3, or FLAC where libsndfile makes no MP3.
@@ -102,19 +115,26 @@ def _embedded(cells: Sequence[str], base_dir: str | None) -> dict[int, str]:
     media_type = {"MP3": "audio/mpeg", "FLAC": "audio/flac"}[name]
     addresses: dict[int, str] = {}
     linked: list[str] = []
+    rows_of: dict[str, list[int]] = {}
     for row, cell in enumerate(cells):
+        rows_of.setdefault(cell, []).append(row)
+    for cell, rows in rows_of.items():
         if is_url(cell):
             linked.append(without_credentials(cell))
         if not cell or is_url(cell):
             continue
+        clips: Sequence[Clip | AudioError]
         try:
-            samples = load(_path(cell, base_dir), allow_truncated=True).samples
+            clips = load_segments(_path(cell, base_dir), [segments[row] for row in rows], True)
         except AudioError as problem:
-            linked.append(f"{cell}: {problem.message}")
-            continue
-        file = io.BytesIO()
-        soundfile.write(file, samples, SAMPLE_RATE, format=name)
-        addresses[row] = f"data:{media_type};base64,{base64.b64encode(file.getvalue()).decode()}"
+            clips = [problem] * len(rows)
+        for row, clip in zip(rows, clips, strict=True):
+            if isinstance(clip, AudioError):
+                linked.append(f"{cell}: {clip.message}")
+                continue
+            file = io.BytesIO()
+            soundfile.write(file, clip.samples, SAMPLE_RATE, format=name)
+            addresses[row] = f"data:{media_type};base64,{base64.b64encode(file.getvalue()).decode()}"
     if linked:
         warn(
             "{count} recordings are linked, not embedded, the first is {first}",

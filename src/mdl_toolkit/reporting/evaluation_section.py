@@ -7,7 +7,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from mdl_toolkit.data.column_names import AUDIO, PREDICTION
+from mdl_toolkit.data.column_names import PREDICTION
 from mdl_toolkit.evaluation.align import ERROR, SCORE
 from mdl_toolkit.evaluation.csv_table import Table
 from mdl_toolkit.evaluation.metrics import CORPUS_METRICS
@@ -59,7 +59,7 @@ def evaluation_values(
         "by_character": evaluation.settings["errors_in"] == CHARACTER,
         "normalize": evaluation.settings["normalize"],
         "groups": groups,
-        "audio": audio_values([row.cells.get(AUDIO, "") for row in rows], base_dir, page, embedded),
+        "audio": audio_values([row.cells for row in rows], base_dir, page, embedded),
         **_label_codes(rows, evaluation.confusion),
     }
     return {"evaluation": _metrics_section(evaluation), "rows": values}
@@ -73,6 +73,7 @@ def table_values(
     def column(name: str) -> list[str]:
         return table.column(name) if name in table.columns else [""] * len(table)
 
+    rows = [dict(zip(table.columns, cells, strict=True)) for cells in table.cells]
     values = {
         "line": list(table.lines),
         "reference": None,
@@ -80,7 +81,7 @@ def table_values(
         "error": _unless_empty(column(ERROR)),
         "score": _unless_empty([*map(_finite, column(score_column or SCORE))]),
         "groups": [],
-        "audio": audio_values(column(AUDIO), base_dir, page, embedded),
+        "audio": audio_values(rows, base_dir, page, embedded),
         **dict.fromkeys(("state", "errors", "length", "labels", "expected", "given")),
     }
     return {"evaluation": None, "rows": values}
