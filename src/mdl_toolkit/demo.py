@@ -22,12 +22,13 @@ from mdl_toolkit.config.options import AnyOptions
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, as_command
 from mdl_toolkit.data.convert.run import convert_dataset
-from mdl_toolkit.errors import InputError
 from mdl_toolkit.evaluation.render import as_text
 from mdl_toolkit.inference.run import infer
 from mdl_toolkit.reporting.report import report
 from mdl_toolkit.training.run import train
 from mdl_toolkit.utils.console import say
+from mdl_toolkit.utils.files import remove_folder
+from mdl_toolkit.utils.ownership import foreign_files, is_ours, refuse, seal, visible
 from mdl_toolkit.utils.run_folder import REPORT
 from mdl_toolkit.weights.loading import quiet_libraries
 
@@ -72,10 +73,15 @@ def run_demo(options: DemoOptions) -> tuple[float, float]:
     import torch
 
     folder = Path(options.output)
-    present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if folder.is_file() or (present and not (MARK in present and present <= MADE)):
-        raise InputError("--output {folder}: something else is there; choose another folder", folder=folder)
-    shutil.rmtree(folder, ignore_errors=True)
+    present = visible(folder) if folder.is_dir() else [folder] if folder.exists() else []
+    others = [path for path in present if path.name not in MADE or not (folder / MARK).exists()]
+    # Of a killed demonstration not all is recorded: it is set aside.
+    if is_ours(folder / MARK, options.COMMAND):
+        others += foreign_files(folder, options.COMMAND)
+    if others:
+        refuse(folder, others[0], options.COMMAND)
+    if folder.is_dir():
+        remove_folder(folder, options.COMMAND)
     folder.mkdir(parents=True)
     (folder / MARK).touch()
     quiet_libraries()
@@ -86,9 +92,11 @@ def run_demo(options: DemoOptions) -> tuple[float, float]:
         lay_out_phrases(folder / "phrases", folder)
         say("Making a tiny MiDashengLM with random weights; it knows nothing yet.")
         make_tiny_model(folder / "model", folder / "phrases", seed=options.seed)
-        return _run_commands(folder, options.seed)
+        accuracies = _run_commands(folder, options.seed)
     finally:
         torch.set_num_threads(threads)
+    seal(folder, options.COMMAND, is_whole=False)
+    return accuracies
 
 
 def _run_commands(folder: Path, seed: int) -> tuple[float, float]:

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pytest
 
 from mdl_toolkit.audio.flac import pack_audio
+from mdl_toolkit.config.yaml import SETTINGS_FILE
 from mdl_toolkit.data import dataset_writer
 from mdl_toolkit.data.dataset import (
     RECORD_FILE,
@@ -407,19 +408,18 @@ def test_outputs_that_may_be_replaced(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to("empty")
     (tmp_path / "dangling").symlink_to("nowhere")
-    (folder / "cache-1.arrow").write_text("what `datasets` leaves")
-    for name in ("new", "empty", "link", "dangling", "data"):
+    (folder / SETTINGS_FILE).write_text("# mdl-toolkit convert-dataset\n")
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden/.x").touch()
+    for name in ("new", "empty", "link", "dangling", "data", "hidden"):
         check_output(tmp_path / name)
 
 
 def test_outputs_that_may_not(folder, tmp_path):
-    (folder / "state.json").unlink()
-    (tmp_path / "hidden").mkdir()
-    (tmp_path / "hidden/.x").touch()
     (tmp_path / "file").touch()
     os.mkfifo(tmp_path / "pipe")
-    for path in (folder, tmp_path, *(tmp_path / name for name in ("hidden", "file", "pipe"))):
-        with pytest.raises(InputError, match=f"--output {path}: something else than a converted dataset"):
+    for path in (folder, tmp_path, *(tmp_path / name for name in ("file", "pipe"))):
+        with pytest.raises(InputError, match=f"--output {path}: {path}.* is there, which"):
             check_output(path)
 
 

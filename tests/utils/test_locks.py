@@ -15,6 +15,7 @@ import pytest
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.utils.files import replace_file, replace_folder
 from mdl_toolkit.utils.locks import ByteLocks, hold_lock
+from mdl_toolkit.utils.ownership import RECORD
 
 HOLD = "from mdl_toolkit.utils.locks import hold_lock\nwith hold_lock(path): wait()"
 BYTE = (
@@ -23,7 +24,7 @@ BYTE = (
 )
 FILE = """
 from mdl_toolkit.utils.files import replace_file
-with replace_file(path) as work:
+with replace_file(path, "x") as work:
     work.write_text("theirs")
     wait()
 """
@@ -119,20 +120,20 @@ def test_where_there_are_no_locks_nothing_is_taken_for_a_killed_process_s(tmp_pa
         hold_lock(tmp_path / "lock", remove=True) as second,
     ):
         assert (first, second) == (False, False)
-    with replace_file(tmp_path / "out") as work:
+    with replace_file(tmp_path / "out", "x") as work:
         work.write_text("first")
-        with replace_file(tmp_path / "out") as another:
+        with replace_file(tmp_path / "out", "x") as another:
             another.write_text("second")
         assert (tmp_path / "out").read_text() == "second"
     assert (tmp_path / "out").read_text() == "first"
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [RECORD, "out"]
 
 
 def test_what_another_process_writes_is_left_alone_until_it_is_killed(tmp_path):
     output = tmp_path / "out"
     with other(output, FILE) as process:
         assert process.stdout.readline() == "in\n"
-        with replace_file(output) as work:
+        with replace_file(output, "x") as work:
             work.write_text("mine")
         (theirs,) = tmp_path.glob(".out.partial-*")
         assert theirs.read_text() == "theirs"
@@ -140,16 +141,16 @@ def test_what_another_process_writes_is_left_alone_until_it_is_killed(tmp_path):
         process.wait()
         # The file and its lock.
         assert len([*tmp_path.glob(".out.*")]) == 2
-    with replace_file(output) as work:
+    with replace_file(output, "x") as work:
         work.write_text("last")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [RECORD, "out"]
 
 
 def test_a_name_that_is_a_pattern_means_itself(tmp_path):
     """What stands beside another output is no leftover of this one's."""
     (tmp_path / ".a.partial-0123abcd").mkdir()
     (tmp_path / ".[ab].partial-0123abcd").mkdir()
-    with replace_folder(tmp_path / "[ab]"):
+    with replace_folder(tmp_path / "[ab]", "x"):
         pass
     assert {path.name for path in tmp_path.iterdir()} == {"[ab]", ".a.partial-0123abcd"}
 

@@ -7,15 +7,17 @@ import pytest
 
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.utils.files import check_apart, replace_folder
+from mdl_toolkit.utils.ownership import RECORD, seal
 
 # --- putting in place ------------------------------------------------------------------------------------
 
 
 def content(folder: Path) -> dict[str, str]:
-    """Everything below a folder, hidden files and empty folders too."""
+    """Everything below a folder, hidden files and empty folders too, but for records of files."""
     return {
         str(path.relative_to(folder)): path.read_text() if path.is_file() else "folder"
         for path in sorted(folder.rglob("*"))
+        if path.name != RECORD
     }
 
 
@@ -24,7 +26,7 @@ def fill(work: Path) -> None:
 
 
 def test_a_new_output(tmp_path):
-    with replace_folder(tmp_path / "out") as work:
+    with replace_folder(tmp_path / "out", "x") as work:
         assert list(work.iterdir()) == []
         assert work.parent == tmp_path
         fill(work)
@@ -38,11 +40,12 @@ def old(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/old").write_text("old")
     (tmp_path / "out/.hidden").write_text("hidden")
+    seal(tmp_path / "out", "x")
     return tmp_path / "out"
 
 
 def test_an_output_is_replaced_whole(old, tmp_path):
-    with replace_folder(old) as work:
+    with replace_folder(old, "x") as work:
         fill(work)
         assert (old / "old").read_text() == "old"
     assert content(tmp_path) == {"out": "folder", "out/new": "new"}
@@ -57,7 +60,7 @@ def test_a_failure_leaves_what_was_there(old, tmp_path, error):
 
 
 def fail(output: Path, error: type[BaseException]) -> None:
-    with replace_folder(output) as work:
+    with replace_folder(output, "x") as work:
         fill(work)
         raise error
 
@@ -66,14 +69,14 @@ def test_a_failure_leaves_no_new_folders(tmp_path):
     with pytest.raises(ValueError, match=r"^$"):
         fail(tmp_path / "a/b/out", ValueError)
     assert content(tmp_path) == {}
-    with replace_folder(tmp_path / "a/b/out") as work:
+    with replace_folder(tmp_path / "a/b/out", "x") as work:
         fill(work)
     assert content(tmp_path) == {"a": "folder", "a/b": "folder", "a/b/out": "folder", "a/b/out/new": "new"}
 
 
 def test_what_cannot_be_put_in_place_leaves_what_was_there(old, tmp_path):
     before = content(tmp_path)
-    with pytest.raises(FileNotFoundError), replace_folder(old) as work:
+    with pytest.raises(FileNotFoundError), replace_folder(old, "x") as work:
         shutil.rmtree(work)
     assert content(tmp_path) == before
 
@@ -82,7 +85,7 @@ def test_a_link_is_followed_and_stays(old, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     link = tmp_path / "elsewhere/link"
     link.symlink_to(old)
-    with replace_folder(link) as work:
+    with replace_folder(link, "x") as work:
         fill(work)
     assert link.is_symlink()
     assert content(tmp_path / "out") == {"new": "new"}
@@ -91,17 +94,17 @@ def test_a_link_is_followed_and_stays(old, tmp_path):
 
 def test_the_current_directory(old, monkeypatch):
     monkeypatch.chdir(old)
-    with replace_folder(Path()) as work:
+    with replace_folder(Path(), "x") as work:
         fill(work)
     assert content(old) == {"new": "new"}
 
 
 def test_what_a_killed_process_left_behind_is_in_nobody_s_way(old, tmp_path):
     """Process numbers come again, in containers soon: each work folder has a name of its own."""
-    with replace_folder(old) as first:
+    with replace_folder(old, "x") as first:
         kept = first.with_name("kept")
         shutil.copytree(first, kept)
-        with replace_folder(old) as second:
+        with replace_folder(old, "x") as second:
             assert first != second
             fill(second)
         fill(first)
@@ -120,7 +123,7 @@ def test_what_a_killed_process_left_behind_is_removed_or_put_back(old, tmp_path,
     others = {".out.partial-mine", ".output.partial-0123abcd"}
     for name in others:
         (tmp_path / name).mkdir()
-    with replace_folder(old) as work:
+    with replace_folder(old, "x") as work:
         assert content(old) == before
         fill(work)
     assert content(old) == {"new": "new"}
@@ -129,7 +132,7 @@ def test_what_a_killed_process_left_behind_is_removed_or_put_back(old, tmp_path,
 
 def test_an_output_below_a_file(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(NotADirectoryError), replace_folder(tmp_path / "file/out"):
+    with pytest.raises(NotADirectoryError), replace_folder(tmp_path / "file/out", "x"):
         pass
     assert content(tmp_path) == {"file": "x"}
 

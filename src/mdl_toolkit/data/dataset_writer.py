@@ -17,10 +17,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mdl_toolkit.audio.flac import PackedAudio
-from mdl_toolkit.data.dataset import FEATURES, RECORD_FILE, SCHEMA, Record, checksum, is_converted
+from mdl_toolkit.data.dataset import FEATURES, RECORD_FILE, SCHEMA, Record, checksum
 from mdl_toolkit.data.tokenization import Tokens
 from mdl_toolkit.errors import DatasetError, InputError
 from mdl_toolkit.utils.files import fsync, report_write_errors
+from mdl_toolkit.utils.ownership import check_output_folder
 
 # An Arrow batch ends with whichever comes first. Small ones cost memory when the dataset is opened, as a look
 # at a batch's head maps 64 KiB; large ones when it is written, as a batch is kept until it is complete.
@@ -145,18 +146,13 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def check_output(output: Path) -> None:
-    """Refuse an output that holds something else than a dataset, which would be replaced.
+    """Refuse an output that holds something else than a converted dataset, or cannot be replaced.
 
     Raises:
-        InputError: it is no folder, holds something else than a converted dataset, or cannot be replaced.
+        InputError: naming a file that is no dataset's.
     """
     if output.resolve().is_mount():
         raise InputError(
             "--output {output}: a mounted folder cannot be replaced; give a folder inside it", output=output
         )
-    is_taken = any(output.iterdir()) and not is_converted(output) if output.is_dir() else output.exists()
-    if is_taken:
-        raise InputError(
-            "--output {output}: something else than a converted dataset is there; choose another folder",
-            output=output,
-        )
+    check_output_folder(output, "convert-dataset")

@@ -234,6 +234,9 @@ def write_results(path: Path, evaluation: Evaluation, options: EvaluateOptions) 
     options_file = path.with_name(f"{path.name}.{SETTINGS_FILE}")
     with removing_empty(path.parent):
         for file, content in ((path, text), (options_file, to_yaml(options))):
-            with report_write_errors(f"--output {file}", InputError), replace_file(file) as work:
+            with (
+                report_write_errors(f"--output {file}", InputError),
+                replace_file(file, "evaluation") as work,
+            ):
                 # The names of files in it need not be text.
                 work.write_text(content, encoding="utf-8", errors="backslashreplace", newline="")

@@ -188,7 +188,7 @@ def write_table(
     indices = [names.index(name) for name in new]
     with (
         report_write_errors(f"--output {output}", InputError),
-        replace_file(output) as work,
+        replace_file(output, "predictions") as work,
         work.open("wb") as file,
         write_csv(file, source.format) as writer,
     ):

@@ -42,7 +42,7 @@ from mdl_toolkit.inference.requests import (
 from mdl_toolkit.reporting.report import report_answers
 from mdl_toolkit.utils.console import progress, say
 from mdl_toolkit.utils.distributed import World, join_world
-from mdl_toolkit.utils.files import check_apart, check_file, removing_empty
+from mdl_toolkit.utils.files import check_apart, check_file, removing_empty, replace_file
 from mdl_toolkit.utils.launcher import warn_of_idle_gpus
 from mdl_toolkit.utils.signals import Interruption, raise_if_interrupted
 from mdl_toolkit.utils.worker_pool import end_unguarded_script
@@ -239,7 +239,8 @@ class _Inference:
                 yield row, [*cells, reason][: len(columns)]
 
         write_table(output, manifest.file, columns, rows())
-        output.with_name(f"{output.name}.{SETTINGS_FILE}").write_text(to_yaml(self.options), encoding="utf-8")
+        with replace_file(output.with_name(f"{output.name}.{SETTINGS_FILE}"), "predictions") as work:
+            work.write_text(to_yaml(self.options), encoding="utf-8")
         figures = {"predictions": len(predictions) - len(problems), "without": len(problems)}
         if problems:
             say("{output}: {predictions} predictions, {without} rows without one", output=output, **figures)

@@ -52,7 +52,7 @@ def write_page(path: Path, name: str, values: Mapping[str, Any], option: str = "
         "values": data.replace("<", "\\u003c"),
     }
     text = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _part("page.html"))
-    with report_write_errors(f"{option} {path}", InputError), replace_file(path) as work:
+    with report_write_errors(f"{option} {path}", InputError), replace_file(path, "page") as work:
         work.write_text(text, encoding="utf-8", newline="\n")
 
 

@@ -50,7 +50,7 @@ def draw_run(run: Path, path: Path) -> Path | None:
 
 
 def _saved(figure: Any, path: Path) -> Path:
-    with replace_file(path) as work:
+    with replace_file(path, "picture") as work:
         figure.savefig(work, format="png")
     return path
 

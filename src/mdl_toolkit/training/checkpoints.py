@@ -57,7 +57,7 @@ def save(
         OSError: the disk does not take it; what was there before is untouched.
     """
     try:
-        with replace_folder(output / f"checkpoint-{step}") as work:
+        with replace_folder(output / f"checkpoint-{step}", "train") as work:
             adapter(work)
             save_file(dict(optimizer), work / OPTIMIZER)
             _write_state(work, {**state, "step": step})
@@ -79,8 +79,9 @@ def save_state(output: Path, checkpoint: "Checkpoint", state: Mapping[str, Any])
     Raises:
         OSError: the disk does not take it; what was there before is untouched.
     """
-    with replace_folder(output / f"checkpoint-{checkpoint.step}") as work:
-        shutil.copytree(checkpoint.folder, work, dirs_exist_ok=True)
+    with replace_folder(output / f"checkpoint-{checkpoint.step}", "train") as work:
+        for name in read_json(checkpoint.folder / CHECKSUMS):
+            shutil.copyfile(checkpoint.folder / name, work / name)
         _write_state(work, {**checkpoint.state, **state})
         _seal(work)
 
@@ -93,8 +94,6 @@ def _write_state(folder: Path, state: Mapping[str, Any]) -> None:
 def _seal(folder: Path) -> None:
     """Write sizes and checksums of a checkpoint's files, and wait until all is on the disk."""
     sums = {}
-    # If the folder is a copy, these are the original's.
-    (folder / CHECKSUMS).unlink(missing_ok=True)
     for file in sorted(folder.iterdir()):
         # Safetensors lets nobody but the owner read.
         file.chmod(0o644)
@@ -225,7 +224,7 @@ def delete_oldest(output: Path, limit: int, keep: set[int | None]) -> int:
         if step_of(path) in keep:
             continue
         try:
-            remove_folder(path)
+            remove_folder(path, "train")
             count += 1
         except OSError as problem:
             reason = problem.strerror or str(problem)

@@ -4,14 +4,15 @@ from functools import partial
 from pathlib import Path
 
 from mdl_toolkit.config.train import MergeOptions
-from mdl_toolkit.config.yaml import SETTINGS_FILE, to_yaml
+from mdl_toolkit.config.yaml import to_yaml
 from mdl_toolkit.data.tokenization import ChatTokenizer
-from mdl_toolkit.errors import InputError, ModelError
+from mdl_toolkit.errors import ModelError
 from mdl_toolkit.inference.verify import synthesize_samples, verify_merge
 from mdl_toolkit.training.checkpoints import CHECKSUMS, damage
 from mdl_toolkit.training.result import training_of
 from mdl_toolkit.utils.console import say
 from mdl_toolkit.utils.files import check_apart
+from mdl_toolkit.utils.ownership import check_output_folder
 from mdl_toolkit.weights.loading import base_of, quiet_libraries
 from mdl_toolkit.weights.merge import export_merged
 from mdl_toolkit.weights.model_card import ResultMetadata
@@ -45,12 +46,7 @@ def merge_adapter(options: MergeOptions) -> Path:
         ```
     """
     output = Path(options.output)
-    is_result = (output / SETTINGS_FILE).is_file() and (output / "config.json").is_file()
-    if output.exists() and not is_result and not (output.is_dir() and not any(output.iterdir())):
-        raise InputError(
-            "--output {output}: something else than a merged model is there; choose another folder",
-            output=output,
-        )
+    check_output_folder(output, options.COMMAND)
     adapter = _find_adapter(options)
     check_apart(output, adapter)
     base = base_of(adapter, from_modelscope=options.from_modelscope, name=options.model_name)
@@ -65,7 +61,7 @@ def merge_adapter(options: MergeOptions) -> Path:
     if options.verify:
         samples = synthesize_samples(ChatTokenizer(read_tokenizer_files(base)), origin.prompts)
         verify = partial(verify_merge, base, adapter, samples=samples) if samples else None
-    export_merged(base, adapter, output, about, verify=verify, dtype=options.dtype)
+    export_merged(base, adapter, output, about, verify=verify, dtype=options.dtype, kind=options.COMMAND)
     say("done: the merged model is in {output}", output=output)
     return output
 

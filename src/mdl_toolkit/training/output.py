@@ -1,5 +1,6 @@
 """Keep a run's output folder: check it, tidy it, set aside an earlier run, bring the best checkpoint."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -16,12 +17,15 @@ from mdl_toolkit.training.checkpoints import (
     step_of,
 )
 from mdl_toolkit.utils.console import say, warn
-from mdl_toolkit.utils.files import check_apart, recover_outputs, report_write_errors
+from mdl_toolkit.utils.files import check_apart, recover_outputs, replace_file, report_write_errors
+from mdl_toolkit.utils.ownership import maker, refuse, visible
 from mdl_toolkit.utils.run_folder import LOG, PLOT, REPORT
 from mdl_toolkit.weights.provenance import PROVENANCE_FILE, Provenance
 from mdl_toolkit.weights.resolve import ADAPTER_CONFIG, FINAL, MODEL_CONFIG
 
 OUTPUT_FILES = (FINAL, SETTINGS_FILE, PROVENANCE_FILE, LOG, PLOT, REPORT)
+# Names of what was moved away, and the folder of TensorBoard.
+_MOVED = re.compile(r"(.+\.)?previous-\d+|runs")
 
 
 # The folder that transformers gives TensorBoard.
@@ -41,6 +45,14 @@ def check_run_folder(output: Path, options: TrainOptions) -> None:
             "--output {output}: a checkpoint or a model is there; give the folder of a run, or a new one",
             output=output,
         )
+    shown = visible(output) if output.is_dir() else []
+    others = [path for path in shown if path.name not in OUTPUT_FILES and not _MOVED.fullmatch(path.name)]
+    others = [path for path in others if not is_checkpoint(path)]
+    # What else lies in the folder of a run that goes on stays where it is.
+    if shown and maker(output) != options.COMMAND:
+        refuse(output, [*others, *shown][0], options.COMMAND)
+    if others and not options.resume_from_checkpoint:
+        refuse(output, others[0], options.COMMAND)
     if Path(options.model_name).is_dir():
         check_apart(output, Path(options.model_name))
     for option in ("train_dataset", "eval_dataset"):
@@ -57,7 +69,7 @@ def check_run_folder(output: Path, options: TrainOptions) -> None:
 
 def tidy_output(output: Path) -> None:
     """Remove what a killed run left half-written, and put back what it had moved away to replace it."""
-    recover_outputs(output, FINAL, LOG, PLOT, REPORT, "checkpoint-*")
+    recover_outputs(output, FINAL, LOG, PLOT, REPORT, "checkpoint-*", kind="train")
 
 
 def prepare_output(
@@ -91,8 +103,9 @@ def prepare_output(
                     else checkpoint_of(resumed.folder.resolve().parent, step)
                 )
                 save_state(output, Checkpoint.at(folder), {})
-        (output / SETTINGS_FILE).write_text(to_yaml(options), encoding="utf-8")
-        origin.write(output)
+        for name, text in ((SETTINGS_FILE, to_yaml(options)), (PROVENANCE_FILE, origin.to_json())):
+            with replace_file(output / name, options.COMMAND) as work:
+                work.write_text(text, encoding="utf-8")
 
 
 def is_own(checkpoint: Checkpoint, output: Path) -> bool:

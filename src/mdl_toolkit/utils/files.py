@@ -20,8 +20,10 @@ from typing import Any
 from mdl_toolkit.errors import InputError, ToolkitError
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.locks import hold_lock
+from mdl_toolkit.utils.ownership import check_not_inside, discard, is_ours, remember, seal, set_aside
 
 INPUT = Localized("the input")
+NOT_REGULAR = Localized("a device, a FIFO or a socket is there; give the name of a file")
 _TEMPORARY = re.compile(r"\.(.+)\.(?:partial|old|lock)-([0-9a-f]{8})")
 
 
@@ -73,48 +75,71 @@ def fsync(path: Path) -> None:
 
 
 @contextmanager
-def replace_folder(output: Path) -> Iterator[Path]:
+def replace_folder(output: Path, kind: str) -> Iterator[Path]:
     """Yield a new folder to fill; it becomes the output when the context ends well, and is removed if not.
 
-    The previous content stays until then. A link is followed, and stays.
+    The previous content stays until then; what is not ours in it stays for good (`utils/ownership.py`). A
+    link is followed, and stays.
+
+    Args:
+        output: the folder.
+        kind: of output, for the record of its files.
 
     Raises:
         OSError: the folder cannot be made or put in place.
     """
     target = output.resolve()
-    with removing_empty(target.parent), _reserve(target) as (work, old):
+    with removing_empty(target.parent), _reserve(target, kind) as (work, old):
         work.mkdir()
         yield work
+        seal(work, kind)
         put_in_place(work, target, old)
         fsync(target.parent)
 
 
 @contextmanager
-def replace_file(output: Path) -> Iterator[Path]:
+def replace_file(output: Path, kind: str) -> Iterator[Path]:
     """Yield a new file to write; it becomes the output when the context ends well, and is removed if not.
 
-    Permissions of a previous file stay. A link is followed, and stays.
+    Permissions of a previous file stay. One that is not ours is set aside, unless it is empty. A link is
+    followed, and stays.
+
+    Args:
+        output: the file.
+        kind: of output, for the record of the folder's files.
 
     Raises:
-        OSError: the file cannot be made or put in place.
+        OSError: the file cannot be made or put in place, or no regular file is there.
     """
     target = output.resolve()
-    with removing_empty(target.parent), _reserve(target) as (work, _):
+    with removing_empty(target.parent), _reserve(target, kind) as (work, _):
         work.touch()
         yield work
+        if is_special(output):
+            raise OSError(NOT_REGULAR.en)
         if target.exists():
             shutil.copymode(target, work)
+            if target.stat().st_size and not is_ours(target, kind):
+                set_aside(target, target)
         work.replace(target)
+        remember(target, kind)
 
 
-def remove_folder(folder: Path) -> None:
+def is_special(path: Path) -> bool:
+    """Tell whether a path is that of a device, a FIFO or a socket."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def remove_folder(folder: Path, kind: str) -> None:
     """Remove a folder whole or not at all: its name never stands for a part of it.
+
+    If it holds what is not ours, it is set aside.
 
     Raises:
         OSError: it cannot be moved away.
     """
-    with _reserve(folder) as (work, _):
-        folder.rename(work)
+    with _reserve(folder, kind) as (_, old):
+        folder.rename(old)
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -163,12 +188,13 @@ def put_in_place(work: Path, target: Path, old: Path) -> None:
         raise
 
 
-def recover_outputs(folder: Path, *names: str) -> None:
+def recover_outputs(folder: Path, *names: str, kind: str) -> None:
     """Put back the outputs that a killed process had renamed for a moment, and remove all else that it left.
 
     Args:
         folder: in which it wrote.
         names: of its outputs, as patterns; temporary files of others stay.
+        kind: of output.
 
     Raises:
         OSError: the folder cannot be read, or an output not be put back.
@@ -185,22 +211,24 @@ def recover_outputs(folder: Path, *names: str) -> None:
             if old.exists() and not target.exists():
                 old.rename(target)
             _remove(work)
-            _remove(old)
+            if old.exists():
+                discard(old, target, kind)
 
 
 @contextmanager
-def _reserve(target: Path) -> Iterator[tuple[Path, Path]]:
+def _reserve(target: Path, kind: str) -> Iterator[tuple[Path, Path]]:
     """Yield paths for the new and the previous content of a target; what is there in the end is removed."""
     if not target.parent.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-    recover_outputs(target.parent, glob.escape(target.name))
+    recover_outputs(target.parent, glob.escape(target.name), kind=kind)
     work, old, lock = _temporary_paths(target, secrets.token_hex(4))
     with hold_lock(lock, remove=True):
         try:
             yield work, old
         finally:
             _remove(work)
-            _remove(old)
+            if old.exists():
+                discard(old, target, kind)
 
 
 def _temporary_paths(target: Path, mark: str) -> tuple[Path, Path, Path]:
@@ -263,7 +291,7 @@ def removing_empty(folder: Path) -> Iterator[None]:
 
 
 def check_file(output: Path, inputs: Iterable[str | Path], option: str = "--output") -> None:
-    """Refuse a file to write whose name is `-`, a folder's, or that of an input.
+    """Refuse a file to write that is `-`, a folder, a device or an input, or lies in a dataset or a model.
 
     Raises:
         InputError: naming both.
@@ -272,10 +300,13 @@ def check_file(output: Path, inputs: Iterable[str | Path], option: str = "--outp
         raise InputError(
             "{option} -: it is not written to standard output; give the name of a file", option=option
         )
+    if is_special(output):
+        raise InputError("{option} {output}: {reason}", option=option, output=output, reason=NOT_REGULAR)
     if output.is_dir():
         raise InputError(
             "{option} {output}: a folder is there; give the name of a file", option=option, output=output
         )
+    check_not_inside(output, option)
     for path in inputs:
         check_apart(output, Path(path), option)
 

@@ -57,6 +57,7 @@ def export_merged(
     *,
     verify: Callable[[Path], None] | None = None,
     dtype: str | None = None,
+    kind: str = "train",
 ) -> None:
     """Write base and adapter as one model, replacing what is at the output.
 
@@ -67,12 +68,13 @@ def export_merged(
         metadata: settings, provenance and the content of its model card.
         verify: called with the finished folder before that replaces the output; raises if it is wrong.
         dtype: of the result, one of `DTYPES`; the base's if not given.
+        kind: the command that writes it, for the record of its files.
 
     Raises:
         ModelError: the adapter does not fit the base, or a merged tensor is not finite.
         InputError: the folder cannot be written.
     """
-    with report_write_errors(f"--output {output}", InputError), replace_folder(output) as work:
+    with report_write_errors(f"--output {output}", InputError), replace_folder(output, kind) as work:
         merge(base, adapter, work, dtype)
         _write_metadata(work, base, metadata, is_adapter=False)
         if verify is not None:
@@ -85,7 +87,7 @@ def export_adapter(base: Path, adapter: Path, output: Path, metadata: ResultMeta
     Raises:
         InputError: the folder cannot be written.
     """
-    with report_write_errors(f"--output {output}", InputError), replace_folder(output) as work:
+    with report_write_errors(f"--output {output}", InputError), replace_folder(output, "train") as work:
         for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
             shutil.copyfile(adapter / name, work / name)
         for pattern in _COPIED_TO_ADAPTER:

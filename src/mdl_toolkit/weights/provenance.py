@@ -84,8 +84,8 @@ class Provenance:
     metrics: dict[str, float] = field(default_factory=dict)
     toolkit: str = __version__
 
-    def write(self, folder: Path) -> None:
-        """Write `mdl-toolkit.json` to a folder."""
+    def to_json(self) -> str:
+        """Return the text of `mdl-toolkit.json`."""
         prompts = self.prompts
         values = {
             **vars(self),
@@ -93,8 +93,11 @@ class Provenance:
             "prompts": {"system": prompts.system, "user": prompts.user},
             "prompts_differ": {"system": prompts.system_differs, "user": prompts.user_differs},
         }
-        text = json.dumps(values, ensure_ascii=False, indent=2) + "\n"
-        (folder / PROVENANCE_FILE).write_text(text, encoding="utf-8")
+        return json.dumps(values, ensure_ascii=False, indent=2) + "\n"
+
+    def write(self, folder: Path) -> None:
+        """Write `mdl-toolkit.json` to a folder."""
+        (folder / PROVENANCE_FILE).write_text(self.to_json(), encoding="utf-8")
 
 
 def read_provenance(folder: Path) -> Provenance | None:

@@ -220,7 +220,7 @@ def _report(figures: Figures, manifest: Manifest, findings: Findings, options: C
         if isinstance(options.json, str):
             with (
                 report_write_errors(f"--json {options.json}", InputError),
-                replace_file(Path(options.json)) as work,
+                replace_file(Path(options.json), "findings") as work,
             ):
                 work.write_text(text, encoding="utf-8")
     if options.json is STANDARD_OUTPUT:
@@ -246,8 +246,8 @@ def _write_fixed(output: Path, manifest: Manifest, findings: Findings, options: 
     bad_lines = set(findings.bad_lines)
     if findings.rows:
         with report_write_errors(f"--write-fixed {output}", InputError):
-            with replace_file(output) as work, work.open("wb") as file:
+            with replace_file(output, "rows") as work, work.open("wb") as file:
                 manifest.file.copy_rows(file, lambda line: line not in bad_lines)
-            with replace_file(output.with_name(f"{output.name}.{SETTINGS_FILE}")) as work:
+            with replace_file(output.with_name(f"{output.name}.{SETTINGS_FILE}"), "rows") as work:
                 work.write_text(to_yaml(options), encoding="utf-8")
     return {"path": str(output), "rows": findings.rows, "left_out": len(bad_lines)}

@@ -30,10 +30,13 @@ from mdl_toolkit.errors import DatasetError, InputError
 from mdl_toolkit.utils.console import say
 from mdl_toolkit.utils.files import fsync, parse_json, put_in_place, report_write_errors, write_text
 from mdl_toolkit.utils.locks import TRIES, ByteLocks
+from mdl_toolkit.utils.ownership import discard, seal
 
 # Byte r of the lock file stands for rank r, byte _RANKS + n for shard n; _BEGUN: the plan is made known.
 _RANKS = 1 << 20
 _BEGUN = _RANKS - 1
+# Of output, for the record of its files.
+KIND = "convert-dataset"
 
 
 class WorkFolder:
@@ -66,6 +69,7 @@ class WorkFolder:
                 # Put back what a run moved away that was killed at the very moment of putting in place.
                 if self._previous.exists() and not self.output.exists():
                     self._previous.rename(self.output.resolve())
+                self._discard_previous()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *more: BaseException | TracebackType | None) -> None:
@@ -187,9 +191,14 @@ class WorkFolder:
     def finish(self) -> None:
         """Put the dataset in place, and remove everything else."""
         with report_write_errors(f"--output {self.output}", InputError):
-            shutil.rmtree(self._previous, ignore_errors=True)
+            seal(self.dataset, KIND)
             put_in_place(self.dataset, self.output.resolve(), self._previous)
+            self._discard_previous()
         self.remove()
+
+    def _discard_previous(self) -> None:
+        if self._previous.exists():
+            discard(self._previous, self.output.resolve(), KIND)
 
     def remove(self) -> None:
         """Remove the folder with all that is in it; the lock last, which keeps others out meanwhile."""
