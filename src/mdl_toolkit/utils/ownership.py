@@ -22,6 +22,8 @@ from mdl_toolkit.utils.locks import hold_lock
 RECORD, SETTINGS = ".mdl-toolkit-files.json", "mdl-toolkit.yaml"
 # Of a larger file so many blocks are digested, and it must not be newer than the record by so many seconds.
 BLOCK, BLOCKS, TOLERANCE = 1 << 16, 16, 2.0
+# In place of a digest: any content.
+ANY = "any"
 # Folders of these commands are replaced as a whole.
 WHOLE = ("convert-dataset", "merge")
 
@@ -38,6 +40,9 @@ def seal(folder: Path, kind: str, *, is_whole: bool = True) -> None:
         is_whole: nothing else is to be written into it.
     """
     files = {name: _digest(folder / name, kind) for name in _files_below(folder) if name != RECORD}
+    # The same rows converted with more processes give the same bytes: only its age tells of a change.
+    if SETTINGS in files:
+        files[SETTINGS] = ANY
     _write(folder, {"files": files, "is_whole": is_whole})
 
 
@@ -98,8 +103,10 @@ def _is_recorded(folder: Path, name: str, kind: str, files: dict[str, str]) -> b
         return False
     with suppress(OSError):
         about, recorded = file.stat(), (folder / RECORD).stat().st_mtime
-        is_old = about.st_size <= BLOCK * BLOCKS or about.st_mtime <= recorded + TOLERANCE
-        return is_old and _digest(file, kind) == files[name]
+        is_old = about.st_mtime <= recorded + TOLERANCE
+        if files[name] == ANY:
+            return is_old
+        return (is_old or about.st_size <= BLOCK * BLOCKS) and _digest(file, kind) == files[name]
     return False
 
 
@@ -148,7 +155,7 @@ def check_output_folder(output: Path, command: str, option: str = "--output") ->
             file = shown[0] if maker(output) != command else None
             if file is None and (output / RECORD).exists():
                 file = next(foreign_files(output, command), None)
-    elif output.exists() or output.is_symlink():
+    elif output.exists():
         file = output
     if file is not None:
         refuse(output, file, command, option)

@@ -31,6 +31,7 @@ from mdl_toolkit.data.dataset import ConvertedDataset
 from mdl_toolkit.data.warnings import find_leaks
 from mdl_toolkit.training.memory.plan import plan_memory
 from mdl_toolkit.training.sampler import BatchSampler
+from mdl_toolkit.utils.ownership import RECORD
 from mdl_toolkit.weights.loading import load_model
 from mdl_toolkit.weights.resolve import read_json
 from tests.support.runs import make_rows, write_csv
@@ -272,7 +273,9 @@ def test_the_fixed_file_keeps_every_other_byte(run, tmp_path):
     table.write_bytes(b"".join(records))
     assert run(table, "--write-fixed", fixed).status == 1
     assert fixed.read_bytes() == b"".join(record for record in records if b"gone" not in record)
-    assert {path.name for path in fixed.parent.iterdir()} == {"fixed.csv", "fixed.csv.mdl-toolkit.yaml"}
+    assert {path.name for path in fixed.parent.iterdir()} == {
+        "fixed.csv", "fixed.csv.mdl-toolkit.yaml", RECORD
+    }  # fmt: skip
     old = tmp_path / "mac.csv"  # lines that end with a carriage return alone
     old.write_bytes(f"audio,prediction\r{good},yes\r{bad},no\r{good},no".encode())
     run(old, "--write-fixed", fixed)

@@ -19,10 +19,11 @@ import pytest
 
 from mdl_toolkit.data.convert.plan import Plan, Shard
 from mdl_toolkit.data.convert.stats import ConversionStats
-from mdl_toolkit.data.convert.work_folder import WorkFolder
+from mdl_toolkit.data.convert.work_folder import KIND, WorkFolder
 from mdl_toolkit.data.dataset_writer import shard_name
 from mdl_toolkit.errors import DatasetError, InputError, Problems, RowProblem
 from mdl_toolkit.i18n import Localized
+from mdl_toolkit.utils.ownership import RECORD, seal
 from tests.support.runs import files_below
 
 LOADED = time.time()
@@ -32,7 +33,7 @@ OTHER = """
 import sys
 from pathlib import Path
 from mdl_toolkit.errors import Problems
-from mdl_toolkit.data.convert.work_folder import WorkFolder
+from mdl_toolkit.data.convert.work_folder import KIND, WorkFolder
 from mdl_toolkit.data.convert.plan import Plan, Shard
 
 shards = (Shard(0, 4, "a"), Shard(1, 5, "b"), Shard(2, 6, "c"))
@@ -363,11 +364,12 @@ def test_an_output_that_was_completed_meanwhile(output, seconds, completed):
 def test_it_is_put_in_place(output, tmp_path):
     output.mkdir()
     (output / "old").touch()
+    seal(output, KIND)
     with WorkFolder(output) as work:
         work.begin(PLAN)
         commit(work, SHARDS[0])
         work.finish()
-    assert files_below(tmp_path) == {f"out/{shard_name(0, 3)}"}
+    assert files_below(tmp_path) == {f"out/{shard_name(0, 3)}", f"out/{RECORD}"}
 
 
 def test_a_link_is_followed_and_stays(output, tmp_path):
