@@ -242,7 +242,8 @@ def test_files(place, capsys):
         options(place, output=paths, group_by=("language",), compare=str(place / "p.csv"), seed=7)
     )
     assert files_below(place) == {
-        "p.csv", "r.csv", "new/o.json", "new/o.json.mdl-toolkit.yaml", "o.csv", "o.csv.mdl-toolkit.yaml"
+        "p.csv", "r.csv", "new/o.json", "new/o.json.mdl-toolkit.yaml", "o.csv", "o.csv.mdl-toolkit.yaml",
+        "o.csv.previous-1",
     }  # fmt: skip
     written = json.loads((place / "new/o.json").read_text(encoding="utf-8"))
     assert written["metrics"]["wer"] == {

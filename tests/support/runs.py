@@ -10,6 +10,7 @@ import soundfile
 from mdl_toolkit.config.data import ConvertOptions
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.data.convert.run import convert_dataset
+from mdl_toolkit.utils.ownership import RECORD
 from mdl_toolkit.utils.run_folder import read_log
 from tests.support.waves import wave
 
@@ -65,7 +66,9 @@ def convert(csv_file: Path, model: Path, output: Path) -> Path:
 
 
 def files_below(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    """All files but the records of what was written."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != RECORD]
+    return {str(path.relative_to(folder)) for path in files}
 
 
 def history(output):

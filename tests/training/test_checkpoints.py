@@ -19,6 +19,7 @@ from mdl_toolkit.training import checkpoints
 from mdl_toolkit.training.checkpoints import damage, delete_oldest, save, to_resume
 from mdl_toolkit.training.output import set_aside
 from mdl_toolkit.training.run import train
+from mdl_toolkit.utils.ownership import RECORD
 from mdl_toolkit.utils.run_folder import read_log
 from tests.support.fleet import die_before, fleet
 from tests.support.paths import MODEL
@@ -52,7 +53,7 @@ def make(output, *steps):
 
 
 def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name != RECORD)
 
 
 def flip_a_byte(file):
@@ -88,7 +89,7 @@ def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path):
     """Of a real run: no such suffix, and no file that pickle or torch.load would take."""
     train(train_options(make_csv(tmp_path, 4), MODEL, tmp_path / "run"))
     files = [path for path in (tmp_path / "run/checkpoint-1").rglob("*") if path.is_file()]
-    assert {path.name for path in files} == OF_A_RUN
+    assert {path.name for path in files} == OF_A_RUN | {RECORD}
     for path in files:
         assert path.suffix in (".json", ".yaml", ".safetensors")
         assert not zipfile.is_zipfile(path)
@@ -185,8 +186,10 @@ def test_a_new_one_takes_the_place_of_one_of_the_same_step(tmp_path):
     flip_a_byte(output / "checkpoint-4/state.json")
     (output / "checkpoint-4/stale").write_text("")
     make(tmp_path, 4)
-    assert names(tmp_path) == ["checkpoint-4"]
+    # As a whole: one of its files is not as it was written, and another is somebody else's.
+    assert names(tmp_path) == ["checkpoint-4", "checkpoint-4.previous-1"]
     assert set(names(output / "checkpoint-4")) == FILES
+    assert set(names(output / "checkpoint-4.previous-1")) == {*FILES, "stale"}
     assert damage(output / "checkpoint-4") is None
 
 

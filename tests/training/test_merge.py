@@ -158,7 +158,7 @@ def test_places_that_are_refused(base, tmp_path):
             merged(adapter, output, **name)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="something else than a merged model is there"):
+    with pytest.raises(InputError, match="notes.txt is there, which merge did not write"):
         merged(adapter, tmp_path / "mine", **name)
     assert (tmp_path / "mine/notes.txt").read_text() == "mine"
     merged(adapter, tmp_path / "out", verify=False, **name)

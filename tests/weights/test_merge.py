@@ -8,7 +8,6 @@ from safetensors.torch import load_file, save_file
 
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.model import MiDashengLMModel
-from mdl_toolkit.utils.ownership import RECORD
 from mdl_toolkit.weights.merge import export_adapter, export_merged, merge
 from mdl_toolkit.weights.model_card import ResultMetadata
 from mdl_toolkit.weights.provenance import Provenance
@@ -161,5 +160,5 @@ def test_an_unmerged_export_holds_adapter_and_text_side(golden, tmp_path):
     beside = files_below(base) - {"config.json", "model.safetensors"}
     assert files_below(tmp_path / "final") == beside | {
         "adapter_config.json", "adapter_model.safetensors", "mdl-toolkit.yaml", "mdl-toolkit.json",
-        "README.md", RECORD,
+        "README.md",
     }  # fmt: skip

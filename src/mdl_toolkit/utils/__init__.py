@@ -3,6 +3,7 @@
 Modules:
     console       write lines, warnings and progress to standard error
     files         write files and folders whole or not at all
+    ownership     know what the toolkit wrote; nothing else is replaced or removed
     locks         locks that end with their process
     machine       CPUs and memory that this process may use, errors that say memory ran out
     worker_pool   run jobs in several processes

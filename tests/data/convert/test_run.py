@@ -24,7 +24,6 @@ from mdl_toolkit.data.manifest import read_manifest
 from mdl_toolkit.data.tokenization import IGNORE_INDEX, ChatTokenizer
 from mdl_toolkit.errors import InputError, ModelError, RowsError
 from mdl_toolkit.model.lengths import audio_token_count
-from mdl_toolkit.utils.ownership import RECORD
 from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 from tests.support.paths import MODEL, PHRASES
 from tests.support.recordings import pcm_wav
@@ -82,7 +81,7 @@ def test_a_dataset_holds_all_that_training_needs(place):
 
     rows = make_rows(place / "audio", 5)
     dataset = convert(rows, system_prompt="Be brief.")
-    assert files_below(place / "out") == {*DATA_FILES, SETTINGS_FILE, RECORD}
+    assert files_below(place / "out") == {*DATA_FILES, SETTINGS_FILE}
     assert {path.name for path in place.iterdir()} == {"audio", "rows.csv", "out"}
     tokenizer = ChatTokenizer(read_tokenizer_files(MODEL))
     manifest = read_manifest("rows.csv", options(system_prompt="Be brief."), needs_prediction=True)
@@ -277,7 +276,7 @@ def test_an_empty_folder_and_an_old_dataset_are_replaced(place):
     (place / "out/.cache").write_text("old")
     assert len(convert(rows)) == 3
     assert {path.name for path in place.iterdir()} == {"audio", "rows.csv", "out"}
-    assert files_below(place / "out") == {*DATA_FILES, SETTINGS_FILE, RECORD, ".cache"}
+    assert files_below(place / "out") == {*DATA_FILES, SETTINGS_FILE, ".cache"}
 
 
 def test_the_current_directory_may_be_the_old_dataset(place, monkeypatch):
@@ -392,7 +391,7 @@ def test_each_address_is_fetched_once(place, server):
     for number, sample in zip(order, dataset, strict=True):
         np.testing.assert_array_equal(sample.waveform * 32768, samples[number])
     assert {path.name for path in place.iterdir()} == {"rows.csv", "out"}
-    assert files_below(place / "out") == {*DATA_FILES, SETTINGS_FILE, RECORD}
+    assert files_below(place / "out") == {*DATA_FILES, SETTINGS_FILE}
 
 
 @needs_server

@@ -23,7 +23,7 @@ from mdl_toolkit.data.convert.work_folder import KIND, WorkFolder
 from mdl_toolkit.data.dataset_writer import shard_name
 from mdl_toolkit.errors import DatasetError, InputError, Problems, RowProblem
 from mdl_toolkit.i18n import Localized
-from mdl_toolkit.utils.ownership import RECORD, seal
+from mdl_toolkit.utils.ownership import seal
 from tests.support.runs import files_below
 
 LOADED = time.time()
@@ -369,7 +369,7 @@ def test_it_is_put_in_place(output, tmp_path):
         work.begin(PLAN)
         commit(work, SHARDS[0])
         work.finish()
-    assert files_below(tmp_path) == {f"out/{shard_name(0, 3)}", f"out/{RECORD}"}
+    assert files_below(tmp_path) == {f"out/{shard_name(0, 3)}"}
 
 
 def test_a_link_is_followed_and_stays(output, tmp_path):
