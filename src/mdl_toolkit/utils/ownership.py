@@ -43,7 +43,7 @@ def seal(folder: Path, kind: str, *, is_whole: bool = True) -> None:
     # The same rows converted with more processes give the same bytes: only its age tells of a change.
     if SETTINGS in files:
         files[SETTINGS] = ANY
-    _write(folder, {"files": files, "is_whole": is_whole})
+    (folder / RECORD).write_text(_to_json({"files": files, "is_whole": is_whole}), encoding="utf-8")
 
 
 def remember(file: Path, kind: str) -> None:
@@ -51,7 +51,10 @@ def remember(file: Path, kind: str) -> None:
     with suppress(OSError), hold_lock(file.with_name(f"{RECORD}.lock"), remove=True):
         record = _read(file.parent)
         files = {name: value for name, value in record["files"].items() if (file.parent / name).exists()}
-        _write(file.parent, {**record, "files": {**files, file.name: _digest(file, kind)}})
+        work = file.with_name(f"{RECORD}.partial")
+        text = _to_json({**record, "files": {**files, file.name: _digest(file, kind)}})
+        work.write_text(text, encoding="utf-8")
+        work.replace(file.with_name(RECORD))
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -61,10 +64,8 @@ def _read(folder: Path) -> dict[str, Any]:
     return {"files": {}, "is_whole": False}
 
 
-def _write(folder: Path, record: dict[str, Any]) -> None:
-    work = folder / f"{RECORD}.partial"
-    work.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    work.replace(folder / RECORD)
+def _to_json(record: dict[str, Any]) -> str:
+    return json.dumps(record, indent=1, sort_keys=True) + "\n"
 
 
 def _files_below(folder: Path) -> Iterator[str]:
