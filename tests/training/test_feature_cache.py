@@ -239,6 +239,25 @@ def test_processes_that_do_not_share_the_folder_are_told(place, tmp_path, start)
     assert f"{file}: not here as another process wrote it" in jobs[0].said()
 
 
+@pytest.mark.parametrize("place_of", [0, 100, -1], ids=["first", "middle", "last"])
+def test_features_that_change_on_the_disk_are_noticed(place, tmp_path, monkeypatch, place_of):
+    """One bit of one of the files, after all are written and before any is read."""
+    real = FeatureCache.precomputed
+
+    def spoil(self, dataset, model):
+        kept = real(self, dataset, model)
+        file = tmp_path / "run/.dataset/features/0-0"
+        content = bytearray(file.read_bytes())
+        content[place_of % (len(content) - 4 * ROWS)] ^= 64
+        with file.open("r+b") as opened:
+            opened.write(content)
+        return kept
+
+    monkeypatch.setattr(FeatureCache, "precomputed", spoil)
+    with pytest.raises(DatasetError, match=r"audio features of line \d+: changed on the disk"):
+        train(options_of(place, tmp_path / "run", eval_dataset=None))
+
+
 # --- refused ------------------------------------------------------------------------------------------------
 
 
@@ -275,9 +294,9 @@ def test_what_is_trained_cannot_be_kept(place, tmp_path, targets, named):
 
 
 def bytes_needed(dtype_bytes):
-    """Counted from the recordings: 5 tokens a second of 64 numbers, the hidden size of the test's model."""
+    """From the recordings: 5 tokens a second of 64 numbers, the hidden size, and 4 bytes of checksum each."""
     lengths = [LENGTHS[row % 6] for row in range(ROWS)] + [LENGTHS[row % 6] for row in range(EVAL_ROWS)]
-    return sum((1 + samples // 160) // 20 for samples in lengths) * 64 * dtype_bytes
+    return sum((1 + samples // 160) // 20 for samples in lengths) * 64 * dtype_bytes + 4 * len(lengths)
 
 
 @pytest.mark.usefixtures("_no_weights")

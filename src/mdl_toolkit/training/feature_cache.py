@@ -1,11 +1,13 @@
 """Cache audio features on disk: the output of a frozen encoder and projector, computed once for a run.
 
-They lie in flat files that are read through a memory map, and are computed anew whenever a run starts or goes
-on: nothing that a killed run left is ever used. Of several processes each computes its share of the examples
-into a file of its own and reads all files, so that they must share the output folder.
+They lie in flat files that are read through a memory map, with checksums of the examples behind them, and are
+computed anew whenever a run starts or goes on: nothing that a killed run left is ever used. Of several
+processes each computes its share of the examples into a file of its own and reads all files, so that they
+must share the output folder.
 """
 
 import shutil
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +37,7 @@ from mdl_toolkit.utils.signals import raise_if_interrupted
 from mdl_toolkit.weights.loading import best_device, choose_dtype
 
 FROZEN = ("encoder", "projector")
+CHECKSUM = np.dtype(np.uint32)
 
 
 def check_frozen(options: TrainOptions) -> None:
@@ -77,6 +80,8 @@ class PrecomputedDataset:
         files: number of the file that holds an example, `[examples]`.
         starts: audio token of that file at which an example begins, `[examples]`.
         counts: audio tokens of every example, `[examples]`.
+        checksums: CRC-32 of every example's features, `[examples]`.
+        verified: whether that was compared, `[examples]`.
     """
 
     dataset: ConvertedDataset
@@ -84,6 +89,8 @@ class PrecomputedDataset:
     files: Indices
     starts: Indices
     counts: Indices
+    checksums: NDArray[np.uint32]
+    verified: NDArray[np.bool_]
 
     @property
     def token_counts(self) -> NDArray[np.int64]:
@@ -95,9 +102,20 @@ class PrecomputedDataset:
         return self.dataset.line(index)
 
     def __getitem__(self, index: int) -> PrecomputedSample:
-        """Return an example."""
+        """Return an example.
+
+        Raises:
+            DatasetError: its features are not those that were written.
+        """
         tokens, start = self.dataset.tokens(index), self.starts[index]
         features = self.features[self.files[index]][start : start + self.counts[index]]
+        if not self.verified[index] and zlib.crc32(_bytes_of(features)) != self.checksums[index]:
+            raise DatasetError(
+                "audio features of line {line}: changed on the disk after they were written; start again "
+                "with --resume-from-checkpoint true, and they are computed anew",
+                line=self.dataset.line(index),
+            )
+        self.verified[index] = True
         samples = int(self.dataset.audio_lengths[index])
         return PrecomputedSample(tokens.input_ids, tokens.labels, features, samples)
 
@@ -137,7 +155,9 @@ class FeatureCache:
             with report_write_errors(str(folder), InputError):
                 folder.mkdir(parents=True)
             tokens = sum(int(_audio_tokens(dataset).sum()) for dataset in datasets)
-            needed = tokens * self._hidden * self._dtype.itemsize
+            needed = tokens * self._hidden * self._dtype.itemsize + CHECKSUM.itemsize * sum(
+                map(len, datasets)
+            )
             free = shutil.disk_usage(folder).free
             message = Localized(
                 "audio features: {needed} in {folder}, where {free} are free",
@@ -167,7 +187,7 @@ class FeatureCache:
         order = (-dataset.audio_lengths).argsort(kind="stable")
         shares = [order[rank :: self._world.size] for rank in range(self._world.size)]
         files = [self._folder / f"{number}-{rank}" for rank in range(self._world.size)]
-        own, base = shares[self._world.rank], model.get_base_model()
+        own, base, checksums = shares[self._world.rank], model.get_base_model(), []
         batches = [own[start : start + self._batch_size] for start in range(0, len(own), self._batch_size)]
         loader = Prefetcher.for_device(
             self._device, lambda batch: Collator(0)([dataset[int(index)] for index in batch])
@@ -179,9 +199,11 @@ class FeatureCache:
         ):
             for indices, batch in zip(batches, loader.batches(batches), strict=True):
                 for features in self._micro_batcher.run(len(indices), partial(self._compute, base, batch)):
-                    sink.write(features.view(torch.uint8).numpy().data)
+                    sink.write(_bytes_of(features))
+                    checksums.append(zlib.crc32(_bytes_of(features)))
                 shown.advance(len(indices))
                 raise_if_interrupted()
+            sink.write(np.array(checksums, CHECKSUM).data)
         self._world.wait()
         return self._open(dataset, shares, files)
 
@@ -191,24 +213,28 @@ class FeatureCache:
         """Open the files of all processes; `shares` are indices of each file's examples, in order."""
         counts = _audio_tokens(dataset)
         numbers, starts, features = np.zeros_like(counts), np.zeros_like(counts), []
+        checksums = np.zeros(len(counts), CHECKSUM)
         for number, (indices, file) in enumerate(zip(shares, files, strict=True)):
             numbers[indices], starts[indices] = number, counts[indices].cumsum() - counts[indices]
             tokens = int(counts[indices].sum())
             elements = tokens * self._hidden
-            if not file.exists() or file.stat().st_size != elements * self._dtype.itemsize:
+            end = elements * self._dtype.itemsize
+            if not file.exists() or file.stat().st_size != end + len(indices) * CHECKSUM.itemsize:
                 raise DatasetError(
                     "{file}: not here as another process wrote it; all must share the output folder",
                     file=file,
                 )
+            checksums[indices] = np.fromfile(file, CHECKSUM, offset=end)
             flat = torch.empty(0, dtype=self._dtype)
             if tokens:
                 flat = torch.from_file(str(file), shared=False, size=elements, dtype=self._dtype)
             features.append(flat.view(tokens, self._hidden))
-        return PrecomputedDataset(dataset, features, numbers, starts, counts)
+        verified = np.zeros(len(counts), bool)
+        return PrecomputedDataset(dataset, features, numbers, starts, counts, checksums, verified)
 
     @torch.no_grad()
     def _compute(self, model: Any, batch: Batch, most: int) -> list[Tensor]:
-        """Return the features of a batch, `[audio tokens, hidden_size]`, in parts of at most `most` clips."""
+        """Return the features of each clip, `[audio tokens, hidden_size]`; computes `most` at once."""
         features, is_half = [], self._dtype == torch.bfloat16
         for start in range(0, len(batch["audio_length"]), most):
             lengths = batch["audio_length"][start : start + most]
@@ -216,8 +242,13 @@ class FeatureCache:
             # As in training.
             with torch.autocast(self._device.type, torch.bfloat16, enabled=is_half):
                 part = model.audio_features(clips.to(self._device), lengths)
-            features.append(part.to("cpu", self._dtype).contiguous())
+            counts = [*map(audio_token_count, lengths.tolist())]
+            features += part.to("cpu", self._dtype).contiguous().split(counts)
         return features
+
+
+def _bytes_of(features: Tensor) -> memoryview:
+    return features.view(torch.uint8).numpy().data
 
 
 def _audio_tokens(dataset: ConvertedDataset) -> Indices:
