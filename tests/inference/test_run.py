@@ -18,6 +18,7 @@ from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import InputError, ModelError, RowsError
 from mdl_toolkit.inference import engines
 from mdl_toolkit.inference import generate as answering
+from mdl_toolkit.inference import run as inference
 from mdl_toolkit.inference.run import infer
 from mdl_toolkit.model import MiDashengLMModel
 from mdl_toolkit.training.run import train
@@ -276,3 +277,11 @@ def test_the_output_is_not_standard_output(model, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="--output -: it is not written to standard output"):
         infer(options(source, model, "-"))
     assert not Path("-").exists()
+
+
+def test_weights_that_are_cut_are_named_before_recordings_are_converted(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(inference, "convert_rows", lambda *_, **__: pytest.fail("recordings were converted"))
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ModelError, match=r"model\.safetensors: no whole safetensors file"):
+        infer(options(make_csv(tmp_path, 2), model, tmp_path / "out.csv"))

@@ -2,6 +2,7 @@
 
 import gc
 import re
+import weakref
 
 import pytest
 import torch
@@ -16,10 +17,11 @@ from mdl_toolkit.model import MiDashengLMModel
 from mdl_toolkit.training import result
 from mdl_toolkit.training.run import train
 from mdl_toolkit.weights import merge as export
+from mdl_toolkit.weights.loading import load_model, with_adapter
 from mdl_toolkit.weights.merge import merge
 from mdl_toolkit.weights.provenance import Prompts
 from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
-from tests.support.adapters import make_adapter
+from tests.support.adapters import adapted, make_adapter
 from tests.support.runs import copy_checkpoint, files_below, make_csv, train_options
 from tests.support.weight_files import tensors_of
 
@@ -160,3 +162,44 @@ def test_without_verify_nothing_is_loaded(golden, tmp_path, monkeypatch):
     monkeypatch.setattr(result, "verify_merge", None)
     model = copy_checkpoint(golden, "A-small", tmp_path)
     assert train(train_options(make_csv(tmp_path, 4), model, tmp_path / "run", verify=False)).final.is_dir()
+
+
+def test_dora_is_proven_too(golden, tmp_path, capsys):
+    base = copy_checkpoint(golden, "A-small", tmp_path)
+    adapted(base, tmp_path / "adapter", use_dora=True, target_modules=["q_proj", "down_proj", "fc1"])
+    (merged := tmp_path / "merged").mkdir()
+    merge(base, tmp_path / "adapter", merged)
+    verify_merge(base, tmp_path / "adapter", merged, rows(base))
+    assert "3 of 3 greedy texts the same" in capsys.readouterr().err
+
+
+def test_a_gpu_that_is_too_small_is_let_go_before_the_cpu_proves(parts, monkeypatch, capsys):
+    """What a failed attempt held is freed when the second one begins."""
+    base, adapter, merged = parts
+    load, held = proof.load_model, []
+
+    def lacking(folder, *, dtype, device):
+        if device.type == "cpu":
+            gc.collect()
+            assert held[0]() is None
+            return load(folder, dtype=dtype, device=device)
+        model = load(folder, dtype=dtype, device=torch.device("cpu"))
+        held.append(weakref.ref(model))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(proof, "load_model", lacking)
+    monkeypatch.setattr(proof, "best_device", lambda: torch.device("cuda"))
+    verify_merge(base, adapter, merged, rows(base))
+    assert LINE.search(capsys.readouterr().err)
+
+
+def test_an_adapter_that_lacks_memory_does_not_pass_for_one_that_does_not_fit(parts, monkeypatch):
+    base, adapter, _ = parts
+
+    def lacking(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(PeftModel, "from_pretrained", lacking)
+    plain = load_model(base, dtype=torch.float32, device=torch.device("cpu"))
+    with pytest.raises(torch.OutOfMemoryError):
+        with_adapter(plain, adapter)

@@ -6,7 +6,7 @@ both have chosen the same tokens, their logits are comparable; the verdict rests
 
 import gc
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -91,12 +91,13 @@ def verify_merge(base: Path, adapter: Path, merged: Path, samples: Sequence[Samp
     """
     tokenizer, dtype = ChatTokenizer(read_tokenizer_files(base)), stored_dtype(merged)
     device = best_device()
+    measured = None
     measure = partial(_measure, base, adapter, merged, samples, tokenizer, dtype)
-    try:
-        difference, largest, allowed = measure(device)
     # After a quantised training the GPU may be too small.
-    except torch.OutOfMemoryError:
-        difference, largest, allowed = measure(torch.device("cpu"))
+    with suppress(torch.OutOfMemoryError):
+        measured = measure(device)
+    # Here the error, which holds what the first attempt had loaded, is gone.
+    difference, largest, allowed = measured or measure(torch.device("cpu"))
     figures = {
         "difference": f"{difference.logits:.2g}",
         "allowed": f"{allowed:.2g}",

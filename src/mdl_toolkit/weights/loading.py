@@ -204,6 +204,8 @@ def with_adapter(model: "MiDashengLMModel", folder: Path) -> Any:
                 model, folder, torch_device=str(model.device), use_safetensors=True
             )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, UserWarning) as problem:
+        if describe_oom(problem) is not None:
+            raise
         reason = " ".join(str(problem).split())[:300]
         raise ModelError(
             "{folder}: the adapter does not fit its base: {reason}", folder=folder, reason=reason
