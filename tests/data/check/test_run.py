@@ -205,6 +205,88 @@ def test_answers_that_teach_little(run, tmp_path, answers, name):
 
 
 @pytest.mark.parametrize(
+    "answer", ["1月2日", "2-Jan", "Jan-26", "#NAME?", "####", "TRUE", "FALSE", "1.23E+11"]
+)
+def test_answers_that_excel_has_destroyed(run, tmp_path, answer):
+    rows = [
+        {**row, "prediction": text} for row, text in zip(phrases("train.csv"), [answer, "x"], strict=False)
+    ]
+    found = found_in(run(write_csv(tmp_path / "x.csv", rows), "--json").figures["files"][0])
+    assert found == {"excel_answer": [2]}
+
+
+@pytest.mark.parametrize("answer", ["true", "True", "Jan", "1e3 Hz", "#1", "2-January", "March 2"])
+def test_answers_that_it_has_not(run, tmp_path, answer):
+    rows = [
+        {**row, "prediction": text} for row, text in zip(phrases("train.csv"), [answer, "x"], strict=False)
+    ]
+    assert found_in(run(write_csv(tmp_path / "x.csv", rows), "--json").figures["files"][0]) == {}
+
+
+def test_classes_that_are_spelt_in_two_ways_and_those_that_training_never_shows(run, tmp_path):
+    clips, answers = phrases("train.csv"), ["Yes", "no", "ＮＯ", "yes"] * 2 + ["no"] * 4
+    rows = [{**clip, "prediction": text} for clip, text in zip(clips, answers, strict=False)]
+    train = write_csv(tmp_path / "train.csv", rows)
+    pairs = zip(phrases("test.csv"), ["yes", "maybe", "No"], strict=False)
+    held = write_csv(tmp_path / "eval.csv", [{**clip, "prediction": text} for clip, text in pairs])
+    done = run(train, held, "--json")
+    ours, theirs = done.figures["files"]
+    (near,) = (each for each in ours["findings"] if each["name"] == "near_answers")
+    assert [pair["answers"] for pair in near["pairs"]] == [["no", "ＮＯ"], ["Yes", "yes"]]
+    assert [pair["lines"] for pair in near["pairs"]] == [[3, 4], [2, 5]]
+    assert near["rows"] == 4
+    assert found_in(theirs) == {"unseen_answer": [3, 4]}
+    assert "'Yes' (2 from line 2), 'yes' (2 from line 5)" in run(train).out
+
+
+def test_an_imbalance_names_the_answers(run, tmp_path):
+    rows = [{**row, "prediction": "yes"} for row in phrases("train.csv")[:33]]
+    for row in rows[:3]:
+        row["prediction"] = "no"
+    table = write_csv(tmp_path / "x.csv", rows)
+    (found,) = run(table, "--json").figures["files"][0]["findings"]
+    assert found["answers"] == [["yes", 30], ["no", 3]]
+    assert "\n    'yes' x 30, 'no' x 3\n" in run(table).out
+
+
+@pytest.mark.parametrize(
+    ("prompt", "is_mark"),
+    [
+        ("<audio> What?", True), ("<|AUDIO|>What?", True), ("<|audio_bos|><|AUDIO|><|audio_eos|>", True),
+        ("</speech>", True), ("<Audio 1>", True), ("the audio: what?", False), ("a < b > c", False),
+    ],
+)  # fmt: skip
+def test_marks_of_recordings_in_prompts(run, tmp_path, prompt, is_mark):
+    table = write_csv(tmp_path / "x.csv", [{**phrases("train.csv")[0], "user_prompt": prompt}])
+    assert ("mark_prompt" in found_in(run(table, "--json").figures["files"][0])) is is_mark
+
+
+def test_copies_at_another_level_are_named_within_a_file_and_across(run, tmp_path):
+    clean, other = phrases("train.csv")[:4], phrases("test.csv")[:2]
+    samples, rate = soundfile.read(clean[1]["audio"], dtype="float32")
+    soundfile.write(tmp_path / "quiet.wav", samples * 0.3, rate, subtype="PCM_16")
+    copy = {**clean[1], "audio": str(tmp_path / "quiet.wav")}
+    train = write_csv(tmp_path / "train.csv", [*clean, copy])
+    ours, theirs = run(train, write_csv(tmp_path / "e.csv", [*other, copy]), "--json").figures["files"]
+    (found,) = (each for each in ours["findings"] if each["name"] == "copy")
+    assert (found["lines"], found["details"]) == ([6], [3])
+    assert found_in(theirs)["leak"] == [4]
+    assert "leak_copy" in found_in(theirs)
+    _, theirs = run(
+        write_csv(tmp_path / "t.csv", clean), write_csv(tmp_path / "e.csv", [*other, copy]), "--json"
+    ).figures["files"]
+    assert found_in(theirs)["leak_copy"] == [4]
+
+
+def test_a_few_samples_at_full_scale_are_no_finding(run, tmp_path):
+    samples = np.random.default_rng(0).uniform(-0.5, 0.5, 160_000)
+    samples[5_000:5_010] = 1.0
+    soundfile.write(tmp_path / "a.wav", samples, 16_000, subtype="PCM_16")
+    table = write_csv(tmp_path / "x.csv", [{"audio": str(tmp_path / "a.wav"), "prediction": "x"}])
+    assert found_in(run(table, "--json").figures["files"][0]) == {}
+
+
+@pytest.mark.parametrize(
     ("level", "expected"), [(-45, {}), (-55, {"nearly_empty": [2]}), (-95, {"silent": [2]})]
 )
 def test_how_faint_a_recording_may_be(run, tmp_path, level, expected):

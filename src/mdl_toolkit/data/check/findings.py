@@ -6,6 +6,7 @@ rows alone, not on the order in which workers report.
 
 import dataclasses
 import itertools
+import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdl_toolkit.audio.loading import SAMPLE_RATE
+from mdl_toolkit.data.check.copies import find_copies
 from mdl_toolkit.data.check.rows import FACTS, FLAGS, Facts, Inspected, digest, prompt_texts
 from mdl_toolkit.data.manifest import Manifest, Row
 from mdl_toolkit.errors import Problems, RowProblem
@@ -126,9 +128,12 @@ class Findings:
         is_long = tokens > (max_length or np.inf)
         findings += finding("too_long", facts["line"][is_long], tokens[is_long])
         findings += _repeated(facts)
+        findings += finding("copy", *find_copies(facts))
         if self.role != "inference":
             figures["answers"], unbalanced = self._class_balance(facts)
             findings += unbalanced
+            if not _are_texts(facts):
+                findings += self._near_answers(facts)
         if trained is not None:
             findings += _leaks(facts, trained)
         return {**figures, "findings": [*findings, *self._near_prompts(facts)]}
@@ -165,8 +170,28 @@ class Findings:
         if len(digests) == 1 and len(facts) > 1:
             return answers, [{"name": "identical_answers", "rows": len(facts)}]
         if classes and classes[0][1] >= UNBALANCED * classes[-1][1]:
-            return answers, [{"name": "unbalanced", "rows": classes[0][1]}]
+            ends = [[*classes[0]], [*classes[-1]]]
+            return answers, [{"name": "unbalanced", "rows": classes[0][1], "answers": ends}]
         return answers, []
+
+    def _near_answers(self, facts: Facts) -> list[Figures]:
+        """Find pairs of answers that differ in case, white space or full-width forms alone."""
+        digests, first_rows, counts = np.unique(facts["answer"], return_index=True, return_counts=True)
+        index_of = {number: index for index, number in enumerate(digests.tolist())}
+        seen: dict[str, tuple[str, int]] = {}
+        pairs: list[Figures] = []
+        for number, text in self._answers.items():
+            if number not in index_of:
+                continue
+            plain = "".join(unicodedata.normalize("NFKC", text).casefold().split())
+            first, other = seen.setdefault(plain, (text, index_of[number]))
+            # White space around answers is another finding.
+            if first.strip() != text.strip():
+                indices = [other, index_of[number]]
+                lines = facts["line"][first_rows[indices]].tolist()
+                pairs.append({"answers": [first, text], "rows": counts[indices].tolist(), "lines": lines})
+        rows = sum(min(pair["rows"]) for pair in pairs)
+        return [{"name": "near_answers", "rows": rows, "pairs": pairs}] if pairs else []
 
     def _near_prompts(self, facts: Facts) -> list[Figures]:
         """Find pairs of prompts that differ in one letter; their rows are those of the rarer ones."""
@@ -247,15 +272,14 @@ def _repeated(facts: Facts) -> list[Figures]:
 def _leaks(facts: Facts, trained: Facts) -> list[Figures]:
     """Find rows whose recording is also trained on, with the same texts or others, or whose answer alone is.
 
-    The last says something where answers are texts, not classes: where more than half of those trained on are
-    different.
+    The latter tells something of texts; of classes, an answer that is not trained on does.
     """
     clip_line, same_line = (
         _line_of(_mixed(facts, *names), _mixed(trained, *names), trained["line"])
         for names in (("clip",), ("clip", "prompt", "answer"))
     )
     answer_line = _line_of(facts["answer"], trained["answer"], trained["line"])
-    are_texts = 2 * len(np.unique(trained["answer"])) > len(trained)
+    are_texts = _are_texts(trained)
     overlap_line, recording_line = _shared_recordings(facts, trained)
     overlaps = (overlap_line > 0) & (clip_line == 0)
     shares = (recording_line > 0) & (overlap_line == 0) & (clip_line == 0)
@@ -268,7 +292,14 @@ def _leaks(facts: Facts, trained: Facts) -> list[Figures]:
         *finding("leak_overlap", lines[overlaps], overlap_line[overlaps]),
         *finding("same_recording", lines[shares], recording_line[shares]),
         *finding("same_text", lines[has_same_answer], answer_line[has_same_answer]),
+        *finding("unseen_answer", lines[(answer_line == 0) & (not are_texts)]),
+        *finding("leak_copy", *find_copies(facts, trained)),
     ]
+
+
+def _are_texts(facts: Facts) -> bool:
+    """Tell whether answers are texts rather than classes: more than half of them are different."""
+    return 2 * len(np.unique(facts["answer"])) > len(facts)
 
 
 def _shared_recordings(facts: Facts, trained: Facts) -> tuple[Numbers, Numbers]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from mdl_toolkit.audio.flac import pack_audio
 from mdl_toolkit.audio.loading import SAMPLE_RATE, Clip
 from mdl_toolkit.audio.urls import is_url
+from mdl_toolkit.data.check.copies import fingerprint
 from mdl_toolkit.data.manifest import Row
 from mdl_toolkit.data.open_audio import Recordings
 from mdl_toolkit.data.tokenization import IGNORE_INDEX, ChatTokenizer
@@ -31,6 +32,16 @@ LEAST_AUDIBLE = 0.05
 # What a spreadsheet takes for a number or a day, and may write as another text.
 NUMBER = re.compile(r"[+-]?(\d[\d,]*\.?\d*|\.\d+)([eE][+-]?\d+)?")
 DAY = re.compile(r"\d{1,4}[-/]\d{1,2}([-/]\d{1,4})?")
+# What Excel has made of another text: a day, an error, a truth value, a long number.
+MONTH = "(Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)"
+EXCEL = re.compile(
+    rf"\d{{1,2}}月\d{{1,2}}日|\d{{1,2}}-{MONTH}(-\d\d)?|{MONTH}-\d\d|TRUE|FALSE|-?\d(\.\d+)?E[+-]\d\d+"
+    r"|#(NAME\?|VALUE!|REF!|DIV/0!|NUM!|NULL!|N/A)|#{3,}"
+)
+# What other models' prompts have in the recording's place; here it is put there anyway.
+AUDIO_MARK = re.compile(r"<\|?/?(audio|sound|speech|wav)[\w ]*\|?>", re.IGNORECASE)
+# Below this share of samples at full scale nobody hears that a recording is clipped.
+LEAST_CLIPPED = 0.001
 # What it runs; a number with a sign, a list item or a name with @ before it is not meant.
 FORMULA = re.compile(r"\s*(=|[@+-].*[(|!])")
 # Digits that a spreadsheet keeps of a number.
@@ -38,12 +49,13 @@ DIGITS = 15
 
 # One row. Three digests stand for the stored recording, the prompts and the answer; `text` counts what is no
 # audio, in tokens or, without a tokenizer, in characters; `stored` is bytes of the recording; `recording` is
-# a digest of its path or address, and the row has `start` to `end` (seconds) of `channel`, 0 for all.
+# a digest of its path or address, and the row has `start` to `end` (seconds) of `channel`, 0 for all; `shape`
+# is the fingerprint that copies share.
 FACTS = np.dtype(
     [
         ("line", "<i8"), ("clip", "<u8"), ("prompt", "<u8"), ("answer", "<u8"), ("samples", "<i8"),
         ("text", "<i4"), ("supervised", "<i4"), ("stored", "<i4"), ("full_scale", "<f4"), ("flags", "<u2"),
-        ("recording", "<u8"), ("start", "<f8"), ("end", "<f8"), ("channel", "<u2"),
+        ("recording", "<u8"), ("start", "<f8"), ("end", "<f8"), ("channel", "<u2"), ("shape", "<u8"),
     ]
 )  # fmt: skip
 Facts = NDArray[Any]
@@ -54,7 +66,8 @@ FLAGS = {
     for bit, name in enumerate(
         (
             "silent", "nearly_empty", "clipped", "padded", "truncated", "empty_answer", "number_answer",
-            "space_answer", "space_prompt", "cancelled", "no_length", "formula",
+            "space_answer", "space_prompt", "cancelled", "no_length", "formula", "excel_answer",
+            "mark_prompt",
         )
     )
 }  # fmt: skip
@@ -134,7 +147,9 @@ class Inspection:
         source = row.audio if is_url(row.audio) else os.path.realpath(row.audio)
         start, channel = row.segment.start, row.segment.channel or 0
         part = digest(source), start, start + clip.source_seconds, channel
-        return (row.line, *digests, *counts, clip.full_scale, _flags(row, clip), *part)
+        flags = _flags(row, clip)
+        shape = 0 if flags & (FLAGS["silent"] | FLAGS["nearly_empty"]) else fingerprint(clip.samples)
+        return (row.line, *digests, *counts, clip.full_scale, flags, *part, shape)
 
 
 def too_long(length: int, limit: int) -> Localized:
@@ -170,11 +185,13 @@ def _flags(row: Row, clip: Clip) -> int:
     holds = {
         "silent": clip.silent,
         "nearly_empty": not clip.silent and np.mean(is_audible) < LEAST_AUDIBLE,
-        "clipped": clip.clipped,
+        "clipped": clip.clipped and clip.full_scale >= LEAST_CLIPPED,
         "padded": clip.padded,
         "truncated": clip.truncated is not None,
         "empty_answer": answer == "",
-        "number_answer": answer is not None and looks_mangled(answer),
+        "number_answer": answer is not None and looks_mangled(answer) and not EXCEL.fullmatch(answer.strip()),
+        "excel_answer": answer is not None and EXCEL.fullmatch(answer.strip()) is not None,
+        "mark_prompt": any(map(AUDIO_MARK.search, prompt_texts(row))),
         "space_answer": answer is not None and answer != answer.strip(),
         "cancelled": clip.cancelled,
         "no_length": not clip.has_length,

@@ -31,6 +31,14 @@ FINDINGS = {
     "empty_answer": Localized("answer is empty"),
     "number_answer": Localized("answer is a number or a date that a spreadsheet would rewrite (0012, 1.0)"),
     "formula": Localized("answer or prompt that a spreadsheet would run as a formula (=1+1)"),
+    "excel_answer": Localized(
+        "answer is what Excel makes of another text (2-Jan, #NAME?, TRUE, 1.23E+11): see the original"
+    ),
+    "mark_prompt": Localized("prompt has a mark such as <audio>, which is read as plain text: remove it"),
+    "copy": Localized("recording is an earlier row's at another level or rate"),
+    "leak_copy": Localized("recording is also trained on, at another level or rate (= line there)"),
+    "unseen_answer": Localized("answer that training never shows"),
+    "near_answers": Localized("answers that differ in case, white space or full-width forms alone"),
     "space_answer": Localized("white space around the answer"),
     "space_prompt": Localized("white space around a prompt"),
     "too_long": Localized("longer than --max-length (its length)"),
@@ -136,10 +144,15 @@ def _finding_lines(figures: Figures) -> Iterator[Localized]:
         )
     else:
         yield Localized("  warning: {finding}: {rows:,}", finding=finding, rows=rows)
+    if ends := figures.get("answers"):
+        one, other = (Localized("{text} x {rows:,}", text=_shown(text), rows=count) for text, count in ends)
+        yield Localized("    {one}, {other}", one=one, other=other)
     for pair in figures.get("pairs", ())[:MOST_NAMED]:
         one, other = (
             Localized("{text} ({rows:,} from line {line})", text=_shown(text), rows=rows, line=line)
-            for text, rows, line in zip(pair["prompts"], pair["rows"], pair["lines"], strict=True)
+            for text, rows, line in zip(
+                pair.get("prompts") or pair["answers"], pair["rows"], pair["lines"], strict=True
+            )
         )
         yield Localized("    {one}, {other}", one=one, other=other)
 
