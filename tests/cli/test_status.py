@@ -2,9 +2,11 @@
 
 import os
 import resource
+import shlex
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import click
 import pytest
@@ -247,6 +249,29 @@ def test_a_reader_that_leaves_is_no_error(unbuffered):
     )  # fmt: skip
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.parametrize("command", [["--help"], ["train", "--help"], ["--version"]])
+def test_a_full_standard_output_is_said(command):
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "mdl_toolkit", *command], stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr.decode() == "error: standard output cannot be written: No space left on device\n"
+
+
+def test_a_file_never_takes_the_place_of_a_closed_stream(tmp_path):
+    """What a library writes to descriptor 2 would stand in the first file that is opened."""
+    code = (
+        "import os, sys; from mdl_toolkit.cli.main import open_streams; open_streams();"
+        "file = open(sys.argv[1], 'w'); os.write(1, b'x'); os.write(2, b'x'); print('y', file=sys.stderr);"
+        "file.write('mine')"
+    )
+    path = tmp_path / "file"
+    line = f"{sys.executable} -c {shlex.quote(code)} {path} <&- >&- 2>&-"
+    assert subprocess.run(["bash", "-c", line], check=False).returncode == 0
+    assert path.read_text() == "mine"
 
 
 def test_main_exits_with_the_status(door, monkeypatch):

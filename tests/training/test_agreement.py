@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from mdl_toolkit.config.yaml import as_command
-from mdl_toolkit.training import agreement
+from mdl_toolkit.training import resume
 from mdl_toolkit.utils.distributed import World
 from tests.support.fleet import fleet, free_port
 from tests.support.paths import MODEL
@@ -60,11 +60,11 @@ def test_an_option_that_differs_is_named(place, tmp_path, words):
 
 
 def another_version():
-    agreement.__version__ = "0.0.1"
+    resume.__version__ = "0.0.1"
 
 
 def another_torch():
-    agreement.torch.__version__ = "1.0"
+    resume.torch.__version__ = "1.0"
 
 
 @pytest.mark.parametrize(

@@ -319,6 +319,23 @@ def test_torchrun_shows_the_error_and_fails(place, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--train-dataset", "nowhere.csv"], "error: --train-dataset nowhere.csv: no such file or folder"),
+        (["--lora-rank", "x"], "error: --lora-rank: expected a number, not 'x'"),
+        (["--lora-rnk", "2"], "error: train: no option --lora-rnk; did you mean --lora-rank?"),
+    ],
+)
+def test_what_all_processes_have_to_say_is_said_once(place, tmp_path, words, told):
+    process = torchrun(*command(place, tmp_path / "run"), *words)
+    _, said = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert said.splitlines().count(told) == 1
+    assert said.count(told) == 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", ["a rank", "torchrun"])
 def test_sigterm_under_torchrun_leaves_one_checkpoint(place, tmp_path, asked):
     """torchrun ends all others as soon as one has ended, and passes on what it is sent itself."""

@@ -1,7 +1,11 @@
 """SIGTERM and SIGINT: a checkpoint after the step under way, then the end; once more, the end at once."""
 
 import os
+import pty
+import shlex
 import signal
+import subprocess
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -26,7 +30,7 @@ from tests.support.processes import wait_for
 from tests.support.runs import STOPPING, evaluations, make_csv, train_options
 from tests.support.weight_files import same_weights
 
-BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 
 
 def options_of(place, output, **changes):
@@ -408,6 +412,57 @@ def test_a_signal_outside_the_steps_ends_the_run_tidily(place, tmp_path, start, 
 
 
 # --- two processes ------------------------------------------------------------------------------------------
+
+
+def test_a_hangup_that_is_ignored_stays_so(monkeypatch):
+    """As under nohup, which is asked for so that a run outlives its terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as request:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not request.is_made
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+SLOW = "from tests.support import fleet; fleet.slow_steps(0.3); from mdl_toolkit.cli.main import main; main()"
+
+
+def test_a_terminal_that_is_closed_leaves_a_checkpoint(place, tmp_path):
+    """With a bar on it, which cannot be drawn any more."""
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(sys.executable, [sys.executable, "-c", SLOW, *command(place, tmp_path / "run")])
+    heard = threading.Thread(target=drain, args=(terminal,), daemon=True)
+    heard.start()
+    wait_for(lambda: len(steps_in(place, tmp_path / "run")) >= 2)
+    # Closing the descriptor alone would wait for the thread that reads it.
+    os.kill(child, signal.SIGSTOP)
+    os.close(terminal)
+    os.kill(child, signal.SIGHUP)
+    os.kill(child, signal.SIGCONT)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 130
+    (saved,) = checkpoints(tmp_path / "run")
+    assert damage(saved) is None
+    assert saved.name == f"checkpoint-{steps_in(place, tmp_path / 'run')[-1]}"
+    assert steps_in(place, tmp_path / "run")[-1] < 8
+
+
+def drain(terminal):
+    with suppress(OSError):
+        while os.read(terminal, 1 << 16):
+            pass
+
+
+@pytest.mark.parametrize("gone", ["2>&-", "2>/dev/full", "2>&1 | head -1"])
+def test_a_standard_error_that_takes_nothing_ends_no_training(place, tmp_path, gone):
+    words = shlex.join([sys.executable, "-m", "mdl_toolkit", *command(place, tmp_path / "run")])
+    line = f"set -o pipefail; {words} {gone}"
+    done = subprocess.run(["bash", "-c", line], stdout=subprocess.PIPE, check=False, timeout=120)
+    assert same_weights(tmp_path / "run/final", place / "whole/final")
+    assert done.returncode == (0 if gone == "2>&-" else 1)
 
 
 @pytest.mark.parametrize("asked", [0, 1])

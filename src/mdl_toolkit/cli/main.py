@@ -3,11 +3,13 @@
 The module that does a command's work is imported when the command is called, so that `--help` is quick.
 """
 
+import errno
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -24,6 +26,7 @@ from mdl_toolkit.config.train import MergeOptions, TrainOptions
 from mdl_toolkit.config.types import TRUE_WORDS
 from mdl_toolkit.errors import ToolkitError, broken_package
 from mdl_toolkit.i18n import Localized
+from mdl_toolkit.utils.console import ForgivingStream
 
 PROGRAM = "mdl-toolkit"
 SUMMARY = Localized("Fine-tune MiDashengLM on your own recordings: convert, train, merge, predict, evaluate.")
@@ -33,6 +36,8 @@ VERSION_TEXT = Localized("Show the version.")
 FAILED = 1
 WRONG_USAGE = 2
 INTERRUPTED = 130
+# The descriptors of standard input, output and error end here.
+STANDARD_ERROR = 2
 # The name that click's completion scripts set.
 COMPLETION_VARIABLE = "_MDL_TOOLKIT_COMPLETE"
 
@@ -136,8 +141,7 @@ def run(words: Sequence[str]) -> int:
     except Exception as problem:
         if session.debug:
             raise
-        if not _reader_has_gone(problem):
-            _write_error(_unforeseen(problem))
+        _write_error(_unforeseen(problem))
         return FAILED
     return 0
 
@@ -155,32 +159,47 @@ def _unforeseen(problem: Exception) -> Localized:
     return Localized("error: a bug in mdl-toolkit: {what} (--debug shows the traceback)", what=what)
 
 
-def _reader_has_gone(problem: Exception) -> bool:
-    """Tell whether the reader of standard output has gone, as in `| head`; if so, write no more to it."""
-    if not isinstance(problem, BrokenPipeError):
-        return False
-    try:
-        # Flushing alone raises nothing when the buffer is empty.
-        sys.stdout.write("\n")
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
-
-
 def _write_error(message: Localized) -> None:
-    """Write why it ends; unlike `console.say`, in every process, since any one of several may fail alone."""
+    """Write why it ends, in any of several processes, as one may fail alone; what one has said is said."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from mdl_toolkit.utils.distributed import is_first_to_say
+
+        if not is_first_to_say(str(message)):
+            return
     sys.stderr.write(f"{message}\n")
+
+
+def open_streams() -> tuple[ForgivingStream, ForgivingStream]:
+    """Make standard output and error take everything: a closed one is the null device.
+
+    Otherwise the next file that is opened would be taken for it.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= STANDARD_ERROR:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    # Open until the end of the process, as the other ones.
+    opened = [
+        ForgivingStream(stream or Path(os.devnull).open("w"))  # noqa: SIM115
+        for stream in (sys.stdout, sys.stderr)
+    ]
+    sys.stdout, sys.stderr = opened
+    return opened[0], opened[1]
 
 
 def main() -> NoReturn:
     """Run the command line of this process and exit; the entry point of `mdl-toolkit`."""
+    output, errors = open_streams()
     status = run(sys.argv[1:])
+    output.finish()
+    if output.problem is not None and output.problem.errno != errno.EPIPE:
+        reason = output.problem.strerror
+        _write_error(Localized("error: standard output cannot be written: {reason}", reason=reason))
+    errors.finish()
+    # Something could not be told.
+    if output.problem or errors.problem:
+        status = status or FAILED
     distributed = sys.modules.get("torch.distributed")
     # Among other processes of a distributed group, tidying up would wait for them forever.
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(status)
     sys.exit(status)

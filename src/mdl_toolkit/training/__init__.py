@@ -3,7 +3,6 @@
 Modules:
     run                      `train`: check everything, train, write the result
     merge                    `merge_adapter`: an adapter and its base to one model
-    agreement                compare what the processes of a run were given, before its first step
     trainer                  the training loop
     sampler                  which examples make an optimizer step, on which process
     schedule                 steps, warm-up, learning rate, when to save and to evaluate
@@ -12,7 +11,7 @@ Modules:
     evaluator                evaluations while a run trains, and which was the best
     answer_eval              generated answers to evaluation examples, and their metric
     checkpoints              save, verify, find, rotate checkpoints
-    resume                   compare a resumed run with the one it goes on from
+    resume                   compare a resumed run with the one it goes on from, and processes with each other
     log                      `log.jsonl`, the progress bar, smoothed loss
     trackers                 `--report-to`: TensorBoard and others, through transformers
     summary                  what a run says before its first step and after its last

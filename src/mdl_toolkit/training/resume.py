@@ -5,17 +5,22 @@ Differences are said, or refused where going on would be another training than t
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from mdl_toolkit import __version__
 from mdl_toolkit.config.options import spec_of, spelling
 from mdl_toolkit.config.train import TrainOptions
-from mdl_toolkit.config.types import NAME, PATH, ValueType
+from mdl_toolkit.config.types import NAME, PATH, RESUME, ValueType
 from mdl_toolkit.config.yaml import SETTINGS_FILE, read_settings, word_of
 from mdl_toolkit.data.collate import SampleSource
+from mdl_toolkit.data.dataset import ConvertedDataset
+from mdl_toolkit.data.tokenization import prefix_sample
 from mdl_toolkit.errors import InputError, ModelError, ToolkitError
 from mdl_toolkit.evaluation.text_metrics import Best
 from mdl_toolkit.i18n import Localized, join_messages
@@ -25,6 +30,7 @@ from mdl_toolkit.training.lora import LORA_TARGETS
 from mdl_toolkit.training.sampler import BatchSampler
 from mdl_toolkit.utils.console import say, warn
 from mdl_toolkit.utils.distributed import World
+from mdl_toolkit.weights.provenance import Provenance
 
 # Options that do not change what is learnt, only where files are and how fast they are read.
 ANY_TIME = frozenset(
@@ -32,6 +38,15 @@ ANY_TIME = frozenset(
         "output", "resume_from_checkpoint", "num_workers", "tokenizing_batch_size", "download_cache",
         "max_download_mb", "max_audio_hours", "from_modelscope", "report_to", "cache_audio_features",
         "verify",
+    }
+)  # fmt: skip
+
+
+# Options that only the first process uses, or that change nothing but speed. Paths may differ from machine to
+# machine: what they hold is compared, and the step that is gone on from.
+ANY_PROCESS = frozenset(
+    {
+        "num_workers", "tokenizing_batch_size", "max_download_mb", "from_modelscope", "report_to", "verify",
     }
 )  # fmt: skip
 
@@ -62,6 +77,72 @@ def judged_by(eval_set: SampleSource | None, answers: AnswerEvaluator | None) ->
 def _hash_arrays(*arrays: NDArray[np.int64]) -> str:
     """Return a short hash of arrays' contents."""
     return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()[:16]
+
+
+def check_options(world: World, options: TrainOptions) -> None:
+    """Refuse to train where processes have other options or other versions.
+
+    Raises:
+        ToolkitError: naming all that differs.
+    """
+    _refuse_differences(world, {"mdl-toolkit (version)": __version__, "torch (version)": torch.__version__})
+    values = {
+        spelling(field.name): repr(getattr(options, field.name))
+        for field in dataclasses.fields(options)
+        if field.name not in ANY_PROCESS and spec_of(field).type not in (PATH, NAME, RESUME)
+    }
+    _refuse_differences(world, values)
+
+
+def check_data(
+    world: World,
+    origin: Provenance,
+    dtype: torch.dtype,
+    train_set: ConvertedDataset,
+    eval_set: ConvertedDataset | None,
+) -> None:
+    """Refuse to train where processes found another base model, other data or another precision.
+
+    Args:
+        world: the processes.
+        origin: the base model.
+        dtype: of the base's weights when they are loaded.
+        train_set: the examples to learn from.
+        eval_set: those to evaluate on, if any.
+
+    Raises:
+        ToolkitError: naming all that differs.
+    """
+    values = {
+        "--model-name": "" if origin.base is None else origin.base.fingerprint,
+        "--bf16": str(dtype),
+        "--train-dataset": dataset_digest(train_set),
+        "--eval-dataset": "" if eval_set is None else dataset_digest(eval_set),
+    }
+    _refuse_differences(world, values)
+
+
+def dataset_digest(dataset: ConvertedDataset) -> str:
+    """Return a hash of a dataset's record, of all lengths and of the tokens of some examples."""
+    digest = hashlib.sha256(repr(dataset.record).encode())
+    for lengths in (dataset.token_counts, dataset.supervised_counts, dataset.audio_lengths):
+        digest.update(lengths.tobytes())
+    for index in prefix_sample(len(dataset)):
+        tokens = dataset.tokens(index)
+        digest.update(tokens.input_ids.tobytes() + tokens.labels.tobytes())
+    return digest.hexdigest()
+
+
+def _refuse_differences(world: World, values: Mapping[str, str]) -> None:
+    """Refuse values, by what users call them, that are not the same in all processes."""
+    different = world.differences(values)
+    if different:
+        ranks = sorted({rank for ranks in different.values() for rank in ranks})
+        raise ToolkitError(
+            "{names}: not the same in process {ranks} as in process 0; all processes of a run need the same",
+            names=", ".join(different),
+            ranks=", ".join(map(str, ranks)),
+        )
 
 
 def check_together(world: World, step: int, identity: dict[str, Any], total: int) -> None:

@@ -18,7 +18,6 @@ from mdl_toolkit.errors import InputError
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.reporting.plots import plot
 from mdl_toolkit.reporting.report import report_training
-from mdl_toolkit.training.agreement import check_data, check_options
 from mdl_toolkit.training.answer_eval import AnswerEvaluator
 from mdl_toolkit.training.checkpoints import Checkpoint, to_resume
 from mdl_toolkit.training.datasets import FEATURES, PRIVATE, Converted, open_data
@@ -30,7 +29,7 @@ from mdl_toolkit.training.lora import TargetCount, add_adapters
 from mdl_toolkit.training.memory.plan import plan_memory
 from mdl_toolkit.training.output import check_run_folder, prepare_output, tidy_output
 from mdl_toolkit.training.result import origin_of, write_result
-from mdl_toolkit.training.resume import compare_options, say_resumed
+from mdl_toolkit.training.resume import check_data, check_options, compare_options, say_resumed
 from mdl_toolkit.training.sampler import BatchSampler
 from mdl_toolkit.training.schedule import Schedule, warn_of_every_step
 from mdl_toolkit.training.step import ForwardPass

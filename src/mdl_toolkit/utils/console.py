@@ -8,8 +8,8 @@ import os
 import sys
 import time
 import unicodedata
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from mdl_toolkit.i18n import Localized
@@ -26,12 +26,54 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+class ForgivingStream:
+    """Write to a text stream as long as it takes anything: a full disk or a closed terminal ends no work.
+
+    Args:
+        stream: for the rest, it is used as it is.
+
+    Attributes:
+        problem: why something was not written, if anything was not.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self.problem: OSError | None = None
+
+    def write(self, text: str) -> int:
+        """Write a text, or lose it; return its length."""
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush the stream, if it takes what is left."""
+        self._try(self._stream.flush)
+
+    def finish(self) -> None:
+        """Flush the stream; what it does not take will not be tried again when Python ends."""
+        self.flush()
+        if self.problem is not None:
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+                self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _try(self, write: Callable[[], object]) -> None:
+        try:
+            write()
+        except OSError as problem:
+            self.problem = self.problem or problem
+
+
 def say(template: str | Localized, /, **fields: Any) -> None:
     """Write one line, in the first process: a template with its fields, or a message."""
     if not is_first_process():
         return
-    sys.stderr.write(f"{Localized.of(template, fields)}\n")
-    sys.stderr.flush()
+    stream = ForgivingStream(sys.stderr)
+    stream.write(f"{Localized.of(template, fields)}\n")
+    stream.flush()
 
 
 def warn(template: str | Localized, /, **fields: Any) -> None:
@@ -87,7 +129,7 @@ def progress(total: int, template: str | Localized, /, **fields: Any) -> Iterato
     from rich.console import Console
     from rich.table import Column
 
-    console = Console(stderr=True)
+    console = Console(file=ForgivingStream(sys.stderr))  # type: ignore[arg-type]
     columns = (
         shown.TextColumn("{task.description}"),
         shown.BarColumn(max(8, min(40, console.width - 100))),

@@ -24,6 +24,9 @@ RENDEZVOUS_TIMEOUT = timedelta(minutes=15)
 # The time that processes wait for the first one to convert; torch's ten minutes would not do.
 GROUP_TIMEOUT = timedelta(days=2)
 
+# The time that a process with an error waits to hear whether another one has told it.
+SAYING_TIMEOUT = timedelta(seconds=5)
+
 # Values of a process that are compared at once, whatever its version.
 MOST_COMPARED = 256
 
@@ -165,6 +168,24 @@ def join_world() -> Iterator[World]:
             distributed.destroy_process_group()
         raise
     distributed.destroy_process_group()
+
+
+def is_first_to_say(text: str) -> bool:
+    """Tell whether no other process of the run has said a text; yes where nobody can be asked.
+
+    torchrun and its like keep a store that outlives the processes; otherwise the first process has it.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = distributed.TCPStore(  # type: ignore[attr-defined]
+            address, port, is_master=False, timeout=SAYING_TIMEOUT
+        )
+        return int(store.add(f"mdl-toolkit {attempt} {_number_of(text)}", 1)) == 1
+    except (RuntimeError, KeyError, ValueError):
+        return True
 
 
 def must_leave_together() -> bool:

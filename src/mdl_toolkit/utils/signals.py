@@ -9,13 +9,16 @@ from typing import Any
 
 from mdl_toolkit.utils.console import warn
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# A closed terminal sends SIGHUP, which Windows does not have.
+SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 # Signals within so many seconds are one request: a launcher passes on a signal that all have got already.
 SAME_REQUEST_SECONDS = 1.0
 
 
 class StopRequest:
-    """Take the first SIGINT or SIGTERM in this context as a request; the next one has its usual effect.
+    """Take the first SIGINT, SIGTERM or SIGHUP in this context as a request; the next has its usual effect.
+
+    A SIGHUP that is ignored, as under nohup, stays so.
 
     A next one that is usually ignored, as SIGINT by a script's background process, raises KeyboardInterrupt.
     A signal that a launcher passes on is the same request, also after this context.
@@ -32,6 +35,11 @@ class StopRequest:
         # Python refuses this outside the main thread, which alone gets signals.
         with suppress(ValueError):
             for number in SIGNALS:
+                if (
+                    number not in (signal.SIGINT, signal.SIGTERM)
+                    and signal.getsignal(number) is signal.SIG_IGN
+                ):
+                    continue
                 self._before[number] = signal.signal(number, self._take)
         return self
 
@@ -71,7 +79,7 @@ class StopRequest:
 
 
 class Interruption(StopRequest):
-    """Raise KeyboardInterrupt at the first SIGINT or SIGTERM in this context; the next has its usual effect.
+    """Raise KeyboardInterrupt at the first signal of these in this context; the next has its usual effect.
 
     It is for work that keeps all it has finished. Where the exception is lost, as in a callback of a C
     library, `raise_if_interrupted` raises it again.

@@ -137,16 +137,21 @@ def end_unguarded_script() -> None:
         os._exit(_UNGUARDED)
 
 
+def _interrupts() -> set[signal.Signals]:
+    """Return the signals that a terminal sends to all its processes."""
+    return {signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])}
+
+
 @contextmanager
 def _blocked_interrupts(context: Any) -> Iterator[None]:
-    """Block SIGINT for the time in which processes are started, which then never get the signal."""
+    """Block signals of the terminal while processes are started, which then never get them."""
     # The first lock or process starts the one that tracks shared resources, which undoes a signal mask.
     with suppress(OSError, ImportError):
         context.Lock()
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _interrupts())
     try:
         yield
     finally:
@@ -168,7 +173,8 @@ def _serve(pipe: Any) -> None:
     """Receive a task, then jobs to do with it, until the parent closes the pipe or is gone."""
     os.environ.pop(_STARTING, None)
     # The parent is interrupted too, and ends this process.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in _interrupts():
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with suppress(EOFError, OSError):
         task = pipe.recv()
