@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from mdl_toolkit.cli.click_options import OptionsCommand
 from mdl_toolkit.config.data import ConvertOptions
 from mdl_toolkit.config.options import fields_in_order, spec_of, spelling
+from mdl_toolkit.config.other_names import OTHER_NAMES
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.config.types import BOOLEAN, is_boolean_word
-from tests.support.command_line import CONVERT, LANGUAGES, TRAIN, Done, one_line, written
+from tests.support.command_line import COMMANDS, CONVERT, LANGUAGES, TRAIN, Done, one_line, written
 
 # Which command does which work
 
@@ -200,6 +201,11 @@ SUGGESTED = [
     (("train", "--no-mergelora"), "train", "--no-mergelora", "--no-merge-lora"),
     (("train", "-output", "x"), "train", "-output", "--output"),
     (("convert-dataset", "--configs", "x"), "convert-dataset", "--configs", "--config"),
+    (("train", "--learning-rate", "1"), "train", "--learning-rate", "--lr"),
+    (("train", "--epochs", "1"), "train", "--epochs", "--num-epochs"),
+    (("train", "--dataset", "x"), "train", "--dataset", "--train-dataset"),
+    (("train", "--per_device_train_batch_size=1"), "train", "--per_device_train_batch_size", "--batch-size"),
+    (("inference", "--model", "x"), "inference", "--model", "--model-name"),
     (("--versoin",), "mdl-toolkit", "--versoin", "--version"),
 ]
 
@@ -212,6 +218,29 @@ def test_an_unknown_option_is_one_line_with_a_suggestion(door, words, command, t
     monkeypatch.setenv("LANGUAGE", "zh_CN")
     assert one_line(door(*words)) == f"错误：{command}：没有选项 {typed}；您是不是想用 {meant}？"
     assert door.reached == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["--weight-decay", "--deepspeed", "--max-steps", "--logging_steps", "--val-size", "--warmup-ratio"],
+)
+@pytest.mark.parametrize(
+    ("language", "line"), [("en", "nor one that does the same"), ("zh", "也没有类似的选项")]
+)
+def test_an_option_that_others_have_and_we_do_not_names_no_other(door, name, language, line, monkeypatch):
+    monkeypatch.setenv("LANGUAGE", language)
+    done = door(*TRAIN, name, "1")
+    assert done.status == 2
+    assert name in one_line(done)
+    assert one_line(done).endswith(line)
+
+
+def test_every_name_of_others_is_an_option_of_ours_or_none():
+    ours = {
+        field.name.replace("_", "-") for options in COMMANDS.values() for field in fields_in_order(options)
+    }
+    assert {*OTHER_NAMES.values()} - {""} <= ours
+    assert not {*OTHER_NAMES} & ours
 
 
 @pytest.mark.parametrize("words", [(*TRAIN, "--xyzzy"), (*TRAIN, "-x"), (*TRAIN, "--no-lr"), ("-9",)])
@@ -322,7 +351,11 @@ def test_no_file_may_be_said(door):
 @pytest.mark.parametrize(
     ("content", "en", "zh"),
     [
-        ("speed: 1\nlora_rnk: 2\n", "train has no option lora_rnk, speed", "train 没有选项 lora_rnk, speed"),
+        (
+            "speed: 1\nlora_rnk: 2\n",
+            "train has no option lora_rnk (lora_rank?), xyzzy",
+            "train 没有选项 lora_rnk (lora_rank?), xyzzy",
+        ),
         ("lr: fast\n", "--lr: expected a number, not 'fast'", "--lr：应为数字，而不是 'fast'"),
         ("- 1\n", "expected `name: value` lines", "每行应为“名称: 值”的形式"),
         ("config: x.yaml\n", "train has no option config", "train 没有选项 config"),

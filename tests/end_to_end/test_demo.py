@@ -114,5 +114,5 @@ def test_another_folder_is_not_cleared_away(tmp_path, capsys, mine, marked):
         (tmp_path / demo.MARK).touch()
     before = files_below(tmp_path)
     assert run(["demo", "--output", str(tmp_path)]) == 1
-    assert "something else" in capsys.readouterr().err
+    assert "which demo did not write" in capsys.readouterr().err
     assert files_below(tmp_path) == before

@@ -7,7 +7,6 @@ and the dataclass says which values are accepted. No command is known here by na
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import Field, dataclass, fields
-from difflib import get_close_matches
 from typing import Any
 
 import click
@@ -24,6 +23,7 @@ from mdl_toolkit.config.options import (
     spec_of,
     spelling,
 )
+from mdl_toolkit.config.other_names import nearest
 from mdl_toolkit.config.types import BOOLEAN, PATH
 from mdl_toolkit.config.yaml import from_mapping, read_settings
 from mdl_toolkit.errors import UsageError
@@ -185,6 +185,9 @@ def unknown(message: Localized, word: str, known: Iterable[str]) -> UsageError:
     """Return the error for an unknown word; it names the known one that resembles it."""
     # Without dashes, which would make any two options alike.
     bare = {name.lstrip("-"): name for name in known}
-    for near in get_close_matches(word.lstrip("-"), bare, n=1):
+    near = nearest(word.lstrip("-"), bare)
+    if near:
         return UsageError("{message}; did you mean {near}?", message=message, near=bare[near])
+    if near is not None:
+        return UsageError("{message}, nor one that does the same", message=message)
     return UsageError("{message}; --help shows what there is", message=message)

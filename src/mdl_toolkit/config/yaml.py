@@ -19,6 +19,7 @@ from mdl_toolkit.config.options import (
     spec_of,
     spelling,
 )
+from mdl_toolkit.config.other_names import nearest
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.errors import InputError, UsageError
 from mdl_toolkit.i18n import Localized
@@ -112,9 +113,15 @@ def read_settings(
             )
         )
         named = {name: value for name, value in named.items() if name in shared or name not in theirs}
-    unknown = sorted(set(named) - {field.name for field in dataclasses.fields(cls)})
-    if unknown:
-        names = ", ".join(unknown)
+    known = [field.name for field in dataclasses.fields(cls)]
+    if unknown := sorted(set(named) - {*known}):
+        spelled = [name.replace("_", "-") for name in known]
+        meant = [nearest(name.replace("_", "-"), spelled) for name in unknown]
+        shown = [
+            f"{name} ({near.replace('-', '_')}?)" if near else name
+            for name, near in zip(unknown, meant, strict=True)
+        ]
+        names = ", ".join(shown)
         raise InputError(
             "{source}: {command} has no option {names}", source=source, command=cls.COMMAND, names=names
         )

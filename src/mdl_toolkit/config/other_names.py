@@ -1,0 +1,58 @@
+"""Suggest an option for a name that is none: one spelled nearly so, or one that does the same elsewhere."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+# Our options, and what they are called in transformers, PEFT and programs that fine-tune with them.
+ALSO_CALLED = {
+    "lr": "learning-rate",
+    "num-epochs": "epochs epoch num-train-epochs",
+    "train-dataset": "dataset data train-data train-file train-path",
+    "eval-dataset": "validation-file validation-dataset val-dataset val-file eval-file",
+    "batch-size": "per-device-train-batch-size train-batch-size",
+    "eval-batch-size": "per-device-eval-batch-size",
+    "gradient-accumulation-steps": "grad-accum accumulate-grad-batches",
+    "model-name": "model model-path model-name-or-path model-id base-model",
+    "output": "output-dir out-dir save-dir output-file",
+    "lora-rank": "lora-r rank",
+    "lora-alpha": "alpha",
+    "train-target": "target-modules lora-target",
+    "resume-from-checkpoint": "resume",
+    "eval-steps": "eval-strategy evaluation-strategy",
+    "save-steps": "save-strategy",
+    "quantization": "load-in-4bit load-in-8bit",
+    "keep-best": "load-best-model-at-end",
+    "early-stopping-patience": "early-stopping",
+    "user-prompt": "prompt instruction",
+    "system-prompt": "system",
+    "num-beams": "beam-size",
+    "max-new-tokens": "max-tokens",
+    "adapter": "adapter-path",
+    "metric": "metrics",
+    "num-workers": "workers dataloader-num-workers preprocessing-num-workers",
+    "base-dir": "audio-dir",
+    "seed": "random-seed",
+}
+# What they have and we do not: another option would mislead.
+NOT_HERE = (
+    "weight-decay deepspeed max-steps logging-steps val-size eval-ratio test-size fp16 warmup-ratio lr- "
+    "scheduler lr-scheduler-type optim optimizer max-grad-norm fsdp label-smoothing-factor adam-beta1 "
+    "adam-beta2 adam-epsilon group-by-length packing gpus num-gpus device use-cpu tf32 torch-compile "
+    "logging-dir run-name do-train do-eval flash-attn attn-impl use-lora lora-bias use-rslora use-dora "
+    "trust-remote-code do-sample repetition-penalty length-penalty language stage template cutoff-len"
+)
+OTHER_NAMES = {other: name for name, others in ALSO_CALLED.items() for other in others.split()}
+OTHER_NAMES |= dict.fromkeys(NOT_HERE.split(), "")
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that is meant: "" if it is known that none is, None if nothing is near.
+
+    Args:
+        name: without the dashes at its beginning.
+        known: the names that there are, without them too.
+    """
+    there, meant = [*known], OTHER_NAMES.get(name)
+    if meant is not None:
+        return meant if meant in there else ""
+    return next(iter(get_close_matches(name, there, n=1)), None)
