@@ -32,7 +32,7 @@ class InferenceOptions(ConversionOptions):
         PATH,
         REQUIRED,
         INFERENCE,
-        "The CSV file; or a folder, or a pattern such as 'clips/*.wav', of recordings.",
+        "The CSV file; or a recording, a folder of them, or a pattern such as 'clips/*.wav'.",
         positional=True,
     )
     output: str = option(PATH, REQUIRED, INFERENCE, "The CSV file to write; an existing file is replaced.")
