@@ -67,6 +67,15 @@ def test_tags_between_joined_files(tmp_path, name, second_has_table):
     )
 
 
+@pytest.mark.parametrize("size", [0, 31, 2**32 - 1])
+def test_a_tag_at_the_end_whose_size_is_nonsense(tmp_path, size):
+    foot = b"APETAGEX" + struct.pack("<IIII", 2000, size, 1, 0) + bytes(8)
+    flac = by_soundfile(sound(1.0, RATE), RATE, "FLAC", "PCM_16")
+    for content in (mp3(), flac):
+        with contextlib.suppress(AudioError):
+            load(save(tmp_path, content + foot))
+
+
 def test_a_table_in_the_middle_is_no_sound(tmp_path):
     one, two = mp3(), mp3(1.5, seed=5)
     with_table = load(save(tmp_path, one + two)).samples
@@ -104,9 +113,10 @@ def test_a_part_that_was_split_off(tmp_path):
     assert 1.3 < load(save(tmp_path, content[start:])).source_seconds < 1.6
 
 
-@pytest.mark.parametrize(
-    "content", [struct.pack(">I", 0xFFFB9000).ljust(500, b"\x55") * 30, mp3()[:-7], mp3()]
-)
+NO_FRAMES = [struct.pack(">I", header).ljust(500, b"\x55") * 30 for header in (0xFFFB9000, 0xFFFB0000)]
+
+
+@pytest.mark.parametrize("content", [*NO_FRAMES, mp3()[:-7], mp3()])
 def test_no_library_prints_what_it_thinks(tmp_path, capfd, content):
     with contextlib.suppress(AudioError):
         load(save(tmp_path, content), allow_truncated=True)

@@ -176,11 +176,17 @@ def _decode_with_ffmpeg(file: BinaryIO, refused: Any, cutter: Cutter, max_hours:
         # The file stands for itself alone: a playlist in it opens nothing else.
         container = av.open(file, options={"protocol_whitelist": "none"}, **tags)
     except (av.FFmpegError, OSError, ValueError, LookupError) as error:
-        words = _reason(refused) if refused else "there are no samples"
-        raise explain_content(file) or AudioError(
+        if known := explain_content(file):
+            raise known from error
+        if not refused:
+            raise AudioError(
+                "FFmpeg cannot read it ({words}): no recording, or damaged, or cut off; get it again",
+                words=_reason(error),
+            ) from error
+        raise AudioError(
             "neither libsndfile nor FFmpeg can read it (libsndfile says: {words}): no recording, or damaged, "
             "or cut off; get it again",
-            words=words,
+            words=_reason(refused),
         ) from error
     with container:
         name, stream = container.format.long_name, container.streams.best("audio")

@@ -38,7 +38,11 @@ def check_integrity(file: BinaryIO) -> Integrity:
         return check_ogg(data)
     if head[:4] == b"fLaC":
         return _check_flac(data)
-    return check_mpeg(data) if is_mpeg(head) else Integrity(parts=(range(before_tags(data)),))
+    if is_mpeg(head):
+        return check_mpeg(data)
+    # The eleven bits that MPEG audio is known by, also where no frame can be read.
+    has_sync = head[:2] >= b"\xff\xe0"
+    return Integrity(is_mpeg=has_sync, parts=(range(before_tags(data)),))
 
 
 def _check_flac(data: Blocks) -> Integrity:

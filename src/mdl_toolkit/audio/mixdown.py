@@ -114,5 +114,5 @@ def _average(channels: Floats) -> Floats:
     with np.errstate(over="ignore", invalid="ignore"):
         for channel in channels[1:]:
             total += channel
-    total /= np.float32(len(channels))
+        total /= np.float32(len(channels))
     return total

@@ -74,16 +74,17 @@ def after_id3(data: Blocks) -> int:
 
 def before_tags(data: Blocks) -> int:
     """Return the position where ID3v1 and APE tags start at the end of a file."""
-    end = data.size
-    while True:
-        foot = data.at(end - 32, 32)
+    end, length = data.size, -1
+    while length and length <= end:
+        end -= max(0, length)
+        foot, length = data.at(end - 32, 32), 0
         if data.at(end - 128, 3) == b"TAG":
-            end -= 128
+            length = 128
         elif len(foot) == 32 and foot[:8] == b"APETAGEX":
+            # Footer and content; the header is counted apart.
             size, _, flags = struct.unpack("<III", foot[12:24])
-            end -= size + (32 if flags & 1 << 31 else 0)
-        else:
-            return end
+            length = size + (32 if flags & 1 << 31 else 0)
+    return end
 
 
 def check_mpeg(data: Blocks) -> Integrity:
