@@ -1,6 +1,19 @@
 """`python -m mdl_toolkit`, the same as the command `mdl-toolkit`."""
 
-from mdl_toolkit.cli.main import main
+import sys
+
+
+def main() -> None:
+    """Run the command line; an interruption while our modules are imported is one line too."""
+    try:
+        from mdl_toolkit.cli.main import main as run_and_exit
+    except KeyboardInterrupt:
+        from mdl_toolkit.i18n import Localized
+
+        sys.stderr.write(f"{Localized('interrupted')}\n")
+        sys.exit(130)
+    run_and_exit()
+
 
 if __name__ == "__main__":
     main()

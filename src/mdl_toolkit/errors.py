@@ -88,6 +88,11 @@ def broken_package(problem: BaseException | None) -> str | None:
     return None
 
 
+def is_panic(problem: BaseException) -> bool:
+    """Tell whether an exception is that of a library in Rust that gave up, which is no `Exception`."""
+    return type(problem).__name__ == "PanicException"
+
+
 class UsageError(ToolkitError):
     """Refuse a command line that is wrong by itself, whatever the files hold."""
 

@@ -352,7 +352,7 @@ def test_no_file_may_be_said(door):
     ("content", "en", "zh"),
     [
         (
-            "speed: 1\nlora_rnk: 2\n",
+            "xyzzy: 1\nlora_rnk: 2\n",
             "train has no option lora_rnk (lora_rank?), xyzzy",
             "train 没有选项 lora_rnk (lora_rank?), xyzzy",
         ),

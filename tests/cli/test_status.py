@@ -16,8 +16,11 @@ from mdl_toolkit import __version__
 from mdl_toolkit.cli import main as cli
 from mdl_toolkit.config.data import ConvertOptions
 from mdl_toolkit.config.train import TrainOptions
-from mdl_toolkit.errors import InputError, RowProblem, RowsError, broken_package
+from mdl_toolkit.data.manifest import Row
+from mdl_toolkit.data.tokenization import ChatTokenizer
+from mdl_toolkit.errors import InputError, RowProblem, RowsError, ToolkitError, broken_package
 from mdl_toolkit.i18n import Verbatim
+from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 from tests.support.command_line import (
     LANGUAGES,
     TRAIN,
@@ -25,6 +28,7 @@ from tests.support.command_line import (
     one_line,
     python,
 )
+from tests.support.paths import MODEL
 
 # Rule 6
 
@@ -293,3 +297,43 @@ def test_commands_are_click_commands():
 def test_every_name_that_python_callers_are_offered_is_there():
     for name in mdl_toolkit.__all__:
         assert getattr(mdl_toolkit, name) is not None
+
+
+INTERRUPTED = """
+import runpy, sys
+class Interrupting:
+    def find_spec(self, name, *_):
+        if name == "mdl_toolkit.cli.main":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupting())
+runpy.run_module("mdl_toolkit", run_name="__main__")
+"""
+
+
+def test_an_interrupt_while_our_modules_are_imported_is_one_line():
+    done = python("-c", INTERRUPTED, LANGUAGE="en")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+class PanicException(BaseException):
+    """What a library in Rust raises when it gives up."""
+
+
+def test_a_panic_is_one_line(door):
+    door.trouble = PanicException("index out of bounds")
+    done = door(*TRAIN)
+    assert done.status == 1
+    assert one_line(done).startswith("error: a bug in mdl-toolkit: PanicException: index out of bounds")
+
+
+@pytest.mark.parametrize("problem", [PanicException("no char boundary"), MemoryError()])
+def test_a_panic_over_a_row_names_it(problem, monkeypatch):
+    def give_up(*_):
+        raise problem
+
+    tokenizer = ChatTokenizer(read_tokenizer_files(MODEL))
+    tokenizer.encode = give_up
+    with pytest.raises(
+        ToolkitError, match=rf"line 7 \(a.wav\): it cannot be tokenised: {type(problem).__name__}"
+    ):
+        tokenizer.encode_row(Row(7, "a.wav", "a.wav", None, "What?", "yes", ()), 1, with_answer=True)

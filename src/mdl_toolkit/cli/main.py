@@ -24,7 +24,7 @@ from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.config.options import Options
 from mdl_toolkit.config.train import MergeOptions, TrainOptions
 from mdl_toolkit.config.types import TRUE_WORDS
-from mdl_toolkit.errors import ToolkitError, broken_package
+from mdl_toolkit.errors import ToolkitError, broken_package, is_panic
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.console import ForgivingStream
 
@@ -138,15 +138,15 @@ def run(words: Sequence[str]) -> int:
     except KeyboardInterrupt:
         _write_error(Localized("interrupted"))
         return INTERRUPTED
-    except Exception as problem:
-        if session.debug:
+    except BaseException as problem:
+        if session.debug or not (isinstance(problem, Exception) or is_panic(problem)):
             raise
         _write_error(_unforeseen(problem))
         return FAILED
     return 0
 
 
-def _unforeseen(problem: Exception) -> Localized:
+def _unforeseen(problem: BaseException) -> Localized:
     """Tell a package that does not work from a bug of ours."""
     what = " ".join(f"{type(problem).__name__}: {problem}".split())
     if package := broken_package(problem):

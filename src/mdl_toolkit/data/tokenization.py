@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from mdl_toolkit.data.chat_template import AudioMarks, ChatTemplate, Segment, messages_of
 from mdl_toolkit.data.manifest import Row
-from mdl_toolkit.errors import ModelError
+from mdl_toolkit.errors import ModelError, ToolkitError, is_panic
 from mdl_toolkit.model.constants import IGNORE_INDEX as IGNORE_INDEX
 from mdl_toolkit.weights.tokenizer_files import TokenizerFiles
 
@@ -54,9 +54,23 @@ class ChatTokenizer:
         return type(self), (self.files,)
 
     def encode_row(self, row: Row, audio_tokens: int, *, with_answer: bool) -> Tokens:
-        """Encode a row whose recording becomes `audio_tokens` tokens."""
-        segments = self.template.segments(messages_of(row, with_answer=with_answer))
-        return self.encode(segments, audio_tokens)
+        """Encode a row whose recording becomes `audio_tokens` tokens.
+
+        Raises:
+            ToolkitError: the tokenizer's library gives up on it, or memory runs out.
+        """
+        try:
+            segments = self.template.segments(messages_of(row, with_answer=with_answer))
+            return self.encode(segments, audio_tokens)
+        except BaseException as problem:
+            if is_panic(problem) or isinstance(problem, MemoryError):
+                raise ToolkitError(
+                    "line {line} ({audio}): it cannot be tokenised: {reason}",
+                    line=row.line,
+                    audio=row.shown,
+                    reason=f"{type(problem).__name__} {problem}".strip(),
+                ) from problem
+            raise
 
     def shared_prefix_length(self, examples: Iterable[NDArray[np.int32]]) -> int:
         """Count the tokens before the audio that all examples begin with, a system prompt for example.

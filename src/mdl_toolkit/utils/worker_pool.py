@@ -17,7 +17,7 @@ from itertools import islice
 from multiprocessing.connection import wait
 from typing import Any, NamedTuple, TypeVar
 
-from mdl_toolkit.errors import ToolkitError
+from mdl_toolkit.errors import ToolkitError, is_panic
 
 JobT = TypeVar("JobT")
 ReportT = TypeVar("ReportT")
@@ -44,7 +44,7 @@ class RemoteTraceback(Exception):  # noqa: N818 - no error itself, but what an e
 class _Failure(NamedTuple):
     """Carry what a task raised, and its traceback, from a worker process to the parent."""
 
-    problem: Exception
+    problem: BaseException
     trace: str
 
 
@@ -184,7 +184,10 @@ def _serve(pipe: Any) -> None:
                 for report in task(job):
                     pipe.send(report)
                 answer = _END
-            except Exception as problem:  # noqa: BLE001 - the parent raises it
+            except BaseException as problem:
+                # The parent raises it.
+                if not (isinstance(problem, Exception) or is_panic(problem)):
+                    raise
                 trace = "\n" + "".join(traceback.format_exception(problem))
                 try:
                     # Pickling a copy makes it anew, as the parent will.
