@@ -332,7 +332,7 @@ def test_a_panic_over_a_row_names_it(problem, monkeypatch):
         raise problem
 
     tokenizer = ChatTokenizer(read_tokenizer_files(MODEL))
-    tokenizer.encode = give_up
+    monkeypatch.setattr(ChatTokenizer, "encode", give_up)
     with pytest.raises(
         ToolkitError, match=rf"line 7 \(a.wav\): it cannot be tokenised: {type(problem).__name__}"
     ):

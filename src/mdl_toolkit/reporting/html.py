@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def write_page(path: Path, name: str, values: Mapping[str, Any], option: str = "
     Raises:
         InputError: it cannot be written.
     """
-    made = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     shown = {"name": name, "toolkit": __version__, "made": made, **values}
     data = json.dumps(shown, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     style = _part("style.css")

@@ -81,7 +81,7 @@ def open_sets(
                 convert_rows(manifests[name], private / name, tokenizer, options, reuse=True)
             if path is not None:
                 sets[name] = _open_set(path, files, private / name)
-        except RowsError as refusal:  # noqa: PERF203 - there are two
+        except RowsError as refusal:
             refusals.append(refusal)
             if name != next(reversed(manifests)):
                 warn(
