@@ -47,7 +47,9 @@ def test_two_ranks_ask_once(tmp_path, server):
     (tmp_path / "place").mkdir()
     server.files = {"/0.wav": pcm_wav(np.rint(wave(5000, 0) * 32768))}
     row = {"audio": f"{server.url}/0.wav", "prediction": "x"}
-    write_csv(tmp_path / "place/rows.csv", [row] * 8)
+    # Rows of one recording that follow one another would be one rank's.
+    (tmp_path / "place/1.wav").write_bytes(server.files["/0.wav"])
+    write_csv(tmp_path / "place/rows.csv", [row, {**row, "audio": "1.wav"}] * 4)
     with killing_all() as start:
         first = start(
             tmp_path / "place", rank=0, HOLD="mdl_toolkit.data.convert.work_folder:WorkFolder.commit:1"
