@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import signal
 from dataclasses import replace
 
@@ -67,8 +68,9 @@ def test_resuming_gives_the_unbroken_runs_weights(model, tmp_path):
     csv = make_csv(tmp_path, 10)
     settings = {"num_epochs": 3, "batch_size": 2, "gradient_accumulation_steps": 2, "lora_dropout": 0.2}
     whole = train(train_options(csv, model, tmp_path / "whole", save_steps=4, **settings))
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "whole/checkpoint-4").rename(tmp_path / "broken/checkpoint-4")
+    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
+    for later in ("checkpoint-8", "checkpoint-9", "final"):
+        shutil.rmtree(tmp_path / "broken" / later)
     options = train_options(csv, model, tmp_path / "broken", save_steps=4, **settings)
     resumed = train(replace(options, resume_from_checkpoint=True))
     assert resumed.steps == whole.steps == 9

@@ -10,9 +10,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from safetensors import SafetensorError
@@ -24,11 +26,25 @@ from mdl_toolkit.errors import ModelError
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.console import warn
 from mdl_toolkit.utils.files import fsync, parse_json, remove_folder, replace_folder
+from mdl_toolkit.utils.machine import describe_oom
 from mdl_toolkit.weights.provenance import PROVENANCE_FILE
 from mdl_toolkit.weights.resolve import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 
 STATE, OPTIMIZER, CHECKSUMS = "state.json", "optimizer.safetensors", "checksums.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
+# What the state holds; versions differ in all but the step.
+_STATE_TYPES: dict[str, tuple[type, ...]] = {
+    "step": (int,),
+    "sampling": (dict,),
+    "judged": (dict, NoneType),
+    "eval_loss": (int, float, NoneType),
+    "evaluated": (int, NoneType),
+    "best": (dict,),
+    "recent": (list,),
+    "losses": (int, float),
+    "since": (int,),
+    "most_rows": (int,),
+}
 _NEEDED = (STATE, OPTIMIZER, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 # Bytes that are read at once.
 _PIECE = 1 << 20
@@ -156,9 +172,35 @@ def damage(folder: Path) -> Localized | None:
             file = folder / Path(name).name
             if file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
                 return Localized("{name} is damaged", name=name)
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        for name, types in _STATE_TYPES.items():
+            if (name in state or name == "step") and not isinstance(state.get(name), types):
+                return Localized("{file}: {name} is not what was saved", file=STATE, name=name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         return Localized("{file}: {reason}", file=CHECKSUMS, reason=problem)
     return None
+
+
+@contextmanager
+def refusing_unloadable(checkpoint: "Checkpoint") -> Iterator[None]:
+    """Refuse a checkpoint that is whole by its checksums, and cannot be loaded in this context all the same.
+
+    Raises:
+        ModelError: naming it, and why.
+    """
+    try:
+        yield
+    except (
+        RuntimeError, LookupError, TypeError, ValueError, AttributeError, OverflowError, SafetensorError
+    ) as problem:  # fmt: skip
+        if isinstance(problem, RuntimeError) and describe_oom(problem) is not None:
+            raise
+        reason = " ".join(f"{type(problem).__name__}: {problem}".split())
+        raise ModelError(
+            "{folder}: it cannot be resumed, as it is not what was saved ({reason}); take another checkpoint",
+            folder=checkpoint.folder,
+            reason=reason,
+        ) from problem
 
 
 def checkpoints(output: Path) -> list[Path]:

@@ -19,7 +19,7 @@ from mdl_toolkit.i18n import Localized
 from mdl_toolkit.reporting.plots import plot
 from mdl_toolkit.reporting.report import report_training
 from mdl_toolkit.training.answer_eval import AnswerEvaluator
-from mdl_toolkit.training.checkpoints import Checkpoint, to_resume
+from mdl_toolkit.training.checkpoints import Checkpoint, refusing_unloadable, to_resume
 from mdl_toolkit.training.datasets import FEATURES, PRIVATE, Converted, open_data
 from mdl_toolkit.training.evaluator import Evaluator
 from mdl_toolkit.training.feature_cache import FeatureCache, check_frozen, sets_to_cache
@@ -139,7 +139,8 @@ def _prepare_and_run(options: TrainOptions, world: World) -> TrainResult:
     """Open the data, find the base and plan the steps in all processes; then run."""
     resume = to_resume(Path(options.output), options.resume_from_checkpoint)
     if resume is not None:
-        compare_options(resume, options, world)
+        with refusing_unloadable(resume):
+            compare_options(resume, options, world)
     private = Path(options.output) / PRIVATE
     converted = Converted(private)
     with converted.kept() if world.is_first else nullcontext():
@@ -222,7 +223,8 @@ def _train(run: _RunPlan, kept: KeptBlocks, device: torch.device, dtype: torch.d
         evaluator = Evaluator(options, schedule, forward, eval_examples, answers, world, log)
         trainer = Trainer(options, schedule, run.sampler, examples, forward, evaluator, world, log, kept)
         if run.resume is not None:
-            trainer.resume(run.resume)
+            with refusing_unloadable(run.resume):
+                trainer.resume(run.resume)
             say_resumed(run.resume, schedule.total, evaluator.best, options.early_stopping_patience)
         if world.is_first:
             prepare_output(options, run.origin, run.resume, evaluator.best.step)

@@ -12,6 +12,9 @@ from mdl_toolkit.data.collate import Batch, Collator, SampleSource, items_of, pi
 from mdl_toolkit.training.checkpoints import Checkpoint
 from mdl_toolkit.training.sampler import Indices
 
+# The tensors that torch's AdamW keeps of a parameter.
+ADAM_STATE = {"step", "exp_avg", "exp_avg_sq"}
+
 
 @dataclass(frozen=True)
 class ForwardPass:
@@ -108,7 +111,12 @@ class TrainableState:
             parameter = self._named[name]
             if tensor.ndim and tensor.shape != parameter.shape:
                 raise KeyError(name)
+            if key not in ADAM_STATE or tensor.dtype != torch.float32 or bool(tensor.ndim) != (key != "step"):
+                raise ValueError(f"{full_name} is no state of AdamW")
             self._optimizer.state[parameter][key] = tensor.to(self._device)
+        for name, parameter in self._named.items():
+            if (state := self._optimizer.state.get(parameter)) and {*state} != ADAM_STATE:
+                raise ValueError(f"{name} lacks states of AdamW")
         result = set_peft_model_state_dict(self._model, checkpoint.adapter())
         missing = {*result.missing_keys} & {*self._named}
         if different := [*result.unexpected_keys, *sorted(missing)]:
