@@ -34,6 +34,7 @@ from mdl_toolkit.config.yaml import SETTINGS_FILE
 from mdl_toolkit.data.convert import plan, rank
 from mdl_toolkit.data.convert import run as conversion
 from mdl_toolkit.data.convert.work_folder import WorkFolder
+from mdl_toolkit.utils.ownership import RECORD
 from tests.support.paths import MODEL
 from tests.support.processes import children, wait_for
 from tests.support.runs import make_rows, write_csv
@@ -63,8 +64,9 @@ def convert_here(output: str, **changes: Any) -> dict[str, bytes]:
 
 
 def data_of(folder: Path) -> dict[str, bytes]:
-    """A dataset's files by name, without the settings, which name the output."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != SETTINGS_FILE}
+    """A dataset's files by name, without the settings, which name the output, and the list of its files."""
+    files = (path for path in folder.iterdir() if path.name not in (SETTINGS_FILE, RECORD))
+    return {path.name: path.read_bytes() for path in files}
 
 
 def names(folder: Path) -> set[str]:

@@ -21,6 +21,7 @@ from mdl_toolkit.data.convert.work_folder import WorkFolder
 from mdl_toolkit.data.dataset import ConvertedDataset
 from mdl_toolkit.data.tokenization import IGNORE_INDEX, ChatTokenizer
 from mdl_toolkit.errors import DatasetError, RowsError
+from mdl_toolkit.utils.ownership import seal
 from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 from tests.support.commands import (
     ROWS,
@@ -63,6 +64,7 @@ def place(tmp_path, monkeypatch) -> Path:
     (folder / "out").mkdir()
     for name, content in OLD.items():
         (folder / "out" / name).write_bytes(content)
+    seal(folder / "out", "convert-dataset")
     return folder
 
 
