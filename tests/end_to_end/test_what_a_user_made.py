@@ -200,3 +200,25 @@ def test_a_command_s_own_file_is_replaced_and_a_changed_one_set_aside(place, nam
     assert run(words) == 0
     assert (place / f"{name}.previous-1").read_bytes() == changed
     assert (place / name).read_bytes() != changed
+
+
+@pytest.mark.parametrize("name", [*FOLDERS, *FILES])
+def test_a_fifo_is_refused_and_stays(place, name, capsys):
+    target = place / f"fifo{Path(name).suffix}"
+    os.mkfifo(target)
+    words = commands(place)[name]
+    assert run([*words, str(target / "x" if name == "pictures" else target)]) == 1
+    assert "fifo" in capsys.readouterr().err.splitlines()[-1]
+    assert target.is_fifo()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_link_is_followed_and_its_target_replaced(place, name):
+    (place / "elsewhere").mkdir()
+    target, link = place / "elsewhere" / name, place / f"link{Path(name).suffix}"
+    target.write_text("mine")
+    link.symlink_to(target)
+    assert run([*commands(place)[name], str(link)]) == 0
+    assert link.readlink() == target
+    assert target.read_bytes() != b"mine"
+    assert (place / "elsewhere" / f"{name}.previous-1").read_text() == "mine"
