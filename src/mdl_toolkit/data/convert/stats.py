@@ -175,8 +175,8 @@ def warn_of_clips(stats: ConversionStats, *, is_list: bool = False) -> None:
         warn("{silent} clips are silent", silent=stats.silent)
     if stats.cancelled:
         warn(
-            "{cancelled} of them have sound, but their channels cancel each other out (opposite phase); give "
-            "one channel of them, for example with: ffmpeg -i FILE -af pan='mono|c0=c0' new.flac",
+            "{cancelled} of them have sound, but their channels cancel each other out (opposite phase); choose "
+            "one in a column `channel`: 1, 2, left or right",
             cancelled=stats.cancelled,
         )
     if stats.clipped:
