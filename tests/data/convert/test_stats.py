@@ -42,7 +42,7 @@ def row(line: int) -> Row:
 def clip_of(samples: int, **changes: Any) -> Clip:
     plain = {"padded": False, "silent": False, "clipped": False, "full_scale": 0.0, "truncated": None}
     zeros = np.zeros(samples, np.float32)
-    return Clip("WAV", zeros, zeros, 16_000, samples / 16_000, 16_000, 1, **{**plain, **changes})
+    return Clip("WAV", zeros, 16_000, samples / 16_000, 16_000, 1, **{**plain, **changes})
 
 
 def stats_of(first_line: int, clips: list[tuple[Any, ...]]) -> ConversionStats:

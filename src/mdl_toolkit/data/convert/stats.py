@@ -175,8 +175,8 @@ def warn_of_clips(stats: ConversionStats, *, is_list: bool = False) -> None:
         warn("{silent} clips are silent", silent=stats.silent)
     if stats.cancelled:
         warn(
-            "{cancelled} of them have sound, but their channels cancel each other out (opposite phase); choose "
-            "one in a column `channel`: 1, 2, left or right",
+            "{cancelled} of them have sound, but their channels cancel each other out (opposite phase); "
+            "choose one in a column `channel`: 1, 2, left or right",
             cancelled=stats.cancelled,
         )
     if stats.clipped:
