@@ -6,6 +6,7 @@ LoRA, also with DoRA's magnitudes, and full copies are merged; other methods and
 import math
 import re
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mdl_toolkit.errors import ModelError
+from mdl_toolkit.utils.machine import available_cpus
 from mdl_toolkit.weights.resolve import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG, read_json
 from mdl_toolkit.weights.safetensors_stream import TensorEntry, WeightFile, weight_files
 
@@ -28,6 +30,8 @@ _UNSUPPORTED = (
     "velora_config", "monteclora_config", "kasa_config",
 )  # fmt: skip
 CPU = torch.device("cpu")
+# Tensors that are merged at once.
+MOST_THREADS = 4
 # Initialisations of LoRA that also change the base's weights.
 _CHANGING_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -166,7 +170,6 @@ class AdapterDelta:
         """Tell whether a tensor changes."""
         return name in self.low_rank or name in self.full
 
-    @torch.inference_mode()
     def merge_into(self, model: nn.Module, base: Path) -> None:
         """Give a loaded base model the weights that the merged model would have, in its own dtypes.
 
@@ -174,12 +177,20 @@ class AdapterDelta:
             ModelError: the shapes differ, or the result is not finite.
         """
         state = model.state_dict()
-        for file in weight_files(base):
-            for entry in filter(lambda entry: self.changes(entry.name), file.entries):
-                weight, start = state[entry.name], 0
-                for block in self.merged_blocks(file, entry, weight.dtype, weight.device):
-                    weight[start : start + len(block)] = block
-                    start += len(block)
+        changed = [
+            (file, each) for file in weight_files(base) for each in file.entries if self.changes(each.name)
+        ]
+
+        @torch.inference_mode()
+        def merge(file: WeightFile, entry: TensorEntry) -> None:
+            weight, start = state[entry.name], 0
+            for block in self.merged_blocks(file, entry, weight.dtype, weight.device):
+                weight[start : start + len(block)] = block
+                start += len(block)
+
+        # With one thread of Python, torch's own would wait for each other at every block.
+        with ThreadPoolExecutor(min(available_cpus(), MOST_THREADS)) as pool:
+            list(pool.map(merge, *zip(*changed, strict=True)))
 
     def merged_blocks(
         self, base: WeightFile, entry: TensorEntry, dtype: torch.dtype, device: torch.device = CPU
