@@ -14,6 +14,7 @@ import pytest
 import soundfile
 
 from mdl_toolkit.config.data import ConvertOptions
+from mdl_toolkit.config.yaml import SETTINGS_FILE
 from mdl_toolkit.data import open_audio as recordings
 from mdl_toolkit.data.convert import plan
 from mdl_toolkit.data.convert import run as conversion
@@ -64,6 +65,7 @@ def place(tmp_path, monkeypatch) -> Path:
     (folder / "out").mkdir()
     for name, content in OLD.items():
         (folder / "out" / name).write_bytes(content)
+    (folder / "out" / SETTINGS_FILE).write_text("# mdl-toolkit convert-dataset\n", encoding="utf-8")
     seal(folder / "out", "convert-dataset")
     return folder
 
