@@ -399,14 +399,14 @@ def test_bad_rows_leave_nothing_even_of_an_earlier_run(killed_place, capsys):
 
 @pytest.mark.parametrize("change", [os.utime, Path.unlink])
 def test_a_recording_that_is_changed_while_it_is_read(place, monkeypatch, change):
-    def load_and_change(path: Path, **more: Any) -> Any:
-        clip = load(path, **more)
+    def load_and_change(path: Path, *more: Any) -> Any:
+        clips = load(path, *more)
         if path.name == "clip-0-7.wav":
             change(path)
-        return clip
+        return clips
 
-    load = recordings.load
-    monkeypatch.setattr(recordings, "load", load_and_change)
+    load = recordings.load_segments
+    monkeypatch.setattr(recordings, "load_segments", load_and_change)
     with pytest.raises(RowsError, match=r"1 bad row\(s\):\n  line 9, .*: the file was changed while"):
         convert_here("out")
     assert data_of(place / "out") == OLD
