@@ -152,10 +152,10 @@ def check_output_folder(output: Path, command: str, option: str = "--output") ->
     """
     file: Path | None = None
     if output.is_dir():
-        if shown := visible(output):
-            file = shown[0] if maker(output) != command else None
-            if file is None and (output / RECORD).exists():
-                file = next(foreign_files(output, command), None)
+        if _read(output)["is_whole"]:
+            file = next(foreign_files(output, command), None)
+        elif (shown := visible(output)) and maker(output) != command:
+            file = shown[0]
     elif output.exists():
         file = output
     if file is not None:
