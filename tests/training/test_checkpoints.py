@@ -340,7 +340,9 @@ def test_a_checkpoint_that_cannot_be_deleted_does_not_end_a_training(tmp_path, m
     )
     assert names(output) == ["checkpoint-1", "checkpoint-3", *AT_THE_END]
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
-    assert {*said} == {f"warning: {output}/checkpoint-1 cannot be deleted: Device or resource busy"}
+    assert {line for line in said if "too few" not in line} == {
+        f"warning: {output}/checkpoint-1 cannot be deleted: Device or resource busy"
+    }
 
 
 def test_a_log_that_cannot_be_written_does_not_end_a_training(tmp_path, monkeypatch, capsys):

@@ -68,9 +68,8 @@ def test_resuming_gives_the_unbroken_runs_weights(model, tmp_path):
     csv = make_csv(tmp_path, 10)
     settings = {"num_epochs": 3, "batch_size": 2, "gradient_accumulation_steps": 2, "lora_dropout": 0.2}
     whole = train(train_options(csv, model, tmp_path / "whole", save_steps=4, **settings))
-    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
-    for later in ("checkpoint-8", "checkpoint-9", "final"):
-        shutil.rmtree(tmp_path / "broken" / later)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "whole/checkpoint-4").rename(tmp_path / "broken/checkpoint-4")
     options = train_options(csv, model, tmp_path / "broken", save_steps=4, **settings)
     resumed = train(replace(options, resume_from_checkpoint=True))
     assert resumed.steps == whole.steps == 9
@@ -83,6 +82,7 @@ def test_a_fresh_start_sets_an_earlier_run_aside(model, tmp_path, capsys):
     for _ in range(2):
         train(train_options(csv, model, output))
     assert {p.name for p in output.iterdir()} == {
+        ".mdl-toolkit-files.json",
         "checkpoint-1",
         "final",
         "log.jsonl",
@@ -211,7 +211,7 @@ def test_a_model_that_does_not_fit_leaves_an_earlier_run_alone(model, tmp_path):
     assert files_below(tmp_path) == before
 
 
-def test_bad_evaluation_rows_are_known_before_the_training_rows_are_converted(model, tmp_path, monkeypatch):
+def test_bad_evaluation_rows_are_known_first_and_told_with_those_of_training(model, tmp_path, monkeypatch):
     converted, real = [], training_data.convert_rows
     monkeypatch.setattr(
         training_data, "convert_rows", lambda *w, **m: converted.append(w[1].name) or real(*w, **m)
@@ -221,7 +221,7 @@ def test_bad_evaluation_rows_are_known_before_the_training_rows_are_converted(mo
     bad = write_csv(tmp_path / "eval.csv", rows)
     with pytest.raises(RowsError, match=r"missing\.wav"):
         train(train_options(make_csv(tmp_path, 4), model, tmp_path / "run", eval_dataset=str(bad)))
-    assert converted == ["eval"]
+    assert converted == ["eval", "train"]
     assert not (tmp_path / "run").exists()
 
 

@@ -49,7 +49,9 @@ def check_run_folder(output: Path, options: TrainOptions) -> None:
     others = [path for path in shown if path.name not in OUTPUT_FILES and not _MOVED.fullmatch(path.name)]
     others = [path for path in others if not is_checkpoint(path)]
     # What else lies in the folder of a run that goes on stays where it is.
-    if shown and maker(output) != options.COMMAND:
+    # Checkpoints tell by their own checksums what they are, also where they were moved to.
+    goes_on = bool(options.resume_from_checkpoint) and any(map(is_checkpoint, shown))
+    if shown and maker(output) != options.COMMAND and not goes_on:
         refuse(output, [*others, *shown][0], options.COMMAND)
     if others and not options.resume_from_checkpoint:
         refuse(output, others[0], options.COMMAND)

@@ -96,7 +96,11 @@ def test_batches_are_halved_until_they_fit_and_the_steps_stay_what_they_were(
 
     compute(scarce)
     train(train_options(csv, MODEL, tmp_path / "run", **settings))
-    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    warnings = [
+        line
+        for line in capsys.readouterr().err.splitlines()
+        if line.startswith("warning") and "too few" not in line
+    ]
     assert warnings == [
         f"warning: the GPU ran out of memory: {rows} rows at once from now on, the same effective batch"
         for rows in said
