@@ -93,9 +93,8 @@ def check_mpeg(data: Blocks) -> Integrity:
     Raises:
         AudioError: there are frames after bytes that are neither a frame nor a tag.
     """
-    position, kind = after_id3(data), -1
     parts: list[range] = []
-    samples = frames = 0
+    position, kind, samples, frames = after_id3(data), -1, 0, 0
     # How many frames there should be in the end, for each table.
     promises: list[int] = []
     is_cut = after_tag = False

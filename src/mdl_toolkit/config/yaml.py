@@ -53,6 +53,29 @@ def from_mapping(cls: type[AnyOptions], values: Mapping[str, Any], typed: Collec
     return options
 
 
+def _refuse_repeated_keys(source: str, node: yaml.MappingNode) -> None:
+    """Raise InputError for a key that stands twice, of which YAML would take the last one in silence."""
+    lines: dict[str, int] = {}
+    for key, _ in node.value:
+        name, line = str(key.value).replace("-", "_"), key.start_mark.line + 1
+        if lines.setdefault(name, line) != line:
+            raise InputError(
+                "{source}: {name} stands twice, in lines {first} and {line}; delete one",
+                source=source,
+                name=key.value,
+                first=lines[name],
+                line=line,
+            )
+
+
+def _fields_shared(writer: type[Options], cls: type[Options]) -> tuple[set[str], set[str]]:
+    """Return the options of a command, and those of them that mean the same to another one."""
+    theirs, ours = (
+        {field.name: spec_of(field).group for field in dataclasses.fields(each)} for each in (writer, cls)
+    )
+    return {*theirs}, {name for name, group in theirs.items() if ours.get(name) == group}
+
+
 def read_settings(
     path: str | Path,
     cls: type[Options],
@@ -87,29 +110,18 @@ def read_settings(
         return {}
     if not isinstance(node, yaml.MappingNode):
         raise InputError("{source}: expected `name: value` lines", source=source)
-    lines: dict[str, int] = {}
-    for key, _ in node.value:
-        name, line = str(key.value).replace("-", "_"), key.start_mark.line + 1
-        if lines.setdefault(name, line) != line:
-            raise InputError(
-                "{source}: {name} stands twice, in lines {first} and {line}; delete one",
-                source=source,
-                name=key.value,
-                first=lines[name],
-                line=line,
-            )
+    _refuse_repeated_keys(source, node)
     named = {str(key).replace("-", "_"): value for key, value in values.items()}
     writer = next((each for each in WRITERS if text.startswith(f"# mdl-toolkit {each.COMMAND}\n")), cls)
     if writer is not cls and say is not None:
-        theirs = {field.name: spec_of(field).group for field in dataclasses.fields(writer)}
-        ours = {field.name: spec_of(field).group for field in dataclasses.fields(cls)}
-        shared = [name for name in named if name in ours and ours[name] == theirs.get(name)]
+        theirs, shared = _fields_shared(writer, cls)
+        taken = ", ".join(name for name in named if name in shared)
         say(
             Localized(
                 "{source}: the record of {command}; taken from it: {names}",
                 source=source,
                 command=writer.COMMAND,
-                names=", ".join(shared),
+                names=taken,
             )
         )
         named = {name: value for name, value in named.items() if name in shared or name not in theirs}

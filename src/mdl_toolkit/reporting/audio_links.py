@@ -61,8 +61,7 @@ def audio_values(
     cells, segments = [row.get(AUDIO, "") for row in rows], [*map(segment_or_whole, rows)]
     if not any(cells):
         return None
-    # No link is followed.
-    start = os.path.dirname(os.path.abspath(page))  # noqa: PTH100, PTH120
+    start = os.path.dirname(os.path.abspath(page))  # noqa: PTH100, PTH120 - no link is followed
     links, missing = [], []
     for cell in cells:
         if not cell or is_url(cell):

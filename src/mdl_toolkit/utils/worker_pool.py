@@ -84,11 +84,8 @@ def work_through(
             _use(pipe.send, task)
         yield from _share_out(jobs, pipes)
     except WorkerDiedError:
-        ended = wait([process.sentinel for process in processes], timeout=5)
-        gone = [process for process in processes if process.sentinel in ended]
-        for process in gone:
-            process.join()
-        if any(process.exitcode == _UNGUARDED for process in gone):
+        wait([process.sentinel for process in processes], timeout=5)
+        if any(process.exitcode == _UNGUARDED for process in processes):
             raise ToolkitError(
                 "worker processes import your script, which then starts this work again: put the call under "
                 '`if __name__ == "__main__":`'

@@ -139,13 +139,8 @@ class AdapterDelta:
         for module, entries in modules.items():
             if not any({f"lora_{kind}A", f"lora_{kind}B"} <= entries.keys() for kind in ("", "embedding_")):
                 raise _not_mergeable(adapter, f"only {', '.join(sorted(entries))} of {module}")
-            # As PEFT does it: the first pattern that matches the end of the module's name.
-            patterns = (config.get("alpha_pattern") or {}).items()
-            alphas = (alpha for key, alpha in patterns if re.match(rf"(.*\.)?({key})$", module))
             rank = (entries.get("lora_A") or entries["lora_embedding_A"]).shape[0]
-            divisor = math.sqrt(rank) if config.get("use_rslora") else rank
-            scale = next(alphas, config["lora_alpha"]) / divisor
-            low_rank[f"{module}.weight"] = LowRankDelta(entries, scale)
+            low_rank[f"{module}.weight"] = LowRankDelta(entries, lora_scale(config, module, rank))
         base_config = read_json(base / MODEL_CONFIG)
         text = base_config.get("text_config") or {}
         tied = bool(text.get("tie_word_embeddings", base_config.get("tie_word_embeddings", False)))
@@ -217,6 +212,14 @@ class AdapterDelta:
             if not (-limit <= lowest and highest <= limit) and not cast.isfinite().all():
                 raise ModelError("{name}: not finite after merging", name=entry.name)
             yield cast
+
+
+def lora_scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """Return the factor of a module's low-rank product, as PEFT computes it."""
+    # The first pattern that matches the end of the module's name.
+    patterns = (config.get("alpha_pattern") or {}).items()
+    alphas = (alpha for key, alpha in patterns if re.match(rf"(.*\.)?({key})$", module))
+    return float(next(alphas, config["lora_alpha"])) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def check_mergeable(adapter: Path, config: Mapping[str, Any]) -> None:
