@@ -17,6 +17,7 @@ from torch import Tensor
 from mdl_toolkit.data.collate import PrecomputedSample, PromptBatch, collate_prompts
 from mdl_toolkit.data.dataset import Sample
 from mdl_toolkit.data.tokenization import IGNORE_INDEX, ChatTokenizer
+from mdl_toolkit.errors import ModelError
 from mdl_toolkit.model.decoding_batch import DecodingBatch
 
 # Prompts join when a quarter of the batch is free: admitting one costs about as much as a step for all.
@@ -183,6 +184,8 @@ def end_ids(model: Any, tokenizer: ChatTokenizer) -> set[int]:
     """Return the tokens that end an answer: those of the model's settings, and the end of a chat turn."""
     ends = model.generation_config.eos_token_id
     listed = ends if isinstance(ends, list) else [ends] if ends is not None else []
+    if not all(isinstance(end, int) for end in listed):
+        raise ModelError("generation_config.json: eos_token_id: expected token ids, not {ends}", ends=ends)
     return {*listed, tokenizer.end_id}
 
 

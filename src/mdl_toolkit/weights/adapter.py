@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.utils.machine import available_cpus
 from mdl_toolkit.weights.resolve import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG, read_json
-from mdl_toolkit.weights.safetensors_stream import TensorEntry, WeightFile, weight_files
+from mdl_toolkit.weights.safetensors_stream import FLOATS, TensorEntry, WeightFile, weight_files
 
 EMBEDDING, HEAD = "decoder.model.embed_tokens.weight", "decoder.lm_head.weight"
 _PREFIX = "base_model.model."
@@ -128,6 +128,13 @@ class AdapterDelta:
         modules: dict[str, dict[str, TensorEntry]] = {}
         full: dict[str, TensorEntry] = {}
         for entry in file.entries:
+            if entry.dtype not in FLOATS:
+                raise ModelError(
+                    "{path}: the tensor {name} is of type {dtype}, not floating point; fetch the model again",
+                    path=file.path,
+                    name=entry.name,
+                    dtype=entry.dtype,
+                )
             name = entry.name.removeprefix(_PREFIX)
             if match := _LORA.fullmatch(name):
                 modules.setdefault(match[1], {})[match[2]] = entry

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # Modules that bitsandbytes leaves alone: it quantises the decoder's linear layers only.
 NOT_QUANTIZED = ("audio_encoder", "audio_projector", "embed_tokens", "lm_head")
+# The end of the name of BatchNorm's count of batches, an integer.
+COUNTER = "num_batches_tracked"
 
 
 def choose_dtype(bf16: bool | None) -> "torch.dtype":
@@ -66,6 +68,8 @@ def load_model(
     if quantization is not None:
         options["quantization_config"] = _bitsandbytes_config(quantization, dtype)
     try:
+        if not is_quantized:
+            check_types(folder)
         model = MiDashengLMModel.from_pretrained(folder, **options)
     except ToolkitError:
         raise
@@ -74,13 +78,45 @@ def load_model(
         reason = " ".join(str(problem).split())
         raise ModelError("{folder}: cannot be loaded: {reason}", folder=folder, reason=reason) from problem
     if not is_quantized:
-        return model.to(device)  # type: ignore[no-any-return]
+        model = model.to(device)
+        check_numbers(model, folder)
+        return model  # type: ignore[no-any-return]
     # bitsandbytes 0.50 repacks 4-bit weights at the first evaluation, in bfloat16 and for good, on CPUs with
     # AVX512-BF16. It does so while training goes on, and fails where a width is no multiple of 64.
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model  # type: ignore[no-any-return]
+
+
+def check_types(folder: Path) -> None:
+    """Raise ModelError for weights that are stored as integers, which would be cast without a word."""
+    from mdl_toolkit.weights.safetensors_stream import weight_files
+
+    for file in weight_files(folder):
+        for entry in file.entries:
+            if entry.dtype[0] in "IUB" and entry.dtype != "BF16" and not entry.name.endswith(COUNTER):
+                raise ModelError(
+                    "{path}: the tensor {name} is of type {dtype}, not floating point; fetch the model again",
+                    path=file.path,
+                    name=entry.name,
+                    dtype=entry.dtype,
+                )
+
+
+def check_numbers(model: "torch.nn.Module", folder: Path) -> None:
+    """Raise ModelError for a weight that holds NaN or infinity."""
+    import torch
+
+    for name, tensor in model.state_dict().items():
+        # Any of these makes the sum one; float32 does not overflow where float16 would.
+        if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite():
+            raise ModelError(
+                "{folder}: the tensor {name} holds NaN or infinity; fetch the model again, or go back to an "
+                "earlier checkpoint",
+                folder=folder,
+                name=name,
+            )
 
 
 def say_loading(folder: Path) -> None:
