@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,8 @@ os.environ.update(
     # The models here are so small that threads only wait for each other.
     OMP_NUM_THREADS="1",
 )
+# Whoever starts the tests with `nohup` has them ignore it, and commands respect that.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 for _name in ("LANGUAGE", "LC_ALL", "LC_MESSAGES"):
     os.environ.pop(_name, None)
 os.environ["LANG"] = "C.UTF-8"

@@ -103,20 +103,21 @@ def _run_commands(folder: Path, seed: int) -> tuple[float, float]:
     """Run the commands as a user would, and return the accuracy before and after training."""
     model, test = str(folder / "model"), str(folder / "test.csv")
     before, after = str(folder / "before.csv"), str(folder / "after.csv")
-    dataset, run = str(folder / "train-dataset"), str(folder / "run")
+    sets, run = {name: str(folder / f"{name}-dataset") for name in ("train", "eval")}, str(folder / "run")
     shared: dict[str, Any] = {"base_dir": str(folder / "phrases"), "user_prompt": PROMPT}
 
     def execute(command: Callable[[AnyOptions], Result], options: AnyOptions) -> Result:
         say("\n$ {command}", command=as_command(options))
         return command(options)
 
-    conversion = ConvertOptions(input=str(folder / "train.csv"), output=dataset, model_name=model, **shared)
-    execute(convert_dataset, conversion)
+    for name, dataset in sets.items():
+        source = str(folder / f"{name}.csv")
+        execute(convert_dataset, ConvertOptions(input=source, output=dataset, model_name=model, **shared))
     execute(infer, InferenceOptions(input=test, output=before, model_name=model, **shared))
     training: dict[str, Any] = {"lr": 2e-3, "num_epochs": 20, "eval_steps": 100, "save_steps": 0}
-    data: dict[str, Any] = {"train_dataset": dataset, "eval_dataset": str(folder / "eval.csv")}
+    data: dict[str, Any] = {f"{name}_dataset": dataset for name, dataset in sets.items()}
     data |= {"output": run, "model_name": model, "gradient_checkpointing": False, "seed": seed}
-    execute(train, TrainOptions(**data, **shared, **training))
+    execute(train, TrainOptions(**data, **training))
     execute(infer, InferenceOptions(input=test, output=after, model_name=f"{run}/final", **shared))
     scoring: dict[str, Any] = {"reference": test, "compare": before}
     metrics = ("accuracy", "macro-f1")

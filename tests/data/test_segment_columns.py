@@ -273,7 +273,8 @@ def test_check_tells_segments_apart(place, decoded):
         {"audio": "call.wav", "start": start, "end": end, "channel": side, "prediction": "yes"}
         for start, end, side in times
     ]
-    assert findings(rows) == {"duplicate": ([4], [2])}
+    # What sounds periodically is found as copies, too.
+    assert findings(rows)["duplicate"] == ([4], [2])
     assert decoded == ["call.wav"]
 
 

@@ -129,7 +129,7 @@ class TestTheModel:
 class TestPlaces:
     def test_an_output_that_is_the_input(self, place, capsys):
         words = ["convert-dataset", "good.csv", "--model-name", "model", "--output", "good.csv"]
-        one_line(refused(place, capsys, words, 1, "--output good.csv", "choose another"))
+        one_line(refused(place, capsys, words, 1, "--output good.csv", "give another place"))
 
     def test_an_output_that_holds_the_input(self, place, capsys):
         words = ["convert-dataset", "good.csv", "--model-name", "model", "--output", "."]
@@ -137,7 +137,7 @@ class TestPlaces:
 
     def test_an_output_that_holds_something_else(self, place, capsys):
         words = ["convert-dataset", "good.csv", "--model-name", "model", "--output", "audio"]
-        one_line(refused(place, capsys, words, 1, "something else"))
+        one_line(refused(place, capsys, words, 1, "audio/clip-0-0.wav is there"))
 
     def test_training_into_its_own_dataset(self, place, capsys):
         assert run(["convert-dataset", "good.csv", "--model-name", "model", "--output", "data"]) == 0

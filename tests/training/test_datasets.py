@@ -102,7 +102,8 @@ def test_anything_else_is_converted_anew(place, capsys, change):
     shutil.rmtree("out")
     use_or_convert()
     assert data_of(place / "out") == made
-    assert names(place) == {"audio", "rows.csv", "out"}
+    # What is damaged may be a user's own change.
+    assert names(place) - {"out.previous-1"} == {"audio", "rows.csv", "out"}
 
 
 @pytest.mark.parametrize("audio", ["nowhere.wav", "nan.wav"])

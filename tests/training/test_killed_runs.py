@@ -147,7 +147,7 @@ def test_killed_while_the_log_is_rewritten(place, tmp_path, start):
         assert job.end() == -9
     assert start([*words, *RESUME]).end() == 0
     check_same_end(output, place)
-    assert not [*output.glob(".*")]
+    assert [path.name for path in output.glob(".*")] == [".mdl-toolkit-files.json"]
 
 
 # --- otherwise than before ----------------------------------------------------------------------------------
@@ -364,7 +364,7 @@ def test_a_thing_of_the_past_is_gone(place, tmp_path, start):
     job = start(command(place, output, *RESUME))
     assert job.end() == 0, job.said()
     assert sorted(path.name for path in output.iterdir()) == [
-        "checkpoint-8", "checkpoint-9", "final", "log.jsonl", "loss.png", "mdl-toolkit.json",
+        ".mdl-toolkit-files.json", "checkpoint-8", "checkpoint-9", "final", "log.jsonl", "loss.png", "mdl-toolkit.json",
         "mdl-toolkit.yaml", "notes.txt", "report.html",
     ]  # fmt: skip
     check_same_end(output, place)

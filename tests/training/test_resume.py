@@ -205,7 +205,7 @@ def test_a_result_is_described_by_the_options_that_it_was_trained_with(options, 
     before = {file.name: file.read_bytes() for file in checkpoint.iterdir()}
     done = train(replace(options, lora_alpha=64, lr=0.5, resume_from_checkpoint=True, **changes))
     after = {file.name: file.read_bytes() for file in checkpoint.iterdir()}
-    new = {"state.json", "checksums.json"} if changes else set()
+    new = {"state.json", "checksums.json", ".mdl-toolkit-files.json"} if changes else set()
     assert {name for name in before if after[name] != before[name]} == new
     assert read_json(done.final / "adapter_config.json")["lora_alpha"] == options.lora_alpha == 8
     card = (done.final / "README.md").read_text()

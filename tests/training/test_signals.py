@@ -85,7 +85,7 @@ def test_the_first_signal_is_a_request_and_a_later_one_has_its_usual_effect(numb
     assert capsys.readouterr().err.splitlines() == [STOPPING]
 
 
-@BOTH
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_later_signal_that_was_ignored_before_interrupts(number, monkeypatch):
     """Otherwise what a script starts with `&` would say that once more stops at once, and go on."""
     monkeypatch.setattr(stopping, "SAME_REQUEST_SECONDS", 0.0)
@@ -293,7 +293,7 @@ def test_a_kill_while_a_checkpoint_is_replaced_leaves_one(owing, tmp_path, start
     assert state_of(tmp_path / "run") == state_of(tmp_path / "whole")
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     assert same_weights(tmp_path / "run/final", tmp_path / "whole/final")
-    assert not [*(tmp_path / "run").glob(".*")]
+    assert [path.name for path in (tmp_path / "run").glob(".*")] == [".mdl-toolkit-files.json"]
 
 
 def losses(output):
@@ -326,11 +326,11 @@ def test_a_stopped_run_goes_on_bit_for_bit(place, tmp_path, start, number):
     stopped = f"stopped after step {step} of 8; to go on: --resume-from-checkpoint true"
     kept = f"what was converted stays in {tmp_path}/run/.dataset, for the next run with this --output"
     assert job.said().splitlines()[-4:] == [STOPPING, stopped, kept, "interrupted"]
-    usual = ("device", "memory", "training", "steps")
+    usual = ("device", "memory", "training", "steps", "loading")
     assert [line for line in job.said().splitlines()[:-4] if not line.startswith(usual)] == []
     assert 2 <= step < 8
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        ".dataset", f"checkpoint-{step}", "log.jsonl", "mdl-toolkit.json", "mdl-toolkit.yaml"
+        ".dataset", ".mdl-toolkit-files.json", f"checkpoint-{step}", "log.jsonl", "mdl-toolkit.json", "mdl-toolkit.yaml"
     ]  # fmt: skip
     assert damage(tmp_path / f"run/checkpoint-{step}") is None
     again = start(command(place, str(tmp_path / "run"), "--resume-from-checkpoint", "true"))
@@ -402,7 +402,7 @@ def test_a_signal_outside_the_steps_ends_the_run_tidily(place, tmp_path, start, 
     told = "every step is made and saved; to write the result: the same with --resume-from-checkpoint true"
     assert (told in job.said().splitlines()) == (moment == "write_result")
     left = {path.name for path in (tmp_path / "run").iterdir()} if (tmp_path / "run").exists() else set()
-    written = {"checkpoint-1", "log.jsonl", "mdl-toolkit.json", "mdl-toolkit.yaml"}
+    written = {".mdl-toolkit-files.json", "checkpoint-1", "log.jsonl", "mdl-toolkit.json", "mdl-toolkit.yaml"}
     expected = {
         "convert_rows": set(),
         "trainable_model": {".dataset"},

@@ -145,7 +145,6 @@ def test_what_a_tracker_wrote_moves_with_its_run(options):
     output = Path(options.output)
     train(options)
     before = {name for name in files_below(output) if name.startswith("runs/")}
-    (output / "notes.txt").write_text("mine")
     train(options)
     after = files_below(output)
     assert before
@@ -167,7 +166,6 @@ def test_a_folder_of_that_name_that_is_another_stays(options):
     output = Path(options.output)
     (output / "runs").mkdir(parents=True)
     (output / "runs/mine.txt").write_text("mine")
-    (output / "final").mkdir()
     train(replace(options, report_to=()))
     assert (output / "runs/mine.txt").read_text() == "mine"
     assert not (output / "previous-1/runs").exists()
@@ -185,7 +183,7 @@ def test_by_default_nothing_is_reported(tmp_path, names):
     options = train_options(make_csv(tmp_path, 4), MODEL, tmp_path / "run", report_to=names)
     train(options)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        "checkpoint-1", "final", "log.jsonl", "loss.png", "mdl-toolkit.json", "mdl-toolkit.yaml",
+        ".mdl-toolkit-files.json", "checkpoint-1", "final", "log.jsonl", "loss.png", "mdl-toolkit.json", "mdl-toolkit.yaml",
         "report.html",
     ]  # fmt: skip
 

@@ -248,7 +248,7 @@ CHANGES = {  # what is changed (and the options with it), the shards that can be
     "two rows change places": (lambda: edit(lambda rows: rows.insert(14, rows.pop(15))), {0, 1, 2}, True),
     "a row more": (lambda: edit(lambda rows: rows.append(rows[0])), set(), True),
     "another column": (lambda: edit(lambda rows: [r.update(note="x") for r in rows]), {0, 1, 2, 3}, False),
-    "line numbers": (push_lines_down, set(), False),
+    "line numbers": (push_lines_down, set(), True),
     "a recording is touched": (touch, {0, 2, 3}, False),
     "a recording is another one": (record_anew, {0, 2, 3}, True),
     "the system prompt": (lambda: {"system_prompt": "Kurz."}, set(), True),
