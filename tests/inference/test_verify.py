@@ -153,7 +153,8 @@ def test_a_training_whose_merging_went_wrong_keeps_what_another_attempt_needs(go
     with pytest.raises(ModelError, match=r"stays in .*run/checkpoint-6"):
         train(options)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        ".dataset", ".mdl-toolkit-files.json", "checkpoint-6", "log.jsonl", "mdl-toolkit.json", "mdl-toolkit.yaml",
+        ".dataset", ".mdl-toolkit-files.json", "checkpoint-6", "log.jsonl", "mdl-toolkit.json",
+        "mdl-toolkit.yaml",
     }  # fmt: skip
     assert "adapter_model.safetensors" in files_below(tmp_path / "run/checkpoint-6")
 

@@ -93,7 +93,8 @@ def test_a_picture_that_cannot_be_made_ends_nothing(tmp_path, monkeypatch, capsy
     assert done.final.is_dir()
     assert f"warning: loss.png cannot be drawn: {problem}" in capsys.readouterr().err
     assert {path.name for path in output.iterdir()} == {
-        ".mdl-toolkit-files.json", "checkpoint-1", "final", "log.jsonl", "mdl-toolkit.json", "mdl-toolkit.yaml",
+        ".mdl-toolkit-files.json", "checkpoint-1", "final", "log.jsonl", "mdl-toolkit.json",
+        "mdl-toolkit.yaml",
         "report.html",
     }  # fmt: skip
 

@@ -364,7 +364,8 @@ def test_a_thing_of_the_past_is_gone(place, tmp_path, start):
     job = start(command(place, output, *RESUME))
     assert job.end() == 0, job.said()
     assert sorted(path.name for path in output.iterdir()) == [
-        ".mdl-toolkit-files.json", "checkpoint-8", "checkpoint-9", "final", "log.jsonl", "loss.png", "mdl-toolkit.json",
+        ".mdl-toolkit-files.json", "checkpoint-8", "checkpoint-9", "final", "log.jsonl", "loss.png",
+        "mdl-toolkit.json",
         "mdl-toolkit.yaml", "notes.txt", "report.html",
     ]  # fmt: skip
     check_same_end(output, place)

@@ -330,7 +330,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(place, tmp_path, start, number):
     assert [line for line in job.said().splitlines()[:-4] if not line.startswith(usual)] == []
     assert 2 <= step < 8
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        ".dataset", ".mdl-toolkit-files.json", f"checkpoint-{step}", "log.jsonl", "mdl-toolkit.json", "mdl-toolkit.yaml"
+        ".dataset", ".mdl-toolkit-files.json", f"checkpoint-{step}", "log.jsonl", "mdl-toolkit.json",
+        "mdl-toolkit.yaml"
     ]  # fmt: skip
     assert damage(tmp_path / f"run/checkpoint-{step}") is None
     again = start(command(place, str(tmp_path / "run"), "--resume-from-checkpoint", "true"))

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.config.yaml import as_command
-from mdl_toolkit.errors import ToolkitError
+from mdl_toolkit.errors import InputError, ToolkitError
 from mdl_toolkit.training.run import train
 from mdl_toolkit.training.trackers import Trackers, check_trackers
 from mdl_toolkit.utils.run_folder import read_log
@@ -166,9 +166,9 @@ def test_a_folder_of_that_name_that_is_another_stays(options):
     output = Path(options.output)
     (output / "runs").mkdir(parents=True)
     (output / "runs/mine.txt").write_text("mine")
-    train(replace(options, report_to=()))
-    assert (output / "runs/mine.txt").read_text() == "mine"
-    assert not (output / "previous-1/runs").exists()
+    with pytest.raises(InputError, match="runs is there, which train did not write"):
+        train(replace(options, report_to=()))
+    assert files_below(output) == {"runs/mine.txt"}
 
 
 @pytest.mark.parametrize("names", ["null", "none", ("null",), None, ()])
@@ -183,7 +183,8 @@ def test_by_default_nothing_is_reported(tmp_path, names):
     options = train_options(make_csv(tmp_path, 4), MODEL, tmp_path / "run", report_to=names)
     train(options)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        ".mdl-toolkit-files.json", "checkpoint-1", "final", "log.jsonl", "loss.png", "mdl-toolkit.json", "mdl-toolkit.yaml",
+        ".mdl-toolkit-files.json", "checkpoint-1", "final", "log.jsonl", "loss.png", "mdl-toolkit.json",
+        "mdl-toolkit.yaml",
         "report.html",
     ]  # fmt: skip
 
