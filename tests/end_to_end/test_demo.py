@@ -50,7 +50,8 @@ def test_it_learns_from_scratch_to_at_least_80_percent(tmp_path, seed):
     folder, names = (values["rows"]["audio"][name] for name in ("folder", "names"))
     assert all((tmp_path / "demo" / unquote(folder + name)).is_file() for name in names)
     assert "Traceback" not in said
-    assert "arning" not in said
+    # It learns so long that the loss may rise again, which is said.
+    assert "arning" not in re.sub(r"(?m)^warning: the evaluation loss has risen twice .*$", "", said)
     assert snippet_answers(tmp_path / "demo/run/final", tmp_path / "demo") == answers
 
 
@@ -90,7 +91,15 @@ def test_the_commands_shown_can_be_typed(tmp_path, monkeypatch, capsys):
     shown = [line[2:] for line in capsys.readouterr().err.split("\n") if line.startswith("$ ")]
     assert [shlex.split(line)[:2] for line in shown] == [
         ["mdl-toolkit", name]
-        for name in ("convert-dataset", "inference", "train", "inference", "evaluate", "report")
+        for name in (
+            "convert-dataset",
+            "convert-dataset",
+            "inference",
+            "train",
+            "inference",
+            "evaluate",
+            "report",
+        )
     ]
     again = []
     for module, name in (
@@ -101,7 +110,7 @@ def test_the_commands_shown_can_be_typed(tmp_path, monkeypatch, capsys):
     ):
         monkeypatch.setattr(f"mdl_toolkit.{module}.{name}", again.append)
     monkeypatch.setattr("mdl_toolkit.api.evaluate", lambda options: again.append(options) or scored(options))
-    assert [run(shlex.split(line)[1:]) for line in shown] == [0] * 6
+    assert [run(shlex.split(line)[1:]) for line in shown] == [0] * 7
     assert again == used
 
 
