@@ -230,6 +230,16 @@ plan.CHUNK_ROWS, plan.FEWEST_BYTES, rank.FEW_ROWS = 2, 1, 1
 data, model = {data!r}, {model!r}
 {call}
 """
+# In a worker process: its pipe ends some time before its exit status can be had.
+SLOW_END = """
+import multiprocessing, os, time
+if multiprocessing.parent_process():
+    def end_slowly(status, end=os._exit):
+        os.closerange(0, 1024)
+        time.sleep(0.3)
+        end(status)
+    os._exit = end_slowly
+"""
 CALLS = {
     "convert": "convert_dataset(ConvertOptions(input=data, output='out', model_name=model, num_workers=2))",
     "train": "train(TrainOptions(train_dataset=data, output='out', model_name=model, num_workers=2))",
@@ -251,7 +261,7 @@ NAMES = ", ".join(
 def test_a_script_without_a_guard_is_told_in_one_sentence(tmp_path, work):
     data, script = make_csv(tmp_path, 12), tmp_path / "script.py"
     call = f"try:\n    {CALLS[work]}\nexcept ToolkitError as error:\n    sys.exit(f'{{error}}')"
-    text = SCRIPT.format(names=NAMES, data=str(data), model=str(MODEL), call=call)
+    text = SLOW_END + SCRIPT.format(names=NAMES, data=str(data), model=str(MODEL), call=call)
     script.write_text(text, encoding="utf-8")
     done = subprocess.run(
         [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120

@@ -10,6 +10,7 @@ import os
 import pickle
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
@@ -84,7 +85,10 @@ def work_through(
             _use(pipe.send, task)
         yield from _share_out(jobs, pipes)
     except WorkerDiedError:
-        wait([process.sentinel for process in processes], timeout=5)
+        # A process closes its pipe a moment before its exit status can be had.
+        deadline = time.monotonic() + 5
+        while all(process.exitcode is None for process in processes) and time.monotonic() < deadline:
+            time.sleep(0.01)
         if any(process.exitcode == _UNGUARDED for process in processes):
             raise ToolkitError(
                 "worker processes import your script, which then starts this work again: put the call under "
