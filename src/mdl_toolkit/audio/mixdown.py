@@ -95,8 +95,11 @@ class Mixdown:
         self._resample(np.zeros(0, np.float32), last=True)
         stored = np.frombuffer(self._samples, np.float32)
         rate = SAMPLE_RATE if self._resampler else self.rate
-        if rate > SAMPLE_RATE and (stored * 2.0**15 % 1).any():
-            return to_model_rate(stored, rate), SAMPLE_RATE
+        if rate > SAMPLE_RATE:
+            steps = stored * np.float32(2.0**15)
+            # A remainder takes ten times as long.
+            if (steps != np.rint(steps)).any():
+                return to_model_rate(stored, rate), SAMPLE_RATE
         return stored, rate
 
 
