@@ -7,8 +7,6 @@ Run as a script this is `mdl-toolkit` with shards of four rows. The environment 
               for another one; several such, between spaces, are stages that follow each other
     STARTING  workers do so already when they are started
     LIMIT     bytes that no file may exceed, as on a full disk
-    FAREWELL  seconds that the first rank waits for the others at the end
-    PATIENCE  seconds that another rank waits for the first one
 
 Each shard that is written down adds its number to `log`.
 """
@@ -31,7 +29,7 @@ from unittest import mock
 from mdl_toolkit.cli.main import main
 from mdl_toolkit.config.data import ConvertOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE
-from mdl_toolkit.data.convert import plan, rank
+from mdl_toolkit.data.convert import plan
 from mdl_toolkit.data.convert import run as conversion
 from mdl_toolkit.data.convert.work_folder import WorkFolder
 from mdl_toolkit.utils.ownership import RECORD
@@ -89,18 +87,15 @@ def marks(folder: Path, files: Iterable[str]) -> Marks:
 
 
 class Command:
-    """`convert-dataset rows.csv --output out` in a folder, as one of two ranks if a rank is given."""
+    """`convert-dataset rows.csv --output out` in a folder."""
 
-    def __init__(
-        self, place: Path, *words: str, rank: int | None = None, csv: str = "rows.csv", **environment: str
-    ) -> None:
+    def __init__(self, place: Path, *words: str, csv: str = "rows.csv", **environment: str) -> None:
         self.signs = Path(tempfile.mkdtemp(prefix="signs-", dir=place.parent))
         self.stage = 0
-        ranks = {} if rank is None else {"RANK": str(rank), "WORLD_SIZE": "2"}
         given = ["convert-dataset", csv, "--output", "out", "--model-name", str(MODEL), *words]
         self.process = subprocess.Popen(
             [sys.executable, __file__, *given], cwd=place, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "SIGNS": str(self.signs), **ranks, **environment}, start_new_session=True,
+            env={**os.environ, "SIGNS": str(self.signs), **environment}, start_new_session=True,
         )  # fmt: skip
 
     @property
@@ -209,9 +204,7 @@ def _log(_: Any, shard: Any, *more: Any) -> None:
 
 
 def _prepare() -> None:
-    plan.CHUNK_ROWS, plan.FEWEST_BYTES, rank.FEW_ROWS = ROWS_PER_SHARD, 1, 1
-    for name in ("FAREWELL", "PATIENCE"):
-        setattr(rank, name, float(os.environ.get(name, getattr(rank, name))))
+    plan.CHUNK_ROWS, plan.FEWEST_BYTES, conversion.FEW_ROWS = ROWS_PER_SHARD, 1, 1
     _before(WorkFolder, "commit", _log)
     for stage, instruction in enumerate(os.environ.get("HOLD", "").split()):
         _hold_at(instruction, stage)

@@ -14,14 +14,10 @@ import pytest
 
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.utils.files import replace_file, replace_folder
-from mdl_toolkit.utils.locks import ByteLocks, hold_lock
+from mdl_toolkit.utils.locks import hold_lock
 from mdl_toolkit.utils.ownership import RECORD
 
 HOLD = "from mdl_toolkit.utils.locks import hold_lock\nwith hold_lock(path): wait()"
-BYTE = (
-    "from mdl_toolkit.utils.locks import ByteLocks\n"
-    "locks = ByteLocks(path)\nassert locks.try_acquire(3)\nwait()"
-)
 FILE = """
 from mdl_toolkit.utils.files import replace_file
 with replace_file(path, "x") as work:
@@ -153,33 +149,3 @@ def test_a_name_that_is_a_pattern_means_itself(tmp_path):
     with replace_folder(tmp_path / "[ab]", "x"):
         pass
     assert {path.name for path in tmp_path.iterdir()} == {"[ab]", ".a.partial-0123abcd"}
-
-
-@pytest.mark.parametrize("is_killed", [False, True])
-def test_a_byte_is_locked_until_it_is_released_or_its_process_ends(tmp_path, is_killed):
-    with other(tmp_path / "lock", f"{BYTE}\nlocks.release(3)\nwait()") as process:
-        assert process.stdout.readline() == "in\n"
-        locks = ByteLocks(tmp_path / "lock")
-        assert not locks.is_free(3)
-        assert not locks.try_acquire(3, tries=3)
-        assert locks.try_acquire(4)
-        if is_killed:
-            process.kill()
-            process.wait()
-        else:
-            process.stdin.write("\n")
-            process.stdin.flush()
-            assert process.stdout.readline() == "in\n"
-        assert locks.is_free(3)
-        assert locks.try_acquire(3)
-        locks.close()
-
-
-def test_a_byte_of_a_file_that_was_deleted_or_replaced_locks_nobody_out(tmp_path):
-    locks = ByteLocks(tmp_path / "lock")
-    assert locks.is_in_place()
-    (tmp_path / "lock").unlink()
-    assert not locks.is_in_place()
-    (tmp_path / "lock").touch()
-    assert not locks.is_in_place()
-    locks.close()

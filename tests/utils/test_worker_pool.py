@@ -74,7 +74,7 @@ def test_jobs_are_done_at_the_same_time(tmp_path):
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_jobs_are_taken_when_a_process_is_idle(count):
-    """So that other ranks can take those that are left."""
+    """Never more than there are idle processes."""
     taken = []
 
     def jobs() -> Iterator[int]:
@@ -224,9 +224,9 @@ def test_workers_end_with_their_parent(tmp_path, task):
 SCRIPT = """
 import sys
 import mdl_toolkit.data.convert.plan as plan
-import mdl_toolkit.data.convert.rank as rank
+import mdl_toolkit.data.convert.run as run
 from mdl_toolkit import {names}
-plan.CHUNK_ROWS, plan.FEWEST_BYTES, rank.FEW_ROWS = 2, 1, 1
+plan.CHUNK_ROWS, plan.FEWEST_BYTES, run.FEW_ROWS = 2, 1, 1
 data, model = {data!r}, {model!r}
 {call}
 """

@@ -1,4 +1,4 @@
-"""A conversion of addresses that is killed or divided: nothing is asked for twice."""
+"""A conversion of addresses that is killed: nothing is asked for twice."""
 
 from pathlib import Path
 
@@ -40,23 +40,3 @@ def test_killed_in_the_middle_of_a_download(tmp_path, monkeypatch, server):
         Path(path[1:]).write_bytes(content[path])
     write_csv(Path("rows.csv"), [{"audio": path[1:], "prediction": "x"} for path in paths])
     assert convert_here("local") == data_of(Path("out"))
-
-
-@pytest.mark.allow_hosts(["127.0.0.1"])
-def test_two_ranks_ask_once(tmp_path, server):
-    (tmp_path / "place").mkdir()
-    server.files = {"/0.wav": pcm_wav(np.rint(wave(5000, 0) * 32768))}
-    row = {"audio": f"{server.url}/0.wav", "prediction": "x"}
-    # Rows of one recording that follow one another would be one rank's.
-    (tmp_path / "place/1.wav").write_bytes(server.files["/0.wav"])
-    write_csv(tmp_path / "place/rows.csv", [row, {**row, "audio": "1.wav"}] * 4)
-    with killing_all() as start:
-        first = start(
-            tmp_path / "place", rank=0, HOLD="mdl_toolkit.data.convert.work_folder:WorkFolder.commit:1"
-        )
-        first.wait_until_held()
-        second = start(tmp_path / "place", rank=1)
-        wait_for(second.written)
-        first.go_on()
-        assert [command.end()[0] for command in (first, second)] == [0, 0]
-    assert server.asked == ["/0.wav"]

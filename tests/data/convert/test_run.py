@@ -17,8 +17,8 @@ import soundfile
 from mdl_toolkit import __version__
 from mdl_toolkit.config.data import ConvertOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, from_mapping, read_settings
-from mdl_toolkit.data.convert import plan, rank
-from mdl_toolkit.data.convert.run import convert_dataset, convert_rows
+from mdl_toolkit.data.convert import plan
+from mdl_toolkit.data.convert.run import FEW_ROWS, convert_dataset, convert_rows
 from mdl_toolkit.data.dataset import FORMAT, ConvertedDataset
 from mdl_toolkit.data.manifest import read_manifest
 from mdl_toolkit.data.tokenization import IGNORE_INDEX, ChatTokenizer
@@ -432,7 +432,7 @@ def phrases(count: int) -> list[dict[str, str]]:
 
 @pytest.mark.usefixtures("small_shards")
 def test_workers_and_groups_change_no_byte(place):
-    rows = phrases(rank.FEW_ROWS + 6)
+    rows = phrases(FEW_ROWS + 6)
     first = convert(rows, output="0", num_workers=1, tokenizing_batch_size=8)
     assert [len(sample.waveform) for sample in first] == [
         2 * soundfile.info(row["audio"]).frames for row in rows
@@ -444,6 +444,16 @@ def test_workers_and_groups_change_no_byte(place):
         assert sum(name.endswith("-of-00009.arrow") for name in names) == 9
         for name in names - {SETTINGS_FILE}:
             assert (place / str(number) / name).read_bytes() == (place / "0" / name).read_bytes(), name
+
+
+def test_the_first_rank_converts_alone(place, monkeypatch):
+    write_csv(Path("rows.csv"), phrases(4))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert convert_dataset(options()) is None
+    assert files_below(place) == {"rows.csv"}
+    monkeypatch.setenv("RANK", "0")
+    assert convert_dataset(options()).rows == 4
 
 
 def test_nothing_heavy_is_imported(tmp_path):

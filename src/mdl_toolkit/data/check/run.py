@@ -21,7 +21,7 @@ from mdl_toolkit.data.check.findings import Figures, Findings
 from mdl_toolkit.data.check.rows import Facts, Inspection
 from mdl_toolkit.data.check.text import report_lines
 from mdl_toolkit.data.convert.plan import TOGETHER_BYTES, expected_bytes
-from mdl_toolkit.data.convert.rank import FEW_ROWS
+from mdl_toolkit.data.convert.run import FEW_ROWS
 from mdl_toolkit.data.manifest import Manifest, Row, read_manifest
 from mdl_toolkit.data.open_audio import Recordings
 from mdl_toolkit.data.tokenization import ChatTokenizer, prefix_sample

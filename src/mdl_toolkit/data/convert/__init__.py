@@ -3,8 +3,7 @@
 Modules:
     run           the command, and the conversion of rows for other commands
     plan          rows to shards before any recording is opened
-    rank          one process of several: the shards that it takes
     worker        one shard, in a worker process
-    work_folder   what is finished, what is stale, who is at work
+    work_folder   what is finished, what is stale
     stats         what a conversion counts and tells
 """

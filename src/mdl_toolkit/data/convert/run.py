@@ -1,13 +1,16 @@
 """Rows to a converted dataset: decode, resample, tokenise and store, in parallel.
 
 What comes out depends on the rows, the audio, the prompts and the tokenizer, never on the number of
-processes. Whole shards are the unit of work: a killed run goes on from those that it had finished, and ranks
-that share a file system divide them. All bad rows are reported together, and then nothing is left behind.
+processes. Whole shards are the unit of work: a killed run goes on from those that it had finished. All bad
+rows are reported together, and then nothing is left behind.
 """
 
 import json
+import secrets
+import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -15,22 +18,27 @@ from pathlib import Path
 import soundfile
 
 from mdl_toolkit import __version__
+from mdl_toolkit.audio.download_cache import Downloads
+from mdl_toolkit.audio.loading import SAMPLE_RATE
 from mdl_toolkit.audio.urls import is_url
 from mdl_toolkit.config.data import ConversionOptions, ConvertOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, to_yaml
-from mdl_toolkit.data.convert.plan import Plan, make_plan
-from mdl_toolkit.data.convert.rank import LEFT_OUT_FILE, RankConversion
-from mdl_toolkit.data.convert.stats import say_summary
+from mdl_toolkit.data.convert.plan import Plan, make_plan, read_shards
+from mdl_toolkit.data.convert.stats import ConversionStats, say_summary, warn_of_clips
 from mdl_toolkit.data.convert.work_folder import WorkFolder
+from mdl_toolkit.data.convert.worker import ShardConverter, ShardJob, ShardProgress
 from mdl_toolkit.data.dataset import FORMAT, ConvertedDataset, Record
-from mdl_toolkit.data.dataset_writer import check_output
+from mdl_toolkit.data.dataset_writer import check_output, write_metadata
 from mdl_toolkit.data.manifest import Manifest, Row, read_manifest
+from mdl_toolkit.data.open_audio import Recordings
 from mdl_toolkit.data.tokenization import ChatTokenizer
-from mdl_toolkit.errors import MOST_ROWS_SHOWN, DatasetError, RowProblem, RowsError
-from mdl_toolkit.utils.console import say
-from mdl_toolkit.utils.files import check_apart, parse_json, removing_empty
+from mdl_toolkit.errors import MOST_ROWS_SHOWN, DatasetError, Problems, RowProblem, RowsError
+from mdl_toolkit.utils.console import progress, say, warn
+from mdl_toolkit.utils.files import check_apart, parse_json, removing_empty, report_write_errors
 from mdl_toolkit.utils.launcher import Ranks
-from mdl_toolkit.utils.worker_pool import end_unguarded_script
+from mdl_toolkit.utils.machine import default_workers
+from mdl_toolkit.utils.signals import raise_if_interrupted
+from mdl_toolkit.utils.worker_pool import end_unguarded_script, work_through
 from mdl_toolkit.weights.resolve import find_model
 from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 
@@ -38,15 +46,18 @@ from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 LIBRARIES = ("av", "numpy", "pyarrow", "soundfile", "soxr", "tokenizers")
 # In a dataset that may be used again: the fingerprint of its plan.
 PLAN_FILE = "plan.txt"
-ALONE = Ranks()
+# In a dataset whose conversion kept going: the rows that it does not hold.
+LEFT_OUT_FILE = "left-out.json"
+# Below this, starting processes costs more than they save.
+FEW_ROWS = 64
 
 
 def convert_dataset(options: ConvertOptions) -> Record | None:
     """Convert a CSV into a dataset for training, replacing what is at the output.
 
     Returns:
-        The dataset's record; None in any but the first of several ranks. The dataset itself is not opened:
-        that would map a page of each of its batches.
+        The dataset's record; None in any but the first of several ranks, which converts alone. The dataset
+        itself is not opened: that would map a page of each of its batches.
 
     Raises:
         ToolkitError: bad rows (all of them in one message), a bad output folder, no model.
@@ -64,7 +75,9 @@ def convert_dataset(options: ConvertOptions) -> Record | None:
         ```
     """
     end_unguarded_script()
-    output, ranks = Path(options.output), Ranks.from_environment()
+    if Ranks.from_environment().rank:
+        return None
+    output = Path(options.output)
     check_output(output)
     check_apart(output, Path(options.input))
     if Path(options.model_name).is_dir():
@@ -74,9 +87,8 @@ def convert_dataset(options: ConvertOptions) -> Record | None:
     manifest = read_manifest(options.input, options, needs_prediction=True)
     folder = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=False)
     tokenizer = ChatTokenizer(read_tokenizer_files(folder))
-    record = convert_rows(manifest, output, tokenizer, options, settings=to_yaml(options), ranks=ranks)
-    if record is not None:
-        say_summary(output, record)
+    record = convert_rows(manifest, output, tokenizer, options, settings=to_yaml(options))
+    say_summary(output, record)
     return record
 
 
@@ -90,8 +102,7 @@ def convert_rows(
     settings: str | None = None,
     reuse: bool = False,
     keeps_going: bool = False,
-    ranks: Ranks = ALONE,
-) -> Record | None:
+) -> Record:
     """Convert all rows into a dataset that takes the place of what is at the output.
 
     Args:
@@ -103,15 +114,14 @@ def convert_rows(
         settings: text of the dataset's settings file, if there is to be one.
         reuse: if the output is what would come out, leave it; such a dataset names its plan.
         keeps_going: leave rows out that cannot be used; `left_out` tells which.
-        ranks: this process among those that divide the work.
 
     Returns:
-        The dataset's record; None in any but the first rank, whose part ends when no shard is left to take.
+        The dataset's record.
 
     Raises:
         ToolkitError: rows that cannot be used, all of them; no row; another conversion is at work there.
     """
-    with removing_empty(output.resolve().parent), WorkFolder(output, ranks.rank) as work:
+    with removing_empty(output.resolve().parent), WorkFolder(output).locked() as work:
         plan: Plan | None = None
         try:
             identity = _conversion_identity(tokenizer, options, with_answer, keeps_going)
@@ -120,16 +130,120 @@ def convert_rows(
             if reuse and (record := _reusable(output, plan, keeps_going)):
                 work.remove()
                 return record
-            rank = RankConversion(manifest, plan, work, tokenizer, options, with_answer, keeps_going, ranks)
-            if not ranks.rank:
-                files = {PLAN_FILE: plan.fingerprint if reuse else None, SETTINGS_FILE: settings}
-                return rank.run_first({name: text for name, text in files.items() if text is not None})
-            rank.run_other()
+            files = {PLAN_FILE: plan.fingerprint if reuse else None, SETTINGS_FILE: settings}
+            conversion = _Conversion(manifest, plan, work, tokenizer, options, with_answer, keeps_going)
+            return conversion.run({name: text for name, text in files.items() if text is not None})
         except BaseException as problem:
-            if not ranks.rank:
-                _clear_up(work, plan, problem)
+            _clear_up(work, plan, problem)
             raise
-    return None
+
+
+@dataclass
+class _Conversion:
+    """Convert the shards of a plan in worker processes, and put the dataset in place.
+
+    Attributes:
+        manifest: the rows.
+        plan: the shards.
+        work: the work folder, which is locked.
+        tokenizer: the model's tokenizer and template.
+        options: workers, downloads, tolerance for truncated files.
+        with_answer: for training; otherwise prompts alone, and no labels.
+        keeps_going: leave rows out that cannot be used.
+    """
+
+    manifest: Manifest
+    plan: Plan
+    work: WorkFolder
+    tokenizer: ChatTokenizer
+    options: ConversionOptions
+    with_answer: bool
+    keeps_going: bool
+
+    def run(self, extra_files: dict[str, str]) -> Record:
+        """Convert what is not finished, and put the dataset in place.
+
+        Args:
+            extra_files: the texts of more files of the dataset, by name.
+        """
+        if finished := self.work.begin(self.plan, keeps_going=self.keeps_going):
+            say(
+                "going on from an earlier run: {done} of {rows} rows are converted already",
+                done=finished,
+                rows=self.plan.rows,
+            )
+        # Who has bad rows already may not want to wait.
+        if self.plan.problems.count and not self.keeps_going and self.plan.rows >= FEW_ROWS:
+            warn(
+                "{problems} rows cannot be used; looking at all recordings, to report everything at once",
+                problems=self.plan.problems.count,
+            )
+        if wanted := {shard.number for shard in self.plan.shards if self.work.entry(shard) is None}:
+            self._convert(wanted)
+        entries = [entry for shard in self.plan.shards if (entry := self.work.entry(shard))]
+        stats = self._total(entries)
+        record = stats.record(self.tokenizer.files, self.options)
+        write_metadata(self.work.dataset, [entry.crc32 for entry in entries], record)
+        if self.keeps_going:
+            left_out = json.dumps([problem.to_json() for problem in stats.problems.first])
+            extra_files = {**extra_files, LEFT_OUT_FILE: left_out}
+        with report_write_errors(str(self.work.dataset), DatasetError):
+            for name, text in extra_files.items():
+                (self.work.dataset / name).write_text(text, encoding="utf-8")
+        self.work.finish()
+        warn_of_clips(stats, is_list=self.manifest.listed is not None)
+        return record
+
+    def _convert(self, wanted: set[int]) -> None:
+        """Convert the shards with these numbers."""
+        options, rows = self.options, sum(self.plan.shards[number].rows for number in wanted)
+        folder = Path(options.download_cache or self.work.downloads).expanduser()
+        downloads = Downloads(folder, options.max_download_mb, secrets.token_hex(8))
+        converter = ShardConverter(
+            self.tokenizer,
+            Recordings(downloads, options.allow_truncated, options.max_audio_hours),
+            self.with_answer,
+            self.keeps_going,
+            options.tokenizing_batch_size,
+        )
+        jobs = (
+            ShardJob(shard, [replace(row, cells=()) for row in members], self.work.file_to_write())
+            for shard, members in read_shards(self.manifest, self.plan, lambda each: each.number in wanted)
+        )
+        workers = min(options.num_workers or default_workers(), len(wanted)) if rows >= FEW_ROWS else 1
+        seconds, began = 0.0, time.monotonic()
+        with (
+            progress(rows, "converting") as bar,
+            closing(work_through(jobs, converter, workers)) as messages,
+        ):
+            for message in messages:
+                if isinstance(message, ShardProgress):
+                    raise_if_interrupted()
+                    seconds += message.samples / SAMPLE_RATE
+                    speed = seconds / max(time.monotonic() - began, 1e-3)
+                    bar.advance(message.rows, f"{seconds / 3600:.2f} h, {speed:.0f}x")
+                else:
+                    self.work.commit(message.shard, message.file, message.stats)
+
+    def _total(self, entries: list[ConversionStats]) -> ConversionStats:
+        """Add up the counts of all shards.
+
+        Raises:
+            RowsError: all rows that cannot be used.
+            DatasetError: finished shards are not there any more.
+        """
+        most = None if self.keeps_going else MOST_ROWS_SHOWN
+        total = ConversionStats(problems=Problems(most=most))
+        for entry in entries:
+            total.merge(entry)
+        total.problems.merge(self.plan.problems)
+        if not self.keeps_going:
+            self.manifest.check(total.problems)
+        if self.work.finished(self.plan) != self.plan.rows:
+            raise DatasetError(
+                "{path}: something else has changed what is in it; start again", path=self.work.path
+            )
+        return total
 
 
 def _recording_check(output: Path) -> Callable[[Row], None]:
