@@ -122,7 +122,9 @@ def _run_commands(folder: Path, seed: int) -> tuple[float, float]:
     scoring: dict[str, Any] = {"reference": test, "compare": before}
     metrics = ("accuracy", "macro-f1")
     found = execute(evaluate, EvaluateOptions(input=after, metric=metrics, **scoring))
-    accuracies = found.comparisons[0].other.value or 0.0, found.metrics[0].value or 0.0
+    accuracy = found.metrics[0]
+    assert accuracy.comparison is not None
+    accuracies = accuracy.comparison.other or 0.0, accuracy.value or 0.0
     say(
         "\n{table}\n\nAccuracy on the {rows} test phrases: {before:.0%} before, {after:.0%} after "
         "training (one of five languages by chance: 20%).",

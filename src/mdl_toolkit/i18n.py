@@ -39,6 +39,13 @@ def chinese() -> NullTranslations:
     return translation(DOMAIN, LOCALE, ["zh"])
 
 
+def _kept(value: Any) -> Any:
+    """Return a value as a message keeps it; of an exception what it says, in one line."""
+    if isinstance(value, BaseException):
+        return " ".join(str(getattr(value, "strerror", None) or value).split()) or type(value).__name__
+    return value if isinstance(value, str | Number | Localized | None) else str(value)
+
+
 def _shorten(value: Any) -> Any:
     """Cut a very long text."""
     if not isinstance(value, str) or len(value) <= LONGEST_FIELD:
@@ -55,7 +62,8 @@ class Localized:
     """Hold a message: a template and the values of its fields; `str()` renders it in the reader's language.
 
     Two messages are equal if their English is. A value other than a text, number, message or None is kept as
-    its text, so that any message can be hashed and pickled. What a text holds that a terminal would obey is
+    its text, so that any message can be hashed and pickled; of an exception it is what went wrong, without
+    number and file name, or its type if it says nothing. What a text holds that a terminal would obey is
     escaped, and a very long one is cut.
 
     Args:
@@ -71,10 +79,7 @@ class Localized:
 
     def __init__(self, template: str, /, **fields: Any) -> None:
         self.template = template
-        self.fields = {
-            name: value if isinstance(value, str | Number | Localized | None) else str(value)
-            for name, value in fields.items()
-        }
+        self.fields = {name: _kept(value) for name, value in fields.items()}
 
     @classmethod
     def of(cls, template: "str | Localized", fields: Mapping[str, Any]) -> "Localized":

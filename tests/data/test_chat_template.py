@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from mdl_toolkit.data import chat_template
-from mdl_toolkit.data.chat_template import AudioMarks, ChatTemplate, Message, Segment, messages_of
+from mdl_toolkit.data.chat_template import AudioMarks, ChatTemplate, Message, Span, messages_of
 from mdl_toolkit.data.manifest import Row
 from mdl_toolkit.errors import ModelError
 from tests.support.paths import GOLDEN
@@ -42,20 +42,20 @@ def row(prediction: str | None = None, *, user: str | None = None, system: str |
     return Row(2, "a.wav", "a.wav", system, user, prediction, ())
 
 
-def asked(template: str | ChatTemplate, **prompts: str | None) -> tuple[Segment, ...]:
+def asked(template: str | ChatTemplate, **prompts: str | None) -> tuple[Span, ...]:
     return rendered(template, messages_of(row(**prompts), with_answer=False))
 
 
-def trained(template: str | ChatTemplate, answer: str, **prompts: str | None) -> tuple[Segment, ...]:
+def trained(template: str | ChatTemplate, answer: str, **prompts: str | None) -> tuple[Span, ...]:
     return rendered(template, messages_of(row(answer, **prompts), with_answer=True))
 
 
-def rendered(template: str | ChatTemplate, messages: tuple[Message, ...]) -> tuple[Segment, ...]:
-    return (template if isinstance(template, ChatTemplate) else ChatTemplate(template)).segments(messages)
+def rendered(template: str | ChatTemplate, messages: tuple[Message, ...]) -> tuple[Span, ...]:
+    return (template if isinstance(template, ChatTemplate) else ChatTemplate(template)).spans(messages)
 
 
-def text(segments: tuple[Segment, ...]) -> str:
-    return "".join(segment.text for segment in segments)
+def text(spans: tuple[Span, ...]) -> str:
+    return "".join(span.text for span in spans)
 
 
 def as_transformers(template: str, *, asking: bool, **more: str | None) -> str:
@@ -85,23 +85,23 @@ GOLDEN_TEXTS = json.loads((GOLDEN / "processor_real_vocab.json").read_text(encod
     ],
 )
 def test_the_published_template(name, answer, prompts):
-    segments = asked(PUBLISHED, **prompts) if answer is None else trained(PUBLISHED, answer, **prompts)
-    assert text(segments) == GOLDEN_TEXTS[name]["text"]
+    spans = asked(PUBLISHED, **prompts) if answer is None else trained(PUBLISHED, answer, **prompts)
+    assert text(spans) == GOLDEN_TEXTS[name]["text"]
 
 
-def test_what_each_segment_is():
-    segments = trained(PUBLISHED, "rain", user="What?", system="Be brief.")
-    assert segments == (
-        Segment("prompt", "<|im_start|>system\n", is_template=True),
-        Segment("prompt", "Be brief.", is_template=False),
-        Segment("prompt", "<|im_end|>\n<|im_start|>user\n<|audio_bos|>", is_template=True),
-        Segment("audio", "<|AUDIO|>", is_template=True),
-        Segment("prompt", "<|audio_eos|>", is_template=True),
-        Segment("prompt", "What?", is_template=False),
-        Segment("prompt", "<|im_end|>\n<|im_start|>assistant\n", is_template=True),
-        Segment("answer", "rain", is_template=False),
-        Segment("answer", "<|im_end|>", is_template=True),
-        Segment("prompt", "\n", is_template=True),
+def test_what_each_span_is():
+    spans = trained(PUBLISHED, "rain", user="What?", system="Be brief.")
+    assert spans == (
+        Span("prompt", "<|im_start|>system\n", is_template=True),
+        Span("prompt", "Be brief.", is_template=False),
+        Span("prompt", "<|im_end|>\n<|im_start|>user\n<|audio_bos|>", is_template=True),
+        Span("audio", "<|AUDIO|>", is_template=True),
+        Span("prompt", "<|audio_eos|>", is_template=True),
+        Span("prompt", "What?", is_template=False),
+        Span("prompt", "<|im_end|>\n<|im_start|>assistant\n", is_template=True),
+        Span("answer", "rain", is_template=False),
+        Span("answer", "<|im_end|>", is_template=True),
+        Span("prompt", "\n", is_template=True),
     )
 
 
@@ -123,8 +123,8 @@ def test_no_prompt_is_no_turn_and_no_words(nothing):
 
 
 def test_an_empty_answer_is_still_closed():
-    answer = [segment for segment in trained(PUBLISHED, "") if segment.kind == "answer"]
-    assert "".join(segment.text for segment in answer) == "<|im_end|>"
+    answer = [span for span in trained(PUBLISHED, "") if span.kind == "answer"]
+    assert "".join(span.text for span in answer) == "<|im_end|>"
 
 
 # --- words are words -------------------------------------------------------------------------------------
@@ -153,8 +153,7 @@ def test_words_change_nothing_but_themselves(system, user, answer):
     other = trained(PUBLISHED, answer, system=system, user=user)
     there = {"A": system, "B": user, "C": answer}
     assert other == tuple(
-        segment if segment.is_template else Segment(segment.kind, there[segment.text], is_template=False)
-        for segment in plain
+        span if span.is_template else Span(span.kind, there[span.text], is_template=False) for span in plain
     )
 
 
@@ -203,9 +202,9 @@ def test_inference_is_asked_what_training_began_with(template, prompts):
     example = trained(template, "rain", **prompts)
     assert example == (
         *question,
-        Segment("answer", "rain", is_template=False),
-        Segment("answer", "<|im_end|>", is_template=True),
-        Segment("prompt", "\n", is_template=True),
+        Span("answer", "rain", is_template=False),
+        Span("answer", "<|im_end|>", is_template=True),
+        Span("prompt", "\n", is_template=True),
     )
 
 
@@ -257,9 +256,9 @@ def test_marks_in_words_are_none():
 
 def test_other_marks():
     template = ChatTemplate(chatml(audio="<a>"), marks=AudioMarks("<a>", "<b>", "<c>"))
-    segments = asked(template, user="<|AUDIO|>")
-    assert [segment.text for segment in segments if segment.kind == "audio"] == ["<a>"]
-    assert "<b><a><c><|AUDIO|>" in text(segments)
+    spans = asked(template, user="<|AUDIO|>")
+    assert [span.text for span in spans if span.kind == "audio"] == ["<a>"]
+    assert "<b><a><c><|AUDIO|>" in text(spans)
 
 
 # --- templates that cannot be used -----------------------------------------------------------------------

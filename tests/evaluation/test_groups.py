@@ -49,9 +49,9 @@ def test_a_group_has_the_other_model_too(tmp_path):
         input=labels(tmp_path / "alone", answers[20:]),
         compare=labels(tmp_path / "alone", others[20:], "q.csv"), **asked,
     ))  # fmt: skip
-    assert found.groups[1].comparisons == alone.comparisons
-    assert found.groups[1].comparisons[0].difference.value == 0.8
-    assert [pair.difference.value for pair in found.groups[0].comparisons] == [0, 0]
+    assert found.groups[1].metrics == alone.metrics
+    assert found.groups[1].metrics[0].comparison.difference == 0.8
+    assert [each.comparison.difference for each in found.groups[0].metrics] == [0, 0]
     table = as_text(found).split("\n\n")[1].splitlines()
     assert table[0].split()[2:6] == ["accuracy", "95", "%", "interval"]
     assert table[2].split()[2] == "100.00%"
@@ -105,18 +105,18 @@ def test_a_comparison_of_the_same_rows(tmp_path, capsys):
             metric=("accuracy", "macro-f1"), bootstrap=4000,
         )
     )  # fmt: skip
-    accuracy, macro = found.comparisons
-    assert accuracy.other.value == 0.8
-    assert accuracy.difference.value == pytest.approx(38 / 40 - 32 / 40)
-    assert accuracy.mcnemar == pytest.approx(2 * (1 + 10 + 45) / 1024)
-    assert macro.mcnemar is None
+    accuracy, macro = (each.comparison for each in found.metrics)
+    assert accuracy.other == 0.8
+    assert accuracy.difference == pytest.approx(38 / 40 - 32 / 40)
+    assert accuracy.mcnemar_p_value == pytest.approx(2 * (1 + 10 + 45) / 1024)
+    assert macro.mcnemar_p_value is None
     # The sum of 40 differences of 1 (8 of them) and -1 (2), drawn again, by a plain loop.
     generator = np.random.default_rng(0)
     plain = generator.choice([1] * 8 + [-1] * 2 + [0] * 30, size=(20_000, 40)).mean(axis=1)
     low, high = np.percentile(plain, [2.5, 97.5])
-    assert (accuracy.difference.low, accuracy.difference.high) == pytest.approx((low, high), abs=0.026)
+    assert (accuracy.difference_low, accuracy.difference_high) == pytest.approx((low, high), abs=0.026)
     # Swapping rows at random gives each of the 10 that differ a sign: McNemar's test again.
-    assert accuracy.p_value == pytest.approx(accuracy.mcnemar, abs=0.025)
+    assert accuracy.p_value == pytest.approx(accuracy.mcnemar_p_value, abs=0.025)
     assert as_text(found).splitlines()[0].split()[-2:] == ["McNemar", "p"]
 
 
@@ -124,7 +124,7 @@ def test_a_comparison_joins_by_audio_too(place, capsys):
     rows = [{"audio": audio, "prediction": reference} for audio, reference, *_ in TEXTS[::-1]]
     write_csv(place / "perfect.csv", rows)
     found = evaluate(options(place, compare=str(place / "perfect.csv"), metric=("wer",)))
-    assert found.comparisons[0].other.value == 0
+    assert found.metrics[0].comparison.other == 0
     said = capsys.readouterr().err
     assert "perfect.csv, joined by the column audio" in said
     assert said.count("empty") == 1

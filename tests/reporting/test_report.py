@@ -246,7 +246,7 @@ def test_the_page_has_intervals_and_p_of_a_comparison_also_by_group(tmp_path, ca
     (figure,) = values["evaluation"]["figures"]
     assert (figure["value"], figure["other"], figure["difference"]) == (0.5, 1, -0.5)
     assert -1 <= figure["difference_low"] < -0.5 < figure["difference_high"] < 0
-    assert 0 < figure["p"] < 0.01
+    assert 0 < figure["p_value"] < 0.01
     groups = values["evaluation"]["groups"]
     assert len(groups) == 4
     for group in groups:

@@ -97,12 +97,11 @@ def _reads_all(sound: Any, integrity: Integrity) -> bool:
 
 def _damaged(name: str, decoder: str, problem: object) -> AudioError:
     """Return the error for a damaged file, with what a decoder says of it."""
-    words = _reason(problem)
     return AudioError(
         "{name}: {decoder} says: {words}; the file is damaged, get it again",
         name=name,
         decoder=decoder,
-        words=words,
+        words=_reason(problem),
     )
 
 

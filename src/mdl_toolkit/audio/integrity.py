@@ -37,20 +37,14 @@ def check_integrity(file: BinaryIO) -> Integrity:
     if head[:4] == b"OggS":
         return check_ogg(data)
     if head[:4] == b"fLaC":
-        return _check_flac(data)
+        # It checks itself. The last block of metadata has the highest bit set.
+        if any(data.find(start, 8) >= 0 for start in (b"fLaC\0\0\0\x22", b"fLaC\x80\0\0\x22")):
+            raise joined_files("FLAC")
+        # The 36 bits of STREAMINFO that say how many samples there are.
+        has_length = int.from_bytes(data.at(21, 5), "big") & (1 << 36) - 1 > 0
+        return Integrity(has_length=has_length, parts=(range(before_tags(data)),))
     if is_mpeg(head):
         return check_mpeg(data)
     # The eleven bits that MPEG audio is known by, also where no frame can be read.
     has_sync = head[:2] >= b"\xff\xe0"
     return Integrity(is_mpeg=has_sync, parts=(range(before_tags(data)),))
-
-
-def _check_flac(data: Blocks) -> Integrity:
-    """Show decoders no tags behind FLAC, which checks itself; refuse several files in one."""
-    # The last block of metadata has the highest bit set.
-    for start in (b"fLaC\0\0\0\x22", b"fLaC\x80\0\0\x22"):
-        if data.find(start, 8) >= 0:
-            raise joined_files("FLAC")
-    # The 36 bits of STREAMINFO that say how many samples there are.
-    has_length = int.from_bytes(data.at(21, 5), "big") & (1 << 36) - 1 > 0
-    return Integrity(has_length=has_length, parts=(range(before_tags(data)),))

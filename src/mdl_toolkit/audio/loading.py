@@ -127,9 +127,8 @@ def load_segments(
     try:
         plain = io.FileIO(path)
     except (OSError, ValueError) as problem:
-        reason = getattr(problem, "strerror", None) or problem
         raise AudioError(
-            "the file cannot be opened ({reason}); correct the path or its permissions", reason=reason
+            "the file cannot be opened ({reason}); correct the path or its permissions", reason=problem
         ) from problem
     with _File(plain) as whole:
         size = whole.seek(0, 2)

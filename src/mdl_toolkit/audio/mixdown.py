@@ -52,13 +52,18 @@ class Mixdown:
         self._tail = np.zeros(CLIPPED - 1, bool)
 
     def add(self, name: str, block: Floats, rate: int) -> None:
-        """Add decoded samples, `[channels, n]` float32.
+        """Add decoded samples, `[channels, n]` float32, averaged.
 
         Raises:
             AudioError: a sample is NaN or infinite; with the format's name.
         """
         self.rate = rate
-        mono = _average(block)
+        # Added up one by one, so that every machine rounds alike; infinity and NaN are found below.
+        mono: Floats = block[0].copy()
+        with np.errstate(over="ignore", invalid="ignore"):
+            for channel in block[1:]:
+                mono += channel
+            mono /= np.float32(len(block))
         bad = np.flatnonzero(~np.isfinite(mono))
         if len(bad):
             raise AudioError(
@@ -67,12 +72,6 @@ class Mixdown:
                 seconds=(self.length + bad[0]) / rate,
             )
         self.length += len(mono)
-        self._measure(mono)
-        if self.peak < SILENCE:
-            self.channel_peak = max(self.channel_peak, float(np.abs(block).max(initial=0)))
-        self._resample(mono)
-
-    def _measure(self, mono: Floats) -> None:
         level = np.abs(mono)
         self.peak = max(self.peak, float(level.max(initial=0)))
         loud = level >= FULL_SCALE
@@ -81,6 +80,9 @@ class Mixdown:
         self._tail = joined[len(loud) :]
         runs = [joined[start : start + len(loud)] for start in range(CLIPPED)]
         self.clipped |= bool(np.logical_and.reduce(runs).any())
+        if self.peak < SILENCE:
+            self.channel_peak = max(self.channel_peak, float(np.abs(block).max(initial=0)))
+        self._resample(mono)
 
     def _resample(self, mono: Floats, last: bool = False) -> None:
         if self.rate > HIGHEST_STORED_RATE:
@@ -108,14 +110,3 @@ def to_model_rate(mono: Floats, rate: int) -> Floats:
     samples = mono if rate == SAMPLE_RATE else soxr.resample(mono, rate, SAMPLE_RATE, QUALITY)
     padding = max(0, MIN_SAMPLES - len(samples))
     return np.pad(samples, (0, padding)) if padding else samples
-
-
-def _average(channels: Floats) -> Floats:
-    """Average `[channels, n]` to mono `[n]`, added up one by one, so that every machine rounds alike."""
-    total: Floats = channels[0].copy()
-    # Infinity and NaN are found later.
-    with np.errstate(over="ignore", invalid="ignore"):
-        for channel in channels[1:]:
-            total += channel
-        total /= np.float32(len(channels))
-    return total

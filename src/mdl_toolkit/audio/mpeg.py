@@ -101,23 +101,24 @@ def check_mpeg(data: Blocks) -> Integrity:
     while position < data.size:
         frame = _frame(data.at(position, 4))
         if frame and (frame.kind == kind or _is_followed(data, position, frame)):
-            if position + frame.length > data.size:
+            end = position + frame.length
+            if end > data.size:
                 is_cut = True
                 break
             kind, after_tag = frame.kind, False
             promised = _promised_frames(data.at(position, min(frame.length, 64)))
-            if promised is not None:
-                promises.append(frames + promised)
             if promised is None or not parts:
-                _extend(parts, position, frame.length)
+                _extend(parts, position, end)
             if promised is None:
                 frames, samples = frames + 1, samples + frame.samples
-            position += frame.length
+            else:
+                promises.append(frames + promised)
+            position = end
         elif size := _tag_length(data, position):
             position, after_tag = data.skip_zeros(position + size), True
         else:
             following = _next_frame(data, position + 1)
-            if following is None:
+            if following < 0:
                 is_cut = data.size - position < 4 and data.at(position, 1) == b"\xff"
                 break
             if not after_tag:
@@ -137,23 +138,24 @@ def check_mpeg(data: Blocks) -> Integrity:
     return Integrity(missing, least, is_mpeg=True, has_length=bool(promises), parts=tuple(parts))
 
 
-def _extend(parts: list[range], start: int, length: int) -> None:
+def _extend(parts: list[range], start: int, end: int) -> None:
     """Add some bytes of the file to its parts."""
     if parts and parts[-1].stop == start:
-        parts[-1] = range(parts[-1].start, start + length)
-    else:
-        parts.append(range(start, start + length))
+        start = parts.pop().start
+    parts.append(range(start, end))
 
 
 def _is_followed(data: Blocks, position: int, frame: _Frame) -> bool:
     """Tell whether after a frame comes another one of its kind, a tag or the end of the file."""
     end = position + frame.length
-    following = _frame(data.at(end, 4))
-    return (
-        (following is not None and following.kind == frame.kind)
-        or end >= data.size
-        or _tag_length(data, end) > 0
-    )
+    return _is_continued(data, position) or end >= data.size or _tag_length(data, end) > 0
+
+
+def _is_continued(data: Blocks, position: int) -> bool:
+    """Tell whether a frame is at a position, and after it another one of its kind."""
+    frame = _frame(data.at(position, 4))
+    following = frame and _frame(data.at(position + frame.length, 4))
+    return frame is not None and following is not None and following.kind == frame.kind
 
 
 def _promised_frames(frame: bytes) -> int | None:
@@ -186,15 +188,8 @@ def _tag_length(data: Blocks, position: int) -> int:
     return 0
 
 
-def _next_frame(data: Blocks, position: int) -> int | None:
-    """Return the next position where a frame is followed by another one of its kind."""
-    while (position := data.find(b"\xff", position)) >= 0:
-        frame = _frame(data.at(position, 4))
-        if (
-            frame
-            and (following := _frame(data.at(position + frame.length, 4)))
-            and following.kind == frame.kind
-        ):
-            return position
+def _next_frame(data: Blocks, position: int) -> int:
+    """Return the next position where a frame is followed by another one of its kind; -1 if there is none."""
+    while (position := data.find(b"\xff", position)) >= 0 and not _is_continued(data, position):
         position += 1
-    return None
+    return position

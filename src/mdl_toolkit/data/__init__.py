@@ -8,8 +8,8 @@ Modules:
     manifest         lines to `Row`s; every problem at once
     missing          why a recording is not found, and where it is
     listing          a folder or pattern of recordings as a CSV
-    chat_template    a row to messages and segments
-    tokenization     segments to `input_ids` and `labels`
+    chat_template    a row to messages and spans
+    tokenization     spans to `input_ids` and `labels`
     dataset          the converted dataset on disk, and its samples
     dataset_writer   samples to that dataset
     collate          samples to one batch

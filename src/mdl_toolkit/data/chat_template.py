@@ -1,4 +1,4 @@
-"""A row to messages, and messages to segments: each prompt, audio or answer.
+"""A row to messages, and messages to spans: each prompt, audio or answer.
 
 The checkpoint's chat template is data and decides everything around the user's texts. It is rendered with
 marks in their stead, so that nothing in a text can pass for a part of the template, and nothing has to be
@@ -6,7 +6,7 @@ searched for afterwards.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -39,7 +39,7 @@ class Message:
 
 
 @dataclass(frozen=True)
-class Segment:
+class Span:
     """Hold a stretch of a rendered conversation.
 
     Attributes:
@@ -88,7 +88,7 @@ class ChatTemplate:
     marks: AudioMarks = AudioMarks()
     variables: tuple[tuple[str, str], ...] = ()
 
-    def segments(self, messages: tuple[Message, ...]) -> tuple[Segment, ...]:
+    def spans(self, messages: tuple[Message, ...]) -> tuple[Span, ...]:
         """Render a conversation.
 
         A conversation that ends with an answer begins with exactly what inference renders without it, so
@@ -100,36 +100,27 @@ class ChatTemplate:
         shape = tuple((m.role, m.text is not None, m.has_audio) for m in messages)
         texts = [m.text for m in messages if m.text is not None]
         return tuple(
-            Segment(part.kind, part.text, True)
-            if part.text_index is None
-            else Segment(part.kind, texts[part.text_index], False)
-            for part in _skeleton(self, shape)
+            span if span.is_template else replace(span, text=texts[int(span.text)])
+            for span in _skeleton(self, shape)
         )
-
-
-@dataclass(frozen=True)
-class _SkeletonPart:
-    """Hold the template's text of a segment, or the index of the message's text that is filled in."""
-
-    kind: Literal["prompt", "audio", "answer"]
-    text: str = ""
-    text_index: int | None = None
 
 
 _Shape = tuple[tuple[Role, bool, bool], ...]
 
 
 @lru_cache(maxsize=64)
-def _skeleton(template: ChatTemplate, shape: _Shape) -> tuple[_SkeletonPart, ...]:
+def _skeleton(template: ChatTemplate, shape: _Shape) -> tuple[Span, ...]:
     """Render every conversation of one shape at once: role, has a text, has audio, of each message.
 
+    In place of a message's text is its index.
+
     Raises:
-        ModelError: see `ChatTemplate.segments`.
+        ModelError: see `ChatTemplate.spans`.
     """
     turns, texts = _marked_turns(shape), sum(has_text for _, has_text, _ in shape)
     if shape[-1][0] != "assistant":
-        return tuple(_prompt_parts(template, _render(template, turns, asking=True), texts))
-    prompt = _prompt_parts(template, _render(template, turns[:-1], asking=True), texts - 1)
+        return tuple(_prompt_spans(template, _render(template, turns, asking=True), texts))
+    prompt = _prompt_spans(template, _render(template, turns[:-1], asking=True), texts - 1)
     rendered = _render(template, turns, asking=False)
     _, mark, after = rendered.partition(_MARK.format(texts - 1))
     if not mark or _MARKED.search(after):
@@ -139,9 +130,9 @@ def _skeleton(template: ChatTemplate, shape: _Shape) -> tuple[_SkeletonPart, ...
     end = template.end_of_turn
     if not after.startswith(end):
         raise _unfit(Localized("it does not close an answer with {end_of_turn}", end_of_turn=end))
-    answer = [_SkeletonPart("answer", text_index=texts - 1), _SkeletonPart("answer", end)]
+    answer = [Span("answer", str(texts - 1), False), Span("answer", end, True)]
     following = after.removeprefix(end)
-    return (*prompt, *answer, *([_SkeletonPart("prompt", following)] if following else []))
+    return (*prompt, *answer, *([Span("prompt", following, True)] if following else []))
 
 
 def _marked_turns(shape: _Shape) -> list[dict[str, Any]]:
@@ -156,34 +147,30 @@ def _marked_turns(shape: _Shape) -> list[dict[str, Any]]:
     return turns
 
 
-def _prompt_parts(template: ChatTemplate, rendered: str, texts: int) -> list[_SkeletonPart]:
+def _prompt_spans(template: ChatTemplate, rendered: str, texts: int) -> list[Span]:
     """Split a rendered prompt at its marks and placeholder, and check that each is there once."""
-    parts: list[_SkeletonPart] = []
+    spans: list[Span] = []
     for index, part in enumerate(_MARKED.split(rendered)):
         if index % 2:
-            parts.append(_SkeletonPart("prompt", text_index=int(part)))
+            spans.append(Span("prompt", part, False))
         elif part:
-            parts += _audio_parts(part, template.marks)
-    if sorted(part.text_index for part in parts if part.text_index is not None) != list(range(texts)):
+            spans += _audio_spans(part, template.marks)
+    if sorted(int(span.text) for span in spans if not span.is_template) != list(range(texts)):
         raise _unfit(_TEXTS_MISSING)
-    if sum(part.kind == "audio" for part in parts) != 1:
+    if sum(span.kind == "audio" for span in spans) != 1:
         raise _unfit(_audio_misplaced(template))
-    return parts
+    return spans
 
 
-def _audio_parts(text: str, marks: AudioMarks) -> list[_SkeletonPart]:
+def _audio_spans(text: str, marks: AudioMarks) -> list[Span]:
     """Split the template's text at the placeholder; audio marks are added where neither is there."""
     before, placeholder, after = text.partition(marks.token)
     if not placeholder:
-        return [_SkeletonPart("prompt", text)]
+        return [Span("prompt", text, True)]
     if not before.endswith(marks.begin) and not after.startswith(marks.end):
         before, after = before + marks.begin, marks.end + after
-    following = _audio_parts(after, marks) if after else []
-    return [
-        *([_SkeletonPart("prompt", before)] if before else []),
-        _SkeletonPart("audio", marks.token),
-        *following,
-    ]
+    preceding = [Span("prompt", before, True)] if before else []
+    return [*preceding, Span("audio", marks.token, True), *(_audio_spans(after, marks) if after else [])]
 
 
 def _render(template: ChatTemplate, turns: list[dict[str, Any]], *, asking: bool) -> str:
@@ -201,7 +188,7 @@ def _render(template: ChatTemplate, turns: list[dict[str, Any]], *, asking: bool
         return call_bounded(render, seconds=SECONDS, memory=MEMORY, length=LENGTH)
     # A template is a program, and may fail in every way that one can.
     except ValueError as problem:
-        raise _unfit(" ".join(str(problem).split())) from problem
+        raise _unfit(problem) from problem
     except OutOfBoundsError as problem:
         raise _unfit(
             Localized(
@@ -221,5 +208,5 @@ def _audio_misplaced(template: ChatTemplate) -> Localized:
     return Localized("it does not place {token} exactly once", token=token)
 
 
-def _unfit(reason: str | Localized) -> ModelError:
+def _unfit(reason: Exception | Localized) -> ModelError:
     return ModelError("the model's chat template cannot be used: {reason}", reason=reason)

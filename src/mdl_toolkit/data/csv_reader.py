@@ -180,8 +180,7 @@ def open_csv(path: Path) -> Iterator[BinaryIO]:
     except IsADirectoryError:
         raise csv_error(path, Localized("this is a folder; give a CSV file")) from None
     except (OSError, ValueError) as problem:
-        reason = Localized("cannot be read ({reason})", reason=getattr(problem, "strerror", None) or problem)
-        raise csv_error(path, reason) from problem
+        raise csv_error(path, Localized("cannot be read ({reason})", reason=problem)) from problem
 
 
 def read_lines(path: Path, file: BinaryIO, form: CsvFormat) -> Iterator[Line]:

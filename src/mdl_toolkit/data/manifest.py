@@ -132,10 +132,13 @@ class Manifest:
         cells = line.cells + [""] * (len(self.columns) - len(line.cells))
         named = dict(zip(self.columns, cells, strict=False))
         found = segment_cells(named)
-        segment = read_segment(found)
+        segment, audio = read_segment(found), named[AUDIO]
+        if audio and not _SCHEME.match(audio):
+            folder = os.path.expanduser(self.base_dir or "")  # noqa: PTH111
+            audio = os.path.join(folder, os.path.expanduser(audio))  # noqa: PTH111, PTH118
         row = Row(
             line=line.number,
-            audio=_resolve(named[AUDIO], self.base_dir),
+            audio=audio,
             audio_text=named[AUDIO],
             system_prompt=_prompt_or(self.system_prompt, named.get(SYSTEM)),
             user_prompt=_prompt_or(self.user_prompt, named.get(USER)),
@@ -202,13 +205,6 @@ def _prompt_or(default: str | None, cell: str | None) -> str | None:
     return default if cell in (None, "", "null") else cell
 
 
-def _resolve(audio: str, base_dir: str | None) -> str:
-    """Return the cell if it is an address, else a path that starts at the root or the current directory."""
-    if not audio or _SCHEME.match(audio):
-        return audio
-    return os.path.join(os.path.expanduser(base_dir or ""), os.path.expanduser(audio))  # noqa: PTH111, PTH118
-
-
 def find_recording(row: Row, folder: Path) -> tuple[int, int] | Localized:
     """Return the recording's stamp, or what is wrong with the cell; nothing is opened or fetched.
 
@@ -228,7 +224,7 @@ def find_recording(row: Row, folder: Path) -> tuple[int, int] | Localized:
     except (FileNotFoundError, NotADirectoryError):
         return explain_missing(row.audio, row.audio_text, folder)
     except OSError as problem:
-        return Localized("cannot be used ({reason}); correct it", reason=problem.strerror)
+        return Localized("cannot be used ({reason}); correct it", reason=problem)
     if stat.S_ISDIR(status.st_mode):
         return Localized("this is a folder; give a file")
     if not stat.S_ISREG(status.st_mode):

@@ -1,4 +1,4 @@
-"""Segments to `input_ids` and `labels`, by construction.
+"""Spans to `input_ids` and `labels`, by construction.
 
 Labels cover the answer and the token that closes it, nothing else. Special tokens in the user's own words
 are encoded as plain text.
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from mdl_toolkit.data.chat_template import AudioMarks, ChatTemplate, Segment, messages_of
+from mdl_toolkit.data.chat_template import AudioMarks, ChatTemplate, Span, messages_of
 from mdl_toolkit.data.manifest import Row
 from mdl_toolkit.errors import ModelError, ToolkitError, is_panic
 from mdl_toolkit.model.constants import IGNORE_INDEX as IGNORE_INDEX
@@ -60,8 +60,8 @@ class ChatTokenizer:
             ToolkitError: the tokenizer's library gives up on it, or memory runs out.
         """
         try:
-            segments = self.template.segments(messages_of(row, with_answer=with_answer))
-            return self.encode(segments, audio_tokens)
+            spans = self.template.spans(messages_of(row, with_answer=with_answer))
+            return self.encode(spans, audio_tokens)
         except BaseException as problem:
             if is_panic(problem) or isinstance(problem, MemoryError):
                 raise ToolkitError(
@@ -93,15 +93,15 @@ class ChatTokenizer:
         labels = self.encode_row(row, 1, with_answer=True).labels
         return [*map(int, labels[labels != IGNORE_INDEX])]
 
-    def encode(self, segments: tuple[Segment, ...], audio_tokens: int) -> Tokens:
-        """Encode rendered segments.
+    def encode(self, spans: tuple[Span, ...], audio_tokens: int) -> Tokens:
+        """Encode a rendered conversation.
 
         Prompt and answer are encoded apart, so that a training example begins with exactly the ids that
         inference begins with; within each, neighbouring texts are encoded together.
         """
         ids: list[int] = []
         labels: list[int] = []
-        for is_answer, run in groupby(segments, lambda segment: segment.kind == "answer"):
+        for is_answer, run in groupby(spans, lambda span: span.kind == "answer"):
             new = self._encode_run(run, audio_tokens)
             ids += new
             labels += new if is_answer else [IGNORE_INDEX] * len(new)
@@ -166,23 +166,23 @@ class ChatTokenizer:
         tokens = sorted((token.content for token in added if token.special), key=len, reverse=True)
         return re.compile("(" + "|".join(map(re.escape, tokens)) + ")")
 
-    def _encode_run(self, segments: Iterable[Segment], audio_tokens: int) -> list[int]:
-        """Encode segments that are all prompt (and audio) or all answer."""
+    def _encode_run(self, spans: Iterable[Span], audio_tokens: int) -> list[int]:
+        """Encode spans that are all prompt (and audio) or all answer."""
         ids: list[int] = []
         text = ""
-        for segment in segments:
+        for span in spans:
             # Plain text and special tokens in turns.
-            parts = [segment.text]
-            if segment.kind == "audio":
-                parts = ["", segment.text]
-            elif segment.is_template:
-                parts = self._special_pattern.split(segment.text)
+            parts = [span.text]
+            if span.kind == "audio":
+                parts = ["", span.text]
+            elif span.is_template:
+                parts = self._special_pattern.split(span.text)
             for index, part in enumerate(parts):
                 if index % 2 == 0:
                     text += part
                     continue
                 ids += self._encode_text(text)
-                ids += [self.id_of(part)] * (audio_tokens if segment.kind == "audio" else 1)
+                ids += [self.id_of(part)] * (audio_tokens if span.kind == "audio" else 1)
                 text = ""
         return ids + self._encode_text(text)
 

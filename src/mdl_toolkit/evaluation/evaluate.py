@@ -5,6 +5,7 @@ No model, no torch.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +100,12 @@ def _compute(
     answers, rows = aligned.answers, len(aligned.table)
     both = answers if aligned.other is None else concatenate(answers, aligned.other)
     statistics = {name: CORPUS_METRICS[name].build(both, rules) for name in names}
-    values, comparisons = _score(statistics, np.arange(rows), rows, options)
+    values = _score(statistics, np.arange(rows), rows, options)
     groups: list[Group] = []
     groups_of_row: list[dict[str, str]] = [{} for _ in range(rows)]
     for title, groups_by_name in (group_rows(aligned, name) for name in options.group_by):
         for name, members in groups_by_name.items():
-            groups.append(Group(title, name, len(members), *_score(statistics, members, rows, options)))
+            groups.append(Group(title, name, len(members), _score(statistics, members, rows, options)))
             for row in members:
                 groups_of_row[row][title] = name
     are_labels = not LABEL_METRICS.isdisjoint(names)
@@ -117,13 +118,13 @@ def _compute(
         labels, counts = confusion_counts(answers)
         confusion = Confusion(tuple(labels), tuple(map(tuple, counts.tolist())))
     is_right = correct_rows(answers, rules, right_by)
+    ((most_frequent, count),) = Counter(map(str.strip, answers.references)).most_common(1)
     return Evaluation(
         rows=_row_results(aligned, is_right, errors.statistics[:rows], groups_of_row),
         metrics=values,
-        comparisons=comparisons,
         groups=tuple(groups),
         confusion=confusion,
-        most_frequent=_most_frequent(answers.references) if "accuracy" in names else None,
+        most_frequent=(most_frequent, count / rows) if "accuracy" in names else None,
         settings={**_settings(options, rules, names), "right_by": right_by, "errors_in": unit},
         notes=(*aligned.notes, *_notes(options, names, rules, both)),
     )
@@ -134,7 +135,7 @@ def _compute(
 
 def _score(
     statistics: Mapping[str, Any], members: np.ndarray, rows: int, options: EvaluateOptions
-) -> tuple[tuple[MetricValue, ...], tuple[Comparison, ...]]:
+) -> tuple[MetricValue, ...]:
     """Compute metrics over some rows of one system, or of two, which have `rows` rows each."""
     count, starts = len(members), [0] if options.compare is None else [0, rows]
     systems = [{name: each.subset(members + start) for name, each in statistics.items()} for start in starts]
@@ -146,32 +147,24 @@ def _score(
         for pair in zip([system.items() for system in systems], distributions, strict=True)
     ]
     if options.compare is None:
-        return values[0], ()
+        return values[0]
     p_values = np.full(len(statistics), np.nan)
     if options.bootstrap:
         both = [each.subset(np.concatenate([members, members + rows])) for each in statistics.values()]
         p_values = permutation_test(both, count, options.bootstrap, options.seed)
-    comparisons = []
+    compared = []
     for value, other, drawn, p_value in zip(
         *values, distributions[0] - distributions[1], p_values, strict=True
     ):
-        name = value.metric
         difference = None if value.value is None or other.value is None else value.value - other.value
         mcnemar = None
-        if CORPUS_METRICS[name].is_proportion:
-            ours, theirs = (system[name].statistics[:, 0] for system in systems)
+        if CORPUS_METRICS[value.metric].is_proportion:
+            ours, theirs = (system[value.metric].statistics[:, 0] for system in systems)
             mcnemar = mcnemar_test(int((ours > theirs).sum()), int((ours < theirs).sum()))
-        interval = percentile_interval(drawn, count) or (None, None)
-        comparisons.append(
-            Comparison(other, MetricValue(name, difference, *interval), _finite(float(p_value)), mcnemar)
-        )
-    return values[0], tuple(comparisons)
-
-
-def _most_frequent(references: Sequence[str]) -> tuple[str, float]:
-    """Return the most frequent reference, and the accuracy of always answering it."""
-    ((answer, count),) = Counter(map(str.strip, references)).most_common(1)
-    return answer, count / len(references)
+        low, high = percentile_interval(drawn, count) or (None, None)
+        pair = Comparison(other.value, difference, low, high, _finite(float(p_value)), mcnemar)
+        compared.append(replace(value, comparison=pair))
+    return tuple(compared)
 
 
 def _metric_value(name: str, statistic: Any, rows: int, distribution: np.ndarray) -> MetricValue:

@@ -36,7 +36,7 @@ def _error_rate(unit: str) -> Builder:
     return build
 
 
-def _bleu(answers: Answers, rules: ScoringRules) -> SumBasedMetric:
+def bleu(answers: Answers, rules: ScoringRules) -> SumBasedMetric:
     """Count n-grams by sacrebleu, `[rows, 2 + 2 * orders]`: two lengths, n-grams in both, predicted ones."""
     from sacrebleu.metrics import BLEU
 
@@ -59,7 +59,7 @@ def _bleu(answers: Answers, rules: ScoringRules) -> SumBasedMetric:
     return SumBasedMetric(np.array(statistics, dtype=float), formula)
 
 
-def _chrf(answers: Answers, _rules: ScoringRules) -> SumBasedMetric:
+def chrf(answers: Answers, _rules: ScoringRules) -> SumBasedMetric:
     """Count character n-grams by sacrebleu, `[rows, 3 * orders]`: predicted, expected, in both."""
     from sacrebleu.metrics import CHRF
     from sacrebleu.metrics.helpers import extract_all_char_ngrams
@@ -115,8 +115,8 @@ CORPUS_METRICS = {
     "macro-f1": CorpusMetric("macro F1", macro_f1),
     "wer": CorpusMetric("WER", _error_rate(WORD), more_is_better=False),
     "cer": CorpusMetric("CER", _error_rate(CHARACTER), more_is_better=False),
-    "bleu": CorpusMetric("BLEU", _bleu, is_share=False),
-    "chrf": CorpusMetric("chrF", _chrf, is_share=False),
+    "bleu": CorpusMetric("BLEU", bleu, is_share=False),
+    "chrf": CorpusMetric("chrF", chrf, is_share=False),
     "map": CorpusMetric("mAP", MeanAveragePrecision.from_answers),
 }
 

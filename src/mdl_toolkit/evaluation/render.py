@@ -1,10 +1,9 @@
 """Text tables of an evaluation for the terminal, in the user's language."""
 
-from collections.abc import Iterable, Sequence
-from itertools import zip_longest
+from collections.abc import Sequence
 
 from mdl_toolkit.evaluation.metrics import CORPUS_METRICS
-from mdl_toolkit.evaluation.results import Comparison, Confusion, Evaluation, Group, MetricValue
+from mdl_toolkit.evaluation.results import Confusion, Evaluation, Group, MetricValue
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.console import width_of
 
@@ -36,13 +35,14 @@ def as_text(evaluation: Evaluation) -> str:
 def _metrics_table(evaluation: Evaluation) -> str:
     """Lay out the metrics of all rows, with `--compare` those of the other file and their differences."""
     head = [str(Localized("{rows} rows", rows=len(evaluation.rows))), str(Localized("value")), str(INTERVAL)]
-    lines = [[_title(each), *_cells(each, pair)] for each, pair in _pairs(evaluation)]
-    if evaluation.comparisons:
-        head += [*map(str, COMPARED), "p", "McNemar p"]
-    for line, each in zip(lines, evaluation.comparisons, strict=False):
-        line += [_p_value(each.p_value), _p_value(each.mcnemar)]
-    if evaluation.comparisons and all(each.mcnemar is None for each in evaluation.comparisons):
-        head, lines = head[:-1], [line[:-1] for line in lines]
+    lines = [[_title(each), *_cells(each)] for each in evaluation.metrics]
+    pairs = [each.comparison for each in evaluation.metrics if each.comparison]
+    tests = {"p": "p_value"} if pairs else {}
+    if any(pair.mcnemar_p_value is not None for pair in pairs):
+        tests["McNemar p"] = "mcnemar_p_value"
+    head += [*(map(str, COMPARED) if pairs else ()), *tests]
+    for line, pair in zip(lines, pairs, strict=False):
+        line += [_p_value(getattr(pair, name)) for name in tests.values()]
     table = align_columns([head, *lines])
     return table if evaluation.baseline is None else f"{table}\n{evaluation.baseline}"
 
@@ -52,19 +52,14 @@ def _groups_table(groups: Sequence[Group]) -> str:
     largest = sorted(groups, key=lambda group: -group.rows)[:MOST_SHOWN_GROUPS]
     head = [groups[0].column, str(Localized("rows"))]
     for each in groups[0].metrics:
-        head += [_title(each), str(INTERVAL), *(map(str, COMPARED) if groups[0].comparisons else ())]
+        head += [_title(each), str(INTERVAL), *(map(str, COMPARED) if each.comparison else ())]
     lines = []
     for group in (group for group in groups if group in largest):
-        cells = [cell for each, pair in _pairs(group) for cell in _cells(each, pair)]
+        cells = [cell for each in group.metrics for cell in _cells(each)]
         lines.append([group.name or str(EMPTY), str(group.rows), *cells])
     left_out = len(groups) - len(lines)
     more = str(Localized("\n... and {left_out} smaller groups", left_out=left_out)) if left_out else ""
     return align_columns([head, *lines]) + more
-
-
-def _pairs(part: Evaluation | Group) -> Iterable[tuple[MetricValue, Comparison | None]]:
-    """Pair each metric with its comparison; None without one."""
-    return zip_longest(part.metrics, part.comparisons)
 
 
 def _confusion_table(confusion: Confusion) -> str:
@@ -86,20 +81,20 @@ def _title(each: MetricValue) -> str:
     return CORPUS_METRICS[each.metric].title
 
 
-def _cells(each: MetricValue, pair: Comparison | None, sign: str = "") -> list[str]:
+def _cells(each: MetricValue) -> list[str]:
     """Return a metric and its interval; with a comparison the other's value, the difference, its interval."""
-    value, low, high = (_number(each, number, sign) for number in (each.value, each.low, each.high))
-    cells = [value, UNDEFINED if each.low is None else str(Localized("{low} to {high}", low=low, high=high))]
-    if pair is not None:
-        cells += [_number(pair.other, pair.other.value), *_cells(pair.difference, None, "+")]
+    form = ".2%" if CORPUS_METRICS[each.metric].is_share else ".2f"
+
+    def figure(value: float | None, low: float | None, high: float | None, form: str = form) -> list[str]:
+        shown, *bounds = [UNDEFINED if each is None else f"{each:{form}}" for each in (value, low, high)]
+        interval = Localized("{low} to {high}", low=bounds[0], high=bounds[1])
+        return [shown, UNDEFINED if low is None else str(interval)]
+
+    cells = figure(each.value, each.low, each.high)
+    if pair := each.comparison:
+        cells += figure(pair.other, None, None)[:1]
+        cells += figure(pair.difference, pair.difference_low, pair.difference_high, f"+{form}")
     return cells
-
-
-def _number(of: MetricValue, value: float | None, sign: str = "") -> str:
-    """Format a number in the unit of a metric."""
-    if value is None:
-        return UNDEFINED
-    return f"{value:{sign}.2%}" if CORPUS_METRICS[of.metric].is_share else f"{value:{sign}.2f}"
 
 
 def _p_value(value: float | None) -> str:

@@ -4,8 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from itertools import zip_longest
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,27 @@ from mdl_toolkit.utils.files import removing_empty, replace_file, report_write_e
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """Compare a metric of two prediction files.
+
+    Attributes:
+        other: value of the file of `--compare`; None if undefined.
+        difference: value of the first file minus that of the other; None if undefined.
+        difference_low: lower bound of its 95 % interval, by the paired bootstrap; None without one.
+        difference_high: upper bound, likewise.
+        p_value: p-value of the paired permutation test; None without one.
+        mcnemar_p_value: that of McNemar's exact test; None for a metric that is no share of right rows.
+    """
+
+    other: float | None
+    difference: float | None
+    difference_low: float | None
+    difference_high: float | None
+    p_value: float | None
+    mcnemar_p_value: float | None
+
+
+@dataclass(frozen=True)
 class MetricValue:
     """Hold the value of a metric over some rows.
 
@@ -25,29 +45,14 @@ class MetricValue:
         value: a share, or for bleu and chrf a number up to 100; None if undefined.
         low: lower bound of the 95 % interval; None without one.
         high: upper bound of the 95 % interval; None without one.
+        comparison: with the file of `--compare`; None without one.
     """
 
     metric: str
     value: float | None
     low: float | None = None
     high: float | None = None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Compare a metric of two prediction files.
-
-    Attributes:
-        other: value of the file of `--compare`.
-        difference: value of the first file minus that of the other, its interval by the paired bootstrap.
-        p_value: p-value of the paired permutation test; None without one.
-        mcnemar: p-value of McNemar's exact test; None for a metric that is no share of right rows.
-    """
-
-    other: MetricValue
-    difference: MetricValue
-    p_value: float | None
-    mcnemar: float | None
+    comparison: Comparison | None = None
 
 
 @dataclass(frozen=True)
@@ -59,14 +64,12 @@ class Group:
         name: the value in the column.
         rows: number of rows.
         metrics: one value for each metric.
-        comparisons: one for each metric with `--compare`, else none.
     """
 
     column: str
     name: str
     rows: int
     metrics: tuple[MetricValue, ...]
-    comparisons: tuple[Comparison, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,6 @@ class Evaluation:
     Attributes:
         rows: results of each row, in the order of the predictions' file.
         metrics: one value for each metric, over all rows.
-        comparisons: one for each metric with `--compare`, else none.
         groups: groups of rows, column by column.
         confusion: counts of confused labels; None if the references are no labels.
         most_frequent: the most frequent reference, and the accuracy of always answering it; None without
@@ -127,7 +129,6 @@ class Evaluation:
 
     rows: tuple[RowResult, ...]
     metrics: tuple[MetricValue, ...]
-    comparisons: tuple[Comparison, ...]
     groups: tuple[Group, ...]
     confusion: Confusion | None
     most_frequent: tuple[str, float] | None
@@ -154,35 +155,28 @@ class Evaluation:
 def as_json(evaluation: Evaluation) -> str:
     """Return everything but the rows' cells as JSON."""
 
-    def metrics(part: Evaluation | Group) -> dict[str, Any]:
-        return {each.metric: _value_and_interval(each) for each in part.metrics}
-
-    def comparison(part: Evaluation | Group) -> dict[str, Any]:
-        return {
-            each.other.metric: {
-                "other": each.other.value,
-                "difference": _value_and_interval(each.difference),
-                "p_value": each.p_value,
-                "mcnemar_p_value": each.mcnemar,
-            }
-            for each in part.comparisons
-        }
+    def figures(part: Evaluation | Group) -> dict[str, Any]:
+        metrics, comparisons = {}, {}
+        for each in part.metrics:
+            metrics[each.metric] = {"value": each.value, "low": each.low, "high": each.high}
+            if pair := each.comparison:
+                bounds = {"low": pair.difference_low, "high": pair.difference_high}
+                comparisons[each.metric] = {
+                    "other": pair.other,
+                    "difference": {"value": pair.difference, **bounds},
+                    "p_value": pair.p_value,
+                    "mcnemar_p_value": pair.mcnemar_p_value,
+                }
+        return {"metrics": metrics, "comparison": comparisons}
 
     most_frequent = evaluation.most_frequent
     content = {
         "settings": evaluation.settings,
         "notes": [note.en for note in evaluation.notes],
-        "metrics": metrics(evaluation),
-        "comparison": comparison(evaluation),
+        **figures(evaluation),
         "most_frequent": most_frequent and {"reference": most_frequent[0], "share": most_frequent[1]},
         "groups": [
-            {
-                "column": group.column,
-                "group": group.name,
-                "rows": group.rows,
-                "metrics": metrics(group),
-                "comparison": comparison(group),
-            }
+            {"column": group.column, "group": group.name, "rows": group.rows, **figures(group)}
             for group in evaluation.groups
         ],
         "confusion": asdict(evaluation.confusion) if evaluation.confusion else None,
@@ -193,32 +187,22 @@ def as_json(evaluation: Evaluation) -> str:
     return json.dumps(content, ensure_ascii=False, indent=1) + "\n"
 
 
-def _value_and_interval(each: MetricValue) -> dict[str, float | None]:
-    return {"value": each.value, "low": each.low, "high": each.high}
-
-
 def as_csv(evaluation: Evaluation) -> str:
     """Return a CSV with a line for each metric over all rows and over each group, settings in every line."""
     settings = {name: evaluation.settings[name] for name in ("normalize", "bootstrap", "seed")}
     settings["normalize"] = str(settings["normalize"]).lower()
     versions = evaluation.settings["versions"].items()
     settings["versions"] = " ".join(f"{library}={version}" for library, version in versions)
-    compared = ["other", "difference", "difference_low", "difference_high", "p_value", "mcnemar_p_value"]
+    compared = [field.name for field in fields(Comparison)]
     names = ["column", "group", "rows", "metric", "value", "low", "high", *compared, *settings]
     text = io.StringIO()
-    writer = csv.DictWriter(text, names, restval="")
+    writer = csv.DictWriter(text, names, restval="", extrasaction="ignore")
     writer.writeheader()
-    for part in (
-        Group("", "", len(evaluation.rows), evaluation.metrics, evaluation.comparisons),
-        *evaluation.groups,
-    ):
+    for part in (Group("", "", len(evaluation.rows), evaluation.metrics), *evaluation.groups):
         of_part = {"column": part.column, "group": part.name, "rows": part.rows}
-        for value, pair in zip_longest(part.metrics, part.comparisons):
-            line = {**of_part, **vars(value), **settings}
-            if pair is not None:
-                figures = (pair.other.value, *_value_and_interval(pair.difference).values())
-                line |= zip(compared, (*figures, pair.p_value, pair.mcnemar), strict=True)
-            writer.writerow(line)
+        for each in part.metrics:
+            pair = vars(each.comparison) if each.comparison else {}
+            writer.writerow({**of_part, **vars(each), **pair, **settings})
     return text.getvalue()
 
 

@@ -6,15 +6,12 @@ Nothing here needs a model or a file.
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 
 from mdl_toolkit.i18n import Localized
-
-Count = Callable[[str, str], tuple[float, float]]
 
 WORD, CHARACTER = "word", "character"
 # Units of a reference by units of its prediction that are compared at once: some seconds.
@@ -29,13 +26,20 @@ class TextMetric:
         name: as on the command line.
         title: as in a message.
         more_is_better: whether a larger value is the better one.
-        count: gives a row's numerator and denominator for its reference and prediction.
+        unit: in which edits are counted; None for a share of equal answers.
     """
 
     name: str
     title: Localized
-    more_is_better: bool
-    count: Count
+    more_is_better: bool = False
+    unit: str | None = None
+
+    def count(self, reference: str, prediction: str) -> tuple[float, float]:
+        """Return a row's numerator and denominator."""
+        if self.unit is None:
+            return float(reference.strip() == prediction.strip()), 1.0
+        ((errors, length),) = edits([reference], [prediction], self.unit).tolist()
+        return errors, length
 
     def rank(self, value: float, loss: float) -> tuple[float, float]:
         """Return a sort key that is higher for a better evaluation: by value, then by lower loss.
@@ -150,23 +154,12 @@ def edits(
     return np.array(counts, dtype=float)
 
 
-def _errors(unit: str, *texts: str) -> tuple[float, float]:
-    """Count the edits of one row, and the units of its reference."""
-    ((errors, length),) = edits(texts[:1], texts[1:], unit).tolist()
-    return errors, length
-
-
-LOSS = TextMetric("loss", Localized("loss"), False, lambda _reference, _prediction: (0.0, 0.0))
+LOSS = TextMetric("loss", Localized("loss"))
 TEXT_METRICS = {
     metric.name: metric
     for metric in (
-        TextMetric(
-            "accuracy",
-            Localized("accuracy"),
-            True,
-            lambda *texts: (float(texts[0].strip() == texts[1].strip()), 1.0),
-        ),
-        TextMetric("wer", Localized("wer"), False, partial(_errors, WORD)),
-        TextMetric("cer", Localized("cer"), False, partial(_errors, CHARACTER)),
+        TextMetric("accuracy", Localized("accuracy"), more_is_better=True),
+        TextMetric("wer", Localized("wer"), unit=WORD),
+        TextMetric("cer", Localized("cer"), unit=CHARACTER),
     )
 }

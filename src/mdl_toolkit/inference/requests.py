@@ -13,7 +13,7 @@ from mdl_toolkit.data.convert.run import left_out
 from mdl_toolkit.data.dataset import ConvertedDataset
 from mdl_toolkit.data.manifest import Manifest, Row
 from mdl_toolkit.data.tokenization import ChatTokenizer
-from mdl_toolkit.errors import InputError, Problems, RowProblem
+from mdl_toolkit.errors import InputError, Problems, RowProblem, shorten
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.inference.generate import Question
 from mdl_toolkit.utils.console import say, warn
@@ -23,6 +23,8 @@ from mdl_toolkit.weights.provenance import Prompts
 KEEP = "keep"
 # Rows are sorted by length in windows of so many batches, so that the first answers need not wait for long.
 WINDOW = 16
+# Characters of a prompt in a message.
+LONGEST_PROMPT = 60
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,5 @@ def with_training_prompts(manifest: Manifest, trained: Prompts) -> Manifest:
     return manifest
 
 
-def _excerpt(prompt: str | None, most: int = 60) -> str:
-    if not prompt:
-        return str(Localized("none"))
-    return repr(prompt if len(prompt) <= most else prompt[: most - 1] + "…")
+def _excerpt(prompt: str | None) -> str | Localized:
+    return repr(shorten(prompt, LONGEST_PROMPT)) if prompt else Localized("none")

@@ -199,6 +199,6 @@ def synthesize_samples(tokenizer: ChatTokenizer, prompts: Prompts) -> list[Sampl
     samples = []
     for seconds in range(1, SAMPLES + 1):
         wave = (0.1 * random.standard_normal(seconds * SAMPLE_RATE)).astype(np.float32)
-        tokens = tokenizer.encode(tokenizer.template.segments(messages), audio_token_count(len(wave)))
+        tokens = tokenizer.encode(tokenizer.template.spans(messages), audio_token_count(len(wave)))
         samples.append(Sample(tokens.input_ids, tokens.labels, wave))
     return samples

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from contextlib import suppress
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from mdl_toolkit.data.column_names import PREDICTION
 from mdl_toolkit.evaluation.align import ERROR, SCORE
 from mdl_toolkit.evaluation.csv_table import Table
 from mdl_toolkit.evaluation.metrics import CORPUS_METRICS
-from mdl_toolkit.evaluation.results import Confusion, Evaluation, Group, RowResult
+from mdl_toolkit.evaluation.results import Confusion, Evaluation, MetricValue, RowResult
 from mdl_toolkit.evaluation.text_metrics import CHARACTER
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.reporting.audio_links import audio_values
@@ -121,31 +120,21 @@ def _metrics_section(evaluation: Evaluation) -> dict[str, Any]:
     note = Localized("a row is right if {rule}; errors are counted in {unit}", rule=rule, unit=unit)
     confusion = evaluation.confusion
     return {
-        "figures": _figures(evaluation),
+        "figures": _figures(evaluation.metrics),
         "groups": [
-            {
-                "column": group.column,
-                "name": group.name,
-                "rows": group.rows,
-                "figures": _figures(group),
-            }
-            for group in evaluation.groups
+            {"column": each.column, "name": each.name, "rows": each.rows, "figures": _figures(each.metrics)}
+            for each in evaluation.groups
         ],
         "confusion": confusion and {"labels": confusion.labels, "counts": confusion.counts},
         "notes": [each.to_json() for each in (evaluation.baseline, *evaluation.notes, note) if each],
     }
 
 
-def _figures(part: Evaluation | Group) -> list[dict[str, Any]]:
+def _figures(metrics: Sequence[MetricValue]) -> list[dict[str, Any]]:
     """Return metrics with their intervals, and how they compare with another system's."""
     figures = []
-    for value, pair in zip_longest(part.metrics, part.comparisons):
-        metric = CORPUS_METRICS[value.metric]
-        figure = {"title": metric.title, "is_share": metric.is_share, "value": value.value}
-        figure |= {"low": value.low, "high": value.high}
-        if pair is not None:
-            difference = pair.difference
-            figure |= {"other": pair.other.value, "difference": difference.value, "p": pair.p_value}
-            figure |= {"difference_low": difference.low, "difference_high": difference.high}
-        figures.append(figure)
+    for each in metrics:
+        metric, pair = CORPUS_METRICS[each.metric], vars(each.comparison) if each.comparison else {}
+        about = {"title": metric.title, "is_share": metric.is_share}
+        figures.append({**about, "value": each.value, "low": each.low, "high": each.high, **pair})
     return figures

@@ -269,6 +269,5 @@ def delete_oldest(output: Path, limit: int, keep: set[int | None]) -> int:
             remove_folder(path, "train")
             count += 1
         except OSError as problem:
-            reason = problem.strerror or str(problem)
-            warn("{checkpoint} cannot be deleted: {reason}", checkpoint=path, reason=reason)
+            warn("{checkpoint} cannot be deleted: {reason}", checkpoint=path, reason=problem)
     return count

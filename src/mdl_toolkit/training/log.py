@@ -213,8 +213,7 @@ class RunLog:
         except OSError as problem:
             self._end_of_a_cut_line = "\n"
             if not self._has_warned:
-                reason = problem.strerror or str(problem)
-                warn("{log} cannot be written: {reason}; training goes on", log=LOG, reason=reason)
+                warn("{log} cannot be written: {reason}; training goes on", log=LOG, reason=problem)
             self._has_warned = True
 
 

@@ -42,11 +42,10 @@ class Trackers:
             self._handler = CallbackHandler(callbacks, None, None, None, None)
             self._handler.on_train_begin(self._arguments, self._state, self._control)
         except Exception as problem:
-            name, reason = ", ".join(options.report_to), _one_line(problem)
             raise ToolkitError(
                 "--report-to {name}: {reason}; log in, choose its offline mode, or leave it out",
-                name=name,
-                reason=reason,
+                name=", ".join(options.report_to),
+                reason=problem,
             ) from problem
 
     def log(self, step: int, values: dict[str, Any]) -> None:
@@ -65,13 +64,8 @@ class Trackers:
         try:
             getattr(self._handler, event)(self._arguments, self._state, self._control, *values)
         except Exception as problem:  # noqa: BLE001 - whatever a tracker's library raises
-            self._handler, reason = None, _one_line(problem)
-            warn("--report-to: {reason}; nothing more is reported, training goes on", reason=reason)
-
-
-def _one_line(problem: Exception) -> str:
-    """Return what a tracker's library says, in one line."""
-    return " ".join(str(problem).split()) or type(problem).__name__
+            self._handler = None
+            warn("--report-to: {reason}; nothing more is reported, training goes on", reason=problem)
 
 
 def _arguments(options: TrainOptions, total: int) -> Any:

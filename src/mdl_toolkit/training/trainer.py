@@ -305,8 +305,7 @@ class Trainer:
 
     def _unsaved(self, problem: OSError) -> Localized:
         """Say that this step's checkpoint cannot be saved, and why."""
-        reason = problem.strerror or str(problem)
-        return Localized("checkpoint-{step} cannot be saved: {reason}", step=self.step, reason=reason)
+        return Localized("checkpoint-{step} cannot be saved: {reason}", step=self.step, reason=problem)
 
     def _warn_unsaved(self, problem: OSError) -> None:
         """Warn that this step's checkpoint cannot be saved."""

@@ -38,9 +38,8 @@ def report_write_errors(place: str, error: type[ToolkitError]) -> Iterator[None]
     try:
         yield
     except OSError as problem:
-        reason = problem.strerror or problem
         raise error(
-            Localized("{place}: cannot be written: {reason}", place=place, reason=reason)
+            Localized("{place}: cannot be written: {reason}", place=place, reason=problem)
         ) from problem
 
 

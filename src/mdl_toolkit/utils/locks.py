@@ -29,19 +29,6 @@ def hold_lock(path: Path, busy: Exception | None = None, *, remove: bool = False
     """
     timeout = -1.0 if busy is None else TRIES * PAUSE
     lock = FileLock(path, timeout, poll_interval=PAUSE, thread_local=False, fallback_to_soft=False)
-    is_held = _acquire(lock, busy)
-    try:
-        yield is_held
-    finally:
-        # Before the release: a file that is deleted later may be somebody else's lock by then.
-        if remove:
-            with suppress(OSError):
-                path.unlink()
-        lock.release()
-
-
-def _acquire(lock: FileLock, busy: Exception | None) -> bool:
-    """Acquire a lock, and tell whether that worked: False where there are no locks."""
     for _ in range(TRIES):
         try:
             lock.acquire()
@@ -51,6 +38,14 @@ def _acquire(lock: FileLock, busy: Exception | None) -> bool:
             # The holder has removed the folder too; the next try makes it again.
             continue
         except OSError:
-            return False
-        return True
-    return False
+            # There are no locks here.
+            pass
+        break
+    try:
+        yield lock.is_locked
+    finally:
+        # Before the release: a file that is deleted later may be somebody else's lock by then.
+        if remove:
+            with suppress(OSError):
+                path.unlink()
+        lock.release()

@@ -112,7 +112,7 @@ MOMENTS = {  # where, in how many processes, and how many shards are finished th
         1,
         3,
     ),
-    "between the third shard's file and its line": ("pathlib:Path.replace:7", 1, 2),
+    "between the third shard's file and its line": ("pathlib:Path.replace:6", 1, 2),
     "workers in the middle of shards": ("mdl_toolkit.data.convert.worker:pack_audio:6", 2, 2),
     "in the middle of the metadata": ("mdl_toolkit.data.dataset_writer:asdict:2", 1, SHARDS),
 }

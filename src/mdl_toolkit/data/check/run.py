@@ -190,8 +190,8 @@ def _figures(
     sample = None
     if tokenizer is not None and (row := next(iter(_usable_rows(first, findings[0])), None)):
         messages = messages_of(row, with_answer=not options.for_inference)
-        segments = tokenizer.template.segments(messages)
-        shown = [{"kind": segment.kind, "text": segment.text} for segment in segments]
+        spans = tokenizer.template.spans(messages)
+        shown = [{"kind": span.kind, "text": span.text} for span in spans]
         sample = {"line": row.line, "segments": shown}
     return {
         "toolkit": __version__,

@@ -77,7 +77,7 @@ class Plan:
 
 @dataclass
 class _Chunk:
-    """Count and digest some consecutive rows, which are not kept."""
+    """Count some consecutive rows, which are not kept, and digest all that samples and messages come from."""
 
     rows: int = 0
     bytes: int = 0
@@ -88,7 +88,14 @@ class _Chunk:
     def add(self, row: Row) -> None:
         self.rows += 1
         self.bytes += expected_bytes(row)
-        self.digest.update(_encode_row(row))
+        audio = row.audio
+        if not is_url(audio):
+            # The path from the root with all links to folders followed, however it is spelt.
+            folder, name = os.path.split(os.path.join(os.getcwd(), audio))  # noqa: PTH109, PTH118 - faster
+            audio = os.path.join(_real_folder(folder), name)  # noqa: PTH118
+        part = (row.segment.start, row.segment.end, row.segment.channel)
+        values = (row.line, audio, row.stamp, *part, row.system_prompt, row.user_prompt, row.prediction)
+        self.digest.update(json.dumps(values).encode())
         self.has_segments |= not row.segment.is_whole
         self.audio = row.audio
 
@@ -187,18 +194,6 @@ def _shards(chunks: list[_Chunk], identity: str) -> Iterator[Shard]:
         if is_full or end == len(chunks):
             yield Shard(number, rows, _shard_fingerprint(identity, mine))
             number, start = number + 1, end
-
-
-def _encode_row(row: Row) -> bytes:
-    """Encode everything of a row that its sample, or a message about it, comes from."""
-    audio = row.audio
-    if not is_url(audio):
-        # The path from the root with all links to folders followed, however it is spelt.
-        folder, name = os.path.split(os.path.join(os.getcwd(), audio))  # noqa: PTH109, PTH118 - faster
-        audio = os.path.join(_real_folder(folder), name)  # noqa: PTH118
-    part = (row.segment.start, row.segment.end, row.segment.channel)
-    values = (row.line, audio, row.stamp, *part, row.system_prompt, row.user_prompt, row.prediction)
-    return json.dumps(values).encode()
 
 
 @lru_cache(maxsize=1024)

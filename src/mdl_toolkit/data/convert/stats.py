@@ -137,18 +137,17 @@ class ConversionStats:
             TypeError, ValueError, KeyError, AttributeError: these are other values.
         """
         positions = {int(length): int(rows) for length, rows in values["positions"].items()}
-        lists = {name: _problems(values[name]) for name in ("truncated", "problems")}
+        lists = {
+            name: Problems([*map(RowProblem.from_json, each["first"])], each["count"], each["most"])
+            for name in ("truncated", "problems")
+            for each in (values[name],)
+        }
         return cls(**{**values, "positions": positions, **lists})
 
 
 def _only(prompts: list[str | None]) -> str | None:
     """Return the prompt of all rows, if it is one."""
     return prompts[0] if len(prompts) == 1 else None
-
-
-def _problems(values: dict[str, Any]) -> Problems:
-    first = [*map(RowProblem.from_json, values["first"])]
-    return Problems(first, values["count"], values["most"])
 
 
 # --- told to the user ----------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ function figureCard(each) {
   if (each.other !== undefined) {
     more.push(say("compared", figure(each.other, each.is_share), figure(each.difference, each.is_share, true)));
     if (each.difference_low !== null) more.push(say("differenceInterval", ...bounds(each.difference_low, each.difference_high, each, true)));
-    if (each.p !== null) more.push(say("p", pValue(each.p)));
+    if (each.p_value !== null) more.push(say("p", pValue(each.p_value)));
   }
   return card(each.title, figure(each.value, each.is_share), ...more);
 }
@@ -85,7 +85,7 @@ function groupCells(each) {
   const between = (low, high, sign) => (low === null ? "" : ` (${say("range", ...bounds(low, high, each, sign))})`);
   const cells = [figure(each.value, each.is_share) + between(each.low, each.high, false)];
   if (each.other === undefined) return cells;
-  const p = each.p === null ? "" : `, ${say("p", pValue(each.p))}`;
+  const p = each.p_value === null ? "" : `, ${say("p", pValue(each.p_value))}`;
   return [...cells, figure(each.other, each.is_share),
     figure(each.difference, each.is_share, true) + between(each.difference_low, each.difference_high, true) + p];
 }
