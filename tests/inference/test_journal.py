@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from mdl_toolkit.config.yaml import as_command
-from mdl_toolkit.data.convert import plan, rank
+from mdl_toolkit.data.convert import plan
+from mdl_toolkit.data.convert import run as conversion
 from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.inference import run as inference
@@ -268,7 +269,7 @@ def test_converted_rows_are_kept_when_it_is_stopped_before_the_first_answer(
             infer(given)
     journal = AnswerJournal(tmp_path / "out.csv")
     assert f"all rows are converted (in {journal.path})" in capsys.readouterr().err
-    monkeypatch.setattr(rank, "write_metadata", None)  # nothing is converted any more
+    monkeypatch.setattr(conversion, "write_metadata", None)  # nothing is converted any more
     infer(given)
     assert not journal.path.exists()
 
@@ -278,7 +279,7 @@ def test_what_a_conversion_says_it_keeps_is_kept(model, tmp_path, monkeypatch, c
     monkeypatch.setattr(plan, "FEWEST_BYTES", 1)
     given = options(make_csv(tmp_path, 6), model, tmp_path / "out.csv")
     with monkeypatch.context() as context:
-        context.setattr(rank, "write_metadata", raising(KeyboardInterrupt))
+        context.setattr(conversion, "write_metadata", raising(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             infer(given)
     assert "6 of 6 rows are finished" in capsys.readouterr().err

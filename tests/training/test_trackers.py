@@ -120,7 +120,7 @@ def test_a_tracker_that_fails_does_not_end_a_training(options, tmp_path, monkeyp
     assert train(options).final.is_dir()
     said = [line for line in capsys.readouterr().err.splitlines() if "--report-to" in line]
     assert said == [
-        "warning: --report-to: [Errno 28] No space left on device; nothing more is reported, training goes on"
+        "warning: --report-to: No space left on device; nothing more is reported, training goes on"
     ]
 
 
