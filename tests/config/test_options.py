@@ -54,6 +54,7 @@ SPELLINGS: dict[str, tuple[Accepted, list[str]]] = {
     "--output": (PATHS, [""]),
     "--train-dataset": (PATHS, [""]),
     "--lr": (POSITIVES, NO_POSITIVES),
+    "--adapter": (PATHS_OR_NULL, [""]),
     "--lora-rank": (COUNTS, NO_COUNTS),
     "--lora-alpha": (POSITIVES, NO_POSITIVES),
     "--lora-dropout": ({"0": 0.0, "0.1": 0.1, "0.99": 0.99}, ["1", "-0.1", "nan", "null", "x"]),

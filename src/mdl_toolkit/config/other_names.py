@@ -27,7 +27,7 @@ ALSO_CALLED = {
     "system-prompt": "system",
     "num-beams": "beam-size",
     "max-new-tokens": "max-tokens",
-    "adapter": "adapter-path",
+    "adapter": "adapters adapter-path adapter-name-or-path resume-from-adapter lora-path",
     "metric": "metrics",
     "num-workers": "workers dataloader-num-workers preprocessing-num-workers",
     "base-dir": "audio-dir",

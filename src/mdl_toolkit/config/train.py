@@ -63,6 +63,13 @@ class TrainOptions(ConversionOptions):
         PATH, REQUIRED, TRAINING, "The training data: a CSV file or a folder written by convert-dataset."
     )
     lr: float = option(POSITIVE, 1e-4, TRAINING, "Learning rate.")
+    adapter: str | None = option(
+        NAME,
+        None,
+        TRAINING,
+        "Go on from this adapter (a folder written by train, a checkpoint, or any LoRA of PEFT for this "
+        "model): its weights are the start; rank, alpha, targets and base are taken from it.",
+    )
     lora_rank: int = option(
         COUNT, 32, TRAINING, "Rank of the LoRA adapters; 8 to 16 for simple tasks, 32 or more for hard ones."
     )

@@ -2,10 +2,10 @@
 
 Modules:
     run                      `train`: check everything, train, write the result
+    warm_start               `--adapter`: find it, take its shape and base, load its weights
     merge                    `merge_adapter`: an adapter and its base to one model
     trainer                  the training loop
     sampler                  which examples make an optimizer step, on which process
-    schedule                 steps, warm-up, learning rate, when to save and to evaluate
     step                     one forward pass, and the trainable parameters with their optimizer
     gradient_checkpointing   which blocks are computed again in the backward pass
     evaluator                evaluations while a run trains, and which was the best
@@ -21,5 +21,6 @@ Modules:
     lora_layer               a linear layer and its LoRA adapter in one function
     output                   the output folder: tidy it, set aside an earlier run
     result                   write `final/`: from which checkpoint, in which form
+    optimization/            when the weights change, and at which learning rate
     memory/                  plan memory, and go on when it runs out
 """

@@ -22,8 +22,8 @@ from mdl_toolkit.training.answer_eval import AnswerEvaluator
 from mdl_toolkit.training.checkpoints import Checkpoint
 from mdl_toolkit.training.log import RunLog
 from mdl_toolkit.training.memory.oom import MicroBatcher
+from mdl_toolkit.training.optimization.schedule import Schedule
 from mdl_toolkit.training.resume import is_judged_alike, judged_by, still_best
-from mdl_toolkit.training.schedule import Schedule
 from mdl_toolkit.training.step import ForwardPass
 from mdl_toolkit.utils.console import warn
 from mdl_toolkit.utils.distributed import World

@@ -28,8 +28,8 @@ from mdl_toolkit.i18n import Localized
 from mdl_toolkit.model import MiDashengLMConfig
 from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.training.memory.oom import MicroBatcher
+from mdl_toolkit.training.optimization.schedule import Schedule
 from mdl_toolkit.training.sampler import Indices
-from mdl_toolkit.training.schedule import Schedule
 from mdl_toolkit.utils.console import progress, say, size, warn
 from mdl_toolkit.utils.distributed import World
 from mdl_toolkit.utils.files import report_write_errors

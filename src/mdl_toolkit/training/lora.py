@@ -4,11 +4,13 @@ encoder, projector and decoder are trained by LoRA; embed_tokens and lm_head as 
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.weights.loading import quiet_peft
@@ -37,7 +39,14 @@ class TargetCount:
 
 
 def add_adapters(
-    model: nn.Module, targets: tuple[str, ...], *, rank: int, alpha: float, dropout: float, base_name: str
+    model: nn.Module,
+    targets: tuple[str, ...],
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    base_name: str,
+    start: Path | None = None,
 ) -> tuple[Any, list[TargetCount]]:
     """Wrap a MiDashengLM in PEFT so that exactly the targets train.
 
@@ -48,6 +57,8 @@ def add_adapters(
         alpha: adapters are scaled by alpha / rank.
         dropout: on the adapters' input.
         base_name: recorded in the adapter, so that it finds its base again.
+        start: folder of an adapter whose modules, ranks and scales are taken in place of these; its weights
+            are not loaded.
 
     Returns:
         The `PeftModel`, and the count of each target.
@@ -61,22 +72,26 @@ def add_adapters(
     from mdl_toolkit.training.lora_layer import use_fast_lora
 
     check_targets(model, targets)
-    patterns = [f"(?:{pattern})" for target, pattern in LORA_TARGETS.items() if target in targets]
     tied = bool(model.config.tie_word_embeddings)  # type: ignore[union-attr]
-    full = [module for target, module in FULL_TARGETS.items() if target in targets]
-    if full and tied:
-        # They are one, named as the input's.
-        full = [FULL_TARGETS["embed_tokens"]]
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules="|".join(patterns) or str(DUMMY_TARGET_MODULES),
-        modules_to_save=full or None,
-        ensure_weight_tying=tied and bool(full),
-        base_model_name_or_path=base_name,
-    )
+    if start is None:
+        patterns = [f"(?:{pattern})" for target, pattern in LORA_TARGETS.items() if target in targets]
+        full = [module for target, module in FULL_TARGETS.items() if target in targets]
+        if full and tied:
+            # They are one, named as the input's.
+            full = [FULL_TARGETS["embed_tokens"]]
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=rank,
+            lora_alpha=alpha,
+            target_modules="|".join(patterns) or str(DUMMY_TARGET_MODULES),
+            modules_to_save=full or None,
+        )
+    else:
+        config = LoraConfig.from_pretrained(str(start))
+        # However its weights were first made, they are loaded.
+        config.inference_mode, config.init_lora_weights = False, True
+    config.lora_dropout, config.base_model_name_or_path = dropout, base_name
+    config.ensure_weight_tying = tied and bool(config.modules_to_save)
     with quiet_peft():
         peft_model = get_peft_model(model, config, autocast_adapter_dtype=True)
     peft_model.peft_config["default"].base_model_name_or_path = base_name
@@ -86,6 +101,24 @@ def add_adapters(
             parameter.data = parameter.data.to(torch.float32)
     use_fast_lora(peft_model)
     return peft_model, [count_target(peft_model, target, tied=tied) for target in targets]
+
+
+def load_adapter(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Load saved weights into the adapter of a `PeftModel`.
+
+    Args:
+        model: the `PeftModel`.
+        tensors: named as in PEFT's files.
+
+    Raises:
+        KeyError: the adapter has other parameters.
+    """
+    from peft import set_peft_model_state_dict
+
+    result = set_peft_model_state_dict(model, dict(tensors))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if different := [*result.unexpected_keys, *sorted({*result.missing_keys} & trained)]:
+        raise KeyError(*different)
 
 
 def check_targets(model: nn.Module, targets: tuple[str, ...]) -> None:
@@ -104,7 +137,7 @@ def check_targets(model: nn.Module, targets: tuple[str, ...]) -> None:
 def count_target(model: nn.Module, target: str, *, tied: bool) -> TargetCount:
     """Count what a target trains in a `PeftModel`; `tied` tells whether its embeddings are tied."""
     if target in LORA_TARGETS:
-        pattern = re.compile(rf".*?({LORA_TARGETS[target]})\.lora_[AB]\..*")
+        pattern = re.compile(rf".*?({LORA_TARGETS[target]})\.lora_\w+\..*")
     else:
         name = FULL_TARGETS["embed_tokens" if tied else target]
         pattern = re.compile(rf".*?({re.escape(name)})\.modules_to_save\..*")

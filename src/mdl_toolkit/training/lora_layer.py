@@ -58,9 +58,9 @@ class FastLoraLinear(Linear):
 
 
 def use_fast_lora(model: nn.Module) -> None:
-    """Turn the plain LoRA layers of a `PeftModel` into `FastLoraLinear`; quantised ones stay."""
+    """Turn the plain LoRA layers of a `PeftModel` into `FastLoraLinear`; quantised ones and DoRA's stay."""
     for name, module in model.named_modules():
-        if type(module) is Linear:
+        if type(module) is Linear and not module.lora_variant:
             module.__class__ = FastLoraLinear
             module.is_last = name.endswith(LAST)
 

@@ -55,8 +55,9 @@ def check_run_folder(output: Path, options: TrainOptions) -> None:
         refuse(output, [*others, *shown][0], options.COMMAND)
     if others and not options.resume_from_checkpoint:
         refuse(output, others[0], options.COMMAND)
-    if Path(options.model_name).is_dir():
-        check_apart(output, Path(options.model_name))
+    for folder in map(Path, filter(None, (options.model_name, options.adapter))):
+        if folder.is_dir():
+            check_apart(output, folder)
     for option in ("train_dataset", "eval_dataset"):
         value = getattr(options, option)
         if value is None:

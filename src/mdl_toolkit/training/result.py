@@ -23,9 +23,13 @@ from mdl_toolkit.weights.resolve import FINAL, read_json, recorded_name
 
 
 def origin_of(
-    options: TrainOptions, base: Path, train_set: ConvertedDataset, eval_set: ConvertedDataset | None
+    options: TrainOptions,
+    base: Path,
+    start: Path | None,
+    train_set: ConvertedDataset,
+    eval_set: ConvertedDataset | None,
 ) -> Provenance:
-    """Return where a run's checkpoints and result come from: base, prompts and amounts of data.
+    """Return where a run's checkpoints and result come from: base, adapter, prompts and amounts of data.
 
     Raises:
         ModelError: the base's weights are damaged.
@@ -33,7 +37,9 @@ def origin_of(
     data = _data_figures(train_set, "")
     if eval_set is not None:
         data |= _data_figures(eval_set, "evaluation_")
-    return Provenance(Base.of(base, recorded_name(options.model_name, base)), train_set.record.prompts, data)
+    adapter = None if start is None else Base.of(start, str(options.adapter))
+    model = Base.of(base, recorded_name(options.model_name, base))
+    return Provenance(model, train_set.record.prompts, data, adapter=adapter)
 
 
 def _data_figures(dataset: ConvertedDataset, prefix: str) -> dict[str, float]:

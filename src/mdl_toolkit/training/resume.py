@@ -105,7 +105,7 @@ def check_data(
 
     Args:
         world: the processes.
-        origin: the base model.
+        origin: the base model, and the adapter that training begins with.
         dtype: of the base's weights when they are loaded.
         train_set: the examples to learn from.
         eval_set: those to evaluate on, if any.
@@ -115,6 +115,7 @@ def check_data(
     """
     values = {
         "--model-name": "" if origin.base is None else origin.base.fingerprint,
+        "--adapter": "" if origin.adapter is None else origin.adapter.fingerprint,
         "--bf16": str(dtype),
         "--train-dataset": dataset_digest(train_set),
         "--eval-dataset": "" if eval_set is None else dataset_digest(eval_set),

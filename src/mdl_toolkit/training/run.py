@@ -27,11 +27,11 @@ from mdl_toolkit.training.gradient_checkpointing import KeptBlocks
 from mdl_toolkit.training.log import Pace, RunLog
 from mdl_toolkit.training.lora import TargetCount, add_adapters
 from mdl_toolkit.training.memory.plan import plan_memory
+from mdl_toolkit.training.optimization.schedule import Schedule, warn_of_every_step
 from mdl_toolkit.training.output import check_run_folder, prepare_output, tidy_output
 from mdl_toolkit.training.result import origin_of, write_result
 from mdl_toolkit.training.resume import check_data, check_options, compare_options, say_resumed
 from mdl_toolkit.training.sampler import BatchSampler
-from mdl_toolkit.training.schedule import Schedule, warn_of_every_step
 from mdl_toolkit.training.step import ForwardPass
 from mdl_toolkit.training.summary import (
     say_data,
@@ -43,6 +43,7 @@ from mdl_toolkit.training.summary import (
 )
 from mdl_toolkit.training.trackers import Trackers, check_trackers
 from mdl_toolkit.training.trainer import Outcome, Trainer
+from mdl_toolkit.training.warm_start import load_start, say_start, take_over
 from mdl_toolkit.utils.console import is_first_process, progress, say
 from mdl_toolkit.utils.distributed import World, join_world
 from mdl_toolkit.utils.files import claim_folder, report_write_errors
@@ -50,6 +51,7 @@ from mdl_toolkit.utils.launcher import warn_of_idle_gpus
 from mdl_toolkit.utils.signals import Interruption, raise_if_interrupted
 from mdl_toolkit.utils.worker_pool import end_unguarded_script
 from mdl_toolkit.weights.loading import (
+    base_of,
     best_device,
     choose_dtype,
     explaining_memory,
@@ -102,6 +104,7 @@ def train(options: TrainOptions) -> TrainResult:
     """
     end_unguarded_script()
     check_trackers(options.report_to)
+    options, start = take_over(options)
     check_frozen(options)
     warn_of_every_step(options)
     if options.quantization is not None:
@@ -115,7 +118,7 @@ def train(options: TrainOptions) -> TrainResult:
                 tidy_output(output)
         with join_world() as world:
             check_options(world, options)
-            return _prepare_and_run(options, world)
+            return _prepare_and_run(options, start, world)
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,7 @@ class _RunPlan:
     converted: Converted
     resume: Checkpoint | None
     base: Path
+    start: Path | None
     origin: Provenance
     tokenizer: ChatTokenizer
     train_set: ConvertedDataset
@@ -135,7 +139,7 @@ class _RunPlan:
     schedule: Schedule
 
 
-def _prepare_and_run(options: TrainOptions, world: World) -> TrainResult:
+def _prepare_and_run(options: TrainOptions, start: Path | None, world: World) -> TrainResult:
     """Open the data, find the base and plan the steps in all processes; then run."""
     resume = to_resume(Path(options.output), options.resume_from_checkpoint)
     if resume is not None:
@@ -150,7 +154,11 @@ def _prepare_and_run(options: TrainOptions, world: World) -> TrainResult:
         files, train_set, eval_set = open_data(options, private)
         if world.is_first:
             advise(train_set, eval_set)
-        base = find_model(options.model_name, from_modelscope=options.from_modelscope, weights=True)
+        name, hub = options.model_name, options.from_modelscope
+        if start is None:
+            base = find_model(name, from_modelscope=hub, weights=True)
+        else:
+            base = base_of(start, from_modelscope=hub, name=name)
         if world.is_first:
             world.wait()
         with explaining_memory(OOM_REMEDY):
@@ -163,12 +171,11 @@ def _prepare_and_run(options: TrainOptions, world: World) -> TrainResult:
                 options.seed,
             )
             schedule = Schedule.of(sampler.steps_per_epoch, options)
-            origin, tokenizer = origin_of(options, base, train_set, eval_set), ChatTokenizer(files)
-            data = train_set, eval_set
+            data, tokenizer = (train_set, eval_set), ChatTokenizer(files)
+            origin = origin_of(options, base, start, *data)
             check_data(world, origin, choose_dtype(options.bf16), *data)
-            return _run(
-                _RunPlan(options, world, converted, resume, base, origin, tokenizer, *data, sampler, schedule)
-            )
+            models = base, start, origin, tokenizer
+            return _run(_RunPlan(options, world, converted, resume, *models, *data, sampler, schedule))
 
 
 def _run(run: _RunPlan) -> TrainResult:
@@ -177,11 +184,15 @@ def _run(run: _RunPlan) -> TrainResult:
     device, dtype = best_device(), choose_dtype(options.bf16)
     warn_of_idle_gpus(run.world.size, options.COMMAND)
     say_machine(device, dtype, options.quantization, run.world.size)
+    if run.start is not None:
+        say_start(options)
     say_data(train_set, run.eval_set)
     say_steps(options, run.sampler, run.schedule.total)
     examples = (train_set.tokens(index).input_ids for index in prefix_sample(len(train_set)))
     prefix = run.tokenizer.shared_prefix_length(examples)
-    plan = plan_memory(run.base, options, run.sampler, train_set.audio_lengths, prefix, device, dtype)
+    plan = plan_memory(
+        run.base, options, run.sampler, train_set.audio_lengths, prefix, device, dtype, run.start
+    )
     say_memory(plan)
     done, pace = _train(run, plan.kept, device, dtype)
     # From here on the model that was trained is gone: what is written may be loaded to be verified.
@@ -209,7 +220,7 @@ def _train(run: _RunPlan, kept: KeptBlocks, device: torch.device, dtype: torch.d
     options, output, schedule, world = run.options, Path(run.options.output), run.schedule, run.world
     cached = sets_to_cache(options, schedule, run.train_set, run.eval_set)
     cache = FeatureCache(output / PRIVATE / FEATURES, options, run.base, world, cached)
-    model, counts = trainable_model(options, run.base, device, dtype)
+    model, counts = trainable_model(options, run.base, device, dtype, run.start)
     say_targets(counts, model)
     examples: SampleSource = cache.precomputed(run.train_set, model)
     eval_examples = None if run.eval_set is None else cache.precomputed(run.eval_set, model)
@@ -237,9 +248,13 @@ def _train(run: _RunPlan, kept: KeptBlocks, device: torch.device, dtype: torch.d
 
 
 def trainable_model(
-    options: TrainOptions, base: Path, device: torch.device, dtype: torch.dtype
+    options: TrainOptions,
+    base: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    start: Path | None = None,
 ) -> tuple[Any, list[TargetCount]]:
-    """Load a base model and add the adapters that train.
+    """Load a base model and add the adapters that train, new ones or those of an adapter's folder.
 
     Returns:
         The `PeftModel`, and the count of each target.
@@ -248,11 +263,15 @@ def trainable_model(
     torch.manual_seed(options.seed)
     say_loading(base)
     model = load_model(base, dtype=dtype, device=device, quantization=options.quantization)
-    return add_adapters(
+    model, counts = add_adapters(
         model,
         options.train_target,
         rank=options.lora_rank,
         alpha=options.lora_alpha,
         dropout=options.lora_dropout,
         base_name=recorded_name(options.model_name, base),
+        start=start,
     )
+    if start is not None:
+        load_start(model, start)
+    return model, counts

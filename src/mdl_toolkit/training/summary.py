@@ -12,8 +12,8 @@ from mdl_toolkit.i18n import Localized
 from mdl_toolkit.training.log import Pace
 from mdl_toolkit.training.lora import TargetCount
 from mdl_toolkit.training.memory.plan import MemoryPlan
+from mdl_toolkit.training.optimization.schedule import due_steps
 from mdl_toolkit.training.sampler import BatchSampler
-from mdl_toolkit.training.schedule import due_steps
 from mdl_toolkit.utils.console import clock, say, warn
 from mdl_toolkit.utils.run_folder import LOG, SmoothedLoss, read_log
 

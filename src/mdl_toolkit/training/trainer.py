@@ -27,9 +27,9 @@ from mdl_toolkit.training.evaluator import Evaluator
 from mdl_toolkit.training.gradient_checkpointing import NONE, KeptBlocks, checkpoint_gradients
 from mdl_toolkit.training.log import RunLog
 from mdl_toolkit.training.memory.oom import MicroBatcher
+from mdl_toolkit.training.optimization.schedule import Schedule
 from mdl_toolkit.training.resume import check_together, identity_of
 from mdl_toolkit.training.sampler import BatchSampler
-from mdl_toolkit.training.schedule import Schedule
 from mdl_toolkit.training.step import ForwardPass, TrainableState
 from mdl_toolkit.utils.console import say, warn
 from mdl_toolkit.utils.distributed import World

@@ -121,31 +121,9 @@ class AdapterDelta:
             NotMergeableError: it changes tensors in a way that cannot be merged here.
             ModelError: the adapter is damaged, or changes nothing, or tensors that the base does not have.
         """
-        config, file = read_json(adapter / ADAPTER_CONFIG), WeightFile.open(adapter / ADAPTER_WEIGHTS)
-        if not file.entries:
-            raise ModelError("{adapter}: the adapter holds no weights; copy it again", adapter=adapter)
-        check_mergeable(adapter, config)
-        modules: dict[str, dict[str, TensorEntry]] = {}
-        full: dict[str, TensorEntry] = {}
-        for entry in file.entries:
-            if entry.dtype not in FLOATS:
-                raise ModelError(
-                    "{path}: the tensor {name} is of type {dtype}, not floating point; fetch the model again",
-                    path=file.path,
-                    name=entry.name,
-                    dtype=entry.dtype,
-                )
-            name = entry.name.removeprefix(_PREFIX)
-            if match := _LORA.fullmatch(name):
-                modules.setdefault(match[1], {})[match[2]] = entry
-            elif "lora_" in name:
-                raise _not_mergeable(adapter, name)
-            else:
-                full[name.replace(".base_layer.", ".")] = entry
+        config, (file, modules, full) = read_json(adapter / ADAPTER_CONFIG), adapter_entries(adapter)
         low_rank: dict[str, LowRankDelta] = {}
         for module, entries in modules.items():
-            if not any({f"lora_{kind}A", f"lora_{kind}B"} <= entries.keys() for kind in ("", "embedding_")):
-                raise _not_mergeable(adapter, f"only {', '.join(sorted(entries))} of {module}")
             rank = (entries.get("lora_A") or entries["lora_embedding_A"]).shape[0]
             low_rank[f"{module}.weight"] = LowRankDelta(entries, lora_scale(config, module, rank))
         base_config = read_json(base / MODEL_CONFIG)
@@ -219,6 +197,46 @@ class AdapterDelta:
             if not (-limit <= lowest and highest <= limit) and not cast.isfinite().all():
                 raise ModelError("{name}: not finite after merging", name=entry.name)
             yield cast
+
+
+def adapter_entries(
+    adapter: Path,
+) -> tuple[WeightFile, dict[str, dict[str, TensorEntry]], dict[str, TensorEntry]]:
+    """Read what an adapter folder changes, by the names of its tensors.
+
+    Returns:
+        The file, the entries of each module with a low-rank change by kind, and those of full copies by the
+        names of the base's tensors.
+
+    Raises:
+        NotMergeableError: it changes tensors in a way that cannot be merged here.
+        ModelError: the adapter is damaged, or changes nothing.
+    """
+    config, file = read_json(adapter / ADAPTER_CONFIG), WeightFile.open(adapter / ADAPTER_WEIGHTS)
+    if not file.entries:
+        raise ModelError("{adapter}: the adapter holds no weights; copy it again", adapter=adapter)
+    check_mergeable(adapter, config)
+    modules: dict[str, dict[str, TensorEntry]] = {}
+    full: dict[str, TensorEntry] = {}
+    for entry in file.entries:
+        if entry.dtype not in FLOATS:
+            raise ModelError(
+                "{path}: the tensor {name} is of type {dtype}, not floating point; fetch the model again",
+                path=file.path,
+                name=entry.name,
+                dtype=entry.dtype,
+            )
+        name = entry.name.removeprefix(_PREFIX)
+        if match := _LORA.fullmatch(name):
+            modules.setdefault(match[1], {})[match[2]] = entry
+        elif "lora_" in name:
+            raise _not_mergeable(adapter, name)
+        else:
+            full[name.replace(".base_layer.", ".")] = entry
+    for module, entries in modules.items():
+        if not any({f"lora_{kind}A", f"lora_{kind}B"} <= entries.keys() for kind in ("", "embedding_")):
+            raise _not_mergeable(adapter, f"only {', '.join(sorted(entries))} of {module}")
+    return file, modules, full
 
 
 def lora_scale(config: Mapping[str, Any], module: str, rank: int) -> float:

@@ -277,11 +277,8 @@ def base_of(adapter: Path, *, from_modelscope: bool, name: str | None = None, we
     Raises:
         ModelError: the adapter names no base, it cannot be found, or it has other weights.
     """
-    provenance = read_provenance(adapter)
+    provenance, named = read_provenance(adapter), name or recorded_base(adapter)
     recorded = None if provenance is None else provenance.base
-    named = name or (recorded.name if recorded else read_json(adapter / ADAPTER_CONFIG).get(BASE_NAME))
-    if not isinstance(named, str):
-        raise ModelError("{adapter}: the adapter does not name its base model", adapter=adapter)
     revision = recorded.revision if recorded is not None and named == recorded.name else None
     try:
         folder = find_model(named, from_modelscope=from_modelscope, weights=weights, revision=revision)
@@ -305,3 +302,18 @@ def base_of(adapter: Path, *, from_modelscope: bool, name: str | None = None, we
             other=base,
         )
     return folder
+
+
+def recorded_base(adapter: Path) -> str:
+    """Return the name of an adapter's base model, from its record or from PEFT's configuration.
+
+    Raises:
+        ModelError: the adapter names none.
+    """
+    provenance = read_provenance(adapter)
+    if provenance is not None and provenance.base is not None:
+        return provenance.base.name
+    named = read_json(adapter / ADAPTER_CONFIG).get(BASE_NAME)
+    if not isinstance(named, str):
+        raise ModelError("{adapter}: the adapter does not name its base model", adapter=adapter)
+    return named

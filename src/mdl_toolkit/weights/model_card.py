@@ -52,10 +52,7 @@ def render_card(metadata: ResultMetadata, base: Path, *, is_adapter: bool) -> st
         is_adapter: whether it is an adapter, not a whole model.
     """
     provenance, options = metadata.provenance, metadata.training
-    name = provenance.base.name if provenance.base else base.resolve().name
-    # Others can read a name on the hub, but only the last part of a local path.
-    if name.count("/") != 1 or name.startswith("/"):
-        name = re.split(r"[/\\]", name)[-1]
+    name = shown_name(provenance.base.name) if provenance.base else base.resolve().name
     settings = {} if options is None else {option: getattr(options, option) for option in _SETTINGS}
     if options is not None:
         settings["train_target"] = list(options.train_target)
@@ -66,6 +63,7 @@ def render_card(metadata: ResultMetadata, base: Path, *, is_adapter: bool) -> st
         template.render(
             front_matter=_front_matter(name, base, is_adapter=is_adapter),
             name=name,
+            start=shown_name(provenance.adapter.name) if provenance.adapter else "",
             is_adapter=is_adapter,
             settings=settings,
             data=provenance.data,
@@ -78,6 +76,11 @@ def render_card(metadata: ResultMetadata, base: Path, *, is_adapter: bool) -> st
             repr=repr,
         )
     )
+
+
+def shown_name(name: str) -> str:
+    """Return the part of a model's name that others can read: of a local path, only its last part."""
+    return name if name.count("/") == 1 and not name.startswith("/") else re.split(r"[/\\]", name)[-1]
 
 
 def _front_matter(name: str, base: Path, *, is_adapter: bool) -> dict[str, Any]:

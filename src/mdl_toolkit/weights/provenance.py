@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mdl_toolkit import __version__
 from mdl_toolkit.errors import ModelError
-from mdl_toolkit.weights.resolve import read_json
+from mdl_toolkit.weights.resolve import ADAPTER_WEIGHTS, read_json
 
 PROVENANCE_FILE = "mdl-toolkit.json"
 # Bytes that a fingerprint reads at the start, middle and end of each tensor.
@@ -22,7 +22,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class Base:
-    """Identify the base model of an adapter.
+    """Identify what a training began with: a base model, or an adapter on it.
 
     Attributes:
         name: its name on the hub, or the absolute path of a local folder.
@@ -36,7 +36,7 @@ class Base:
 
     @staticmethod
     def of(folder: Path, name: str) -> "Base":
-        """Identify a base model's folder.
+        """Identify the folder of a base model or an adapter.
 
         Raises:
             ModelError: its weights are damaged.
@@ -76,6 +76,7 @@ class Provenance:
         data: examples and hours of the training and evaluation sets, by name.
         metrics: the result's, by name.
         toolkit: the version that wrote it.
+        adapter: the one on the base that training went on from; None if it began with new ones.
     """
 
     base: Base | None = None
@@ -83,6 +84,7 @@ class Provenance:
     data: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     toolkit: str = __version__
+    adapter: Base | None = None
 
     def to_json(self) -> str:
         """Return the text of `mdl-toolkit.json`."""
@@ -90,6 +92,7 @@ class Provenance:
         values = {
             **vars(self),
             "base": None if self.base is None else vars(self.base),
+            "adapter": None if self.adapter is None else vars(self.adapter),
             "prompts": {"system": prompts.system, "user": prompts.user},
             "prompts_differ": {"system": prompts.system_differs, "user": prompts.user_differs},
         }
@@ -111,13 +114,18 @@ def read_provenance(folder: Path) -> Provenance | None:
         return None
     values = read_json(file)
     try:
-        base, texts, differ = values["base"], values["prompts"], values["prompts_differ"]
+        base, adapter = (
+            None if each is None else Base(each["name"], each["revision"], each["fingerprint"])
+            for each in (values["base"], values.get("adapter"))
+        )
+        texts, differ = values["prompts"], values["prompts_differ"]
         return Provenance(
-            None if base is None else Base(base["name"], base["revision"], base["fingerprint"]),
+            base,
             Prompts(texts["system"], texts["user"], bool(differ["system"]), bool(differ["user"])),
             dict(values["data"]),
             dict(values.get("metrics", {})),
             str(values["toolkit"]),
+            adapter,
         )
     except (KeyError, TypeError, ValueError) as problem:
         raise ModelError(
@@ -128,20 +136,22 @@ def read_provenance(folder: Path) -> Provenance | None:
 
 
 def fingerprint(folder: Path) -> str:
-    """Hash a model's weights with a few reads, independent of how they are spread over files.
+    """Hash a model's or adapter's weights with a few reads, independent of how they are spread over files.
 
     The hash covers name, dtype, shape and three samples of the bytes of every tensor, and no other file: a
-    copy whose configuration was written anew is still the same base.
+    copy whose configuration was written anew is still the same base, and a checkpoint the same adapter as
+    the result that is made of it.
 
     Raises:
         ModelError: a file of weights is damaged.
     """
     # It imports torch, which a conversion does without: a quarter of a gigabyte in each of its processes.
-    from mdl_toolkit.weights.safetensors_stream import weight_files
+    from mdl_toolkit.weights.safetensors_stream import WeightFile, weight_files
 
+    adapter = folder / ADAPTER_WEIGHTS
     tensors = sorted(
         f"{entry.name} {entry.dtype} {entry.shape} ".encode() + file.sample(entry, SAMPLE)
-        for file in weight_files(folder)
+        for file in ([WeightFile.open(adapter)] if adapter.is_file() else weight_files(folder))
         for entry in file.entries
     )
     return hashlib.sha256(b"".join(tensors)).hexdigest()[:16]

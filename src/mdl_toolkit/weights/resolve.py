@@ -127,7 +127,8 @@ def check_trainable(folder: Path, *, quantization: str | None, merge: bool) -> N
     """
     if (folder / ADAPTER_CONFIG).is_file():
         raise ModelError(
-            "{folder}: an adapter; train the base model, or train with --merge-lora true first", folder=folder
+            "{folder}: an adapter; train the base model, or go on from the adapter with --adapter {folder}",
+            folder=folder,
         )
     method = quantized_by(folder)
     if method is None:

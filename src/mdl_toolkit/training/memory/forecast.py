@@ -12,8 +12,8 @@ from mdl_toolkit.data.check.rows import Facts
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.training.memory.activations import shared_tokens
 from mdl_toolkit.training.memory.plan import meta_model, plan_memory
+from mdl_toolkit.training.optimization.schedule import Schedule
 from mdl_toolkit.training.sampler import BatchSampler
-from mdl_toolkit.training.schedule import Schedule
 from mdl_toolkit.weights.resolve import check_trainable
 
 # Bytes of a `MemoryPlan`.

@@ -127,6 +127,7 @@ def plan_memory(
     shared_prefix: int,
     device: torch.device,
     dtype: torch.dtype,
+    start: Path | None = None,
 ) -> MemoryPlan:
     """Predict what a training needs on the device of one process.
 
@@ -138,6 +139,7 @@ def plan_memory(
         shared_prefix: tokens before the audio that all examples have in common.
         device: the model is going to be there.
         dtype: of the base weights.
+        start: folder of the adapter that training goes on from, if any.
 
     Raises:
         ModelError: no model can be made of the configuration, or a target matches nothing.
@@ -148,7 +150,7 @@ def plan_memory(
         "4bit" if stored.get("load_in_4bit") else "8bit" if stored.get("load_in_8bit") else None
     )
     weights, widest = _weights(model, dtype, quantization)
-    sizes, gradients = _trained(model, options)
+    sizes, gradients = _trained(model, options, start)
     settings = (model.config, options, dtype.itemsize, device.type == "cuda", quantization, gradients)
     steps = [
         ActivationEstimate(
@@ -244,7 +246,7 @@ def stored_size(tensor: torch.Tensor, form: str) -> int:
     return numbers * int(getattr(torch, form).itemsize)
 
 
-def _trained(model: Any, options: TrainOptions) -> tuple[list[int], dict[str, int]]:
+def _trained(model: Any, options: TrainOptions, start: Path | None) -> tuple[list[int], dict[str, int]]:
     """Add the adapters; return the numbers in each trained tensor, and bytes of each target's gradients."""
     with torch.device("meta"):
         wrapped, counts = add_adapters(
@@ -254,6 +256,7 @@ def _trained(model: Any, options: TrainOptions) -> tuple[list[int], dict[str, in
             alpha=options.lora_alpha,
             dropout=options.lora_dropout,
             base_name="",
+            start=start,
         )
     gradients = {count.target: FLOAT * count.parameters for count in counts}
     # Tied embeddings are one matrix, whose gradient begins at the head.

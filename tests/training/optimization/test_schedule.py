@@ -8,9 +8,9 @@ import pytest
 
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.training.checkpoints import checkpoints
+from mdl_toolkit.training.optimization.schedule import Schedule, due_steps, warn_of_every_step
 from mdl_toolkit.training.run import train
 from mdl_toolkit.training.sampler import BatchSampler
-from mdl_toolkit.training.schedule import Schedule, due_steps, warn_of_every_step
 from tests.support.paths import MODEL
 from tests.support.runs import evaluations, make_csv, train_options
 
