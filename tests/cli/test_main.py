@@ -205,6 +205,8 @@ SUGGESTED = [
     (("train", "--epochs", "1"), "train", "--epochs", "--num-epochs"),
     (("train", "--dataset", "x"), "train", "--dataset", "--train-dataset"),
     (("train", "--per_device_train_batch_size=1"), "train", "--per_device_train_batch_size", "--batch-size"),
+    (("train", "--lr-scheduler-type", "cosine"), "train", "--lr-scheduler-type", "--lr-scheduler"),
+    (("train", "--optim=adamw"), "train", "--optim", "--optimizer"),
     (("inference", "--model", "x"), "inference", "--model", "--model-name"),
     (("--versoin",), "mdl-toolkit", "--versoin", "--version"),
 ]
@@ -222,7 +224,7 @@ def test_an_unknown_option_is_one_line_with_a_suggestion(door, words, command, t
 
 @pytest.mark.parametrize(
     "name",
-    ["--weight-decay", "--deepspeed", "--max-steps", "--logging_steps", "--val-size", "--warmup-ratio"],
+    ["--adam-beta1", "--deepspeed", "--logging_steps", "--val-size", "--fp16", "--group-by-length"],
 )
 @pytest.mark.parametrize(
     ("language", "line"), [("en", "nor one that does the same"), ("zh", "也没有类似的选项")]

@@ -37,6 +37,11 @@ SEEDS = {"0": 0, "42": 42, "4294967295": 2**32 - 1}
 NO_SEEDS = ["-1", "4294967296", "1.5", "null", "x"]
 
 Accepted = dict[str, Any]
+SHARES: tuple[Accepted, list[str]] = (
+    {"0": 0.0, "0.1": 0.1, "0.99": 0.99},
+    ["1", "-0.1", "nan", "null", "x"],
+)
+NORMS: tuple[Accepted, list[str]] = ({"0": 0.0, "0.01": 0.01, "5": 5.0}, ["-1", "inf", "null", "x"])
 SPELLINGS: dict[str, tuple[Accepted, list[str]]] = {
     "--model-name": (PATHS, [""]),
     "--from-modelscope": (YES_NO, NO_BOOLEANS),
@@ -57,7 +62,7 @@ SPELLINGS: dict[str, tuple[Accepted, list[str]]] = {
     "--adapter": (PATHS_OR_NULL, [""]),
     "--lora-rank": (COUNTS, NO_COUNTS),
     "--lora-alpha": (POSITIVES, NO_POSITIVES),
-    "--lora-dropout": ({"0": 0.0, "0.1": 0.1, "0.99": 0.99}, ["1", "-0.1", "nan", "null", "x"]),
+    "--lora-dropout": SHARES,
     "--train-target": (
         {
             "encoder": ("encoder",),
@@ -69,6 +74,20 @@ SPELLINGS: dict[str, tuple[Accepted, list[str]]] = {
         ["", "[]", "encoders", "null", "encoder projector", '["encoder"', "[1]", '[["encoder"]]'],
     ),
     "--num-epochs": (POSITIVES, NO_POSITIVES),
+    "--max-steps": (COUNTS_OR_NULL, NO_COUNTS_NOR_NULL),
+    "--warmup-ratio": SHARES,
+    "--lr-scheduler": (
+        {name: name for name in ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")},
+        ["Linear", "polynomial", "null", ""],
+    ),
+    "--optimizer": (
+        {name: name for name in ("adamw", "adamw_8bit", "paged_adamw_8bit")},
+        ["sgd", "adamw_torch", "null", ""],
+    ),
+    "--weight-decay": NORMS,
+    "--adam-beta2": SHARES,
+    "--max-grad-norm": NORMS,
+    "--label-smoothing": SHARES,
     "--warmup-steps": ({"0": 0, "10": 10, "1e2": 100}, ["-1", "0.1", "null", "x"]),
     "--seed": (SEEDS, NO_SEEDS),
     "--batch-size": (COUNTS, NO_COUNTS),

@@ -48,7 +48,7 @@ VALUES: dict[types.ValueType, st.SearchStrategy[Any]] = {
     types.POSITIVE: POSITIVE,
     types.NOT_NEGATIVE: POSITIVE,
     types.PROBABILITY: st.floats(min_value=0, max_value=1, exclude_min=True),
-    types.DROPOUT: st.floats(0, 1, exclude_max=True),
+    types.SHARE: st.floats(0, 1, exclude_max=True),
     types.METRIC_LIST: st.lists(st.sampled_from(types.METRIC_NAMES)),
     types.RESULT_FILES: st.lists(WORD.map(lambda word: f"{word}.json")),
 }

@@ -136,17 +136,20 @@ def test_an_adapter_that_is_switched_off_or_merged(golden):
 # --- the loss ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("positions", [0, 1, 17, 600])
 @pytest.mark.parametrize("most", [2**26, 40 * 1000], ids=["in one", "in slices"])
-def test_a_frozen_head_s_loss_and_gradient_are_torchs(positions, most, dtype, monkeypatch):
+def test_a_frozen_head_s_loss_and_gradient_are_torchs(positions, most, dtype, smoothing, monkeypatch):
     monkeypatch.setattr(cross_entropy, "MOST_LOGITS", most)
     torch.manual_seed(0)
     head, targets = torch.randn(1000, 64).to(dtype), torch.randint(0, 1000, (positions,))
     states, found = torch.randn(positions, 64).to(dtype), []
     for loss_of in (
-        head_loss,
-        lambda s, h, t: functional.cross_entropy(functional.linear(s.float(), h.float()), t, reduction="sum"),
+        lambda s, h, t: head_loss(s, h, t, smoothing),
+        lambda s, h, t: functional.cross_entropy(
+            functional.linear(s.float(), h.float()), t, reduction="sum", label_smoothing=smoothing
+        ),
     ):
         leaf = states.clone().requires_grad_()
         loss = loss_of(leaf, head, targets)

@@ -42,7 +42,7 @@ def test_the_briefing(tmp_path, capsys):
     train(options)
     said = lines_of(capsys)
     first = said.index("device: cpu; base weights: float32")
-    data, steps, memory, loading, *targets = said[first + 1 : first + 9]
+    data, steps, recipe, memory, loading, *targets = said[first + 1 : first + 10]
     weights = sum(file.stat().st_size for file in MODEL.glob("*.safetensors"))
     assert loading == f"loading weights: {weights / 1e6:.3g} MB from {MODEL}"
     assert memory.startswith("memory predicted: ")
@@ -51,6 +51,10 @@ def test_the_briefing(tmp_path, capsys):
     )
     assert steps == (
         "steps: 5 in 1.5 epochs of 3; effective batch: 4 = 2 x 2 x 1 (batch x accumulation x processes)"
+    )
+    assert recipe == (
+        "recipe: adamw, learning rate 0.01 (linear, warm-up 0 steps), beta2 0.999, weight decay 0, gradient "
+        "norm at most 1, label smoothing 0"
     )
     adapter = load_file(tmp_path / "run/checkpoint-5/adapter_model.safetensors")
     base = sum(tensor.numel() for file in MODEL.glob("*.safetensors") for tensor in load_file(file).values())

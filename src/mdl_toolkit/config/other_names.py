@@ -6,6 +6,12 @@ from difflib import get_close_matches
 # Our options, and what they are called in transformers, PEFT and programs that fine-tune with them.
 ALSO_CALLED = {
     "lr": "learning-rate",
+    "lr-scheduler": "scheduler lr-scheduler-type",
+    "warmup-ratio": "warmup-fraction",
+    "optimizer": "optim",
+    "max-grad-norm": "grad-clip gradient-clip gradient-clip-val",
+    "label-smoothing": "label-smoothing-factor",
+    "weight-decay": "wd",
     "num-epochs": "epochs epoch num-train-epochs",
     "train-dataset": "dataset data train-data train-file train-path",
     "eval-dataset": "validation-file validation-dataset val-dataset val-file eval-file",
@@ -35,9 +41,8 @@ ALSO_CALLED = {
 }
 # What they have and we do not: another option would mislead.
 NOT_HERE = (
-    "weight-decay deepspeed max-steps logging-steps val-size eval-ratio test-size fp16 warmup-ratio lr- "
-    "scheduler lr-scheduler-type optim optimizer max-grad-norm fsdp label-smoothing-factor adam-beta1 "
-    "adam-beta2 adam-epsilon group-by-length packing gpus num-gpus device use-cpu tf32 torch-compile "
+    "deepspeed logging-steps val-size eval-ratio test-size fp16 fsdp adam-beta1 adam-epsilon group-by-length "
+    "packing gpus num-gpus device use-cpu tf32 torch-compile "
     "logging-dir run-name do-train do-eval flash-attn attn-impl use-lora lora-bias use-rslora use-dora "
     "trust-remote-code do-sample repetition-penalty length-penalty language stage template cutoff-len"
 )

@@ -16,12 +16,15 @@ from mdl_toolkit.config.types import (
     BOOLEAN,
     CADENCE,
     COUNT,
-    DROPOUT,
+    LR_SCHEDULERS,
     NAME,
+    NOT_NEGATIVE,
+    OPTIMIZERS,
     PATH,
     POSITIVE,
     RESUME,
     SEED,
+    SHARE,
     TARGETS,
     WHOLE,
     WORDS,
@@ -76,7 +79,7 @@ class TrainOptions(ConversionOptions):
     lora_alpha: float = option(
         POSITIVE, 32.0, TRAINING, "LoRA's alpha: the adapters are scaled by alpha / rank."
     )
-    lora_dropout: float = option(DROPOUT, 0.0, TRAINING, "Dropout rate of the LoRA adapters.")
+    lora_dropout: float = option(SHARE, 0.0, TRAINING, "Dropout rate of the LoRA adapters.")
     train_target: tuple[str, ...] = option(
         TARGETS,
         ("encoder", "projector", "decoder"),
@@ -85,8 +88,41 @@ class TrainOptions(ConversionOptions):
         "head in full. May be given several times; replaces the default.",
     )
     num_epochs: float = option(POSITIVE, 1.0, TRAINING, "Passes over the training data; may be a fraction.")
+    max_steps: int | None = option(
+        COUNT, None, TRAINING, "Optimizer steps of the run, in place of those of --num-epochs."
+    )
     warmup_steps: int = option(
         WHOLE, 0, TRAINING, "Optimizer steps over which the learning rate rises from 0."
+    )
+    warmup_ratio: float = option(
+        SHARE, 0.0, TRAINING, "Share of all steps over which it rises; in place of --warmup-steps."
+    )
+    lr_scheduler: str = option(
+        choice(*LR_SCHEDULERS),
+        "linear",
+        TRAINING,
+        "How the learning rate goes on after the warm-up, as in transformers: linear and cosine fall to 0 at "
+        "the end.",
+    )
+    optimizer: str = option(
+        choice(*OPTIMIZERS),
+        "adamw",
+        TRAINING,
+        "The optimizer; 8bit keeps its states in a quarter of the memory, paged in the CPU's where the GPU's "
+        "is short (both need the extra `quantization`).",
+    )
+    weight_decay: float = option(
+        NOT_NEGATIVE, 0.0, TRAINING, "Weight decay of everything that is trained, as in AdamW."
+    )
+    adam_beta2: float = option(SHARE, 0.999, TRAINING, "AdamW's beta2; beta1 is 0.9.")
+    max_grad_norm: float = option(
+        NOT_NEGATIVE, 1.0, TRAINING, "Norm that a step's gradients are scaled down to; 0: as they are."
+    )
+    label_smoothing: float = option(
+        SHARE,
+        0.0,
+        TRAINING,
+        "Share of a token's target that goes to all tokens alike; not in evaluation losses.",
     )
     seed: int = option(SEED, 42, TRAINING, "Seed of the data order, dropout and new adapter weights.")
     batch_size: int = option(

@@ -18,6 +18,9 @@ FALSE_WORDS = frozenset({"false", "0", "no", "off"})
 METRIC_NAMES = ("accuracy", "exact-match", "macro-f1", "wer", "cer", "bleu", "chrf", "map")
 # The end of each epoch, as a cadence.
 EPOCH = "epoch"
+# As transformers calls them.
+LR_SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")
+OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 TRAIN_TARGETS = ("encoder", "projector", "decoder", "embed_tokens", "lm_head")
 
 
@@ -221,6 +224,6 @@ WHOLE = _integer(0)
 # numpy.random.seed accepts no more.
 SEED = _integer(0, 2**32 - 1)
 POSITIVE = _real(lambda x: x > 0, Localized("a number above 0"))
-DROPOUT = _real(lambda x: 0 <= x < 1, Localized("a number from 0 to below 1"))
+SHARE = _real(lambda x: 0 <= x < 1, Localized("a number from 0 to below 1"))
 NOT_NEGATIVE = _real(lambda x: x >= 0, Localized("a number of at least 0"))
 PROBABILITY = _real(lambda x: 0 < x <= 1, Localized("a number above 0 and up to 1"))

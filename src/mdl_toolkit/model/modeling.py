@@ -71,6 +71,8 @@ class MiDashengLMModel(PreTrainedModel, GenerationMixin):
         "init_bn.running_var",
     }
     _keys_to_ignore_on_load_unexpected = [r"^audio_encoder\.front_end\."]  # noqa: RUF012
+    # Share of a token's target that goes to all tokens alike, in training mode.
+    label_smoothing = 0.0
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -297,19 +299,21 @@ class MiDashengLMModel(PreTrainedModel, GenerationMixin):
         once: the backward pass makes each slice again.
         """
         head: Any = self.decoder.lm_head
+        smoothing = self.label_smoothing if self.training else 0.0
         is_linear = type(head) is nn.Linear
         if is_linear and head.bias is None and not head.weight.requires_grad:
-            total = head_loss(states, head.weight, targets)
+            total = head_loss(states, head.weight, targets, smoothing)
         else:
             size = slice_size(len(targets), self.config.text_config.vocab_size)
             slices = zip(states.split(size), targets.split(size), strict=True)
-            parts = [checkpoint(self._summed_loss, s, t, use_reentrant=False) for s, t in slices]
+            parts = [checkpoint(self._summed_loss, s, t, smoothing, use_reentrant=False) for s, t in slices]
             total = torch.stack(parts).sum()
         return total / (max(len(targets), 1) if divisor is None else divisor)
 
-    def _summed_loss(self, states: Tensor, targets: Tensor) -> Tensor:
+    def _summed_loss(self, states: Tensor, targets: Tensor, smoothing: float) -> Tensor:
         """Sum the cross entropy of states `[tokens, hidden_size]` under a head of any kind."""
-        return functional.cross_entropy(self.decoder.lm_head(states).float(), targets, reduction="sum")
+        logits = self.decoder.lm_head(states).float()
+        return functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
 
     @torch.no_grad()
     def generate(

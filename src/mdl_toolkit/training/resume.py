@@ -27,6 +27,7 @@ from mdl_toolkit.i18n import Localized, join_messages
 from mdl_toolkit.training.answer_eval import AnswerEvaluator
 from mdl_toolkit.training.checkpoints import Checkpoint, checkpoint_of, damage
 from mdl_toolkit.training.lora import LORA_TARGETS
+from mdl_toolkit.training.optimization.optimizer import ADAMW
 from mdl_toolkit.training.sampler import BatchSampler
 from mdl_toolkit.utils.console import say, warn
 from mdl_toolkit.utils.distributed import World
@@ -261,7 +262,7 @@ def check_shape(folder: Path, before: dict[str, Any], options: TrainOptions) -> 
         options: the run's.
 
     Raises:
-        ModelError: `--lora-rank` or `--train-target` differs.
+        ModelError: `--lora-rank`, `--train-target` or `--optimizer` differs.
     """
     targets = before["train_target"]
     has_rank = LORA_TARGETS.keys() & {*targets}
@@ -269,6 +270,8 @@ def check_shape(folder: Path, before: dict[str, Any], options: TrainOptions) -> 
     shape = shape if has_rank else []
     if {*targets} != {*options.train_target}:
         shape += [f"--train-target {target}" for target in targets]
+    if before.get("optimizer", ADAMW.name) != options.optimizer:
+        shape.append(f"--optimizer {before['optimizer']}")
     if shape:
         raise ModelError(
             "{checkpoint}: it was trained with {words}; give the same, or start afresh",

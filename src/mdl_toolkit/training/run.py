@@ -27,7 +27,7 @@ from mdl_toolkit.training.gradient_checkpointing import KeptBlocks
 from mdl_toolkit.training.log import Pace, RunLog
 from mdl_toolkit.training.lora import TargetCount, add_adapters
 from mdl_toolkit.training.memory.plan import plan_memory
-from mdl_toolkit.training.optimization.schedule import Schedule, warn_of_every_step
+from mdl_toolkit.training.optimization.schedule import Schedule, check_warmup, warn_of_every_step
 from mdl_toolkit.training.output import check_run_folder, prepare_output, tidy_output
 from mdl_toolkit.training.result import origin_of, write_result
 from mdl_toolkit.training.resume import check_data, check_options, compare_options, say_resumed
@@ -37,6 +37,7 @@ from mdl_toolkit.training.summary import (
     say_data,
     say_machine,
     say_memory,
+    say_recipe,
     say_results,
     say_steps,
     say_targets,
@@ -106,9 +107,12 @@ def train(options: TrainOptions) -> TrainResult:
     check_trackers(options.report_to)
     options, start = take_over(options)
     check_frozen(options)
+    check_warmup(options)
     warn_of_every_step(options)
     if options.quantization is not None:
         require_package(BITSANDBYTES, "quantization", "--quantization")
+    if options.optimizer != "adamw":
+        require_package(BITSANDBYTES, "quantization", f"--optimizer {options.optimizer}")
     output = Path(options.output)
     check_run_folder(output, options)
     # Of several processes the first one writes.
@@ -188,6 +192,7 @@ def _run(run: _RunPlan) -> TrainResult:
         say_start(options)
     say_data(train_set, run.eval_set)
     say_steps(options, run.sampler, run.schedule.total)
+    say_recipe(options, run.schedule.warmup)
     examples = (train_set.tokens(index).input_ids for index in prefix_sample(len(train_set)))
     prefix = run.tokenizer.shared_prefix_length(examples)
     plan = plan_memory(
@@ -263,6 +268,7 @@ def trainable_model(
     torch.manual_seed(options.seed)
     say_loading(base)
     model = load_model(base, dtype=dtype, device=device, quantization=options.quantization)
+    model.label_smoothing = options.label_smoothing
     model, counts = add_adapters(
         model,
         options.train_target,

@@ -11,10 +11,13 @@ from torch import Tensor
 from mdl_toolkit.data.collate import Batch, Collator, SampleSource, items_of, pin_batch
 from mdl_toolkit.training.checkpoints import Checkpoint
 from mdl_toolkit.training.lora import load_adapter
+from mdl_toolkit.training.optimization.optimizer import (
+    ADAMW,
+    OptimizerConfig,
+    restore_state,
+    saved_state,
+)
 from mdl_toolkit.training.sampler import Indices
-
-# The tensors that torch's AdamW keeps of a parameter.
-ADAM_STATE = {"step", "exp_avg", "exp_avg_sq"}
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,12 @@ class ForwardPass:
 
 
 class TrainableState:
-    """Hold the trainable parameters of a `PeftModel` and their AdamW (torch's defaults, no weight decay)."""
+    """Hold the trainable parameters of a `PeftModel` and their optimizer."""
 
-    def __init__(self, model: Any, device: torch.device) -> None:
-        self._model, self._device = model, device
+    def __init__(self, model: Any, device: torch.device, config: OptimizerConfig = ADAMW) -> None:
+        self._model = model
         self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._optimizer = torch.optim.AdamW(self._named.values(), weight_decay=0.0, fused=True)
+        self._optimizer = config.make(self._named.values(), device)
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -92,28 +95,14 @@ class TrainableState:
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Return the optimizer's tensors, named `PARAMETER/STATE`."""
-        names = {id(parameter): name for name, parameter in self._named.items()}
-        return {
-            f"{names[id(parameter)]}/{key}": value.detach().cpu().contiguous()
-            for parameter, values in self._optimizer.state.items()
-            for key, value in values.items()
-        }
+        return saved_state(self._optimizer, self._named)
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Restore parameters and optimizer from a checkpoint.
 
         Raises:
             KeyError: the checkpoint has other parameters.
+            ValueError: it is of another optimizer.
         """
-        for full_name, tensor in checkpoint.optimizer().items():
-            name, _, key = full_name.rpartition("/")
-            parameter = self._named[name]
-            if tensor.ndim and tensor.shape != parameter.shape:
-                raise KeyError(name)
-            if key not in ADAM_STATE or tensor.dtype != torch.float32 or bool(tensor.ndim) != (key != "step"):
-                raise ValueError(f"{full_name} is no state of AdamW")
-            self._optimizer.state[parameter][key] = tensor.to(self._device)
-        for name, parameter in self._named.items():
-            if (state := self._optimizer.state.get(parameter)) and {*state} != ADAM_STATE:
-                raise ValueError(f"{name} lacks states of AdamW")
+        restore_state(self._optimizer, self._named, checkpoint.optimizer())
         load_adapter(self._model, checkpoint.adapter())

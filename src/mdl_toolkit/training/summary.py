@@ -1,5 +1,6 @@
 """Summarize a run in a few plain lines: its plan before the first step, its results after the last."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def say_steps(options: TrainOptions, sampler: BatchSampler, total: int) -> None:
         "steps: {total:,} in {epochs:g} epochs of {per_epoch:,}; effective batch: {effective} = {factors} "
         "(batch x accumulation x processes)",
         total=total,
-        epochs=options.num_epochs,
+        epochs=options.num_epochs if options.max_steps is None else total / sampler.steps_per_epoch,
         per_epoch=sampler.steps_per_epoch,
         effective=sampler.effective,
         factors=factors,
@@ -79,6 +80,22 @@ def say_steps(options: TrainOptions, sampler: BatchSampler, total: int) -> None:
             total=total,
             every=options.save_steps,
         )
+
+
+def say_recipe(options: TrainOptions, warmup: int) -> None:
+    """Say how the weights are going to change, after a warm-up of so many steps."""
+    say(
+        "recipe: {optimizer}, learning rate {lr:g} ({scheduler}, warm-up {warmup:,} steps), beta2 {beta2:g}, "
+        "weight decay {decay:g}, gradient norm at most {norm:g}, label smoothing {smoothing:g}",
+        optimizer=options.optimizer,
+        lr=options.lr,
+        scheduler=options.lr_scheduler,
+        warmup=warmup,
+        beta2=options.adam_beta2,
+        decay=options.weight_decay,
+        norm=options.max_grad_norm or math.inf,
+        smoothing=options.label_smoothing,
+    )
 
 
 def say_memory(plan: MemoryPlan) -> None:

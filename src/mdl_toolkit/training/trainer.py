@@ -27,6 +27,7 @@ from mdl_toolkit.training.evaluator import Evaluator
 from mdl_toolkit.training.gradient_checkpointing import NONE, KeptBlocks, checkpoint_gradients
 from mdl_toolkit.training.log import RunLog
 from mdl_toolkit.training.memory.oom import MicroBatcher
+from mdl_toolkit.training.optimization.optimizer import OptimizerConfig
 from mdl_toolkit.training.optimization.schedule import Schedule
 from mdl_toolkit.training.resume import check_together, identity_of
 from mdl_toolkit.training.sampler import BatchSampler
@@ -35,8 +36,6 @@ from mdl_toolkit.utils.console import say, warn
 from mdl_toolkit.utils.distributed import World
 from mdl_toolkit.utils.signals import StopRequest
 
-# Of the gradient, as in the HF Trainer.
-MAX_NORM = 1.0
 MOST_ROWS_NAMED = 20
 RESUMING = "--resume-from-checkpoint true"
 # The disk is full, or the user's share of it.
@@ -88,7 +87,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.output = Path(self.options.output)
-        self.trainable = TrainableState(self.forward.model, self.forward.device)
+        optimizer = OptimizerConfig.of(self.options)
+        self.trainable = TrainableState(self.forward.model, self.forward.device, optimizer)
         if self.options.gradient_checkpointing:
             checkpoint_gradients(self.forward.model, self.kept)
         self.step = 0
@@ -184,7 +184,7 @@ class Trainer:
             # First, as this is where a process that has gone is noticed on GPUs too.
             sums = self.world.sum(torch.tensor([own_loss, self.request.is_made], dtype=torch.float64))
             self.world.sum_gradients(self.trainable.parameters)
-            loss, norm = float(sums[0]), self.trainable.clip(MAX_NORM)
+            loss, norm = float(sums[0]), self.trainable.clip(self.options.max_grad_norm or math.inf)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 # Of the step before, if they are why.
                 self._check_weights()

@@ -23,6 +23,11 @@ _SETTINGS = (
     "train_target", "lora_rank", "lora_alpha", "lora_dropout", "lr", "warmup_steps", "num_epochs",
     "batch_size", "gradient_accumulation_steps", "bf16", "quantization", "seed",
 )  # fmt: skip
+# Settings that are named where they are not the defaults.
+_RECIPE = (
+    "max_steps", "warmup_ratio", "lr_scheduler", "optimizer", "weight_decay", "adam_beta2", "max_grad_norm",
+    "label_smoothing",
+)  # fmt: skip
 _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?\n)---\s*(?:\n|\Z)", re.DOTALL)
 # Prefixes of the decoder types that vLLM serves.
 _SERVED = ("qwen2",)
@@ -56,6 +61,8 @@ def render_card(metadata: ResultMetadata, base: Path, *, is_adapter: bool) -> st
     settings = {} if options is None else {option: getattr(options, option) for option in _SETTINGS}
     if options is not None:
         settings["train_target"] = list(options.train_target)
+        chosen = {option: getattr(options, option) for option in _RECIPE}
+        settings |= {name: value for name, value in chosen.items() if value != getattr(TrainOptions, name)}
     config = read_json(base / MODEL_CONFIG)
     text = (resources.files("mdl_toolkit.weights") / "model_card.md.jinja").read_text(encoding="utf-8")
     template = jinja2.Template(text, trim_blocks=True, keep_trailing_newline=True)

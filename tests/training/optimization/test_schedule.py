@@ -5,12 +5,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from mdl_toolkit.config.train import TrainOptions
+from mdl_toolkit.config.types import LR_SCHEDULERS
+from mdl_toolkit.errors import UsageError
 from mdl_toolkit.training.checkpoints import checkpoints
-from mdl_toolkit.training.optimization.schedule import Schedule, due_steps, warn_of_every_step
+from mdl_toolkit.training.optimization.schedule import Schedule, check_warmup, due_steps, warn_of_every_step
 from mdl_toolkit.training.run import train
 from mdl_toolkit.training.sampler import BatchSampler
+from mdl_toolkit.utils.run_folder import read_log
 from tests.support.paths import MODEL
 from tests.support.runs import evaluations, make_csv, train_options
 
@@ -115,3 +120,60 @@ def test_1_0_is_said_to_be_no_epoch(capsys, changes, told):
         f"warning: --{name}-steps 1.0 is every step; once per epoch is --{name}-steps epoch" for name in told
     ]
     assert capsys.readouterr().err.splitlines() == expected
+
+
+EXPLICIT = {
+    "linear": lambda o, *steps: transformers.get_linear_schedule_with_warmup(o, *steps),
+    "cosine": lambda o, *steps: transformers.get_cosine_schedule_with_warmup(o, *steps),
+    "constant": lambda o, *_: transformers.get_constant_schedule(o),
+    "constant_with_warmup": lambda o, w, _: transformers.get_constant_schedule_with_warmup(o, w),
+    "inverse_sqrt": lambda o, w, _: transformers.get_inverse_sqrt_schedule(o, w),
+}
+
+
+@pytest.mark.parametrize("name", LR_SCHEDULERS)
+@pytest.mark.parametrize(
+    ("changes", "warmup"), [({}, 0), ({"warmup_steps": 3}, 3), ({"warmup_ratio": 0.21}, 5)]
+)
+def test_learning_rates_are_those_of_transformers(name, changes, warmup):
+    """Step by step, as its own scheduler sets them; without options, what they were before there were any."""
+    options = TrainOptions(train_dataset="d", output="o", lr_scheduler=name, max_steps=20, lr=3e-4, **changes)
+    schedule = Schedule.of(7, options)
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
+    scheduler, expected = EXPLICIT[name](optimizer, warmup, 20), []
+    for _ in range(20):
+        expected += scheduler.get_last_lr()
+        optimizer.step()
+        scheduler.step()
+    assert [options.lr * schedule.rate(step) for step in range(20)] == expected
+    assert len({*expected}) > 1 or name.startswith("constant")
+    if name == "linear":
+        before = [
+            step / warmup if step < warmup else max(0.0, (20 - step) / max(1, 20 - warmup))
+            for step in range(20)
+        ]
+        assert [schedule.rate(step) for step in range(20)] == before
+
+
+def test_the_log_has_these_learning_rates(tmp_path):
+    """20 rows, 4 a step: the 5 steps of an epoch, and 8 by --max-steps."""
+    options = train_options(
+        make_csv(tmp_path, 20), MODEL, tmp_path / "run", lr_scheduler="cosine", warmup_ratio=0.2, max_steps=8,
+        merge_lora=False, save_steps="epoch",
+    )  # fmt: skip
+    assert train(options).steps == 8
+    rates = [line["learning_rate"] for line in read_log(tmp_path / "run/log.jsonl")]
+    cosine = [0.5 * (1 + math.cos(math.pi * step / 6)) for step in range(6)]
+    assert rates == pytest.approx([1e-2 * share for share in (0, 0.5, *cosine)])
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-5", "checkpoint-8"]
+
+
+def test_one_length_of_the_warm_up(capsys):
+    both = TrainOptions(train_dataset="d", output="o", warmup_steps=3, warmup_ratio=0.1)
+    with pytest.raises(UsageError, match="--warmup-steps and --warmup-ratio: give one"):
+        check_warmup(both)
+    check_warmup(replace(both, warmup_ratio=0, lr_scheduler="constant_with_warmup"))
+    assert capsys.readouterr().err == ""
+    check_warmup(replace(both, warmup_ratio=0, lr_scheduler="constant"))
+    told = "warning: --lr-scheduler constant has no warm-up; constant_with_warmup has\n"
+    assert capsys.readouterr().err == told

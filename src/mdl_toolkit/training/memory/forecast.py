@@ -55,6 +55,7 @@ def forecast_training(
     except ModelError as problem:
         return {"problem": problem.message.to_json()}
     schedule, warning = Schedule.of(sampler.steps_per_epoch, options), plan.warning()
+    epochs = options.num_epochs if options.max_steps is None else schedule.total / schedule.per_epoch
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "bytes": {name: getattr(plan, name) for name in PLANNED},
@@ -62,15 +63,15 @@ def forecast_training(
         "warning": None if warning is None else warning.to_json(),
         "steps": schedule.total,
         "steps_per_epoch": schedule.per_epoch,
-        "epochs": options.num_epochs,
+        "epochs": epochs,
         "effective_batch": sampler.effective,
         "operations": count_operations(
-            model, facts, options, shared_tokens(model.config, options, shared_prefix)
+            model, facts, options, epochs, shared_tokens(model.config, options, shared_prefix)
         ),
     }
 
 
-def count_operations(model: Any, facts: Facts, options: TrainOptions, shared: int) -> float:
+def count_operations(model: Any, facts: Facts, options: TrainOptions, epochs: float, shared: int) -> float:
     """Count the floating-point operations of a training in the blocks' matrices, almost all there are.
 
     A frozen matrix takes two for each number and token forward, as many for the gradient of its input, and
@@ -80,6 +81,7 @@ def count_operations(model: Any, facts: Facts, options: TrainOptions, shared: in
         model: with shapes; its weights may be on the meta device.
         facts: of the training set's rows.
         options: of the training.
+        epochs: passes over the rows.
         shared: prefix tokens that are computed once for a batch.
     """
     blocks = (model.decoder.model.layers, model.audio_encoder.blocks)
@@ -89,4 +91,4 @@ def count_operations(model: Any, facts: Facts, options: TrainOptions, shared: in
     others = len(facts) - math.ceil(len(facts) / options.batch_size)
     tokens, patches = int((audio + facts["text"]).sum()) - shared * others, 5 * int(audio.sum())
     passes = 3 if options.gradient_checkpointing else 2
-    return float(options.num_epochs * 2 * passes * (decoder * tokens + encoder * patches))
+    return float(epochs * 2 * passes * (decoder * tokens + encoder * patches))

@@ -23,6 +23,7 @@ from mdl_toolkit.model.configuration import MiDashengLMConfig
 from mdl_toolkit.training.gradient_checkpointing import NONE, KeptBlocks
 from mdl_toolkit.training.lora import FULL_TARGETS, LORA_TARGETS, add_adapters
 from mdl_toolkit.training.memory.activations import FLOAT, ActivationEstimate, Integers
+from mdl_toolkit.training.optimization.optimizer import OptimizerConfig
 from mdl_toolkit.training.sampler import BatchSampler
 from mdl_toolkit.utils.console import size
 from mdl_toolkit.utils.machine import free_memory
@@ -50,7 +51,7 @@ class MemoryPlan:
         weights: of the base.
         adapters: adapters and full copies, float32.
         gradients: of these.
-        optimizer: AdamW's two states of these.
+        optimizer: the optimizer's two states of these.
         activations: of the largest step.
         free: bytes that are free now; None where that cannot be told.
         remedies: names of figures of this plan, each with command-line options that lower it.
@@ -159,15 +160,16 @@ def plan_memory(
         for batch in largest_batches(sampler, samples)
     ]
     total, free, held = FLOAT * sum(sizes), free_memory(device), widest * dtype.itemsize
+    states = OptimizerConfig.of(options).state_bytes(sizes)
     # With a gradient that is made anew.
     least = total + FLOAT * max(sizes)
     kept = NONE
     if options.gradient_checkpointing and free is not None:
-        kept = _blocks_to_keep(steps, least, free - weights - 3 * total - held)
+        kept = _blocks_to_keep(steps, least, free - weights - total - states - held)
     peak = max(*(replace(step, kept=kept).peak for step in steps), least) + held
     remedies = _remedies(options, device, dtype, quantization)
     blocks = steps[0].blocks if options.gradient_checkpointing else None
-    return MemoryPlan(weights, total, total, 2 * total, peak - total, free, remedies, kept, blocks)
+    return MemoryPlan(weights, total, total, states, peak - total, free, remedies, kept, blocks)
 
 
 def _blocks_to_keep(steps: list[ActivationEstimate], least: int, rest: int) -> KeptBlocks:

@@ -1,5 +1,6 @@
-"""How a run changes the weights: when, and at which learning rate.
+"""How a run changes the weights: when, at which learning rate, by which optimizer.
 
 Modules:
-    schedule   steps, warm-up, learning rate, when to save and to evaluate
+    schedule    steps, warm-up, learning rate, when to save and to evaluate
+    optimizer   AdamW, its 8-bit kind, and their states as checkpoints keep them
 """

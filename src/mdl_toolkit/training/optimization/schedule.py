@@ -1,10 +1,14 @@
 """Schedule a run: its optimizer steps, their learning rates, when to save and when to evaluate."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
 
 from mdl_toolkit.config.options import spelling
 from mdl_toolkit.config.train import TrainOptions
+from mdl_toolkit.errors import UsageError
 from mdl_toolkit.utils.console import warn
 
 
@@ -18,6 +22,7 @@ class Schedule:
         warmup: steps over which the learning rate rises.
         saving: steps after which a checkpoint is due.
         evaluating: steps after which an evaluation is due.
+        rate: gives the share of the learning rate at a step, from 0.
     """
 
     per_epoch: int
@@ -25,23 +30,32 @@ class Schedule:
     warmup: int
     saving: frozenset[int]
     evaluating: frozenset[int]
+    rate: Callable[[int], float]
 
     @staticmethod
     def of(per_epoch: int, options: TrainOptions) -> "Schedule":
-        """Schedule a run of `per_epoch` steps in an epoch."""
-        total = max(1, math.ceil(options.num_epochs * per_epoch - 1e-9))
+        """Schedule a run of `per_epoch` steps in an epoch; the learning rate is that of transformers."""
+        from transformers import get_scheduler
+
+        total = options.max_steps or max(1, math.ceil(options.num_epochs * per_epoch - 1e-9))
+        warmup = options.warmup_steps or math.ceil(options.warmup_ratio * total)
         evaluating = due_steps(options.eval_steps, per_epoch, total) if options.eval_dataset else frozenset()
         saving = due_steps(options.save_steps, per_epoch, total)
-        return Schedule(per_epoch, total, options.warmup_steps, saving, evaluating)
+        # Any optimizer will do: what is wanted is the function of the step.
+        scheduler = get_scheduler(options.lr_scheduler, torch.optim.SGD([torch.zeros(1)]), warmup, total)
+        return Schedule(per_epoch, total, warmup, saving, evaluating, scheduler.lr_lambdas[0])
 
-    def rate(self, step: int) -> float:
-        """Return the share of the learning rate at a step, from 0.
 
-        It rises over the warm-up and falls to 0 at the end, both linearly.
-        """
-        if step < self.warmup:
-            return step / self.warmup
-        return max(0.0, (self.total - step) / max(1, self.total - self.warmup))
+def check_warmup(options: TrainOptions) -> None:
+    """Refuse two lengths of the warm-up, and warn of one that the schedule does not have.
+
+    Raises:
+        UsageError: both `--warmup-steps` and `--warmup-ratio` were given.
+    """
+    if options.warmup_steps and options.warmup_ratio:
+        raise UsageError("--warmup-steps and --warmup-ratio: give one of the two")
+    if options.lr_scheduler == "constant" and (options.warmup_steps or options.warmup_ratio):
+        warn("--lr-scheduler constant has no warm-up; constant_with_warmup has")
 
 
 def warn_of_every_step(options: TrainOptions) -> None:
