@@ -99,7 +99,7 @@ def gemm_peak(times: int = 3) -> float:
 @contextlib.contextmanager
 def _timed_steps() -> Iterator[list[tuple[float, float]]]:
     """Seconds of each step of a training, and the peak around it."""
-    plain, found, peaks = Trainer._make_step, list[tuple[float, float]](), [gemm_peak(8)]
+    plain, found, peaks = Trainer.make_step, list[tuple[float, float]](), [gemm_peak(8)]
 
     def timed(self: Trainer, batches: Iterator[Batch]) -> float:
         started = time.perf_counter()
@@ -109,7 +109,7 @@ def _timed_steps() -> Iterator[list[tuple[float, float]]]:
         found.append((seconds, sum(peaks[-2:]) / 2))
         return loss
 
-    with mock.patch.object(Trainer, "_make_step", timed):
+    with mock.patch.object(Trainer, "make_step", timed):
         yield found
 
 

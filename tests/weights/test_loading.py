@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.i18n import Verbatim
+from mdl_toolkit.utils.device import best_device
 from mdl_toolkit.utils.machine import describe_oom
-from mdl_toolkit.weights.loading import best_device, choose_dtype, explaining_memory, load_model
+from mdl_toolkit.weights.loading import choose_dtype, explaining_memory, load_model
 from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 from tests.support.model_folders import change_json, find, refused
 from tests.support.runs import copy_checkpoint
@@ -44,7 +45,9 @@ def load(folder: Path, **more: Any) -> Any:
     ],
 )
 def test_dtype(monkeypatch, asked, cuda, natively, chosen):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    device = torch.device("cuda") if cuda else None
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(
         torch.cuda, "is_bf16_supported", lambda including_emulation=True: natively or including_emulation
     )
@@ -63,7 +66,7 @@ def test_dtype(monkeypatch, asked, cuda, natively, chosen):
 )
 def test_device(monkeypatch, environment, count, device):
     assert best_device() == CPU
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

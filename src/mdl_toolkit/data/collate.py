@@ -12,6 +12,8 @@ from torch import Tensor
 from mdl_toolkit.data.dataset import Sample
 from mdl_toolkit.data.tokenization import IGNORE_INDEX
 from mdl_toolkit.model.lengths import audio_token_count
+from mdl_toolkit.model.modeling import LossPlan
+from mdl_toolkit.model.packing import map_tensors
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,12 @@ class Batch(_TextBatch, total=False):
         input_values: `[batch, longest]` float32, zero-padded on the right.
         audio_length: `[batch]` int64, in samples.
         audio_features: `[audio tokens of the batch, hidden_size]`, example after example.
+        plan: of the loss, where it is made ahead.
     """
 
     input_values: Tensor
     audio_features: Tensor
+    plan: LossPlan
 
 
 @dataclass(frozen=True)
@@ -130,20 +134,27 @@ def _pad_right(rows: Sequence[np.ndarray], dtype: type, filler: float) -> NDArra
 
 
 def items_of(batch: Batch) -> Iterator[tuple[str, Tensor]]:
-    """Yield the names and tensors of a batch."""
-    yield from batch.items()  # type: ignore[misc]
+    """Yield the names and tensors of a batch, without its plan."""
+    yield from ((name, value) for name, value in batch.items() if isinstance(value, Tensor))
 
 
 def pin_batch(batch: Batch) -> Batch:
-    """Copy a batch to pinned memory, from which a GPU copies while it computes; return it if none is left."""
+    """Copy a batch with its plan to pinned memory, from which a GPU copies while it computes.
+
+    Where none is left, it stays as it is.
+    """
     try:
-        return Batch(**{name: tensor.pin_memory() for name, tensor in items_of(batch)})  # type: ignore[typeddict-item]
+        pinned = Batch(**{name: tensor.pin_memory() for name, tensor in items_of(batch)})  # type: ignore[typeddict-item]
+        return Batch(**{**pinned, "plan": map_tensors(batch["plan"], Tensor.pin_memory)})  # type: ignore[typeddict-item]
     except RuntimeError:
         return batch
 
 
 def split(batch: Batch, most: int) -> Iterator[Batch]:
-    """Split a batch into parts of at most `most` examples, without the padding that a part does not need."""
+    """Split a batch into parts of at most `most` examples, without the padding that a part does not need.
+
+    Parts have no plan.
+    """
     size = len(batch["input_ids"])
     if size <= most:
         yield batch

@@ -39,7 +39,7 @@ class Prefetcher(Generic[T]):
     @staticmethod
     def for_device(device: torch.device, make: Callable[[NDArray[np.int64]], T]) -> "Prefetcher[T]":
         """Return a prefetcher with as many threads as a device needs that computes meanwhile."""
-        return Prefetcher(make, GPU_THREADS if device.type == "cuda" else 1)
+        return Prefetcher(make, 1 if device.type == "cpu" else GPU_THREADS)
 
     def batches(self, wanted: Iterable[NDArray[np.int64]]) -> Generator[T, None, None]:
         """Yield the batches in order, each of some examples by their numbers; closing it ends the threads."""

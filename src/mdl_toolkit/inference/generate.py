@@ -156,7 +156,11 @@ def base_model(model: Any) -> Any:
 @torch.inference_mode()
 def embed_prompts(model: Any, prompts: PromptBatch) -> Tensor:
     """Embed prompts with their recordings' features, `[prompts, longest, hidden_size]`, padded right."""
-    inputs = {name: value.to(model.device) for name, value in prompts.tensors.items()}
+    # The lengths are numbers for the host.
+    inputs = {
+        name: value if name == "audio_length" else value.to(model.device)
+        for name, value in prompts.tensors.items()
+    }
     embeddings: Tensor = model.fuse(
         inputs["input_ids"], inputs.get("input_values"), inputs["audio_length"], inputs.get("audio_features")
     )
@@ -176,7 +180,7 @@ def admit(batch: DecodingBatch, model: Any, prompts: PromptBatch, batch_size: in
     Returns:
         Logits for each prompt's next token, `[prompts, vocabulary]`.
     """
-    prefix_ids = model.prefix_ids(prompts.tensors["input_ids"].to(model.device))
+    prefix_ids = model.prefix_ids(prompts.tensors["input_ids"])
     return batch.admit(embed_prompts(model, prompts), prompts.lengths, batch_size, longest, prefix_ids)
 
 

@@ -26,7 +26,8 @@ from mdl_toolkit.errors import ModelError
 from mdl_toolkit.inference.generate import prompt_of
 from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.utils.console import say
-from mdl_toolkit.weights.loading import best_device, load_model, with_adapter
+from mdl_toolkit.utils.device import best_device, empty_cache
+from mdl_toolkit.weights.loading import load_model, with_adapter
 from mdl_toolkit.weights.provenance import Prompts
 from mdl_toolkit.weights.safetensors_stream import stored_dtype
 from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
@@ -159,8 +160,7 @@ def _loaded(folder: Path, dtype: torch.dtype, device: torch.device) -> Iterator[
 
 def _free() -> None:
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    empty_cache(best_device())
 
 
 @torch.inference_mode()

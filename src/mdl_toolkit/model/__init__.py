@@ -8,6 +8,7 @@ Modules:
     encoder          the Dasheng encoder and the projector, over real patches only
     modeling         the whole model: fusion, loss, generation, strict loading
     packed_decoder   the decoder's states for the loss, without padding and with shared prefixes once
+    packing          which tokens of a batch are computed, planned on the CPU
     decoding_batch   sequences decoded together over one key-value store
     processing       text and audio to tensors, for use through transformers
     registration     register the classes with transformers' Auto classes

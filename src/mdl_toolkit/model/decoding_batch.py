@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from mdl_toolkit.model.constants import MOST_LOGITS
 from mdl_toolkit.model.packed_decoder import packed_states, rms_norm
+from mdl_toolkit.model.packing import PackingPlan, map_tensors
 
 # Tokens by which the key-value store grows, at least.
 GROWTH = 64
@@ -60,13 +61,13 @@ class DecodingBatch:
             lengths: tokens of each.
             slots: most sequences that will be here at once.
             max_length: most tokens that one of these sequences will ever have.
-            prefix_ids: `[sequences, longest]`, as of `packed_states`; None to share no prefix.
+            prefix_ids: `[sequences, longest]`, as of `PackingPlan.of`; None to share no prefix.
 
         Returns:
             Logits for each sequence's next token, `[sequences, vocabulary]`.
         """
         count, longest = embeddings.shape[:2]
-        first, ends = len(self), torch.tensor(lengths, device=embeddings.device).unsqueeze(1)
+        first, ends = len(self), torch.tensor(lengths).unsqueeze(1)
         max_length = max(max_length, longest)
         self._reserve(longest, max_length)
 
@@ -78,9 +79,10 @@ class DecodingBatch:
             for store, new in zip(self._stores[number], (k, v), strict=True):
                 store[first : first + count, :, : k.shape[2]] = new
 
-        columns = torch.arange(longest, device=ends.device)
-        is_last = columns == ends - 1
-        states = packed_states(self._decoder.model, embeddings, columns < ends, is_last, prefix_ids, keep)
+        columns = torch.arange(longest)
+        made = PackingPlan.of(columns < ends, columns == ends - 1, prefix_ids)
+        plan = map_tensors(made, lambda tensor: tensor.to(embeddings.device, non_blocking=True))
+        states = packed_states(self._decoder.model, embeddings, plan, keep)
         self.lengths += lengths
         logits: Tensor = self._decoder.lm_head(states)
         return logits

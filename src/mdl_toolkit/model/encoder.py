@@ -60,27 +60,31 @@ class PatchLayout:
     @cached_property
     def positions(self) -> Tensor:
         """Return the position of every patch in its chunk, `[patches]`."""
-        return torch.cat([torch.arange(n) for n in self.chunks]).to(self.device)
+        return self._there(torch.cat([torch.arange(n) for n in self.chunks]))
 
     @cached_property
     def gather(self) -> Tensor:
         """Return the index of each chunk's patches, `[chunks, longest]`; 0 at padding."""
         starts = torch.tensor((0, *self.chunks[:-1])).cumsum(0).unsqueeze(1)
         column = torch.arange(max(self.chunks)).unsqueeze(0)
-        return ((starts + column) * (column < torch.tensor(self.chunks).unsqueeze(1))).to(self.device)
+        return self._there((starts + column) * (column < torch.tensor(self.chunks).unsqueeze(1)))
 
     @cached_property
     def scatter(self) -> Tensor:
         """Return the index of every patch in a flattened `[chunks, longest]`; `[patches]`."""
         longest = max(self.chunks)
         chunk = torch.repeat_interleave(torch.arange(len(self.chunks)), torch.tensor(self.chunks))
-        return chunk.to(self.device) * longest + self.positions
+        return self._there(chunk) * longest + self.positions
 
     @cached_property
     def mask(self) -> Tensor:
         """Return True where a key can be seen, `[chunks, 1, 1, longest]`."""
         seen = torch.arange(max(self.chunks)) < torch.tensor(self.keys).unsqueeze(1)
-        return seen[:, None, None, :].to(self.device)
+        return self._there(seen[:, None, None, :])
+
+    def _there(self, indices: Tensor) -> Tensor:
+        """Copy indices to the device without waiting for it."""
+        return indices.to(self.device, non_blocking=True)
 
 
 class FrozenBatchNorm(nn.BatchNorm2d):
@@ -215,7 +219,8 @@ class MiDashengEncoder(nn.Module):
         # Indices from the CPU, not a mask: a GPU would have to wait for the count of what is true in it.
         real = torch.arange(most) < torch.tensor(layout.clips).unsqueeze(1)
         clip, patch = real.nonzero(as_tuple=True)
-        patches = whole[clip.to(mel.device), patch.to(mel.device)].contiguous()
+        clip, patch = (each.to(mel.device, non_blocking=True) for each in (clip, patch))
+        patches = whole[clip, patch].contiguous()
         x = self.patch_embed(self.init_bn(patches)) + (
             self.time_pos_embed[0, :, 0].T.index_select(0, layout.positions) + self.freq_pos_embed[0, :, 0, 0]
         )
@@ -244,5 +249,5 @@ class AudioProjector(nn.Module):
             torch.arange(start, start + n // self.k * self.k)
             for start, n in zip(starts, layout.clips, strict=True)
         ]
-        x = x.index_select(0, torch.cat(grouped).to(layout.device))
+        x = x.index_select(0, torch.cat(grouped).to(layout.device, non_blocking=True))
         return self.net(x.unflatten(0, (-1, self.k)).flatten(1))

@@ -59,7 +59,8 @@ def log_mel(waveforms: Tensor, lengths: list[int], config: MiDashengEncoderConfi
         mel = torch.matmul(filters.T, power)
         decibels = 10.0 * torch.log10(mel.clamp(min=FLOOR_POWER))
         # Raise every bin to at most 120 dB below the loudest one of its own clip.
-        frames = torch.tensor([frame_count(n, config.hop_length) for n in lengths], device=waveforms.device)
+        frames = torch.tensor([frame_count(n, config.hop_length) for n in lengths])
+        frames = frames.to(waveforms.device, non_blocking=True)
         is_padding = torch.arange(decibels.shape[-1], device=waveforms.device) >= frames.unsqueeze(1)
         loudest = decibels.masked_fill(is_padding.unsqueeze(1), -torch.inf).amax(dim=(1, 2), keepdim=True)
         return torch.maximum(decibels, loudest - DYNAMIC_RANGE_DB)
@@ -76,7 +77,7 @@ def _reflect(waveforms: Tensor, lengths: list[int], padding: int) -> Tensor:
     Returns:
         `[clips, longest + 2 * padding]`.
     """
-    last = torch.tensor(lengths, device=waveforms.device).unsqueeze(1) - 1
+    last = torch.tensor(lengths).to(waveforms.device, non_blocking=True).unsqueeze(1) - 1
     position = torch.arange(-padding, waveforms.shape[1] + padding, device=waveforms.device).abs()
     position = torch.where(position > last, 2 * last - position, position)
     return waveforms.gather(1, position.clamp(min=0))

@@ -27,6 +27,7 @@ from mdl_toolkit.model.constants import IGNORE_INDEX
 from mdl_toolkit.model.encoder import AudioProjector, LayerScale, MiDashengEncoder
 from mdl_toolkit.model.kernels.cross_entropy import head_loss, slice_size
 from mdl_toolkit.model.packed_decoder import PACKED_LAYERS, has_dropout, packed_states
+from mdl_toolkit.model.packing import PackingPlan, map_tensors, true_indices
 
 # Inputs of the decoder that the loss does not heed; transformers 5.24 gave the cache a new name.
 UNHEEDED = ("position_ids", "past_key_values", "cache")
@@ -47,6 +48,21 @@ class MiDashengLMOutput(CausalLMOutputWithPast):
         logits: `[batch, tokens, vocabulary]`; without `labels`, or when asked for.
         past_key_values: the decoder's cache, when it is used; `cache` from transformers 5.24 on.
     """
+
+
+@dataclass(frozen=True)
+class LossPlan:
+    """Hold where a batch's tokens go on their way to the loss, which follows from ids and labels alone.
+
+    Attributes:
+        packing: the tokens that the decoder computes, and those that predict a supervised one.
+        targets: what they predict, `[supervised]` ids.
+        placeholders: index of each audio placeholder in the flattened batch, `[audio tokens]`.
+    """
+
+    packing: PackingPlan
+    targets: Tensor
+    placeholders: Tensor
 
 
 class MiDashengLMModel(PreTrainedModel, GenerationMixin):
@@ -169,6 +185,7 @@ class MiDashengLMModel(PreTrainedModel, GenerationMixin):
         input_values: Tensor | None,
         audio_length: Tensor | None,
         audio_features: Tensor | None = None,
+        placeholders: Tensor | None = None,
     ) -> Tensor:
         """Embed tokens, and put audio features in the place of the placeholders' embeddings.
 
@@ -177,6 +194,7 @@ class MiDashengLMModel(PreTrainedModel, GenerationMixin):
             input_values: `[clips, longest]` samples at 16 kHz.
             audio_length: `[clips]` in samples.
             audio_features: `[audio tokens of all clips, hidden_size]`, in place of the clips.
+            placeholders: index of each placeholder in flattened ids, `[audio tokens]`, if they are known.
 
         Returns:
             `[batch, tokens, hidden_size]`.
@@ -187,22 +205,21 @@ class MiDashengLMModel(PreTrainedModel, GenerationMixin):
         if input_ids is None:
             raise ValueError("neither input_ids nor inputs_embeds are given")
         embeddings = self.get_input_embeddings()(input_ids)
-        is_audio = input_ids == self.config.audio_token_id
+        if placeholders is None:
+            placeholders = true_indices(input_ids == self.config.audio_token_id)
         if audio_features is not None:
             features = audio_features
         elif input_values is None:
             features = embeddings.new_zeros(0, embeddings.shape[-1])
         else:
             features = self.audio_features(input_values, audio_length)
-        placeholders = int(is_audio.sum())
-        if placeholders != len(features):
+        if len(placeholders) != len(features):
             raise ValueError(
-                f"input_ids hold {placeholders} audio placeholders, "
+                f"input_ids hold {len(placeholders)} audio placeholders, "
                 f"but the clips give {len(features)} features"
             )
-        return embeddings.masked_scatter(
-            is_audio.unsqueeze(-1), features.to(embeddings.device, embeddings.dtype)
-        )
+        there = features.to(embeddings.device, embeddings.dtype)
+        return embeddings.flatten(0, 1).index_copy(0, placeholders, there).view_as(embeddings)
 
     def prefix_ids(self, ids: Tensor, apart: Tensor | None = None) -> Tensor:
         """Return ids by which a shared prefix is found: unique negative ones in the place of audio.
@@ -230,6 +247,7 @@ class MiDashengLMModel(PreTrainedModel, GenerationMixin):
         num_items_in_batch: int | Tensor | None = None,
         return_logits: bool = False,
         audio_features: Tensor | None = None,
+        plan: LossPlan | None = None,
         **kwargs: Any,
     ) -> MiDashengLMOutput:
         """Compute the loss, the logits, or both.
@@ -245,16 +263,24 @@ class MiDashengLMModel(PreTrainedModel, GenerationMixin):
             num_items_in_batch: divides the summed loss, if not the number of its supervised tokens.
             return_logits: give the whole logits although labels are given.
             audio_features: `[audio tokens, hidden_size]`, as of `audio_features`, in place of clips.
+            plan: of ids, mask and labels, as of `plan_loss`, on this device; made here if not given.
             kwargs: passed on to the decoder; positions and a cache do not go with labels.
         """
-        ids = input_ids if inputs_embeds is None else None
+        if labels is not None and plan is None:
+            ids = input_ids if inputs_embeds is None else None
+            made = self.plan_loss(
+                ids, attention_mask, labels, shares_prefix=not has_dropout(self.decoder.model)
+            )
+            plan = map_tensors(made, lambda tensor: tensor.to(labels.device, non_blocking=True))
         if inputs_embeds is None:
-            inputs_embeds = self.fuse(input_ids, input_values, audio_length, audio_features)
+            placeholders = None if plan is None else plan.placeholders
+            inputs_embeds = self.fuse(input_ids, input_values, audio_length, audio_features, placeholders)
         loss = None
-        if labels is not None:
+        if plan is not None:
             if unheeded := {*UNHEEDED} & {name for name, value in kwargs.items() if value is not None}:
                 raise ValueError(f"labels do not go with {min(unheeded)}")
-            loss = self._packed_loss(inputs_embeds, ids, attention_mask, labels, num_items_in_batch)
+            states = packed_states(self.decoder.model, inputs_embeds, plan.packing)
+            loss = self._mean_loss(states, plan.targets, num_items_in_batch)
             if not return_logits:
                 return MiDashengLMOutput(loss=loss)
         inputs = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "return_dict": True}
@@ -263,34 +289,30 @@ class MiDashengLMModel(PreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return MiDashengLMOutput(loss=loss, logits=self.decoder.lm_head(states[:, kept]), **outputs)
 
-    def _packed_loss(
-        self,
-        embeddings: Tensor,
-        ids: Tensor | None,
-        mask: Tensor | None,
-        labels: Tensor,
-        divisor: int | Tensor | None,
-    ) -> Tensor:
-        """Compute the loss without padding, and in the last layer at supervised tokens only.
+    def plan_loss(
+        self, ids: Tensor | None, mask: Tensor | None, labels: Tensor, *, shares_prefix: bool
+    ) -> LossPlan:
+        """Plan a loss without padding, and in the last layer at supervised tokens only, on the CPU.
 
         Args:
-            embeddings: `[batch, tokens, hidden_size]`.
             ids: `[batch, tokens]` that the embeddings come from; None if not known.
             mask: `[batch, tokens]`, 0 at padding.
             labels: `[batch, tokens]`.
-            divisor: as in `_mean_loss`.
+            shares_prefix: compute tokens once with which several sequences begin; not where some are dropped.
         """
-        following = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).to(embeddings.device)
+        following = functional.pad(labels.cpu()[:, 1:], (0, 1), value=IGNORE_INDEX)
         supervised = following != IGNORE_INDEX
-        real = torch.ones_like(supervised) if mask is None else mask.bool()
+        real = torch.ones_like(supervised) if mask is None else mask.cpu().bool()
         supervised = supervised & real
         # Tokens after a sequence's last supervised one, the end of the chat's turn, change nothing.
         needed = real & ((supervised.flip(1).cumsum(1).flip(1) > 0) | ~supervised.any())
-        model, prefix_ids = self.decoder.model, None
-        if ids is not None and not has_dropout(model):
-            prefix_ids = self.prefix_ids(ids, supervised)
-        states = packed_states(model, embeddings, needed, supervised, prefix_ids)
-        return self._mean_loss(states, following[supervised], divisor)
+        prefix_ids, placeholders = None, torch.zeros(0, dtype=torch.int64)
+        if ids is not None:
+            ids = ids.cpu()
+            placeholders = true_indices(ids == self.config.audio_token_id)
+            prefix_ids = self.prefix_ids(ids, supervised) if shares_prefix else None
+        packing = PackingPlan.of(needed, supervised, prefix_ids)
+        return LossPlan(packing, following[supervised], placeholders)
 
     def _mean_loss(self, states: Tensor, targets: Tensor, divisor: int | Tensor | None) -> Tensor:
         """Average the cross entropy of states `[supervised, hidden_size]` over targets `[supervised]`.

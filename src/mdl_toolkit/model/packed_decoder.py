@@ -9,7 +9,6 @@ are functions with a gradient of their own here.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,100 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, rotate_half
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
-
-@dataclass(frozen=True)
-class TokenLayout:
-    """Map packed tokens to sequences padded on the right, and back.
-
-    Attributes:
-        gather: index of each sequence's tokens, `[sequences, longest]`; any index at padding.
-        scatter: index of each token in a flattened `gather`, `[tokens]`.
-        duplicates: indices in a flattened `gather` of a shared prefix's tokens, in all sequences but the one
-            that `scatter` has them from; None where no gradient comes from these.
-    """
-
-    gather: Tensor
-    scatter: Tensor
-    duplicates: Tensor | None
-
-    def pad(self, x: Tensor) -> Tensor:
-        """Lay `[tokens, ...]` out as `[sequences, longest, ...]`; padding holds arbitrary numbers."""
-        padded: Tensor = _Pad.apply(x, self.gather, self.scatter, self.duplicates)
-        return padded
-
-    def unpad(self, x: Tensor) -> Tensor:
-        """Take the tokens `[tokens, width]` out of `[sequences, longest, width]`."""
-        tokens: Tensor = _Unpad.apply(x, self.scatter)
-        return tokens
-
-    def select(self, tokens: Tensor) -> "TokenLayout":
-        """Return the layout of some tokens `[selected]` alone; the others count as padding."""
-        number = torch.zeros_like(self.scatter)
-        number[tokens] = torch.arange(len(tokens), device=tokens.device)
-        return TokenLayout(number[self.gather], self.scatter[tokens], None)
-
-
-@dataclass(frozen=True)
-class PackedTokens(TokenLayout):
-    """Hold which tokens of a batch are computed, and where attention finds them.
-
-    Attributes:
-        source: index of each token in a flattened `[sequences, length]` batch, `[tokens]`.
-        positions: of each token in its sequence, from 0, `[tokens]`.
-    """
-
-    source: Tensor
-    positions: Tensor
-
-    @staticmethod
-    def of(mask: Tensor, prefix_ids: Tensor | None = None) -> "PackedTokens":
-        """Pack the tokens that are true in a mask `[sequences, length]`.
-
-        Sequences share a prefix with the same `prefix_ids`, `[sequences, length]`; negative ids are unique.
-        """
-        source = _true_indices(mask)
-        counts = mask.sum(1, keepdim=True)
-        starts = counts.cumsum(0) - counts
-        column = torch.arange(int(counts.max()), device=mask.device)
-        is_real = column < counts
-        gather = torch.where(is_real, starts + column, 0)
-        positions = source % mask.shape[1]
-        positions = positions - positions[gather[:, :1]].expand_as(gather)[is_real]
-        if prefix_ids is None:
-            return PackedTokens(gather, _true_indices(is_real), gather.new_zeros(0), source, positions)
-        # Keep one copy of each shared prefix.
-        ids = prefix_ids.flatten()[source]
-        keys = torch.where(ids < 0, ids, ids * mask.shape[1] + positions)
-        owner = _owners(torch.where(is_real, keys[gather], -1), gather)
-        is_own = (owner == gather) & is_real
-        kept = is_own[is_real]
-        number = (kept.cumsum(0) - 1).clamp_(0)
-        duplicates = _true_indices(is_real & ~is_own)
-        return PackedTokens(number[owner], _true_indices(is_own), duplicates, source[kept], positions[kept])
-
-
-def _true_indices(mask: Tensor) -> Tensor:
-    """Return the indices at which a flattened mask is true, `[count]`."""
-    return mask.flatten().nonzero().squeeze(1)
-
-
-def _owners(keys: Tensor, gather: Tensor) -> Tensor:
-    """Return `gather` with one sequence's tokens in place of the same prefix in other sequences.
-
-    Sorted, sequences with the same prefix are neighbours; the first of them owns it.
-
-    Args:
-        keys: `[sequences, longest]`, equal where tokens are shared; negative where none is.
-        gather: index of each token, `[sequences, longest]`.
-    """
-    width = max(1, int(((keys < 0).cumsum(1) == 0).sum(1).max()))
-    head = keys[:, :width]
-    order = torch.unique(head, dim=0, return_inverse=True)[1].argsort(stable=True)
-    is_same_as_before = (head[order[1:]] == head[order[:-1]]).cumprod(1).bool()
-    number = torch.arange(len(head), device=head.device).unsqueeze(1).repeat(1, width)
-    number[1:].masked_fill_(is_same_as_before, 0)
-    owner = torch.empty_like(head).index_copy_(0, order, order[number.cummax(0).values])
-    return torch.cat([gather[:, :width].gather(0, owner), gather[:, width:]], 1)
+from mdl_toolkit.model.packing import PackedTokens, PackingPlan, TokenLayout
 
 
 class PackedLayer(nn.Module):
@@ -130,6 +36,7 @@ class PackedLayer(nn.Module):
         hidden_states: Tensor,
         *args: Any,
         packed: PackedTokens | None = None,
+        queries: TokenLayout | None = None,
         keep: Callable[[Tensor, Tensor], None] | None = None,
         **kwargs: Any,
     ) -> Tensor:
@@ -140,6 +47,7 @@ class PackedLayer(nn.Module):
             args: if packed, the cosines and sines of the rotary embedding, each `[tokens, 1, head_dim]`, and
                 the indices of the tokens to go on with, None for all.
             packed: where the tokens are.
+            queries: where the tokens to go on with are, if not all do.
             keep: is given the padded keys and values.
             kwargs: for transformers' layer.
 
@@ -150,7 +58,8 @@ class PackedLayer(nn.Module):
             plain: Tensor = super().forward(hidden_states, *args, **kwargs)
             return plain
         x, (cos, sin, selected) = hidden_states, args
-        attended = self._attend(x, packed, cos, sin, selected, keep)
+        whole = TokenLayout(packed.gather, packed.scatter, None)
+        attended = self._attend(x, packed, queries or whole, cos, sin, selected, keep)
         return self.finish(x if selected is None else x.index_select(0, selected), attended)
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
@@ -162,13 +71,18 @@ class PackedLayer(nn.Module):
 
     # Not in line: what is made here is to be freed before the MLP.
     def _attend(
-        self, x: Tensor, packed: PackedTokens, cos: Tensor, sin: Tensor, selected: Tensor | None, keep: Any
+        self,
+        x: Tensor,
+        packed: PackedTokens,
+        queries: TokenLayout,
+        cos: Tensor,
+        sin: Tensor,
+        selected: Tensor | None,
+        keep: Any,
     ) -> Tensor:
         """Attend within sequences: `[tokens, hidden_size]` to `[tokens or selected, heads * head_dim]`."""
         attention = self.self_attn
         q, k, v = self.queries_keys_values(x, cos, sin, selected)
-        whole = TokenLayout(packed.gather, packed.scatter, None)
-        queries = whole if selected is None else packed.select(selected)
         dropout = attention.attention_dropout if self.training else 0.0
         heads_first = [part.transpose(1, 2) for part in (queries.pad(q), packed.pad(k), packed.pad(v))]
         if keep is not None:
@@ -209,18 +123,19 @@ PACKED_LAYERS = {Qwen2DecoderLayer: PackedQwen2Layer, Qwen3DecoderLayer: PackedQ
 
 def has_dropout(model: Any) -> bool:
     """Tell whether a decoder drops activations at random, so that no prefix can be shared."""
-    if not model.training:
-        return False
-    drops = any(isinstance(part, nn.Dropout) and part.training and part.p > 0 for part in model.modules())
+    return model.training and can_drop(model)
+
+
+def can_drop(model: Any) -> bool:
+    """Tell whether a decoder drops activations at random while it is trained."""
+    drops = any(isinstance(part, nn.Dropout) and part.p > 0 for part in model.modules())
     return drops or bool(model.config.attention_dropout)
 
 
 def packed_states(
     model: Any,
     embeddings: Tensor,
-    needed: Tensor,
-    wanted: Tensor,
-    prefix_ids: Tensor | None = None,
+    plan: PackingPlan,
     keep: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """Compute the decoder's last states at the wanted tokens alone, `[wanted, hidden_size]`.
@@ -228,30 +143,26 @@ def packed_states(
     Args:
         model: transformers' decoder without its head; its layers are packed ones.
         embeddings: `[sequences, length, hidden_size]`.
-        needed: `[sequences, length]`, false at padding and where no wanted token follows.
-        wanted: `[sequences, length]`, true where states are wanted; needed ones.
-        prefix_ids: `[sequences, length]` ids of the embeddings, negative and unique where they come from
-            audio or states are wanted; None to share no prefix.
+        plan: of the batch, on the device of the embeddings.
         keep: is given the number of each layer and its keys and values, each
             `[sequences, key heads, longest, head_dim]`.
     """
-    packed = PackedTokens.of(needed, prefix_ids)
+    packed, wanted = plan.packed, plan.wanted
     columns = torch.arange(embeddings.shape[1], device=embeddings.device)
     cos, sin = (
         part[0].index_select(0, packed.positions).unsqueeze(1)
         for part in model.rotary_emb(embeddings, columns.unsqueeze(0))
     )
     x = embeddings.flatten(0, 1).index_select(0, packed.source)
-    selected = wanted.flatten().index_select(0, packed.source).nonzero().squeeze(1)
     *others, last = [
         partial(layer, packed=packed, keep=keep and partial(keep, n)) for n, layer in enumerate(model.layers)
     ]
     for layer in others:
         x = layer(x, cos, sin, None)
-    # Without a selected token attention would have no query.
-    if not len(selected):
-        return rms_norm(model.norm, last(x, cos, sin, None)).index_select(0, selected)
-    return rms_norm(model.norm, last(x, cos, sin, selected))
+    # Without a wanted token attention would have no query.
+    if not len(wanted):
+        return rms_norm(model.norm, last(x, cos, sin, None)).index_select(0, wanted)
+    return rms_norm(model.norm, last(x, cos, sin, wanted, queries=plan.queries))
 
 
 # --- parts of a layer ----------------------------------------------------------------------------------
@@ -319,43 +230,3 @@ class _SwiGLU(torch.autograd.Function):
         to_up = functional.silu(gate).mul_(gradient)
         to_gate = gradient * up
         return torch.ops.aten.silu_backward.grad_input(to_gate, gate, grad_input=to_gate), to_up
-
-
-class _Pad(torch.autograd.Function):
-    """Lay `[tokens, ...]` out as `[sequences, longest, ...]`; nobody reads what is padding.
-
-    Gradients are taken at `scatter`, and those at the duplicates of a shared prefix are added.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gather: Tensor, scatter: Tensor, duplicates: Tensor | None) -> Tensor:
-        ctx.save_for_backward(gather, scatter, duplicates)
-        return x.index_select(0, gather.flatten()).unflatten(0, tuple(gather.shape))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        gather, scatter, duplicates = ctx.saved_tensors
-        flat = gradient.flatten(0, 1)
-        to_x = flat.index_select(0, scatter)
-        if duplicates is not None and len(duplicates):
-            # In float32 at least, as a GPU rounds each sum.
-            wide = to_x.to(torch.promote_types(to_x.dtype, torch.float32))
-            wide.index_add_(0, gather.flatten()[duplicates], flat.index_select(0, duplicates).to(wide.dtype))
-            to_x = wide.to(to_x.dtype)
-        return to_x, None, None, None
-
-
-class _Unpad(torch.autograd.Function):
-    """Take `[tokens, width]` from `[sequences, longest, width]`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scatter: Tensor) -> Tensor:
-        ctx.save_for_backward(scatter)
-        ctx.shape = x.shape
-        return x.flatten(0, 1).index_select(0, scatter)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        to_x = gradient.new_zeros(ctx.shape)
-        to_x.flatten(0, 1).index_copy_(0, ctx.saved_tensors[0], gradient)
-        return to_x, None

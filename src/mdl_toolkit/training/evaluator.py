@@ -140,7 +140,7 @@ class Evaluator:
         batches = (order[start : start + size] for start in range(0, len(order), size))
         sums = torch.zeros(2, dtype=torch.float64)
         pending = torch.zeros(2, dtype=torch.float64, device=device)
-        loader = Prefetcher.for_device(device, lambda indices: self.forward.batch(dataset, indices))
+        loader = Prefetcher.for_device(device, partial(self.forward.batch, dataset, is_training=False))
         for number, batch in enumerate(loader.batches(batches), 1):
             if is_stopped():
                 break

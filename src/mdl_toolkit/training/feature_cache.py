@@ -31,10 +31,11 @@ from mdl_toolkit.training.memory.oom import MicroBatcher
 from mdl_toolkit.training.optimization.schedule import Schedule
 from mdl_toolkit.training.sampler import Indices
 from mdl_toolkit.utils.console import progress, say, size, warn
+from mdl_toolkit.utils.device import best_device
 from mdl_toolkit.utils.distributed import World
 from mdl_toolkit.utils.files import report_write_errors
 from mdl_toolkit.utils.signals import raise_if_interrupted
-from mdl_toolkit.weights.loading import best_device, choose_dtype
+from mdl_toolkit.weights.loading import choose_dtype
 
 FROZEN = ("encoder", "projector")
 CHECKSUM = np.dtype(np.uint32)

@@ -20,14 +20,17 @@ from mdl_toolkit.training.gradient_checkpointing import is_recomputing
 ADAPTER = "default"
 # Layers whose output is only added up, in encoder and decoder blocks.
 LAST = ("mlp.fc2", "mlp.down_proj")
-# Weight, bias, A, B and scale, as `_FastLora` takes them for each layer.
-ARGUMENTS = 5
+# Weight, bias, A, B, the casts of both and scale, as `_FastLora` takes them for each layer.
+ARGUMENTS = 7
 
 
 class FastLoraLinear(Linear):
     """Compute PEFT's LoRA layer faster, with the same results; where dropout acts, leave it to PEFT."""
 
     is_last = False
+    # A and B in the dtype of the base weight, and the versions that these are of.
+    casts: tuple[Tensor, Tensor] | None = None
+    versions: tuple[int, int] = (-1, -1)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map `[..., in]` to `[..., out]`, as `peft.tuners.lora.Linear`."""
@@ -45,10 +48,16 @@ class FastLoraLinear(Linear):
         return _FastLora.apply(x, True, *chain(*parts))  # type: ignore[no-any-return, no-untyped-call]
 
     @property
-    def _parts(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float]:
-        """Return weight, bias, A, B and the scale of the adapter."""
-        base, a, b = self.get_base_layer(), self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
-        return base.weight, base.bias, a, b, self.scaling[ADAPTER]
+    def _parts(self) -> tuple[Any, ...]:
+        """Return weight, bias, A, B, the casts of these that are up to date, and the adapter's scale."""
+        base, (a, b) = self.get_base_layer(), self.adapter
+        casts = self.casts if self.versions == (a._version, b._version) else None
+        return base.weight, base.bias, a, b, *(casts or (None, None)), self.scaling[ADAPTER]
+
+    @property
+    def adapter(self) -> tuple[Tensor, Tensor]:
+        """Return A and B."""
+        return self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
 
     @property
     def _is_plain(self) -> bool:
@@ -65,6 +74,34 @@ def use_fast_lora(model: nn.Module) -> None:
             module.is_last = name.endswith(LAST)
 
 
+class AdapterCasts:
+    """Keep a model's adapters in the dtype of its base weights too, cast all at once after each change."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = [
+            layer
+            for layer in model.modules()
+            if isinstance(layer, FastLoraLinear)
+            and isinstance(layer.lora_dropout[ADAPTER], nn.Identity)
+            and layer.get_base_layer().weight.dtype != layer.adapter[0].dtype
+        ]
+        for layer in self._layers:
+            dtype, (a, b) = layer.get_base_layer().weight.dtype, layer.adapter
+            layer.casts = torch.empty_like(a, dtype=dtype), torch.empty_like(b, dtype=dtype)
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Cast the adapters as they are now."""
+        if not self._layers:
+            return
+        casts = [*chain.from_iterable(layer.casts or () for layer in self._layers)]
+        torch._foreach_copy_(casts, [*chain.from_iterable(layer.adapter for layer in self._layers)])
+        for layer in self._layers:
+            a, b = layer.adapter
+            layer.versions = (a._version, b._version)
+
+
 class _FastLora(torch.autograd.Function):
     """Compute layers of one input, in the dtype of the frozen weight, as autocast would.
 
@@ -73,11 +110,15 @@ class _FastLora(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, is_needed: bool, *parts: Any) -> tuple[Tensor, ...]:
-        weights, biases, downs, wide, scales = (parts[first::ARGUMENTS] for first in range(ARGUMENTS))
+        weights, biases, downs, wide, *casts, scales = (parts[first::ARGUMENTS] for first in range(ARGUMENTS))
         dtype = weights[0].dtype
         flat = x.reshape(-1, x.shape[-1]).to(dtype)
-        down = (downs[0] if len(downs) == 1 else torch.cat([*downs])).to(dtype)
-        ups = [_scaled(b.to(dtype), scale) for b, scale in zip(wide, scales, strict=True)]
+        a, b = (
+            [each if cast is None else cast for each, cast in zip(*both, strict=True)]
+            for both in zip((downs, wide), casts, strict=True)
+        )
+        down = (a[0] if len(a) == 1 else torch.cat(a)).to(dtype)
+        ups = [_scaled(each.to(dtype), scale) for each, scale in zip(b, scales, strict=True)]
         ranks = [up.shape[1] for up in ups]
         lows = torch.split(flat @ down.T, ranks, 1)
         kept = weights if ctx.needs_input_grad[0] else ()
@@ -112,7 +153,8 @@ class _FastLora(torch.autograd.Function):
         to_inputs: list[Tensor | None] = [to_x, None]
         to_a = torch.split((narrow.T @ flat).to(a_dtype), ranks)
         for each, gradient, low, scale in zip(to_a, wide, lows, ctx.scales, strict=True):
-            to_inputs += [None, None, each, _scaled(gradient.T @ low, scale).to(b_dtype), None]
+            to_b = _scaled(gradient.T @ low, scale).to(b_dtype)
+            to_inputs += [None, None, each, to_b, None, None, None]
         return tuple(to_inputs)
 
 

@@ -46,6 +46,7 @@ from mdl_toolkit.training.trackers import Trackers, check_trackers
 from mdl_toolkit.training.trainer import Outcome, Trainer
 from mdl_toolkit.training.warm_start import load_start, say_start, take_over
 from mdl_toolkit.utils.console import is_first_process, progress, say
+from mdl_toolkit.utils.device import best_device, fast_float32
 from mdl_toolkit.utils.distributed import World, join_world
 from mdl_toolkit.utils.files import claim_folder, report_write_errors
 from mdl_toolkit.utils.launcher import warn_of_idle_gpus
@@ -53,7 +54,6 @@ from mdl_toolkit.utils.signals import Interruption, raise_if_interrupted
 from mdl_toolkit.utils.worker_pool import end_unguarded_script
 from mdl_toolkit.weights.loading import (
     base_of,
-    best_device,
     choose_dtype,
     explaining_memory,
     load_model,
@@ -247,7 +247,8 @@ def _train(run: _RunPlan, kept: KeptBlocks, device: torch.device, dtype: torch.d
         run.converted.is_wanted = True
         log.begin(trainer.step)
         raise_if_interrupted()
-        done = trainer.run()
+        with fast_float32(device):
+            done = trainer.run()
         log.close(done.steps)
         return done, log.pace
 

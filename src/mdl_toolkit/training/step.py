@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 
 from mdl_toolkit.data.collate import Batch, Collator, SampleSource, items_of, pin_batch
+from mdl_toolkit.model.modeling import LossPlan
+from mdl_toolkit.model.packed_decoder import can_drop
+from mdl_toolkit.model.packing import map_tensors
 from mdl_toolkit.training.checkpoints import Checkpoint
 from mdl_toolkit.training.lora import load_adapter
+from mdl_toolkit.training.lora_layer import AdapterCasts
 from mdl_toolkit.training.optimization.optimizer import (
     ADAMW,
     OptimizerConfig,
@@ -18,6 +22,7 @@ from mdl_toolkit.training.optimization.optimizer import (
     saved_state,
 )
 from mdl_toolkit.training.sampler import Indices
+from mdl_toolkit.utils.device import CPU
 
 
 @dataclass(frozen=True)
@@ -36,17 +41,36 @@ class ForwardPass:
     device: torch.device
     dtype: torch.dtype
 
-    def batch(self, dataset: SampleSource, indices: Indices) -> Batch:
-        """Collate some examples of a dataset, ready to be copied to the device."""
+    def batch(self, dataset: SampleSource, indices: Indices, *, is_training: bool) -> Batch:
+        """Collate some examples of a dataset with the plan of their loss, ready to be copied to the device.
+
+        It is called in threads, while the model may be in another mode than the batch is for.
+        """
         batch = self.collator([dataset[int(index)] for index in indices])
-        return pin_batch(batch) if self.device.type == "cuda" else batch
+        batch["plan"] = self._plan(batch, is_training=is_training)
+        return batch if self.device == CPU else pin_batch(batch)
+
+    def _plan(self, batch: Batch, *, is_training: bool) -> LossPlan:
+        """Plan the loss of a batch on the CPU."""
+        base = self.model.get_base_model()
+        shares_prefix = not (is_training and can_drop(base.decoder.model))
+        ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
+        plan: LossPlan = base.plan_loss(ids, mask, labels, shares_prefix=shares_prefix)
+        return plan
 
     def loss(self, batch: Batch, tokens: int) -> Tensor:
         """Return the sum of the losses of a batch's tokens, divided by `tokens`; a scalar."""
-        on_device = {name: tensor.to(self.device, non_blocking=True) for name, tensor in items_of(batch)}
+        plan = batch.get("plan") or self._plan(batch, is_training=self.model.training)
+        on_device: dict[str, Any] = {name: self._move(tensor) for name, tensor in items_of(batch)}
+        # Its lengths are numbers for the host.
+        on_device |= {"audio_length": batch["audio_length"], "plan": map_tensors(plan, self._move)}
         with self.precision():
             loss: Tensor = self.model(**on_device, num_items_in_batch=tokens).loss
         return loss
+
+    def _move(self, tensor: Tensor) -> Tensor:
+        """Copy a tensor to the device without waiting for it."""
+        return tensor.to(self.device, non_blocking=True)
 
     def precision(self) -> AbstractContextManager[None]:
         """Return a context in which products are computed in bfloat16 if the base weights are."""
@@ -60,21 +84,23 @@ class TrainableState:
         self._model = model
         self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._optimizer = config.make(self._named.values(), device)
+        self._casts = AdapterCasts(model)
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
         """Return all trainable parameters, in the model's order."""
         return [*self._named.values()]
 
-    def clip(self, max_norm: float) -> float:
-        """Scale gradients down to a norm of at most `max_norm`; return the norm that they had."""
-        return float(torch.nn.utils.clip_grad_norm_(self._named.values(), max_norm))
+    def clip(self, max_norm: float) -> Tensor:
+        """Scale gradients down to a norm of at most `max_norm`; return the norm that they had, a scalar."""
+        return torch.nn.utils.clip_grad_norm_(self._named.values(), max_norm)
 
     def update(self, rate: float) -> None:
         """Make an optimizer step at a learning rate, and drop the gradients."""
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.step()
+        self._casts.refresh()
         self.drop_gradients()
 
     @property
@@ -106,3 +132,4 @@ class TrainableState:
         """
         restore_state(self._optimizer, self._named, checkpoint.optimizer())
         load_adapter(self._model, checkpoint.adapter())
+        self._casts.refresh()

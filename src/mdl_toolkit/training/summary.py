@@ -16,6 +16,7 @@ from mdl_toolkit.training.memory.plan import MemoryPlan
 from mdl_toolkit.training.optimization.schedule import due_steps
 from mdl_toolkit.training.sampler import BatchSampler
 from mdl_toolkit.utils.console import clock, say, warn
+from mdl_toolkit.utils.device import device_name
 from mdl_toolkit.utils.run_folder import LOG, SmoothedLoss, read_log
 
 # Shown at the end: the last ones, and the best one.
@@ -25,7 +26,7 @@ HOUR = 3600.0
 
 def say_machine(device: torch.device, dtype: torch.dtype, quantization: str | None, processes: int) -> None:
     """Say the device, the number of processes and the dtype of the base weights."""
-    name = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+    name = device_name(device)
     shown: str | Localized = name
     if processes > 1:
         shown = Localized("{name}, {processes} processes", name=name, processes=processes)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ from mdl_toolkit.training.resume import check_together, identity_of
 from mdl_toolkit.training.sampler import BatchSampler
 from mdl_toolkit.training.step import ForwardPass, TrainableState
 from mdl_toolkit.utils.console import say, warn
+from mdl_toolkit.utils.device import total_memory
 from mdl_toolkit.utils.distributed import World
 from mdl_toolkit.utils.signals import StopRequest
 
@@ -102,7 +104,7 @@ class Trainer:
         self.is_saved = False
         self.best_saved: int | None = None
         self.loader = Prefetcher.for_device(
-            self.forward.device, lambda indices: self.forward.batch(self.train_set, indices)
+            self.forward.device, partial(self.forward.batch, self.train_set, is_training=True)
         )
 
     def run(self) -> Outcome:
@@ -127,7 +129,7 @@ class Trainer:
             if self.evaluator.is_owed(self.step):
                 self._make_owed_evaluation()
             while self.step < self.schedule.total and not self.must_stop and not self.evaluator.is_enough:
-                self.losses += self._make_step(batches)
+                self.losses += self.make_step(batches)
                 self._evaluate_and_save()
             # All end together, when all is saved: a launcher ends those left behind.
             if float(self.world.sum(torch.tensor(float(self.request.is_made)))):
@@ -176,15 +178,22 @@ class Trainer:
         """Evaluate, and note whether any process was asked to stop meanwhile."""
         self.must_stop = self.evaluator.evaluate(self.step, lambda: self.request.is_made)
 
-    def _make_step(self, batches: Iterator[Batch]) -> float:
+    def make_step(self, batches: Iterator[Batch]) -> float:
         """Make an optimizer step, and note whether any process was asked to stop; return the loss."""
         indices = self.sampler.examples(self.step)
         with self._leaving_a_checkpoint():
-            own_loss = float(self._accumulate(batches))
-            # First, as this is where a process that has gone is noticed on GPUs too.
-            sums = self.world.sum(torch.tensor([own_loss, self.request.is_made], dtype=torch.float64))
-            self.world.sum_gradients(self.trainable.parameters)
-            loss, norm = float(sums[0]), self.trainable.clip(self.options.max_grad_norm or math.inf)
+            own_loss, must_stop = self._accumulate(batches), self.request.is_made
+            if self.world.size > 1:
+                # First, as this is where a process that has gone is noticed on GPUs too.
+                sums = self.world.sum(torch.tensor([float(own_loss), must_stop], dtype=torch.float64))
+                own_loss, must_stop = sums[0], bool(sums[1])
+                self.world.sum_gradients(self.trainable.parameters)
+            norms = self.trainable.clip(self.options.max_grad_norm or math.inf)
+            # The one moment of a step at which the host waits for a GPU: for both at once where it can.
+            if self.world.size == 1:
+                loss, norm = torch.stack([own_loss, norms]).tolist()
+            else:
+                loss, norm = float(own_loss), float(norms)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 # Of the step before, if they are why.
                 self._check_weights()
@@ -199,7 +208,7 @@ class Trainer:
         self.step += 1
         waited = self.loader.waited
         self.log.step(self.step, loss=loss, norm=norm, rate=rate, examples=indices, waited=waited)
-        self.must_stop = bool(sums[1])
+        self.must_stop = must_stop
         return loss
 
     @contextmanager
@@ -243,12 +252,19 @@ class Trainer:
                 pass
             made = [self.loader.make(indices) for indices in wanted]
 
-        return self.micro_batcher.run(max(map(len, wanted), default=0), compute, start_over)
+        most = max(map(len, wanted), default=0)
+        return self.micro_batcher.run(most, compute, start_over, lambda: self.keeps_activations)
+
+    @property
+    def keeps_activations(self) -> bool:
+        """Tell whether gradient checkpointing keeps activations that it could compute again."""
+        return self.options.gradient_checkpointing and self.kept != NONE
 
     def release_memory(self) -> None:
         """Drop the gradients; from now on, compute all activations again that can be."""
         self.trainable.drop_gradients()
-        if self.options.gradient_checkpointing:
+        if self.keeps_activations:
+            self.kept = NONE
             checkpoint_gradients(self.forward.model)
 
     def _check_weights(self) -> None:
@@ -298,6 +314,7 @@ class Trainer:
                 "losses": self.losses,
                 "since": self.since,
                 "most_rows": self.micro_batcher.most,
+                "memory": total_memory(self.forward.device),
             },
             settings=to_yaml(self.options),
         )
@@ -349,4 +366,7 @@ class Trainer:
         self.best_saved = self.evaluator.best.step
         # Older checkpoints do not have these.
         self.losses, self.since = state.get("losses", 0.0), state.get("since", checkpoint.step)
-        batcher.most = min(batcher.most, state.get("most_rows", batcher.most))
+        before, now = state.get("memory"), total_memory(self.forward.device)
+        # A larger device may take the rows together that a smaller one did not.
+        if before is None or now is None or now <= before:
+            batcher.most = min(batcher.most, state.get("most_rows", batcher.most))

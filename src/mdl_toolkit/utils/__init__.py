@@ -5,6 +5,7 @@ Modules:
     files         write files and folders whole or not at all
     ownership     know what the toolkit wrote; nothing else is replaced or removed
     locks         locks that end with their process
+    device        ask torch about the accelerator of this process
     machine       CPUs and memory that this process may use, errors that say memory ran out
     worker_pool   run jobs in several processes
     bounded       run a small computation with bounds on its time and memory

@@ -16,6 +16,7 @@ from torch import Tensor, distributed
 from torch.distributed.rendezvous import rendezvous
 
 from mdl_toolkit.errors import ToolkitError
+from mdl_toolkit.utils.device import CPU, accelerator, best_device
 from mdl_toolkit.utils.launcher import Ranks, check_launch
 from mdl_toolkit.utils.machine import describe_oom
 
@@ -23,6 +24,11 @@ from mdl_toolkit.utils.machine import describe_oom
 RENDEZVOUS_TIMEOUT = timedelta(minutes=15)
 # The time that processes wait for the first one to convert; torch's ten minutes would not do.
 GROUP_TIMEOUT = timedelta(days=2)
+
+# The time within which all processes must bring their gradients, which they begin to do at once.
+SUMMING_TIMEOUT = timedelta(minutes=30)
+# What NCCL says last is why.
+LAST_ERROR = "Last error:"
 
 # The time that a process with an error waits to hear whether another one has told it.
 SAYING_TIMEOUT = timedelta(seconds=5)
@@ -38,7 +44,7 @@ class PeerLostError(ToolkitError):
     """Report that another process of the run has ended; that one says why."""
 
     def __init__(self, problem: RuntimeError) -> None:
-        reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+        reason = _reason_of(problem)
         if any(word in reason for word in CLOSED):
             super().__init__("another process of this run has ended; its own message says why")
         else:
@@ -55,12 +61,14 @@ class World:
     Attributes:
         rank: of this process; 0 speaks and writes.
         size: number of processes.
-        group: torch's process group for the sums; None for the default one.
+        group: torch's process group for sums on the host; None for the default one.
+        devices: for sums on the processes' accelerators; None where there are none.
     """
 
     rank: int = 0
     size: int = 1
     group: distributed.ProcessGroup | None = None
+    devices: distributed.ProcessGroup | None = None
 
     @property
     def is_first(self) -> bool:
@@ -68,7 +76,7 @@ class World:
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum a tensor of any shape over all processes, in place, and return it.
+        """Sum a tensor of any shape, on the host, over all processes, in place, and return it.
 
         Raises:
             PeerLostError: another process has ended.
@@ -87,7 +95,8 @@ class World:
             for parameter in parameters:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-                sums.append(distributed.all_reduce(parameter.grad, group=self.group, async_op=True))
+                group = self.devices or self.group
+                sums.append(distributed.all_reduce(parameter.grad, group=group, async_op=True))
             for each in sums:
                 each.wait()
 
@@ -143,7 +152,6 @@ def join_world() -> Iterator[World]:
         yield World()
         return
     check_launch()
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
         store, rank, size = next(rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
     except RuntimeError as problem:
@@ -155,19 +163,56 @@ def join_world() -> Iterator[World]:
     # While processes connect the timeout is short: one that has ended since would be waited for in silence.
     with _peer_errors():
         distributed.init_process_group(
-            backend, store=store, rank=rank, world_size=size, timeout=RENDEZVOUS_TIMEOUT
+            "gloo", store=store, rank=rank, world_size=size, timeout=RENDEZVOUS_TIMEOUT
         )
         # A group's timeout is fixed when it is made: all that are here now make one with a longer timeout.
         group = distributed.new_group(timeout=GROUP_TIMEOUT)
+        device = best_device()
+        devices = None if device == CPU else join_devices(device)
     store.set_timeout(GROUP_TIMEOUT)
     try:
-        yield World(rank, size, group)
+        yield World(rank, size, group, devices)
     except BaseException:
         # It would wait here for processes that wait for this one, before the error is shown.
         if not must_leave_together():
             distributed.destroy_process_group()
         raise
     distributed.destroy_process_group()
+
+
+def join_devices(device: torch.device) -> distributed.ProcessGroup:
+    """Let the accelerators of all processes meet and sum a number, before anything long begins.
+
+    What they need of memory is then taken, and what they cannot do is said now.
+
+    Raises:
+        ToolkitError: they cannot work together.
+    """
+    backend, module = distributed.get_default_backend_for_device(device), torch.get_device_module(device)
+    try:
+        module.set_device(device)
+        group = distributed.new_group(timeout=SUMMING_TIMEOUT, backend=backend, device_id=device)
+        distributed.all_reduce(torch.zeros(1, device=device), group=group)
+        module.synchronize(device)
+    except RuntimeError as problem:
+        if describe_oom(problem):
+            raise
+        raise ToolkitError(
+            "{device}: the processes cannot sum over {backend}: {reason}; each process needs an accelerator "
+            "of its own, torchrun's --nproc-per-node at most as many as there are",
+            device=device,
+            backend=backend,
+            reason=_reason_of(problem),
+        ) from problem
+    assert group is not None
+    return group
+
+
+def _reason_of(problem: RuntimeError) -> str:
+    """Return the line of an error that says why: of several, NCCL's comes last, others' first."""
+    before, found, last = str(problem).strip().partition(LAST_ERROR)
+    lines = (last if found else before).strip().splitlines()
+    return lines[0].strip() if lines else type(problem).__name__
 
 
 def is_first_to_say(text: str) -> bool:
@@ -190,7 +235,7 @@ def is_first_to_say(text: str) -> bool:
 
 def must_leave_together() -> bool:
     """Tell whether a group can only be left by all processes at once, as NCCL's."""
-    return torch.cuda.is_available()
+    return accelerator() is not None
 
 
 @contextmanager

@@ -62,9 +62,11 @@ def check_launch() -> None:
 
 def warn_of_idle_gpus(processes: int, command: str) -> None:
     """Say how to use all GPUs if a single process, which uses one, was started."""
-    import torch
+    from mdl_toolkit.utils.device import device_count, untried_accelerator
 
-    count = torch.cuda.device_count()
+    if name := untried_accelerator():
+        warn("{name}: here and not used, as nothing was tried on one; the CPU is used", name=name)
+    count = device_count()
     if processes == 1 and count > 1:
         warn(
             "{count} GPUs are here and one is used; to use all: torchrun --nproc-per-node {count} "

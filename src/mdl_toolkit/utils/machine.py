@@ -49,10 +49,11 @@ def free_memory(device: "torch.device") -> int | None:
     On a CPU: the least of what the system calls available and what the limits of cgroups leave, in equal
     shares for the processes that a launcher has started on this machine.
     """
-    if device.type == "cuda":
-        import torch
+    if device.type != "cpu":
+        from mdl_toolkit.utils.device import device_memory
 
-        return int(torch.cuda.mem_get_info(device)[0]) if torch.cuda.is_available() else None
+        found = device_memory(device)
+        return None if found is None else found[0]
     free = []
     # The bytes that the limits of this process's cgroups and their parents leave, caches as free.
     for folder, (limit, used, cached) in _cgroups():

@@ -1,6 +1,5 @@
 """Load models with dtype, device and quantisation, and adapters on their base."""
 
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -35,7 +34,9 @@ def choose_dtype(bf16: bool | None) -> "torch.dtype":
     import torch
 
     if bf16 is None:
-        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        from mdl_toolkit.utils.device import best_device, has_bfloat16
+
+        bf16 = has_bfloat16(best_device())
     return torch.bfloat16 if bf16 else torch.float32
 
 
@@ -140,19 +141,6 @@ def _bitsandbytes_config(quantization: str, dtype: "torch.dtype") -> Any:
     )
 
 
-def best_device() -> "torch.device":
-    """Choose the GPU of this process, or the CPU.
-
-    Launchers may not set the local rank, or may show each process its own GPU alone.
-    """
-    import torch
-
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    number = os.environ.get("LOCAL_RANK") or os.environ.get("RANK") or "0"
-    return torch.device("cuda", int(number) % torch.cuda.device_count())
-
-
 @contextmanager
 def explaining_memory(remedy: Localized) -> Iterator[None]:
     """Turn an out-of-memory error in the context into one with advice for the user.
@@ -210,6 +198,7 @@ def load_for_inference(
     Raises:
         ModelError: the model cannot be loaded, or the adapter does not fit.
     """
+    from mdl_toolkit.utils.device import best_device
     from mdl_toolkit.weights.adapter import AdapterDelta, NotMergeableError
 
     source = base or folder
@@ -236,9 +225,8 @@ def with_adapter(model: "MiDashengLMModel", folder: Path) -> Any:
         with quiet_peft():
             # An adapter whose weights have other names would be left as it was initialised.
             warnings.filterwarnings("error", message=".*missing adapter keys", category=UserWarning)
-            return PeftModel.from_pretrained(
-                model, folder, torch_device=str(model.device), use_safetensors=True
-            )
+            # Read on the host, from where it is copied: not every device is known to safetensors.
+            return PeftModel.from_pretrained(model, folder, torch_device="cpu", use_safetensors=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, UserWarning) as problem:
         if describe_oom(problem) is not None:
             raise

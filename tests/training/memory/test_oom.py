@@ -140,6 +140,29 @@ def test_one_row_that_does_not_fit_is_the_end(tmp_path, compute, capsys):
     assert capsys.readouterr().err.count("rows at once from now on") == 2
 
 
+def test_activations_that_are_kept_are_given_up_before_rows_are_halved(tmp_path, compute, capsys):
+    """Of a single row too, and nothing is lost by it."""
+    csv, calls = make_csv(tmp_path, 4), []
+    settings = {"batch_size": 1, "gradient_checkpointing": True, "lr": 1e-3, "merge_lora": False}
+    train(train_options(csv, MODEL, tmp_path / "undisturbed", **settings))
+
+    def scarce(trained, rows, loss):
+        calls.append(trained.keeps_activations)
+        if calls == [True, True]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return loss()
+
+    compute(scarce)
+    train(train_options(csv, MODEL, tmp_path / "run", **settings))
+    assert calls == [True, True, False, False, False]
+    said = capsys.readouterr().err
+    assert (
+        "the GPU ran out of memory: gradient checkpointing computes all activations again from now on" in said
+    )
+    assert "rows at once" not in said
+    check_same(tmp_path / "run", tmp_path / "undisturbed")
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_numbers_that_are_not_finite_stop_a_run(tmp_path, compute, value, where):

@@ -266,7 +266,7 @@ def test_where_nothing_tells_it_nothing_is_said(system):
 
 def test_a_gpu_is_asked_itself(monkeypatch):
     assert free_memory(torch.device("cuda", 0)) is None  # there is none here
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3 * GB, 24 * GB))
     assert free_memory(torch.device("cuda", 0)) == 3 * GB
 

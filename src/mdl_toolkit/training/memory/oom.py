@@ -7,6 +7,7 @@ import torch
 
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.console import warn
+from mdl_toolkit.utils.device import empty_cache
 from mdl_toolkit.utils.machine import OOM_ERRORS, describe_oom
 
 Computed = TypeVar("Computed")
@@ -33,6 +34,7 @@ class MicroBatcher:
         examples: int,
         compute: Callable[[int], Computed],
         before_retry: Callable[[], object] | None = None,
+        has_reserve: Callable[[], bool] = lambda: False,
     ) -> Computed:
         """Return what is computed with as many examples at once as memory does for.
 
@@ -40,6 +42,7 @@ class MicroBatcher:
             examples: number of examples; more at once are never computed.
             compute: called with the most examples of a micro-batch.
             before_retry: called before `compute` is called again.
+            has_reserve: tells whether `before_retry` is going to make room; then the size stays for once.
 
         Raises:
             RuntimeError, MemoryError: memory is not why, or not even one example fits.
@@ -49,13 +52,16 @@ class MicroBatcher:
                 return compute(self.most)
             except OOM_ERRORS as problem:
                 lack = describe_oom(problem)
-                if lack is None or min(self.most, examples) <= 1:
+                is_spared = has_reserve()
+                if lack is None or (min(self.most, examples) <= 1 and not is_spared):
                     raise
             # Not in the handler: what had been computed is freed only here.
             if before_retry is not None:
                 before_retry()
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
+            empty_cache(self._device)
+            if is_spared:
+                warn("{lack}: gradient checkpointing computes all activations again from now on", lack=lack)
+                continue
             self.most = (min(self.most, examples) + 1) // 2
             warn(
                 "{lack}: {most} rows at once from now on, {what}",

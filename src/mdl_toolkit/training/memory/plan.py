@@ -26,6 +26,7 @@ from mdl_toolkit.training.memory.activations import FLOAT, ActivationEstimate, I
 from mdl_toolkit.training.optimization.optimizer import OptimizerConfig
 from mdl_toolkit.training.sampler import BatchSampler
 from mdl_toolkit.utils.console import size
+from mdl_toolkit.utils.device import CPU
 from mdl_toolkit.utils.machine import free_memory
 from mdl_toolkit.weights.loading import quiet_libraries
 from mdl_toolkit.weights.resolve import read_json
@@ -39,8 +40,9 @@ MOST_STEPS = 20_000
 # NF4 with double quantisation: a byte for every block of 64 numbers, a float32 for every 256 of those bytes,
 # and two tables and an offset per matrix. Equal to what bitsandbytes 0.50 allocates.
 BLOCK, BLOCKS, TABLES = 64, 256, 4 * (256 + 16 + 1)
-# Of the memory that nothing needs: gradient checkpointing keeps activations in it.
-KEPT_SHARE = 0.25
+# Of the memory that nothing needs: gradient checkpointing keeps activations in it. A GPU has no other use for
+# its memory, and where the prediction was too low all activations are computed again.
+KEPT_SHARE, GPU_SHARE = 0.25, 0.7
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def plan_memory(
     )
     weights, widest = _weights(model, dtype, quantization)
     sizes, gradients = _trained(model, options, start)
-    settings = (model.config, options, dtype.itemsize, device.type == "cuda", quantization, gradients)
+    settings = (model.config, options, dtype.itemsize, device != CPU, quantization, gradients)
     steps = [
         ActivationEstimate(
             *settings, sampler.lengths[batch], sampler.supervised[batch], samples[batch], shared_prefix
@@ -161,27 +163,40 @@ def plan_memory(
     ]
     total, free, held = FLOAT * sum(sizes), free_memory(device), widest * dtype.itemsize
     states = OptimizerConfig.of(options).state_bytes(sizes)
+    held += _cast_bytes(gradients, options, dtype, quantization)
     # With a gradient that is made anew.
     least = total + FLOAT * max(sizes)
     kept = NONE
     if options.gradient_checkpointing and free is not None:
-        kept = _blocks_to_keep(steps, least, free - weights - total - states - held)
+        share = KEPT_SHARE if device == CPU else GPU_SHARE
+        kept = _blocks_to_keep(steps, least, free - weights - total - states - held, share)
     peak = max(*(replace(step, kept=kept).peak for step in steps), least) + held
     remedies = _remedies(options, device, dtype, quantization)
     blocks = steps[0].blocks if options.gradient_checkpointing else None
     return MemoryPlan(weights, total, total, states, peak - total, free, remedies, kept, blocks)
 
 
-def _blocks_to_keep(steps: list[ActivationEstimate], least: int, rest: int) -> KeptBlocks:
+def _cast_bytes(
+    gradients: dict[str, int], options: TrainOptions, dtype: torch.dtype, quantization: str | None
+) -> int:
+    """Return the bytes of adapters that are kept in the dtype of the base too: not of PEFT's own layers."""
+    if dtype == torch.float32 or options.lora_dropout:
+        return 0
+    targets = {*LORA_TARGETS} - ({"decoder"} if quantization else set())
+    return sum(gradients.get(target, 0) for target in targets) // FLOAT * dtype.itemsize
+
+
+def _blocks_to_keep(steps: list[ActivationEstimate], least: int, rest: int, share: float) -> KeptBlocks:
     """Choose the blocks whose activations fit into a share of the memory that would be left without them.
 
     Args:
         steps: the largest ones.
         least: bytes that an optimizer step needs whatever is kept.
         rest: bytes that are free for activations or for an optimizer step.
+        share: of these, where they are not needed.
     """
     needed = max(*(step.peak for step in steps), least)
-    most = needed + int(KEPT_SHARE * max(0, rest - needed))
+    most = needed + int(share * max(0, rest - needed))
     return min((step.fit_blocks(most) for step in steps), key=lambda kept: (kept.decoder, kept.encoder))
 
 
@@ -280,7 +295,7 @@ def _remedies(
     possible = (
         (not options.gradient_checkpointing, "activations", "--gradient-checkpointing true"),
         (less < batch, "activations", f"--batch-size {less} --gradient-accumulation-steps {more}"),
-        (dtype == torch.float32 and device.type == "cuda", "weights", "--bf16 true"),
+        (dtype == torch.float32 and device != CPU, "weights", "--bf16 true"),
         (quantization is None, "weights", "--quantization 4bit"),
         (full != "", "trained", f"--train-target (- {full})"),
         (options.lora_rank > LOW_RANK, "trained", f"--lora-rank {LOW_RANK}"),

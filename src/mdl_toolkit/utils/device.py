@@ -1,0 +1,114 @@
+"""Ask torch about this process's accelerator, of whatever kind: CUDA or ROCm, XPU, Ascend NPU.
+
+Nothing else here names a kind. torch's module of a kind (`torch.cuda`, `torch.npu`) has the same functions
+under the same names; one that it lacks counts as nothing known.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+CPU = torch.device("cpu")
+# Kinds that are not used: MPS computes nothing in float64, and nothing here was ever tried on one.
+UNTRIED = {"mps": "Apple GPU (MPS)"}
+
+
+def accelerator() -> torch.device | None:
+    """Return the kind of accelerator that is used here, as a device without a number; None for the CPU."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return None if found is None or found.type in UNTRIED else found
+
+
+def untried_accelerator() -> str | None:
+    """Return the name of an accelerator that is here and not used."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return None if found is None else UNTRIED.get(found.type)
+
+
+def best_device() -> torch.device:
+    """Choose the accelerator of this process, or the CPU.
+
+    Launchers may not set the local rank, or may show each process its own accelerator alone.
+    """
+    found = accelerator()
+    if found is None:
+        return CPU
+    # Without it, activations of changing sizes leave holes that are too small. It counts if set before the
+    # first tensor is made there.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    number = os.environ.get("LOCAL_RANK") or os.environ.get("RANK") or "0"
+    return torch.device(found.type, int(number) % device_count())
+
+
+def device_count() -> int:
+    """Count the accelerators that this process may use."""
+    found = accelerator()
+    return 0 if found is None else int(torch.get_device_module(found).device_count())
+
+
+def device_name(device: torch.device) -> str:
+    """Return a device with the name that its maker gave it, `cuda:0 (NVIDIA H200)`."""
+    name = _ask(device, "get_device_name", device)
+    return str(device) if name is None else f"{device} ({name})"
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Tell whether a device computes in bfloat16 natively, and so fast; a CPU does not count."""
+    # Only CUDA also tells of what it emulates.
+    options = {"including_emulation": False} if device.type in ("cuda", "xpu") else {}
+    return bool(_ask(device, "is_bf16_supported", **options))
+
+
+def device_memory(device: torch.device) -> tuple[int, int] | None:
+    """Return the free and all bytes of an accelerator's memory; None where nothing tells."""
+    found = _ask(device, "mem_get_info", device)
+    return None if found is None else (int(found[0]), int(found[1]))
+
+
+def total_memory(device: torch.device) -> int | None:
+    """Return all bytes of an accelerator's memory, free or not."""
+    found = device_memory(device)
+    return None if found is None else found[1]
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Return the most bytes that tensors took on an accelerator since `reset_peak_memory`."""
+    found = _ask(device, "max_memory_allocated", device)
+    return None if found is None else int(found)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Forget how much memory tensors took until now."""
+    _ask(device, "reset_peak_memory_stats", device)
+
+
+def empty_cache(device: torch.device) -> None:
+    """Give memory back that torch keeps for later and that nothing uses."""
+    _ask(device, "empty_cache")
+
+
+@contextmanager
+def fast_float32(device: torch.device) -> Iterator[None]:
+    """Let CUDA round the factors of float32 products to TF32 in the context: ten times the speed."""
+    if device.type != "cuda":
+        yield
+        return
+    products = torch.backends.cuda.matmul
+    before, products.fp32_precision = products.fp32_precision, "tf32"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
+
+
+def _ask(device: torch.device, name: str, *args: Any, **kwargs: Any) -> Any:
+    """Call a function of the module of a device's kind; None where there is none."""
+    found = accelerator()
+    if found is None or found.type != device.type:
+        return None
+    function = getattr(torch.get_device_module(device), name, None)
+    return None if function is None else function(*args, **kwargs)

@@ -1,0 +1,30 @@
+"""Steps and tokens of models of the published shapes, on a pretended GPU that computes shapes alone."""
+
+import pytest
+import torch
+
+from tests.support.pretended_models import a_step
+
+GB = 10**9
+BF16, F32 = torch.bfloat16, torch.float32
+CASES = [
+    ("7B", [30.0] * 8, BF16, 40, {}),
+    ("7B", [30.0, 25.0, 20.0, 12.0, 8.0, 5.0, 3.0, 1.0], BF16, 24, {}),
+    ("7B", [10.0] * 8, BF16, 24, {"quantization": "4bit"}),
+    ("7B", [10.0] * 2, F32, 80, {"gradient_checkpointing": False}),
+    ("0.6B", [10.0] * 8, BF16, 24, {}),
+]
+
+
+@pytest.mark.parametrize(("shape", "seconds", "dtype", "total", "changes"), CASES, ids=str)
+def test_a_step_takes_the_memory_that_was_planned_and_one_wait(
+    tmp_path, shape, seconds, dtype, total, changes
+):
+    with a_step(tmp_path, shape, seconds, dtype, total=total * GB, **changes) as found:
+        assert found.plan.total <= total * GB
+        assert found.device.peak == pytest.approx(found.plan.total, rel=0.05)
+        # The loss and the norm of the gradient, together.
+        assert found.device.waits == {"copy to the host": 1}
+        assert found.device.copied == 8
+        lower, higher = (found.device.products[each] for each in (BF16, F32))
+        assert higher < 1e-4 * lower if dtype == BF16 else lower == 0
