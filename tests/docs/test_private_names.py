@@ -17,6 +17,8 @@ INNER = ("transformers.trainer_callback", "transformers.integrations.integration
 ALLOWED = {
     "_linear_pointwise": "oneDNN's product has no public name",
     "_reorder_linear_weight": "nor has laying out its weights beforehand",
+    "_foreach_copy_": "hundreds of tensors in one call, as torch's optimizers make theirs",
+    "_version": "whether a parameter has changed since its cast",
 }
 
 

@@ -191,7 +191,9 @@ def join_devices(device: torch.device) -> distributed.ProcessGroup:
     backend, module = distributed.get_default_backend_for_device(device), torch.get_device_module(device)
     try:
         module.set_device(device)
-        group = distributed.new_group(timeout=SUMMING_TIMEOUT, backend=backend, device_id=device)
+        group: distributed.ProcessGroup = distributed.new_group(
+            timeout=SUMMING_TIMEOUT, backend=backend, device_id=device
+        )
         distributed.all_reduce(torch.zeros(1, device=device), group=group)
         module.synchronize(device)
     except RuntimeError as problem:
@@ -204,7 +206,6 @@ def join_devices(device: torch.device) -> distributed.ProcessGroup:
             backend=backend,
             reason=_reason_of(problem),
         ) from problem
-    assert group is not None
     return group
 
 
