@@ -56,7 +56,7 @@ SPELLINGS: dict[str, tuple[Accepted, list[str]]] = {
     "--max-download-mb": (POSITIVES, NO_POSITIVES),
     "--download-cache": (PATHS_OR_NULL, [""]),
     "INPUT": (PATHS, [""]),
-    "--output": (PATHS, [""]),
+    "--output": (PATHS, ["", "-"]),
     "--train-dataset": (PATHS, [""]),
     "--lr": (POSITIVES, NO_POSITIVES),
     "--adapter": (PATHS_OR_NULL, [""]),
@@ -148,7 +148,7 @@ SPELLINGS: dict[str, tuple[Accepted, list[str]]] = {
     "check --max-length": (COUNTS_OR_NULL, NO_COUNTS_NOR_NULL),
     "--for-inference": (YES_NO, NO_BOOLEANS),
     "--train-config": (PATHS_OR_NULL, [""]),
-    "--write-fixed": (PATHS_OR_NULL, [""]),
+    "--write-fixed": (PATHS_OR_NULL, ["", "-"]),
     "--json": (
         {
             **dict.fromkeys(["true", "1", "YES"], True),
@@ -156,19 +156,19 @@ SPELLINGS: dict[str, tuple[Accepted, list[str]]] = {
             "found.json": "found.json",
             "found": "found",
         },
-        [""],
+        ["", "-"],
     ),
     "--reference": (PATHS_OR_NULL, [""]),
     "--reference-column": (TEXTS, []),
     "--compare": (PATHS_OR_NULL, [""]),
     "evaluate --output": (
         {"a.json": ("a.json",), "a, b.CSV": ("a, b.CSV",), "null.csv": ("null.csv",)},
-        ["", "a", "a.txt", "null"],
+        ["", "-", "a", "a.txt", "null"],
     ),
-    "report --output": (PATHS_OR_NULL, [""]),
-    "--report": (PATHS_OR_NULL, [""]),
+    "report --output": (PATHS_OR_NULL, ["", "-"]),
+    "--report": (PATHS_OR_NULL, ["", "-"]),
     "--predictions": (PATHS_OR_NULL, [""]),
-    "--png": (PATHS_OR_NULL, [""]),
+    "--png": (PATHS_OR_NULL, ["", "-"]),
     "--embed-audio": ({"0": 0, "20": 20, "1e2": 100}, ["-1", "0.5", "null", "x"]),
     "--metric": (
         {

@@ -119,7 +119,7 @@ def test_awkward_prompts_survive_file_and_shell(text, tmp_path):
 
 @pytest.mark.parametrize("name", ["-x.csv", "--output", "--", "-", "null", "true", "a b'c.csv"])
 def test_awkward_inputs_survive_the_shell(name):
-    options = ConvertOptions(input=name, output=name, from_modelscope=True)
+    options = ConvertOptions(input=name, output=f"./{name}", from_modelscope=True)
     assert read("convert-dataset", typed_in_bash(as_command(options))) == options
 
 

@@ -40,6 +40,27 @@ JAPANESE = [
 ]
 GERMAN = ["Müller grüßt", "größer", "fröhliche Hündin", "Straße für Käse", "Überraschung", "Tür schließen"]
 
+JAPANESE_SENTENCES = [
+    "どの言語ですか、これはどの言語でしょうか答えてください", "この録音では何が話されていますか",
+    "はい、お願いします。明日の午後三時に会議があります",
+]  # fmt: skip
+TAIWANESE = [
+    "這段錄音說的是哪種語言？",
+    "請把這段話寫成文字",
+    "好的，謝謝您，我明天下午三點去開會",
+    "您好，這裡是客服中心",
+]
+KOREAN = [
+    "이 녹음은 어떤 언어입니까?",
+    "이 음성을 글로 옮겨 주세요",
+    "네, 감사합니다. 내일 오후 세 시에 회의가 있습니다",
+]
+RUSSIAN = [
+    "На каком языке говорят?",
+    "Запишите эту запись словами",
+    "Да, спасибо. Завтра в три часа у нас собрание",
+]
+
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -77,6 +98,12 @@ def cells(rows: list[Row]) -> list[list[str]]:
         ("gb18030", CHINESE, "GB18030 text"), ("cp932", JAPANESE, "Shift-JIS text"),
         ("cp1252", GERMAN, "Windows-1252 text"), ("utf-16", CHINESE, "UTF-16 text"),
         ("utf-16-le", CHINESE, "UTF-16 text"), ("utf-16-be", JAPANESE, "UTF-16 text"),
+        # One sentence in each row, as prompts are; of U+4E00, the lower byte is zero.
+        ("cp932", JAPANESE_SENTENCES[:1], "Shift-JIS text"), ("cp932", JAPANESE_SENTENCES, "Shift-JIS text"),
+        ("big5", TAIWANESE[:1], "Big5 text"), ("big5", TAIWANESE, "Big5 text"),
+        ("cp949", KOREAN[:1], "CP949 text"), ("cp949", KOREAN, "CP949 text"),
+        ("cp1251", RUSSIAN, "Windows-1251 text"),
+        ("utf-16-le", ["这是哪一种语言，请一一回答"], "UTF-16 text"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("seed", range(5))

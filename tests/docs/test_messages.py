@@ -12,7 +12,7 @@ import pytest
 from mdl_toolkit.errors import InputError, RowProblem, RowsError
 from mdl_toolkit.i18n import Localized, Verbatim, join_messages
 from tests.support.chinese import wrong_in
-from tests.support.messages import MO, PO, SOURCE, TAKES, extracted, translated, written
+from tests.support.messages import ERRORS, MO, PO, SOURCE, TAKES, extracted, translated, written
 from tests.support.paths import DOCS, PACKAGE, ROOT
 
 PATHS = [path for path in sorted(SOURCE.rglob("*.py")) if path.name != "i18n.py"]
@@ -45,6 +45,16 @@ def is_other(name: str, argument: ast.expr) -> bool:
         isinstance(argument, ast.Constant) and bool(argument.value)
     )
     return isinstance(argument, ast.Starred) or (name == "__init__" and not is_text)
+
+
+def test_every_error_that_takes_a_template_is_known():
+    for path in PATHS:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and {getattr(base, "id", "") for base in node.bases} & {
+                *ERRORS
+            }:
+                has_own = any(getattr(each, "name", "") == "__init__" for each in node.body)
+                assert has_own or node.name in ERRORS, node.name
 
 
 def wrong_calls(source: str) -> list[int]:

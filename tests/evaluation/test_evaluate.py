@@ -58,6 +58,41 @@ def test_the_reference_column_by_name(place):
     assert evaluate(options(place, **{**other, "reference": path})).value("accuracy") == 1
 
 
+def test_names_of_columns_in_another_case_or_spacing(place, capsys):
+    """In either file, and in options, which name a column as the file has it or as it is read."""
+    more = {"group_by": ("language",), "score_column": "confidence", "metric": ("accuracy", "cer")}
+    answers = [{"audio": a, "prediction": p, "confidence": "0.5"} for a, _, p, _, _ in TEXTS]
+    references = [{"audio": a, "reference": r, "language": x} for a, r, _, x, _ in TEXTS]
+    write_csv(place / "p.csv", answers)
+    write_csv(place / "r.csv", references)
+    expected = evaluate(options(place, **more))
+    capsys.readouterr()
+
+    spelled = {
+        "audio": "Audio",
+        "prediction": " PREDICTION",
+        "reference": "Reference",
+        "language": "Language",
+    }
+
+    def renamed(rows):
+        return [{spelled.get(name, name): cell for name, cell in row.items()} for row in rows]
+
+    write_csv(place / "p.csv", renamed(answers))
+    write_csv(place / "r.csv", renamed(references))
+    for column in (None, "Reference", "reference", "REFERENCE"):
+        other = {**more, "group_by": ("LANGUAGE",), "score_column": "Confidence", "reference_column": column}
+        found = evaluate(options(place, **other))
+        assert found.metrics == expected.metrics
+        assert [(group.name, group.metrics) for group in found.groups] == [
+            (group.name, group.metrics) for group in expected.groups
+        ]
+        said = capsys.readouterr().err
+        for file, name in (("p", "audio"), ("p", "prediction"), ("r", "audio"), ("r", "reference")):
+            line = f"{place / file}.csv: the column {spelled[name]!r} is read as {name}\n"
+            assert said.count(line) == 1, name
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -271,14 +271,6 @@ def test_a_recording_is_answered_alone_and_never_replaced(model, tmp_path):
     assert Path(row["audio"]).read_bytes() == before
 
 
-def test_the_output_is_not_standard_output(model, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    source = make_csv(tmp_path, 1)
-    with pytest.raises(InputError, match="--output -: it is not written to standard output"):
-        infer(options(source, model, "-"))
-    assert not Path("-").exists()
-
-
 def test_weights_that_are_cut_are_named_before_recordings_are_converted(model, tmp_path, monkeypatch):
     monkeypatch.setattr(inference, "convert_rows", lambda *_, **__: pytest.fail("recordings were converted"))
     file = model / "model.safetensors"

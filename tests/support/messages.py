@@ -17,7 +17,10 @@ from tests.support.paths import PACKAGE
 SOURCE = PACKAGE
 PO = SOURCE / "locale/zh/LC_MESSAGES/mdl_toolkit.po"
 MO = PO.with_suffix(".mo")
-ERRORS = ("ToolkitError", "UsageError", "InputError", "AudioError", "DatasetError", "ModelError")
+ERRORS = (
+    "ToolkitError", "UsageError", "InputError", "AudioError", "DatasetError", "ModelError",
+    "NotMergeableError",
+)  # fmt: skip
 # What takes a template, and as which of its arguments.
 TAKES = {
     "Localized": 1,

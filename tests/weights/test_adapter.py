@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mdl_toolkit.errors import ModelError
-from mdl_toolkit.weights.loading import quiet_peft
+from mdl_toolkit.weights.loading import load_for_inference, quiet_peft
 from mdl_toolkit.weights.merge import merge
 from tests.support.adapters import adapted
 from tests.support.runs import copy_checkpoint
@@ -119,13 +119,24 @@ def test_other_kinds_are_refused_by_name(base, tmp_path, changes, said):
         merge(base, tmp_path / "adapter", output)
 
 
-def test_lora_on_one_side_of_tied_embeddings_is_refused(golden, tmp_path):
-    base = copy_checkpoint(golden, "B-small-tied", tmp_path)
-    with pytest.warns(UserWarning, match="tie_word_embeddings"):
-        adapted(base, tmp_path / "adapter", target_modules=["embed_tokens"])
+@pytest.mark.parametrize("ensured", [False, True])
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
+def test_lora_on_tied_embeddings_answers_unmerged_as_peft_does(golden, tmp_path, targets, ensured):
+    """PEFT adds both changes to the one matrix when it merges, and then answers otherwise."""
+    base, folder = copy_checkpoint(golden, "B-small-tied", tmp_path), tmp_path / "adapter"
+    model = adapted(base, folder, target_modules=targets, ensure_weight_tying=ensured).eval()
     (output := tmp_path / "merged").mkdir()
-    with pytest.raises(ModelError, match="with LoRA on tied embeddings cannot be merged"):
-        merge(base, tmp_path / "adapter", output)
+    with pytest.raises(ModelError, match="no merged model answers as base and adapter do; use the adapter"):
+        merge(base, folder, output)
+    assert not list(output.iterdir())
+    ids = torch.arange(5, 20)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        found = load_for_inference(folder, base, bf16=False)(input_ids=ids).logits
+        merged = model.merge_and_unload()(input_ids=ids).logits
+    torch.testing.assert_close(found, expected)
+    assert (merged - expected).abs().max() > 1
 
 
 def test_a_quantised_base_is_refused(base, tmp_path):

@@ -12,6 +12,7 @@ from mdl_toolkit.config.types import (
     COUNT,
     JSON,
     NAME,
+    OUTPUT,
     PATH,
     PATHS,
     POSITIVE,
@@ -119,7 +120,7 @@ class ConvertOptions(ConversionOptions):
     model_name: str = option(NAME, DEFAULT_MODEL, COMMON, MODEL_HELP)
     input: str = option(PATH, REQUIRED, FILES, INPUT_HELP, positional=True)
     output: str = option(
-        PATH,
+        OUTPUT,
         REQUIRED,
         FILES,
         "Where the converted dataset goes; a dataset that is there already is replaced.",
@@ -171,7 +172,7 @@ class CheckOptions(ConversionOptions):
         "without it.",
     )
     write_fixed: str | None = option(
-        PATH,
+        OUTPUT,
         None,
         CHECKING,
         "Write the first CSV to this file without the rows that cannot be used, otherwise byte for byte.",
@@ -193,7 +194,7 @@ class DemoOptions(Options):
     SUMMARY = Localized("See the whole road on real recordings, offline, with a tiny model.")
     GROUPS = (DEMO,)
 
-    output: str = option(PATH, "demo-output", DEMO, "Folder for all that is made.")
+    output: str = option(OUTPUT, "demo-output", DEMO, "Folder for all that is made.")
     seed: int = option(SEED, 42, DEMO, "Seed of the tiny model and its training.")
 
 

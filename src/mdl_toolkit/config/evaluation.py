@@ -4,7 +4,17 @@ from dataclasses import dataclass
 
 from mdl_toolkit.config.data import FILES
 from mdl_toolkit.config.options import REQUIRED, Options, option
-from mdl_toolkit.config.types import BOOLEAN, METRIC_LIST, PATH, RESULT_FILES, SEED, TEXT, WHOLE, WORDS
+from mdl_toolkit.config.types import (
+    BOOLEAN,
+    METRIC_LIST,
+    OUTPUT,
+    PATH,
+    RESULT_FILES,
+    SEED,
+    TEXT,
+    WHOLE,
+    WORDS,
+)
 from mdl_toolkit.i18n import Localized
 
 SCORING = Localized("Scoring options")
@@ -113,7 +123,7 @@ class EvaluateOptions(ScoringOptions):
         "A file to write, .json or .csv; may be given several times. An existing file is replaced.",
     )
     report: str | None = option(
-        PATH,
+        OUTPUT,
         None,
         FILES,
         "An HTML file to write with all rows to look at and listen to; an existing one is replaced.",
@@ -149,14 +159,14 @@ class ReportOptions(ScoringOptions):
         PATH, None, FILES, "With a training's folder: a CSV file with predictions that are shown too."
     )
     output: str | None = option(
-        PATH,
+        OUTPUT,
         None,
         FILES,
         "The HTML file to write; an existing one is replaced. Beside NAME.csv it is NAME.report.html.",
         dynamic=Localized("`report.html` in the folder, or beside the CSV"),
     )
     png: str | None = option(
-        PATH,
+        OUTPUT,
         None,
         FILES,
         "A folder for pictures too, as for a paper: loss.png and confusion.png, where there is something "

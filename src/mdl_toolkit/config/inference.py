@@ -4,7 +4,17 @@ from dataclasses import dataclass
 
 from mdl_toolkit.config.data import COMMON, DATASET, DYNAMIC_BF16, ConversionOptions
 from mdl_toolkit.config.options import REQUIRED, option
-from mdl_toolkit.config.types import BOOLEAN, COUNT, NAME, NOT_NEGATIVE, PATH, PROBABILITY, SEED, choice
+from mdl_toolkit.config.types import (
+    BOOLEAN,
+    COUNT,
+    NAME,
+    NOT_NEGATIVE,
+    OUTPUT,
+    PATH,
+    PROBABILITY,
+    SEED,
+    choice,
+)
 from mdl_toolkit.i18n import Localized
 
 INFERENCE = Localized("Inference options")
@@ -35,9 +45,9 @@ class InferenceOptions(ConversionOptions):
         "The CSV file; or a recording, a folder of them, or a pattern such as 'clips/*.wav'.",
         positional=True,
     )
-    output: str = option(PATH, REQUIRED, INFERENCE, "The CSV file to write; an existing file is replaced.")
+    output: str = option(OUTPUT, REQUIRED, INFERENCE, "The CSV file to write; an existing file is replaced.")
     report: str | None = option(
-        PATH, None, INFERENCE, "An HTML file to write too, with all answers to look at and listen to."
+        OUTPUT, None, INFERENCE, "An HTML file to write too, with all answers to look at and listen to."
     )
     model_name: str = option(
         NAME,

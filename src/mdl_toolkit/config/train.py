@@ -20,6 +20,7 @@ from mdl_toolkit.config.types import (
     NAME,
     NOT_NEGATIVE,
     OPTIMIZERS,
+    OUTPUT,
     PATH,
     POSITIVE,
     RESUME,
@@ -206,7 +207,9 @@ class TrainOptions(ConversionOptions):
         "Trackers to report to (tensorboard, wandb, swanlab ...). May be given several times.",
         nullable=True,
     )
-    output: str = option(PATH, REQUIRED, CHECKPOINTS, "Folder for checkpoints and, in `final/`, the result.")
+    output: str = option(
+        OUTPUT, REQUIRED, CHECKPOINTS, "Folder for checkpoints and, in `final/`, the result."
+    )
     resume_from_checkpoint: bool | str | None = option(
         RESUME,
         None,
@@ -256,7 +259,7 @@ class MergeOptions(HubOptions):
         positional=True,
     )
     output: str = option(
-        PATH, REQUIRED, MERGE, "Folder for the merged model; an earlier merged model is replaced."
+        OUTPUT, REQUIRED, MERGE, "Folder for the merged model; an earlier merged model is replaced."
     )
     model_name: str | None = option(
         NAME,

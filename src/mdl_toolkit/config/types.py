@@ -133,6 +133,14 @@ def _parse_path(value: Any) -> str:
     return text
 
 
+def _parse_output(value: Any) -> str:
+    """Read a path to write to; `-`, which elsewhere is standard output, would be a file of that name."""
+    path = _parse_path(value)
+    if path == "-":
+        raise refuse("expected the name of a file or folder (- is not standard output here)")
+    return path
+
+
 def _parse_paths(value: Any) -> tuple[str, ...]:
     items = value if isinstance(value, list | tuple) else [value]
     if not items:
@@ -148,12 +156,16 @@ def _parse_result_files(value: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(paths))
 
 
-def _parse_true_or_path(value: Any) -> bool | str | None:
-    """Read true, a path, or None: null and false both mean neither."""
-    try:
-        return _parse_boolean(value) or None
-    except ValueError:
-        return _parse_path(value)
+def _true_or(parse: Callable[[Any], str]) -> Callable[[Any], bool | str | None]:
+    """Return what reads true, a path as `parse` does, or None: null and false both mean neither."""
+
+    def parse_either(value: Any) -> bool | str | None:
+        try:
+            return _parse_boolean(value) or None
+        except ValueError:
+            return parse(value)
+
+    return parse_either
 
 
 def _parse_words(value: Any) -> tuple[str, ...]:
@@ -207,13 +219,16 @@ def some_of(*choices: str, least: int) -> ValueType:
 BOOLEAN = ValueType("true|false", _parse_boolean, takes=is_boolean_word)
 TEXT = ValueType("TEXT", _parse_prompt)
 PATH = ValueType("PATH", _parse_path)
+OUTPUT = ValueType("PATH", _parse_output)
 NAME = ValueType("NAME|PATH", _parse_path)
 CADENCE = ValueType("N|FRACTION|epoch", _parse_cadence)
 PATHS = ValueType("PATH", _parse_paths, is_repeated=True)
-RESUME = ValueType("true|false|PATH", _parse_true_or_path, takes=lambda word: not word.startswith("-"))
+RESUME = ValueType("true|false|PATH", _true_or(_parse_path), takes=lambda word: not word.startswith("-"))
 # A bare `--json` must not take the CSV after it for the file to write.
 JSON = ValueType(
-    "true|false|PATH", _parse_true_or_path, takes=lambda word: is_boolean_word(word) or word.endswith(".json")
+    "true|false|PATH",
+    _true_or(_parse_output),
+    takes=lambda word: is_boolean_word(word) or word == "-" or word.endswith(".json"),
 )
 TARGETS = some_of(*TRAIN_TARGETS, least=1)
 WORDS = ValueType("NAME", _parse_words, is_repeated=True)

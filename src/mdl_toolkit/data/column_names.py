@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from mdl_toolkit.data.csv_format import BAD_BYTE, csv_error, fold_name
@@ -48,15 +48,10 @@ def understand(
     Raises:
         InputError: see `check_columns`.
     """
-    folded = [*map(fold_name, columns)]
-    names = [
-        name if name in known and name not in columns else column
-        for column, name in zip(columns, folded, strict=True)
-    ]
+    names, notes = forgive(path, columns, known)
     check_columns(path, names, needed)
-    for column, name in zip(columns, names, strict=True):
-        if column != name:
-            say("{path}: the column {column!r} is read as {name}", path=path, column=column, name=name)
+    for note in notes:
+        say(note)
     others = [name for name in names if name not in known and not WRITTEN.fullmatch(name)]
     meanings = {name: suggest(name, [each for each in known if each not in names]) for name in others}
     # Those that may be meant come first.
@@ -72,7 +67,36 @@ def understand(
         listed = join_messages(shown, "{left}, {right}")
         message = Localized("{path}: columns that are not read: {columns}", path=path, columns=listed)
         (warn if any(meanings.values()) else say)(message)
-    return tuple(names)
+    return names
+
+
+def forgive(
+    path: Path, columns: Sequence[str], known: Collection[str]
+) -> tuple[tuple[str, ...], list[Localized]]:
+    """Return the names of the columns, those known in another case or spacing as known, and which these are.
+
+    Args:
+        path: the CSV.
+        columns: names as written.
+        known: names that are read.
+    """
+    folded = [*map(fold_name, columns)]
+    names = tuple(
+        name if name in known and name not in columns else column
+        for column, name in zip(columns, folded, strict=True)
+    )
+    notes = [
+        Localized("{path}: the column {column!r} is read as {name}", path=path, column=column, name=name)
+        for column, name in zip(columns, names, strict=True)
+        if column != name
+    ]
+    return names, notes
+
+
+def find_column(name: str, columns: Sequence[str]) -> str:
+    """Return the column of that name, in another case or spacing if only one is; else the name itself."""
+    alike = [column for column in columns if fold_name(column) == fold_name(name)]
+    return alike[0] if name not in columns and len(alike) == 1 else name
 
 
 def suggest(column: str, missing: Sequence[str]) -> str | None:

@@ -6,17 +6,23 @@ from dataclasses import dataclass
 import numpy as np
 
 from mdl_toolkit.config.evaluation import EvaluateOptions
-from mdl_toolkit.data.column_names import PREDICTION
+from mdl_toolkit.data.column_names import PREDICTION, check_columns, find_column
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.evaluation.answers import Answers
-from mdl_toolkit.evaluation.csv_table import Table, join_tables, read_table
+from mdl_toolkit.evaluation.csv_table import (
+    ERROR,
+    LENGTH,
+    REFERENCE,
+    SCORE,
+    SECONDS,
+    Table,
+    join_tables,
+    read_table,
+)
 from mdl_toolkit.evaluation.label_metrics import natural_order
 from mdl_toolkit.evaluation.text_metrics import normalized
 from mdl_toolkit.i18n import Localized
 
-REFERENCE, ERROR, SCORE, LENGTH = "reference", "error", "score", "length"
-# Columns with the length of a recording.
-SECONDS = ("seconds", "duration")
 # Quantiles that separate the groups of `length`.
 QUARTILES = (0.25, 0.5, 0.75)
 
@@ -53,13 +59,13 @@ def align_answers(options: EvaluateOptions) -> AlignedAnswers:
         notes.append(
             Localized("empty references, where every predicted word is an error: {empty}", empty=empty)
         )
-    notes += _notes_on(answers)
+    notes = [*table.notes, *notes, *_notes_on(answers)]
     other = None
     if options.compare is not None:
         source = read_table(options.compare, [PREDICTION])
         source, by = join_tables(table, source)
         other = _answers(source, references, options.score_column)
-        notes.append(Localized("compared with: {path}, {by}", path=source.path, by=by))
+        notes += [*source.notes, Localized("compared with: {path}, {by}", path=source.path, by=by)]
         notes += [Localized("{path}: {note}", path=source.path, note=note) for note in _notes_on(other)]
     return AlignedAnswers(table, columns, answers, other, tuple(notes))
 
@@ -72,6 +78,7 @@ def _read_references(
     name = options.reference_column or REFERENCE
     if options.reference is not None and options.reference_column is None and name not in source.columns:
         name = PREDICTION if PREDICTION in source.columns else REFERENCE
+    name = find_column(name, source.columns)
     if options.reference is None and name not in table.columns:
         raise InputError(
             "{path}: there is no column {name!r} with references; name it with --reference-column, or "
@@ -79,7 +86,7 @@ def _read_references(
             path=table.path,
             name=name,
         )
-    source.check_column(name)
+    check_columns(source.path, source.columns, [name])
     if name == PREDICTION and source.path.resolve() == table.path.resolve():
         raise InputError(
             "{path}: the column {name!r} would be compared with itself; name another one.",
@@ -92,17 +99,15 @@ def _read_references(
     source, by = join_tables(table, source)
     theirs = {name: source.column(name) for name in source.columns}
     note = Localized("references: {path}, {by}", path=source.path, by=by)
-    return {**theirs, **columns}, theirs[name], [note]
+    return {**theirs, **columns}, theirs[name], [*source.notes, note]
 
 
 def _answers(table: Table, references: Sequence[str], score_column: str | None) -> Answers:
     """Take the predictions of one file, whose rows are in the references' order."""
-    if score_column is not None:
-        table.check_column(score_column)
+    scores = SCORE if score_column is None else table.find_column(score_column)
     errors = table.column(ERROR) if ERROR in table.columns else [""] * len(references)
     failed = np.array([bool(error.strip()) for error in errors])
     predictions = table.column(PREDICTION)
-    scores = score_column or SCORE
     return Answers(
         references=tuple(references),
         predictions=tuple("" if lost else text for lost, text in zip(failed, predictions, strict=True)),
@@ -147,6 +152,7 @@ def group_rows(aligned: AlignedAnswers, name: str) -> tuple[str, Mapping[str, np
         InputError: there is no such column.
     """
     columns = aligned.columns
+    name = find_column(name, [*columns])
     if name in columns:
         cells = [cell.strip() for cell in columns[name]]
         return name, _rows_by_name(cells, natural_order(cells))

@@ -10,12 +10,17 @@ from pathlib import Path
 
 from mdl_toolkit.audio.segments import WHOLE, Segment
 from mdl_toolkit.audio.urls import without_credentials
-from mdl_toolkit.data.column_names import AUDIO, PREDICTION, check_columns
+from mdl_toolkit.data.column_names import AUDIO, PREDICTION, check_columns, find_column, forgive
 from mdl_toolkit.data.csv_reader import cell_problems, no_rows_error, open_rows
-from mdl_toolkit.data.segment_columns import segment_or_whole
+from mdl_toolkit.data.segment_columns import MEANINGS, segment_or_whole
 from mdl_toolkit.errors import InputError, Problems, shorten
 from mdl_toolkit.i18n import Localized, join_messages
 
+REFERENCE, ERROR, SCORE, LENGTH = "reference", "error", "score", "length"
+# Columns with the length of a recording.
+SECONDS = ("seconds", "duration")
+# The columns that are read by their names.
+READ = (AUDIO, PREDICTION, REFERENCE, ERROR, SCORE, LENGTH, *SECONDS, *MEANINGS)
 # A cell of `audio` and a part of it.
 Recording = tuple[str, Segment]
 # Number of rows that a message names.
@@ -31,12 +36,14 @@ class Table:
         columns: names of the columns.
         lines: `[rows]` line on which each row starts, counted from 1.
         cells: `[rows]` the row's cells, one for each column.
+        notes: messages on columns that are read under another name than their own.
     """
 
     path: Path
     columns: tuple[str, ...]
     lines: tuple[int, ...]
     cells: tuple[tuple[str, ...], ...]
+    notes: tuple[Localized, ...] = ()
 
     def __len__(self) -> int:
         return len(self.cells)
@@ -54,9 +61,15 @@ class Table:
         cells = (dict(zip(self.columns, row, strict=True)) for row in self.cells)
         return [(name, segment_or_whole(row)) for name, row in zip(names, cells, strict=True)]
 
-    def check_column(self, name: str) -> None:
-        """Raise InputError if there is no such column."""
-        check_columns(self.path, self.columns, [name])
+    def find_column(self, name: str) -> str:
+        """Return a column as the file spells it, case and spacing forgiven.
+
+        Raises:
+            InputError: there is no such column.
+        """
+        found = find_column(name, self.columns)
+        check_columns(self.path, self.columns, [found])
+        return found
 
 
 def read_table(path: str | Path, needed: Sequence[str] = ()) -> Table:
@@ -70,17 +83,18 @@ def read_table(path: str | Path, needed: Sequence[str] = ()) -> Table:
     numbers: list[int] = []
     cells: list[tuple[str, ...]] = []
     file = open_rows(path, needed or (AUDIO, PREDICTION))
-    check_columns(path, file.columns, needed)
+    columns, notes = forgive(path, file.columns, READ)
+    check_columns(path, columns, needed)
     for line in file:
-        for problem in cell_problems(file.columns, line):
+        for problem in cell_problems(columns, line):
             problems.add(problem)
         numbers.append(line.number)
-        missing = [""] * (len(file.columns) - len(line.cells))
+        missing = [""] * (len(columns) - len(line.cells))
         cells.append((*line.cells, *missing))
     problems.check(str(path))
     if not cells:
         raise no_rows_error(path)
-    return Table(path, file.columns, tuple(numbers), tuple(cells))
+    return Table(path, columns, tuple(numbers), tuple(cells), tuple(notes))
 
 
 def join_tables(left: Table, right: Table) -> tuple[Table, Localized]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from mdl_toolkit.config.evaluation import EvaluateOptions
 from mdl_toolkit.errors import UsageError
-from mdl_toolkit.evaluation.align import SCORE, AlignedAnswers, align_answers, group_rows
+from mdl_toolkit.evaluation.align import AlignedAnswers, align_answers, group_rows
 from mdl_toolkit.evaluation.answers import Answers, ScoringRules, concatenate, correct_rows
 from mdl_toolkit.evaluation.bootstrap import (
     Interval,
@@ -24,6 +24,7 @@ from mdl_toolkit.evaluation.bootstrap import (
     point_estimate,
     wilson_interval,
 )
+from mdl_toolkit.evaluation.csv_table import SCORE
 from mdl_toolkit.evaluation.label_metrics import check_scores, confusion_counts
 from mdl_toolkit.evaluation.metrics import CORPUS_METRICS, library_versions
 from mdl_toolkit.evaluation.results import (

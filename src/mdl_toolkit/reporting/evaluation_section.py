@@ -6,9 +6,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mdl_toolkit.data.column_names import PREDICTION
-from mdl_toolkit.evaluation.align import ERROR, SCORE
-from mdl_toolkit.evaluation.csv_table import Table
+from mdl_toolkit.data.column_names import PREDICTION, find_column
+from mdl_toolkit.evaluation.csv_table import ERROR, SCORE, Table
 from mdl_toolkit.evaluation.metrics import CORPUS_METRICS
 from mdl_toolkit.evaluation.results import Confusion, Evaluation, MetricValue, RowResult
 from mdl_toolkit.evaluation.text_metrics import CHARACTER
@@ -32,13 +31,11 @@ def evaluation_values(
         score_column: the column with scores, `score` if None.
         embedded: so many recordings of the first rows are put into the page.
     """
+    scores = find_column(score_column or SCORE, [*evaluation.rows[0].cells])
 
     def badness(row: RowResult) -> tuple[bool, bool, float, float, int]:
-        score, share = score_of(row), row.errors / max(row.length, 1)
+        score, share = _finite(row.cells.get(scores, "")), row.errors / max(row.length, 1)
         return row.is_right, not row.failed, -share, math.inf if score is None else -score, row.line
-
-    def score_of(row: RowResult) -> float | None:
-        return _finite(row.cells.get(score_column or SCORE, ""))
 
     rows = sorted(evaluation.rows, key=badness)
     groups = []
@@ -54,7 +51,7 @@ def evaluation_values(
         "state": [FAILED if row.failed else RIGHT if row.is_right else WRONG for row in rows],
         "errors": [row.errors for row in rows],
         "length": [row.length for row in rows],
-        "score": _unless_empty([*map(score_of, rows)]),
+        "score": _unless_empty([_finite(row.cells.get(scores, "")) for row in rows]),
         "by_character": evaluation.settings["errors_in"] == CHARACTER,
         "normalize": evaluation.settings["normalize"],
         "groups": groups,
@@ -68,6 +65,7 @@ def table_values(
     table: Table, base_dir: str | None, page: Path, *, score_column: str | None, embedded: int
 ) -> dict[str, Any]:
     """Return the parts of the page of predictions alone, rows in the file's order."""
+    scores = find_column(score_column or SCORE, table.columns)
 
     def column(name: str) -> list[str]:
         return table.column(name) if name in table.columns else [""] * len(table)
@@ -78,7 +76,7 @@ def table_values(
         "reference": None,
         "prediction": table.column(PREDICTION),
         "error": _unless_empty(column(ERROR)),
-        "score": _unless_empty([*map(_finite, column(score_column or SCORE))]),
+        "score": _unless_empty([*map(_finite, column(scores))]),
         "groups": [],
         "audio": audio_values(rows, base_dir, page, embedded),
         **dict.fromkeys(("state", "errors", "length", "labels", "expected", "given")),

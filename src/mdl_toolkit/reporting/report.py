@@ -9,8 +9,7 @@ from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.data.column_names import PREDICTION
 from mdl_toolkit.data.listing import is_listing
 from mdl_toolkit.errors import InputError, UsageError
-from mdl_toolkit.evaluation.align import REFERENCE
-from mdl_toolkit.evaluation.csv_table import Table, read_table
+from mdl_toolkit.evaluation.csv_table import REFERENCE, Table, read_table
 from mdl_toolkit.evaluation.evaluate import evaluate
 from mdl_toolkit.evaluation.results import Evaluation
 from mdl_toolkit.reporting.audio_links import folder_of
@@ -92,7 +91,10 @@ def _predictions_section(predictions: Path, page: Path, options: ReportOptions) 
     if is_named or REFERENCE in read_table(predictions).columns:
         return _page_values(evaluate(scoring), page, scoring)
     say("no references: what is right cannot be shown; --reference names a file that has them")
-    return _page_values(read_table(predictions, [PREDICTION]), page, scoring)
+    table = read_table(predictions, [PREDICTION])
+    for note in table.notes:
+        say(note)
+    return _page_values(table, page, scoring)
 
 
 def _page_values(source: Evaluation | Table, page: Path, options: EvaluateOptions) -> dict[str, Any]:

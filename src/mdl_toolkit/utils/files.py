@@ -290,15 +290,11 @@ def removing_empty(folder: Path) -> Iterator[None]:
 
 
 def check_file(output: Path, inputs: Iterable[str | Path], option: str = "--output") -> None:
-    """Refuse a file to write that is `-`, a folder, a device or an input, or lies in a dataset or a model.
+    """Refuse a file to write that is a folder, a device or an input, or lies in a dataset or a model.
 
     Raises:
         InputError: naming both.
     """
-    if str(output) == "-":
-        raise InputError(
-            "{option} -: it is not written to standard output; give the name of a file", option=option
-        )
     if is_special(output):
         raise InputError("{option} {output}: {reason}", option=option, output=output, reason=NOT_REGULAR)
     if output.is_dir():

@@ -127,10 +127,14 @@ class AdapterDelta:
             rank = (entries.get("lora_A") or entries["lora_embedding_A"]).shape[0]
             low_rank[f"{module}.weight"] = LowRankDelta(entries, lora_scale(config, module, rank))
         base_config = read_json(base / MODEL_CONFIG)
-        text = base_config.get("text_config") or {}
-        tied = bool(text.get("tie_word_embeddings", base_config.get("tie_word_embeddings", False)))
+        tied = bool({**base_config, **(base_config.get("text_config") or {})}.get("tie_word_embeddings"))
         if tied and {EMBEDDING, HEAD} & low_rank.keys():
-            raise _not_mergeable(adapter, "LoRA on tied embeddings")
+            raise NotMergeableError(
+                "{adapter}: its LoRA changes word embeddings and output head apart, which the base ties to "
+                "one matrix, so no merged model answers as base and adapter do; use the adapter as it is: "
+                "inference --model-name {adapter}",
+                adapter=adapter,
+            )
         if tied and (trained := full.get(EMBEDDING) or full.get(HEAD)):
             full[EMBEDDING] = full[HEAD] = trained
         names = {entry.name for weights in weight_files(base) for entry in weights.entries}
