@@ -181,9 +181,9 @@ def detect_encoding(head: bytes, file: BinaryIO, wanted: Sequence[str]) -> str:
     # A sample that ends in the middle of a character would fit no encoding.
     sample = sample[: sample.rfind(b"\n") + 1] or sample
     for match in from_bytes(sample, cp_isolation=[*GUESSED]):
-        text = [character for character in str(match) if not character.isascii()]
-        half_width = len(HALF_WIDTH.findall("".join(text)))
-        if match.encoding != "cp932" or half_width <= MOST_HALF_WIDTH * len(text):
+        letters = [character for character in str(match) if not character.isascii()]
+        half_width = len(HALF_WIDTH.findall("".join(letters)))
+        if match.encoding != "cp932" or half_width <= MOST_HALF_WIDTH * len(letters):
             encoding = {"euc_kr": "cp949"}.get(match.encoding, match.encoding)
             return encoding if _decodes(file, encoding) else "utf-8"
     return "utf-8"
