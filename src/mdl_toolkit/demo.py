@@ -176,13 +176,14 @@ def _write_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:
 # --- the tiny model ------------------------------------------------------------------------------------
 
 
-def make_tiny_model(folder: Path, phrases: Path, *, seed: int) -> None:
+def make_tiny_model(folder: Path, phrases: Path, *, seed: int, **decoder: Any) -> None:
     """Write a random MiDashengLM with its own small vocabulary, in the published layout.
 
     Args:
         folder: the model's new folder.
         phrases: the recordings; BatchNorm's statistics are taken from the training ones.
         seed: of the weights.
+        decoder: settings of its `text_config` that take the place of these.
     """
     import torch
     from transformers import Wav2Vec2FeatureExtractor
@@ -202,7 +203,7 @@ def make_tiny_model(folder: Path, phrases: Path, *, seed: int) -> None:
         text_config={
             "model_type": "qwen2", "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2,
             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": len(tokenizer),
-            "max_position_embeddings": 4096, "rope_theta": 1e6, "tie_word_embeddings": False,
+            "max_position_embeddings": 4096, "rope_theta": 1e6, "tie_word_embeddings": False, **decoder,
         },
     )  # fmt: skip
     model = MiDashengLMModel(config)

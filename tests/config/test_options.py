@@ -143,7 +143,10 @@ SPELLINGS: dict[str, tuple[Accepted, list[str]]] = {
     "--top-k": (COUNTS, NO_COUNTS),
     "--normalize-scores": (YES_NO, NO_BOOLEANS),
     "--on-error": ({"stop": "stop", "keep": "keep"}, ["Keep", "null", "", "skip"]),
-    "--engine": ({"torch": "torch", "vllm": "vllm"}, ["VLLM", "null", ""]),
+    "--engine": (
+        {word: word for word in ("torch", "vllm", "http://127.0.0.1:8000", "https://host/some/path/v1")},
+        ["VLLM", "null", "", "host:8000", "http://", "http://user:secret@host:1", "ftp://host", "http://a b"],
+    ),
     "check INPUT": ({word: (word,) for word in PATHS}, [""]),
     "check --max-length": (COUNTS_OR_NULL, NO_COUNTS_NOR_NULL),
     "--for-inference": (YES_NO, NO_BOOLEANS),

@@ -40,6 +40,7 @@ VALUES: dict[types.ValueType, st.SearchStrategy[Any]] = {
     types.PATHS: st.lists(WORD, min_size=1),
     types.RESUME: st.booleans() | WORD,
     types.JSON: st.booleans() | WORD,
+    types.ENGINE: st.sampled_from([*types.ENGINES, "http://127.0.0.1:8000", "https://host/v1"]),
     types.TARGETS: st.lists(st.sampled_from(types.TRAIN_TARGETS), min_size=1),
     types.WORDS: st.lists(WORD.filter(lambda word: "[" not in word)),
     types.COUNT: st.integers(1, 2**53),

@@ -2,14 +2,21 @@
 
 import json
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import ModelError, UsageError
-from mdl_toolkit.inference import engines
+from mdl_toolkit.inference import engines, vllm_engine
 from mdl_toolkit.inference.run import infer
+from mdl_toolkit.model.lengths import audio_token_count
+from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
+from tests.support.adapters import make_adapter
 from tests.support.inferences import infer_options as options
 from tests.support.inferences import table
+from tests.support.model_folders import refused
 from tests.support.runs import copy_checkpoint, make_csv, write_csv
 
 
@@ -46,6 +53,9 @@ def test_beams_find_what_transformers_finds_for_each_row_alone(model, tmp_path):
         ({"choices": "c.txt", "num_beams": 2}, "--choices and --num-beams"),
         ({"engine": "vllm", "choices": "c.txt"}, "--engine vllm and --choices"),
         ({"engine": "vllm", "num_beams": 2}, "--engine vllm and --num-beams"),
+        ({"engine": "vllm", "quantization": "4bit"}, "--engine vllm and --quantization"),
+        ({"engine": "http://a:1", "choices": "c.txt"}, "--engine http://a:1 and --choices"),
+        ({"engine": "http://a:1", "bf16": True}, "--engine http://a:1 and --bf16"),
         ({"top_k": 2}, "--top-k has no effect without --choices"),
         ({"normalize_scores": True}, "--normalize-scores has no effect without --choices"),
         ({"top_p": 0.5}, "--top-p has no effect without --temperature"),
@@ -61,31 +71,91 @@ def test_vllm_has_to_be_installed(model, tmp_path):
         infer(options(tmp_path / "in.csv", model, tmp_path / "out.csv", engine="vllm"))
 
 
-def test_vllm_is_given_prompts_with_one_mark_for_each_recording(model, tmp_path, monkeypatch):
-    """A stand-in for vLLM, which cannot be run here: what it is called with, and where its answers go."""
-    calls = []
+class StandIn:
+    """vLLM's engine: answers each question with the tokens of "rain" and an end, one question a step."""
 
-    class Llm:
-        def __init__(self, **settings):
-            calls.append(settings)
+    made, asked = {}, []
 
-        def generate(self, prompts, settings):
-            calls.append((prompts, settings))
-            answers = [f"answer of {setting['max_tokens']}" for setting in settings]
-            return [type("Output", (), {"outputs": [type("One", (), {"text": text})]}) for text in answers]
+    def __init__(self, **settings):
+        StandIn.made, StandIn.asked = settings, []
+        self.llm_engine, self.waiting, self.most = self, [], 0
 
-    stand_in = type(sys)("vllm")
-    stand_in.LLM, stand_in.SamplingParams = Llm, lambda **settings: settings
-    monkeypatch.setitem(sys.modules, "vllm", stand_in)
+    def add_request(self, key, prompt, settings, lora_request=None):
+        StandIn.asked.append((prompt, settings, lora_request))
+        self.waiting.append(key)
+        self.most = max(self.most, len(self.waiting))
+
+    def get_num_unfinished_requests(self):
+        return len(self.waiting)
+
+    def has_unfinished_requests(self):
+        return bool(self.waiting)
+
+    def step(self):
+        ids = ChatTokenizer(read_tokenizer_files(StandIn.made["model"])).answer_ids("rain")
+        answer = SimpleNamespace(token_ids=ids, finish_reason="stop")
+        done = SimpleNamespace(finished=True, request_id=self.waiting.pop(), outputs=[answer])
+        return [SimpleNamespace(finished=False), done]
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    for name in vllm_engine.ENVIRONMENT:
+        monkeypatch.setenv(name, "")
+    package, request = type(sys)("vllm"), type(sys)("vllm.lora.request")
+    package.LLM = lambda **settings: StandIn(**{**settings, "model": Path(settings["model"])})
+    package.SamplingParams = lambda **settings: settings
+    request.LoRARequest = lambda *words: words
+    modules = {"vllm": package, "vllm.lora": type(sys)("vllm.lora"), "vllm.lora.request": request}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(engines, "require_package", lambda *_: None)
-    source = make_csv(tmp_path, 2)
-    answers = infer(options(source, model, tmp_path / "out.csv", engine="vllm", max_new_tokens=5))
-    assert answers == ["answer of 5"] * 2
-    made, (prompts, settings) = calls
-    assert made["model"] == str(model)
-    assert made["trust_remote_code"] is False
+    return StandIn
+
+
+def test_vllm_is_given_prompts_with_one_mark_for_each_recording(model, tmp_path, vllm):
+    """What vLLM is called with, and where its answers go; `make serving` runs vLLM itself."""
+    source = make_csv(tmp_path, 5)
+    drawn = {"temperature": 0.5, "top_p": 0.9, "seed": 3}
+    answers = infer(
+        options(source, model, tmp_path / "out.csv", engine="vllm", max_new_tokens=5, batch_size=2, **drawn)
+    )
+    assert answers == ["rain"] * 5
+    assert vllm.made["model"] == model
+    assert vllm.made["trust_remote_code"] is False
+    assert vllm.made["dtype"] == "float32"
+    assert "enable_lora" not in vllm.made
     mark = json.loads((model / "config.json").read_text())["audio_token_id"]
-    for prompt in prompts:
+    longest = 0
+    for prompt, settings, lora in vllm.asked:
+        samples, rate = prompt["multi_modal_data"]["audio"]
+        assert rate == 16_000
         assert prompt["prompt_token_ids"].count(mark) == 1
-        assert prompt["multi_modal_data"]["audio"][1] == 16_000
-    assert settings[0]["temperature"] == 0.0
+        assert (settings["max_tokens"], settings["temperature"], settings["top_p"], lora) == (
+            5,
+            0.5,
+            0.9,
+            None,
+        )
+        longest = max(longest, len(prompt["prompt_token_ids"]) - 1 + audio_token_count(len(samples)) + 5)
+    assert vllm.made["max_model_len"] == longest
+    assert sorted(settings["seed"] for _, settings, _ in vllm.asked) == [3, 4, 5, 6, 7]
+
+
+def test_vllm_gets_an_adapter_beside_its_base(model, tmp_path, vllm):
+    adapter = make_adapter(model, tmp_path / "adapter", ("projector", "decoder"), rank=9)
+    source = make_csv(tmp_path, 1)
+    infer(options(source, adapter, tmp_path / "out.csv", engine="vllm", bf16=True))
+    wanted = {"model": model, "enable_lora": True, "max_lora_rank": 16, "enable_tower_connector_lora": True}
+    assert {**vllm.made, **wanted, "dtype": "bfloat16"} == vllm.made
+    assert vllm.asked[0][2] == ("adapter", 1, str(adapter))
+
+
+def test_what_vllm_cannot_load_is_said_in_one_sentence(model, tmp_path, vllm, monkeypatch):
+    def fail(**_):
+        raise ValueError("no room\nfor the cache")
+
+    monkeypatch.setattr(sys.modules["vllm"], "LLM", fail)
+    source = make_csv(tmp_path, 1)
+    message = refused(infer, options(source, model, tmp_path / "out.csv", engine="vllm"))
+    assert message == f"{model}: vLLM cannot load it: no room for the cache"

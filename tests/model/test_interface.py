@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -557,6 +558,7 @@ def test_chat_template_takes_arrays(processor: MiDashengLMProcessor, model: MiDa
     assert model.generate(**several, **GREEDY).shape == (2, 6)
 
 
+@pytest.mark.skipif(version("transformers") < "5.20", reason="its load_audio needs librosa")
 def test_chat_template_takes_paths(processor: MiDashengLMProcessor, tmp_path: Path):
     clip = wave(16000, 1)
     soundfile.write(tmp_path / "a.wav", clip, 16000, subtype="FLOAT")

@@ -25,6 +25,7 @@ from mdl_toolkit.model.encoder import PatchLayout
 from mdl_toolkit.model.kernels import cross_entropy
 from mdl_toolkit.model.lengths import audio_token_count, patch_count, visible_patch_count
 from mdl_toolkit.model.mel import log_mel, window_and_filters
+from mdl_toolkit.model.transformers_names import checkpoint_activations
 from tests.support.paths import GOLDEN
 from tests.support.waves import padded, wave
 
@@ -572,7 +573,7 @@ def test_activation_checkpointing_changes_no_gradient(model: MiDashengLMModel, r
     loss, wanted = loss_and_gradients(model, batch)
     encoder = counted(model.audio_encoder.blocks[0].mlp.fc1)
     decoder = counted(model.decoder.model.layers[0].mlp.up_proj)
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    checkpoint_activations(model, {"use_reentrant": reentrant})
     again, grads = loss_and_gradients(model, batch)
     assert (len(encoder), len(decoder)) == (2, 2)  # forward, and once more in the backward pass
     assert again == loss

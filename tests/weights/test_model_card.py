@@ -94,7 +94,8 @@ def test_data_settings_metrics_and_use(base):
         "| rows | 1,234 |",
         "| eval wer | 0.125 |",
         "lora_rank: 4",
-        "vllm serve",
+        "vllm serve FOLDER\n",
+        "vllm serve FOLDER --trust-remote-code --dtype float32\n",
         "trust_remote_code",
     ):
         assert expected in page
@@ -108,5 +109,5 @@ def test_what_does_not_hold_is_not_said(base):
     config["text_config"]["model_type"] = "qwen3"
     (base / "config.json").write_text(json.dumps(config))
     page = made(base, origin=Provenance())
-    for absent in ("trust_remote_code", "vllm", "## Data", "## Prompts", "## Metrics"):
+    for absent in ("trust_remote_code", "--trust-remote-code", "## Data", "## Prompts", "## Metrics"):
         assert absent not in page

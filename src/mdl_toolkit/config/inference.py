@@ -7,6 +7,7 @@ from mdl_toolkit.config.options import REQUIRED, option
 from mdl_toolkit.config.types import (
     BOOLEAN,
     COUNT,
+    ENGINE,
     NAME,
     NOT_NEGATIVE,
     OUTPUT,
@@ -103,8 +104,9 @@ class InferenceOptions(ConversionOptions):
         "empty, and say why in the column `error`.",
     )
     engine: str = option(
-        choice("torch", "vllm"),
+        ENGINE,
         "torch",
         INFERENCE,
-        "What computes the answers: this toolkit, or vLLM (a merged model; needs the extra `vllm`).",
+        "What computes the answers: this toolkit; vLLM (needs the extra `vllm`); or a running server such as "
+        "`vllm serve`, by its address, http://HOST:PORT.",
     )

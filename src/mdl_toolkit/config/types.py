@@ -5,6 +5,7 @@ A type reads a word of the command line and a value of a YAML file alike; it kno
 
 import json
 import math
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from mdl_toolkit.i18n import Localized
 TRUE_WORDS = frozenset({"true", "1", "yes", "on"})
 FALSE_WORDS = frozenset({"false", "0", "no", "off"})
 METRIC_NAMES = ("accuracy", "exact-match", "macro-f1", "wer", "cer", "bleu", "chrf", "map")
+# What computes answers; any other is the address of a server.
+ENGINES = OURS, VLLM = "torch", "vllm"
 # The end of each epoch, as a cadence.
 EPOCH = "epoch"
 # As transformers calls them.
@@ -191,6 +194,16 @@ def _parse_words(value: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(words))
 
 
+def _parse_engine(value: Any) -> str:
+    """Read torch, vllm, or a server's address; a password in it would be written down with the options."""
+    if value in ENGINES or re.fullmatch(r"https?://[^\s/@?#]+(/[^\s@?#]*)?", str(value)):
+        return str(value)
+    listed = ", ".join(ENGINES)
+    raise refuse(
+        "expected one of {listed}, or a server's address such as http://127.0.0.1:8000", listed=listed
+    )
+
+
 def choice(*choices: str) -> ValueType:
     """Return the type of a value that is one of a few words."""
 
@@ -230,6 +243,7 @@ JSON = ValueType(
     _true_or(_parse_output),
     takes=lambda word: is_boolean_word(word) or word == "-" or word.endswith(".json"),
 )
+ENGINE = ValueType("|".join([*ENGINES, "ADDRESS"]), _parse_engine)
 TARGETS = some_of(*TRAIN_TARGETS, least=1)
 WORDS = ValueType("NAME", _parse_words, is_repeated=True)
 METRIC_LIST = some_of(*METRIC_NAMES, least=0)

@@ -3,8 +3,10 @@
 Modules:
     run        `infer`: check, convert, answer, write the CSV
     requests   the rows to answer, each with its token budget
-    engines    greedy, sampling, beams, choices or vLLM, as the options say
+    engines    greedy, sampling, beams, choices, vLLM or a server, as the options say
     generate   prompts to answers: continuous batching over one key-value store
+    vllm_engine    vLLM in this process
+    server_engine  an OpenAI-compatible server
     choices    the most likely of given texts
     journal    finished answers on disk, from which a killed run goes on
     verify     whether a merged model answers as base and adapter do

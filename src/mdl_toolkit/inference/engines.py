@@ -1,5 +1,6 @@
-"""Choose the engine that computes answers: decoding, beam search, scored choices, or vLLM."""
+"""Choose the engine that computes answers: decoding, beam search, scored choices, vLLM, or a server."""
 
+import asyncio
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import groupby, islice
@@ -10,10 +11,10 @@ import torch
 from transformers import GenerationConfig
 
 from mdl_toolkit.config.inference import InferenceOptions
+from mdl_toolkit.config.types import ENGINES, OURS, VLLM
 from mdl_toolkit.data.collate import collate_prompts
-from mdl_toolkit.data.dataset import Sample
 from mdl_toolkit.data.tokenization import ChatTokenizer
-from mdl_toolkit.errors import ModelError, UsageError
+from mdl_toolkit.errors import UsageError
 from mdl_toolkit.inference.choices import Chooser
 from mdl_toolkit.inference.generate import (
     Answerer,
@@ -23,16 +24,20 @@ from mdl_toolkit.inference.generate import (
     embed_prompts,
     end_ids,
 )
-from mdl_toolkit.model.constants import SAMPLE_RATE
+from mdl_toolkit.inference.requests import Inputs
+from mdl_toolkit.inference.server_engine import ServerAnswerer, find_served_model
+from mdl_toolkit.inference.vllm_engine import VllmAnswerer
 from mdl_toolkit.model.kernels.matmul import prepack
 from mdl_toolkit.weights.loading import load_for_inference
-from mdl_toolkit.weights.resolve import ADAPTER_CONFIG, BITSANDBYTES, require_package
-
-VLLM = "vllm"
-
+from mdl_toolkit.weights.resolve import BITSANDBYTES, require_package
 
 # Yields each question's key and the cells of its answer, in the order in which they are computed.
 Engine = Callable[[Iterable[Question]], Iterator[tuple[int, list[str]]]]
+
+
+def is_server(engine: str) -> bool:
+    """Tell whether the value of `--engine` is the address of a server."""
+    return engine not in ENGINES
 
 
 def check_engine(options: InferenceOptions) -> None:
@@ -40,16 +45,17 @@ def check_engine(options: InferenceOptions) -> None:
 
     Raises:
         UsageError: naming the two options.
-        ModelError: vLLM is not installed.
+        ModelError: vLLM is not installed, or a server does not answer or does not have the model.
     """
+    engine, is_other = f"--engine {options.engine}", options.engine != OURS
     contradictions = [
         ("--num-beams", "--temperature", options.num_beams > 1 and options.temperature > 0),
         ("--choices", "--temperature", options.choices is not None and options.temperature > 0),
         ("--choices", "--num-beams", options.choices is not None and options.num_beams > 1),
-        ("--engine vllm", "--choices", options.engine == VLLM and options.choices is not None),
-        ("--engine vllm", "--num-beams", options.engine == VLLM and options.num_beams > 1),
-        ("--engine vllm", "--bf16", options.engine == VLLM and options.bf16 is not None),
-        ("--engine vllm", "--quantization", options.engine == VLLM and options.quantization is not None),
+        (engine, "--choices", is_other and options.choices is not None),
+        (engine, "--num-beams", is_other and options.num_beams > 1),
+        (engine, "--quantization", is_other and options.quantization is not None),
+        (engine, "--bf16", is_server(options.engine) and options.bf16 is not None),
     ]
     for one, other, is_given in contradictions:
         if is_given:
@@ -65,7 +71,10 @@ def check_engine(options: InferenceOptions) -> None:
                 "{one} has no effect without {other}; give both, or neither", one=one, other=other
             )
     if options.engine == VLLM:
-        require_package(VLLM, VLLM, "--engine vllm")
+        require_package(VLLM, VLLM, engine)
+    if is_server(options.engine):
+        # Before any work: is it there, and does it have the model?
+        asyncio.run(find_served_model(options))
     if options.quantization is not None:
         require_package(BITSANDBYTES, "quantization", "--quantization")
 
@@ -76,6 +85,7 @@ def make_engine(
     base: Path | None,
     tokenizer: ChatTokenizer,
     choices: Sequence[str] | None,
+    inputs: Inputs,
 ) -> Engine:
     """Load the model and make the engine that the options ask for.
 
@@ -85,13 +95,15 @@ def make_engine(
         base: that of an adapter's base.
         tokenizer: the model's.
         choices: the texts to choose from, if that is asked for.
+        inputs: the rows that will be answered.
 
     Raises:
-        ModelError: the model cannot be loaded, or vLLM cannot use it.
+        ModelError: the model cannot be loaded, or vLLM cannot use it, or a server does not answer.
     """
-    sampling = SamplingParams(options.temperature, options.top_p, options.seed)
+    if is_server(options.engine):
+        return ServerAnswerer(options, inputs).answers
     if options.engine == VLLM:
-        return vllm_engine(folder, tokenizer, sampling, options.batch_size)
+        return VllmAnswerer(options, folder, base, tokenizer, inputs.most_tokens).answers
     model = load_for_inference(folder, base, bf16=options.bf16, quantization=options.quantization)
     # PEFT's layers read the weights that would be laid out anew.
     if model.device.type == "cpu" and base_model(model) is model:
@@ -101,6 +113,7 @@ def make_engine(
         return Chooser(model, tokenizer, choices, *sizes).answers
     if options.num_beams > 1:
         return partial(beam_search, model, tokenizer, options.batch_size, options.num_beams)
+    sampling = SamplingParams(options.temperature, options.top_p, options.seed)
     answerer = Answerer(model, tokenizer, options.batch_size, sampling)
     return lambda questions: ((key, [text]) for key, text in answerer.answers(questions))
 
@@ -133,45 +146,3 @@ def beam_search(
                 ).tolist()
             for question, ids in zip(batch, rows, strict=True):
                 yield question.key, [tokenizer.decode(ids)]
-
-
-def vllm_engine(folder: Path, tokenizer: ChatTokenizer, sampling: SamplingParams, batch_size: int) -> Engine:
-    """Answer with vLLM, from a whole model; this project's tests, which have no GPU, do not run it.
-
-    An entry point registers our classes in vLLM's processes, so that no code of the folder is run.
-    """
-    if (folder / ADAPTER_CONFIG).is_file():
-        raise ModelError(
-            "{folder}: --engine vllm needs a whole model; make one with `mdl-toolkit merge`", folder=folder
-        )
-    import vllm
-
-    model = vllm.LLM(model=str(folder), max_num_seqs=batch_size, trust_remote_code=False)
-    audio = tokenizer.id_of(dict(tokenizer.files.specials)["audio_token"])
-
-    def prompt(question: Question) -> dict[str, Any]:
-        assert isinstance(question.sample, Sample)
-        # vLLM expands the one audio token that stands for the recording.
-        runs = groupby(question.sample.input_ids.tolist())
-        ids = [token for token, run in runs for _ in ([token] if token == audio else run)]
-        recording = {"audio": (question.sample.waveform, SAMPLE_RATE)}
-        return {"prompt_token_ids": ids, "multi_modal_data": recording}
-
-    def answers(questions: Iterable[Question]) -> Iterator[tuple[int, list[str]]]:
-        waiting = iter(questions)
-        while batch := [*islice(waiting, 8 * batch_size)]:
-            settings = [
-                vllm.SamplingParams(
-                    max_tokens=question.max_new_tokens,
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p,
-                    seed=sampling.seed + question.key,
-                    stop_token_ids=[tokenizer.end_id],
-                )
-                for question in batch
-            ]
-            outputs = model.generate([*map(prompt, batch)], settings)
-            for question, output in zip(batch, outputs, strict=True):
-                yield question.key, [output.outputs[0].text]
-
-    return answers

@@ -51,6 +51,11 @@ class Inputs:
         for row in self.manifest.rows_unchecked():
             yield row, None if row.line in self.problems else indices[row.line]
 
+    @property
+    def most_tokens(self) -> int:
+        """Return the most tokens that a row may have, its answer included."""
+        return int((self.dataset.token_counts + self.max_new_tokens).max())
+
     def question(self, index: int) -> Question:
         """Read and decode a row of the dataset."""
         return Question(index, self.dataset[index], int(self.max_new_tokens[index]))

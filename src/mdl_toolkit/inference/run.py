@@ -29,7 +29,7 @@ from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.inference.choices import answer_columns, read_choices
-from mdl_toolkit.inference.engines import Engine, check_engine, make_engine
+from mdl_toolkit.inference.engines import Engine, check_engine, is_server, make_engine
 from mdl_toolkit.inference.generate import JOINING
 from mdl_toolkit.inference.journal import AnswerJournal, write_table
 from mdl_toolkit.inference.requests import (
@@ -137,7 +137,8 @@ class _Inference:
         # A local folder is checked as a whole now; a hub's weights are downloaded once the rows are checked.
         options = self.options
         find = partial(find_with_base, options.model_name, from_modelscope=options.from_modelscope)
-        folder, base = find(weights=Path(options.model_name).is_dir())
+        has_weights = not is_server(options.engine)
+        folder, base = find(weights=has_weights and Path(options.model_name).is_dir())
         # Adapters from elsewhere lie in their folder alone.
         with_text = folder if base is None or (folder / TOKENIZER_CONFIG).is_file() else base
         tokenizer = ChatTokenizer(read_tokenizer_files(with_text))
@@ -156,7 +157,7 @@ class _Inference:
         inputs = open_inputs(manifest, journal.dataset, options, required)
         if world.is_first:
             world.wait()
-            if answered := journal.begin(self._fingerprint(inputs, *find(weights=True))):
+            if answered := journal.begin(self._fingerprint(inputs, *find(weights=has_weights))):
                 say(
                     "going on from an earlier run: {answered} of {count} rows are answered already",
                     answered=answered,
@@ -169,7 +170,7 @@ class _Inference:
         if len(rows := left[world.rank :: world.size]):
             warn_of_idle_gpus(world.size, options.COMMAND)
             with explaining_memory(MEMORY_REMEDY):
-                engine = make_engine(options, *find(weights=True), tokenizer, self.choices)
+                engine = make_engine(options, *find(weights=has_weights), tokenizer, self.choices, inputs)
                 self._answer(inputs, rows, engine)
         world.wait()
         return (self._write(manifest, inputs) if world.is_first else []), len(inputs.problems)

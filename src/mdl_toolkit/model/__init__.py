@@ -12,6 +12,7 @@ Modules:
     decoding_batch   sequences decoded together over one key-value store
     processing       text and audio to tensors, for use through transformers
     registration     register the classes with transformers' Auto classes
+    transformers_names   what transformers has renamed
     kernels/         operations at which torch's plain ones are slow or large
 
 Taking any name from this package registers the model: `AutoConfig`, `AutoModelForCausalLM`, `AutoProcessor`

@@ -6,7 +6,6 @@ Defaults are the ones that the published code uses for an absent key; the text p
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 
 from mdl_toolkit.model.constants import SAMPLE_RATE
 
@@ -75,9 +74,9 @@ class MiDashengLMConfig(PreTrainedConfig):
     """Configure the whole model; the `model_type` of `text_config` is that of the decoder, a Qwen."""
 
     model_type = "midashenglm"
-    sub_configs_defaults: ClassVar[dict[str, Any]] = {
+    sub_configs: ClassVar[dict[str, Any]] = {
         "audio_encoder_config": MiDashengEncoderConfig,
-        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2_5_omni_text"),
+        "text_config": AutoConfig,
     }
 
     audio_encoder_config: dict[str, Any] | PreTrainedConfig | None = None
@@ -92,13 +91,17 @@ class MiDashengLMConfig(PreTrainedConfig):
         Raises:
             ValueError: the decoder is of a kind that no MiDashengLM has, or attends to a window only.
         """
-        text = self.text_config
-        if isinstance(text, dict):
-            self.text_config = {"tie_word_embeddings": self.tie_word_embeddings, **text}
-        kind = text.get("model_type") if isinstance(text, dict) else getattr(text, "model_type", None)
-        if kind not in (None, *TEXT_MODEL_TYPES):
+        audio, text = self.audio_encoder_config, self.text_config
+        if not isinstance(audio, PreTrainedConfig):
+            self.audio_encoder_config = MiDashengEncoderConfig(**(audio or {}))
+        given = {"model_type": text.model_type} if isinstance(text, PreTrainedConfig) else text or {}
+        kind = given.get("model_type") or TEXT_MODEL_TYPES[0]
+        if kind not in TEXT_MODEL_TYPES:
             known = ", ".join(TEXT_MODEL_TYPES)
             raise ValueError(f"text_config.model_type {kind!r} is not one of {known}")
+        if not isinstance(text, PreTrainedConfig):
+            settings = {"tie_word_embeddings": self.tie_word_embeddings, **given, "model_type": kind}
+            self.text_config = AutoConfig.for_model(**settings)
         super().__post_init__(**kwargs)
         assert isinstance(self.text_config, PreTrainedConfig)
         if {*self.text_config.layer_types} - {"full_attention"}:

@@ -28,9 +28,10 @@ from mdl_toolkit.model.encoder import AudioProjector, LayerScale, MiDashengEncod
 from mdl_toolkit.model.kernels.cross_entropy import head_loss, slice_size
 from mdl_toolkit.model.packed_decoder import PACKED_LAYERS, has_dropout, packed_states
 from mdl_toolkit.model.packing import PackingPlan, map_tensors, true_indices
+from mdl_toolkit.model.transformers_names import CACHE_NAMES
 
-# Inputs of the decoder that the loss does not heed; transformers 5.24 gave the cache a new name.
-UNHEEDED = ("position_ids", "past_key_values", "cache")
+# Inputs of the decoder that the loss does not heed.
+UNHEEDED = ("position_ids", *CACHE_NAMES)
 # Tensors that a message names of each kind.
 MOST_LISTED = 20
 

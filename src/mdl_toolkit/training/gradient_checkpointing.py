@@ -9,6 +9,8 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from mdl_toolkit.model.transformers_names import checkpoint_activations
+
 # Of the thread that is computing a block again.
 _state = threading.local()
 
@@ -31,9 +33,8 @@ NONE = KeptBlocks()
 
 def checkpoint_gradients(model: Any, kept: KeptBlocks = NONE) -> None:
     """Let all blocks of a `PeftModel` but those kept be computed again in the backward pass."""
-    model.activation_checkpointing_enable(
-        {"use_reentrant": False, "context_fn": lambda: (nullcontext(), _recomputing())}
-    )
+    settings = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), _recomputing())}
+    checkpoint_activations(model, settings)
     base = model.get_base_model()
     for blocks, count in (
         (base.audio_encoder.blocks, kept.encoder),

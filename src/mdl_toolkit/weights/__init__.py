@@ -8,6 +8,7 @@ Modules:
     provenance           `mdl-toolkit.json`: where a result comes from
     safetensors_stream   safetensors read and written tensor by tensor
     adapter              what an adapter does to each tensor of its base
+    vllm_lora            what vLLM needs to know of an adapter, and what it cannot apply
     merge                adapter and base to a folder, verified before it is put in place
     model_card           the README of a result
 """

@@ -29,7 +29,7 @@ _RECIPE = (
     "label_smoothing",
 )  # fmt: skip
 _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?\n)---\s*(?:\n|\Z)", re.DOTALL)
-# Prefixes of the decoder types that vLLM serves.
+# Prefixes of the decoder types that vLLM serves by itself.
 _SERVED = ("qwen2",)
 
 

@@ -1,0 +1,132 @@
+"""Serving: our engine against vLLM, with small models of each kind that were trained on the phrases.
+
+`make serving` runs it in an environment of its own with vLLM. It ends with an error unless all answers are
+the same in float32, and in bfloat16 as many are right as with our own engine.
+"""
+
+import csv
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mdl_toolkit.config.train import TrainOptions
+from mdl_toolkit.demo import PROMPT, lay_out_phrases, make_tiny_model
+from mdl_toolkit.training.run import train
+
+PORT = 8123
+TOWERS, DECODER = ("encoder", "projector", "decoder"), ("decoder",)
+# vLLM's attention on a CPU takes heads of 32, not the demonstration's 24.
+HEADS: dict[str, Any] = {"num_attention_heads": 3, "num_key_value_heads": 1}
+OMNI = {"mrope_section": [4, 6, 6], "rope_type": "default", "type": "default"}
+BASES: dict[str, dict[str, Any]] = {
+    "Qwen2": {},
+    "tied": {"tie_word_embeddings": True},
+    "Qwen3": {"model_type": "qwen3", "head_dim": 32},
+    "theta 1e4": {"rope_theta": 1e4},
+    "Qwen2.5-Omni": {"model_type": "qwen2_5_omni_text", "rope_scaling": OMNI},
+}
+
+
+def main() -> int:
+    """Train, compare, print the table, and return how many rows are not as they should be."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        lay_out_phrases(folder / "phrases", folder)
+        adapters = {base: trained(folder, base, TOWERS) for base in BASES}
+        decoder = trained(folder, "Qwen2", DECODER)
+        merged = folder / "merged"
+        command("merge", adapters["Qwen2"], "--output", merged)
+        rows = [compared("merged", merged), compared("merged, bfloat16", merged, "--bf16", "true")]
+        rows.append(compared("adapter of the decoder", decoder))
+        rows += [compared(f"adapter of all, {base}", adapter) for base, adapter in adapters.items()]
+        with served(folder / "Qwen2", all=adapters["Qwen2"], decoder=decoder) as address:
+            rows.append(compared("adapter of the decoder, API", decoder, engine=address))
+            rows.append(compared("adapter of all, API", adapters["Qwen2"], engine=address))
+    print("| model | the same | right, ours | right, vLLM | ours, s | vLLM, s |\n|" + " --- |" * 6)
+    for row in rows:
+        print("| " + " | ".join(map(str, row)) + " |")
+    failed = [row for row in rows if (row[1] < 60 and "bfloat16" not in row[0]) or row[3] < row[2]]
+    return len(failed)
+
+
+def trained(folder: Path, base: str, targets: tuple[str, ...]) -> Path:
+    """Train an adapter on a base, which is made first, and return its folder."""
+    model, output = folder / base, folder / f"{base} {len(targets)}"
+    if not model.exists():
+        make_tiny_model(model, folder / "phrases", seed=42, **{**HEADS, **BASES[base]})
+    settings: dict[str, Any] = {"lr": 2e-3, "num_epochs": 20, "save_steps": 0, "eval_steps": 0}
+    train(
+        TrainOptions(
+            train_dataset=str(folder / "train.csv"), base_dir=str(folder / "phrases"), user_prompt=PROMPT,
+            model_name=str(model), output=str(output), train_target=targets, merge_lora=False,
+            gradient_checkpointing=False, **settings,
+        )
+    )  # fmt: skip
+    return output / "final"
+
+
+def compared(title: str, model: Path, *options: str, engine: str = "vllm") -> tuple[Any, ...]:
+    """Answer with our engine and another, and return counts and seconds as a row of the table."""
+    answers, seconds = [], []
+    work = model.parents[1] if model.name == "final" else model.parent
+    for each in ("torch", engine):
+        words = [] if each.startswith("http") else options
+        begun = time.monotonic()
+        command(
+            "inference", work / "test.csv", "--base-dir", work / "phrases", "--model-name", model,
+            "--output", work / "out.csv", "--engine", each, *words,
+        )  # fmt: skip
+        seconds.append(round(time.monotonic() - begun, 1))
+        answers.append(column(work / "out.csv"))
+    ours, others = answers
+    wanted = column(work / "test.csv")
+    same = sum(a == b for a, b in zip(ours, others, strict=True))
+    right = [sum(a == b for a, b in zip(each, wanted, strict=True)) for each in answers]
+    return (title, same, *right, *seconds)
+
+
+def command(*words: object) -> None:
+    """Run a command of the toolkit."""
+    subprocess.run([sys.executable, "-m", "mdl_toolkit", *map(str, words)], check=True)
+
+
+def column(file: Path) -> list[str]:
+    """Read the answers of a CSV."""
+    with file.open(encoding="utf-8", newline="") as lines:
+        return [row["prediction"] for row in csv.DictReader(lines)]
+
+
+@contextmanager
+def served(base: Path, **adapters: Path) -> Iterator[str]:
+    """Run vLLM's server with adapters by name for the context, and give its address."""
+    address = f"http://127.0.0.1:{PORT}"
+    modules = [f"{name}={folder}" for name, folder in adapters.items()]
+    words = [
+        "--model", str(base), "--dtype", "float32", "--host", "127.0.0.1", "--port", str(PORT),
+        "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "16", "--enable-lora",
+        "--max-lora-rank", "32", "--enable-tower-connector-lora", "--kv-cache-memory-bytes", str(2**30),
+        "--lora-modules", *modules,
+    ]  # fmt: skip
+    server = subprocess.Popen([sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words])
+    try:
+        while server.poll() is None:
+            with suppress(OSError), urllib.request.urlopen(f"{address}/v1/models", timeout=5):
+                break
+            time.sleep(1)
+        yield address
+    finally:
+        server.terminate()
+        server.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

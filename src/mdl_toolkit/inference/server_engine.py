@@ -1,0 +1,253 @@
+"""Answer with a server that speaks OpenAI's chat API with audio, such as `vllm serve` on another machine.
+
+A bounded number of requests is under way at once. What fails for a time is tried again; a server that stays
+away ends the inference, which goes on from its last answer with the same command.
+"""
+
+import asyncio
+import base64
+import io
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import httpx
+import soundfile
+
+from mdl_toolkit.audio.http import LONGEST_PAUSE, TRANSIENT
+from mdl_toolkit.config.inference import InferenceOptions
+from mdl_toolkit.data.chat_template import Message, messages_of
+from mdl_toolkit.data.dataset import Sample
+from mdl_toolkit.errors import ModelError
+from mdl_toolkit.i18n import Localized
+from mdl_toolkit.inference.generate import Question
+from mdl_toolkit.inference.requests import Inputs
+from mdl_toolkit.model.constants import SAMPLE_RATE
+
+# Tries of a row, with pauses of 1, 2, 4 and 8 s between them.
+TRIES = 5
+# Seconds: for a connection, and for an answer, which may wait for others.
+TIMEOUT = httpx.Timeout(600.0, connect=10.0)
+# The variable in which vLLM's server itself looks for its key.
+KEY = "VLLM_API_KEY"
+# Characters of a server's message that are shown.
+MOST_SHOWN = 300
+
+
+class ServerAnswerer:
+    """Answer questions with a server, as many at once as the batch size."""
+
+    def __init__(self, options: InferenceOptions, inputs: Inputs) -> None:
+        """Ask the server for its models.
+
+        Args:
+            options: the inference's.
+            inputs: the rows, for their messages.
+
+        Raises:
+            ModelError: the server does not answer, or does not have the model.
+        """
+        self._options, self._lines = options, inputs.lines
+        self._conversations = {
+            index: messages_of(row, with_answer=False) for row, index in inputs if index is not None
+        }
+        self._model = asyncio.run(find_served_model(options))
+
+    def answers(self, questions: Iterable[Question]) -> Iterator[tuple[int, list[str]]]:
+        """Yield each question's key and its answer, as they come.
+
+        Raises:
+            ModelError: the server refuses a row, or does not answer.
+        """
+        waiting, running = iter(questions), set[asyncio.Task[tuple[int, str]]]()
+        # Between two answers the loop stands still, while rows are read and answers recorded.
+        loop, client = asyncio.new_event_loop(), make_client()
+        try:
+            while True:
+                for question in islice(waiting, self._options.batch_size - len(running)):
+                    running.add(loop.create_task(self.ask(client, question)))
+                if not running:
+                    return
+                first = asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                done, running = loop.run_until_complete(first)
+                for task in done:
+                    key, text = task.result()
+                    yield key, [text]
+        finally:
+            loop.run_until_complete(cancel(running, client))
+            loop.close()
+
+    async def ask(self, client: httpx.AsyncClient, question: Question) -> tuple[int, str]:
+        """Send a question, and return its key and its answer."""
+        assert isinstance(question.sample, Sample)
+        audio = as_wav(question.sample.waveform)
+        body = {
+            "model": self._model,
+            "messages": as_json(self._conversations[question.key], audio),
+            "max_tokens": question.max_new_tokens,
+            "temperature": self._options.temperature,
+            "top_p": self._options.top_p,
+            "seed": self._options.seed + question.key,
+        }
+        place = Localized("line {line}", line=int(self._lines[question.key]))
+        path = "/v1/chat/completions"
+        answer = await send(client, "POST", address_of(self._options) + path, body, place, TRIES)
+        try:
+            return question.key, str(answer["choices"][0]["message"]["content"] or "")
+        except (KeyError, IndexError, TypeError):
+            raise ModelError(
+                "{address}: what the server answers is no chat completion; give the address of an "
+                "OpenAI-compatible server such as `vllm serve`",
+                address=address_of(self._options),
+            ) from None
+
+
+async def cancel(running: Iterable[asyncio.Task[Any]], client: httpx.AsyncClient) -> None:
+    """Cancel requests that are under way, and close their connections."""
+    for task in running:
+        task.cancel()
+    await asyncio.gather(*running, return_exceptions=True)
+    await client.aclose()
+
+
+async def find_served_model(options: InferenceOptions) -> str:
+    """Find the name under which a server has the model of `--model-name`; it may be its only model.
+
+    Raises:
+        ModelError: the server does not answer, or has several models and none of that name.
+    """
+    address, name = address_of(options), options.model_name
+    async with make_client() as client:
+        answer = await send(client, "GET", f"{address}/v1/models")
+    listed = answer.get("data") if isinstance(answer, dict) else None
+    models = [each for each in listed or () if isinstance(each, dict) and each.get("id")]
+    # vLLM tells the folder of a model or adapter as its root.
+    names = {str(alias): str(each["id"]) for each in models for alias in (each.get("root"), each["id"])}
+    folder = Path(name).expanduser().resolve()
+    for wanted in (name, str(folder), folder.name):
+        if wanted in names:
+            return names[wanted]
+    if len(models) == 1:
+        return str(models[0]["id"])
+    raise ModelError(
+        "{address}: the server has no model called {name}, but {names}; start it with "
+        "--served-model-name {name}, or name the folder as one of these",
+        address=address,
+        name=folder.name,
+        names=", ".join(str(each["id"]) for each in models) or Localized("none"),
+    )
+
+
+def address_of(options: InferenceOptions) -> str:
+    """Return a server's address without the path of the API's version."""
+    return options.engine.rstrip("/").removesuffix("/v1")
+
+
+def make_client() -> httpx.AsyncClient:
+    """Make a client with the key of the environment; a server on this machine is not behind a proxy."""
+    key = os.environ.get(KEY)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    direct = {f"all://{host}": None for host in ("localhost", "127.0.0.1", "[::1]")}
+    return httpx.AsyncClient(timeout=TIMEOUT, headers=headers, mounts=direct)
+
+
+async def send(
+    client: httpx.AsyncClient,
+    method: str,
+    address: str,
+    body: Mapping[str, Any] | None = None,
+    place: Localized | None = None,
+    tries: int = 1,
+) -> Any:
+    """Send a request, and return the JSON of its answer.
+
+    Args:
+        client: whose connections are used.
+        method: GET or POST.
+        address: where to.
+        body: JSON.
+        place: what it is about, for messages.
+        tries: how often it is sent, if the failure is of a passing kind.
+
+    Raises:
+        ModelError: the server refuses it, or does not answer at the last try.
+    """
+    server = address.partition("/v1/")[0]
+    for attempt in range(tries):
+        pause = 2.0**attempt
+        try:
+            response = await client.request(method, address, json=body)
+        except (httpx.TransportError, httpx.InvalidURL) as problem:
+            reason = str(problem) or type(problem).__name__
+        else:
+            if response.is_success:
+                return response.json() if is_json(response) else None
+            reason = reason_of(response)
+            if response.status_code == httpx.codes.UNAUTHORIZED:
+                raise ModelError(
+                    "{server}: the server wants a key; set the environment variable {variable}",
+                    server=server,
+                    variable=KEY,
+                )
+            if response.status_code not in TRANSIENT:
+                raise ModelError(
+                    "{server}: the server refuses {place} ({reason})",
+                    server=server,
+                    place=place or Localized("the request"),
+                    reason=reason,
+                )
+            wait = response.headers.get("Retry-After", "")
+            pause = min(float(wait) if wait.isdecimal() else pause, LONGEST_PAUSE)
+        if attempt + 1 < tries:
+            await asyncio.sleep(pause)
+    raise ModelError(
+        "{server}: the server does not answer ({reason}); is it running, and is the address right?",
+        server=server,
+        reason=reason,
+    )
+
+
+def reason_of(response: httpx.Response) -> str:
+    """Return status and message of an answer that is an error, in one line."""
+    message: Any = response.json() if is_json(response) else ""
+    for key in ("error", "message"):
+        if isinstance(message, dict) and key in message:
+            message = message[key]
+    words = f"{response.status_code} {response.reason_phrase}: {message if isinstance(message, str) else ''}"
+    return " ".join(words.split()).removesuffix(":")[:MOST_SHOWN]
+
+
+def is_json(response: httpx.Response) -> bool:
+    """Tell whether an answer can be read as JSON."""
+    try:
+        response.json()
+    except ValueError:
+        return False
+    return True
+
+
+def as_wav(waveform: Any) -> str:
+    """Return samples as base64 of a WAV file of floats, from which a server reads them as they are."""
+    file = io.BytesIO()
+    soundfile.write(file, waveform, SAMPLE_RATE, format="WAV", subtype="FLOAT")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def as_json(messages: Sequence[Message], audio: str) -> list[dict[str, Any]]:
+    """Return a conversation as OpenAI's API takes it, the recording before the text.
+
+    Args:
+        messages: of the row.
+        audio: base64 of a WAV file.
+    """
+    turns: list[dict[str, Any]] = []
+    for message in messages:
+        turn: dict[str, Any] = {"role": message.role, "content": message.text}
+        if message.has_audio:
+            recording = {"type": "input_audio", "input_audio": {"data": audio, "format": "wav"}}
+            text = [{"type": "text", "text": message.text}] if message.text else []
+            turn["content"] = [recording, *text]
+        turns.append(turn)
+    return turns
