@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from mdl_toolkit.audio.segments import WHOLE, Segment
+from mdl_toolkit.audio.segments import WHOLE_RECORDING, Segment
 from mdl_toolkit.config.data import CheckOptions, ConvertOptions
 from mdl_toolkit.data import open_audio
 from mdl_toolkit.data.check.run import check
@@ -96,8 +96,8 @@ def assert_alike(one: ConvertedDataset, other: ConvertedDataset) -> None:
 
 
 @pytest.mark.parametrize(("cells", "segment"), [
-    ({}, WHOLE),
-    ({"start": "", "end": "null", "channel": "mean"}, WHOLE),
+    ({}, WHOLE_RECORDING),
+    ({"start": "", "end": "null", "channel": "mean"}, WHOLE_RECORDING),
     ({"start": "1.5", "end": "2"}, Segment(1.5, 2.0)),
     ({"begin": " 1.5 ", "end": ".75e1"}, Segment(1.5, 7.5)),
     ({"offset": "1.5", "duration": "0.5"}, Segment(1.5, 2.0)),
@@ -106,7 +106,7 @@ def assert_alike(one: ConvertedDataset, other: ConvertedDataset) -> None:
     ({"start": "1:02.5", "end": "1:00:00"}, Segment(62.5, 3600.0)),
     ({"end": "4."}, Segment(0.0, 4.0)),
     # What a recording lasts, as many tables say it, is no segment.
-    ({"duration": "2.5"}, WHOLE),
+    ({"duration": "2.5"}, WHOLE_RECORDING),
     ({"duration": "2.5", "end": "1"}, Segment(0.0, 1.0)),
     ({"channel": "2.0"}, Segment(channel=2)),
 ])  # fmt: skip

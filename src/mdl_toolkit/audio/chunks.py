@@ -71,15 +71,18 @@ def check_chunks(data: Blocks) -> Integrity:
     magic = data.at(0, 4)
     layout = _LAYOUTS[magic]
     formats: dict[bytes, bytes] = {}
-    sound = None
+    sound = missing = None
     position = layout.start
-    while sound is None and (chunk := _chunk(data, layout, position)):
+    while chunk := _chunk(data, layout, position):
         name, start, size = chunk
-        if name == layout.sound:
+        if sound is None and name == layout.sound:
             promised = _sound_size(size, formats.get(b"ds64", b""), data.size - start)
             if promised is None and data.find(b"WAVEfmt ", start) >= 0:
                 raise joined_files(layout.name)
-            sound = range(start, data.size if promised is None else start + promised)
+            size = data.size - start if promised is None else promised
+            sound = range(start, start + size)
+        elif sound is not None and name in _LAYOUTS:
+            raise joined_files(layout.name)
         elif not 0 <= size <= data.size - start:
             break
         elif name in FORMATS:
@@ -89,10 +92,11 @@ def check_chunks(data: Blocks) -> Integrity:
         return Integrity()
     if sound.stop > data.size:
         missing = promise_bytes(len(sound), data.size - sound.start)
+    # A size that was left at 0, if nothing follows.
+    if missing or (not sound and position == sound.stop):
         sound = range(sound.start, data.size)
     else:
-        missing = None
-        sound = _check_rest(data, layout, sound, formats)
+        check_uncounted(data, position, len(sound))
     # Layers 1 and 2, and 3.
     is_mpeg = formats.get(b"fmt ", b"")[:2] in (b"\x50\0", b"\x55\0")
     parts = _parts(data, magic, layout, sound, formats)
@@ -118,28 +122,6 @@ def _sound_size(size: int, wide: bytes, present: int) -> int | None:
         return long if 0 < long < PLACEHOLDER_64 and long != size else None
     is_placeholder = size < 0 or size >= PLACEHOLDER_64 or (PLACEHOLDER <= size < 1 << 32 and size > present)
     return None if is_placeholder else size
-
-
-def _check_rest(data: Blocks, layout: _Layout, sound: range, formats: dict[bytes, bytes]) -> range:
-    """Return where the sound is: up to the end, if its size was left at 0; note formats that follow it.
-
-    Raises:
-        AudioError: what follows is another recording, or neither chunks nor tags nor zeros.
-    """
-    position = sound.stop + -len(sound) % layout.alignment
-    while chunk := _chunk(data, layout, position):
-        name, start, size = chunk
-        if name in _LAYOUTS:
-            raise joined_files(layout.name)
-        if not 0 <= size <= data.size - start:
-            break
-        if name in FORMATS:
-            formats[name] = data.at(start, min(size, 1 << 16))
-        position = start + size + -size % layout.alignment
-    if not sound and position == sound.stop:
-        return range(sound.start, data.size)
-    check_uncounted(data, position, len(sound))
-    return sound
 
 
 def check_uncounted(data: Blocks, position: int, counted: int) -> None:

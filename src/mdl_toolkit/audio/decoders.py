@@ -19,7 +19,7 @@ from mdl_toolkit.errors import AudioError
 from mdl_toolkit.i18n import Localized
 
 # Samples per channel that libsndfile decodes at once.
-BLOCK = 8_192
+BLOCK_SAMPLES = 8_192
 # libsndfile's number of frames for FLAC whose header does not say it.
 UNKNOWN_LENGTH = 2**63 - 1
 # libsndfile's codes for: format not recognised, encoding not supported, format not implemented; bad resource
@@ -29,8 +29,8 @@ NOT_KNOWN = (1, 4, 18, *range(148, 155))
 # Hz; libsndfile decodes Opus at no more than the rate in its header.
 OPUS_LEAST = 16_000
 # What libsndfile decodes: where FFmpeg finds this in a file that libsndfile refused, the file is damaged.
-KNOWN = {("flac", "flac"), ("ogg", "vorbis"), ("ogg", "opus")}
-KNOWN_CODECS = ("pcm_", "adpcm_ms", "adpcm_ima_wav")
+SNDFILE_FORMATS = {("flac", "flac"), ("ogg", "vorbis"), ("ogg", "opus")}
+SNDFILE_CODECS = ("pcm_", "adpcm_ms", "adpcm_ima_wav")
 # FFmpeg's formats whose duration stands in the file, and is not its own guess: per stream, or per file, which
 # tells the length of the sound only if nothing else is in it.
 STREAM_LENGTH = ("mov,mp4,m4a,3gp,3g2,mj2", "caf", "wv", "tta", "ape")
@@ -145,7 +145,7 @@ def _decode_with_libsndfile(sound: Any, file: BinaryIO, cutter: Cutter, max_hour
     sound.seekable = lambda: False
     problem = None
     try:
-        while len(block := sound.read(BLOCK, dtype="float32", always_2d=True)):
+        while len(block := sound.read(BLOCK_SAMPLES, dtype="float32", always_2d=True)):
             cutter.add(sound.format, block.T, sound.samplerate)
             _check_hours(cutter.length / sound.samplerate, max_hours)
     except soundfile.LibsndfileError as error:
@@ -196,7 +196,7 @@ def _decode_with_ffmpeg(file: BinaryIO, refused: Any, cutter: Cutter, max_hours:
         if stream.codec_context is None:
             raise AudioError("{name}: FFmpeg lacks its codec; {convert}", name=name, convert=CONVERT)
         codec = stream.codec_context.name
-        is_known = (container.format.name, codec) in KNOWN or codec.startswith(KNOWN_CODECS)
+        is_known = (container.format.name, codec) in SNDFILE_FORMATS or codec.startswith(SNDFILE_CODECS)
         if refused and refused.code not in NOT_KNOWN and is_known:
             raise _damaged(name, "libsndfile", refused)
         return _Reader(container, stream, cutter, max_hours).read(file)

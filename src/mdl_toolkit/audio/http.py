@@ -34,7 +34,7 @@ TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 # Seconds between two tries, whatever the server asks for.
 LONGEST_PAUSE = 60.0
 # Digits of numbers in headers that mean something.
-DIGITS = 16
+MOST_DIGITS = 16
 SILENT_SERVER = Localized("the server does not answer in time")
 # The machine's certificates, read once.
 _certificates = lru_cache(maxsize=1)(ssl.create_default_context)
@@ -214,7 +214,7 @@ class _Transfer:
                     if proxy
                     else Localized("the server answered {words}", words=words),
                     is_final=status not in TRANSIENT,
-                    pause_s=float(wait) if wait.isdecimal() and len(wait) < DIGITS else 0,
+                    pause_s=float(wait) if wait.isdecimal() and len(wait) < MOST_DIGITS else 0,
                 )
         except (httpx.InvalidURL, httpx.UnsupportedProtocol) as problem:
             raise FetchError(Localized("the address is not valid"), is_final=True) from problem
@@ -261,7 +261,7 @@ class _Transfer:
     def _store(self, response: "httpx.Response") -> RemoteVersion:
         """Write the body of an answer to the file, and return what identifies it."""
         promised = response.headers.get("Content-Length", "")
-        self._check_size(int(promised) if promised.isdecimal() and len(promised) < DIGITS else 0)
+        self._check_size(int(promised) if promised.isdecimal() and len(promised) < MOST_DIGITS else 0)
         size = 0
         try:
             with self.target.open("wb") as file:

@@ -60,10 +60,10 @@ class Segment:
     @property
     def is_whole(self) -> bool:
         """Tell whether it is all of the recording, with its channels averaged."""
-        return self == WHOLE
+        return self == WHOLE_RECORDING
 
 
-WHOLE = Segment()
+WHOLE_RECORDING = Segment()
 
 
 def read_channel(channel: int | str | None) -> int | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from mdl_toolkit.audio.segments import WHOLE, Segment
+from mdl_toolkit.audio.segments import WHOLE_RECORDING, Segment
 from mdl_toolkit.audio.urls import is_url, without_credentials
 from mdl_toolkit.config.data import ConversionOptions
 from mdl_toolkit.data.column_names import AUDIO, PREDICTION, SYSTEM, USER, understand
@@ -29,7 +29,7 @@ from mdl_toolkit.data.missing import explain_missing
 from mdl_toolkit.data.segment_columns import (
     DURATION,
     END,
-    MEANINGS,
+    SEGMENT_COLUMNS,
     check_segment_columns,
     read_segment,
     segment_cells,
@@ -69,7 +69,7 @@ class Row:
     prediction: str | None
     cells: tuple[str, ...]
     stamp: tuple[int, int] = (0, 0)
-    segment: Segment = WHOLE
+    segment: Segment = WHOLE_RECORDING
     segment_cells: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     @property
@@ -144,7 +144,7 @@ class Manifest:
             user_prompt=_prompt_or(self.user_prompt, named.get(USER)),
             prediction=named.get(PREDICTION),
             cells=tuple(cells),
-            segment=segment if isinstance(segment, Segment) else WHOLE,
+            segment=segment if isinstance(segment, Segment) else WHOLE_RECORDING,
             segment_cells=found,
         )
         problems = [*cell_problems(self.columns, line)]
@@ -188,7 +188,7 @@ def read_manifest(path: str | Path, options: ConversionOptions, *, needs_predict
     file = open_rows(Path(path), KNOWN[:1])
     # In inference, what is called like a prediction may be somebody's reference, and stays.
     known, needed = (KNOWN, (AUDIO, PREDICTION)) if needs_prediction else (KNOWN[:-1], (AUDIO,))
-    columns = understand(file.path, file.columns, (*known, *MEANINGS), needed)
+    columns = understand(file.path, file.columns, (*known, *SEGMENT_COLUMNS), needed)
     check_segment_columns(file.path, columns)
     return Manifest(
         file,

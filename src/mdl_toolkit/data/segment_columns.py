@@ -4,13 +4,13 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mdl_toolkit.audio.segments import WHOLE, Segment, SegmentError, read_channel
+from mdl_toolkit.audio.segments import WHOLE_RECORDING, Segment, SegmentError, read_channel
 from mdl_toolkit.data.csv_format import csv_error
 from mdl_toolkit.i18n import Localized
 
 START, END, DURATION, CHANNEL = "start", "end", "duration", "channel"
 # Columns by what they mean; a duration means the segment's beside a start only, else the recording's.
-MEANINGS = {
+SEGMENT_COLUMNS = {
     "start": START, "begin": START, "offset": START, "end": END, "duration": DURATION, "channel": CHANNEL
 }  # fmt: skip
 TIME = re.compile(r"(?:(?:(\d+):)?(\d+):)?(-?\d*\.?\d+(?:[eE][+-]?\d+)?|\d+\.)")
@@ -27,8 +27,8 @@ def check_segment_columns(path: Path, columns: Sequence[str]) -> None:
     """Raise InputError if two columns say the same."""
     first: dict[str, str] = {}
     for name in columns:
-        if name in MEANINGS and first.setdefault(MEANINGS[name], name) != name:
-            one = first[MEANINGS[name]]
+        if name in SEGMENT_COLUMNS and first.setdefault(SEGMENT_COLUMNS[name], name) != name:
+            one = first[SEGMENT_COLUMNS[name]]
             reason = Localized(
                 "the columns {one!r} and {other!r} mean the same; remove one", one=one, other=name
             )
@@ -37,7 +37,7 @@ def check_segment_columns(path: Path, columns: Sequence[str]) -> None:
 
 def segment_cells(cells: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     """Return the column and the cell of a row that say its start, end, duration and channel, by these."""
-    found = {MEANINGS[name]: (name, cell) for name, cell in cells.items() if name in MEANINGS}
+    found = {SEGMENT_COLUMNS[name]: (name, cell) for name, cell in cells.items() if name in SEGMENT_COLUMNS}
     if START not in found:
         found.pop(DURATION, None)
     return found
@@ -75,4 +75,4 @@ def read_segment(found: Mapping[str, tuple[str, str]]) -> Segment | tuple[str, L
 def segment_or_whole(cells: Mapping[str, str]) -> Segment:
     """Return the part of the recording that a row's cells name, by columns; all of it if they name none."""
     segment = read_segment(segment_cells(cells))
-    return segment if isinstance(segment, Segment) else WHOLE
+    return segment if isinstance(segment, Segment) else WHOLE_RECORDING

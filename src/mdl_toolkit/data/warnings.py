@@ -18,7 +18,7 @@ from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.utils.console import warn
 
 # Examples that a message names.
-MOST_NAMED = 10
+MOST_LEAKS_NAMED = 10
 # The loss is judged after so many steps at least, and after this share of all steps; the losses of so many
 # steps are compared at least; less than this share of the loss is no fall.
 FEWEST_STEPS = 50
@@ -65,8 +65,8 @@ def warn_of_identical_answers(dataset: ConvertedDataset) -> bool:
     """Warn if all examples have one answer; tell whether they have. Reading ends at the first other one."""
     if len(dataset) < 2 or np.ptp(dataset.supervised_counts):
         return False
-    first = _answer(dataset, 0)
-    if not all(np.array_equal(first, _answer(dataset, row)) for row in range(1, len(dataset))):
+    first = _answer_ids(dataset, 0)
+    if not all(np.array_equal(first, _answer_ids(dataset, row)) for row in range(1, len(dataset))):
         return False
     warn(
         "all {count} rows have the same answer: there is nothing to learn but that one; check the column "
@@ -76,7 +76,7 @@ def warn_of_identical_answers(dataset: ConvertedDataset) -> bool:
     return True
 
 
-def _answer(dataset: ConvertedDataset, row: int) -> NDArray[np.int32]:
+def _answer_ids(dataset: ConvertedDataset, row: int) -> NDArray[np.int32]:
     labels = dataset.tokens(row).labels
     answer: NDArray[np.int32] = labels[labels != IGNORE_INDEX]
     return answer
@@ -147,8 +147,8 @@ def warn_of_leaks(train_set: ConvertedDataset, eval_set: ConvertedDataset) -> bo
             "{count} {kind} (line {lines})",
             count=len(indices),
             kind=kind,
-            lines=", ".join(str(eval_set.line(index)) for index in indices[:MOST_NAMED])
-            + ", ..." * (len(indices) > MOST_NAMED),
+            lines=", ".join(str(eval_set.line(index)) for index in indices[:MOST_LEAKS_NAMED])
+            + ", ..." * (len(indices) > MOST_LEAKS_NAMED),
         )
         for indices, kind in kinds
         if indices

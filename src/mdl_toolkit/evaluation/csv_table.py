@@ -8,7 +8,7 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mdl_toolkit.audio.segments import WHOLE, Segment
+from mdl_toolkit.audio.segments import WHOLE_RECORDING, Segment
 from mdl_toolkit.audio.urls import without_credentials
 from mdl_toolkit.data.column_names import AUDIO, PREDICTION, check_columns, find_column, forgive
 from mdl_toolkit.data.csv_reader import cell_problems, no_rows_error, open_rows
@@ -57,7 +57,7 @@ class Table:
         """Return the cells of `audio`, `[rows]`, and the segments that other columns name, if asked for."""
         names = self.column(AUDIO)
         if not by_segment:
-            return [(name, WHOLE) for name in names]
+            return [(name, WHOLE_RECORDING) for name in names]
         cells = (dict(zip(self.columns, row, strict=True)) for row in self.cells)
         return [(name, segment_or_whole(row)) for name, row in zip(names, cells, strict=True)]
 

@@ -34,7 +34,7 @@ def evaluation_values(
     scores = find_column(score_column or SCORE, [*evaluation.rows[0].cells])
 
     def badness(row: RowResult) -> tuple[bool, bool, float, float, int]:
-        score, share = _finite(row.cells.get(scores, "")), row.errors / max(row.length, 1)
+        score, share = _read_number(row.cells.get(scores, "")), row.errors / max(row.length, 1)
         return row.is_right, not row.failed, -share, math.inf if score is None else -score, row.line
 
     rows = sorted(evaluation.rows, key=badness)
@@ -51,7 +51,7 @@ def evaluation_values(
         "state": [FAILED if row.failed else RIGHT if row.is_right else WRONG for row in rows],
         "errors": [row.errors for row in rows],
         "length": [row.length for row in rows],
-        "score": _unless_empty([_finite(row.cells.get(scores, "")) for row in rows]),
+        "score": _unless_empty([_read_number(row.cells.get(scores, "")) for row in rows]),
         "by_character": evaluation.settings["errors_in"] == CHARACTER,
         "normalize": evaluation.settings["normalize"],
         "groups": groups,
@@ -76,7 +76,7 @@ def table_values(
         "reference": None,
         "prediction": table.column(PREDICTION),
         "error": _unless_empty(column(ERROR)),
-        "score": _unless_empty([*map(_finite, column(scores))]),
+        "score": _unless_empty([*map(_read_number, column(scores))]),
         "groups": [],
         "audio": audio_values(rows, base_dir, page, embedded),
         **dict.fromkeys(("state", "errors", "length", "labels", "expected", "given")),
@@ -88,7 +88,7 @@ def _unless_empty(cells: list[Any]) -> list[Any] | None:
     return None if all(cell in ("", None) for cell in cells) else cells
 
 
-def _finite(cell: str) -> float | None:
+def _read_number(cell: str) -> float | None:
     """Read a finite number; None for anything else, such as the scores of several labels."""
     with suppress(ValueError):
         return number if math.isfinite(number := float(cell)) else None
@@ -118,9 +118,9 @@ def _metrics_section(evaluation: Evaluation) -> dict[str, Any]:
     note = Localized("a row is right if {rule}; errors are counted in {unit}", rule=rule, unit=unit)
     confusion = evaluation.confusion
     return {
-        "figures": _figures(evaluation.metrics),
+        "figures": _metric_values(evaluation.metrics),
         "groups": [
-            {"column": each.column, "name": each.name, "rows": each.rows, "figures": _figures(each.metrics)}
+            {"column": each.column, "name": each.name, "rows": each.rows, "figures": _metric_values(each.metrics)}
             for each in evaluation.groups
         ],
         "confusion": confusion and {"labels": confusion.labels, "counts": confusion.counts},
@@ -128,7 +128,7 @@ def _metrics_section(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def _figures(metrics: Sequence[MetricValue]) -> list[dict[str, Any]]:
+def _metric_values(metrics: Sequence[MetricValue]) -> list[dict[str, Any]]:
     """Return metrics with their intervals, and how they compare with another system's."""
     figures = []
     for each in metrics:

@@ -54,7 +54,7 @@ def refuse_devices(folder: Path, error: type[ToolkitError]) -> None:
     with suppress(OSError):
         paths = sorted(folder.iterdir())
     for path in paths:
-        if path.exists() and not path.is_file() and not path.is_dir():
+        if is_special(path):
             message = Localized(
                 "{path}: a FIFO, socket or device, which is never read here; remove it", path=path
             )

@@ -25,7 +25,7 @@ BLOCK, BLOCKS, TOLERANCE = 1 << 16, 16, 2.0
 # In place of a digest: any content.
 ANY = "any"
 # Folders of these commands are replaced as a whole.
-WHOLE = ("convert-dataset", "merge")
+REPLACED_WHOLE = ("convert-dataset", "merge")
 
 
 # --- the record ------------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ def check_not_inside(output: Path, option: str = "--output") -> None:
         InputError: naming the folder.
     """
     for folder in output.absolute().resolve().parents:
-        if _read(folder)["is_whole"] or maker(folder) in WHOLE:
+        if _read(folder)["is_whole"] or maker(folder) in REPLACED_WHOLE:
             raise InputError(
                 "{option} {output}: {folder} is a dataset, a model or a checkpoint, which another file would "
                 "spoil; choose another place",
