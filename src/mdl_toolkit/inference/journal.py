@@ -12,8 +12,8 @@ The next run with the same fingerprint takes over the answers of a killed one. T
 are moved to `NAME.previous-N`, and taken over from there when a run asks for them again.
 """
 
+import glob
 import json
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -26,6 +26,7 @@ from mdl_toolkit.utils.console import say
 from mdl_toolkit.utils.distributed import PeerLostError
 from mdl_toolkit.utils.files import parse_json, replace_file, report_write_errors
 from mdl_toolkit.utils.locks import hold_lock
+from mdl_toolkit.utils.ownership import unused
 
 RUN = "run.json"
 
@@ -97,8 +98,7 @@ class AnswerJournal:
             return len(self.answers())
         with report_write_errors(f"--output {self.output}", InputError):
             if answered := len(self.answers()):
-                number = max(self._previous(), default=0) + 1
-                folder = self._target.with_name(f"{self._target.name}.previous-{number}")
+                folder = unused(self._target.with_name(f"{self._target.name}.previous"))
                 folder.mkdir()
                 _move_answers(self.path, folder)
                 say(
@@ -107,17 +107,11 @@ class AnswerJournal:
                     answered=answered,
                     place=folder,
                 )
-            same = (old for old in self._previous().values() if _fingerprint_in(old) == fingerprint)
-            if (previous := next(same, None)) is not None:
+            older = self._target.parent.glob(f"{glob.escape(self._target.name)}.previous-*")
+            if previous := next((each for each in older if _fingerprint_in(each) == fingerprint), None):
                 _move_answers(previous, self.path)
             (self.path / RUN).write_text(json.dumps(fingerprint), encoding="utf-8")
         return len(self.answers())
-
-    def _previous(self) -> dict[int, Path]:
-        """Return the folders of answers that were set aside, by number."""
-        name = re.compile(re.escape(self._target.name) + r"\.previous-(\d+)")
-        matches = ((name.fullmatch(path.name), path) for path in sorted(self._target.parent.iterdir()))
-        return {int(match[1]): path for match, path in matches if match}
 
     def answers(self) -> dict[int, list[str]]:
         """Read the cells of every answer, by the row's index in the dataset."""

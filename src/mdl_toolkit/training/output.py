@@ -18,7 +18,7 @@ from mdl_toolkit.training.checkpoints import (
 )
 from mdl_toolkit.utils.console import say, warn
 from mdl_toolkit.utils.files import check_apart, recover_outputs, replace_file, report_write_errors
-from mdl_toolkit.utils.ownership import maker, refuse, visible
+from mdl_toolkit.utils.ownership import maker, refuse, unused, visible
 from mdl_toolkit.utils.run_folder import LOG, PLOT, REPORT
 from mdl_toolkit.weights.provenance import PROVENANCE_FILE, Provenance
 from mdl_toolkit.weights.resolve import ADAPTER_CONFIG, FINAL, MODEL_CONFIG
@@ -132,12 +132,7 @@ def set_aside(output: Path, resumed: Checkpoint | None = None) -> Path | None:
         paths += [output / RUNS] if any((output / RUNS).glob("*/events.out.tfevents.*")) else []
     if {path.name for path in paths} <= {SETTINGS_FILE, PROVENANCE_FILE}:
         return None
-    numbers = [
-        int(path.name.removeprefix("previous-"))
-        for path in output.glob("previous-*")
-        if path.name.removeprefix("previous-").isdigit()
-    ]
-    previous = output / f"previous-{max(numbers, default=0) + 1}"
+    previous = unused(output / "previous")
     previous.mkdir()
     for path in paths:
         path.rename(previous / path.name)

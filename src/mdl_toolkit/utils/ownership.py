@@ -7,6 +7,7 @@ removed. Hidden files, such as `.DS_Store`, do not make a folder the user's: the
 """
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -216,6 +217,12 @@ def discard(old: Path, target: Path, kind: str) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def unused(path: Path) -> Path:
+    """Return the first of `PATH-1`, `PATH-2` and so on where nothing is."""
+    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(1))
+    return next(each for each in numbered if not os.path.lexists(each))
+
+
 def set_aside(path: Path, target: Path) -> Path:
     """Rename what was at a target to an unused `NAME.previous-N` beside it, say so, and return that.
 
@@ -224,9 +231,7 @@ def set_aside(path: Path, target: Path) -> Path:
     Raises:
         OSError: it cannot be renamed.
     """
-    number = 1
-    while os.path.lexists(place := target.with_name(f"{target.name}.previous-{number}")):
-        number += 1
+    place = unused(target.with_name(f"{target.name}.previous"))
     try:
         os.link(path, place)
     except OSError:
