@@ -192,6 +192,18 @@ def test_messages_of_one_kind_are_put_together():
     assert join_messages(messages[:1], "{left}; {right}") == messages[0]
 
 
+@pytest.mark.parametrize(
+    ("problem", "said"),
+    [
+        (OSError(28, "No space left on device", "/data/x"), "No space left on device"),
+        (ValueError("first\n  second"), "first second"), (ValueError(), "ValueError"),
+        (OSError("it is not there"), "it is not there"),
+    ],
+)  # fmt: skip
+def test_an_exception_is_what_it_says_in_one_line(problem, said):
+    assert Localized("x.csv: {reason}", reason=problem).en == f"x.csv: {said}"
+
+
 def test_a_message_shows_values_as_a_terminal_may_show_them():
     shown = str(Localized("{path}: {text!r}\n", path="\x1b]0;x\x07\udc80\r.wav", text="\x1b" + "a" * 100_000))
     assert shown.startswith("\\x1b]0;x\\x07\\udc80\\r.wav: '\\x1baaa")

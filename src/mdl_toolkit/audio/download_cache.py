@@ -57,7 +57,7 @@ class Downloads:
         with report_write_errors(str(self._folder), AudioError):
             self._folder.mkdir(parents=True, exist_ok=True)
             with hold_lock(content.with_suffix(".lock")):
-                record = _read_record(content)
+                record = _Record.beside(content)
                 is_whole = content.is_file() and content.stat().st_size == record.size
                 if record.run != self._run or not (record.en or is_whole):
                     is_known = is_whole and record.size <= self._max_mb * MEGABYTE
@@ -109,10 +109,10 @@ class _Record(RemoteVersion):
     en: str = ""
     zh: str = ""
 
-
-def _read_record(content: Path) -> _Record:
-    """Return the record beside a content; an empty one if it is missing or damaged."""
-    try:
-        return _Record(**parse_json(content.with_suffix(".json").read_bytes()))
-    except (OSError, ValueError, TypeError):
-        return _Record()
+    @classmethod
+    def beside(cls, content: Path) -> "_Record":
+        """Read the record beside a content; it is empty if it is missing or damaged."""
+        try:
+            return cls(**parse_json(content.with_suffix(".json").read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return cls()

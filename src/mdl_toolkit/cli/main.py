@@ -141,22 +141,18 @@ def run(words: Sequence[str]) -> int:
     except BaseException as problem:
         if session.debug or not (isinstance(problem, Exception) or is_panic(problem)):
             raise
-        _write_error(_unforeseen(problem))
+        what = " ".join(f"{type(problem).__name__}: {problem}".split())
+        message = Localized("error: a bug in mdl-toolkit: {what} (--debug shows the traceback)", what=what)
+        if package := broken_package(problem):
+            message = Localized(
+                "error: the package {package} cannot be imported: {what}; repair it, for example by `pip "
+                "install --force-reinstall --no-deps {package}` (--debug shows the traceback)",
+                package=package,
+                what=what,
+            )
+        _write_error(message)
         return FAILED
     return 0
-
-
-def _unforeseen(problem: BaseException) -> Localized:
-    """Tell a package that does not work from a bug of ours."""
-    what = " ".join(f"{type(problem).__name__}: {problem}".split())
-    if package := broken_package(problem):
-        return Localized(
-            "error: the package {package} cannot be imported: {what}; repair it, for example by `pip install "
-            "--force-reinstall --no-deps {package}` (--debug shows the traceback)",
-            package=package,
-            what=what,
-        )
-    return Localized("error: a bug in mdl-toolkit: {what} (--debug shows the traceback)", what=what)
 
 
 def _write_error(message: Localized) -> None:

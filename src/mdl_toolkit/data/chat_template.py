@@ -117,7 +117,15 @@ def _skeleton(template: ChatTemplate, shape: _Shape) -> tuple[Span, ...]:
     Raises:
         ModelError: see `ChatTemplate.spans`.
     """
-    turns, texts = _marked_turns(shape), sum(has_text for _, has_text, _ in shape)
+    # Messages as a template takes them, with numbered marks for their texts.
+    turns: list[dict[str, Any]] = []
+    texts = 0
+    for role, has_text, has_audio in shape:
+        content: list[dict[str, str]] = [{"type": "audio", "audio": ""}] if has_audio else []
+        if has_text:
+            content.append({"type": "text", "text": _MARK.format(texts)})
+            texts += 1
+        turns.append({"role": role, "content": content if has_audio else content[0]["text"]})
     if shape[-1][0] != "assistant":
         return tuple(_prompt_spans(template, _render(template, turns, asking=True), texts))
     prompt = _prompt_spans(template, _render(template, turns[:-1], asking=True), texts - 1)
@@ -133,18 +141,6 @@ def _skeleton(template: ChatTemplate, shape: _Shape) -> tuple[Span, ...]:
     answer = [Span("answer", str(texts - 1), False), Span("answer", end, True)]
     following = after.removeprefix(end)
     return (*prompt, *answer, *([Span("prompt", following, True)] if following else []))
-
-
-def _marked_turns(shape: _Shape) -> list[dict[str, Any]]:
-    """Return messages as a template takes them, with numbered marks for their texts."""
-    turns, text_index = [], 0
-    for role, has_text, has_audio in shape:
-        content: list[dict[str, str]] = [{"type": "audio", "audio": ""}] if has_audio else []
-        if has_text:
-            content.append({"type": "text", "text": _MARK.format(text_index)})
-            text_index += 1
-        turns.append({"role": role, "content": content if has_audio else content[0]["text"]})
-    return turns
 
 
 def _prompt_spans(template: ChatTemplate, rendered: str, texts: int) -> list[Span]:

@@ -22,6 +22,7 @@ from mdl_toolkit.data.check.rows import Facts, Inspection
 from mdl_toolkit.data.check.text import report_lines
 from mdl_toolkit.data.convert.plan import TOGETHER_BYTES, expected_bytes
 from mdl_toolkit.data.convert.run import FEW_ROWS
+from mdl_toolkit.data.csv_reader import no_rows_error
 from mdl_toolkit.data.manifest import Manifest, Row, read_manifest
 from mdl_toolkit.data.open_audio import Recordings
 from mdl_toolkit.data.tokenization import ChatTokenizer, prefix_sample
@@ -60,7 +61,12 @@ def check(options: CheckOptions, forecast: Forecast | None = None) -> Figures:
         ModelError: the model's folder is here, and broken.
     """
     end_unguarded_script()
-    _check_output_paths(options)
+    named = (("--write-fixed", options.write_fixed), ("--json", options.json))
+    outputs = {name: Path(path) for name, path in named if isinstance(path, str)}
+    for name, output in outputs.items():
+        check_file(output, options.input, name)
+    if len(outputs) == 2:
+        check_apart(outputs["--write-fixed"], outputs["--json"], "--write-fixed", "--json")
     training = None if options.for_inference else _training_options(options)
     manifests = [
         read_manifest(path, options, needs_prediction=not options.for_inference) for path in options.input
@@ -87,16 +93,6 @@ def check(options: CheckOptions, forecast: Forecast | None = None) -> Figures:
         figures["training"] = forecast(folder, training, findings[0].facts(), prefix_length)
     _report(figures, manifests[0], findings[0], options)
     return figures
-
-
-def _check_output_paths(options: CheckOptions) -> None:
-    """Refuse to write over an input, or two outputs to one path."""
-    named = (("--write-fixed", options.write_fixed), ("--json", options.json))
-    outputs = {name: Path(path) for name, path in named if isinstance(path, str)}
-    for name, output in outputs.items():
-        check_file(output, options.input, name)
-    if len(outputs) == 2:
-        check_apart(outputs["--write-fixed"], outputs["--json"], "--write-fixed", "--json")
 
 
 def _training_options(options: CheckOptions) -> "TrainOptions":
@@ -155,7 +151,7 @@ def _inspect_file(
             findings.add(inspected)
             bar.advance(inspected.rows)
     if not findings.rows and not findings.bad_lines and not options.for_inference:
-        raise manifest.no_rows()
+        raise no_rows_error(manifest.file.path)
     return findings
 
 
