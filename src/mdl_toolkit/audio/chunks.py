@@ -1,7 +1,7 @@
 """Check that sizes in headers fit the file: WAV, RF64, W64, AIFF, CAF, AU, NIST Sphere, MP4, Matroska, AVI.
 
-Of WAV and AIFF decoders see the format and the sound alone, with a size that is right: they refuse files for
-other chunks that they do not like, and believe sizes that a program left behind.
+Decoders are shown the format and the sound of WAV and AIFF alone, with the right size: they refuse files for
+the sake of other chunks, and trust sizes that a program never filled in.
 """
 
 import re

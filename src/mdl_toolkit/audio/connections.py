@@ -19,7 +19,7 @@ class PrivateAddressError(Exception):
 
 
 class ConnectionWatch:
-    """Cut connections off that bring nothing; a context for one try, and the callback of httpx's trace.
+    """Cut off connections over which nothing comes; a context for one try, and the callback of httpx's trace.
 
     Args:
         patience: seconds for an answer's head, and between two pieces of its body.

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mdl_toolkit.audio.mixdown import to_model_rate
 from mdl_toolkit.model.constants import SAMPLE_RATE
 
-# A step is two to the power of -26, or of a clip's peak if that is two or more.
+# Samples are rounded to 2**-26 of full scale, or of the power of two below the peak where that is 2 or more.
 STEP_BITS = 26
 # Bits below the 24 that FLAC takes.
 FINE_BITS = 4

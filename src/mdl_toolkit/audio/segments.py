@@ -139,7 +139,7 @@ class Cutter:
     def __init__(self, segments: Iterable[Segment]) -> None:
         self.rate = self.channels = self.length = 0
         self.cuts = [Cut(segment) for segment in segments]
-        # The first one is the last here.
+        # Backwards, so that the next one to begin is the last.
         self._waiting = sorted(self.cuts, key=lambda cut: -cut.segment.start)
         self._open: list[Cut] = []
 
