@@ -22,6 +22,7 @@ from mdl_toolkit.data.csv_reader import (
     Line,
     cell_problems,
     file_stamp,
+    no_rows_error,
     open_rows,
 )
 from mdl_toolkit.data.missing import explain_missing
@@ -33,7 +34,7 @@ from mdl_toolkit.data.segment_columns import (
     read_segment,
     segment_cells,
 )
-from mdl_toolkit.errors import Problems, RowProblem
+from mdl_toolkit.errors import InputError, Problems, RowProblem
 from mdl_toolkit.i18n import Localized
 
 # The columns that are read.
@@ -165,6 +166,10 @@ class Manifest:
     def check(self, problems: Problems) -> None:
         """Raise RowsError if there is any problem with the rows."""
         problems.check(self.source, is_list=self.listed is not None)
+
+    def no_rows(self) -> InputError:
+        """Return the error for a CSV of column names alone."""
+        return no_rows_error(self.file.path)
 
 
 def read_manifest(path: str | Path, options: ConversionOptions, *, needs_prediction: bool) -> Manifest:

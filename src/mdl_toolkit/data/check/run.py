@@ -22,7 +22,6 @@ from mdl_toolkit.data.check.rows import Facts, Inspection
 from mdl_toolkit.data.check.text import report_lines
 from mdl_toolkit.data.convert.plan import TOGETHER_BYTES, expected_bytes
 from mdl_toolkit.data.convert.run import FEW_ROWS
-from mdl_toolkit.data.csv_reader import no_rows_error
 from mdl_toolkit.data.manifest import Manifest, Row, read_manifest
 from mdl_toolkit.data.open_audio import Recordings
 from mdl_toolkit.data.tokenization import ChatTokenizer, prefix_sample
@@ -151,7 +150,7 @@ def _inspect_file(
             findings.add(inspected)
             bar.advance(inspected.rows)
     if not findings.rows and not findings.bad_lines and not options.for_inference:
-        raise no_rows_error(manifest.file.path)
+        raise manifest.no_rows()
     return findings
 
 

@@ -15,7 +15,6 @@ from functools import lru_cache
 from typing import Any
 
 from mdl_toolkit.audio.urls import is_url
-from mdl_toolkit.data.csv_reader import no_rows_error
 from mdl_toolkit.data.manifest import Manifest, Row
 from mdl_toolkit.errors import MOST_ROWS_SHOWN, InputError, Problems, RowProblem
 from mdl_toolkit.model.constants import SAMPLE_RATE
@@ -139,7 +138,7 @@ def make_plan(
 
     chunks = _chunks(usable())
     if not chunks[0].rows and not problems.count:
-        raise no_rows_error(manifest.file.path)
+        raise manifest.no_rows()
     shards = tuple(_shards(chunks, identity)) if chunks[0].rows else ()
     bad_lines = [str(problem.line) for problem in problems.first]
     fingerprint = _fingerprint_of(identity, *(shard.fingerprint for shard in shards), *bad_lines)
