@@ -12,7 +12,7 @@ from mdl_toolkit.audio.segments import WHOLE_RECORDING, Segment
 from mdl_toolkit.audio.urls import without_credentials
 from mdl_toolkit.data.column_names import AUDIO, PREDICTION, check_columns, find_column, forgive
 from mdl_toolkit.data.csv_reader import cell_problems, no_rows_error, open_rows
-from mdl_toolkit.data.segment_columns import MEANINGS, segment_or_whole
+from mdl_toolkit.data.segment_columns import SEGMENT_COLUMNS, segment_or_whole
 from mdl_toolkit.errors import InputError, Problems, shorten
 from mdl_toolkit.i18n import Localized, join_messages
 
@@ -20,7 +20,7 @@ REFERENCE, ERROR, SCORE, LENGTH = "reference", "error", "score", "length"
 # Columns with the length of a recording.
 SECONDS = ("seconds", "duration")
 # The columns that are read by their names.
-READ = (AUDIO, PREDICTION, REFERENCE, ERROR, SCORE, LENGTH, *SECONDS, *MEANINGS)
+READ = (AUDIO, PREDICTION, REFERENCE, ERROR, SCORE, LENGTH, *SECONDS, *SEGMENT_COLUMNS)
 # A cell of `audio` and a part of it.
 Recording = tuple[str, Segment]
 # Number of rows that a message names.

@@ -120,7 +120,12 @@ def _metrics_section(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "figures": _metric_values(evaluation.metrics),
         "groups": [
-            {"column": each.column, "name": each.name, "rows": each.rows, "figures": _metric_values(each.metrics)}
+            {
+                "column": each.column,
+                "name": each.name,
+                "rows": each.rows,
+                "figures": _metric_values(each.metrics),
+            }
             for each in evaluation.groups
         ],
         "confusion": confusion and {"labels": confusion.labels, "counts": confusion.counts},
