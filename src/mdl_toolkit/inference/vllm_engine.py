@@ -4,8 +4,11 @@ The plugin (`serving/vllm_plugin.py`) makes vLLM compute what the toolkit comput
 there is room, so that no answer waits for the slowest of its batch.
 """
 
+import logging
 import os
+import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,18 @@ ENVIRONMENT = {
     # GiB, on a CPU; it would take nine tenths of the memory.
     "VLLM_CPU_KVCACHE_SPACE": "2",
 }
+
+
+@contextmanager
+def quiet_vllm() -> Iterator[None]:
+    """Silence what vLLM and its libraries say of themselves while they are loaded in the context."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 class VllmAnswerer:
@@ -67,27 +82,28 @@ class VllmAnswerer:
             }
         say_loading(base or folder)
         os.environ |= {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
-        import vllm
-        from vllm.lora.request import LoRARequest
-
+        with quiet_vllm():
+            from vllm import LLM, SamplingParams
+            from vllm.lora.request import LoRARequest
         if most_tokens > FEWEST_BATCHED:
             # A recording must fit.
             settings["max_num_batched_tokens"] = most_tokens
         try:
-            self._engine = vllm.LLM(
-                model=str(base or folder),
-                dtype=str(choose_dtype(options.bf16)).removeprefix("torch."),
-                max_model_len=most_tokens,
-                max_num_seqs=options.batch_size,
-                limit_mm_per_prompt={"audio": 1},
-                # No recording comes twice.
-                mm_processor_cache_gb=0,
-                # On a CPU, compiling takes longer than most runs.
-                enforce_eager=not torch.cuda.is_available(),
-                trust_remote_code=False,
-                use_tqdm_on_load=False,
-                **settings,
-            ).llm_engine
+            with quiet_vllm():
+                self._engine = LLM(
+                    model=str(base or folder),
+                    dtype=str(choose_dtype(options.bf16)).removeprefix("torch."),
+                    max_model_len=most_tokens,
+                    max_num_seqs=options.batch_size,
+                    limit_mm_per_prompt={"audio": 1},
+                    # No recording comes twice.
+                    mm_processor_cache_gb=0,
+                    # On a CPU, compiling takes longer than most runs.
+                    enforce_eager=not torch.cuda.is_available(),
+                    trust_remote_code=False,
+                    use_tqdm_on_load=False,
+                    **settings,
+                ).llm_engine
         # It raises a dozen kinds of errors; each means that it cannot serve the model here.
         except Exception as problem:
             if describe_oom(problem) is not None:
@@ -96,7 +112,7 @@ class VllmAnswerer:
             raise ModelError(
                 "{folder}: vLLM cannot load it: {reason}", folder=base or folder, reason=reason
             ) from problem
-        self._vllm, self._tokenizer, self._options = vllm, tokenizer, options
+        self._params, self._tokenizer, self._options = SamplingParams, tokenizer, options
         self._lora = None if base is None else LoRARequest("adapter", 1, str(folder))
         self._audio = tokenizer.id_of(dict(tokenizer.files.specials)["audio_token"])
 
@@ -127,7 +143,7 @@ class VllmAnswerer:
         return {"prompt_token_ids": ids, "multi_modal_data": recording}
 
     def _settings(self, question: Question) -> Any:
-        return self._vllm.SamplingParams(
+        return self._params(
             max_tokens=question.max_new_tokens,
             temperature=self._options.temperature,
             top_p=self._options.top_p,
