@@ -13,7 +13,14 @@ TEXT_MODEL_TYPES = ("qwen2_5_omni_text", "qwen2", "qwen3")
 
 
 class MiDashengEncoderConfig(PreTrainedConfig):
-    """Configure the Dasheng audio encoder: a vision transformer over log-mel patches of 64 bins x 40 ms."""
+    """Configure the Dasheng audio encoder: a vision transformer over log-mel patches of 64 bins x 40 ms.
+
+    Attributes:
+        n_mels_patch: mel bins of an acoustic branch beside it; None if there is none.
+        semantic_module: name, in a model with that branch, of the encoder without it.
+        acoustic_patch_embed_module: name of the branch's convolution.
+        acoustic_norm_module: name of its layer norm.
+    """
 
     model_type = "midashenglm_dasheng_encoder"
 
@@ -38,6 +45,10 @@ class MiDashengEncoderConfig(PreTrainedConfig):
     f_max: float = 8000.0
     sample_rate: int = SAMPLE_RATE
     center: bool = True
+    n_mels_patch: int | None = None
+    semantic_module: str = "model"
+    acoustic_patch_embed_module: str = "patch_embed"
+    acoustic_norm_module: str = "norm"
 
     @property
     def patch_frames(self) -> int:

@@ -16,9 +16,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from mdl_toolkit.model.configuration import MiDashengEncoderConfig
 from mdl_toolkit.model.kernels.attention import chunked_attention, padded_attention
 from mdl_toolkit.model.lengths import patch_count, visible_patch_count
-from mdl_toolkit.model.mel import log_mel
+from mdl_toolkit.model.mel import acoustic_log_mel, log_mel
 
 LAYER_NORM_EPS = 1e-6
+ACOUSTIC_NORM_EPS = 1e-5
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,15 @@ class PatchLayout:
     def _there(self, indices: Tensor) -> Tensor:
         """Copy indices to the device without waiting for it."""
         return indices.to(self.device, non_blocking=True)
+
+    def cut(self, mel: Tensor, width: int) -> Tensor:
+        """Cut spectrograms `[clips, bins, frames]` into the real patches, `[patches, bins, width]`."""
+        most = max(self.clips)
+        whole = mel[:, :, : most * width].unflatten(2, (most, width)).transpose(1, 2)
+        # Indices from the CPU, not a mask: a GPU would have to wait for the count of what is true in it.
+        real = torch.arange(most) < torch.tensor(self.clips).unsqueeze(1)
+        clip, patch = real.nonzero(as_tuple=True)
+        return whole[self._there(clip), self._there(patch)].contiguous()
 
 
 class FrozenBatchNorm(nn.BatchNorm2d):
@@ -213,20 +223,48 @@ class MiDashengEncoder(nn.Module):
         # Clips of under 480 samples have no patch.
         if not layout.chunks:
             return self.norm.weight.new_zeros(0, self.config.embed_dim), layout
-        # Cut the spectrograms into the real patches, `[patches, bins, frames of one]`.
-        width, most = self.config.patch_frames, max(layout.clips)
-        whole = mel[:, :, : most * width].unflatten(2, (most, width)).transpose(1, 2)
-        # Indices from the CPU, not a mask: a GPU would have to wait for the count of what is true in it.
-        real = torch.arange(most) < torch.tensor(layout.clips).unsqueeze(1)
-        clip, patch = real.nonzero(as_tuple=True)
-        clip, patch = (each.to(mel.device, non_blocking=True) for each in (clip, patch))
-        patches = whole[clip, patch].contiguous()
+        patches = layout.cut(mel, self.config.patch_frames)
         x = self.patch_embed(self.init_bn(patches)) + (
             self.time_pos_embed[0, :, 0].T.index_select(0, layout.positions) + self.freq_pos_embed[0, :, 0, 0]
         )
         for block in self.blocks:
             x = block(x, layout)
         return self.norm(x), layout
+
+
+class AcousticEncoder(nn.Module):
+    """Add an acoustic branch to the encoder's output: patches of a finer spectrogram, normalised.
+
+    Its parts have the names that the configuration gives them, so that they are those of the checkpoint.
+    """
+
+    def __init__(self, config: MiDashengEncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        kernel = (config.n_mels_patch or 0, config.patch_frames)
+        self.add_module(config.semantic_module, MiDashengEncoder(config))
+        patch_embed = nn.Conv2d(config.input_channels, config.embed_dim, kernel, stride=kernel)
+        self.add_module(config.acoustic_patch_embed_module, patch_embed)
+        self.add_module(config.acoustic_norm_module, nn.LayerNorm(config.embed_dim, eps=ACOUSTIC_NORM_EPS))
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """Return the encoder's blocks; the branch has none."""
+        blocks = self.get_submodule(self.config.semantic_module).blocks
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks
+
+    def forward(self, waveforms: Tensor, lengths: list[int]) -> tuple[Tensor, PatchLayout]:
+        """Encode clips, as `MiDashengEncoder` does."""
+        config = self.config
+        semantic, layout = self.get_submodule(config.semantic_module)(waveforms, lengths)
+        if not layout.chunks:
+            return semantic, layout
+        patches = layout.cut(acoustic_log_mel(waveforms, lengths, config), config.patch_frames)
+        convolution = self.get_submodule(config.acoustic_patch_embed_module)
+        assert isinstance(convolution, nn.Conv2d)
+        embedded = convolution(patches.unsqueeze(1).to(convolution.weight.dtype)).flatten(1)
+        return semantic + self.get_submodule(config.acoustic_norm_module)(embedded), layout
 
 
 class AudioProjector(nn.Module):

@@ -16,6 +16,9 @@ from mdl_toolkit.model.lengths import frame_count
 FLOOR_POWER = 1e-10
 # The lowest level of a bin below the loudest bin of the same clip.
 DYNAMIC_RANGE_DB = 120.0
+# Of the acoustic branch: samples of its window and FFT, and the least magnitude of a mel bin.
+ACOUSTIC_N_FFT = 1024
+FLOOR_MAGNITUDE = 1e-7
 
 
 def log_mel(waveforms: Tensor, lengths: list[int], config: MiDashengEncoderConfig) -> Tensor:
@@ -32,29 +35,10 @@ def log_mel(waveforms: Tensor, lengths: list[int], config: MiDashengEncoderConfi
     Raises:
         ValueError: a clip is longer than its row or too short for one frame.
     """
-    # A reflection of n_fft / 2 samples needs one sample more to be reflected at.
-    padding = config.n_fft // 2
-    if waveforms.ndim != 2 or len(lengths) != len(waveforms):
-        shape = list(waveforms.shape)
-        raise ValueError(f"input_values {shape} do not match {len(lengths)} audio lengths")
-    for clip, length in enumerate(lengths):
-        if not padding < length <= waveforms.shape[1]:
-            raise ValueError(
-                f"clip {clip} has {length} samples; from {padding + 1} to {waveforms.shape[1]} are possible"
-            )
     with torch.autocast(waveforms.device.type, enabled=False):
-        padded = _reflect(waveforms.float(), lengths, padding)
-        window, filters = window_and_filters(
-            config.n_fft,
-            config.win_length,
-            config.n_mels,
-            config.sample_rate,
-            config.f_min,
-            config.f_max,
-            waveforms.device,
+        spectrum, filters = spectra(
+            waveforms, lengths, config, config.n_fft, config.win_length, config.n_mels
         )
-        sizes = config.n_fft, config.hop_length, config.win_length
-        spectrum = torch.stft(padded, *sizes, window, center=False, return_complex=True)
         power = spectrum.real.square() + spectrum.imag.square()
         mel = torch.matmul(filters.T, power)
         decibels = 10.0 * torch.log10(mel.clamp(min=FLOOR_POWER))
@@ -64,6 +48,57 @@ def log_mel(waveforms: Tensor, lengths: list[int], config: MiDashengEncoderConfi
         is_padding = torch.arange(decibels.shape[-1], device=waveforms.device) >= frames.unsqueeze(1)
         loudest = decibels.masked_fill(is_padding.unsqueeze(1), -torch.inf).amax(dim=(1, 2), keepdim=True)
         return torch.maximum(decibels, loudest - DYNAMIC_RANGE_DB)
+
+
+def acoustic_log_mel(waveforms: Tensor, lengths: list[int], config: MiDashengEncoderConfig) -> Tensor:
+    """Compute the acoustic branch's spectrograms, natural logarithms of mel magnitudes.
+
+    Args:
+        waveforms: `[clips, longest]`, zero-padded on the right.
+        lengths: samples of each clip.
+        config: n_mels_patch, hop_length and so on.
+
+    Returns:
+        `[clips, n_mels_patch, frames of the longest]` float32; frames beyond a clip's own are arbitrary.
+
+    Raises:
+        ValueError: a clip is longer than its row or too short for one frame.
+    """
+    assert config.n_mels_patch is not None
+    with torch.autocast(waveforms.device.type, enabled=False):
+        sizes = ACOUSTIC_N_FFT, ACOUSTIC_N_FFT, config.n_mels_patch
+        spectrum, filters = spectra(waveforms, lengths, config, *sizes)
+        return torch.matmul(filters.T, spectrum.abs()).clamp(min=FLOOR_MAGNITUDE).log()
+
+
+def spectra(
+    waveforms: Tensor,
+    lengths: list[int],
+    config: MiDashengEncoderConfig,
+    n_fft: int,
+    win_length: int,
+    n_mels: int,
+) -> tuple[Tensor, Tensor]:
+    """Compute complex spectra `[clips, n_fft // 2 + 1, frames]`, and return them with their mel filters.
+
+    Raises:
+        ValueError: a clip is longer than its row or too short for one frame.
+    """
+    # A reflection of n_fft / 2 samples needs one sample more to be reflected at.
+    padding = n_fft // 2
+    if waveforms.ndim != 2 or len(lengths) != len(waveforms):
+        shape = list(waveforms.shape)
+        raise ValueError(f"input_values {shape} do not match {len(lengths)} audio lengths")
+    for clip, length in enumerate(lengths):
+        if not padding < length <= waveforms.shape[1]:
+            raise ValueError(
+                f"clip {clip} has {length} samples; from {padding + 1} to {waveforms.shape[1]} are possible"
+            )
+    padded = _reflect(waveforms.float(), lengths, padding)
+    band = config.sample_rate, config.f_min, config.f_max
+    window, filters = window_and_filters(n_fft, win_length, n_mels, *band, waveforms.device)
+    sizes = n_fft, config.hop_length, win_length
+    return torch.stft(padded, *sizes, window, center=False, return_complex=True), filters
 
 
 def _reflect(waveforms: Tensor, lengths: list[int], padding: int) -> Tensor:

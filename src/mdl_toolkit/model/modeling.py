@@ -24,7 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mdl_toolkit.model.configuration import MiDashengLMConfig
 from mdl_toolkit.model.constants import IGNORE_INDEX
-from mdl_toolkit.model.encoder import AudioProjector, LayerScale, MiDashengEncoder
+from mdl_toolkit.model.encoder import AcousticEncoder, AudioProjector, LayerScale, MiDashengEncoder
 from mdl_toolkit.model.kernels.cross_entropy import head_loss, slice_size
 from mdl_toolkit.model.packed_decoder import PACKED_LAYERS, has_dropout, packed_states
 from mdl_toolkit.model.packing import PackingPlan, map_tensors, true_indices
@@ -87,7 +87,7 @@ class MiDashengLMModel(PreTrainedModel, GenerationMixin):
         "init_bn.running_mean",
         "init_bn.running_var",
     }
-    _keys_to_ignore_on_load_unexpected = [r"^audio_encoder\.front_end\."]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"^audio_encoder\.(\w+\.)?front_end\."]  # noqa: RUF012
     # Share of a token's target that goes to all tokens alike, in training mode.
     label_smoothing = 0.0
     _supports_sdpa = True
@@ -99,7 +99,7 @@ class MiDashengLMModel(PreTrainedModel, GenerationMixin):
     def __init__(self, config: MiDashengLMConfig) -> None:
         super().__init__(config)
         audio, text = config.parts
-        self.audio_encoder = MiDashengEncoder(audio)
+        self.audio_encoder = (AcousticEncoder if audio.n_mels_patch else MiDashengEncoder)(audio)
         self.audio_projector = AudioProjector(audio.embed_dim, text.hidden_size, config.subsample_factor)
         self.decoder = (Qwen3ForCausalLM if text.model_type == "qwen3" else Qwen2ForCausalLM)(text)
         for layer in self.decoder.model.layers:

@@ -16,7 +16,7 @@ from mdl_toolkit.errors import ModelError
 from mdl_toolkit.weights.loading import quiet_peft
 
 LORA_TARGETS = {
-    "encoder": r"audio_encoder\.blocks\.\d+\.(?:attn\.(?:qkv|proj)|mlp\.fc[12])",
+    "encoder": r"audio_encoder\.(?:\w+\.)?blocks\.\d+\.(?:attn\.(?:qkv|proj)|mlp\.fc[12])",
     "projector": r"audio_projector\.net\.[02]",
     "decoder": r"decoder\.model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)",
 }

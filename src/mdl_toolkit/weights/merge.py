@@ -37,7 +37,7 @@ DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 # Files that are merged at once.
 MOST_THREADS = 4
 # The model keeps these in float32, whatever its dtype.
-_ALWAYS_FLOAT32 = "audio_encoder.init_bn."
+_ALWAYS_FLOAT32 = ".init_bn."
 # Files of the base that are not copied: those written anew, and its weights in other formats.
 _LEFT_OUT = {CARD, SETTINGS_FILE, PROVENANCE_FILE, "pytorch_model.bin.index.json"}
 _OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack"}
@@ -154,7 +154,7 @@ def _merge_file(source: WeightFile, target: Path, delta: AdapterDelta, dtype: st
         if dtype is not None
         and entry.dtype in FLOATS
         and entry.dtype != DTYPES[dtype]
-        and not entry.name.startswith(_ALWAYS_FLOAT32)
+        and _ALWAYS_FLOAT32 not in entry.name
     }
 
     def changed(entry: TensorEntry) -> Iterator[Tensor] | None:
