@@ -172,14 +172,14 @@ def test_modelscope_s_cache_does_without_network(model, modelscope, capsys):
     modelscope.problem, modelscope.cached = ConnectionError("no route"), {NAME: model}
     assert find(NAME, from_modelscope=True) == model
     assert "taken from the cache" in capsys.readouterr().err
-    assert modelscope.asked == [(NAME, False), (NAME, True)]
+    assert modelscope.asked[-2:] == [(NAME, False), (NAME, True)]
 
 
 def test_the_other_name_in_modelscope_s_cache_does_too(model, modelscope):
     modelscope.problem, modelscope.cached = ConnectionError("no route"), {THERE: model}
     assert find(NAME, from_modelscope=True) == model
     # Without a network nothing is waited for twice.
-    assert modelscope.asked == [(NAME, False), (NAME, True), (THERE, True)]
+    assert modelscope.asked[-3:] == [(NAME, False), (NAME, True), (THERE, True)]
 
 
 def test_modelscope_is_asked_for_the_authors_name_there(model, modelscope):
@@ -194,6 +194,53 @@ def test_modelscope_is_asked_for_the_authors_name_there(model, modelscope):
 def test_modelscope_s_login_is_named(modelscope):
     modelscope.problem = HttpError(403)
     assert "`modelscope login`" in refused(find, NAME, from_modelscope=True)
+
+
+# --- before a download ---------------------------------------------------------------------------------
+
+WARNED = "33 GB; its authors recommend {}-1021-bf16 for fine-tuning (--model-name)"
+
+
+def test_the_default_s_size_is_said_before_it_is_downloaded(model, modelscope, capsys):
+    modelscope.online = {THERE: model}
+    assert find(THERE, from_modelscope=True, weights=False) == model
+    assert capsys.readouterr().err == ""
+    assert find(THERE, from_modelscope=True) == model
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"{THERE}: " in said
+    assert WARNED.format(THERE) in said
+
+
+def test_nothing_is_said_of_what_is_cached_or_another_model(model, modelscope, capsys):
+    newer = f"{THERE}-1021-bf16"
+    modelscope.online = modelscope.cached = {THERE: model, newer: model}
+    assert find(THERE, from_modelscope=True) == find(newer, from_modelscope=True) == model
+    modelscope.cached = {}
+    assert find(newer, from_modelscope=True) == model
+    assert capsys.readouterr().err == ""
+
+
+def test_on_hugging_face_the_cache_is_asked(model, tmp_path):
+    _, said = asked(NAME, tmp_path / "cache", **SOCKS)
+    assert WARNED.format(NAME) in said
+    put_in_cache(model, tmp_path / "cache", NAME)
+    _, said = asked(NAME, tmp_path / "cache", **SOCKS)
+    assert "33 GB" not in said
+
+
+@pytest.mark.parametrize("kind", ["midashenglm-spatial", "midashenglm-7b-gen", "MiDashengLM-spatial-0.6b"])
+def test_relatives_with_other_parts_are_refused_by_name(kind, modelscope):
+    for owner in ("mispeech", "midasheng"):
+        message = refused(find, f"{owner}/{kind}", from_modelscope=True)
+        assert message.startswith(f"model {owner}/{kind}: a relative of MiDashengLM")
+    assert modelscope.asked == []
+
+
+def test_somebody_s_own_model_may_have_such_a_name(model, modelscope):
+    modelscope.online = {"me/midashenglm-gen": model, "mispeech/midashenglm-genre": model}
+    for name in modelscope.online:
+        assert find(name, from_modelscope=True) == model
 
 
 # --- weights that are none -------------------------------------------------------------------------------

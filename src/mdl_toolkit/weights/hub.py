@@ -3,19 +3,28 @@
 A cache does where the hub cannot be reached. The authors' organisation has another name on each of the two.
 """
 
+import re
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.i18n import Localized
-from mdl_toolkit.utils.console import warn
+from mdl_toolkit.utils.console import say, warn
 
 TEXT_FILES = ("*.json", "*.jinja", "*.txt")
+WEIGHTS = "*.safetensors"
 # Files that a checkpoint folder may hold besides these; they are copied when a model is exported.
-OTHER_FILES = ("*.safetensors", "*.py", "*.md", "LICENSE*", "NOTICE*")
+OTHER_FILES = (WEIGHTS, "*.py", "*.md", "LICENSE*", "NOTICE*")
 ON_HUGGING_FACE, ON_MODELSCOPE = "mispeech", "midasheng"
+# How one logs in, to Hugging Face and to ModelScope.
+LOGINS = ("hf auth login", "modelscope login")
+# The default, and what its authors recommend in its place.
+FIRST_REVISION, RECOMMENDED = "midashenglm-7b", "midashenglm-7b-1021-bf16"
+# Models of the family that are no MiDashengLM.
+_OTHER_KINDS = re.compile(r"midashenglm(-[\w.]+)*-(spatial|gen)(-.*)?", re.IGNORECASE)
 
 
 def download(name: str, revision: str | None, *, from_modelscope: bool, weights: bool) -> Path:
@@ -28,15 +37,25 @@ def download(name: str, revision: str | None, *, from_modelscope: bool, weights:
         weights: download everything; otherwise only the small text files.
 
     Raises:
-        ModelError: neither hub nor cache has it.
+        ModelError: neither hub nor cache has it, or it is a relative of MiDashengLM with other parts.
     """
-    owner, _, model = name.partition("/")
+    owner, _, model = name.rpartition("/")
     here, there = (ON_HUGGING_FACE, ON_MODELSCOPE)[:: -1 if from_modelscope else 1]
     names = [name, *([f"{here}/{model}"] if owner == there else [])]
+    if owner in (here, there):
+        if _OTHER_KINDS.fullmatch(model):
+            raise ModelError(
+                "model {name}: a relative of MiDashengLM with parts that are not computed here; give a "
+                "MiDashengLM, for example {other}",
+                name=name,
+                other=f"{here}/{RECOMMENDED}",
+            )
+        if weights and model == FIRST_REVISION:
+            say_before_download(name, f"{here}/{RECOMMENDED}", revision, from_modelscope)
     problems: dict[str, Exception] = {}
     for candidate in names:
         # A hub that could not be reached is not asked again, only its cache.
-        only_cached = any(_status(problem) not in (401, 404) for problem in problems.values())
+        only_cached = any(status_of(problem) not in (401, 404) for problem in problems.values())
         for cached in (True,) if only_cached else (False, True):
             try:
                 folder = _snapshot(candidate, revision, from_modelscope, weights, cached=cached)
@@ -45,7 +64,7 @@ def download(name: str, revision: str | None, *, from_modelscope: bool, weights:
                 problems.setdefault(candidate, problem)
                 continue
             if cached:
-                reason = _reason(problems[name], from_modelscope)
+                reason = explain(problems[name], from_modelscope)
                 warn(
                     "{name}: taken from the cache, {folder} ({reason})",
                     name=candidate,
@@ -54,7 +73,7 @@ def download(name: str, revision: str | None, *, from_modelscope: bool, weights:
                 )
             return folder
     hub = "ModelScope" if from_modelscope else "Hugging Face"
-    first, *others = (_reason(problem, from_modelscope) for problem in problems.values())
+    first, *others = (explain(problem, from_modelscope) for problem in problems.values())
     message = Localized("{hub} did not give it ({reason})", hub=hub, reason=first)
     for second in others:
         message = Localized(
@@ -65,6 +84,21 @@ def download(name: str, revision: str | None, *, from_modelscope: bool, weights:
             second=second,
         )
     raise not_found(name, message) from problems[name]
+
+
+def say_before_download(name: str, recommended: str, revision: str | None, from_modelscope: bool) -> None:
+    """Say how large the default's weights are, and what its authors recommend, where they are not cached."""
+    weights: list[Path] = []
+    # The libraries raise errors of many kinds where the cache has nothing.
+    with suppress(Exception):
+        weights = [*_snapshot(name, revision, from_modelscope, True, cached=True).glob(WEIGHTS)]
+    if not weights:
+        say(
+            "{name}: the float32 weights of the first revision are downloaded now, 33 GB; its authors "
+            "recommend {other} for fine-tuning (--model-name)",
+            name=name,
+            other=recommended,
+        )
 
 
 def not_found(name: str, message: Localized) -> ModelError:
@@ -95,7 +129,7 @@ def _chain(problem: BaseException | None) -> Iterator[BaseException]:
         problem = problem.__cause__ or problem.__context__
 
 
-def _status(problem: Exception) -> int | None:
+def status_of(problem: Exception) -> int | None:
     """Return the HTTP status that an error tells of."""
     for each in _chain(problem):
         if type(each).__name__ == "NotExistError":
@@ -105,16 +139,16 @@ def _status(problem: Exception) -> int | None:
     return None
 
 
-def _reason(problem: Exception, from_modelscope: bool) -> Localized | str:
-    """Say why a hub did not give a model, and what to do about it."""
+def explain(problem: Exception, from_modelscope: bool) -> Localized | str:
+    """Say why a hub did not do what it was asked to, and what to do about it."""
     text = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
-    status, kinds = _status(problem), {type(each).__name__ for each in _chain(problem)}
+    status, kinds = status_of(problem), {type(each).__name__ for each in _chain(problem)}
     if status in (401, 403):
         return Localized(
             "status {status}: it is not there, or you have to log in, by `{login}`, and to accept the terms "
             "on its page",
             status=status,
-            login="modelscope login" if from_modelscope else "hf auth login",
+            login=LOGINS[from_modelscope],
         )
     if "SOCKS" in text:
         package = "requests[socks]" if from_modelscope else "httpx[socks]"
