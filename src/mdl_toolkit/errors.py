@@ -5,6 +5,7 @@
     |-- InputError          a CSV, a configuration file or an output path
     |   `-- RowsError       rows of a CSV: all of them in one message
     |-- AudioError          one recording that cannot be used
+    |   `-- TooLongError    one that is longer than is accepted
     |-- DatasetError        a converted dataset
     `-- ModelError          a model, tokenizer, adapter or checkpoint, or the way to it
 
@@ -105,6 +106,10 @@ class InputError(ToolkitError):
 
 class AudioError(ToolkitError):
     """Refuse a recording; the message does not name it, its caller does."""
+
+
+class TooLongError(AudioError):
+    """Refuse a recording that is longer than is accepted."""
 
 
 class DatasetError(ToolkitError):

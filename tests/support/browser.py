@@ -23,14 +23,14 @@ def _program() -> str | None:
 
 
 @contextmanager
-def chromium() -> Iterator[Any]:
-    """The browser."""
+def chromium(*words: str) -> Iterator[Any]:
+    """The browser, started with further words."""
     from playwright.sync_api import sync_playwright
 
     # A sandbox cannot be had by root, nor in most containers; only our own pages are opened.
     with sync_playwright() as play:
-        words = ["--no-sandbox"] if os.geteuid() == 0 else []
-        browser = play.chromium.launch(executable_path=_program(), args=words)
+        sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
+        browser = play.chromium.launch(executable_path=_program(), args=[*sandbox, *words])
         try:
             yield browser
         finally:

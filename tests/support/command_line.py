@@ -15,6 +15,7 @@ from mdl_toolkit.config.data import CheckOptions, CompletionOptions, ConvertOpti
 from mdl_toolkit.config.evaluation import EvaluateOptions, ReportOptions
 from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.config.options import Options
+from mdl_toolkit.config.serving import PushOptions, ServeOptions
 from mdl_toolkit.config.train import MergeOptions, TrainOptions
 
 COMMANDS: dict[str, type[Options]] = {
@@ -27,6 +28,8 @@ COMMANDS: dict[str, type[Options]] = {
         CheckOptions,
         EvaluateOptions,
         ReportOptions,
+        ServeOptions,
+        PushOptions,
         DemoOptions,
         CompletionOptions,
     )
@@ -99,6 +102,8 @@ NEEDED: dict[str, dict[str, str]] = {
     "check": {"INPUT": "in.csv"},
     "evaluate": {"INPUT": "in.csv"},
     "report": {"INPUT": "run"},
+    "serve": {"MODEL": "model"},
+    "push": {"FOLDER": "run/final", "REPO": "me/model"},
     "demo": {},
     "completion": {"SHELL": "bash"},
 }

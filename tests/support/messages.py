@@ -18,8 +18,8 @@ SOURCE = PACKAGE
 PO = SOURCE / "locale/zh/LC_MESSAGES/mdl_toolkit.po"
 MO = PO.with_suffix(".mo")
 ERRORS = (
-    "ToolkitError", "UsageError", "InputError", "AudioError", "DatasetError", "ModelError",
-    "NotMergeableError",
+    "ToolkitError", "UsageError", "InputError", "AudioError", "TooLongError", "DatasetError", "ModelError",
+    "NotMergeableError", "RequestError",
 )  # fmt: skip
 # What takes a template, and as which of its arguments.
 TAKES = {

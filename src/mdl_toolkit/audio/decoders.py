@@ -15,7 +15,7 @@ from mdl_toolkit.audio.file_parts import Integrity
 from mdl_toolkit.audio.mixdown import CONVERT, Floats
 from mdl_toolkit.audio.segments import Cutter
 from mdl_toolkit.audio.unreadable import explain_content
-from mdl_toolkit.errors import AudioError
+from mdl_toolkit.errors import AudioError, TooLongError
 from mdl_toolkit.i18n import Localized
 
 # Samples per channel that libsndfile decodes at once.
@@ -112,9 +112,9 @@ def _reason(problem: object) -> str:
 
 
 def _check_hours(seconds: float, most: float) -> None:
-    """Raise an error for a recording that is longer than some hours."""
+    """Raise TooLongError for a recording that is longer than some hours."""
     if seconds > most * 3600:
-        raise AudioError("it is longer than {most:g} hours; cut it, or set --max-audio-hours", most=most)
+        raise TooLongError("it is longer than {most:g} hours; cut it, or set --max-audio-hours", most=most)
 
 
 def _seconds_missing(promised: float, present: float) -> Localized:

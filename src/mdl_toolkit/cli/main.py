@@ -22,6 +22,7 @@ from mdl_toolkit.config.data import CheckOptions, CompletionOptions, ConvertOpti
 from mdl_toolkit.config.evaluation import EvaluateOptions, ReportOptions
 from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.config.options import Options
+from mdl_toolkit.config.serving import PushOptions, ServeOptions
 from mdl_toolkit.config.train import MergeOptions, TrainOptions
 from mdl_toolkit.config.types import TRUE_WORDS
 from mdl_toolkit.errors import ToolkitError, broken_package, is_panic
@@ -101,6 +102,8 @@ def toolkit() -> click.Group:
         (CheckOptions, _calls("check")),
         (EvaluateOptions, _evaluate),
         (ReportOptions, _calls("report")),
+        (ServeOptions, _calls("serve", "mdl_toolkit.serving.serve")),
+        (PushOptions, _calls("push", "mdl_toolkit.weights.push")),
         (DemoOptions, _calls("run_demo", "mdl_toolkit.demo")),
         (CompletionOptions, print_completion),
     ]

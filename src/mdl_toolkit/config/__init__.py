@@ -9,4 +9,5 @@ Modules:
     train        `TrainOptions`, `MergeOptions`
     inference    `InferenceOptions`
     evaluation   `EvaluateOptions`, `ReportOptions`
+    serving      `ServeOptions`, `PushOptions`
 """

@@ -204,6 +204,17 @@ def _parse_engine(value: Any) -> str:
     )
 
 
+def _parse_adapters(value: Any) -> tuple[str, ...]:
+    """Read NAME=FOLDER once or several times; no name may stand twice."""
+    items = tuple(map(_parse_path, [value] if isinstance(value, str) else value))
+    names = [item.partition("=")[0] for item in items]
+    if not all(name and item.partition("=")[2] for name, item in zip(names, items, strict=True)):
+        raise refuse("expected NAME=FOLDER")
+    if len({*names}) < len(names):
+        raise refuse("expected a name of its own for each folder")
+    return items
+
+
 def choice(*choices: str) -> ValueType:
     """Return the type of a value that is one of a few words."""
 
@@ -235,6 +246,7 @@ PATH = ValueType("PATH", _parse_path)
 OUTPUT = ValueType("PATH", _parse_output)
 NAME = ValueType("NAME|PATH", _parse_path)
 CADENCE = ValueType("N|FRACTION|epoch", _parse_cadence)
+ADAPTERS = ValueType("NAME=FOLDER", _parse_adapters, is_repeated=True)
 PATHS = ValueType("PATH", _parse_paths, is_repeated=True)
 RESUME = ValueType("true|false|PATH", _true_or(_parse_path), takes=lambda word: not word.startswith("-"))
 # A bare `--json` must not take the CSV after it for the file to write.
@@ -250,6 +262,7 @@ METRIC_LIST = some_of(*METRIC_NAMES, least=0)
 RESULT_FILES = ValueType("PATH", _parse_result_files, is_repeated=True)
 COUNT = _integer(1)
 WHOLE = _integer(0)
+PORT = _integer(0, 65_535)
 # numpy.random.seed accepts no more.
 SEED = _integer(0, 2**32 - 1)
 POSITIVE = _real(lambda x: x > 0, Localized("a number above 0"))

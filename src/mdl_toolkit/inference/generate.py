@@ -5,7 +5,7 @@ work for a whole batch. No answer depends on the others of its batch: greedy dec
 token at every step, and sampling draws from a random generator of the row's own.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -22,21 +22,6 @@ from mdl_toolkit.model.decoding_batch import DecodingBatch
 
 # Prompts join when a quarter of the batch is free: admitting one costs about as much as a step for all.
 JOINING = 4
-
-
-@dataclass(frozen=True)
-class Question:
-    """Hold a prompt to answer.
-
-    Attributes:
-        key: identifies its answer.
-        sample: prompt and recording.
-        max_new_tokens: the most tokens of an answer, at least one.
-    """
-
-    key: int
-    sample: Sample | PrecomputedSample
-    max_new_tokens: int
 
 
 @dataclass(frozen=True)
@@ -70,12 +55,43 @@ class SamplingParams:
         return [*map(int, tokens.gather(-1, ranks.clamp_(max=tokens.shape[-1] - 1)).flatten().tolist())]
 
 
+def pick_each(
+    logits: Tensor, samplings: Sequence[SamplingParams], generators: Sequence[np.random.Generator]
+) -> list[int]:
+    """Choose one token for each row of logits, `[rows, vocabulary]`, each by its own settings."""
+    tokens = [0] * len(samplings)
+    for sampling in {*samplings}:
+        rows = [row for row, own in enumerate(samplings) if own == sampling]
+        part = logits if len(rows) == len(tokens) else logits[rows]
+        for row, token in zip(rows, sampling.pick(part, [generators[row] for row in rows]), strict=True):
+            tokens[row] = token
+    return tokens
+
+
+@dataclass(frozen=True)
+class Question:
+    """Hold a prompt to answer.
+
+    Attributes:
+        key: identifies its answer.
+        sample: prompt and recording.
+        max_new_tokens: the most tokens of an answer, at least one.
+        sampling: how its tokens are chosen; None as the answerer chooses them.
+    """
+
+    key: int
+    sample: Sample | PrecomputedSample
+    max_new_tokens: int
+    sampling: SamplingParams | None = None
+
+
 @dataclass
 class _PartialAnswer:
     """Hold an answer that is being generated."""
 
     key: int
     max_new_tokens: int
+    sampling: SamplingParams
     generator: np.random.Generator
     ids: list[int]
 
@@ -85,6 +101,8 @@ class Answerer:
 
     Attributes:
         ends: tokens that end an answer.
+        listener: called with the key and each new token of a question, if there is one.
+        cancelled: keys of questions whose answers nobody waits for any more: they end with the next token.
     """
 
     def __init__(
@@ -105,6 +123,8 @@ class Answerer:
         self._model = base_model(model)
         self._tokenizer, self._sampling, self._batch_size = tokenizer, sampling, batch_size
         self.ends = end_ids(model, tokenizer)
+        self.listener: Callable[[int, int], None] | None = None
+        self.cancelled: set[int] = set()
         self._batch = DecodingBatch(self._model.decoder)
         self._running: list[_PartialAnswer] = []
 
@@ -120,10 +140,10 @@ class Answerer:
                 prompts = collate_prompts([each.sample for each in joining], self._tokenizer.pad_id)
                 longest = max(n + q.max_new_tokens for n, q in zip(prompts.lengths, joining, strict=True))
                 logits = admit(self._batch, self._model, prompts, self._batch_size, longest)
-                self._running += [
-                    _PartialAnswer(q.key, q.max_new_tokens, self._sampling.generator(q.key), [])
-                    for q in joining
-                ]
+                for q in joining:
+                    sampling = q.sampling or self._sampling
+                    generator = sampling.generator(q.key)
+                    self._running.append(_PartialAnswer(q.key, q.max_new_tokens, sampling, generator, []))
                 yield from self._advance(logits)
             if not self._running:
                 return
@@ -133,13 +153,17 @@ class Answerer:
     def _advance(self, logits: Tensor) -> Iterator[tuple[int, str]]:
         """Add a token to as many of the last answers as have logits; release and yield complete ones."""
         advanced = self._running[-len(logits) :]
-        tokens = self._sampling.pick(logits, [answer.generator for answer in advanced])
-        for answer, token in zip(advanced, tokens, strict=True):
+        samplings, generators = [each.sampling for each in advanced], [each.generator for each in advanced]
+        for answer, token in zip(advanced, pick_each(logits, samplings, generators), strict=True):
             answer.ids.append(token)
+            if self.listener is not None:
+                self.listener(answer.key, token)
         complete = {
             slot: answer
             for slot, answer in enumerate(self._running)
-            if answer.ids[-1] in self.ends or len(answer.ids) == answer.max_new_tokens
+            if answer.ids[-1] in self.ends
+            or len(answer.ids) == answer.max_new_tokens
+            or answer.key in self.cancelled
         }
         if complete:
             self._running = [self._running[slot] for slot in self._batch.release([*complete])]

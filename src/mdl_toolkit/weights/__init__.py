@@ -10,5 +10,6 @@ Modules:
     adapter              what an adapter does to each tensor of its base
     vllm_lora            what vLLM needs to know of an adapter, and what it cannot apply
     merge                adapter and base to a folder, verified before it is put in place
+    push                 `push`: a folder to Hugging Face or ModelScope
     model_card           the README of a result
 """

@@ -1,0 +1,306 @@
+"""The addresses of the server: OpenAI's for chats, transcriptions and models, health, and the page.
+
+Whatever cannot be answered is refused with a status, and one sentence in OpenAI's form of an error.
+"""
+
+import asyncio
+import json
+import secrets
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from pydantic import ValidationError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mdl_toolkit.errors import ToolkitError
+from mdl_toolkit.i18n import Localized
+from mdl_toolkit.inference.generate import SamplingParams
+from mdl_toolkit.serving.engine import Answer, ServedModel, answers
+from mdl_toolkit.serving.page import page_and_policy
+from mdl_toolkit.serving.protocol import (
+    ChatRequest,
+    Prompt,
+    RequestError,
+    TranscriptionRequest,
+    read_messages,
+)
+
+# What a transcription asks where neither the request nor the training has a prompt.
+TRANSCRIBE = "Transcribe the recording."
+# Kinds of pydantic's errors that say that there is no object at all.
+NO_OBJECT = {"json_invalid", "model_attributes_type", "missing"}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limit what a request may ask.
+
+    Attributes:
+        request_mb: megabytes of its body.
+        audio_seconds: of its recording.
+        new_tokens: of its answer.
+    """
+
+    request_mb: float
+    audio_seconds: float
+    new_tokens: int
+
+
+@dataclass(frozen=True)
+class Service:
+    """Answer requests with the models that are served.
+
+    Attributes:
+        models: by name; the first is taken where a request names none.
+        limits: of requests.
+    """
+
+    models: Mapping[str, ServedModel]
+    limits: Limits
+
+    async def page(self) -> HTMLResponse:
+        """Return the page to try it."""
+        page, policy = page_and_policy()
+        return HTMLResponse(
+            page, headers={"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"}
+        )
+
+    async def health(self) -> JSONResponse:
+        """Say whether every model answers."""
+        is_well = all(model.batch.is_alive for model in self.models.values())
+        return JSONResponse({"status": "ok" if is_well else "failed"}, 200 if is_well else 503)
+
+    async def list_models(self) -> JSONResponse:
+        """List the models, with the prompts that they were trained with."""
+        listed = [
+            {
+                "id": model.name,
+                "object": "model",
+                "created": model.created,
+                "owned_by": "mdl-toolkit",
+                "parent": model.parent,
+                "prompts": {"system": model.prompts.system, "user": model.prompts.user},
+            }
+            for model in self.models.values()
+        ]
+        return JSONResponse({"object": "list", "data": listed, "limits": vars(self.limits)})
+
+    async def chat(self, asked: ChatRequest) -> Response:
+        """Answer a chat."""
+        asked.check()
+        model, prompt = self.model(asked.model), read_messages(asked.messages)
+        most = asked.max_completion_tokens or asked.max_tokens
+        length, coming = await self.begin(model, prompt, most, asked.sampling)
+        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.name}
+        if asked.stream:
+            has_usage = asked.stream_options is not None and asked.stream_options.include_usage
+            return _streamed(chat_chunks(head, coming, length if has_usage else None))
+        answer = await _last(coming)
+        message = {"role": "assistant", "content": answer.text}
+        choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason, "logprobs": None}
+        whole = {"object": "chat.completion", "choices": [choice], "usage": _usage(length, answer)}
+        return JSONResponse({**head, **whole})
+
+    async def transcribe(self, request: Request) -> Response:
+        """Answer a form with a recording, by the prompt of the training if it has none."""
+        async with request.form(max_files=1) as form:
+            file = form.get("file")
+            if not isinstance(file, UploadFile):
+                raise RequestError(
+                    "file: expected a recording, sent as a file of a form (multipart/form-data)"
+                )
+            texts = {name: value for name, value in form.items() if isinstance(value, str) and value}
+            recording = await file.read()
+        asked = TranscriptionRequest.model_validate(texts)
+        model = self.model(asked.model)
+        prompt = Prompt(None, asked.prompt or model.prompts.user or TRANSCRIBE, recording)
+        most = asked.max_completion_tokens or asked.max_tokens
+        _, coming = await self.begin(model, prompt, most, asked.sampling)
+        if asked.stream:
+            return _streamed(transcript_events(coming))
+        answer = await _last(coming)
+        is_plain = asked.response_format == "text"
+        return PlainTextResponse(answer.text) if is_plain else JSONResponse({"text": answer.text})
+
+    def model(self, name: str | None) -> ServedModel:
+        """Return a model by its name.
+
+        Raises:
+            RequestError: there is none.
+        """
+        if name is None:
+            return next(iter(self.models.values()))
+        if name not in self.models:
+            names = ", ".join(self.models)
+            raise RequestError("no model {name}; there are: {names}", status=404, name=name, names=names)
+        return self.models[name]
+
+    async def begin(
+        self, model: ServedModel, prompt: Prompt, most: int | None, sampling: SamplingParams
+    ) -> tuple[int, AsyncIterator[Answer]]:
+        """Decode a prompt, and return the number of its tokens and the answer to come.
+
+        Raises:
+            RequestError: the recording cannot be used, or a limit does not allow it.
+        """
+        limit = self.limits.new_tokens
+        if most is not None and most > limit:
+            raise RequestError(
+                "max_tokens {most}: at most {limit} are given here (--max-new-tokens)", most=most, limit=limit
+            )
+        model.batch.check_room()
+        sample = await asyncio.to_thread(model.sample_of, prompt, self.limits.audio_seconds)
+        length, budget = len(sample.input_ids), limit if most is None else most
+        if length + budget > model.context:
+            raise RequestError(
+                "the prompt takes {length} tokens and the answer up to {budget}; this model has room for "
+                "{context}",
+                length=length,
+                budget=budget,
+                context=model.context,
+            )
+        return length, answers(model, sample, budget, sampling)
+
+
+class BodyLimit:
+    """Refuse a request whose body is larger than is accepted, before it is held in memory."""
+
+    def __init__(self, app: ASGIApp, most: float) -> None:
+        self._app, self._most = app, most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request."""
+        seen = 0
+
+        async def counted() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > 1e6 * self._most:
+                raise RequestError(
+                    "the request is larger than {most:g} MB, the most that is taken here (--max-request-mb)",
+                    status=413,
+                    most=self._most,
+                )
+            return message
+
+        await self._app(scope, counted, send)
+
+
+def create_app(service: Service, token: str | None) -> FastAPI:
+    """Make the application.
+
+    Args:
+        service: what answers.
+        token: what requests have to send; None for nothing.
+    """
+
+    def authorize(request: Request) -> None:
+        sent = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if token is not None and not secrets.compare_digest(sent.encode(), token.encode()):
+            raise RequestError("the token is missing or wrong; send Authorization: Bearer TOKEN", status=401)
+
+    # Its pages of documentation load scripts from elsewhere.
+    app = FastAPI(title="mdl-toolkit", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(BodyLimit, most=service.limits.request_mb)
+    for problem in (RequestValidationError, ValidationError, HTTPException, ToolkitError):
+        app.add_exception_handler(problem, error_response)
+    app.add_api_route("/", service.page)
+    app.add_api_route("/health", service.health)
+    allowed = [Depends(authorize)]
+    app.add_api_route("/v1/models", service.list_models, dependencies=allowed)
+    app.add_api_route("/v1/chat/completions", service.chat, methods=["POST"], dependencies=allowed)
+    app.add_api_route("/v1/audio/transcriptions", service.transcribe, methods=["POST"], dependencies=allowed)
+    return app
+
+
+async def error_response(request: Request, problem: Exception) -> Response:
+    """Answer with the reason why a request is refused, in the language that it prefers."""
+    status, message = 400, Localized("{reason}", reason=problem)
+    if isinstance(problem, HTTPException):
+        status, message = (
+            problem.status_code,
+            getattr(problem, "message", Localized("{reason}", reason=problem.detail)),
+        )
+    elif isinstance(problem, ToolkitError):
+        message = problem.message
+    elif isinstance(problem, RequestValidationError | ValidationError):
+        # Of several ways to be right, the last one is the one with parts.
+        last = problem.errors()[-1]
+        where = ".".join(part for part in map(str, last["loc"]) if part.isidentifier() or part.isdecimal())
+        where, reason = where.removeprefix("body").removeprefix("."), last["msg"]
+        message = Localized("{where}: {reason}", where=where, reason=reason)
+        if last["type"] == "json_invalid" or (last["type"] in NO_OBJECT and not where):
+            message = Localized(
+                "the request: expected a JSON object, as application/json ({reason})", reason=reason
+            )
+    wanted = request.headers.get("accept-language", "")[:2]
+    text = {"zh": message.zh, "en": message.en}.get(wanted, str(message))
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    error = {"message": text, "type": kind, "param": None, "code": status}
+    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
+    return JSONResponse({"error": error}, status, headers)
+
+
+async def _last(coming: AsyncIterator[Answer]) -> Answer:
+    """Wait for the whole answer."""
+    async for answer in coming:
+        last = answer
+    return last
+
+
+def _usage(length: int, answer: Answer) -> dict[str, int]:
+    count = len(answer.ids)
+    return {"prompt_tokens": length, "completion_tokens": count, "total_tokens": length + count}
+
+
+def _streamed(events: AsyncIterator[Any]) -> StreamingResponse:
+    """Send events as they come; what goes wrong on the way becomes the last one."""
+
+    async def lines() -> AsyncIterator[str]:
+        try:
+            async for event in events:
+                yield f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
+        except HTTPException as problem:
+            error = {"message": problem.detail, "type": "server_error", "code": problem.status_code}
+            yield f"data: {json.dumps({'error': error}, ensure_ascii=False)}\n\n"
+        yield "data: [DONE]\n\n"
+
+    return StreamingResponse(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+
+async def chat_chunks(
+    head: Mapping[str, Any], coming: AsyncIterator[Answer], length: int | None
+) -> AsyncIterator[Any]:
+    """Yield the chunks of a chat: who speaks, texts, why it ends, and its tokens where `length` is given."""
+    head, sent = {**head, "object": "chat.completion.chunk"}, ""
+
+    def chunk(delta: dict[str, str], reason: str | None = None) -> dict[str, Any]:
+        return {**head, "choices": [{"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}]}
+
+    yield chunk({"role": "assistant", "content": ""})
+    async for answer in coming:
+        if len(answer.text) > len(sent):
+            yield chunk({"content": answer.text[len(sent) :]})
+            sent = answer.text
+    yield chunk({}, answer.finish_reason)
+    if length is not None:
+        yield {**head, "choices": [], "usage": _usage(length, answer)}
+
+
+async def transcript_events(coming: AsyncIterator[Answer]) -> AsyncIterator[Any]:
+    """Yield the events of a transcription: texts as they come, and the whole."""
+    sent = ""
+    async for answer in coming:
+        if len(answer.text) > len(sent):
+            yield {"type": "transcript.text.delta", "delta": answer.text[len(sent) :]}
+            sent = answer.text
+    yield {"type": "transcript.text.done", "text": answer.text}

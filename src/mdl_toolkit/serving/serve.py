@@ -1,0 +1,139 @@
+"""Serve models: find and load them, then listen; or start vLLM's server in place of this process."""
+
+import os
+import shlex
+import socket
+from functools import partial
+from pathlib import Path
+
+from mdl_toolkit.config.serving import ServeOptions
+from mdl_toolkit.data.tokenization import ChatTokenizer
+from mdl_toolkit.errors import InputError, ModelError
+from mdl_toolkit.i18n import Localized
+from mdl_toolkit.inference.generate import Answerer, base_model
+from mdl_toolkit.model.kernels.matmul import prepack
+from mdl_toolkit.serving.command import check_vllm_options, vllm_command
+from mdl_toolkit.utils.console import say, warn
+from mdl_toolkit.weights.loading import base_of, explaining_memory, find_with_base, load_for_inference
+from mdl_toolkit.weights.provenance import Prompts, read_provenance
+from mdl_toolkit.weights.resolve import ADAPTER_CONFIG, BITSANDBYTES, find_model, require_package
+from mdl_toolkit.weights.tokenizer_files import TOKENIZER_CONFIG, read_tokenizer_files
+
+VLLM = "vllm"
+LOCAL = ("127.0.0.1", "localhost", "::1")
+MEMORY_REMEDY = Localized("lower --batch-size, or give --bf16 true or --quantization 4bit")
+# Packages of the extra, by the names that are imported.
+PACKAGES = ("fastapi", "uvicorn", "python_multipart")
+
+
+def serve(options: ServeOptions) -> None:
+    """Serve a model and adapters of it until the process is stopped.
+
+    Raises:
+        ToolkitError: a model cannot be found or loaded, a package is missing, or the port is taken.
+    """
+    token = options.token or os.environ.get("MDL_TOKEN") or None
+    if options.engine == VLLM:
+        check_vllm_options(options)
+    else:
+        for package in PACKAGES:
+            require_package(package, "serve", "serve")
+        if options.quantization is not None:
+            require_package(BITSANDBYTES, "quantization", "--quantization")
+    if options.host not in LOCAL and token is None:
+        warn("--host {host}: others can ask without a token; give --token", host=options.host)
+    places = find_places(options)
+    if options.engine == VLLM:
+        command = vllm_command(options, places)
+        say("$ {command}", command=shlex.join(command))
+        environment = {**os.environ, **({} if token is None else {"VLLM_API_KEY": token})}
+        os.execvpe(command[0], command, environment)
+    listener = listen(options.host, options.port)
+    with listener, explaining_memory(MEMORY_REMEDY):
+        run_server(options, token, places, listener)
+
+
+def find_places(options: ServeOptions) -> dict[str, tuple[Path, Path | None]]:
+    """Find the folders of the models, each with that of its base if it is an adapter, by their names.
+
+    Raises:
+        ModelError: one cannot be found, an adapter is not one of MODEL, or two have one name.
+    """
+    from_modelscope = options.from_modelscope
+    places = {options.model: find_with_base(options.model, from_modelscope=from_modelscope, weights=True)}
+    if options.adapter and places[options.model][1] is not None:
+        raise ModelError(
+            "{model}: an adapter; with --adapter, MODEL is the base of all of them", model=options.model
+        )
+    for item in options.adapter:
+        name, _, given = item.partition("=")
+        folder = find_model(given, from_modelscope=from_modelscope, weights=True)
+        if not (folder / ADAPTER_CONFIG).is_file():
+            raise ModelError("--adapter {item}: no adapter, it has no {file}", item=item, file=ADAPTER_CONFIG)
+        if name in places:
+            raise ModelError("--adapter {item}: MODEL has that name; give another", item=item)
+        base = base_of(folder, from_modelscope=from_modelscope, name=options.model)
+        places[name] = (folder, base)
+    return places
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Listen at an address; port 0 takes one that is free.
+
+    Raises:
+        InputError: the address cannot be had.
+    """
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family)
+    except OSError as problem:
+        raise InputError(
+            "--host {host} --port {port}: cannot listen there: {reason}; give another --port",
+            host=host,
+            port=port,
+            reason=problem.strerror or problem,
+        ) from problem
+
+
+def run_server(
+    options: ServeOptions,
+    token: str | None,
+    places: dict[str, tuple[Path, Path | None]],
+    listener: socket.socket,
+) -> None:
+    """Load the models and answer at a socket until the process is stopped."""
+    import uvicorn
+
+    from mdl_toolkit.serving.app import Limits, Service, create_app
+    from mdl_toolkit.serving.engine import ContinuousBatch, ServedModel, render_template
+
+    models = {}
+    for name, (folder, base) in places.items():
+        # Adapters from elsewhere lie in their folder alone.
+        with_text = folder if base is None or (folder / TOKENIZER_CONFIG).is_file() else base
+        tokenizer, origin = ChatTokenizer(read_tokenizer_files(with_text)), read_provenance(folder)
+        render_template(tokenizer)
+        model = load_for_inference(folder, base, bf16=options.bf16, quantization=options.quantization)
+        # PEFT's layers read the weights that would be laid out anew.
+        if model.device.type == "cpu" and base_model(model) is model:
+            prepack(model)
+        answerer = partial(Answerer, model, tokenizer, options.batch_size)
+        models[name] = ServedModel(
+            name=name,
+            parent=None if name == options.model else options.model,
+            tokenizer=tokenizer,
+            prompts=Prompts() if origin is None else origin.prompts,
+            context=base_model(model).config.text_config.max_position_embeddings,
+            batch=ContinuousBatch(answerer, options.batch_size),
+        )
+    limits = Limits(options.max_request_mb, options.max_audio_seconds, options.max_new_tokens)
+    app = create_app(Service(models, limits), token)
+    host, port = listener.getsockname()[:2]
+    say(
+        "{models}: served at http://{host}:{port} (Ctrl-C stops it)",
+        models=", ".join(models),
+        host=host,
+        port=port,
+    )
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
+    uvicorn.Server(config).run(sockets=[listener])
