@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mdl_toolkit.errors import ToolkitError
-from mdl_toolkit.i18n import Localized
+from mdl_toolkit.i18n import Localized, Verbatim
 from mdl_toolkit.inference.generate import SamplingParams
 from mdl_toolkit.serving.engine import Answer, ServedModel, answers
 from mdl_toolkit.serving.page import page_and_policy
@@ -224,12 +224,10 @@ def create_app(service: Service, token: str | None) -> FastAPI:
 
 async def error_response(request: Request, problem: Exception) -> Response:
     """Answer with the reason why a request is refused, in the language that it prefers."""
-    status, message = 400, Localized("{reason}", reason=problem)
+    status, message = 400, Verbatim(str(problem), str(problem))
     if isinstance(problem, HTTPException):
-        status, message = (
-            problem.status_code,
-            getattr(problem, "message", Localized("{reason}", reason=problem.detail)),
-        )
+        status, message = problem.status_code, Verbatim(problem.detail, problem.detail)
+        message = getattr(problem, "message", message)
     elif isinstance(problem, ToolkitError):
         message = problem.message
     elif isinstance(problem, RequestValidationError | ValidationError):
