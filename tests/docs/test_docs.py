@@ -20,8 +20,8 @@ NAMES = [path.relative_to(ROOT).as_posix() for path in DOCUMENTS]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 TWO_LANGUAGES = (
-    "index", "installation", "cli", "data", "check", "training", "inference", "evaluation", "report", "serving", "model",
-    "troubleshooting",
+    "index", "installation", "cli", "data", "check", "training", "inference", "evaluation", "report",
+    "serving", "model", "troubleshooting",
 )  # fmt: skip
 
 
