@@ -224,10 +224,10 @@ def create_app(service: Service, token: str | None) -> FastAPI:
 
 async def error_response(request: Request, problem: Exception) -> Response:
     """Answer with the reason why a request is refused, in the language that it prefers."""
-    status, message = 400, Verbatim(str(problem), str(problem))
+    status, message = 400, Localized.of(Verbatim(str(problem), str(problem)), {})
     if isinstance(problem, HTTPException):
-        status, message = problem.status_code, Verbatim(problem.detail, problem.detail)
-        message = getattr(problem, "message", message)
+        status = problem.status_code
+        message = getattr(problem, "message", Verbatim(problem.detail, problem.detail))
     elif isinstance(problem, ToolkitError):
         message = problem.message
     elif isinstance(problem, RequestValidationError | ValidationError):

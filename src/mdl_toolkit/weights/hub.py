@@ -43,15 +43,7 @@ def download(name: str, revision: str | None, *, from_modelscope: bool, weights:
     here, there = (ON_HUGGING_FACE, ON_MODELSCOPE)[:: -1 if from_modelscope else 1]
     names = [name, *([f"{here}/{model}"] if owner == there else [])]
     if owner in (here, there):
-        if _OTHER_KINDS.fullmatch(model):
-            raise ModelError(
-                "model {name}: a relative of MiDashengLM with parts that are not computed here; give a "
-                "MiDashengLM, for example {other}",
-                name=name,
-                other=f"{here}/{RECOMMENDED}",
-            )
-        if weights and model == FIRST_REVISION:
-            say_before_download(name, f"{here}/{RECOMMENDED}", revision, from_modelscope)
+        check_before_download(name, f"{here}/{RECOMMENDED}", revision, from_modelscope, weights)
     problems: dict[str, Exception] = {}
     for candidate in names:
         # A hub that could not be reached is not asked again, only its cache.
@@ -86,13 +78,29 @@ def download(name: str, revision: str | None, *, from_modelscope: bool, weights:
     raise not_found(name, message) from problems[name]
 
 
-def say_before_download(name: str, recommended: str, revision: str | None, from_modelscope: bool) -> None:
-    """Say how large the default's weights are, and what its authors recommend, where they are not cached."""
-    weights: list[Path] = []
+def check_before_download(
+    name: str, recommended: str, revision: str | None, from_modelscope: bool, weights: bool
+) -> None:
+    """Refuse relatives of MiDashengLM; say how large the default's weights are, where they are not cached.
+
+    Raises:
+        ModelError: the model has other parts.
+    """
+    model = name.rpartition("/")[2]
+    if _OTHER_KINDS.fullmatch(model):
+        raise ModelError(
+            "model {name}: a relative of MiDashengLM with parts that are not computed here; give a "
+            "MiDashengLM, for example {other}",
+            name=name,
+            other=recommended,
+        )
+    if model != FIRST_REVISION or not weights:
+        return
+    cached: list[Path] = []
     # The libraries raise errors of many kinds where the cache has nothing.
     with suppress(Exception):
-        weights = [*_snapshot(name, revision, from_modelscope, True, cached=True).glob(WEIGHTS)]
-    if not weights:
+        cached = [*_snapshot(name, revision, from_modelscope, True, cached=True).glob(WEIGHTS)]
+    if not cached:
         say(
             "{name}: the float32 weights of the first revision are downloaded now, 33 GB; its authors "
             "recommend {other} for fine-tuning (--model-name)",
