@@ -117,7 +117,7 @@ def pushed(hub, home, *words, token="hf_test"):
     kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     settings = {
         **kept, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1", "no_proxy": "127.0.0.1", 
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1", "no_proxy": "127.0.0.1",
         **({"HF_TOKEN": token} if token else {}),
     }  # fmt: skip
     return subprocess.run(

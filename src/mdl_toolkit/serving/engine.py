@@ -153,7 +153,7 @@ def render_template(tokenizer: ChatTokenizer) -> None:
     """
     for system, user in itertools.product((None, "a"), repeat=2):
         row = Row(0, "", "", system, user, None, ())
-        tokenizer.template.segments(messages_of(row, with_answer=False))
+        tokenizer.template.spans(messages_of(row, with_answer=False))
 
 
 @dataclass(frozen=True)
