@@ -289,8 +289,8 @@ def test_main_exits_with_the_status(door, monkeypatch):
 def test_commands_are_click_commands():
     commands = cli.toolkit()
     assert isinstance(commands, click.Group)
-    names = ["convert-dataset", "train", "inference", "merge", "check", "evaluate", "report", "demo"]
-    names += ["completion"]
+    names = ["convert-dataset", "train", "inference", "merge", "check", "evaluate", "report"]
+    names += ["serve", "push", "demo", "completion"]
     assert list(commands.commands) == names
 
 

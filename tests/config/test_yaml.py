@@ -45,6 +45,8 @@ VALUES: dict[types.ValueType, st.SearchStrategy[Any]] = {
     types.WORDS: st.lists(WORD.filter(lambda word: "[" not in word)),
     types.COUNT: st.integers(1, 2**53),
     types.WHOLE: st.integers(0, 2**53),
+    types.PORT: st.integers(0, 65_535),
+    types.ADAPTERS: st.lists(WORD.map(lambda word: f"{len(word)}={word}"), unique_by=lambda word: word[:2]),
     types.SEED: st.integers(0, 2**32 - 1),
     types.POSITIVE: POSITIVE,
     types.NOT_NEGATIVE: POSITIVE,

@@ -112,7 +112,7 @@ def test_what_vllm_does_not_heed_is_refused(capsys):
 
 
 def places(model, *adapters):
-    return find_places(ServeOptions(model=str(model), adapter=adapters))
+    return find_places(ServeOptions(model_name=str(model), adapter=adapters))
 
 
 def test_adapters_that_do_not_belong_there_are_refused(golden, tmp_path):
@@ -121,8 +121,8 @@ def test_adapters_that_do_not_belong_there_are_refused(golden, tmp_path):
     adapter = make_adapter(base, tmp_path / "adapter", ("decoder",))
     assert [*places(base, f"one={adapter}")] == [str(base), "one"]
     assert "no adapter, it has no adapter_config.json" in refused(places, base, f"one={other}")
-    assert "MODEL has that name; give another" in refused(places, base, f"{base}={adapter}")
-    assert "an adapter; with --adapter, MODEL is the base" in refused(places, adapter, f"one={adapter}")
+    assert "MODEL_NAME has that name; give another" in refused(places, base, f"{base}={adapter}")
+    assert "an adapter; with --adapter, MODEL_NAME is the base" in refused(places, adapter, f"one={adapter}")
     assert "no such folder" in refused(places, base, "one=./nowhere")
 
 

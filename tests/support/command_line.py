@@ -102,7 +102,7 @@ NEEDED: dict[str, dict[str, str]] = {
     "check": {"INPUT": "in.csv"},
     "evaluate": {"INPUT": "in.csv"},
     "report": {"INPUT": "run"},
-    "serve": {"MODEL": "model"},
+    "serve": {"MODEL_NAME": "model"},
     "push": {"FOLDER": "run/final", "REPO": "me/model"},
     "demo": {},
     "completion": {"SHELL": "bash"},

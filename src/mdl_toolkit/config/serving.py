@@ -19,7 +19,7 @@ class ServeOptions(HubOptions):
     SUMMARY = Localized("Serve a model over HTTP, with a page to try it and the interface of OpenAI.")
     GROUPS = (SERVING, COMMON)
 
-    model: str = option(
+    model_name: str = option(
         NAME,
         REQUIRED,
         SERVING,
@@ -30,7 +30,7 @@ class ServeOptions(HubOptions):
         ADAPTERS,
         (),
         SERVING,
-        "An adapter of MODEL that is served beside it under a name of its own; may be given several times.",
+        "An adapter of the model that is served beside it under a name of its own; may be given several times.",
     )
     engine: str = option(
         choice("native", "vllm"),

@@ -29,7 +29,10 @@ from mdl_toolkit.serving.protocol import (
     ChatRequest,
     Prompt,
     RequestError,
+    TooLargeError,
     TranscriptionRequest,
+    UnauthorizedError,
+    UnknownModelError,
     read_messages,
 )
 
@@ -140,7 +143,7 @@ class Service:
             return next(iter(self.models.values()))
         if name not in self.models:
             names = ", ".join(self.models)
-            raise RequestError("no model {name}; there are: {names}", status=404, name=name, names=names)
+            raise UnknownModelError("no model {name}; there are: {names}", name=name, names=names)
         return self.models[name]
 
     async def begin(
@@ -185,9 +188,8 @@ class BodyLimit:
             message = await receive()
             seen += len(message.get("body", b""))
             if seen > 1e6 * self._most:
-                raise RequestError(
+                raise TooLargeError(
                     "the request is larger than {most:g} MB, the most that is taken here (--max-request-mb)",
-                    status=413,
                     most=self._most,
                 )
             return message
@@ -206,7 +208,7 @@ def create_app(service: Service, token: str | None) -> FastAPI:
     def authorize(request: Request) -> None:
         sent = request.headers.get("authorization", "").removeprefix("Bearer ")
         if token is not None and not secrets.compare_digest(sent.encode(), token.encode()):
-            raise RequestError("the token is missing or wrong; send Authorization: Bearer TOKEN", status=401)
+            raise UnauthorizedError("the token is missing or wrong; send Authorization: Bearer TOKEN")
 
     # Its pages of documentation load scripts from elsewhere.
     app = FastAPI(title="mdl-toolkit", docs_url=None, redoc_url=None, openapi_url=None)

@@ -41,10 +41,10 @@ def vllm_command(options: ServeOptions, places: Mapping[str, tuple[Path, Path | 
     Raises:
         ModelError: vLLM is not installed, or an adapter's rank is higher than vLLM takes.
     """
-    folder, base = places[options.model]
+    folder, base = places[options.model_name]
     adapters = {name: place for name, (place, its_base) in places.items() if its_base is not None}
     whole = str(base or folder)
-    names = [options.model] if base is None else [f"{options.model}-base"]
+    names = [options.model_name] if base is None else [f"{options.model_name}-base"]
     words = [
         *server_program(),
         whole,

@@ -24,7 +24,7 @@ from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import AudioError, TooLongError
 from mdl_toolkit.inference.generate import Answerer, Question, SamplingParams
 from mdl_toolkit.model.lengths import audio_token_count
-from mdl_toolkit.serving.protocol import Prompt, RequestError
+from mdl_toolkit.serving.protocol import BusyError, FailedError, Prompt, RequestError, TooLargeError
 from mdl_toolkit.utils.console import warn
 from mdl_toolkit.utils.machine import describe_oom
 from mdl_toolkit.weights.provenance import Prompts
@@ -64,9 +64,9 @@ class ContinuousBatch:
         return self._answerer.ends
 
     def check_room(self) -> None:
-        """Raise RequestError if so many are waiting already that one more would wait for long."""
+        """Raise BusyError if so many are waiting already that one more would wait for long."""
         if len(self._listeners) >= self._most:
-            raise RequestError("too many requests are waiting; try again in a while", status=503)
+            raise BusyError("too many requests are waiting; try again in a while")
 
     async def tokens(
         self, sample: Sample, max_new_tokens: int, sampling: SamplingParams
@@ -102,9 +102,7 @@ class ContinuousBatch:
                 failed = [key for key in arrivals.keys if key in self._listeners]
                 warn("{count} requests failed: {reason}", count=len(failed), reason=reason)
                 for key in failed:
-                    self._tell(
-                        key, RequestError("it cannot be answered: {reason}", status=500, reason=reason)
-                    )
+                    self._tell(key, FailedError("it cannot be answered: {reason}", reason=reason))
                 self._answerer = self._make_answerer()
 
     def _tell(self, key: int, item: Item) -> None:
@@ -190,10 +188,9 @@ class ServedModel:
             try:
                 clip = load(Path(file.name), max_hours=max_seconds / 3600)
             except TooLongError as problem:
-                raise RequestError(
+                raise TooLargeError(
                     "the recording is longer than {seconds:g} s, the most that is taken here "
                     "(--max-audio-seconds)",
-                    status=413,
                     seconds=max_seconds,
                 ) from problem
             except AudioError as problem:

@@ -29,16 +29,48 @@ class RequestError(HTTPException):
 
     Args:
         template: why, in one sentence, with fields as `str.format` has them, or the message itself.
-        status: of the response.
         fields: their values.
 
     Attributes:
-        message: it in the reader's language.
+        status: of the response.
+        message: the sentence in the reader's language.
     """
 
-    def __init__(self, template: str | Localized, /, *, status: int = 400, **fields: Any) -> None:
+    status = 400
+
+    def __init__(self, template: str | Localized, /, **fields: Any) -> None:
         self.message = Localized.of(template, fields)
-        super().__init__(status, str(self.message))
+        super().__init__(self.status, str(self.message))
+
+
+class UnauthorizedError(RequestError):
+    """Refuse a request without the token."""
+
+    status = 401
+
+
+class UnknownModelError(RequestError):
+    """Refuse a request to a model that is not served."""
+
+    status = 404
+
+
+class TooLargeError(RequestError):
+    """Refuse a request that is larger, or whose recording is longer, than is taken."""
+
+    status = 413
+
+
+class FailedError(RequestError):
+    """Say that an answer could not be computed."""
+
+    status = 500
+
+
+class BusyError(RequestError):
+    """Refuse a request while too many are waiting."""
+
+    status = 503
 
 
 class TextPart(BaseModel):

@@ -57,13 +57,16 @@ def find_places(options: ServeOptions) -> dict[str, tuple[Path, Path | None]]:
     """Find the folders of the models, each with that of its base if it is an adapter, by their names.
 
     Raises:
-        ModelError: one cannot be found, an adapter is not one of MODEL, or two have one name.
+        ModelError: one cannot be found, an adapter is not one of the model, or two have one name.
     """
     from_modelscope = options.from_modelscope
-    places = {options.model: find_with_base(options.model, from_modelscope=from_modelscope, weights=True)}
-    if options.adapter and places[options.model][1] is not None:
+    places = {
+        options.model_name: find_with_base(options.model_name, from_modelscope=from_modelscope, weights=True)
+    }
+    if options.adapter and places[options.model_name][1] is not None:
         raise ModelError(
-            "{model}: an adapter; with --adapter, MODEL is the base of all of them", model=options.model
+            "{model}: an adapter; with --adapter, MODEL_NAME is the base of all of them",
+            model=options.model_name,
         )
     for item in options.adapter:
         name, _, given = item.partition("=")
@@ -71,8 +74,8 @@ def find_places(options: ServeOptions) -> dict[str, tuple[Path, Path | None]]:
         if not (folder / ADAPTER_CONFIG).is_file():
             raise ModelError("--adapter {item}: no adapter, it has no {file}", item=item, file=ADAPTER_CONFIG)
         if name in places:
-            raise ModelError("--adapter {item}: MODEL has that name; give another", item=item)
-        base = base_of(folder, from_modelscope=from_modelscope, name=options.model)
+            raise ModelError("--adapter {item}: MODEL_NAME has that name; give another", item=item)
+        base = base_of(folder, from_modelscope=from_modelscope, name=options.model_name)
         places[name] = (folder, base)
     return places
 
@@ -120,7 +123,7 @@ def run_server(
         answerer = partial(Answerer, model, tokenizer, options.batch_size)
         models[name] = ServedModel(
             name=name,
-            parent=None if name == options.model else options.model,
+            parent=None if name == options.model_name else options.model_name,
             tokenizer=tokenizer,
             prompts=Prompts() if origin is None else origin.prompts,
             context=base_model(model).config.text_config.max_position_embeddings,
