@@ -30,7 +30,8 @@ class ServeOptions(HubOptions):
         ADAPTERS,
         (),
         SERVING,
-        "An adapter of the model that is served beside it under a name of its own; may be given several times.",
+        "An adapter of the model that is served beside it under a name of its own; may be given several "
+        "times.",
     )
     engine: str = option(
         choice("native", "vllm"),
