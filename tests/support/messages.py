@@ -19,8 +19,8 @@ PO = SOURCE / "locale/zh/LC_MESSAGES/mdl_toolkit.po"
 MO = PO.with_suffix(".mo")
 ERRORS = (
     "ToolkitError", "UsageError", "InputError", "AudioError", "TooLongError", "DatasetError", "ModelError",
-    "NotMergeableError", "RequestError", "UnauthorizedError", "UnknownModelError", "TooLargeError", "FailedError",
-    "BusyError",
+    "NotMergeableError", "RequestError", "UnauthorizedError", "UnknownModelError", "TooLargeError",
+    "FailedError", "BusyError",
 )  # fmt: skip
 # What takes a template, and as which of its arguments.
 TAKES = {
