@@ -12,7 +12,8 @@
 Anything else that reaches the user is a bug in this toolkit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import packages_distributions
@@ -89,9 +90,39 @@ def broken_package(problem: BaseException | None) -> str | None:
     return None
 
 
-def is_panic(problem: BaseException) -> bool:
-    """Tell whether an exception is that of a library in Rust that gave up, which is no `Exception`."""
-    return type(problem).__name__ == "PanicException"
+def is_error(problem: BaseException) -> bool:
+    """Tell an error from a wish to end the process; a library in Rust that gives up raises no `Exception`."""
+    return isinstance(problem, Exception) or type(problem).__name__ == "PanicException"
+
+
+def breakdown(problem: BaseException) -> Localized | None:
+    """Say that memory ran out or a library gave up; None for errors that say themselves what is wrong."""
+    if isinstance(problem, MemoryError):
+        return Localized("the machine ran out of memory")
+    if is_error(problem) and not isinstance(problem, Exception):
+        return Localized("a library gave up on it: {words}", words=" ".join(str(problem).split()))
+    return None
+
+
+@contextmanager
+def naming_row(line: int, audio: str) -> Iterator[None]:
+    """Name the row at which memory runs out or a library gives up in the context.
+
+    Args:
+        line: of the CSV, where the row starts.
+        audio: its recording.
+
+    Raises:
+        ToolkitError: one of these has happened.
+    """
+    try:
+        yield
+    except BaseException as problem:
+        if (reason := breakdown(problem)) is None:
+            raise
+        raise ToolkitError(
+            "line {line} ({audio}): {reason}", line=line, audio=shorten(audio), reason=reason
+        ) from problem
 
 
 class UsageError(ToolkitError):

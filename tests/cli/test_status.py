@@ -16,11 +16,8 @@ from mdl_toolkit import __version__
 from mdl_toolkit.cli import main as cli
 from mdl_toolkit.config.data import ConvertOptions
 from mdl_toolkit.config.train import TrainOptions
-from mdl_toolkit.data.manifest import Row
-from mdl_toolkit.data.tokenization import ChatTokenizer
-from mdl_toolkit.errors import InputError, RowProblem, RowsError, ToolkitError, broken_package
+from mdl_toolkit.errors import InputError, RowProblem, RowsError, broken_package
 from mdl_toolkit.i18n import Verbatim
-from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 from tests.support.command_line import (
     LANGUAGES,
     TRAIN,
@@ -28,7 +25,6 @@ from tests.support.command_line import (
     one_line,
     python,
 )
-from tests.support.paths import MODEL
 
 # Rule 6
 
@@ -326,14 +322,12 @@ def test_a_panic_is_one_line(door):
     assert one_line(done).startswith("error: a bug in mdl-toolkit: PanicException: index out of bounds")
 
 
-@pytest.mark.parametrize("problem", [PanicException("no char boundary"), MemoryError()])
-def test_a_panic_over_a_row_names_it(problem, monkeypatch):
-    def give_up(*_):
-        raise problem
-
-    tokenizer = ChatTokenizer(read_tokenizer_files(MODEL))
-    monkeypatch.setattr(ChatTokenizer, "encode", give_up)
-    with pytest.raises(
-        ToolkitError, match=rf"line 7 \(a.wav\): it cannot be tokenised: {type(problem).__name__}"
-    ):
-        tokenizer.encode_row(Row(7, "a.wav", "a.wav", None, "What?", "yes", ()), 1, with_answer=True)
+@pytest.mark.parametrize(
+    "problem", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")]
+)
+def test_a_lack_of_memory_is_no_bug(door, problem):
+    import_module("torch")
+    door.trouble = problem
+    done = door(*TRAIN)
+    assert done.status == 1
+    assert one_line(done) == "error: the machine ran out of memory; free some and start again"

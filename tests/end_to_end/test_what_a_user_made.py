@@ -2,7 +2,10 @@
 
 import hashlib
 import os
+import select
 import shutil
+import socket
+import stat
 from collections import Counter
 from pathlib import Path
 
@@ -202,14 +205,46 @@ def test_a_command_s_own_file_is_replaced_and_a_changed_one_set_aside(place, nam
     assert (place / name).read_bytes() != changed
 
 
+def make_socket(path):
+    # A whole path may be too long for one.
+    os.chdir(path.parent)
+    with socket.socket(socket.AF_UNIX) as end:
+        end.bind(path.name)
+
+
+def make_null_device(path):
+    try:
+        os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+    except PermissionError:
+        pytest.skip("only root may make one")
+
+
 @pytest.mark.parametrize("name", [*FOLDERS, *FILES])
-def test_a_fifo_is_refused_and_stays(place, name, capsys):
-    target = place / f"fifo{Path(name).suffix}"
-    os.mkfifo(target)
+@pytest.mark.parametrize("make", [os.mkfifo, make_socket, make_null_device])
+def test_what_is_no_file_is_refused_and_stays(place, name, make, capsys, monkeypatch):
+    monkeypatch.chdir(place)
+    target = place / f"strange{Path(name).suffix}"
+    make(target)
+    before = target.lstat()
     words = commands(place)[name]
     assert run([*words, str(target / "x" if name == "pictures" else target)]) == 1
-    assert "fifo" in capsys.readouterr().err.splitlines()[-1]
-    assert target.is_fifo()
+    assert "strange" in capsys.readouterr().err.splitlines()[-1]
+    assert (target.lstat().st_ino, target.lstat().st_mode) == (before.st_ino, before.st_mode)
+
+
+@pytest.mark.parametrize("name", [*FOLDERS, *FILES])
+def test_a_link_to_a_terminal_is_refused_and_nothing_appears_there(place, name, capsys):
+    reader, terminal = os.openpty()
+    link = place / f"strange{Path(name).suffix}"
+    link.symlink_to(device := os.ttyname(terminal))
+    words = commands(place)[name]
+    assert run([*words, str(link / "x" if name == "pictures" else link)]) == 1
+    assert "strange" in capsys.readouterr().err.splitlines()[-1]
+    assert stat.S_ISCHR(Path(device).stat().st_mode)
+    assert str(link.readlink()) == device
+    assert not select.select([reader], [], [], 0)[0]
+    os.close(reader)
+    os.close(terminal)
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -51,6 +51,14 @@ def test_every_row_is_answered_as_if_alone(golden, name, batch_size):
     assert ids_of(model, tokenizer, asked[::-1], batch_size) == expected
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_answers_of_one_token_make_room_for_the_next_ones(golden, batch_size):
+    model, tokenizer = load(golden, "A-small")
+    asked = [replace(q, max_new_tokens=1) for q in questions(model, 9)]
+    expected = {q.key: generated(model, q, do_sample=False) for q in asked}
+    assert ids_of(model, tokenizer, asked, batch_size) == expected
+
+
 def test_attention_may_lay_its_output_out_as_on_a_gpu(golden, monkeypatch):
     model, tokenizer = load(golden, "A-small")
     asked = [*questions(model, 5)]

@@ -204,12 +204,12 @@ if __name__ == "__main__":
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("task", ["endless", "busy", "long_message"])
 def test_workers_end_with_their_parent(tmp_path, task):
-    """Also in the middle of a job, or of a message that nobody reads."""
+    """Also in the middle of a job, or of a message that nobody reads; and they say nothing."""
     (tmp_path / "parent.py").write_text(PARENT)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    parent = subprocess.Popen(
-        [sys.executable, tmp_path / "parent.py", task], stdout=subprocess.PIPE, text=True, env=environment
-    )
+    words = [sys.executable, tmp_path / "parent.py", task]
+    with (tmp_path / "said").open("wb") as said:
+        parent = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=said, text=True, env=environment)
     with parent:
         pids = [int(parent.stdout.readline()) for _ in range(2)]
         if task == "long_message":
@@ -217,6 +217,7 @@ def test_workers_end_with_their_parent(tmp_path, task):
         assert all(map(is_alive, pids))
         parent.kill()
     wait_for(lambda: not any(map(is_alive, pids)))
+    assert (tmp_path / "said").read_text() == ""
 
 
 # --- scripts ---------------------------------------------------------------------------------------------
@@ -232,8 +233,8 @@ data, model = {data!r}, {model!r}
 """
 # In a worker process: its pipe ends some time before its exit status can be had.
 SLOW_END = """
-import multiprocessing, os, time
-if multiprocessing.parent_process():
+import os, time
+if __name__ == "__mp_main__":
     def end_slowly(status, end=os._exit):
         os.closerange(0, 1024)
         time.sleep(0.3)

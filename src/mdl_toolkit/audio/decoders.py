@@ -231,7 +231,8 @@ class _Reader:
                 self._decode_packet(packet)
         except (av.FFmpegError, OSError, ValueError, LookupError) as error:
             self.problem = error
-            if file.tell() < file.seek(0, 2):
+            # A lack of memory says nothing of the file's end.
+            if isinstance(error, MemoryError) or file.tell() < file.seek(0, 2):
                 raise _damaged(self.name, "FFmpeg", self.problem) from error
         if self.problem and not self.cutter.length:
             raise _damaged(self.name, "FFmpeg", self.problem)
@@ -262,6 +263,8 @@ class _Reader:
                 self.cutter.add(self.name, _floats(frame), frame.sample_rate)
                 _check_hours(self.cutter.length / frame.sample_rate, self.max_hours)
                 self.longest = max(self.longest, frame.samples)
+        except MemoryError:
+            raise
         except (av.FFmpegError, OSError, ValueError, LookupError) as error:
             self.problem = error
 

@@ -25,7 +25,7 @@ from mdl_toolkit.config.options import Options
 from mdl_toolkit.config.serving import PushOptions, ServeOptions
 from mdl_toolkit.config.train import MergeOptions, TrainOptions
 from mdl_toolkit.config.types import TRUE_WORDS
-from mdl_toolkit.errors import ToolkitError, broken_package, is_panic
+from mdl_toolkit.errors import ToolkitError, breakdown, broken_package, is_error
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.console import ForgivingStream
 
@@ -142,20 +142,31 @@ def run(words: Sequence[str]) -> int:
         _write_error(Localized("interrupted"))
         return INTERRUPTED
     except BaseException as problem:
-        if session.debug or not (isinstance(problem, Exception) or is_panic(problem)):
+        if session.debug or not is_error(problem):
             raise
-        what = " ".join(f"{type(problem).__name__}: {problem}".split())
-        message = Localized("error: a bug in mdl-toolkit: {what} (--debug shows the traceback)", what=what)
-        if package := broken_package(problem):
-            message = Localized(
-                "error: the package {package} cannot be imported: {what}; repair it, for example by `pip "
-                "install --force-reinstall --no-deps {package}` (--debug shows the traceback)",
-                package=package,
-                what=what,
-            )
-        _write_error(message)
+        _write_error(_unforeseen(problem))
         return FAILED
     return 0
+
+
+def _unforeseen(problem: BaseException) -> Localized:
+    """Tell a lack of memory, or a package that does not work, from a bug of ours."""
+    lack = breakdown(problem) if isinstance(problem, MemoryError) else None
+    if lack is None and "torch" in sys.modules:
+        from mdl_toolkit.utils.machine import describe_oom
+
+        lack = describe_oom(problem)
+    if lack is not None:
+        return Localized("error: {lack}; free some and start again", lack=lack)
+    what = " ".join(f"{type(problem).__name__}: {problem}".split())
+    if package := broken_package(problem):
+        return Localized(
+            "error: the package {package} cannot be imported: {what}; repair it, for example by `pip install "
+            "--force-reinstall --no-deps {package}` (--debug shows the traceback)",
+            package=package,
+            what=what,
+        )
+    return Localized("error: a bug in mdl-toolkit: {what} (--debug shows the traceback)", what=what)
 
 
 def _write_error(message: Localized) -> None:

@@ -22,7 +22,7 @@ from mdl_toolkit.data.csv_format import (
     csv_error,
     detect_format,
 )
-from mdl_toolkit.errors import InputError, RowProblem
+from mdl_toolkit.errors import InputError, RowProblem, breakdown
 from mdl_toolkit.i18n import Localized, join_messages
 from mdl_toolkit.utils.console import say
 
@@ -179,6 +179,9 @@ def open_csv(path: Path) -> Iterator[BinaryIO]:
         raise csv_error(path, Localized("there is no such file; correct the path")) from None
     except IsADirectoryError:
         raise csv_error(path, Localized("this is a folder; give a CSV file")) from None
+    except MemoryError as problem:
+        reason = Localized("cannot be read ({reason})", reason=breakdown(problem))
+        raise csv_error(path, reason) from problem
     except (OSError, ValueError) as problem:
         raise csv_error(path, Localized("cannot be read ({reason})", reason=problem)) from problem
 
@@ -225,6 +228,8 @@ def _read_workbook(path: Path, file: BinaryIO) -> Iterator[Line]:
             cells = [*map(_cell_text, values)]
             if any(cells):
                 yield Line(number, cells)
+    except MemoryError:
+        raise
     # What it raises for a damaged workbook is not documented.
     except Exception as problem:
         reason = Localized("cannot be read as a workbook ({reason}); save it as CSV UTF-8", reason=problem)

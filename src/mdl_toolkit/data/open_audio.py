@@ -13,7 +13,7 @@ from mdl_toolkit.audio.segments import Segment, SegmentError
 from mdl_toolkit.audio.urls import is_url
 from mdl_toolkit.data.csv_reader import file_stamp
 from mdl_toolkit.data.manifest import Row
-from mdl_toolkit.errors import AudioError, RowProblem
+from mdl_toolkit.errors import AudioError, RowProblem, breakdown
 
 # Recordings that a process fetches at the same time.
 FETCHED_AHEAD = 8
@@ -69,6 +69,11 @@ class Recordings:
             stamp = _stamp(path)
         except AudioError as problem:
             return _Opened(dict.fromkeys(segments, problem), stamp)
+        except BaseException as problem:
+            if (reason := breakdown(problem)) is None:
+                raise
+            refused = AudioError("it cannot be decoded: {reason}", reason=reason)
+            return _Opened(dict.fromkeys(segments, refused), stamp)
         return _Opened(dict(zip(segments, clips, strict=True)), stamp)
 
 
@@ -120,8 +125,8 @@ def _fetch(downloads: Downloads, url: str) -> Future[Path]:
     def run() -> None:
         try:
             future.set_result(downloads.path_of(url))
-        # It is raised where the file is wanted.
-        except Exception as problem:  # noqa: BLE001
+        # It is raised where the file is wanted, whatever it is.
+        except BaseException as problem:  # noqa: BLE001
             future.set_exception(problem)
 
     threading.Thread(target=run, daemon=True).start()

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from mdl_toolkit.data.chat_template import AudioMarks, ChatTemplate, Span, messages_of
 from mdl_toolkit.data.manifest import Row
-from mdl_toolkit.errors import ModelError, ToolkitError, is_panic
+from mdl_toolkit.errors import ModelError, is_error, naming_row
 from mdl_toolkit.model.constants import IGNORE_INDEX as IGNORE_INDEX
 from mdl_toolkit.weights.tokenizer_files import TokenizerFiles
 
@@ -59,18 +59,9 @@ class ChatTokenizer:
         Raises:
             ToolkitError: the tokenizer's library gives up on it, or memory runs out.
         """
-        try:
+        with naming_row(row.line, row.shown):
             spans = self.template.spans(messages_of(row, with_answer=with_answer))
             return self.encode(spans, audio_tokens)
-        except BaseException as problem:
-            if is_panic(problem) or isinstance(problem, MemoryError):
-                raise ToolkitError(
-                    "line {line} ({audio}): it cannot be tokenised: {reason}",
-                    line=row.line,
-                    audio=row.shown,
-                    reason=f"{type(problem).__name__} {problem}".strip(),
-                ) from problem
-            raise
 
     def shared_prefix_length(self, examples: Iterable[NDArray[np.int32]]) -> int:
         """Count the tokens before the audio that all examples begin with, a system prompt for example.
@@ -148,8 +139,10 @@ class ChatTokenizer:
         """
         try:
             tokenizer = Tokenizer.from_str(self.files.tokenizer)
-        # The library raises no other kind of error.
-        except Exception as problem:
+        # The library raises no other kind of error, or gives up.
+        except BaseException as problem:
+            if not is_error(problem):
+                raise
             raise ModelError("tokenizer.json cannot be used: {reason}", reason=problem) from problem
         tokenizer.no_truncation()
         tokenizer.no_padding()

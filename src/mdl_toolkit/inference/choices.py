@@ -62,8 +62,11 @@ class Chooser:
     top_k: int
     normalize_scores: bool
 
-    def answers(self, questions: Iterable[Question]) -> Iterator[tuple[int, list[str]]]:
-        """Yield each question's key and its best choices, each followed by its log-probability."""
+    def answers(self, questions: Iterable[Question]) -> Iterator[tuple[int, list[str] | None]]:
+        """Yield each question's key and its best choices, each followed by its log-probability.
+
+        A question with a score that is NaN or infinite has None.
+        """
         model, waiting = base_model(self.model), iter(questions)
         choice_ids = [self.tokenizer.answer_ids(choice) for choice in self.choices]
         divisors = torch.tensor([len(ids) if self.normalize_scores else 1 for ids in choice_ids])
@@ -73,9 +76,10 @@ class Chooser:
             logits = admit(decoding, model, prompts, len(batch), 0)
             scores = decoding.score(logits, choice_ids).cpu() / divisors
             values, order = (part[:, : self.top_k] for part in scores.sort(descending=True, stable=True))
-            for question, best, row in zip(batch, order.tolist(), values.tolist(), strict=True):
+            is_finite = scores.isfinite().all(1).tolist()
+            for number, (best, row) in enumerate(zip(order.tolist(), values.tolist(), strict=True)):
                 pairs = zip([self.choices[n] for n in best], [f"{score:.4f}" for score in row], strict=True)
-                yield question.key, [*chain.from_iterable(pairs)]
+                yield batch[number].key, [*chain.from_iterable(pairs)] if is_finite[number] else None
 
 
 def answer_columns(choices: int, top_k: int) -> list[str]:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList
 
 from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.config.types import ENGINES, OURS, VLLM
@@ -20,6 +21,7 @@ from mdl_toolkit.inference.generate import (
     Answerer,
     Question,
     SamplingParams,
+    ask,
     base_model,
     embed_prompts,
     end_ids,
@@ -31,8 +33,9 @@ from mdl_toolkit.model.kernels.matmul import prepack
 from mdl_toolkit.weights.loading import load_for_inference
 from mdl_toolkit.weights.resolve import BITSANDBYTES, require_package
 
-# Yields each question's key and the cells of its answer, in the order in which they are computed.
-Engine = Callable[[Iterable[Question]], Iterator[tuple[int, list[str]]]]
+# Yields each question's key and the cells of its answer, in the order in which they are computed; None in
+# place of the cells where a logit is NaN or infinite.
+Engine = Callable[[Iterable[Question]], Iterator[tuple[int, list[str] | None]]]
 
 
 def is_server(engine: str) -> bool:
@@ -108,24 +111,37 @@ def make_engine(
     # PEFT's layers read the weights that would be laid out anew.
     if model.device.type == "cpu" and base_model(model) is model:
         prepack(model)
-    if choices is not None:
-        sizes = (options.batch_size, options.top_k, options.normalize_scores)
-        return Chooser(model, tokenizer, choices, *sizes).answers
-    if options.num_beams > 1:
-        return partial(beam_search, model, tokenizer, options.batch_size, options.num_beams)
     sampling = SamplingParams(options.temperature, options.top_p, options.seed)
-    answerer = Answerer(model, tokenizer, options.batch_size, sampling)
-    return lambda questions: ((key, [text]) for key, text in answerer.answers(questions))
+
+    def engine(batch_size: int) -> Engine:
+        if choices is not None:
+            sizes = (batch_size, options.top_k, options.normalize_scores)
+            return Chooser(model, tokenizer, choices, *sizes).answers
+        if options.num_beams > 1:
+            return partial(beam_search, model, tokenizer, batch_size, options.num_beams)
+        answerer = Answerer(model, tokenizer, batch_size, sampling)
+        return lambda questions: (
+            (key, None if text is None else [text]) for key, text in answerer.answers(questions)
+        )
+
+    return partial(ask, engine(options.batch_size), engine(1))
 
 
 def beam_search(
     model: Any, tokenizer: ChatTokenizer, batch_size: int, num_beams: int, questions: Iterable[Question]
-) -> Iterator[tuple[int, list[str]]]:
+) -> Iterator[tuple[int, list[str] | None]]:
     """Answer by transformers' beam search, over prompts of one length and limit of new tokens at a time.
 
     Nothing is padded, so that no answer depends on the others of its batch.
     """
     plain, ends = base_model(model), sorted(end_ids(model, tokenizer))
+    failed: Tensor
+
+    def watch(_: Tensor, scores: Tensor) -> Tensor:
+        """Note of which beams a logit was NaN or infinite: then its log-probabilities are NaN."""
+        failed.logical_or_(scores.isnan().any(-1))
+        return scores
+
     for (_, limit), group in groupby(
         questions, lambda each: (len(each.sample.input_ids), each.max_new_tokens)
     ):
@@ -141,8 +157,13 @@ def beam_search(
             with torch.inference_mode():
                 embeddings = embed_prompts(plain, prompts)
                 mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
+                failed = torch.zeros(len(batch) * num_beams, dtype=torch.bool, device=embeddings.device)
                 rows = plain.generate(
-                    inputs_embeds=embeddings, attention_mask=mask, generation_config=settings
+                    inputs_embeds=embeddings,
+                    attention_mask=mask,
+                    generation_config=settings,
+                    logits_processor=LogitsProcessorList([watch]),
                 ).tolist()
-            for question, ids in zip(batch, rows, strict=True):
-                yield question.key, [tokenizer.decode(ids)]
+            without = failed.view(len(batch), num_beams).any(1).tolist()
+            for question, ids, is_lost in zip(batch, rows, without, strict=True):
+                yield question.key, None if is_lost else [tokenizer.decode(ids)]

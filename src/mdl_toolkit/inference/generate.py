@@ -8,7 +8,7 @@ token at every step, and sampling draws from a random generator of the row's own
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,10 +18,15 @@ from mdl_toolkit.data.collate import PrecomputedSample, PromptBatch, collate_pro
 from mdl_toolkit.data.dataset import Sample
 from mdl_toolkit.data.tokenization import IGNORE_INDEX, ChatTokenizer
 from mdl_toolkit.errors import ModelError
+from mdl_toolkit.i18n import Localized
 from mdl_toolkit.model.decoding_batch import DecodingBatch
+
+T = TypeVar("T")
 
 # Prompts join when a quarter of the batch is free: admitting one costs about as much as a step for all.
 JOINING = 4
+# In place of a token, where a logit is NaN or infinite.
+NOT_FINITE = -1
 
 
 @dataclass(frozen=True)
@@ -43,16 +48,23 @@ class SamplingParams:
         return np.random.Generator(np.random.Philox(key=[self.seed, key]))
 
     def pick(self, logits: Tensor, generators: list[np.random.Generator]) -> list[int]:
-        """Choose one token for each row of logits, `[rows, vocabulary]`, with that row's generator."""
+        """Choose one token for each row of logits, `[rows, vocabulary]`, with that row's generator.
+
+        Returns:
+            The tokens; `NOT_FINITE` for a row of which a logit is NaN or infinite.
+        """
+        # Any of these makes the sum one. It is fetched with the tokens, so that nothing waits for it.
+        is_finite = logits.sum(-1, dtype=torch.float32).isfinite()
         if not self.temperature:
-            return [*map(int, logits.argmax(-1).tolist())]
+            return [*map(int, logits.argmax(-1).where(is_finite, NOT_FINITE).tolist())]
         probabilities, tokens = (logits.float() / self.temperature).softmax(-1).sort(-1, descending=True)
         cumulated = probabilities.cumsum(-1)
         in_nucleus = cumulated - probabilities < self.top_p
         mass = torch.where(in_nucleus, cumulated, 0.0).amax(-1, keepdim=True)
         drawn = torch.tensor([[generator.random()] for generator in generators], device=logits.device)
         ranks = (cumulated <= drawn.to(cumulated.dtype) * mass).sum(-1, keepdim=True)
-        return [*map(int, tokens.gather(-1, ranks.clamp_(max=tokens.shape[-1] - 1)).flatten().tolist())]
+        chosen = tokens.gather(-1, ranks.clamp_(max=tokens.shape[-1] - 1)).flatten()
+        return [*map(int, chosen.where(is_finite, NOT_FINITE).tolist())]
 
 
 def pick_each(
@@ -128,8 +140,14 @@ class Answerer:
         self._batch = DecodingBatch(self._model.decoder)
         self._running: list[_PartialAnswer] = []
 
-    def answers(self, questions: Iterable[Question]) -> Iterator[tuple[int, str]]:
-        """Yield the key and the answer of each question, as they become complete.
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype that the model is computed in."""
+        dtype: torch.dtype = self._model.dtype
+        return dtype
+
+    def answers(self, questions: Iterable[Question]) -> Iterator[tuple[int, str | None]]:
+        """Yield the key and the answer of each question, as they become complete; None without finite logits.
 
         Questions are taken as there is room; neighbours of like length are computed with the least padding.
         """
@@ -145,31 +163,71 @@ class Answerer:
                     generator = sampling.generator(q.key)
                     self._running.append(_PartialAnswer(q.key, q.max_new_tokens, sampling, generator, []))
                 yield from self._advance(logits)
+                # Answers of one token have left already.
+                continue
             if not self._running:
                 return
             last = torch.tensor([answer.ids[-1] for answer in self._running], device=self._model.device)
             yield from self._advance(self._batch.step(last))
 
-    def _advance(self, logits: Tensor) -> Iterator[tuple[int, str]]:
+    def _advance(self, logits: Tensor) -> Iterator[tuple[int, str | None]]:
         """Add a token to as many of the last answers as have logits; release and yield complete ones."""
         advanced = self._running[-len(logits) :]
         samplings, generators = [each.sampling for each in advanced], [each.generator for each in advanced]
         for answer, token in zip(advanced, pick_each(logits, samplings, generators), strict=True):
             answer.ids.append(token)
-            if self.listener is not None:
+            if self.listener is not None and token != NOT_FINITE:
                 self.listener(answer.key, token)
         complete = {
             slot: answer
             for slot, answer in enumerate(self._running)
-            if answer.ids[-1] in self.ends
+            if answer.ids[-1] in {*self.ends, NOT_FINITE}
             or len(answer.ids) == answer.max_new_tokens
             or answer.key in self.cancelled
         }
         if complete:
             self._running = [self._running[slot] for slot in self._batch.release([*complete])]
         for answer in complete.values():
-            has_end = answer.ids[-1] in self.ends
-            yield answer.key, self._tokenizer.decode(answer.ids[:-1] if has_end else answer.ids)
+            *ids, last = answer.ids
+            is_finite = last != NOT_FINITE
+            text = self._tokenizer.decode(ids if last in self.ends else answer.ids) if is_finite else None
+            yield answer.key, text
+
+
+def ask(
+    engine: Callable[[Iterable[Question]], Iterator[tuple[int, T | None]]],
+    alone: Callable[[Iterable[Question]], Iterator[tuple[int, T | None]]],
+    questions: Iterable[Question],
+) -> Iterator[tuple[int, T | None]]:
+    """Answer questions, and once more alone those without finite logits.
+
+    A row may take the states of a shared prefix from another row, in which attention lets NaN of later tokens
+    get into earlier ones.
+
+    Args:
+        engine: answers many at once, with None where logits are not finite.
+        alone: answers one.
+        questions: each with a key of its own.
+    """
+    asked: dict[int, Question] = {}
+
+    def noted() -> Iterator[Question]:
+        for question in questions:
+            asked[question.key] = question
+            yield question
+
+    for key, answer in engine(noted()):
+        question = asked.pop(key)
+        yield from [(key, answer)] if answer is not None else alone([question])
+
+
+def not_finite(dtype: torch.dtype) -> Localized:
+    """Say why a row has no answer: a logit was NaN or infinite, computed in a dtype."""
+    if dtype == torch.bfloat16:
+        return Localized(
+            "the model gave NaN or infinite logits in bfloat16; compute in float32: --bf16 false"
+        )
+    return Localized("the model gave NaN or infinite logits; take an earlier checkpoint or another model")
 
 
 def base_model(model: Any) -> Any:

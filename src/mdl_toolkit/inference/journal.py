@@ -67,7 +67,7 @@ class AnswerJournal:
             except BaseException as problem:
                 unfinished = self.dataset.with_name(f".{self.dataset.name}.partial")
                 was_stopped = isinstance(problem, (KeyboardInterrupt, PeerLostError))
-                if answered := len(self.answers()):
+                if answered := sum(cells is not None for cells in self.answers().values()):
                     say(
                         "{answered} rows are answered (in {path}): the same command goes on from there",
                         answered=answered,
@@ -113,9 +113,9 @@ class AnswerJournal:
             (self.path / RUN).write_text(json.dumps(fingerprint), encoding="utf-8")
         return len(self.answers())
 
-    def answers(self) -> dict[int, list[str]]:
-        """Read the cells of every answer, by the row's index in the dataset."""
-        answers: dict[int, list[str]] = {}
+    def answers(self) -> dict[int, list[str] | None]:
+        """Read the cells of every answer, or None for a row that has none, by the row's index."""
+        answers: dict[int, list[str] | None] = {}
         for file in _answers_in(self.path):
             for line in file.read_text(encoding="utf-8").splitlines():
                 # The last line is broken where a run was killed.
@@ -132,13 +132,13 @@ class AnswerJournal:
             self._file.write("\n")
             yield
 
-    def add(self, row: int, cells: Sequence[str]) -> None:
+    def add(self, row: int, cells: Sequence[str] | None) -> None:
         """Append and flush the cells of a row's answer; a NUL, which no CSV can hold, becomes U+FFFD.
 
         Raises:
             InputError: the disk is full.
         """
-        writable = [cell.replace("\0", "\N{REPLACEMENT CHARACTER}") for cell in cells]
+        writable = cells and [cell.replace("\0", "\N{REPLACEMENT CHARACTER}") for cell in cells]
         with report_write_errors(self._file.name, InputError):
             self._file.write(json.dumps([row, writable]) + "\n")
             self._file.flush()

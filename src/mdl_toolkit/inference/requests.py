@@ -1,6 +1,6 @@
 """Turn the rows of a CSV into questions, each with a limit of new tokens; report those without room."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -72,15 +72,27 @@ class Inputs:
             [left[:0], *(each[np.argsort(-lengths[each], kind="stable")] for each in windows)]
         )
 
-    def without_room(self, required: "TokenBudget", limit: int) -> Iterator[RowProblem]:
-        """Yield a problem for each row whose prompt leaves fewer new tokens than are required."""
-        lengths = {
-            int(self.lines[index]): int(self.dataset.token_counts[index])
-            for index in np.flatnonzero(self.max_new_tokens < required.tokens)
-        }
-        for row in self.manifest.rows_unchecked() if lengths else ():
-            if (length := lengths.get(row.line)) is None:
-                continue
+    def leave_out(self, reasons: Mapping[int, Localized], *, keeps_going: bool) -> None:
+        """Note the rows of the dataset, by their index, that get no answer, and why.
+
+        Raises:
+            RowsError: there are any, and the others are not to be answered without them.
+        """
+        by_line = {int(self.lines[index]): reason for index, reason in reasons.items()}
+        problems = [
+            RowProblem(row.line, "audio", row.shown, by_line[row.line])
+            for row in (self.manifest.rows_unchecked() if by_line else ())
+            if row.line in by_line
+        ]
+        if not keeps_going:
+            self.manifest.check(Problems(problems, len(problems)))
+        self.problems.update((each.line, each) for each in problems)
+
+    def without_room(self, required: "TokenBudget", limit: int) -> dict[int, Localized]:
+        """Tell of each row whose prompt leaves fewer new tokens than are required, by its index."""
+        reasons = {}
+        for index in map(int, np.flatnonzero(self.max_new_tokens < required.tokens)):
+            length = int(self.dataset.token_counts[index])
             reason = too_long(length, limit)
             if required.choice is not None:
                 reason = Localized(
@@ -91,7 +103,8 @@ class Inputs:
                     limit=limit,
                     whole=length + required.tokens,
                 )
-            yield RowProblem(row.line, "audio", row.shown, reason)
+            reasons[index] = reason
+        return reasons
 
 
 @dataclass(frozen=True)
@@ -152,10 +165,7 @@ def open_inputs(manifest: Manifest, folder: Path, options: InferenceOptions, req
     if options.max_new_tokens is not None:
         limits = np.full(len(dataset), options.max_new_tokens, dtype=np.int64)
     inputs = Inputs(manifest, dataset, kept, limits, problems)
-    too_tight = [*inputs.without_room(required, options.max_length)]
-    if too_tight and not keeps_going:
-        manifest.check(Problems(too_tight, len(too_tight)))
-    problems.update((each.line, each) for each in too_tight)
+    inputs.leave_out(inputs.without_room(required, options.max_length), keeps_going=keeps_going)
     return inputs
 
 

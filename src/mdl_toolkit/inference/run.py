@@ -26,11 +26,11 @@ from mdl_toolkit.data.listing import is_listing, list_recordings, write_listing
 from mdl_toolkit.data.manifest import Manifest, Row, read_manifest
 from mdl_toolkit.data.prefetch import Prefetcher
 from mdl_toolkit.data.tokenization import ChatTokenizer
-from mdl_toolkit.errors import InputError
+from mdl_toolkit.errors import InputError, ModelError
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.inference.choices import answer_columns, read_choices
 from mdl_toolkit.inference.engines import Engine, check_engine, is_server, make_engine
-from mdl_toolkit.inference.generate import JOINING
+from mdl_toolkit.inference.generate import JOINING, not_finite
 from mdl_toolkit.inference.journal import AnswerJournal, write_table
 from mdl_toolkit.inference.requests import (
     KEEP,
@@ -40,13 +40,13 @@ from mdl_toolkit.inference.requests import (
     with_training_prompts,
 )
 from mdl_toolkit.reporting.report import report_answers
-from mdl_toolkit.utils.console import progress, say
+from mdl_toolkit.utils.console import progress, say, warn
 from mdl_toolkit.utils.distributed import World, join_world
 from mdl_toolkit.utils.files import check_apart, check_file, removing_empty, replace_file
 from mdl_toolkit.utils.launcher import warn_of_idle_gpus
 from mdl_toolkit.utils.signals import Interruption, raise_if_interrupted
 from mdl_toolkit.utils.worker_pool import end_unguarded_script
-from mdl_toolkit.weights.loading import explaining_memory, find_with_base
+from mdl_toolkit.weights.loading import choose_dtype, explaining_memory, find_with_base
 from mdl_toolkit.weights.provenance import fingerprint, read_provenance
 from mdl_toolkit.weights.tokenizer_files import TOKENIZER_CONFIG, read_tokenizer_files
 
@@ -173,6 +173,9 @@ class _Inference:
                 engine = make_engine(options, *find(weights=has_weights), tokenizer, self.choices, inputs)
                 self._answer(inputs, rows, engine)
         world.wait()
+        reason = not_finite(choose_dtype(options.bf16))
+        unanswered = {index: reason for index, cells in journal.answers().items() if cells is None}
+        inputs.leave_out(unanswered, keeps_going=options.on_error == KEEP)
         return (self._write(manifest, inputs) if world.is_first else []), len(inputs.problems)
 
     def _open_manifest(self) -> Manifest:
@@ -217,10 +220,28 @@ class _Inference:
             closing(loader.batches(groups)) as batches,
             self.journal.appending(self.world.rank),
         ):
-            for row, cells in engine(chain.from_iterable(batches)):
+            failed = 0
+            for done, (row, cells) in enumerate(engine(chain.from_iterable(batches)), 1):
                 self.journal.add(row, cells)
+                failed += cells is None
+                if done == failed == self.options.batch_size > 1:
+                    self._report_lost_batch(failed)
                 bar.advance()
                 raise_if_interrupted()
+
+    def _report_lost_batch(self, count: int) -> None:
+        """Warn that the whole first batch has no answer.
+
+        Raises:
+            ModelError: rows without an answer are not to be kept.
+        """
+        reason = not_finite(choose_dtype(self.options.bf16))
+        message = Localized(
+            "none of the first {count} rows has an answer: {reason}", count=count, reason=reason
+        )
+        if self.options.on_error != KEEP:
+            raise ModelError(message)
+        warn(message)
 
     def _write(self, manifest: Manifest, inputs: Inputs | None) -> list[str]:
         """Write the output and its settings, and return the predictions."""
@@ -234,7 +255,7 @@ class _Inference:
 
         def rows() -> Iterator[tuple[Row, list[str]]]:
             for row, index in () if inputs is None else inputs:
-                cells = [""] * len(names) if index is None else answers[index]
+                cells = (answers[index] if index is not None else None) or [""] * len(names)
                 predictions.append(cells[0])
                 reason = str(problems[row.line].reason) if row.line in problems else ""
                 yield row, [*cells, reason][: len(columns)]

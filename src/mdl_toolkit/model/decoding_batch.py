@@ -128,6 +128,9 @@ class DecodingBatch:
             order[hole] = mover
             for store in self._stores:
                 store[:, hole] = store[:, mover]
+        # A mask hides what a sequence leaves from the next one, but NaN.
+        for store in self._stores:
+            store[:, left : len(self)] = 0
         self.lengths = [self.lengths[slot] for slot in order]
         return order
 

@@ -22,7 +22,7 @@ from mdl_toolkit.data.dataset import Sample
 from mdl_toolkit.data.manifest import Row
 from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import AudioError, TooLongError
-from mdl_toolkit.inference.generate import Answerer, Question, SamplingParams
+from mdl_toolkit.inference.generate import Answerer, Question, SamplingParams, not_finite
 from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.serving.protocol import BusyError, FailedError, Prompt, RequestError, TooLargeError
 from mdl_toolkit.utils.console import warn
@@ -94,8 +94,12 @@ class ContinuousBatch:
             arrivals = _Arrivals(self._waiting, self._waiting.get())
             self._answerer.listener = self._tell
             try:
-                for key, _ in self._answerer.answers(arrivals):
-                    self._tell(key, None)
+                for key, answer in self._answerer.answers(arrivals):
+                    if answer is not None:
+                        self._tell(key, None)
+                        continue
+                    reason = not_finite(self._answerer.dtype)
+                    self._tell(key, FailedError("it cannot be answered: {reason}", reason=reason))
             # Whatever it is, only these requests fail of it: the next ones have a new batch.
             except Exception as problem:  # noqa: BLE001
                 reason = describe_oom(problem) or f"{type(problem).__name__}: {problem}"

@@ -11,7 +11,7 @@ from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.data.dataset import ConvertedDataset
 from mdl_toolkit.data.tokenization import IGNORE_INDEX, ChatTokenizer
 from mdl_toolkit.evaluation.text_metrics import SPACELESS, TEXT_METRICS, WORDLESS, TextMetric, are_mostly
-from mdl_toolkit.inference.generate import Answerer, Question, prompt_of
+from mdl_toolkit.inference.generate import Answerer, Question, ask, base_model, not_finite, prompt_of
 from mdl_toolkit.utils.console import warn
 from mdl_toolkit.utils.distributed import World
 
@@ -73,12 +73,23 @@ class AnswerEvaluator:
                 references[index] = self.tokenizer.decode(reference.tolist())
                 yield Question(index, prompt_of(sample), 2 * len(reference) + EXTRA_TOKENS)
 
-        sums = np.zeros(5)
-        for index, answer in Answerer(model, self.tokenizer, batch_size).answers(questions()):
-            part, whole = self.metric.count(references.pop(index), answer)
+        sums, unanswered = np.zeros(5), list[int]()
+        engine, alone = (Answerer(model, self.tokenizer, size).answers for size in (batch_size, 1))
+        for index, answer in ask(engine, alone, questions()):
+            if answer is None:
+                unanswered.append(index)
+            part, whole = self.metric.count(references.pop(index), answer or "")
             sums += part, whole, part**2, part * whole, whole**2
             if is_stopped():
                 break
+        if unanswered:
+            warn(
+                "evaluation: {count} rows have no answer, which counts as an empty one (line {line} first): "
+                "{reason}",
+                count=len(unanswered),
+                line=min(map(self.dataset.line, unanswered)),
+                reason=not_finite(base_model(model).dtype),
+            )
         return tuple(sums.tolist())
 
 

@@ -18,6 +18,7 @@ from mdl_toolkit.data.prefetch import Prefetcher
 from mdl_toolkit.data.tokenization import IGNORE_INDEX
 from mdl_toolkit.evaluation.text_metrics import LOSS, Best
 from mdl_toolkit.i18n import Localized
+from mdl_toolkit.inference.generate import not_finite
 from mdl_toolkit.training.answer_eval import AnswerEvaluator
 from mdl_toolkit.training.checkpoints import Checkpoint
 from mdl_toolkit.training.log import RunLog
@@ -165,6 +166,14 @@ class Evaluator:
             tokens: number of supervised tokens.
         """
         self.step, self.loss = step, loss
+        if not math.isfinite(loss):
+            reason = not_finite(self.forward.dtype)
+            warn(
+                "the evaluation loss after step {step} is {loss}: {reason}",
+                step=step,
+                loss=loss,
+                reason=reason,
+            )
         self.recent = [*self.recent, loss][-3:]
         if self.answers is None:
             self.best = self.best.after(LOSS, step, loss, loss)

@@ -197,11 +197,19 @@ class Trainer:
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 # Of the step before, if they are why.
                 self._check_weights()
+                lines = ", ".join(str(self.train_set.line(i)) for i in sorted(indices)[:MOST_ROWS_NAMED])
+                if self.forward.dtype == torch.bfloat16:
+                    raise ToolkitError(
+                        "step {next}: the loss or its gradient is not finite in bfloat16; try --bf16 false "
+                        "or a smaller --lr, or look at lines {lines} of the training data",
+                        next=self.step + 1,
+                        lines=lines,
+                    )
                 raise ToolkitError(
                     "step {next}: the loss or its gradient is not finite; try a smaller --lr, or look at "
                     "lines {lines} of the training data",
                     next=self.step + 1,
-                    lines=", ".join(str(self.train_set.line(i)) for i in sorted(indices)[:MOST_ROWS_NAMED]),
+                    lines=lines,
                 )
         rate = self.options.lr * self.schedule.rate(self.step)
         self.trainable.update(rate)

@@ -18,7 +18,7 @@ from itertools import islice
 from multiprocessing.connection import wait
 from typing import Any, NamedTuple, TypeVar
 
-from mdl_toolkit.errors import ToolkitError, is_panic
+from mdl_toolkit.errors import ToolkitError, is_error
 
 JobT = TypeVar("JobT")
 ReportT = TypeVar("ReportT")
@@ -187,7 +187,7 @@ def _serve(pipe: Any) -> None:
                 answer = _END
             except BaseException as problem:
                 # The parent raises it.
-                if not (isinstance(problem, Exception) or is_panic(problem)):
+                if not is_error(problem):
                     raise
                 trace = "\n" + "".join(traceback.format_exception(problem))
                 try:

@@ -7,7 +7,7 @@ from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mdl_toolkit.errors import ModelError, ToolkitError
+from mdl_toolkit.errors import ModelError, ToolkitError, is_error
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.console import say, size
 from mdl_toolkit.utils.machine import OOM_ERRORS, describe_oom
@@ -75,7 +75,9 @@ def load_model(
     except ToolkitError:
         raise
     # The libraries raise a dozen kinds of errors; each means that the checkpoint does not fit.
-    except Exception as problem:
+    except BaseException as problem:
+        if not is_error(problem) or describe_oom(problem) is not None:
+            raise
         reason = " ".join(str(problem).split())
         raise ModelError("{folder}: cannot be loaded: {reason}", folder=folder, reason=reason) from problem
     if not is_quantized:

@@ -19,7 +19,7 @@ from mdl_toolkit.data.check.copies import fingerprint
 from mdl_toolkit.data.manifest import Row
 from mdl_toolkit.data.open_audio import Recordings
 from mdl_toolkit.data.tokenization import IGNORE_INDEX, ChatTokenizer
-from mdl_toolkit.errors import RowProblem
+from mdl_toolkit.errors import RowProblem, naming_row
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.model.lengths import audio_token_count
 
@@ -117,7 +117,8 @@ class Inspection:
         while group := list(itertools.islice(clips, self.rows_per_step)):
             facts, inspected = [], Inspected(np.zeros(0, FACTS))
             for row, clip in group:
-                noted = clip if isinstance(clip, RowProblem) else self._facts(row, clip)
+                with naming_row(row.line, row.shown):
+                    noted = clip if isinstance(clip, RowProblem) else self._facts(row, clip)
                 if isinstance(noted, RowProblem):
                     inspected.problems.append(noted)
                 elif isinstance(clip, Clip):

@@ -12,7 +12,7 @@ from mdl_toolkit.data.dataset_writer import ShardWriter
 from mdl_toolkit.data.manifest import Row
 from mdl_toolkit.data.open_audio import Recordings
 from mdl_toolkit.data.tokenization import ChatTokenizer
-from mdl_toolkit.errors import MOST_ROWS_SHOWN, Problems, RowProblem
+from mdl_toolkit.errors import MOST_ROWS_SHOWN, Problems, RowProblem, naming_row
 from mdl_toolkit.model.lengths import audio_token_count
 
 
@@ -77,12 +77,13 @@ class ShardConverter:
                 if isinstance(clip, RowProblem):
                     stats.problems.add(clip)
                     continue
-                samples += len(clip.samples)
-                count = audio_token_count(len(clip.samples))
-                tokens = self.tokenizer.encode_row(row, count, with_answer=self.with_answer)
-                packed = pack_audio(clip.stored, clip.stored_rate, len(clip.samples))
-                writer.append(row.line, tokens, packed)
-                stats.add(row, clip, len(tokens.input_ids), count)
+                with naming_row(row.line, row.shown):
+                    samples += len(clip.samples)
+                    count = audio_token_count(len(clip.samples))
+                    tokens = self.tokenizer.encode_row(row, count, with_answer=self.with_answer)
+                    packed = pack_audio(clip.stored, clip.stored_rate, len(clip.samples))
+                    writer.append(row.line, tokens, packed)
+                    stats.add(row, clip, len(tokens.input_ids), count)
             yield ShardProgress(len(group), samples)
         stats.bytes, stats.crc32 = writer.close()
         yield ShardResult(job.shard, job.file, stats)
