@@ -315,6 +315,13 @@ class PanicException(BaseException):
     """What a library in Rust raises when it gives up."""
 
 
+def test_what_fails_as_an_interrupt_passes_is_no_bug(door):
+    """The standard library closes a descriptor twice where one comes as it removes a folder."""
+    door.trouble = OSError(9, "Bad file descriptor")
+    door.trouble.__context__ = KeyboardInterrupt()
+    assert door(*TRAIN) == Done(130, "", "interrupted\n")
+
+
 def test_a_panic_is_one_line(door):
     door.trouble = PanicException("index out of bounds")
     done = door(*TRAIN)

@@ -144,8 +144,10 @@ def run(words: Sequence[str]) -> int:
     except BaseException as problem:
         if session.debug or not is_error(problem):
             raise
-        _write_error(_unforeseen(problem))
-        return FAILED
+        # A folder that was being removed closes its descriptor twice.
+        is_interrupted = isinstance(problem.__context__, KeyboardInterrupt)
+        _write_error(Localized("interrupted") if is_interrupted else _unforeseen(problem))
+        return INTERRUPTED if is_interrupted else FAILED
     return 0
 
 
