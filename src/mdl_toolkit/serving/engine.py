@@ -98,8 +98,8 @@ class ContinuousBatch:
                     if answer is not None:
                         self._tell(key, None)
                         continue
-                    reason = not_finite(self._answerer.dtype)
-                    self._tell(key, FailedError("it cannot be answered: {reason}", reason=reason))
+                    lost = not_finite(self._answerer.dtype)
+                    self._tell(key, FailedError("it cannot be answered: {reason}", reason=lost))
             # Whatever it is, only these requests fail of it: the next ones have a new batch.
             except Exception as problem:  # noqa: BLE001
                 reason = describe_oom(problem) or f"{type(problem).__name__}: {problem}"
