@@ -170,7 +170,7 @@ def test_an_empty_list_replaces_too(door, tmp_path):
 
 
 def test_the_last_of_two_values_wins(door):
-    assert door.options(*TRAIN, "--lr", "x", "--lr=1e-5").lr == 1e-5
+    assert door.options(*TRAIN, "--lora-alpha", "x", "--lora-alpha=2").lora_alpha == 2
 
 
 # Rule 4

@@ -101,7 +101,7 @@ def test_completion_prints_a_script(door, shell, sign):
     ("words", "offered"),
     [
         ("tr", ["plain,train"]),
-        ("train --lora", ["plain,--lora-rank", "plain,--lora-alpha", "plain,--lora-dropout"]),
+        ("train --lora", [f"plain,--lora-{name}" for name in ("rank", "alpha", "dropout", "plus-ratio")]),
         ("train --lr x --nosuch 3 --num-e", ["plain,--num-epochs"]),
         ("train --quantization ", ["plain,8bit", "plain,4bit"]),
         ("train --bf16 t", ["plain,true"]),
@@ -285,7 +285,7 @@ def test_main_exits_with_the_status(door, monkeypatch):
 def test_commands_are_click_commands():
     commands = cli.toolkit()
     assert isinstance(commands, click.Group)
-    names = ["convert-dataset", "train", "inference", "merge", "check", "evaluate", "report"]
+    names = ["convert-dataset", "train", "inference", "merge", "check", "split", "evaluate", "report"]
     names += ["serve", "push", "demo", "completion"]
     assert list(commands.commands) == names
 

@@ -41,6 +41,10 @@ SHARES: tuple[Accepted, list[str]] = (
     {"0": 0.0, "0.1": 0.1, "0.99": 0.99},
     ["1", "-0.1", "nan", "null", "x"],
 )
+PORTIONS: tuple[Accepted, list[str]] = (
+    {"0": 0.0, "10%": 0.1, " 12.5 %": 0.125, "0.2": 0.2},
+    ["100%", "1", "-5%", "x%", "%", "null", "nan"],
+)
 NORMS: tuple[Accepted, list[str]] = ({"0": 0.0, "0.01": 0.01, "5": 5.0}, ["-1", "inf", "null", "x"])
 SPELLINGS: dict[str, tuple[Accepted, list[str]]] = {
     "--model-name": (PATHS, [""]),
@@ -58,7 +62,20 @@ SPELLINGS: dict[str, tuple[Accepted, list[str]]] = {
     "INPUT": (PATHS, [""]),
     "--output": (PATHS, ["", "-"]),
     "--train-dataset": (PATHS, [""]),
-    "--lr": (POSITIVES, NO_POSITIVES),
+    "--lr": (
+        {
+            **POSITIVES,
+            "encoder=2e-5": ("encoder=2e-05",),
+            "decoder=1e-4,encoder=2e-5": ("encoder=2e-05", "decoder=0.0001"),
+            "1e-4, lm_head=1": ("0.0001", "lm_head=1.0"),
+            "decoder=1,decoder=2": ("decoder=2.0",),
+        },
+        [*NO_POSITIVES, "=1", "encoder=", "encoder=0", "encoder=x", "tower=1", "encoder", "encoder=1,"],
+    ),
+    "--lora-plus-ratio": (POSITIVES, NO_POSITIVES),
+    "--repetition-penalty": (POSITIVES, NO_POSITIVES),
+    "--no-repeat-ngram-size": ({"0": 0, "3": 3}, ["-1", "0.5", "null", "x"]),
+    "--keep-reference": (YES_NO, NO_BOOLEANS),
     "--adapter": (PATHS_OR_NULL, [""]),
     "--lora-rank": (COUNTS, NO_COUNTS),
     "--lora-alpha": (POSITIVES, NO_POSITIVES),
@@ -205,6 +222,10 @@ SPELLINGS: dict[str, tuple[Accepted, list[str]]] = {
     "--label-separator": (TEXTS, []),
     "--score-column": (TEXTS, []),
     "--group-by": ({"language": ("language",), "a,b": ("a", "b"), "length": ("length",), "": ()}, ["[1]"]),
+    "--eval": PORTIONS,
+    "--test": PORTIONS,
+    "split --group-by": ({"speaker": ("speaker",), "a,b": ("a", "b"), "": ()}, ["[1]"]),
+    "--stratify": (TEXTS, []),
     "--bootstrap": ({"0": 0, "1000": 1000, "1e3": 1000}, ["-1", "0.5", "null", "x"]),
     "SHELL": ({word: word for word in ("bash", "zsh", "fish")}, ["tcsh", "", "null"]),
 }

@@ -49,9 +49,12 @@ VALUES: dict[types.ValueType, st.SearchStrategy[Any]] = {
     types.ADAPTERS: st.lists(WORD.map(lambda word: f"{len(word)}={word}"), unique_by=lambda word: word[:2]),
     types.SEED: st.integers(0, 2**32 - 1),
     types.POSITIVE: POSITIVE,
+    types.LEARNING_RATES: POSITIVE
+    | st.dictionaries(st.sampled_from(types.TRAIN_TARGETS), POSITIVE, min_size=1),
     types.NOT_NEGATIVE: POSITIVE,
     types.PROBABILITY: st.floats(min_value=0, max_value=1, exclude_min=True),
     types.SHARE: st.floats(0, 1, exclude_max=True),
+    types.PORTION: st.floats(0, 1, exclude_max=True),
     types.METRIC_LIST: st.lists(st.sampled_from(types.METRIC_NAMES)),
     types.RESULT_FILES: st.lists(WORD.map(lambda word: f"{word}.json")),
 }
@@ -77,7 +80,10 @@ def any_options(draw: Callable[..., Any]) -> Options:
 @given(options=any_options())
 @settings(max_examples=300, deadline=None)
 def test_yaml_gives_the_same_options_back(options, tmp_path_factory):
-    path = tmp_path_factory.getbasetemp() / "mdl-toolkit.yaml"
+    # Not in the folder above all others, which would be taken for an output.
+    folder = tmp_path_factory.getbasetemp() / "options"
+    folder.mkdir(exist_ok=True)
+    path = folder / "mdl-toolkit.yaml"
     path.write_text(to_yaml(options), encoding="utf-8")
     assert from_mapping(type(options), read_settings(path, type(options))) == options
 

@@ -1,14 +1,19 @@
 """Engines: sampling, beam search and vLLM, and options that do not go together."""
 
 import json
+import shutil
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from mdl_toolkit.api import evaluate
+from mdl_toolkit.config.evaluation import EvaluateOptions
 from mdl_toolkit.data.tokenization import ChatTokenizer
-from mdl_toolkit.errors import ModelError, UsageError
+from mdl_toolkit.errors import InputError, ModelError, UsageError
 from mdl_toolkit.inference import engines, vllm_engine
 from mdl_toolkit.inference.run import infer
 from mdl_toolkit.model.lengths import audio_token_count
@@ -56,6 +61,8 @@ def test_beams_find_what_transformers_finds_for_each_row_alone(model, tmp_path):
         ({"engine": "vllm", "quantization": "4bit"}, "--engine vllm and --quantization"),
         ({"engine": "http://a:1", "choices": "c.txt"}, "--engine http://a:1 and --choices"),
         ({"engine": "http://a:1", "bf16": True}, "--engine http://a:1 and --bf16"),
+        ({"choices": "c.txt", "repetition_penalty": 1.1}, "--choices and --repetition-penalty"),
+        ({"engine": "vllm", "no_repeat_ngram_size": 2}, "--engine vllm and --no-repeat-ngram-size"),
         ({"top_k": 2}, "--top-k has no effect without --choices"),
         ({"normalize_scores": True}, "--normalize-scores has no effect without --choices"),
         ({"top_p": 0.5}, "--top-p has no effect without --temperature"),
@@ -159,3 +166,36 @@ def test_what_vllm_cannot_load_is_said_in_one_sentence(model, tmp_path, vllm, mo
     source = make_csv(tmp_path, 1)
     message = refused(infer, options(source, model, tmp_path / "out.csv", engine="vllm"))
     assert message == f"{model}: vLLM cannot load it: no room for the cache"
+
+
+def test_penalties_change_answers_greedy_and_by_beams(model, tmp_path):
+    csv = make_csv(tmp_path, 4)
+    for beams in (1, 2):
+        found = []
+        again = {"repetition_penalty": 0.1}
+        for number, changes in enumerate(({}, again, {**again, "no_repeat_ngram_size": 1})):
+            output = tmp_path / f"{beams}-{number}.csv"
+            found.append(infer(options(csv, model, output, num_beams=beams, **changes)))
+        assert found[0] != found[1] != found[2]
+
+
+@pytest.mark.parametrize("on_error", ["stop", "keep"])
+def test_the_reference_is_kept_where_evaluate_looks_for_it(model, tmp_path, on_error):
+    csv = make_csv(tmp_path, 5)
+    if on_error == "keep":
+        shutil.copy(csv, tmp_path / "bad.csv")
+        csv = tmp_path / "bad.csv"
+        csv.write_text(csv.read_text() + "gone.wav,What is it?,the last\n")
+    output = tmp_path / "p.csv"
+    asked = options(csv, model, output, keep_reference=True, on_error=on_error)
+    with nullcontext() if on_error == "stop" else pytest.raises(InputError, match="1 of its rows"):
+        infer(asked)
+    rows, before = table(output), table(csv)
+    assert [row["reference"] for row in rows] == [row["prediction"] for row in before]
+    assert [*rows[0]] == [*before[0], "reference", *(["error"] if on_error == "keep" else [])]
+    assert [row["prediction"] for row in rows] != [row["reference"] for row in rows]
+    evaluation = evaluate(EvaluateOptions(input=str(output)))
+    assert len(evaluation.rows) == len(before)
+    again = replace(asked, input=str(output), output=str(tmp_path / "again.csv"))
+    with pytest.raises(InputError, match="--keep-reference needs a column `prediction` to keep, and none"):
+        infer(again)

@@ -153,6 +153,29 @@ def test_what_prompts_begin_with_is_computed_once(golden, name):
     assert (logits - shared).abs().max() < 1e-4
 
 
+@pytest.mark.filterwarnings("ignore:Passing .* with `inputs_embeds`")
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize(
+    "penalties",
+    [
+        {"repetition_penalty": 1.5},
+        {"repetition_penalty": 0.5},
+        {"no_repeat_ngram_size": 1},
+        {"no_repeat_ngram_size": 3},
+        {"repetition_penalty": 0.7, "no_repeat_ngram_size": 2},
+    ],
+    ids=str,
+)
+def test_penalties_are_those_of_transformers(golden, penalties, batch_size):
+    model, tokenizer = load(golden, "A-small")
+    asked = [replace(q, max_new_tokens=24) for q in questions(model, 6)]
+    expected = {q.key: generated(model, q, do_sample=False, **penalties) for q in asked}
+    assert ids_of(model, tokenizer, asked, batch_size, SamplingParams(**penalties)) == expected
+    # Little repeats itself by chance, so that what pulls it there is compared too.
+    if penalties.get("repetition_penalty", 1) < 1:
+        assert expected != {q.key: generated(model, q, do_sample=False) for q in asked}
+
+
 # --- drawing -------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,13 @@ import pytest
 
 from mdl_toolkit.cli import main as cli
 from mdl_toolkit.cli.click_options import OptionsCommand
-from mdl_toolkit.config.data import CheckOptions, CompletionOptions, ConvertOptions, DemoOptions
+from mdl_toolkit.config.data import (
+    CheckOptions,
+    CompletionOptions,
+    ConvertOptions,
+    DemoOptions,
+    SplitOptions,
+)
 from mdl_toolkit.config.evaluation import EvaluateOptions, ReportOptions
 from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.config.options import Options
@@ -26,6 +32,7 @@ COMMANDS: dict[str, type[Options]] = {
         InferenceOptions,
         MergeOptions,
         CheckOptions,
+        SplitOptions,
         EvaluateOptions,
         ReportOptions,
         ServeOptions,
@@ -100,6 +107,7 @@ NEEDED: dict[str, dict[str, str]] = {
     "inference": {"INPUT": "in.csv", "--output": "out.csv", "--model-name": "model"},
     "merge": {"ADAPTER": "run/final", "--output": "out"},
     "check": {"INPUT": "in.csv"},
+    "split": {"INPUT": "in.csv", "--output": "out"},
     "evaluate": {"INPUT": "in.csv"},
     "report": {"INPUT": "run"},
     "serve": {"MODEL_NAME": "model"},

@@ -54,7 +54,7 @@ def test_the_briefing(tmp_path, capsys):
     )
     assert recipe == (
         "recipe: adamw, learning rate 0.01 (linear, warm-up 0 steps), beta2 0.999, weight decay 0, gradient "
-        "norm at most 1, label smoothing 0"
+        "norm at most 1, label smoothing 0, LoRA+ ratio 1"
     )
     adapter = load_file(tmp_path / "run/checkpoint-5/adapter_model.safetensors")
     base = sum(tensor.numel() for file in MODEL.glob("*.safetensors") for tensor in load_file(file).values())

@@ -18,7 +18,13 @@ from click.shell_completion import get_completion_class, shell_complete
 import mdl_toolkit
 from mdl_toolkit.cli.click_options import CONTEXT_SETTINGS, OptionsCommand, Session, unknown
 from mdl_toolkit.cli.help import HELP_NAMES, OTHERS, HelpEntry, help_entry, help_page
-from mdl_toolkit.config.data import CheckOptions, CompletionOptions, ConvertOptions, DemoOptions
+from mdl_toolkit.config.data import (
+    CheckOptions,
+    CompletionOptions,
+    ConvertOptions,
+    DemoOptions,
+    SplitOptions,
+)
 from mdl_toolkit.config.evaluation import EvaluateOptions, ReportOptions
 from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.config.options import Options
@@ -100,6 +106,7 @@ def toolkit() -> click.Group:
         (InferenceOptions, _calls("infer")),
         (MergeOptions, _calls("merge_adapter")),
         (CheckOptions, _calls("check")),
+        (SplitOptions, _calls("split_dataset")),
         (EvaluateOptions, _evaluate),
         (ReportOptions, _calls("report")),
         (ServeOptions, _calls("serve", "mdl_toolkit.serving.serve")),

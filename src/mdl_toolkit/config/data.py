@@ -15,9 +15,11 @@ from mdl_toolkit.config.types import (
     OUTPUT,
     PATH,
     PATHS,
+    PORTION,
     POSITIVE,
     SEED,
     TEXT,
+    WORDS,
     choice,
 )
 from mdl_toolkit.i18n import Localized
@@ -26,6 +28,7 @@ COMMON = Localized("Common options")
 DATASET = Localized("Dataset options")
 FILES = Localized("Input and output")
 CHECKING = Localized("Checking options")
+SPLITTING = Localized("Splitting options")
 DEMO = Localized("Demo options")
 COMPLETION = Localized("Arguments")
 
@@ -184,6 +187,46 @@ class CheckOptions(ConversionOptions):
         "Write what was found as JSON: true, or --json alone, to standard output in place of the text; a "
         "path (--json=PATH, or --json NAME.json) to that file.",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitOptions(Options):
+    """Hold the options of `split`.
+
+    Example:
+        ```python
+        from mdl_toolkit import SplitOptions
+
+        options = SplitOptions(
+            input="all.csv", output="parts", eval="10%", test="10%", group_by=("speaker",),
+            stratify="prediction",
+        )
+        ```
+    """
+
+    COMMAND = "split"
+    SUMMARY = Localized("Split a CSV into training, evaluation and test rows; nothing is on two sides.")
+    GROUPS = (FILES, SPLITTING)
+
+    input: str = option(PATH, REQUIRED, FILES, INPUT_HELP, positional=True)
+    output: str = option(
+        PATH, REQUIRED, FILES, "Folder for train.csv, eval.csv and test.csv; an earlier split is replaced."
+    )
+    base_dir: str | None = option(
+        PATH, None, FILES, "Folder that relative audio paths start from; the current directory if not given."
+    )
+    eval: float = option(PORTION, 0.0, SPLITTING, "Share of the rows for evaluation while training, as 10%.")
+    test: float = option(PORTION, 0.0, SPLITTING, "Share of the rows for the test after it, as 10%.")
+    group_by: tuple[str, ...] = option(
+        WORDS,
+        (),
+        SPLITTING,
+        "Columns, such as speaker: rows with the same cell stay on one side. May be given several times.",
+    )
+    stratify: str | None = option(
+        TEXT, None, SPLITTING, "A column, such as prediction, whose values all parts have in like shares."
+    )
+    seed: int = option(SEED, 42, SPLITTING, "Seed of what is drawn.")
 
 
 @dataclass(frozen=True, kw_only=True)

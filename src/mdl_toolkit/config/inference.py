@@ -12,8 +12,10 @@ from mdl_toolkit.config.types import (
     NOT_NEGATIVE,
     OUTPUT,
     PATH,
+    POSITIVE,
     PROBABILITY,
     SEED,
+    WHOLE,
     choice,
 )
 from mdl_toolkit.i18n import Localized
@@ -85,6 +87,15 @@ class InferenceOptions(ConversionOptions):
         PROBABILITY, 1.0, INFERENCE, "Draw among the most likely tokens that together have this probability."
     )
     seed: int = option(SEED, 42, INFERENCE, "Seed of what is drawn.")
+    repetition_penalty: float = option(
+        POSITIVE,
+        1.0,
+        INFERENCE,
+        "Above 1, tokens that an answer already has become less likely, as in transformers; 1.1 is a little.",
+    )
+    no_repeat_ngram_size: int = option(
+        WHOLE, 0, INFERENCE, "No sequence of so many tokens comes twice in an answer; 0: as it comes."
+    )
     num_beams: int = option(COUNT, 1, INFERENCE, "Beams of a beam search; 1 is greedy.")
     choices: str | None = option(
         PATH,
@@ -95,6 +106,13 @@ class InferenceOptions(ConversionOptions):
     top_k: int = option(COUNT, 1, INFERENCE, "With --choices: how many of the best are given.")
     normalize_scores: bool = option(
         BOOLEAN, False, INFERENCE, "With --choices: divide each score by the choice's number of tokens."
+    )
+    keep_reference: bool = option(
+        BOOLEAN,
+        False,
+        INFERENCE,
+        "Keep the input's `prediction` in a column `reference` behind the answers, where evaluate looks for "
+        "it.",
     )
     on_error: str = option(
         choice("stop", "keep"),

@@ -12,6 +12,7 @@ ALSO_CALLED = {
     "max-grad-norm": "grad-clip gradient-clip gradient-clip-val",
     "label-smoothing": "label-smoothing-factor",
     "weight-decay": "wd",
+    "lora-plus-ratio": "loraplus-lr-ratio lorap-lr-ratio",
     "num-epochs": "epochs epoch num-train-epochs",
     "train-dataset": "dataset data train-data train-file train-path",
     "eval-dataset": "validation-file validation-dataset val-dataset val-file eval-file",
@@ -24,6 +25,8 @@ ALSO_CALLED = {
     "lora-alpha": "alpha",
     "train-target": "target-modules lora-target",
     "resume-from-checkpoint": "resume",
+    "eval": "val-size eval-size eval-ratio validation-split",
+    "test": "test-size test-ratio",
     "eval-steps": "eval-strategy evaluation-strategy",
     "save-steps": "save-strategy",
     "quantization": "load-in-4bit load-in-8bit",
@@ -41,10 +44,10 @@ ALSO_CALLED = {
 }
 # What they have and we do not: another option would mislead.
 NOT_HERE = (
-    "deepspeed logging-steps val-size eval-ratio test-size fp16 fsdp adam-beta1 adam-epsilon group-by-length "
+    "deepspeed logging-steps fp16 fsdp adam-beta1 adam-epsilon group-by-length "
     "packing gpus num-gpus device use-cpu tf32 torch-compile "
     "logging-dir run-name do-train do-eval flash-attn attn-impl use-lora lora-bias use-rslora use-dora "
-    "trust-remote-code do-sample repetition-penalty length-penalty language stage template cutoff-len"
+    "trust-remote-code do-sample length-penalty language stage template cutoff-len"
 )
 OTHER_NAMES = {other: name for name, others in ALSO_CALLED.items() for other in others.split()}
 OTHER_NAMES |= dict.fromkeys(NOT_HERE.split(), "")

@@ -16,6 +16,7 @@ from mdl_toolkit.config.types import (
     BOOLEAN,
     CADENCE,
     COUNT,
+    LEARNING_RATES,
     LR_SCHEDULERS,
     NAME,
     NOT_NEGATIVE,
@@ -66,7 +67,13 @@ class TrainOptions(ConversionOptions):
     train_dataset: str = option(
         PATH, REQUIRED, TRAINING, "The training data: a CSV file or a folder written by convert-dataset."
     )
-    lr: float = option(POSITIVE, 1e-4, TRAINING, "Learning rate.")
+    lr: float | tuple[str, ...] = option(
+        LEARNING_RATES,
+        1e-4,
+        TRAINING,
+        "Learning rate; or TARGET=X for one train target, given once for each: encoder=2e-5, decoder=1e-4. A "
+        "number among these is for the other targets.",
+    )
     adapter: str | None = option(
         NAME,
         None,
@@ -81,6 +88,9 @@ class TrainOptions(ConversionOptions):
         POSITIVE, 32.0, TRAINING, "LoRA's alpha: the adapters are scaled by alpha / rank."
     )
     lora_dropout: float = option(SHARE, 0.0, TRAINING, "Dropout rate of the LoRA adapters.")
+    lora_plus_ratio: float = option(
+        POSITIVE, 1.0, TRAINING, "LoRA+: the matrices B learn so many times as fast as A; 16 is usual there."
+    )
     train_target: tuple[str, ...] = option(
         TARGETS,
         ("encoder", "projector", "decoder"),

@@ -113,6 +113,16 @@ def _parse_cadence(value: Any) -> int | float | str:
     )
 
 
+def _parse_portion(value: Any) -> float:
+    """Read a share of the rows: `10%` or 0.1; 0 is none."""
+    is_percent = isinstance(value, str) and value.strip().endswith("%")
+    with suppress(ValueError):
+        share = _parse_number(value.strip()[:-1]) / 100 if is_percent else _parse_number(value)
+        if 0 <= share < 1:
+            return share
+    raise refuse("expected a share such as 10% or 0.1")
+
+
 def _parse_text(value: Any) -> str:
     if not isinstance(value, str):
         raise refuse("expected a text (in YAML, put it in quotes)")
@@ -215,6 +225,29 @@ def _parse_adapters(value: Any) -> tuple[str, ...]:
     return items
 
 
+def _parse_learning_rates(value: Any) -> float | tuple[str, ...]:
+    """Read one number, or words `TARGET=NUMBER`; a number among these is for the other targets."""
+    items = [f"{name}={rate}" for name, rate in value.items()] if isinstance(value, dict) else value
+    if isinstance(items, list | tuple) and not all(isinstance(item, str) for item in items):
+        raise refuse("expected a number, or words such as encoder=2e-5")
+    items = items if isinstance(items, list | tuple) else [items]
+    words = [part for item in items for part in (item.split(",") if isinstance(item, str) else [item])]
+    rates: dict[str, float] = {}
+    for word in words:
+        target, equals, number = str(word).partition("=")
+        name = target.strip() if equals else ""
+        if name not in ("", *TRAIN_TARGETS) or (equals and not name):
+            listed = ", ".join(TRAIN_TARGETS)
+            raise refuse("expected a number, or TARGET=NUMBER with one of {listed}", listed=listed)
+        rates[name] = POSITIVE.parse(number if equals else word)
+    if {*rates} == {""}:
+        return rates[""]
+    if not rates:
+        raise refuse("expected a number")
+    ordered = [name for name in ("", *TRAIN_TARGETS) if name in rates]
+    return tuple(f"{name}={rates[name]!r}" if name else repr(rates[name]) for name in ordered)
+
+
 def choice(*choices: str) -> ValueType:
     """Return the type of a value that is one of a few words."""
 
@@ -249,6 +282,7 @@ CADENCE = ValueType("N|FRACTION|epoch", _parse_cadence)
 ADAPTERS = ValueType("NAME=FOLDER", _parse_adapters, is_repeated=True)
 PATHS = ValueType("PATH", _parse_paths, is_repeated=True)
 RESUME = ValueType("true|false|PATH", _true_or(_parse_path), takes=lambda word: not word.startswith("-"))
+LEARNING_RATES = ValueType("X|TARGET=X", _parse_learning_rates, is_repeated=True)
 # A bare `--json` must not take the CSV after it for the file to write.
 JSON = ValueType(
     "true|false|PATH",
@@ -266,6 +300,7 @@ PORT = _integer(0, 65_535)
 # numpy.random.seed accepts no more.
 SEED = _integer(0, 2**32 - 1)
 POSITIVE = _real(lambda x: x > 0, Localized("a number above 0"))
+PORTION = ValueType("PERCENT", _parse_portion)
 SHARE = _real(lambda x: 0 <= x < 1, Localized("a number from 0 to below 1"))
 NOT_NEGATIVE = _real(lambda x: x >= 0, Localized("a number of at least 0"))
 PROBABILITY = _real(lambda x: 0 < x <= 1, Localized("a number above 0 and up to 1"))

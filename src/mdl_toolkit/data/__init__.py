@@ -9,6 +9,7 @@ Modules:
     missing          why a recording is not found, and where it is
     listing          a folder or pattern of recordings as a CSV
     chat_template    a row to messages and spans
+    split            training, evaluation and test rows of a CSV, nothing on two sides
     tokenization     spans to `input_ids` and `labels`
     dataset          the converted dataset on disk, and its samples
     dataset_writer   samples to that dataset

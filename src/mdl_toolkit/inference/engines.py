@@ -1,6 +1,7 @@
 """Choose the engine that computes answers: decoding, beam search, scored choices, vLLM, or a server."""
 
 import asyncio
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import groupby, islice
@@ -51,6 +52,7 @@ def check_engine(options: InferenceOptions) -> None:
         ModelError: vLLM is not installed, or a server does not answer or does not have the model.
     """
     engine, is_other = f"--engine {options.engine}", options.engine != OURS
+    is_penalized, is_varied = options.repetition_penalty != 1, options.no_repeat_ngram_size > 0
     contradictions = [
         ("--num-beams", "--temperature", options.num_beams > 1 and options.temperature > 0),
         ("--choices", "--temperature", options.choices is not None and options.temperature > 0),
@@ -59,6 +61,10 @@ def check_engine(options: InferenceOptions) -> None:
         (engine, "--num-beams", is_other and options.num_beams > 1),
         (engine, "--quantization", is_other and options.quantization is not None),
         (engine, "--bf16", is_server(options.engine) and options.bf16 is not None),
+        ("--choices", "--repetition-penalty", options.choices is not None and is_penalized),
+        ("--choices", "--no-repeat-ngram-size", options.choices is not None and is_varied),
+        (engine, "--repetition-penalty", is_other and is_penalized),
+        (engine, "--no-repeat-ngram-size", is_other and is_varied),
     ]
     for one, other, is_given in contradictions:
         if is_given:
@@ -111,14 +117,20 @@ def make_engine(
     # PEFT's layers read the weights that would be laid out anew.
     if model.device.type == "cpu" and base_model(model) is model:
         prepack(model)
-    sampling = SamplingParams(options.temperature, options.top_p, options.seed)
+    sampling = SamplingParams(
+        options.temperature,
+        options.top_p,
+        options.seed,
+        options.repetition_penalty,
+        options.no_repeat_ngram_size,
+    )
 
     def engine(batch_size: int) -> Engine:
         if choices is not None:
             sizes = (batch_size, options.top_k, options.normalize_scores)
             return Chooser(model, tokenizer, choices, *sizes).answers
         if options.num_beams > 1:
-            return partial(beam_search, model, tokenizer, batch_size, options.num_beams)
+            return partial(beam_search, model, tokenizer, batch_size, options.num_beams, sampling)
         answerer = Answerer(model, tokenizer, batch_size, sampling)
         return lambda questions: (
             (key, None if text is None else [text]) for key, text in answerer.answers(questions)
@@ -128,7 +140,12 @@ def make_engine(
 
 
 def beam_search(
-    model: Any, tokenizer: ChatTokenizer, batch_size: int, num_beams: int, questions: Iterable[Question]
+    model: Any,
+    tokenizer: ChatTokenizer,
+    batch_size: int,
+    num_beams: int,
+    sampling: SamplingParams,
+    questions: Iterable[Question],
 ) -> Iterator[tuple[int, list[str] | None]]:
     """Answer by transformers' beam search, over prompts of one length and limit of new tokens at a time.
 
@@ -148,13 +165,17 @@ def beam_search(
         settings = GenerationConfig(
             do_sample=False,
             num_beams=num_beams,
+            repetition_penalty=sampling.repetition_penalty,
+            no_repeat_ngram_size=sampling.no_repeat_ngram_size,
             max_new_tokens=limit,
             eos_token_id=ends,
             pad_token_id=tokenizer.pad_id,
         )
         while batch := [*islice(group, batch_size)]:
             prompts = collate_prompts([each.sample for each in batch], tokenizer.pad_id)
-            with torch.inference_mode():
+            with torch.inference_mode(), warnings.catch_warnings():
+                # Penalties look at the answer alone, as in greedy decoding.
+                warnings.filterwarnings("ignore", message="Passing .* with `inputs_embeds`")
                 embeddings = embed_prompts(plain, prompts)
                 mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
                 failed = torch.zeros(len(batch) * num_beams, dtype=torch.bool, device=embeddings.device)

@@ -7,12 +7,18 @@ token at every step, and sampling draws from a random generator of the row's own
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+)
 
 from mdl_toolkit.data.collate import PrecomputedSample, PromptBatch, collate_prompts
 from mdl_toolkit.data.dataset import Sample
@@ -28,6 +34,9 @@ JOINING = 4
 # In place of a token, where a logit is NaN or infinite.
 NOT_FINITE = -1
 
+# The logit of a token that is not to be taken; the sum of many is finite.
+LOWEST = -1e30
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -37,11 +46,36 @@ class SamplingParams:
         temperature: 0 for greedy decoding; otherwise logits are divided by it before a token is drawn.
         top_p: draw among the fewest tokens whose probabilities add up to so much (nucleus sampling).
         seed: of the random numbers.
+        repetition_penalty: divides the positive logits of tokens that the answer has, and multiplies others.
+        no_repeat_ngram_size: tokens that would repeat a sequence of so many are not taken; 0 for none.
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 42
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+
+    @cached_property
+    def processors(self) -> LogitsProcessorList:
+        """Return transformers' processors of logits that look at the answer so far, in its order."""
+        processors = LogitsProcessorList()
+        if self.repetition_penalty != 1:
+            processors.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+        if self.no_repeat_ngram_size:
+            processors.append(NoRepeatNGramLogitsProcessor(self.no_repeat_ngram_size))
+        return processors
+
+    def process(self, logits: Tensor, answers: Sequence[Sequence[int]]) -> Tensor:
+        """Return the logits `[rows, vocabulary]` in the light of each row's tokens so far."""
+        if not self.processors:
+            return logits
+        seen = [torch.tensor([ids], dtype=torch.long, device=logits.device) for ids in answers]
+        plain = logits.float()
+        rows = zip(seen, plain.unsqueeze(1), strict=True)
+        processed = torch.cat([self.processors(ids, row) for ids, row in rows])
+        # What is not to be taken is no failure of the model's.
+        return processed.where(processed.isfinite() | ~plain.isfinite(), LOWEST)
 
     def generator(self, key: int) -> np.random.Generator:
         """Make the random generator of one question; its numbers do not depend on the batch."""
@@ -68,13 +102,17 @@ class SamplingParams:
 
 
 def pick_each(
-    logits: Tensor, samplings: Sequence[SamplingParams], generators: Sequence[np.random.Generator]
+    logits: Tensor,
+    samplings: Sequence[SamplingParams],
+    generators: Sequence[np.random.Generator],
+    answers: Sequence[Sequence[int]],
 ) -> list[int]:
-    """Choose one token for each row of logits, `[rows, vocabulary]`, each by its own settings."""
+    """Choose one token for each row of logits, `[rows, vocabulary]`, each by its own settings and answer."""
     tokens = [0] * len(samplings)
     for sampling in {*samplings}:
         rows = [row for row, own in enumerate(samplings) if own == sampling]
         part = logits if len(rows) == len(tokens) else logits[rows]
+        part = sampling.process(part, [answers[row] for row in rows])
         for row, token in zip(rows, sampling.pick(part, [generators[row] for row in rows]), strict=True):
             tokens[row] = token
     return tokens
@@ -174,7 +212,8 @@ class Answerer:
         """Add a token to as many of the last answers as have logits; release and yield complete ones."""
         advanced = self._running[-len(logits) :]
         samplings, generators = [each.sampling for each in advanced], [each.generator for each in advanced]
-        for answer, token in zip(advanced, pick_each(logits, samplings, generators), strict=True):
+        tokens = pick_each(logits, samplings, generators, [each.ids for each in advanced])
+        for answer, token in zip(advanced, tokens, strict=True):
             answer.ids.append(token)
             if self.listener is not None and token != NOT_FINITE:
                 self.listener(answer.key, token)

@@ -53,12 +53,17 @@ from mdl_toolkit.weights.tokenizer_files import TOKENIZER_CONFIG, read_tokenizer
 MEMORY_REMEDY = Localized("lower --batch-size, or give --bf16 true or --quantization 4bit")
 # The column that --on-error keep adds.
 ERROR = "error"
+# The column that --keep-reference adds.
+REFERENCE = "reference"
 # Threads that read and decode the next recordings.
 THREADS = 2
 # Options that may change before a killed run is resumed, since the answers do not depend on them.
 CHANGEABLE = frozenset(
-    {"batch_size", "num_workers", "tokenizing_batch_size", "download_cache", "max_download_mb", "report"}
-)
+    {
+        "batch_size", "num_workers", "tokenizing_batch_size", "download_cache", "max_download_mb", "report",
+        "keep_reference",
+    }
+)  # fmt: skip
 # Options that name content: the fingerprint covers the content, so that no spelling of a path matters.
 BY_CONTENT = frozenset(
     {
@@ -118,6 +123,20 @@ def infer(options: InferenceOptions) -> list[str]:
     return predictions
 
 
+def check_reference(manifest: Manifest) -> None:
+    """Refuse to keep references that are not there, or in a column that is.
+
+    Raises:
+        InputError: naming both columns.
+    """
+    if "prediction" not in manifest.file.columns or REFERENCE in manifest.file.columns:
+        raise InputError(
+            "{input}: --keep-reference needs a column `prediction` to keep, and none named `{column}`",
+            input=manifest.source,
+            column=REFERENCE,
+        )
+
+
 @dataclass(frozen=True)
 class _Inference:
     """Run one process's part in an inference."""
@@ -130,6 +149,8 @@ class _Inference:
     def run(self) -> tuple[list[str], int]:
         """Check, convert, answer and write; return the predictions, and the number of rows without one."""
         manifest, world, journal = self._open_manifest(), self.world, self.journal
+        if self.options.keep_reference:
+            check_reference(manifest)
         if not any(True for _ in manifest):
             if world.is_first:
                 journal.begin("no rows")
@@ -249,7 +270,8 @@ class _Inference:
         names = ["prediction"]
         if self.choices is not None:
             names = answer_columns(len(self.choices), self.options.top_k)
-        columns = [*names, ERROR] if self.options.on_error == KEEP else names
+        more = [REFERENCE] * self.options.keep_reference + [ERROR] * (self.options.on_error == KEEP)
+        columns = [*names, *more]
         problems = {} if inputs is None else inputs.problems
         predictions: list[str] = []
 
@@ -258,7 +280,8 @@ class _Inference:
                 cells = (answers[index] if index is not None else None) or [""] * len(names)
                 predictions.append(cells[0])
                 reason = str(problems[row.line].reason) if row.line in problems else ""
-                yield row, [*cells, reason][: len(columns)]
+                others = {REFERENCE: row.prediction or "", ERROR: reason}
+                yield row, [*cells, *(others[name] for name in more)]
 
         write_table(output, manifest.file, columns, rows())
         with replace_file(output.with_name(f"{output.name}.{SETTINGS_FILE}"), "predictions") as work:

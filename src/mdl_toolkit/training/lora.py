@@ -66,30 +66,13 @@ def add_adapters(
     Raises:
         ModelError: a target matches nothing.
     """
-    from peft import LoraConfig, get_peft_model
-    from peft.utils.constants import DUMMY_TARGET_MODULES
+    from peft import get_peft_model
 
     from mdl_toolkit.training.lora_layer import use_fast_lora
 
     check_targets(model, targets)
     tied = bool(model.config.tie_word_embeddings)  # type: ignore[union-attr]
-    if start is None:
-        patterns = [f"(?:{pattern})" for target, pattern in LORA_TARGETS.items() if target in targets]
-        full = [module for target, module in FULL_TARGETS.items() if target in targets]
-        if full and tied:
-            # They are one, named as the input's.
-            full = [FULL_TARGETS["embed_tokens"]]
-        config = LoraConfig(
-            task_type="CAUSAL_LM",
-            r=rank,
-            lora_alpha=alpha,
-            target_modules="|".join(patterns) or str(DUMMY_TARGET_MODULES),
-            modules_to_save=full or None,
-        )
-    else:
-        config = LoraConfig.from_pretrained(str(start))
-        # However its weights were first made, they are loaded.
-        config.inference_mode, config.init_lora_weights = False, True
+    config = adapter_config(targets, rank, alpha, tied=tied) if start is None else saved_config(start)
     config.lora_dropout, config.base_model_name_or_path = dropout, base_name
     config.ensure_weight_tying = tied and bool(config.modules_to_save)
     with quiet_peft():
@@ -101,6 +84,35 @@ def add_adapters(
             parameter.data = parameter.data.to(torch.float32)
     use_fast_lora(peft_model)
     return peft_model, [count_target(peft_model, target, tied=tied) for target in targets]
+
+
+def adapter_config(targets: tuple[str, ...], rank: int, alpha: float, *, tied: bool) -> Any:
+    """Return PEFT's configuration of new adapters for targets; `tied` tells whether the embeddings are."""
+    from peft import LoraConfig
+    from peft.utils.constants import DUMMY_TARGET_MODULES
+
+    patterns = [f"(?:{pattern})" for target, pattern in LORA_TARGETS.items() if target in targets]
+    full = [module for target, module in FULL_TARGETS.items() if target in targets]
+    if full and tied:
+        # They are one, named as the input's.
+        full = [FULL_TARGETS["embed_tokens"]]
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=alpha,
+        target_modules="|".join(patterns) or str(DUMMY_TARGET_MODULES),
+        modules_to_save=full or None,
+    )
+
+
+def saved_config(adapter: Path) -> Any:
+    """Read PEFT's configuration from an adapter's folder, for an adapter that trains."""
+    from peft import LoraConfig
+
+    config = LoraConfig.from_pretrained(str(adapter))
+    # However its weights were first made, they are loaded.
+    config.inference_mode, config.init_lora_weights = False, True
+    return config
 
 
 def load_adapter(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

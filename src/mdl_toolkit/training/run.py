@@ -27,6 +27,7 @@ from mdl_toolkit.training.gradient_checkpointing import KeptBlocks
 from mdl_toolkit.training.log import Pace, RunLog
 from mdl_toolkit.training.lora import TargetCount, add_adapters
 from mdl_toolkit.training.memory.plan import plan_memory
+from mdl_toolkit.training.optimization.optimizer import learning_rates
 from mdl_toolkit.training.optimization.schedule import Schedule, check_warmup, warn_of_every_step
 from mdl_toolkit.training.output import check_run_folder, prepare_output, tidy_output
 from mdl_toolkit.training.result import origin_of, write_result
@@ -108,6 +109,7 @@ def train(options: TrainOptions) -> TrainResult:
     options, start = take_over(options)
     check_frozen(options)
     check_warmup(options)
+    learning_rates(options)
     warn_of_every_step(options)
     if options.quantization is not None:
         require_package(BITSANDBYTES, "quantization", "--quantization")
@@ -232,7 +234,7 @@ def _train(run: _RunPlan, kept: KeptBlocks, device: torch.device, dtype: torch.d
     with progress(schedule.total, "training") as shown:
         # They begin when what an earlier run left, their files too, is set aside.
         trackers = partial(Trackers, options, schedule.total)
-        watch = LossWatch(schedule.total, schedule.warmup, options.lr)
+        watch = LossWatch(schedule.total, schedule.warmup, max(learning_rates(options).values()))
         log = RunLog(output, shown, trackers, run.sampler, run.train_set.audio_lengths / SAMPLE_RATE, watch)
         answers = AnswerEvaluator.of(options, run.eval_set, run.tokenizer, world)
         forward = ForwardPass(model, Collator(run.tokenizer.pad_id), device, dtype)

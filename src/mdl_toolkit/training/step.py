@@ -17,6 +17,7 @@ from mdl_toolkit.training.lora import load_adapter
 from mdl_toolkit.training.lora_layer import AdapterCasts
 from mdl_toolkit.training.optimization.optimizer import (
     ADAMW,
+    FULL_RATE,
     OptimizerConfig,
     restore_state,
     saved_state,
@@ -83,7 +84,7 @@ class TrainableState:
     def __init__(self, model: Any, device: torch.device, config: OptimizerConfig = ADAMW) -> None:
         self._model = model
         self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._optimizer = config.make(self._named.values(), device)
+        self._optimizer = config.make(self._named, device)
         self._casts = AdapterCasts(model)
 
     @property
@@ -95,10 +96,15 @@ class TrainableState:
         """Scale gradients down to a norm of at most `max_norm`; return the norm that they had, a scalar."""
         return torch.nn.utils.clip_grad_norm_(self._named.values(), max_norm)
 
-    def update(self, rate: float) -> None:
-        """Make an optimizer step at a learning rate, and drop the gradients."""
+    @property
+    def rate(self) -> float:
+        """Return the highest learning rate, of which each step has a share."""
+        return float(max(group[FULL_RATE] for group in self._optimizer.param_groups))
+
+    def update(self, share: float) -> None:
+        """Make an optimizer step at a share of the learning rates, and drop the gradients."""
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = group[FULL_RATE] * share
         self._optimizer.step()
         self._casts.refresh()
         self.drop_gradients()

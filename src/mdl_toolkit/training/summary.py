@@ -86,16 +86,18 @@ def say_steps(options: TrainOptions, sampler: BatchSampler, total: int) -> None:
 def say_recipe(options: TrainOptions, warmup: int) -> None:
     """Say how the weights are going to change, after a warm-up of so many steps."""
     say(
-        "recipe: {optimizer}, learning rate {lr:g} ({scheduler}, warm-up {warmup:,} steps), beta2 {beta2:g}, "
-        "weight decay {decay:g}, gradient norm at most {norm:g}, label smoothing {smoothing:g}",
+        "recipe: {optimizer}, learning rate {lr} ({scheduler}, warm-up {warmup:,} steps), beta2 {beta2:g}, "
+        "weight decay {decay:g}, gradient norm at most {norm:g}, label smoothing {smoothing:g}, LoRA+ ratio "
+        "{ratio:g}",
         optimizer=options.optimizer,
-        lr=options.lr,
+        lr=", ".join(options.lr) if isinstance(options.lr, tuple) else f"{options.lr:g}",
         scheduler=options.lr_scheduler,
         warmup=warmup,
         beta2=options.adam_beta2,
         decay=options.weight_decay,
         norm=options.max_grad_norm or math.inf,
         smoothing=options.label_smoothing,
+        ratio=options.lora_plus_ratio,
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.errors import ToolkitError, UsageError
+from mdl_toolkit.training.optimization.optimizer import learning_rates
 from mdl_toolkit.utils.console import is_first_process, warn
 
 
@@ -74,7 +75,7 @@ def _arguments(options: TrainOptions, total: int) -> Any:
 
     return TrainingArguments(
         output_dir=str(Path(options.output)),
-        learning_rate=options.lr,
+        learning_rate=max(learning_rates(options).values()),
         max_steps=total,
         num_train_epochs=options.num_epochs,
         warmup_steps=options.warmup_steps or options.warmup_ratio,

@@ -211,10 +211,10 @@ class Trainer:
                     next=self.step + 1,
                     lines=lines,
                 )
-        rate = self.options.lr * self.schedule.rate(self.step)
-        self.trainable.update(rate)
+        share = self.schedule.rate(self.step)
+        self.trainable.update(share)
         self.step += 1
-        waited = self.loader.waited
+        rate, waited = self.trainable.rate * share, self.loader.waited
         self.log.step(self.step, loss=loss, norm=norm, rate=rate, examples=indices, waited=waited)
         self.must_stop = must_stop
         return loss

@@ -26,7 +26,7 @@ _SETTINGS = (
 # Settings that are named where they are not the defaults.
 _RECIPE = (
     "max_steps", "warmup_ratio", "lr_scheduler", "optimizer", "weight_decay", "adam_beta2", "max_grad_norm",
-    "label_smoothing",
+    "label_smoothing", "lora_plus_ratio",
 )  # fmt: skip
 _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?\n)---\s*(?:\n|\Z)", re.DOTALL)
 # Prefixes of the decoder types that vLLM serves by itself.
@@ -60,7 +60,9 @@ def render_card(metadata: ResultMetadata, base: Path, *, is_adapter: bool) -> st
     name = shown_name(provenance.base.name) if provenance.base else base.resolve().name
     settings = {} if options is None else {option: getattr(options, option) for option in _SETTINGS}
     if options is not None:
-        settings["train_target"] = list(options.train_target)
+        settings = {
+            name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()
+        }
         chosen = {option: getattr(options, option) for option in _RECIPE}
         settings |= {name: value for name, value in chosen.items() if value != getattr(TrainOptions, name)}
     config = read_json(base / MODEL_CONFIG)

@@ -6,12 +6,13 @@ from dataclasses import replace
 import bitsandbytes
 import pytest
 import torch
+from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
 from transformers import get_scheduler
 
 from mdl_toolkit.data.collate import Collator
 from mdl_toolkit.data.dataset import ConvertedDataset
-from mdl_toolkit.errors import ModelError
+from mdl_toolkit.errors import ModelError, UsageError
 from mdl_toolkit.training.optimization.optimizer import OptimizerConfig, saved_state
 from mdl_toolkit.training.run import train, trainable_model
 from mdl_toolkit.training.sampler import BatchSampler
@@ -36,6 +37,9 @@ RECIPES = {
     "more steps than epochs": {"max_steps": 5},
     "label smoothing": {"label_smoothing": 0.2},
     "8 bit": {"optimizer": "adamw_8bit", "weight_decay": 0.1},
+    "a rate for each tower": {"lr": {"encoder": 0.002, "decoder": 0.01, "lm_head": 0.001}},
+    "a rate for one tower": {"lr": ("0.01", "encoder=0.03")},
+    "LoRA+": {"lora_plus_ratio": 4},
     "paged, which a CPU is not": {"optimizer": "paged_adamw_8bit"},
 }
 
@@ -47,9 +51,15 @@ def csv(tmp_path_factory):
 
 def options_of(csv, output, **changes):
     """Four steps."""
-    return train_options(
-        csv, MODEL, output, train_target=TARGETS, merge_lora=False, **{"num_epochs": 2, "seed": 3, **changes}
-    )
+    settings = {"train_target": TARGETS, "merge_lora": False, "num_epochs": 2, "seed": 3}
+    return train_options(csv, MODEL, output, **{**settings, **changes})
+
+
+def rate_by_hand(name, options):
+    words = options.lr if isinstance(options.lr, tuple) else (f"={options.lr}",)
+    rates = {target: float(rate) for target, _, rate in (word.rpartition("=") for word in words)}
+    tower = "encoder" if ".audio_encoder." in name else "lm_head" if ".lm_head." in name else "decoder"
+    return rates.get(tower, rates.get("")) * (options.lora_plus_ratio if "lora_B" in name else 1)
 
 
 def trained_by_hand(csv, folder, options, steps, warmup):
@@ -58,13 +68,12 @@ def trained_by_hand(csv, folder, options, steps, warmup):
     sampler = BatchSampler(data.token_counts, data.supervised_counts, 4, 1, 1, options.seed)
     model, _ = trainable_model(options, MODEL, CPU, torch.float32)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    settings = {
-        "lr": options.lr, "betas": (0.9, options.adam_beta2), "weight_decay": options.weight_decay
-    }  # fmt: skip
+    settings = {"betas": (0.9, options.adam_beta2), "weight_decay": options.weight_decay}
+    groups = [{"params": [p], "lr": rate_by_hand(name, options)} for name, p in named.items()]
     if options.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(named.values(), fused=True, **settings)
+        optimizer = torch.optim.AdamW(groups, fused=True, **settings)
     else:
-        optimizer = bitsandbytes.optim.AdamW8bit(named.values(), **settings)
+        optimizer = bitsandbytes.optim.AdamW8bit(groups, **settings)
     scheduler = get_scheduler(options.lr_scheduler, optimizer, warmup, steps)
     model.train()
     losses = []
@@ -174,10 +183,49 @@ def test_smoothed_labels_are_torchs_in_training_and_none_in_evaluation(golden, t
 def test_the_states_are_as_large_as_predicted(name):
     sizes = (4095, 4096, 10_000, 64)
     named = {str(size): torch.nn.Parameter(torch.randn(size)) for size in sizes}
-    optimizer = OptimizerConfig(name).make(named.values(), CPU)
+    optimizer = OptimizerConfig(name).make(named, CPU)
     for parameter in named.values():
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
     states = [t for key, t in saved_state(optimizer, named).items() if not key.endswith("/step")]
     assert OptimizerConfig(name).state_bytes(sizes) == sum(tensor.nbytes for tensor in states)
     assert (sum(tensor.nbytes for tensor in states) < 3 * sum(sizes) + 6 * 4096) == (name != "adamw")
+
+
+def test_lora_plus_is_that_of_peft(golden):
+    targets = ("encoder", "projector", "decoder")
+    model = adapted(golden, "A-small", targets)
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    theirs = create_loraplus_optimizer(model, torch.optim.AdamW, lr=3e-4, loraplus_lr_ratio=16)
+    expected = {id(p): group["lr"] for group in theirs.param_groups for p in group["params"]}
+    options = options_of(
+        "d", "o", lr=3e-4, lora_plus_ratio=16, train_target=("encoder", "projector", "decoder")
+    )
+    ours = OptimizerConfig.of(options).make(named, CPU)
+    found = {id(p): group["lr"] for group in ours.param_groups for p in group["params"]}
+    assert found.keys() == {id(p) for p in named.values()}
+    assert found == {key: expected[key] for key in found}
+    assert len({*found.values()}) == 2
+
+
+@pytest.mark.parametrize(
+    ("rates", "told"),
+    [
+        ({"decoder": 1, "lm_head": 1}, "--lr: no learning rate for encoder; give TARGET=X"),
+        ({"decoder": 1, "": 1, "projector": 1}, "--lr: projector: not among the --train-target of this run"),
+    ],
+)
+def test_rates_that_do_not_fit_the_targets_are_named(csv, tmp_path, rates, told):
+    words = tuple(f"{target}={rate}".removeprefix("=") for target, rate in rates.items())
+    with pytest.raises(UsageError, match=told):
+        train(options_of(csv, tmp_path / "run", lr=words))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_tied_embeddings_have_the_rate_of_the_one_that_is_named(golden, target):
+    model = adapted(golden, "B-small-tied", ("decoder", target))
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    options = options_of("d", "o", train_target=("decoder", target), lr={"decoder": 0.1, target: 0.2})
+    groups = OptimizerConfig.of(options).make(named, CPU).param_groups
+    assert {group["lr"]: len(group["params"]) for group in groups} == {0.1: len(named) - 1, 0.2: 1}

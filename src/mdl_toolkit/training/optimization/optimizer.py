@@ -1,17 +1,22 @@
 """Make the optimizer that a run asks for; save and restore its state, and tell how large it is."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mdl_toolkit.config.train import TrainOptions
+from mdl_toolkit.errors import UsageError
+from mdl_toolkit.training.lora import FULL_TARGETS, LORA_TARGETS
 
 # Tables of bitsandbytes, the same for all parameters: nothing to save.
 TABLES = {"qmap1", "qmap2"}
+# A group's learning rate, of which a step has a share.
+FULL_RATE = "full_rate"
 # In bitsandbytes, numbers of the smallest tensor with 8-bit states, and numbers that share a float32 scale.
 LEAST, BLOCK = 4096, 256
 FLOAT = 4
@@ -25,19 +30,31 @@ class OptimizerConfig:
         name: as `--optimizer` spells it.
         weight_decay: of all parameters.
         beta2: AdamW's.
+        rates: learning rates by target.
+        lora_plus_ratio: of the learning rate of each B to that of its A.
     """
 
     name: str = "adamw"
     weight_decay: float = 0.0
     beta2: float = 0.999
+    rates: Mapping[str, float] = field(default_factory=dict)
+    lora_plus_ratio: float = 1.0
 
     @staticmethod
     def of(options: TrainOptions) -> "OptimizerConfig":
         """Return what a run's options choose."""
-        return OptimizerConfig(options.optimizer, options.weight_decay, options.adam_beta2)
+        rates = learning_rates(options)
+        return OptimizerConfig(
+            options.optimizer, options.weight_decay, options.adam_beta2, rates, options.lora_plus_ratio
+        )
 
-    def make(self, parameters: Iterable[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
-        """Make the optimizer of parameters on a device."""
+    def make(self, named: Mapping[str, nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
+        """Make the optimizer of named parameters on a device, a group for each learning rate."""
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in named.items():
+            ratio = self.lora_plus_ratio if ".lora_B." in name else 1.0
+            groups.setdefault(self.rates.get(target_of(name), 1.0) * ratio, []).append(parameter)
+        parameters = [{"params": group, "lr": rate, FULL_RATE: rate} for rate, group in groups.items()]
         settings: dict[str, Any] = {"betas": (0.9, self.beta2), "weight_decay": self.weight_decay}
         if self.name == "adamw":
             return torch.optim.AdamW(parameters, fused=True, **settings)
@@ -58,6 +75,36 @@ class OptimizerConfig:
 
 
 ADAMW = OptimizerConfig()
+
+
+def target_of(name: str) -> str:
+    """Return the word of `--train-target` that a parameter of a `PeftModel` belongs to."""
+    full = {target for target, module in FULL_TARGETS.items() if f".{module}." in name}
+    lora = {target for target, pattern in LORA_TARGETS.items() if re.search(rf"\.{pattern}\.", name)}
+    return next(iter(full | lora), "")
+
+
+def learning_rates(options: TrainOptions) -> dict[str, float]:
+    """Return the learning rate of each train target.
+
+    Raises:
+        UsageError: one has none, or a rate is of a target that is not trained; all of them named.
+    """
+    words = options.lr if isinstance(options.lr, tuple) else (f"{options.lr!r}",)
+    given = {target: float(rate) for target, _, rate in (word.rpartition("=") for word in words)}
+    lacking = [target for target in options.train_target if target not in given] if "" not in given else []
+    idle = [target for target in given if target not in ("", *options.train_target)]
+    if lacking:
+        raise UsageError(
+            "--lr: no learning rate for {targets}; give TARGET=X for each, or X for the others",
+            targets=", ".join(lacking),
+        )
+    if idle:
+        raise UsageError("--lr: {targets}: not among the --train-target of this run", targets=", ".join(idle))
+    rates = {target: given.get(target, given.get("", 0.0)) for target in options.train_target}
+    # Tied embeddings are one, whichever of the two is named.
+    full = [rates[target] for target in FULL_TARGETS if target in rates]
+    return {**dict.fromkeys(FULL_TARGETS if full else (), *full[:1]), **rates}
 
 
 def saved_state(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
