@@ -158,6 +158,12 @@ def test_vllm_gets_an_adapter_beside_its_base(model, tmp_path, vllm):
     assert vllm.asked[0][2] == ("adapter", 1, str(adapter))
 
 
+def test_vllm_works_in_one_process(model, tmp_path, vllm, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="one process"):
+        infer(options(make_csv(tmp_path, 1), model, tmp_path / "out.csv", engine="vllm"))
+
+
 def test_what_vllm_cannot_load_is_said_in_one_sentence(model, tmp_path, vllm, monkeypatch):
     def fail(**_):
         raise ValueError("no room\nfor the cache")

@@ -31,6 +31,7 @@ from mdl_toolkit.inference.requests import Inputs
 from mdl_toolkit.inference.server_engine import ServerAnswerer, find_served_model
 from mdl_toolkit.inference.vllm_engine import VllmAnswerer
 from mdl_toolkit.model.kernels.matmul import prepack
+from mdl_toolkit.utils.launcher import Ranks
 from mdl_toolkit.weights.loading import load_for_inference
 from mdl_toolkit.weights.resolve import BITSANDBYTES, require_package
 
@@ -81,6 +82,11 @@ def check_engine(options: InferenceOptions) -> None:
             )
     if options.engine == VLLM:
         require_package(VLLM, VLLM, engine)
+        if Ranks.from_environment().count > 1:
+            raise UsageError(
+                "--engine vllm works in one process, on one GPU; start it without a launcher, or give "
+                "--engine the address of a `vllm serve` that uses several"
+            )
     if is_server(options.engine):
         # Before any work: is it there, and does it have the model?
         asyncio.run(find_served_model(options))
