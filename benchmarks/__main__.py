@@ -13,7 +13,11 @@ NAMES = (
 
 
 def main(names: list[str]) -> int:
-    """Run benchmarks by name; each is a module with a function `figures`."""
+    """Run benchmarks by name; each is a module with a function `figures`. `gpu` is another kind, alone."""
+    if names[:1] == ["gpu"]:
+        from benchmarks.gpu import main as of_gpu
+
+        return of_gpu(names[1:])
     unknown = [name for name in names if name not in NAMES]
     if unknown:
         sys.stderr.write(f"no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}\n")

@@ -54,7 +54,9 @@ def test_a_gpu_with_bfloat16_trains_in_it(tmp_path, capfd):
         # The front end has no weights and stays in float32.
         assert device.products[torch.bfloat16] > device.products[torch.float32]
     assert done.train_loss < losses(tmp_path / "run")[0]
-    assert f"device: {DEVICE} (Pretended); base weights: bfloat16" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert f"device: {DEVICE} (Pretended); base weights: bfloat16" in said
+    assert re.search(r"\(Pretended\): [\d,]+ tokens/s; most memory [\d.]+ MB, planned [\d.]+ MB", said)
 
 
 def test_a_lack_of_memory_halves_the_rows_and_changes_nothing_else(tmp_path, capfd):

@@ -13,7 +13,6 @@ from mdl_toolkit.data.dataset import Sample
 from mdl_toolkit.data.tokenization import IGNORE_INDEX
 from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.model.modeling import LossPlan
-from mdl_toolkit.model.packing import map_tensors
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ def pin_batch(batch: Batch) -> Batch:
     """
     try:
         pinned = Batch(**{name: tensor.pin_memory() for name, tensor in items_of(batch)})  # type: ignore[typeddict-item]
-        return Batch(**{**pinned, "plan": map_tensors(batch["plan"], Tensor.pin_memory)})  # type: ignore[typeddict-item]
+        return Batch(**{**pinned, "plan": batch["plan"].map(Tensor.pin_memory)})  # type: ignore[typeddict-item]
     except RuntimeError:
         return batch
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from mdl_toolkit.model.constants import MOST_LOGITS
 from mdl_toolkit.model.packed_decoder import packed_states, rms_norm
-from mdl_toolkit.model.packing import PackingPlan, map_tensors
+from mdl_toolkit.model.packing import PackingPlan
 
 # Tokens by which the key-value store grows, at least.
 GROWTH = 64
@@ -81,7 +81,7 @@ class DecodingBatch:
 
         columns = torch.arange(longest)
         made = PackingPlan.of(columns < ends, columns == ends - 1, prefix_ids)
-        plan = map_tensors(made, lambda tensor: tensor.to(embeddings.device, non_blocking=True))
+        plan = made.to(embeddings.device, non_blocking=True)
         states = packed_states(self._decoder.model, embeddings, plan, keep)
         self.lengths += lengths
         logits: Tensor = self._decoder.lm_head(states)

@@ -27,7 +27,7 @@ from mdl_toolkit.model.constants import IGNORE_INDEX
 from mdl_toolkit.model.encoder import AcousticEncoder, AudioProjector, LayerScale, MiDashengEncoder
 from mdl_toolkit.model.kernels.cross_entropy import head_loss, slice_size
 from mdl_toolkit.model.packed_decoder import PACKED_LAYERS, has_dropout, packed_states
-from mdl_toolkit.model.packing import PackingPlan, map_tensors, true_indices
+from mdl_toolkit.model.packing import PackingPlan, Plan, true_indices
 from mdl_toolkit.model.transformers_names import CACHE_NAMES
 
 # Inputs of the decoder that the loss does not heed.
@@ -52,7 +52,7 @@ class MiDashengLMOutput(CausalLMOutputWithPast):
 
 
 @dataclass(frozen=True)
-class LossPlan:
+class LossPlan(Plan):
     """Hold where a batch's tokens go on their way to the loss, which follows from ids and labels alone.
 
     Attributes:
@@ -272,7 +272,7 @@ class MiDashengLMModel(PreTrainedModel, GenerationMixin):
             made = self.plan_loss(
                 ids, attention_mask, labels, shares_prefix=not has_dropout(self.decoder.model)
             )
-            plan = map_tensors(made, lambda tensor: tensor.to(labels.device, non_blocking=True))
+            plan = made.to(labels.device, non_blocking=True)
         if inputs_embeds is None:
             placeholders = None if plan is None else plan.placeholders
             inputs_embeds = self.fuse(input_ids, input_values, audio_length, audio_features, placeholders)
@@ -325,6 +325,8 @@ class MiDashengLMModel(PreTrainedModel, GenerationMixin):
         smoothing = self.label_smoothing if self.training else 0.0
         is_linear = type(head) is nn.Linear
         if is_linear and head.bias is None and not head.weight.requires_grad:
+            # Where a `device_map` spreads the layers, the head may be elsewhere.
+            states, targets = states.to(head.weight.device), targets.to(head.weight.device)
             total = head_loss(states, head.weight, targets, smoothing)
         else:
             size = slice_size(len(targets), self.config.text_config.vocab_size)
@@ -336,6 +338,7 @@ class MiDashengLMModel(PreTrainedModel, GenerationMixin):
     def _summed_loss(self, states: Tensor, targets: Tensor, smoothing: float) -> Tensor:
         """Sum the cross entropy of states `[tokens, hidden_size]` under a head of any kind."""
         logits = self.decoder.lm_head(states).float()
+        targets = targets.to(logits.device)
         return functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
 
     @torch.no_grad()

@@ -160,9 +160,9 @@ def packed_states(
     for layer in others:
         x = layer(x, cos, sin, None)
     # Without a wanted token attention would have no query.
-    if not len(wanted):
-        return rms_norm(model.norm, last(x, cos, sin, None)).index_select(0, wanted)
-    return rms_norm(model.norm, last(x, cos, sin, wanted, queries=plan.queries))
+    x = last(x, cos, sin, wanted, queries=plan.queries) if len(wanted) else last(x, cos, sin, None)[:0]
+    # Where a `device_map` spreads the layers, it may be elsewhere.
+    return rms_norm(model.norm, x.to(model.norm.weight.device))
 
 
 # --- parts of a layer ----------------------------------------------------------------------------------

@@ -6,16 +6,32 @@ nobody wait.
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-Planned = TypeVar("Planned")
+
+@dataclass(frozen=True)
+class Plan:
+    """Hold tensors, and other plans, that go to a device together."""
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Self:
+        """Copy the tensors to a device; accelerate calls this where layers are on several."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Return a plan with another tensor for each of its tensors."""
+        changed = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                changed[field.name] = change(value) if isinstance(value, Tensor) else value.map(change)
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True)
-class TokenLayout:
+class TokenLayout(Plan):
     """Map packed tokens to sequences padded on the right, and back.
 
     Attributes:
@@ -110,7 +126,7 @@ def _owners(keys: Tensor, gather: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class PackingPlan:
+class PackingPlan(Plan):
     """Hold which tokens of a batch a decoder computes, and at which of them its last states are wanted.
 
     It follows from ids and lengths alone: made on the CPU, it makes no other device wait.
@@ -138,16 +154,6 @@ class PackingPlan:
         packed = PackedTokens.of(needed, prefix_ids)
         indices = true_indices(wanted.flatten().index_select(0, packed.source))
         return PackingPlan(packed, indices, packed.select(indices))
-
-
-def map_tensors(plan: Planned, change: Callable[[Tensor], Tensor]) -> Planned:
-    """Return a plan with another tensor for each of its tensors."""
-    changed = {}
-    for field in fields(plan):  # type: ignore[arg-type]
-        value = getattr(plan, field.name)
-        if value is not None:
-            changed[field.name] = change(value) if isinstance(value, Tensor) else map_tensors(value, change)
-    return replace(plan, **changed)  # type: ignore[type-var]
 
 
 class _Pad(torch.autograd.Function):

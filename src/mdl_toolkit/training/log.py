@@ -36,12 +36,16 @@ class Pace:
         audio: seconds of audio in these.
         seconds: that it took, evaluations and checkpoints included.
         waited: of these, seconds spent waiting for data.
+        tokens: decoder tokens of these examples.
+        operations: floating-point operations that learning from them takes.
     """
 
     examples: int
     audio: float
     seconds: float
     waited: float
+    tokens: int = 0
+    operations: float = 0.0
 
 
 class TimeForecast:
@@ -91,6 +95,7 @@ class RunLog:
         sampler: chooses the examples of each step.
         seconds: of audio in every example, `[examples]`.
         watch: warns of losses that do not fall.
+        operations: that learning from each example takes, `[examples]`.
     """
 
     def __init__(
@@ -101,12 +106,15 @@ class RunLog:
         sampler: BatchSampler,
         seconds: NDArray[np.float64],
         watch: LossWatch,
+        operations: NDArray[np.float64],
     ) -> None:
         self._file, self._bar, self._begin_trackers = output / LOG, bar, begin_trackers
         self._seconds, self._epoch = seconds, sampler.steps_per_epoch
         self._watch, self._forecast = watch, TimeForecast(sampler, watch.total)
         self._smooth, self._end_of_a_cut_line = SmoothedLoss(), ""
         self._examples, self._audio, self._waited, self._has_warned = 0, 0.0, 0.0, False
+        self._lengths, self._operations = sampler.lengths, operations
+        self._tokens, self._computed = 0, 0.0
         self._began = self._mark = time.monotonic()
 
     def begin(self, step: int) -> None:
@@ -136,6 +144,8 @@ class RunLog:
         smooth = self._smooth.add(loss)
         self._examples += len(examples)
         self._audio += float(self._seconds[examples].sum())
+        self._tokens += int(self._lengths[examples].sum())
+        self._computed += float(self._operations[examples].sum())
         self._waited, now = waited, time.monotonic()
         elapsed = max(now - self._began, 1e-9)
         values = {"loss": loss, "grad_norm": norm, "learning_rate": rate, "epoch": step / self._epoch}
@@ -189,7 +199,8 @@ class RunLog:
     @property
     def pace(self) -> Pace:
         """Return the pace until now."""
-        return Pace(self._examples, self._audio, time.monotonic() - self._began, self._waited)
+        seconds = time.monotonic() - self._began
+        return Pace(self._examples, self._audio, seconds, self._waited, self._tokens, self._computed)
 
     def close(self, step: int) -> None:
         """Tell the trackers that the run is over, after a step, and judge it if it was a short one."""

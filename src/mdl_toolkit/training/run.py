@@ -43,11 +43,12 @@ from mdl_toolkit.training.summary import (
     say_steps,
     say_targets,
 )
+from mdl_toolkit.training.throughput import operations_of, say_throughput
 from mdl_toolkit.training.trackers import Trackers, check_trackers
 from mdl_toolkit.training.trainer import Outcome, Trainer
 from mdl_toolkit.training.warm_start import load_start, say_start, take_over
 from mdl_toolkit.utils.console import is_first_process, progress, say
-from mdl_toolkit.utils.device import best_device, fast_float32
+from mdl_toolkit.utils.device import best_device, fast_float32, reset_peak_memory
 from mdl_toolkit.utils.distributed import World, join_world
 from mdl_toolkit.utils.files import claim_folder, report_write_errors
 from mdl_toolkit.utils.launcher import warn_of_idle_gpus
@@ -201,6 +202,7 @@ def _run(run: _RunPlan) -> TrainResult:
         run.base, options, run.sampler, train_set.audio_lengths, prefix, device, dtype, run.start
     )
     say_memory(plan)
+    reset_peak_memory(device)
     done, pace = _train(run, plan.kept, device, dtype)
     # From here on the model that was trained is gone: what is written may be loaded to be verified.
     if run.world.is_first:
@@ -214,6 +216,7 @@ def _run(run: _RunPlan) -> TrainResult:
             )
             raise
         say_results(output, done.best.step, pace)
+        say_throughput(pace, device, plan.total)
         plot(output)
         report_training(output)
     run.world.wait()
@@ -235,7 +238,9 @@ def _train(run: _RunPlan, kept: KeptBlocks, device: torch.device, dtype: torch.d
         # They begin when what an earlier run left, their files too, is set aside.
         trackers = partial(Trackers, options, schedule.total)
         watch = LossWatch(schedule.total, schedule.warmup, max(learning_rates(options).values()))
-        log = RunLog(output, shown, trackers, run.sampler, run.train_set.audio_lengths / SAMPLE_RATE, watch)
+        samples = run.train_set.audio_lengths
+        operations = operations_of(model.get_base_model(), run.train_set.token_counts, samples)
+        log = RunLog(output, shown, trackers, run.sampler, samples / SAMPLE_RATE, watch, operations)
         answers = AnswerEvaluator.of(options, run.eval_set, run.tokenizer, world)
         forward = ForwardPass(model, Collator(run.tokenizer.pad_id), device, dtype)
         evaluator = Evaluator(options, schedule, forward, eval_examples, answers, world, log)

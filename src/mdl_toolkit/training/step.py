@@ -11,7 +11,6 @@ from torch import Tensor
 from mdl_toolkit.data.collate import Batch, Collator, SampleSource, items_of, pin_batch
 from mdl_toolkit.model.modeling import LossPlan
 from mdl_toolkit.model.packed_decoder import can_drop
-from mdl_toolkit.model.packing import map_tensors
 from mdl_toolkit.training.checkpoints import Checkpoint
 from mdl_toolkit.training.lora import load_adapter
 from mdl_toolkit.training.lora_layer import AdapterCasts
@@ -64,7 +63,7 @@ class ForwardPass:
         plan = batch.get("plan") or self._plan(batch, is_training=self.model.training)
         on_device: dict[str, Any] = {name: self._move(tensor) for name, tensor in items_of(batch)}
         # Its lengths are numbers for the host.
-        on_device |= {"audio_length": batch["audio_length"], "plan": map_tensors(plan, self._move)}
+        on_device |= {"audio_length": batch["audio_length"], "plan": plan.map(self._move)}
         with self.precision():
             loss: Tensor = self.model(**on_device, num_items_in_batch=tokens).loss
         return loss

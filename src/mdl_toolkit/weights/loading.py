@@ -63,8 +63,8 @@ def load_model(
     quiet_libraries()
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "use_safetensors": True}
     is_quantized = quantization is not None or quantized_by(folder) is not None
-    # Quantised weights are put on their device while they are loaded.
-    if is_quantized:
+    # Weights go to their device tensor by tensor, in their final dtype: the host never holds them all.
+    if is_quantized or device.type != "cpu":
         options["device_map"] = {"": device}
     if quantization is not None:
         options["quantization_config"] = _bitsandbytes_config(quantization, dtype)
@@ -81,7 +81,6 @@ def load_model(
         reason = " ".join(str(problem).split())
         raise ModelError("{folder}: cannot be loaded: {reason}", folder=folder, reason=reason) from problem
     if not is_quantized:
-        model = model.to(device)
         check_numbers(model, folder)
         return model  # type: ignore[no-any-return]
     # bitsandbytes 0.50 repacks 4-bit weights at the first evaluation, in bfloat16 and for good, on CPUs with
