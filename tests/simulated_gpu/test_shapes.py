@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from benchmarks.gpu_model import config_of, random_model
 
-from tests.support.pretended_models import a_step
+from mdl_toolkit.model.decoding_batch import DecodingBatch
+from tests.support.pretended_device import pretending
+from tests.support.pretended_models import DEVICE, a_step
 
 GB = 10**9
 BF16, F32 = torch.bfloat16, torch.float32
@@ -28,3 +31,19 @@ def test_a_step_takes_the_memory_that_was_planned_and_one_wait(
         assert found.device.copied == 8
         lower, higher = (found.device.products[each] for each in (BF16, F32))
         assert higher < 1e-4 * lower if dtype == BF16 else lower == 0
+
+
+def test_a_token_makes_nobody_wait_and_its_operations_are_few():
+    with pretending(is_dry=True) as device:
+        config, where = config_of("7B"), torch.device(DEVICE)
+        model = random_model(config, BF16, where)
+        batch = DecodingBatch(model.decoder)
+        embeddings = torch.zeros(16, 200, 3584, dtype=BF16, device=where)
+        batch.admit(embeddings, [200 - each for each in range(16)], 16, 300)
+        ids = torch.zeros(16, dtype=torch.int64, device=where)
+        device.forget()
+        batch.step(ids)
+        assert not device.waits
+        # 41 to 44 of each of the 28 layers.
+        assert sum(device.operations.values()) < 1300
+        assert device.products[torch.float32] < 1e-3 * device.products[BF16]

@@ -205,8 +205,8 @@ class Answerer:
                 continue
             if not self._running:
                 return
-            last = torch.tensor([answer.ids[-1] for answer in self._running], device=self._model.device)
-            yield from self._advance(self._batch.step(last))
+            last = torch.tensor([answer.ids[-1] for answer in self._running])
+            yield from self._advance(self._batch.step(last.to(self._model.device, non_blocking=True)))
 
     def _advance(self, logits: Tensor) -> Iterator[tuple[int, str | None]]:
         """Add a token to as many of the last answers as have logits; release and yield complete ones."""

@@ -100,7 +100,7 @@ class DecodingBatch:
         longest, device = max(self.lengths) + 1, ids.device
         x = self._decoder.model.embed_tokens(ids)
         self._reserve(longest)
-        ends = torch.tensor(self.lengths, device=device)
+        ends = torch.tensor(self.lengths).to(device, non_blocking=True)
         sequences, rotary = torch.arange(len(self), device=device), self._rotary(x, ends)
         mask = None
         if min(self.lengths) + 1 < longest:
