@@ -43,7 +43,7 @@ from mdl_toolkit.data.collate import Collator
 from mdl_toolkit.model import MiDashengLMModel
 from mdl_toolkit.model.decoding_batch import DecodingBatch
 from mdl_toolkit.training.checkpoints import checkpoint_of, to_resume
-from mdl_toolkit.training.throughput import operations_of
+from mdl_toolkit.training.summary import operations_of
 from mdl_toolkit.utils.device import (
     best_device,
     device_memory,

@@ -7,9 +7,10 @@ from benchmarks.gpu_model import config_of
 
 from mdl_toolkit.model import MiDashengLMModel
 from mdl_toolkit.model.lengths import audio_token_count
-from mdl_toolkit.training import throughput
+from mdl_toolkit.training import summary
 from mdl_toolkit.training.log import Pace
-from mdl_toolkit.training.throughput import operations_of, peak_of, say_throughput
+from mdl_toolkit.training.summary import operations_of, say_throughput
+from mdl_toolkit.utils.device import peak_of
 from tests.support.pretended_device import NAME, pretending
 
 
@@ -44,7 +45,7 @@ def test_what_is_said_of_an_accelerator_and_not_of_a_cpu(monkeypatch, capsys):
     pace = Pace(10, 10.0, 2.0, 0.0, 3000, 989e12)
     say_throughput(pace, torch.device("cpu"), 10**9)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(throughput, "device_name", lambda _: "cuda:0 (NVIDIA H200)")
+    monkeypatch.setattr(summary, "device_name", lambda _: "cuda:0 (NVIDIA H200)")
     with pretending() as device:
         device.peak = 1_234_000_000
         say_throughput(pace, torch.device(NAME, 0), 1_200_000_000)

@@ -15,7 +15,6 @@ Modules:
     log                      `log.jsonl`, the progress bar, smoothed loss
     trackers                 `--report-to`: TensorBoard and others, through transformers
     summary                  what a run says before its first step and after its last
-    throughput               how well an accelerator was used: tokens, operations, memory
     datasets                 open the training and evaluation sets, converting CSVs
     feature_cache            audio features of a frozen encoder, computed once
     lora                     `--train-target` to modules; wrap a model with adapters

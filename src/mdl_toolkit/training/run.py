@@ -35,6 +35,7 @@ from mdl_toolkit.training.resume import check_data, check_options, compare_optio
 from mdl_toolkit.training.sampler import BatchSampler
 from mdl_toolkit.training.step import ForwardPass
 from mdl_toolkit.training.summary import (
+    operations_of,
     say_data,
     say_machine,
     say_memory,
@@ -42,8 +43,8 @@ from mdl_toolkit.training.summary import (
     say_results,
     say_steps,
     say_targets,
+    say_throughput,
 )
-from mdl_toolkit.training.throughput import operations_of, say_throughput
 from mdl_toolkit.training.trackers import Trackers, check_trackers
 from mdl_toolkit.training.trainer import Outcome, Trainer
 from mdl_toolkit.training.warm_start import load_start, say_start, take_over

@@ -4,24 +4,31 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from mdl_toolkit.audio.loading import SAMPLE_RATE
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.data.dataset import ConvertedDataset
-from mdl_toolkit.i18n import Localized
+from mdl_toolkit.i18n import Localized, join_messages
+from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.training.log import Pace
 from mdl_toolkit.training.lora import TargetCount
 from mdl_toolkit.training.memory.plan import MemoryPlan
 from mdl_toolkit.training.optimization.schedule import due_steps
 from mdl_toolkit.training.sampler import BatchSampler
-from mdl_toolkit.utils.console import clock, say, warn
-from mdl_toolkit.utils.device import device_name
+from mdl_toolkit.utils.console import clock, say, size, warn
+from mdl_toolkit.utils.device import device_name, peak_memory, peak_of
 from mdl_toolkit.utils.run_folder import LOG, SmoothedLoss, read_log
 
 # Shown at the end: the last ones, and the best one.
 MOST_EVALUATIONS = 10
 HOUR = 3600.0
+# For each parameter of a matrix and token: two forward, two for the gradient of its input. Those of LoRA are
+# few, and what gradient checkpointing computes again is no use.
+OPERATIONS = 4
+PATCHES_PER_TOKEN = 5
 
 
 def say_machine(device: torch.device, dtype: torch.dtype, quantization: str | None, processes: int) -> None:
@@ -186,3 +193,50 @@ def _say_evaluations(lines: list[dict[str, Any]], best: int | None) -> None:
                 say("{columns}  best", columns=columns)
             else:
                 say("{columns}", columns=columns)
+
+
+def say_throughput(pace: Pace, device: torch.device, planned: int) -> None:
+    """Say how well an accelerator was used, of what is known of it; nothing of a CPU.
+
+    Args:
+        pace: of the run.
+        device: of this process.
+        planned: bytes that were predicted.
+    """
+    most = peak_memory(device)
+    if most is None or not pace.examples:
+        return
+    name, seconds = device_name(device), max(pace.seconds, 1e-9)
+    parts = [Localized("{tokens:,.0f} tokens/s", tokens=pace.tokens / seconds)]
+    if peak := peak_of(name):
+        parts.append(
+            Localized(
+                "MFU {share:.1%} of {peak:.0f} TFLOP/s (4 operations a parameter and token)",
+                share=pace.operations / seconds / peak,
+                peak=peak / 1e12,
+            )
+        )
+    parts.append(Localized("most memory {most}, planned {planned}", most=size(most), planned=size(planned)))
+    say("{device}: {parts}", device=name, parts=join_messages(parts, "{left}; {right}"))
+
+
+def operations_of(
+    model: Any, token_counts: NDArray[np.int64], samples: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Count the floating-point operations that learning from each example takes, `[examples]`.
+
+    Args:
+        model: a MiDashengLM.
+        token_counts: decoder tokens of every example, `[examples]`.
+        samples: of every example's audio, `[examples]`.
+    """
+    blocks = (model.decoder.model.layers, model.audio_encoder.blocks)
+    decoder, encoder = (sum(_numbers(part) for part in each.modules()) for each in blocks)
+    patches = PATCHES_PER_TOKEN * np.array([audio_token_count(each) for each in samples.tolist()])
+    return OPERATIONS * (float(decoder) * token_counts + float(encoder) * patches)
+
+
+def _numbers(module: Any) -> int:
+    """Return the numbers in a frozen linear layer, also where they are packed; 0 for anything else."""
+    is_counted = isinstance(module, torch.nn.Linear) and not module.weight.requires_grad
+    return int(module.in_features * module.out_features) if is_counted else 0

@@ -15,6 +15,14 @@ CPU = torch.device("cpu")
 # Kinds that are not used: MPS computes nothing in float64, and nothing here was ever tried on one.
 UNTRIED = {"mps": "Apple GPU (MPS)"}
 
+# TFLOP/s of dense products in 16 bits, from the makers' data sheets, by a part of a device's name. The first
+# that fits counts.
+PEAKS = {
+    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "H800": 989, "A100": 312, "A800": 312,
+    "L40S": 362, "L40": 181, "L4": 121, "A10G": 70, "A10": 125, "A6000": 155, "RTX 4090": 165,
+    "RTX 3090": 71, "V100": 125, "T4": 65,
+}  # fmt: skip
+
 
 def accelerator() -> torch.device | None:
     """Return the kind of accelerator that is used here, as a device without a number; None for the CPU."""
@@ -89,6 +97,12 @@ def reset_peak_memory(device: torch.device) -> None:
 def empty_cache(device: torch.device) -> None:
     """Give memory back that torch keeps for later and that nothing uses."""
     _ask(device, "empty_cache")
+
+
+def peak_of(name: str) -> float | None:
+    """Return the operations in a second that a device of this name can make at most; None if not known."""
+    found = next((peak for part, peak in PEAKS.items() if part in name), None)
+    return None if found is None else 1e12 * found
 
 
 @contextmanager
