@@ -18,7 +18,7 @@ from tests.support.lora_models import adapted, assert_same, batch_of, learnt
 from tests.support.paths import MODEL
 from tests.support.pretended_device import NAME, pretending
 
-DEVICE = torch.device(NAME, 0)
+DEVICE = f"{NAME}:0"
 # Bytes of a file of weights, at least.
 SHARD = 60_000_000
 
@@ -76,11 +76,11 @@ def test_the_host_never_holds_more_than_the_largest_file(tmp_path, dtype):
         used, watcher = device.used, threading.Thread(target=watch)
         watcher.start()
         try:
-            model = load_model(tmp_path, dtype=dtype, device=DEVICE)
+            model = load_model(tmp_path, dtype=dtype, device=torch.device(DEVICE))
         finally:
             ends.set()
             watcher.join()
-        assert {each.device for each in model.parameters()} == {DEVICE}
+        assert {each.device for each in model.parameters()} == {torch.device(DEVICE)}
         assert model.decoder.lm_head.weight.dtype == dtype
         assert device.used - used == pytest.approx(total * dtype.itemsize / 4, rel=0.01)
     assert most[0] < 1.1 * largest
@@ -94,7 +94,7 @@ def test_a_device_that_is_too_small_says_so_and_nothing_else():
             pytest.raises(ModelError, match="^the GPU ran out of memory; take less$"),
             explaining_memory(advice),
         ):
-            load_model(MODEL, dtype=torch.float32, device=DEVICE)
+            load_model(MODEL, dtype=torch.float32, device=torch.device(DEVICE))
 
 
 @pytest.mark.parametrize("name", ["A-small", "B-small-tied"])
@@ -105,7 +105,7 @@ def test_layers_on_two_devices_have_the_loss_of_one(golden, name):
     with pretending() as device:
         layers = model.get_base_model().decoder.model.layers
         layers[0].to(DEVICE)
-        add_hook_to_module(layers[0], AlignDevicesHook(execution_device=DEVICE))
+        add_hook_to_module(layers[0], AlignDevicesHook(execution_device=torch.device(DEVICE)))
         add_hook_to_module(layers[1], AlignDevicesHook(execution_device=torch.device("cpu")))
         loss, gradients = learnt(model, batch)
         assert device.products[torch.float32] > 0

@@ -51,5 +51,5 @@ def test_what_is_said_of_an_accelerator_and_not_of_a_cpu(monkeypatch, capsys):
         say_throughput(pace, torch.device(NAME, 0), 1_200_000_000)
     assert capsys.readouterr().err.strip() == (
         "cuda:0 (NVIDIA H200): 1,500 tokens/s; MFU 50.0% of 989 TFLOP/s (4 operations a parameter and "
-        "token); most memory 1.23 GB, planned 1.20 GB"
+        "token); most memory 1.2 GB, planned 1.2 GB"
     )
