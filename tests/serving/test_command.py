@@ -76,6 +76,7 @@ def test_adapters_are_served_on_their_base(golden, program, tmp_path):
     # The least that vLLM takes and that is enough.
     assert values(words, "--max-lora-rank") == ["32"]
     assert values(words, "--max-loras") == ["2"]
+    assert {"--enable-lora", "--enable-tower-connector-lora"} <= {*words}
     assert values(words, "--dtype") == ["float32"]
     words, _, _ = started(program, str(one))
     assert words[1] == str(base)

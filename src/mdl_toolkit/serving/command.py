@@ -65,7 +65,15 @@ def vllm_command(options: ServeOptions, places: Mapping[str, tuple[Path, Path | 
             )
         most = next(each for each in RANKS if each >= rank)
         modules = [f"{name}={place}" for name, place in adapters.items()]
-        words += ["--enable-lora", "--max-loras", str(len(adapters)), "--max-lora-rank", str(most)]
+        # Without it the parts of an adapter for encoder and projector are refused.
+        words += [
+            "--enable-tower-connector-lora",
+            "--enable-lora",
+            "--max-loras",
+            str(len(adapters)),
+            "--max-lora-rank",
+            str(most),
+        ]
         words += ["--lora-modules", *modules]
     return words
 
