@@ -210,7 +210,7 @@ class SplitOptions(Options):
 
     input: str = option(PATH, REQUIRED, FILES, INPUT_HELP, positional=True)
     output: str = option(
-        PATH, REQUIRED, FILES, "Folder for train.csv, eval.csv and test.csv; an earlier split is replaced."
+        OUTPUT, REQUIRED, FILES, "Folder for train.csv, eval.csv and test.csv; an earlier split is replaced."
     )
     base_dir: str | None = option(
         PATH, None, FILES, "Folder that relative audio paths start from; the current directory if not given."
