@@ -85,7 +85,7 @@ def shown_defaults(text: str) -> dict[str, str]:
     """What a page of help says of each option, from `--name METAVAR  (default: it)` in either language."""
     return dict(
         re.findall(
-            r"^  (--[a-z0-9-]+|[A-Z]+) \S+\s+[(（](?:default: |默认值：)?(.*)[)）]$", text, re.MULTILINE
+            r"^  (--[a-z0-9-]+|[A-Z_]+) \S+\s+[(（](?:default: |默认值：)?(.*)[)）]$", text, re.MULTILINE
         )
     )
 
