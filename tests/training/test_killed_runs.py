@@ -22,7 +22,7 @@ from mdl_toolkit.training import run as training
 from mdl_toolkit.training.checkpoints import Checkpoint, checkpoints, damage, save
 from mdl_toolkit.training.run import train
 from mdl_toolkit.utils.run_folder import read_log
-from mdl_toolkit.weights.resolve import read_json
+from mdl_toolkit.weights.config_files import read_json
 from tests.support.fleet import die_before, fleet, start_ranks
 from tests.support.paths import MODEL
 from tests.support.runs import history, make_csv, train_options

@@ -18,7 +18,7 @@ from mdl_toolkit.training.checkpoints import checkpoints
 from mdl_toolkit.training.evaluator import Evaluator
 from mdl_toolkit.training.run import train
 from mdl_toolkit.utils.run_folder import read_log
-from mdl_toolkit.weights.resolve import read_json
+from mdl_toolkit.weights.config_files import read_json
 from tests.support.fleet import fleet, start_ranks
 from tests.support.paths import MODEL
 from tests.support.runs import evaluations, make_csv, train_options

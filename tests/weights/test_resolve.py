@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from mdl_toolkit.cli.main import run
+from mdl_toolkit.weights.config_files import read_json
 from mdl_toolkit.weights.loading import load_model
-from mdl_toolkit.weights.resolve import read_json, require_package
+from mdl_toolkit.weights.resolve import require_package
 from tests.support.model_folders import change_json, find, refused
 from tests.support.runs import copy_checkpoint, files_below, make_rows, write_csv
 

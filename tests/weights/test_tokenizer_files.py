@@ -61,9 +61,7 @@ def test_where_a_template_may_be(model, golden, file, template):
     assert read_tokenizer_files(model) == read_tokenizer_files(golden / "checkpoints/A-small")
 
 
-@pytest.mark.parametrize(
-    "template", [None, 5, [], [{"name": "rag", "template": "x"}], [5], [{"name": "default"}]]
-)
+@pytest.mark.parametrize("template", [None, [], [{"name": "rag", "template": "x"}]])
 def test_no_template(model, template):
     (model / "chat_template.jinja").unlink()
     change_json(model / "tokenizer_config.json", chat_template=template)
@@ -78,6 +76,7 @@ def test_the_template_s_own_file_goes_first(model):
 def test_special_tokens(model):
     change_json(model / "tokenizer_config.json", bos_token={"content": "<|vision_bos|>"}, pad_token=None)
     change_json(model / "processor_config.json", audio_token="<|IMAGE|>")
+    change_json(model / "config.json", audio_token_id=495)
     specials = dict(read_tokenizer_files(model).specials)
     assert specials["bos_token"] == "<|vision_bos|>"
     assert specials["audio_token"] == "<|IMAGE|>"

@@ -53,8 +53,26 @@ def from_mapping(cls: type[AnyOptions], values: Mapping[str, Any], typed: Collec
     return options
 
 
-def _refuse_repeated_keys(source: str, node: yaml.MappingNode) -> None:
-    """Raise InputError for a key that stands twice, of which YAML would take the last one in silence."""
+def load_mapping(text: str, source: str) -> dict[str, Any]:
+    """Load a YAML mapping by its keys with underscores.
+
+    Args:
+        text: the content of a file.
+        source: names it in errors.
+
+    Raises:
+        InputError: it is no YAML mapping, or a key stands twice, of which YAML would take the last one in
+            silence.
+    """
+    try:
+        node, values = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
+    except (ValueError, RecursionError, yaml.YAMLError) as problem:
+        reason = " ".join(str(problem).split())
+        raise InputError("{source}: {reason}", source=source, reason=reason) from problem
+    if values is None:
+        return {}
+    if not isinstance(node, yaml.MappingNode):
+        raise InputError("{source}: expected `name: value` lines", source=source)
     lines: dict[str, int] = {}
     for key, _ in node.value:
         name, line = str(key.value).replace("-", "_"), key.start_mark.line + 1
@@ -66,14 +84,38 @@ def _refuse_repeated_keys(source: str, node: yaml.MappingNode) -> None:
                 first=lines[name],
                 line=line,
             )
+    return {str(key).replace("-", "_"): value for key, value in values.items()}
 
 
-def _fields_shared(writer: type[Options], cls: type[Options]) -> tuple[set[str], set[str]]:
-    """Return the options of a command, and those of them that mean the same to another one."""
+def select_shared(
+    values: Mapping[str, Any],
+    writer: type[Options],
+    cls: type[Options],
+    source: str,
+    say: Callable[[Localized], object],
+) -> dict[str, Any]:
+    """Leave out of another command's record what means something else here, and say what is taken.
+
+    Args:
+        values: by field name.
+        writer: the options of the command that wrote them.
+        cls: the options that are to be made of them.
+        source: names the record.
+        say: takes the message.
+    """
     theirs, ours = (
         {field.name: spec_of(field).group for field in dataclasses.fields(each)} for each in (writer, cls)
     )
-    return {*theirs}, {name for name, group in theirs.items() if ours.get(name) == group}
+    shared = {name for name, group in theirs.items() if ours.get(name) == group}
+    say(
+        Localized(
+            "{source}: the record of {command}; taken from it: {names}",
+            source=source,
+            command=writer.COMMAND,
+            names=", ".join(name for name in values if name in shared),
+        )
+    )
+    return {name: value for name, value in values.items() if name in shared or name not in theirs}
 
 
 def read_settings(
@@ -100,44 +142,29 @@ def read_settings(
     source = f"{option} {path}"
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-        node, values = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
     except FileNotFoundError as problem:
         raise InputError("{source}: file not found", source=source) from problem
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as problem:
-        reason = " ".join(str(problem).split())
-        raise InputError("{source}: {reason}", source=source, reason=reason) from problem
-    if values is None:
-        return {}
-    if not isinstance(node, yaml.MappingNode):
-        raise InputError("{source}: expected `name: value` lines", source=source)
-    _refuse_repeated_keys(source, node)
-    named = {str(key).replace("-", "_"): value for key, value in values.items()}
+    except (OSError, ValueError) as problem:
+        raise InputError("{source}: {reason}", source=source, reason=problem) from problem
+    values = load_mapping(text, source)
     writer = next((each for each in WRITERS if text.startswith(f"# mdl-toolkit {each.COMMAND}\n")), cls)
     if writer is not cls and say is not None:
-        theirs, shared = _fields_shared(writer, cls)
-        taken = ", ".join(name for name in named if name in shared)
-        say(
-            Localized(
-                "{source}: the record of {command}; taken from it: {names}",
-                source=source,
-                command=writer.COMMAND,
-                names=taken,
-            )
-        )
-        named = {name: value for name, value in named.items() if name in shared or name not in theirs}
+        values = select_shared(values, writer, cls, source, say)
     known = [field.name for field in dataclasses.fields(cls)]
-    if unknown := sorted(set(named) - {*known}):
+    if unknown := sorted({*values} - {*known}):
         spelled = [name.replace("_", "-") for name in known]
         meant = [nearest(name.replace("_", "-"), spelled) for name in unknown]
         shown = [
             f"{name} ({near.replace('-', '_')}?)" if near else name
             for name, near in zip(unknown, meant, strict=True)
         ]
-        names = ", ".join(shown)
         raise InputError(
-            "{source}: {command} has no option {names}", source=source, command=cls.COMMAND, names=names
+            "{source}: {command} has no option {names}",
+            source=source,
+            command=cls.COMMAND,
+            names=", ".join(shown),
         )
-    return checked(cls, named, source)
+    return checked(cls, values, source)
 
 
 def to_yaml(options: Options) -> str:

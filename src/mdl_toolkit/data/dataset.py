@@ -21,6 +21,19 @@ from mdl_toolkit.data.tokenization import IGNORE_INDEX, Tokens
 from mdl_toolkit.errors import DatasetError
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.files import parse_json, refuse_devices
+from mdl_toolkit.utils.schema import (
+    BOOLEAN,
+    FILE_NAME,
+    TEXT,
+    Schema,
+    integer,
+    list_of,
+    number,
+    object_of,
+    one_of,
+    optional,
+    required,
+)
 from mdl_toolkit.weights.provenance import Prompts
 from mdl_toolkit.weights.tokenizer_files import TokenizerFiles
 
@@ -51,6 +64,29 @@ SCHEMA = pa.schema(
     metadata={"huggingface": json.dumps({"info": {"features": FEATURES}})},
 )
 SCHEMAS = {ROUNDED_FORMAT: pa.schema([*SCHEMA][:6]), FORMAT: SCHEMA}
+# Of the JSON files.
+COUNT = integer(0, 2**62)
+RECORD: Schema = {
+    "format": required(one_of(ROUNDED_FORMAT, FORMAT)),
+    **dict.fromkeys(("tokenizer", "chat_template"), required(TEXT)),
+    **dict.fromkeys(("system_prompt", "user_prompt"), required(optional(TEXT))),
+    "prompts": object_of(
+        {
+            **dict.fromkeys(("system", "user"), optional(TEXT)),
+            **dict.fromkeys(("system_differs", "user_differs"), BOOLEAN),
+        }
+    ),
+    "rows": required(COUNT),
+    **dict.fromkeys(("seconds", "shortest_seconds", "longest_seconds"), number(0)),
+    **dict.fromkeys(("text_tokens", "audio_tokens", "median_tokens", "p95_tokens", "most_tokens"), COUNT),
+    **dict.fromkeys(("padded", "silent", "clipped", "truncated", "bytes"), COUNT),
+    "toolkit": TEXT,
+}
+STATE: Schema = {
+    "_data_files": required(
+        list_of(object_of({"filename": required(FILE_NAME), "crc32": optional(integer(0, 2**32 - 1))}))
+    )
+}
 
 
 # --- samples -----------------------------------------------------------------------------------------
@@ -182,22 +218,20 @@ class ConvertedDataset:
                 folder=self.folder,
             )
         refuse_devices(self.folder, DatasetError)
+        values, state = self._read(RECORD_FILE, RECORD), self._read("state.json", STATE)
         try:
-            values = parse_json((self.folder / RECORD_FILE).read_text(encoding="utf-8"))
-            if values["format"] not in (ROUNDED_FORMAT, FORMAT):
-                raise ValueError(f"format {values['format']}, this version reads {FORMAT}")
             self.record = Record(**{**values, "prompts": Prompts(**values.get("prompts", {}))})
-            state = parse_json((self.folder / "state.json").read_text(encoding="utf-8"))
-            for file in state["_data_files"]:
-                name = Path(file["filename"]).name
-                try:
-                    batches = self._read_shard(self.folder / name, file.get("crc32"))
-                except (OSError, ValueError, pa.ArrowException) as problem:
-                    raise self._damaged(f"{name}: {problem}") from problem
-                self._batches += batches
-                self._shards += [name] * len(batches)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as problem:
-            raise self._damaged(str(problem)) from problem
+        # It is of a version with other figures.
+        except TypeError as problem:
+            raise self._damaged(f"{RECORD_FILE}: {problem}") from problem
+        for file in state["_data_files"]:
+            name = file["filename"]
+            try:
+                batches = self._read_shard(self.folder / name, file.get("crc32"))
+            except (OSError, ValueError, pa.ArrowException) as problem:
+                raise self._damaged(f"{name}: {problem}") from problem
+            self._batches += batches
+            self._shards += [name] * len(batches)
         self._starts = [0, *np.cumsum([len(batch) for batch in self._batches]).tolist()]
         if self._starts[-1] != self.record.rows:
             raise self._damaged(f"{self._starts[-1]} rows, {self.record.rows} recorded")
@@ -299,7 +333,21 @@ class ConvertedDataset:
         number = bisect.bisect_right(self._starts, index) - 1
         return self._batches[number], index - self._starts[number]
 
-    def _damaged(self, reason: str) -> DatasetError:
+    def _read(self, name: str, schema: Schema) -> dict[str, Any]:
+        """Read a JSON object of the folder.
+
+        Raises:
+            DatasetError: it is not what was written.
+        """
+        try:
+            values = parse_json((self.folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as problem:
+            raise self._damaged(f"{name}: {problem}") from problem
+        if fault := object_of(schema).fault(name, values):
+            raise self._damaged(fault)
+        return dict(values)
+
+    def _damaged(self, reason: str | Localized) -> DatasetError:
         return DatasetError(
             "{folder}: the dataset is damaged ({reason}); convert again", folder=self.folder, reason=reason
         )

@@ -23,7 +23,6 @@ from transformers import (
 from mdl_toolkit.data.collate import PrecomputedSample, PromptBatch, collate_prompts
 from mdl_toolkit.data.dataset import Sample
 from mdl_toolkit.data.tokenization import IGNORE_INDEX, ChatTokenizer
-from mdl_toolkit.errors import ModelError
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.model.decoding_batch import DecodingBatch
 
@@ -308,10 +307,7 @@ def admit(batch: DecodingBatch, model: Any, prompts: PromptBatch, batch_size: in
 def end_ids(model: Any, tokenizer: ChatTokenizer) -> set[int]:
     """Return the tokens that end an answer: those of the model's settings, and the end of a chat turn."""
     ends = model.generation_config.eos_token_id
-    listed = ends if isinstance(ends, list) else [ends] if ends is not None else []
-    if not all(isinstance(end, int) for end in listed):
-        raise ModelError("generation_config.json: eos_token_id: expected token ids, not {ends}", ends=ends)
-    return {*listed, tokenizer.end_id}
+    return {*(ends if isinstance(ends, list) else [ends] if ends is not None else []), tokenizer.end_id}
 
 
 def prompt_of(sample: Sample) -> Sample:

@@ -7,9 +7,7 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from mdl_toolkit.model.constants import SAMPLE_RATE
-
-TEXT_MODEL_TYPES = ("qwen2_5_omni_text", "qwen2", "qwen3")
+from mdl_toolkit.model.constants import SAMPLE_RATE, TEXT_MODEL_TYPES
 
 
 class MiDashengEncoderConfig(PreTrainedConfig):

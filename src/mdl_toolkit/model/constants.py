@@ -6,3 +6,5 @@ SAMPLE_RATE = 16_000
 IGNORE_INDEX = -100
 # Logits that exist at once: 2**26 float32 are 256 MiB, or those of 441 tokens in a vocabulary of 152,064.
 MOST_LOGITS = 2**26
+# The kinds of decoder that a MiDashengLM has, as `text_config.model_type` names them.
+TEXT_MODEL_TYPES = ("qwen2_5_omni_text", "qwen2", "qwen3")

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 from safetensors import SafetensorError
@@ -27,24 +26,45 @@ from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.console import warn
 from mdl_toolkit.utils.files import fsync, parse_json, remove_folder, replace_folder
 from mdl_toolkit.utils.machine import describe_oom
+from mdl_toolkit.utils.schema import (
+    FIGURE,
+    FILE_NAME,
+    TEXT,
+    Schema,
+    integer,
+    list_of,
+    mapping_of,
+    object_of,
+    optional,
+    required,
+)
+from mdl_toolkit.weights.config_files import read_json
 from mdl_toolkit.weights.provenance import PROVENANCE_FILE
-from mdl_toolkit.weights.resolve import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
+from mdl_toolkit.weights.schemas import ADAPTER_WEIGHTS
+from mdl_toolkit.weights.schemas import ADAPTER_CONFIG
 
 STATE, OPTIMIZER, CHECKSUMS = "state.json", "optimizer.safetensors", "checksums.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 # What the state holds; versions differ in all but the step.
-_STATE_TYPES: dict[str, tuple[type, ...]] = {
-    "step": (int,),
-    "sampling": (dict,),
-    "judged": (dict, NoneType),
-    "eval_loss": (int, float, NoneType),
-    "evaluated": (int, NoneType),
-    "best": (dict,),
-    "recent": (list,),
-    "losses": (int, float),
-    "since": (int,),
-    "most_rows": (int,),
+_STEP, _LOSS = optional(integer()), optional(FIGURE)
+_STATE: Schema = {
+    "step": required(integer()),
+    "sampling": object_of(
+        {"rows": integer(), "lengths": TEXT, "effective": integer(1), "seed": integer(most=2**64)}
+    ),
+    "judged": optional(
+        object_of({"rows": integer(), "lengths": TEXT, "metric": optional(TEXT), "answers": optional(TEXT)})
+    ),
+    "eval_loss": _LOSS,
+    "evaluated": _STEP,
+    "best": object_of({"value": _LOSS, "step": _STEP, "worse": integer(), "loss": _LOSS}),
+    "recent": list_of(FIGURE),
+    "losses": FIGURE,
+    "since": integer(),
+    "most_rows": integer(1),
 }
+_CHECKSUM = object_of({"bytes": required(integer(0, 2**62)), "sha256": required(TEXT)})
+_CHECKSUMS = mapping_of(_CHECKSUM, FILE_NAME)
 _NEEDED = (STATE, OPTIMIZER, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 # Bytes that are read at once.
 _PIECE = 1 << 20
@@ -161,24 +181,24 @@ class Checkpoint:
 
 def damage(folder: Path) -> Localized | None:
     """Return the first fault of a checkpoint (a missing file, a wrong size or checksum); None if whole."""
+    reading = CHECKSUMS
     try:
         sums = {}
         if (folder / CHECKSUMS).is_file():
             sums = parse_json((folder / CHECKSUMS).read_text(encoding="utf-8"))
+            if fault := _CHECKSUMS.fault(CHECKSUMS, sums):
+                return fault
         for name in (CHECKSUMS, *_NEEDED, *sums):
-            if not (folder / Path(name).name).is_file() or name not in {CHECKSUMS, *sums}:
+            if not (folder / name).is_file() or name not in {CHECKSUMS, *sums}:
                 return Localized("{name} is missing", name=name)
         for name, expected in sums.items():
-            file = folder / Path(name).name
+            reading, file = name, folder / name
             if file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
                 return Localized("{name} is damaged", name=name)
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        for name, types in _STATE_TYPES.items():
-            if (name in state or name == "step") and not isinstance(state.get(name), types):
-                return Localized("{file}: {name} is not what was saved", file=STATE, name=name)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
-        return Localized("{file}: {reason}", file=CHECKSUMS, reason=problem)
-    return None
+        reading = STATE
+        return object_of(_STATE).fault(STATE, parse_json((folder / STATE).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as problem:
+        return Localized("{file}: {reason}", file=reading, reason=problem)
 
 
 @contextmanager

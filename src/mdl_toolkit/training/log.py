@@ -221,7 +221,7 @@ class RunLog:
                 with self._file.open("a", encoding="utf-8") as file:
                     file.write(self._end_of_a_cut_line + line)
             self._end_of_a_cut_line = ""
-        except OSError as problem:
+        except (OSError, InputError) as problem:
             self._end_of_a_cut_line = "\n"
             if not self._has_warned:
                 warn("{log} cannot be written: {reason}; training goes on", log=LOG, reason=problem)

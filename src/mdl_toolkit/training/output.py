@@ -21,7 +21,8 @@ from mdl_toolkit.utils.files import check_apart, recover_outputs, replace_file, 
 from mdl_toolkit.utils.ownership import maker, refuse, unused, visible
 from mdl_toolkit.utils.run_folder import LOG, PLOT, REPORT
 from mdl_toolkit.weights.provenance import PROVENANCE_FILE, Provenance
-from mdl_toolkit.weights.resolve import ADAPTER_CONFIG, FINAL, MODEL_CONFIG
+from mdl_toolkit.weights.resolve import FINAL
+from mdl_toolkit.weights.schemas import ADAPTER_CONFIG, MODEL_CONFIG
 
 OUTPUT_FILES = (FINAL, SETTINGS_FILE, PROVENANCE_FILE, LOG, PLOT, REPORT)
 # Names of what was moved away, and the folder of TensorBoard.

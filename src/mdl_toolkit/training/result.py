@@ -16,10 +16,11 @@ from mdl_toolkit.training.checkpoints import STATE, checkpoint_of, damage
 from mdl_toolkit.training.trainer import Outcome
 from mdl_toolkit.utils.console import say
 from mdl_toolkit.utils.run_folder import LOG, read_log
+from mdl_toolkit.weights.config_files import read_json
 from mdl_toolkit.weights.merge import export_adapter, export_merged
 from mdl_toolkit.weights.model_card import ResultMetadata
 from mdl_toolkit.weights.provenance import Base, Provenance
-from mdl_toolkit.weights.resolve import FINAL, read_json, recorded_name
+from mdl_toolkit.weights.resolve import FINAL, recorded_name
 
 
 def origin_of(
@@ -110,8 +111,8 @@ def _metrics(output: Path, step: int, checkpoint: Path, done: Outcome) -> dict[s
     loss = state["losses"] / max(step - state["since"], 1) if "losses" in state else done.loss
     try:
         lines = [line for line in read_log(output / LOG) if "eval_loss" in line and line["step"] == step]
-    # It could not be written, which was said.
-    except OSError:
+    # It could not be written, which was said, or was changed since.
+    except (OSError, InputError):
         lines = []
     scores: dict[str, float] = {}
     if lines:

@@ -53,6 +53,7 @@ from mdl_toolkit.utils.device import best_device, fast_float32, reset_peak_memor
 from mdl_toolkit.utils.distributed import World, join_world
 from mdl_toolkit.utils.files import claim_folder, report_write_errors
 from mdl_toolkit.utils.launcher import warn_of_idle_gpus
+from mdl_toolkit.utils.run_folder import LOG, read_log
 from mdl_toolkit.utils.signals import Interruption, raise_if_interrupted
 from mdl_toolkit.utils.worker_pool import end_unguarded_script
 from mdl_toolkit.weights.loading import (
@@ -153,6 +154,9 @@ def _prepare_and_run(options: TrainOptions, start: Path | None, world: World) ->
     if resume is not None:
         with refusing_unloadable(resume):
             compare_options(resume, options, world)
+        # A log that cannot be gone on with is told now, not after the last step.
+        if (log := Path(options.output) / LOG).is_file():
+            read_log(log)
     private = Path(options.output) / PRIVATE
     converted = Converted(private)
     with converted.kept() if world.is_first else nullcontext():

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from mdl_toolkit.audio.loading import SAMPLE_RATE
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.data.dataset import ConvertedDataset
+from mdl_toolkit.errors import InputError
 from mdl_toolkit.i18n import Localized, join_messages
 from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.training.log import Pace
@@ -149,8 +150,8 @@ def say_results(output: Path, best: int | None, pace: Pace) -> None:
     """
     try:
         lines = read_log(output / LOG)
-    # It could not be written, which was said.
-    except OSError:
+    # It could not be written, which was said, or was changed since.
+    except (OSError, InputError):
         lines = []
     if steps := [line for line in lines if "loss" in line]:
         smooth = SmoothedLoss()

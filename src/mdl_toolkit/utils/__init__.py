@@ -8,6 +8,7 @@ Modules:
     device        ask torch about the accelerator of this process
     machine       CPUs and memory that this process may use, errors that say memory ran out
     worker_pool   run jobs in several processes
+    schema        refuse JSON that is not what it must be, key by key
     bounded       run a small computation with bounds on its time and memory
     launcher      read what torchrun and its like say in the environment
     distributed   join processes that train together, and sum over them

@@ -1,17 +1,20 @@
 """Name the files of a run's folder, and read its log."""
 
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from mdl_toolkit.errors import InputError
 from mdl_toolkit.utils.files import parse_json
+from mdl_toolkit.utils.schema import FIGURE, find_fault, integer, mapping_of, required
 
 LOG = "log.jsonl"
 PLOT = "loss.png"
 REPORT = "report.html"
 # The weight of the past in the loss that is shown.
 SMOOTHING = 0.9
+# Of the log: names of figures, each with its value.
+LINE = mapping_of(FIGURE)
 
 
 class SmoothedLoss:
@@ -28,14 +31,26 @@ class SmoothedLoss:
 
 
 def read_log(file: Path) -> list[dict[str, Any]]:
-    """Return the lines of a log, without those that a kill or a full disk cut off."""
+    """Return the lines of a log, without those that a kill or a full disk cut off, which are no JSON.
+
+    Raises:
+        InputError: a line holds something else than figures.
+    """
     whole, _, _ = file.read_text(encoding="utf-8", errors="replace").rpartition("\n")
     lines = []
-    for line in whole.splitlines():
-        with suppress(ValueError):
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
             values = parse_json(line)
-            if isinstance(values, dict) and isinstance(values.get("step"), int):
-                lines.append(values)
+        except ValueError:
+            continue
+        if fault := LINE.fault("line", values) or find_fault(values, {"step": required(integer())}):
+            raise InputError(
+                "{file}, line {number}: {reason}; correct or delete the line",
+                file=file,
+                number=number,
+                reason=fault,
+            )
+        lines.append(values)
     return lines
 
 

@@ -2,6 +2,8 @@
 
 Modules:
     resolve              a name or path to a model's folder
+    schemas              what configuration files must hold, and how their keys belong together
+    config_files         configuration files, refused by file and key where they hold something else
     hub                  a name to a folder, from Hugging Face, ModelScope or their caches
     loading              a model with dtype, device and quantization; adapters on their base
     tokenizer_files      tokenizer, chat template and special tokens of a folder

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from mdl_toolkit.errors import ModelError
+from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.machine import available_cpus
-from mdl_toolkit.weights.resolve import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG, read_json
+from mdl_toolkit.weights.config_files import EMBEDDING, HEAD, is_tied, read_json, refusal
+from mdl_toolkit.weights.schemas import ADAPTER_WEIGHTS
 from mdl_toolkit.weights.safetensors_stream import FLOATS, TensorEntry, WeightFile, weight_files
+from mdl_toolkit.weights.schemas import ADAPTER_CONFIG, MODEL_CONFIG
 
-EMBEDDING, HEAD = "decoder.model.embed_tokens.weight", "decoder.lm_head.weight"
 _PREFIX = "base_model.model."
 # The tensors of a LoRA layer in a file; the matrices of an embedding's are stored transposed.
 _LORA = re.compile(r"(.+)\.(lora_(?:embedding_)?[AB]|lora_magnitude_vector)(?:\.weight)?")
@@ -30,6 +32,8 @@ _UNSUPPORTED = (
     "velora_config", "monteclora_config", "kasa_config",
 )  # fmt: skip
 CPU = torch.device("cpu")
+# PEFT's rank and alpha, where a configuration does not say them.
+DEFAULT = 8
 # Tensors that are merged at once.
 MOST_THREADS = 4
 # Initialisations of LoRA that also change the base's weights.
@@ -126,8 +130,7 @@ class AdapterDelta:
         for module, entries in modules.items():
             rank = (entries.get("lora_A") or entries["lora_embedding_A"]).shape[0]
             low_rank[f"{module}.weight"] = LowRankDelta(entries, lora_scale(config, module, rank))
-        base_config = read_json(base / MODEL_CONFIG)
-        tied = bool({**base_config, **(base_config.get("text_config") or {})}.get("tie_word_embeddings"))
+        tied = is_tied(read_json(base / MODEL_CONFIG))
         if tied and {EMBEDDING, HEAD} & low_rank.keys():
             raise NotMergeableError(
                 "{adapter}: its LoRA changes word embeddings and output head apart, which the base ties to "
@@ -240,15 +243,36 @@ def adapter_entries(
     for module, entries in modules.items():
         if not any({f"lora_{kind}A", f"lora_{kind}B"} <= entries.keys() for kind in ("", "embedding_")):
             raise _not_mergeable(adapter, f"only {', '.join(sorted(entries))} of {module}")
+        check_rank(adapter, config, module, (entries.get("lora_A") or entries["lora_embedding_A"]).shape[0])
     return file, modules, full
 
 
 def lora_scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     """Return the factor of a module's low-rank product, as PEFT computes it."""
-    # The first pattern that matches the end of the module's name.
-    patterns = (config.get("alpha_pattern") or {}).items()
-    alphas = (alpha for key, alpha in patterns if re.match(rf"(.*\.)?({key})$", module))
-    return float(next(alphas, config["lora_alpha"])) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    alpha = float(of_module(config, module, "alpha_pattern", "lora_alpha"))
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def check_rank(adapter: Path, config: Mapping[str, Any], module: str, rank: int) -> None:
+    """Refuse an adapter's configuration that says another rank than a module's matrices have.
+
+    Raises:
+        ModelError: naming the module.
+    """
+    said = of_module(config, module, "rank_pattern", "r")
+    if said != rank:
+        wanted = Localized("{rank}, as {module} has it", rank=rank, module=module)
+        raise refusal(adapter / ADAPTER_CONFIG, "r / rank_pattern", wanted, said)
+
+
+def of_module(config: Mapping[str, Any], module: str, pattern: str, key: str) -> Any:
+    """Return a number of an adapter's configuration for a module: its pattern's, or that of all."""
+    fitting = (
+        value
+        for regex, value in (config.get(pattern) or {}).items()
+        if re.match(rf"(.*\.)?({regex})$", module)
+    )
+    return next(fitting, config.get(key, DEFAULT))
 
 
 def check_mergeable(adapter: Path, config: Mapping[str, Any]) -> None:

@@ -11,8 +11,10 @@ from mdl_toolkit.errors import ModelError, ToolkitError, is_error
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.console import say, size
 from mdl_toolkit.utils.machine import OOM_ERRORS, describe_oom
+from mdl_toolkit.weights.config_files import read_json
 from mdl_toolkit.weights.provenance import Base, read_provenance
-from mdl_toolkit.weights.resolve import ADAPTER_CONFIG, BASE_NAME, find_model, quantized_by, read_json
+from mdl_toolkit.weights.resolve import BASE_NAME, find_model, quantized_by
+from mdl_toolkit.weights.schemas import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     import torch
@@ -202,16 +204,19 @@ def load_for_inference(
     from mdl_toolkit.utils.device import best_device
     from mdl_toolkit.weights.adapter import AdapterDelta, NotMergeableError
 
-    source = base or folder
+    source, delta = base or folder, None
+    if base is not None and quantized_by(base) is None:
+        # What does not fit is told before the base is loaded.
+        with suppress(NotMergeableError):
+            delta = AdapterDelta.read(folder, base)
     say_loading(source)
     model = load_model(source, dtype=choose_dtype(bf16), device=best_device(), quantization=quantization)
     if base is None:
         return model.eval()
-    if quantization is None and quantized_by(base) is None:
-        with suppress(NotMergeableError):
-            AdapterDelta.read(folder, base).merge_into(model, base)
-            return model.eval()
-    return with_adapter(model, folder).eval()
+    if delta is None or quantization is not None:
+        return with_adapter(model, folder).eval()
+    delta.merge_into(model, base)
+    return model.eval()
 
 
 def with_adapter(model: "MiDashengLMModel", folder: Path) -> Any:

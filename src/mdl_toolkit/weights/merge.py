@@ -19,9 +19,11 @@ from mdl_toolkit.utils.console import warn
 from mdl_toolkit.utils.files import refuse_devices, replace_folder, report_write_errors
 from mdl_toolkit.utils.machine import available_cpus
 from mdl_toolkit.weights.adapter import AdapterDelta
+from mdl_toolkit.weights.config_files import read_json
 from mdl_toolkit.weights.model_card import ResultMetadata, render_card
 from mdl_toolkit.weights.provenance import PROVENANCE_FILE
-from mdl_toolkit.weights.resolve import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, quantized_by, read_json
+from mdl_toolkit.weights.schemas import ADAPTER_WEIGHTS
+from mdl_toolkit.weights.resolve import quantized_by
 from mdl_toolkit.weights.safetensors_stream import (
     FLOATS,
     SUFFIX,
@@ -30,6 +32,7 @@ from mdl_toolkit.weights.safetensors_stream import (
     rewrite,
     weight_files,
 )
+from mdl_toolkit.weights.schemas import ADAPTER_CONFIG, INDEX
 
 CARD = "README.md"
 # Dtypes as options spell them, and as files do.

@@ -14,8 +14,9 @@ import jinja2
 import yaml
 
 from mdl_toolkit.config.train import TrainOptions
+from mdl_toolkit.weights.config_files import read_json
 from mdl_toolkit.weights.provenance import Provenance
-from mdl_toolkit.weights.resolve import MODEL_CONFIG, read_json
+from mdl_toolkit.weights.schemas import MODEL_CONFIG
 
 # Keys of the base's front matter that hold for the result too.
 _INHERITED = ("license", "license_name", "license_link", "language")

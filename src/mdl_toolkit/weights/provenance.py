@@ -12,12 +12,36 @@ from pathlib import Path
 
 from mdl_toolkit import __version__
 from mdl_toolkit.errors import ModelError
-from mdl_toolkit.weights.resolve import ADAPTER_WEIGHTS, read_json
+from mdl_toolkit.utils.schema import (
+    BOOLEAN,
+    FIGURE,
+    TEXT,
+    Schema,
+    find_fault,
+    mapping_of,
+    object_of,
+    optional,
+    required,
+)
+from mdl_toolkit.weights.config_files import read_json
+from mdl_toolkit.weights.schemas import ADAPTER_WEIGHTS
 
 PROVENANCE_FILE = "mdl-toolkit.json"
 # Bytes that a fingerprint reads at the start, middle and end of each tensor.
 SAMPLE = 64
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_PROMPTS = {name: required(optional(TEXT)) for name in ("system", "user")}
+_DIFFER = {name: required(BOOLEAN) for name in ("system", "user")}
+_BASE = {"name": required(TEXT), "revision": required(optional(TEXT)), "fingerprint": required(TEXT)}
+_SCHEMA: Schema = {
+    "base": required(optional(object_of(_BASE))),
+    "adapter": optional(object_of(_BASE)),
+    "prompts": required(object_of(_PROMPTS)),
+    "prompts_differ": required(object_of(_DIFFER)),
+    "data": required(mapping_of(FIGURE)),
+    "metrics": mapping_of(FIGURE),
+    "toolkit": required(TEXT),
+}
 
 
 @dataclass(frozen=True)
@@ -113,26 +137,25 @@ def read_provenance(folder: Path) -> Provenance | None:
     if not file.is_file():
         return None
     values = read_json(file)
-    try:
-        base, adapter = (
-            None if each is None else Base(each["name"], each["revision"], each["fingerprint"])
-            for each in (values["base"], values.get("adapter"))
-        )
-        texts, differ = values["prompts"], values["prompts_differ"]
-        return Provenance(
-            base,
-            Prompts(texts["system"], texts["user"], bool(differ["system"]), bool(differ["user"])),
-            dict(values["data"]),
-            dict(values.get("metrics", {})),
-            str(values["toolkit"]),
-            adapter,
-        )
-    except (KeyError, TypeError, ValueError) as problem:
+    if fault := find_fault(values, _SCHEMA):
         raise ModelError(
             "{file}: damaged ({reason}); without the file, the folder is read as one of unknown origin",
             file=file,
-            reason=problem,
-        ) from problem
+            reason=fault,
+        )
+    base, adapter = (
+        None if each is None else Base(each["name"], each["revision"], each["fingerprint"])
+        for each in (values["base"], values.get("adapter"))
+    )
+    texts, differ = values["prompts"], values["prompts_differ"]
+    return Provenance(
+        base,
+        Prompts(texts["system"], texts["user"], differ["system"], differ["user"]),
+        values["data"],
+        values.get("metrics", {}),
+        values["toolkit"],
+        adapter,
+    )
 
 
 def fingerprint(folder: Path) -> str:

@@ -6,17 +6,16 @@ is run, no pickle is read.
 
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.i18n import Localized
-from mdl_toolkit.utils.files import parse_json, refuse_devices
+from mdl_toolkit.utils.files import refuse_devices
+from mdl_toolkit.weights.config_files import check_files, check_tensors, read_json
 from mdl_toolkit.weights.hub import download, not_found
+from mdl_toolkit.weights.provenance import read_provenance
+from mdl_toolkit.weights.schemas import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, MODEL_CONFIG
 
 MODEL_TYPE = "midashenglm"
-MODEL_CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-INDEX = "model.safetensors.index.json"
 # The folder of the result in the output of a training.
 FINAL = "final"
 # A key of an adapter's configuration.
@@ -35,7 +34,8 @@ def find_model(name: str, *, from_modelscope: bool, weights: bool, revision: str
         revision: a commit on Hugging Face; the newest if not given.
 
     Raises:
-        ModelError: it is neither a local folder nor on the hub, or it is not a MiDashengLM.
+        ModelError: it is neither a local folder nor on the hub, it is not a MiDashengLM, or a file of it does
+            not hold what it must.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -49,23 +49,25 @@ def find_model(name: str, *, from_modelscope: bool, weights: bool, revision: str
         folder = download(name, revision, from_modelscope=from_modelscope, weights=weights)
     if (
         not (folder / ADAPTER_CONFIG).is_file()
-        and (kind := read_json(folder / MODEL_CONFIG).get("model_type")) != MODEL_TYPE
+        and (kind := read_json(folder / MODEL_CONFIG, {}).get("model_type")) != MODEL_TYPE
     ):
         raise ModelError(
             "{folder}: not a MiDashengLM (config.json says model_type {kind!r}); give a MiDashengLM folder",
             folder=folder,
             kind=kind,
         )
+    check_files(folder)
+    read_provenance(folder)
     if weights:
         check_weights(folder)
     return folder
 
 
 def check_weights(folder: Path) -> None:
-    """Refuse a model's or adapter's folder whose weights are not all there and whole.
+    """Refuse a model's or adapter's folder whose weights are not all there and whole, or not as configured.
 
     Raises:
-        ModelError: naming the files.
+        ModelError: naming the files, or the key of the configuration.
     """
     # It imports torch, which a conversion does without.
     from mdl_toolkit.weights.safetensors_stream import WeightFile
@@ -73,7 +75,7 @@ def check_weights(folder: Path) -> None:
     if (folder / ADAPTER_CONFIG).is_file():
         names = {ADAPTER_WEIGHTS}
     elif (folder / INDEX).is_file():
-        names = {*map(str, dict(read_json(folder / INDEX).get("weight_map") or {}).values())}
+        names = {*read_json(folder / INDEX)["weight_map"].values()}
     else:
         names = {file.name for file in folder.glob("*.safetensors")} or {"*.safetensors"}
     if missing := sorted(name for name in names if not (folder / name).is_file()):
@@ -82,8 +84,9 @@ def check_weights(folder: Path) -> None:
             folder=folder,
             names=", ".join(missing),
         )
-    for name in names:
-        WeightFile.open(folder / name)
+    files = [WeightFile.open(folder / name) for name in names]
+    if (folder / MODEL_CONFIG).is_file():
+        check_tensors(folder, files)
 
 
 def check_is_no_run(folder: Path, *names: str) -> None:
@@ -153,7 +156,7 @@ def check_trainable(folder: Path, *, quantization: str | None, merge: bool) -> N
 def quantized_by(folder: Path) -> str | None:
     """Return the method by which a folder's weights are quantised, or None."""
     config = read_json(folder / MODEL_CONFIG).get("quantization_config")
-    return None if config is None else str(config.get("quant_method") if isinstance(config, dict) else config)
+    return None if config is None else str(config.get("quant_method"))
 
 
 def require_package(package: str, extra: str, option: str) -> None:
@@ -169,34 +172,3 @@ def require_package(package: str, extra: str, option: str) -> None:
             package=package,
             extra=extra,
         )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file of a model folder.
-
-    Raises:
-        ModelError: the file is missing or is not a JSON object.
-    """
-    try:
-        value = parse_json(read_text(path))
-    except ValueError as problem:
-        raise ModelError("{path}: {reason}", path=path, reason=problem) from problem
-    if not isinstance(value, dict):
-        raise ModelError("{path}: expected a JSON object", path=path)
-    return value
-
-
-def read_text(path: Path) -> str:
-    """Read a text file of a model folder.
-
-    Raises:
-        ModelError: the file is missing or cannot be read.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ModelError(
-            "{folder}: no {name} there, so it is not a model folder", folder=path.parent, name=path.name
-        ) from None
-    except (OSError, ValueError) as problem:
-        raise ModelError("{path}: {reason}", path=path, reason=problem) from problem

@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mdl_toolkit.errors import ModelError
+from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.files import parse_json
+from mdl_toolkit.utils.schema import TEXT, Rule, integer, list_of, mapping_of, object_of, required
 
 SUFFIX = ".safetensors"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -29,6 +31,22 @@ _LENGTH = 8
 _POINTER = b"version https://git-lfs"
 # The most bytes of a header, as in the safetensors library.
 _LONGEST_HEADER = 100 << 20
+# Bytes of a number; some rarer types have fractions of one.
+WIDTHS = {
+    **dict.fromkeys(("F64", "I64", "U64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
+}
+_OFFSET = integer(0, 2**62)
+_OFFSETS = Rule(
+    Localized("a list of two"), lambda value: isinstance(value, list) and len(value) == 2, item=_OFFSET
+)
+_HEADER = mapping_of(
+    object_of(
+        {"dtype": required(TEXT), "shape": required(list_of(integer())), "data_offsets": required(_OFFSETS)}
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +72,33 @@ class TensorEntry:
         """Bytes of one row, that is of one index of the first dimension; 1 in an empty tensor."""
         size = self.stop - self.start
         return size // (self.shape[0] if self.shape else 1) if size else 1
+
+
+def parse_header(text: bytes) -> tuple[Any, tuple[TensorEntry, ...]]:
+    """Parse the header of a safetensors file.
+
+    Returns:
+        Its metadata, and the tensors in the order of their bytes.
+
+    Raises:
+        ValueError: it is no header, or the tensors' bytes do not follow each other as their shapes want it.
+    """
+    header = parse_json(text)
+    metadata = header.pop("__metadata__", None) if isinstance(header, dict) else None
+    if fault := _HEADER.fault("header", header):
+        raise ValueError(fault.en)
+    entries = [
+        TensorEntry(name, each["dtype"], tuple(each["shape"]), *each["data_offsets"])
+        for name, each in header.items()
+    ]
+    entries.sort(key=lambda entry: (entry.start, entry.stop))
+    stop = 0
+    for entry in entries:
+        size = WIDTHS.get(entry.dtype, 0) * math.prod(entry.shape)
+        if entry.start != stop or (entry.dtype in WIDTHS and entry.stop != stop + size):
+            raise ValueError(f"the bytes of {entry.name} are not where they should be")
+        stop = entry.stop
+    return metadata, tuple(entries)
 
 
 @dataclass(frozen=True)
@@ -93,22 +138,16 @@ class WeightFile:
                 if len(length) < _LENGTH or size > _LONGEST_HEADER:
                     raise ValueError("no header")
                 text = file.read(size)
-            header = parse_json(text)
-            metadata = header.pop("__metadata__", None)
-            entries = [
-                TensorEntry(name, each["dtype"], tuple(each["shape"]), *each["data_offsets"])
-                for name, each in header.items()
-            ]
-            entries.sort(key=lambda entry: (entry.start, entry.stop))
+            metadata, entries = parse_header(text)
             actual = path.stat().st_size - _LENGTH - size
             promised = entries[-1].stop if entries else 0
             if promised != actual:
                 raise ValueError(f"{actual} bytes of tensors, {promised} promised")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        except (OSError, ValueError) as problem:
             raise ModelError(
                 "{path}: no whole safetensors file ({reason}); fetch it again", path=path, reason=problem
             ) from problem
-        return WeightFile(path, length + text, metadata, tuple(entries))
+        return WeightFile(path, length + text, metadata, entries)
 
     def read(self, entry: TensorEntry) -> Tensor:
         """Read a whole floating-point tensor."""

@@ -4,12 +4,20 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mdl_toolkit.errors import ModelError
+from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.files import parse_json
-from mdl_toolkit.weights.resolve import read_json, read_text
+from mdl_toolkit.weights.config_files import read_json, read_text, refusal, value_at
+from mdl_toolkit.weights.schemas import (
+    MODEL_CONFIG,
+    PROCESSOR_CONFIG,
+    TEMPLATE_CONFIG,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+)
 
-TOKENIZER_CONFIG = "tokenizer_config.json"
 USUAL_TOKENS = {
     "audio_token": "<|AUDIO|>", "audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>",
     "pad_token": "<|endoftext|>",
@@ -40,9 +48,7 @@ class TokenizerFiles:
     @property
     def vocabulary_size(self) -> int:
         """The least number above all token ids."""
-        tokenizer = parse_json(self.tokenizer)
-        added = (token["id"] for token in tokenizer.get("added_tokens") or ())
-        return 1 + max(map(int, [-1, *tokenizer["model"]["vocab"].values(), *added]))
+        return 1 + max(ids_of(parse_json(self.tokenizer)).values(), default=-1)
 
     @property
     def template_fingerprint(self) -> str:
@@ -50,15 +56,18 @@ class TokenizerFiles:
         return hashlib.sha256(self.chat_template.encode()).hexdigest()[:16]
 
 
-def read_tokenizer_files(folder: Path) -> TokenizerFiles:
+def read_tokenizer_files(folder: Path, model: Path | None = None) -> TokenizerFiles:
     """Read tokenizer, chat template and special tokens of a model folder.
 
+    Args:
+        folder: that of a model or adapter.
+        model: that of the model which the ids must fit; the same one if not given.
+
     Raises:
-        ModelError: the tokenizer or the chat template is missing or broken.
+        ModelError: the tokenizer or the chat template is missing, broken or another model's.
     """
-    config = read_json(folder / TOKENIZER_CONFIG)
-    processor = folder / "processor_config.json"
-    config = {**config, **(read_json(processor) if processor.is_file() else {})}
+    config, processor = read_json(folder / TOKENIZER_CONFIG), folder / PROCESSOR_CONFIG
+    config |= read_json(processor) if processor.is_file() else {}
     specials = dict(USUAL_TOKENS)
     for name, value in config.items():
         # A token is written as a string or as an object with its content.
@@ -66,22 +75,55 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
         if name.endswith("_token") and isinstance(token, str) and token:
             specials[name] = token
     tokenizer = _tokenizer_json(folder)
-    file, old = folder / "chat_template.jinja", folder / "chat_template.json"
+    check_ids(tokenizer, specials["audio_token"], model or folder)
+    file, old = folder / "chat_template.jinja", folder / TEMPLATE_CONFIG
     template = read_text(file) if file.is_file() else config.get("chat_template")
     if template is None and old.is_file():
         template = read_json(old).get("chat_template")
     if isinstance(template, list):
-        default = [each for each in template if isinstance(each, dict) and each.get("name") == "default"]
-        template = default[0].get("template") if default else None
-    if not isinstance(template, str):
+        template = next((each["template"] for each in template if each["name"] == "default"), None)
+    if template is None:
         raise ModelError("{folder}: no chat template", folder=folder)
     return TokenizerFiles(tokenizer, template, tuple(sorted(specials.items())))
+
+
+def ids_of(tokenizer: dict[str, Any]) -> dict[str, int]:
+    """Return the id of each token of a `tokenizer.json`."""
+    added = tokenizer.get("added_tokens") or ()
+    return {**tokenizer["model"]["vocab"], **{token["content"]: token["id"] for token in added}}
+
+
+def check_ids(tokenizer: str, audio_token: str, model: Path) -> None:
+    """Refuse a tokenizer whose ids are not those of a model's `config.json`, where that is there.
+
+    Args:
+        tokenizer: the content of `tokenizer.json`.
+        audio_token: the text of the token in the place of audio.
+        model: the model's folder.
+
+    Raises:
+        ModelError: another id stands for audio, or there are more ids than embeddings.
+    """
+    path = model / MODEL_CONFIG
+    if not path.is_file():
+        return
+    config, ids = read_json(path), ids_of(parse_json(tokenizer))
+    size, audio_id = value_at(config, "text_config.vocab_size"), config.get("audio_token_id")
+    highest = max(ids.values(), default=-1)
+    if size is not None and highest >= size:
+        wanted = Localized("more than {highest}, the highest id in tokenizer.json", highest=highest)
+        raise refusal(path, "text_config.vocab_size", wanted, size)
+    if audio_id is not None and audio_id != ids.get(audio_token, audio_id):
+        wanted = Localized(
+            "{number}, the id of {token} in tokenizer.json", number=ids[audio_token], token=audio_token
+        )
+        raise refusal(path, "audio_token_id", wanted, audio_id)
 
 
 def _tokenizer_json(folder: Path) -> str:
     file = folder / "tokenizer.json"
     if file.is_file():
-        read_json(file)
+        read_json(file, TOKENIZER)
         return read_text(file)
     for older in ("vocab.json", "merges.txt"):
         # Without them, transformers would make an empty tokenizer.

@@ -27,8 +27,8 @@ from mdl_toolkit.data.warnings import find_leaks
 from mdl_toolkit.training.memory.plan import plan_memory
 from mdl_toolkit.training.sampler import BatchSampler
 from mdl_toolkit.utils.ownership import RECORD
+from mdl_toolkit.weights.config_files import read_json
 from mdl_toolkit.weights.loading import load_model
-from mdl_toolkit.weights.resolve import read_json
 from tests.support.checks import COMMENTED, UNUSABLE, bad_lines, found_in
 from tests.support.runs import make_rows, write_csv
 from tests.support.server import needs_server

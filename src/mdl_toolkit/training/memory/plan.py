@@ -28,8 +28,9 @@ from mdl_toolkit.training.sampler import BatchSampler
 from mdl_toolkit.utils.console import size
 from mdl_toolkit.utils.device import CPU
 from mdl_toolkit.utils.machine import free_memory
+from mdl_toolkit.weights.config_files import read_json
 from mdl_toolkit.weights.loading import quiet_libraries
-from mdl_toolkit.weights.resolve import read_json
+from mdl_toolkit.weights.schemas import MODEL_CONFIG
 
 # Of the whole: it does not help to lower less than that.
 SMALL_SHARE = 0.1
@@ -148,7 +149,7 @@ def plan_memory(
         ModelError: no model can be made of the configuration, or a target matches nothing.
     """
     model = meta_model(base)
-    stored = read_json(base / "config.json").get("quantization_config") or {}
+    stored = read_json(base / MODEL_CONFIG).get("quantization_config") or {}
     quantization = options.quantization or (
         "4bit" if stored.get("load_in_4bit") else "8bit" if stored.get("load_in_8bit") else None
     )
