@@ -314,6 +314,63 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
+NAN = float("nan")
+COUNT = (None, True, "7", 1.5, [7], {}, -1, NAN)
+SECONDS = (None, True, "7", [7], {}, -1, NAN, float("inf"))
+TEXT, PROMPT = (None, 5, True, ["a"], {}), (5, True, ["a"], {})
+WRONG: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("tokenizer", "chat_template", "toolkit"), TEXT),
+    **dict.fromkeys(("system_prompt", "user_prompt"), PROMPT),
+    "prompts": (
+        None,
+        5,
+        "x",
+        [],
+        {"system": 5},
+        {"user": ["a"]},
+        {"user_differs": 1},
+        {"system_differs": None},
+    ),
+    **dict.fromkeys(("rows", "text_tokens", "audio_tokens", "median_tokens", "p95_tokens"), COUNT),
+    **dict.fromkeys(("most_tokens", "padded", "silent", "clipped", "truncated", "bytes", "format"), COUNT),
+    **dict.fromkeys(("seconds", "shortest_seconds", "longest_seconds"), SECONDS),
+}
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_a_record_that_holds_what_it_must_not_is_refused_by_key(folder, key):
+    record = (folder / RECORD_FILE).read_bytes()
+    assert {*json.loads(record)} == {*WRONG}
+    for wrong in WRONG[key]:
+        change_json(RECORD_FILE, **{key: wrong})(folder)
+        with pytest.raises(DatasetError, match=rf"damaged \({RECORD_FILE}\.{key}[.:].*\); convert again"):
+            ConvertedDataset(folder)
+        (folder / RECORD_FILE).write_bytes(record)
+    assert len(ConvertedDataset(folder)) == 40
+
+
+@pytest.mark.parametrize("files", [None, 5, "x", {}, [5], [{}], [{"filename": 5}]])
+def test_a_list_of_shards_that_is_none_is_refused_by_key(folder, files):
+    change_json("state.json", _data_files=files)(folder)
+    with pytest.raises(DatasetError, match=r"damaged \(state\.json\._data_files.*\); convert again"):
+        ConvertedDataset(folder)
+
+
+@pytest.mark.parametrize("crc32", ["7", 1.5, [7], -1, 2**32])
+def test_a_checksum_that_is_none_is_refused_by_key(folder, crc32):
+    change_json("state.json", _data_files=[{"filename": ARROW, "crc32": crc32}])(folder)
+    with pytest.raises(DatasetError, match=r"state\.json\._data_files\[0\]\.crc32: expected"):
+        ConvertedDataset(folder)
+
+
+@pytest.mark.parametrize("name", [RECORD_FILE, "state.json"])
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"5", b"null", b"9" * 5000])
+def test_what_is_no_object_is_refused_by_file(folder, name, content):
+    put(name, content)(folder)
+    with pytest.raises(DatasetError, match=rf"damaged \({name}: .*\); convert again"):
+        ConvertedDataset(folder)
+
+
 @pytest.mark.parametrize(("damage", "reason"), DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_folder_is_refused_in_one_sentence(folder, damage, reason):
     ConvertedDataset(folder)

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from mdl_toolkit.errors import ModelError
-from mdl_toolkit.training.checkpoints import CHECKSUMS
+from mdl_toolkit.training.checkpoints import CHECKSUMS, damage
 from mdl_toolkit.training.run import train
 from tests.support.paths import MODEL
 from tests.support.runs import make_csv, train_options
@@ -70,6 +70,71 @@ def test_a_resealed_checkpoint_that_does_not_load_is_refused_by_name(resealed, t
     with pytest.raises(ModelError, match=re.escape(str(folder))):
         train(options)
     assert not (tmp_path / "run/final").exists()
+
+
+NAN = float("nan")
+COUNT = (None, True, "2", 1.5, [2], {}, -1)
+LOSS = (True, "2", [2], {})
+SOME = {"rows": 1, "lengths": "a", "effective": 1, "seed": 1}
+BEST = {"value": 1.0, "step": 2, "worse": 0, "loss": 1.0}
+WRONG = {
+    "step": COUNT,
+    "sampling": (None, 5, "x", [], *({**SOME, key: None} for key in SOME), {**SOME, "rows": "1"}),
+    "judged": (5, "x", [], {"rows": "1"}, {"lengths": 5}, {"metric": 5}, {"answers": [5]}),
+    "eval_loss": LOSS,
+    "evaluated": COUNT[1:],
+    "best": (None, 5, "x", [], {**BEST, "worse": None}, {**BEST, "step": "2"}, {**BEST, "value": "1"}),
+    "recent": (None, 5, "x", {}, [None], ["1"], [[1]]),
+    "losses": (None, *LOSS),
+    "since": COUNT,
+    "most_rows": (*COUNT, 0),
+}
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_a_state_that_holds_what_it_must_not_is_told_by_key(resealed, tmp_path, key):
+    _, made = resealed
+    folder = tmp_path / "checkpoint-2"
+    shutil.copytree(made / "checkpoint-2", folder)
+    state = (folder / "state.json").read_bytes()
+    assert {*json.loads(state)} <= {*WRONG}
+    for wrong in WRONG[key]:
+        change_state(folder, **{key: wrong})
+        reseal(folder)
+        assert (fault := damage(folder)) is not None, wrong
+        assert fault.en.startswith(
+            (f"state.json.{key}: expected ", f"state.json.{key}.", f"state.json.{key}[")
+        )
+        (folder / "state.json").write_bytes(state)
+    reseal(folder)
+    assert damage(folder) is None
+
+
+SUM = {"bytes": 1, "sha256": "0"}
+
+
+@pytest.mark.parametrize(
+    "sums",
+    [None, 5, "x", [], {"a": None}, {"a": {**SUM, "bytes": "1"}}, {"a": {**SUM, "sha256": 5}}, {"../a": SUM}],
+)
+def test_checksums_that_are_none_are_told(resealed, tmp_path, sums):
+    _, made = resealed
+    folder = tmp_path / "checkpoint-2"
+    shutil.copytree(made / "checkpoint-2", folder)
+    (folder / CHECKSUMS).write_text(json.dumps(sums))
+    assert "checksums.json" in damage(folder).en
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "null", "{"])
+@pytest.mark.parametrize("name", ["state.json", CHECKSUMS])
+def test_what_is_no_json_object_is_told_by_file(resealed, tmp_path, name, content):
+    _, made = resealed
+    folder = tmp_path / "checkpoint-2"
+    shutil.copytree(made / "checkpoint-2", folder)
+    (folder / name).write_text(content)
+    if name != CHECKSUMS:
+        reseal(folder)
+    assert damage(folder).en.startswith(f"{name}: ")
 
 
 @pytest.fixture(scope="module")

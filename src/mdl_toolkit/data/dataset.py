@@ -23,14 +23,12 @@ from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.files import parse_json, refuse_devices
 from mdl_toolkit.utils.schema import (
     BOOLEAN,
-    FILE_NAME,
     TEXT,
     Schema,
     integer,
     list_of,
     number,
     object_of,
-    one_of,
     optional,
     required,
 )
@@ -67,7 +65,7 @@ SCHEMAS = {ROUNDED_FORMAT: pa.schema([*SCHEMA][:6]), FORMAT: SCHEMA}
 # Of the JSON files.
 COUNT = integer(0, 2**62)
 RECORD: Schema = {
-    "format": required(one_of(ROUNDED_FORMAT, FORMAT)),
+    "format": required(integer()),
     **dict.fromkeys(("tokenizer", "chat_template"), required(TEXT)),
     **dict.fromkeys(("system_prompt", "user_prompt"), required(optional(TEXT))),
     "prompts": object_of(
@@ -84,7 +82,7 @@ RECORD: Schema = {
 }
 STATE: Schema = {
     "_data_files": required(
-        list_of(object_of({"filename": required(FILE_NAME), "crc32": optional(integer(0, 2**32 - 1))}))
+        list_of(object_of({"filename": required(TEXT), "crc32": optional(integer(0, 2**32 - 1))}))
     )
 }
 
@@ -219,13 +217,15 @@ class ConvertedDataset:
             )
         refuse_devices(self.folder, DatasetError)
         values, state = self._read(RECORD_FILE, RECORD), self._read("state.json", STATE)
+        if values["format"] not in SCHEMAS:
+            raise self._damaged(f"format {values['format']}, this version reads {FORMAT}")
         try:
             self.record = Record(**{**values, "prompts": Prompts(**values.get("prompts", {}))})
         # It is of a version with other figures.
         except TypeError as problem:
             raise self._damaged(f"{RECORD_FILE}: {problem}") from problem
         for file in state["_data_files"]:
-            name = file["filename"]
+            name = Path(file["filename"]).name
             try:
                 batches = self._read_shard(self.folder / name, file.get("crc32"))
             except (OSError, ValueError, pa.ArrowException) as problem:
