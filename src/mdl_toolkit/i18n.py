@@ -46,8 +46,8 @@ def _kept(value: Any) -> Any:
     return value if isinstance(value, str | Number | Localized | None) else str(value)
 
 
-def _shorten(value: Any) -> Any:
-    """Cut a very long text."""
+def cut(value: Any) -> Any:
+    """Cut a very long text, and say how long it is."""
     if not isinstance(value, str) or len(value) <= LONGEST_FIELD:
         return value
     return f"{value[:LONGEST_FIELD]}... ({len(value):,})"
@@ -89,13 +89,13 @@ class Localized:
     @property
     def en(self) -> str:
         """The English text."""
-        fields = {name: getattr(value, "en", _shorten(value)) for name, value in self.fields.items()}
+        fields = {name: getattr(value, "en", cut(value)) for name, value in self.fields.items()}
         return _escape(self.template.format(**fields))
 
     @property
     def zh(self) -> str:
         """The Chinese text."""
-        fields = {name: getattr(value, "zh", _shorten(value)) for name, value in self.fields.items()}
+        fields = {name: getattr(value, "zh", cut(value)) for name, value in self.fields.items()}
         return _escape(chinese().gettext(self.template).format(**fields))
 
     def __str__(self) -> str:

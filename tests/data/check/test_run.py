@@ -271,6 +271,20 @@ def test_what_is_learnt_is_marked_in_the_sample(run, tmp_path, monkeypatch):
     assert "\x1b[1;32ma\n  b<|im_end|>\x1b[0m" in run(table).out
 
 
+def test_a_text_of_any_length_is_cut_in_the_sample(run, tmp_path):
+    rows = [
+        {**row, "user_prompt": "why " * 20_000, "prediction": "a" * 100_000}
+        for row in phrases("train.csv")[:2]
+    ]
+    done = run(write_csv(tmp_path / "long.csv", rows))
+    assert len(done.out) < 15_000
+    assert "a" * 1000 in done.out
+    assert "... (100,000)" in done.out
+    assert "... (80,000)" in done.out
+    sample = run(tmp_path / "long.csv", "--json").figures["sample"]["segments"]
+    assert "a" * 100_000 in [each["text"] for each in sample]
+
+
 def test_without_the_model_characters_are_counted_and_that_is_said(run, tmp_path):
     table = write_csv(tmp_path / "t.csv", phrases("train.csv")[:3])
     done = run(table, "--json", model="nobody/no-such-model")

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from mdl_toolkit.data.check.findings import Figures
 from mdl_toolkit.errors import RowProblem, RowsError
-from mdl_toolkit.i18n import Localized, Verbatim
+from mdl_toolkit.i18n import Localized, Verbatim, cut
 
 # Lines, or pairs of prompts, that are named of a finding.
 MOST_NAMED = 10
@@ -175,7 +175,7 @@ def _sample_lines(sample: Figures, marks: tuple[str, str]) -> Iterator[Localized
         # Control characters could do something to a terminal.
         text += "".join(
             letter if letter in "\n\t" or unicodedata.category(letter)[0] != "C" else repr(letter)[1:-1]
-            for letter in segment["text"]
+            for letter in cut(segment["text"])
         )
         is_open = is_answer
     shown = "\n".join(f"  {line}" for line in (text + end * is_open).splitlines())
