@@ -40,8 +40,7 @@ from mdl_toolkit.utils.schema import (
 )
 from mdl_toolkit.weights.config_files import read_json
 from mdl_toolkit.weights.provenance import PROVENANCE_FILE
-from mdl_toolkit.weights.schemas import ADAPTER_WEIGHTS
-from mdl_toolkit.weights.schemas import ADAPTER_CONFIG
+from mdl_toolkit.weights.schemas import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 STATE, OPTIMIZER, CHECKSUMS = "state.json", "optimizer.safetensors", "checksums.json"
 _NAME = re.compile(r"checkpoint-(\d+)")

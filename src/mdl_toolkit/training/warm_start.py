@@ -19,10 +19,10 @@ from mdl_toolkit.training.lora import FULL_TARGETS, LORA_TARGETS, load_adapter
 from mdl_toolkit.utils.console import say
 from mdl_toolkit.utils.machine import describe_oom
 from mdl_toolkit.weights.adapter import adapter_entries
-from mdl_toolkit.weights.loading import base_of, recorded_base
 from mdl_toolkit.weights.config_files import read_json
-from mdl_toolkit.weights.schemas import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from mdl_toolkit.weights.loading import base_of, recorded_base
 from mdl_toolkit.weights.resolve import check_is_no_run, find_model, recorded_name
+from mdl_toolkit.weights.schemas import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 
 def find_adapter(name: str, *, from_modelscope: bool) -> Path:

@@ -18,9 +18,8 @@ from mdl_toolkit.errors import ModelError
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.machine import available_cpus
 from mdl_toolkit.weights.config_files import EMBEDDING, HEAD, is_tied, read_json, refusal
-from mdl_toolkit.weights.schemas import ADAPTER_WEIGHTS
 from mdl_toolkit.weights.safetensors_stream import FLOATS, TensorEntry, WeightFile, weight_files
-from mdl_toolkit.weights.schemas import ADAPTER_CONFIG, MODEL_CONFIG
+from mdl_toolkit.weights.schemas import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG
 
 _PREFIX = "base_model.model."
 # The tensors of a LoRA layer in a file; the matrices of an embedding's are stored transposed.

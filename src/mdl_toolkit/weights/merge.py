@@ -22,7 +22,6 @@ from mdl_toolkit.weights.adapter import AdapterDelta
 from mdl_toolkit.weights.config_files import read_json
 from mdl_toolkit.weights.model_card import ResultMetadata, render_card
 from mdl_toolkit.weights.provenance import PROVENANCE_FILE
-from mdl_toolkit.weights.schemas import ADAPTER_WEIGHTS
 from mdl_toolkit.weights.resolve import quantized_by
 from mdl_toolkit.weights.safetensors_stream import (
     FLOATS,
@@ -32,7 +31,7 @@ from mdl_toolkit.weights.safetensors_stream import (
     rewrite,
     weight_files,
 )
-from mdl_toolkit.weights.schemas import ADAPTER_CONFIG, INDEX
+from mdl_toolkit.weights.schemas import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX
 
 CARD = "README.md"
 # Dtypes as options spell them, and as files do.
