@@ -91,7 +91,8 @@ def test_a_picture_that_cannot_be_made_ends_nothing(tmp_path, monkeypatch, capsy
     output = tmp_path / "run"
     done = train(train_options(make_csv(tmp_path, 4), MODEL, output))
     assert done.final.is_dir()
-    assert f"warning: loss.png cannot be drawn: {problem}" in capsys.readouterr().err
+    reason = getattr(problem, "strerror", None) or problem
+    assert f"warning: loss.png cannot be drawn: {reason}\n" in capsys.readouterr().err
     assert {path.name for path in output.iterdir()} == {
         ".mdl-toolkit-files.json", "checkpoint-1", "final", "log.jsonl", "mdl-toolkit.json",
         "mdl-toolkit.yaml",

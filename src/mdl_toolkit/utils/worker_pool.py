@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
 from multiprocessing.connection import wait
@@ -85,11 +85,7 @@ def work_through(
             _use(pipe.send, task)
         yield from _share_out(jobs, pipes)
     except WorkerDiedError:
-        # A process closes its pipe a moment before its exit status can be had.
-        deadline = time.monotonic() + 5
-        while all(process.exitcode is None for process in processes) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        if any(process.exitcode == _UNGUARDED for process in processes):
+        if is_unguarded(processes):
             raise ToolkitError(
                 "worker processes import your script, which then starts this work again: put the call under "
                 '`if __name__ == "__main__":`'
@@ -102,6 +98,15 @@ def work_through(
         for process in processes:
             process.terminate()
             process.join()
+
+
+def is_unguarded(processes: Sequence[Any]) -> bool:
+    """Tell whether a process ended because the script that it imported starts this work again."""
+    # A process closes its pipe a moment before its exit status can be had.
+    deadline = time.monotonic() + 5
+    while all(process.exitcode is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return any(process.exitcode == _UNGUARDED for process in processes)
 
 
 def _share_out(jobs: Iterator[Any], pipes: list[Any]) -> Iterator[Any]:
