@@ -149,10 +149,7 @@ def plan_memory(
         ModelError: no model can be made of the configuration, or a target matches nothing.
     """
     model = meta_model(base)
-    stored = read_json(base / MODEL_CONFIG).get("quantization_config") or {}
-    quantization = options.quantization or (
-        "4bit" if stored.get("load_in_4bit") else "8bit" if stored.get("load_in_8bit") else None
-    )
+    quantization = options.quantization or stored_quantization(base)
     weights, widest = _weights(model, dtype, quantization)
     sizes, gradients = _trained(model, options, start)
     settings = (model.config, options, dtype.itemsize, device != CPU, quantization, gradients)
@@ -199,6 +196,12 @@ def _blocks_to_keep(steps: list[ActivationEstimate], least: int, rest: int, shar
     needed = max(*(step.peak for step in steps), least)
     most = needed + int(share * max(0, rest - needed))
     return min((step.fit_blocks(most) for step in steps), key=lambda kept: (kept.decoder, kept.encoder))
+
+
+def stored_quantization(base: Path) -> str | None:
+    """Return the value of `--quantization` by which a folder's weights are stored."""
+    stored = read_json(base / MODEL_CONFIG).get("quantization_config") or {}
+    return "4bit" if stored.get("load_in_4bit") else "8bit" if stored.get("load_in_8bit") else None
 
 
 def largest_batches(sampler: BatchSampler, samples: Integers) -> list[Integers]:
