@@ -9,7 +9,8 @@ from pathlib import Path
 
 from mdl_toolkit.config.serving import ServeOptions
 from mdl_toolkit.errors import ModelError, UsageError
-from mdl_toolkit.weights.resolve import ADAPTER_CONFIG, read_json
+from mdl_toolkit.weights.config_files import read_json
+from mdl_toolkit.weights.schemas import ADAPTER_CONFIG
 
 # The ranks that vLLM has room for.
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)

@@ -16,8 +16,9 @@ from mdl_toolkit.serving.command import check_vllm_options, vllm_command
 from mdl_toolkit.utils.console import say, warn
 from mdl_toolkit.weights.loading import base_of, explaining_memory, find_with_base, load_for_inference
 from mdl_toolkit.weights.provenance import Prompts, read_provenance
-from mdl_toolkit.weights.resolve import ADAPTER_CONFIG, BITSANDBYTES, find_model, require_package
-from mdl_toolkit.weights.tokenizer_files import TOKENIZER_CONFIG, read_tokenizer_files
+from mdl_toolkit.weights.resolve import BITSANDBYTES, find_model, require_package
+from mdl_toolkit.weights.schemas import ADAPTER_CONFIG, TOKENIZER_CONFIG
+from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 
 VLLM = "vllm"
 LOCAL = ("127.0.0.1", "localhost", "::1")
