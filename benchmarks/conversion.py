@@ -28,6 +28,7 @@ import mdl_toolkit
 from benchmarks import Figure, timed
 from benchmarks.clips import PCM_BYTES, make_clips, write_csv
 from benchmarks.processes import Usage, toolkit
+from mdl_toolkit.audio.flac import pack_audio
 from mdl_toolkit.audio.loading import SAMPLE_RATE
 from mdl_toolkit.config.data import ConvertOptions
 from mdl_toolkit.data.convert.run import convert_rows
@@ -134,8 +135,7 @@ def bare_loop(files: Sequence[Path]) -> None:
     """Decode, resample and pack."""
     for file in files:
         samples, rate = soundfile.read(file, dtype="float32")
-        samples = soxr.resample(samples, rate, SAMPLE_RATE, "HQ")
-        soundfile.write(io.BytesIO(), samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+        pack_audio(soxr.resample(samples, rate, SAMPLE_RATE, "HQ"))
 
 
 def _bare_halves(files: Sequence[Path]) -> None:

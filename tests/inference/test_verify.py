@@ -4,15 +4,21 @@ import gc
 import re
 import weakref
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from mdl_toolkit.audio import load
+from mdl_toolkit.config.data import ConvertOptions
+from mdl_toolkit.data.convert.run import convert_dataset
+from mdl_toolkit.data.dataset import ConvertedDataset
 from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.inference import verify as proof
-from mdl_toolkit.inference.verify import synthesize_samples, verify_merge
+from mdl_toolkit.inference.verify import choose_samples, synthesize_samples, verify_merge
 from mdl_toolkit.model import MiDashengLMModel
 from mdl_toolkit.training import result
 from mdl_toolkit.training.run import train
@@ -22,7 +28,8 @@ from mdl_toolkit.weights.merge import merge
 from mdl_toolkit.weights.provenance import Prompts
 from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 from tests.support.adapters import adapted, make_adapter
-from tests.support.runs import copy_checkpoint, files_below, make_csv, train_options
+from tests.support.runs import copy_checkpoint, files_below, make_csv, train_options, write_csv
+from tests.support.waves import wave
 from tests.support.weight_files import tensors_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -163,6 +170,32 @@ def test_without_verify_nothing_is_loaded(golden, tmp_path, monkeypatch):
     monkeypatch.setattr(result, "verify_merge", None)
     model = copy_checkpoint(golden, "A-small", tmp_path)
     assert train(train_options(make_csv(tmp_path, 4), model, tmp_path / "run", verify=False)).final.is_dir()
+
+
+def test_the_proof_hears_what_was_recorded_not_what_16_bits_hold_of_it(golden, tmp_path, capsys):
+    """Telephone, quiet and too loud recordings, as the float path gives them."""
+    base = copy_checkpoint(golden, "A-small", tmp_path)
+    adapter = make_adapter(base, tmp_path / "adapter")
+    (merged := tmp_path / "merged").mkdir()
+    merge(base, adapter, merged)
+    kinds = [(8_000, 1.0, "PCM_16"), (44_100, 1e-3, "FLOAT"), (48_000, 1.5, "FLOAT"), (16_000, 1.0, "FLOAT")]
+    rows = []
+    for number, (rate, gain, subtype) in enumerate(kinds):
+        path = tmp_path / f"{number}.wav"
+        soundfile.write(path, gain * wave(rate * (number + 4) // 4, number), rate, subtype=subtype)
+        rows.append({"audio": str(path), "prediction": "x"})
+    source, data = str(write_csv(tmp_path / "rows.csv", rows)), str(tmp_path / "data")
+    convert_dataset(ConvertOptions(input=source, output=data, model_name=str(base), num_workers=1))
+    samples = choose_samples(ConvertedDataset(tmp_path / "data"))
+    assert len(samples) == 3
+    recorded = [load(row["audio"]).samples for row in rows]
+    for sample in samples:
+        (heard,) = (each for each in recorded if len(each) == len(sample.waveform))
+        # Half a step of 16 bits is 1.5e-5.
+        np.testing.assert_allclose(sample.waveform, heard, atol=2e-8)
+    capsys.readouterr()
+    verify_merge(base, adapter, merged, samples)
+    assert LINE.search(capsys.readouterr().err)[4] == "3"
 
 
 def test_dora_is_proven_too(golden, tmp_path, capsys):
