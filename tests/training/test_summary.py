@@ -150,12 +150,6 @@ def test_what_is_left_of_a_resumed_run_goes_by_the_steps_since(monkeypatch, caps
     assert lines_of(capsys) == ["training: 950/1000, 0:20 left"]
 
 
-def test_a_line_that_is_none_of_a_log_s_is_passed_over(tmp_path):
-    log = tmp_path / "log.jsonl"
-    log.write_text('{"step": 1, "loss": 2.0}\n{"step": "a", "loss": 1}\n[1]\n{"loss": 1}\n')
-    assert [line["step"] for line in read_log(log)] == [1]
-
-
 def test_a_forecast_goes_by_the_length_of_steps():
     """Steps are of one length each, and of very different ones: the first few are no sample of all."""
     order, total, elapsed = sampler(), 200, 0.0
