@@ -1,9 +1,9 @@
 """Give the commands thousands of spoilt inputs and count how many were taken cleanly.
 
 `python -m tests.stress.fuzz [--scale 0.1] [--seed 1] [--only tables recordings ...] [--keep FOLDER]` in the
-repository's root, or `make fuzz`. Clean means: exit status 0, 1 or 2 within a minute and a gigabyte, no
-traceback, no bug of ours, no control characters, a sentence if it failed, and no less heard than there is
-without a word.
+repository's root, or `make fuzz`. Clean means: exit status 0, 1 or 2 within a minute (or `--seconds`) and a
+gigabyte, no traceback, no bug of ours, no control characters, a sentence if it failed, and no less heard than
+there is without a word.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tests.stress.fuzz import datasets, memory, models, recordings, servers, tables
+from tests.stress.fuzz import cases, datasets, memory, models, recordings, servers, tables
 from tests.stress.fuzz.cases import Case, judge
 
 Maker = Callable[[Path, Path, np.random.Generator], Case]
@@ -50,7 +50,11 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=[*KINDS], default=[*KINDS])
     parser.add_argument("--case", type=int, help="this case alone")
     parser.add_argument("--keep", type=Path, help="keep the folders of unclean cases here")
+    parser.add_argument("--seconds", type=int, default=cases.SECONDS, help="that a case may take")
     given = parser.parse_args()
+    cases.SECONDS = given.seconds
+    if given.keep:
+        given.keep.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     os.environ.update(
         HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", TOKENIZERS_PARALLELISM="false"

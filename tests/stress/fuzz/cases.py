@@ -5,6 +5,7 @@ import resource
 import signal
 import sys
 import time
+import traceback
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -94,7 +95,7 @@ def _become_command(case: Case, said: Path) -> None:
     finally:
         # A traceback of what `run` let through is written by hand: this process must not go on.
         if problem := sys.exception():
-            sys.excepthook(type(problem), problem, problem.__traceback__)
+            os.write(2, "".join(traceback.format_exception(problem)).encode())
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

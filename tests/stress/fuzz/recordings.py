@@ -1,5 +1,6 @@
 """Recordings in every format, spoilt; a command may refuse one, but not hear less of it without a word."""
 
+import tempfile
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,12 +21,10 @@ SECONDS = 0.6
 def _whole(kind: tuple[str, str, str, int]) -> tuple[bytes, int]:
     """Return a whole recording and how many samples are heard of it."""
     content = recording(*kind, seconds=SECONDS)
-    path = Path("/tmp") / f"whole-{'-'.join(map(str, kind))}"
-    path.write_bytes(content)
-    try:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "whole"
+        path.write_bytes(content)
         return content, len(mdl_toolkit.audio.load(path).samples)
-    finally:
-        path.unlink()
 
 
 def make(folder: Path, shared: Path, random: np.random.Generator) -> Case:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from mdl_toolkit.audio import download_cache, http
+from tests.stress.fuzz import cases
 from tests.stress.fuzz.cases import Case
 from tests.support.paths import MODEL
 from tests.support.recordings import pcm_wav
@@ -26,8 +27,6 @@ ADDRESSES = (
     "/again", "//", "", "http://", "http://127.0.0.1:9/", "ftp://127.0.0.1/", "file:///etc/passwd",
     "http://[::1", "http://169.254.169.254/latest", "\x1b[2J", "/" + "a" * 70_000, "javascript:1",
 )  # fmt: skip
-# Seconds that a server sends a byte a second.
-DRIPPING = 90
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ class BadServer:
             if not drips:
                 connection.sendall(content)
                 return
-            end = time.monotonic() + DRIPPING
+            end = time.monotonic() + 1.5 * cases.SECONDS
             # The head at once where it is whole, and what never ends after it.
             at_once = len(content) if b"\r\n" in content and len(content) < 200 else 0
             connection.sendall(content[:at_once])
