@@ -14,7 +14,7 @@ import soxr
 from mdl_toolkit.audio.decoders import decode
 from mdl_toolkit.audio.integrity import check_integrity
 from mdl_toolkit.audio.loading import SAMPLE_RATE, Clip, load
-from mdl_toolkit.audio.mixdown import Mixdown
+from mdl_toolkit.audio.resample import Mixdown
 from tests.support import recordings
 from tests.support.ogg import crc
 from tests.support.paths import DOCS

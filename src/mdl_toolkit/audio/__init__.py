@@ -5,7 +5,7 @@ Modules:
     decoders         decode with libsndfile or FFmpeg, block by block
     unreadable       what a file is that no decoder reads, and what to do
     segments         cut seconds and a channel from decoded sound, exact to the sample
-    mixdown          average channels and resample, block by block
+    resample         average channels and resample to 16 kHz, block by block
     integrity        check that a file is complete, without decoding it
     chunks           the same for files of chunks or boxes: sizes in headers against the file
     ogg              the same for Ogg, page by page

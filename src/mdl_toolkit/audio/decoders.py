@@ -12,7 +12,7 @@ import numpy as np
 import soundfile
 
 from mdl_toolkit.audio.file_parts import Integrity
-from mdl_toolkit.audio.mixdown import CONVERT, Floats
+from mdl_toolkit.audio.resample import CONVERT, Floats
 from mdl_toolkit.audio.segments import Cutter
 from mdl_toolkit.audio.unreadable import explain_content
 from mdl_toolkit.errors import AudioError, TooLongError

@@ -11,7 +11,7 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
-from mdl_toolkit.audio.mixdown import to_model_rate
+from mdl_toolkit.audio.resample import to_model_rate
 from mdl_toolkit.model.constants import SAMPLE_RATE
 
 # Samples are rounded to 2**-26 of full scale, or of the power of two below the peak where that is 2 or more.

@@ -14,8 +14,8 @@ from pathlib import Path
 from mdl_toolkit.audio.decoders import decode
 from mdl_toolkit.audio.file_parts import Blocks, Splice
 from mdl_toolkit.audio.integrity import check_integrity
-from mdl_toolkit.audio.mixdown import SILENCE, Floats, to_model_rate
 from mdl_toolkit.audio.mpeg import after_id3
+from mdl_toolkit.audio.resample import SILENCE, Floats, to_model_rate
 from mdl_toolkit.audio.segments import OVERSHOOT, Cut, Cutter, Segment, SegmentError, read_channel
 from mdl_toolkit.errors import AudioError
 from mdl_toolkit.i18n import Localized

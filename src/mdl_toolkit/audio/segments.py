@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from mdl_toolkit.audio.mixdown import CONVERT, RATES, Floats, Mixdown
+from mdl_toolkit.audio.resample import CONVERT, RATES, Floats, Mixdown
 from mdl_toolkit.errors import AudioError
 from mdl_toolkit.i18n import Localized
 

@@ -1,22 +1,15 @@
 """Choose the engine that computes answers: decoding, beam search, scored choices, vLLM, or a server."""
 
 import asyncio
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList
 
 from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.config.types import ENGINES, OURS, VLLM
-from mdl_toolkit.data.collate import collate_prompts
 from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import UsageError
+from mdl_toolkit.inference.beam_search import beam_search
 from mdl_toolkit.inference.choices import Chooser
 from mdl_toolkit.inference.generate import (
     Answerer,
@@ -24,8 +17,6 @@ from mdl_toolkit.inference.generate import (
     SamplingParams,
     ask,
     base_model,
-    embed_prompts,
-    end_ids,
 )
 from mdl_toolkit.inference.requests import Inputs
 from mdl_toolkit.inference.server_engine import ServerAnswerer, find_served_model
@@ -143,54 +134,3 @@ def make_engine(
         )
 
     return partial(ask, engine(options.batch_size), engine(1))
-
-
-def beam_search(
-    model: Any,
-    tokenizer: ChatTokenizer,
-    batch_size: int,
-    num_beams: int,
-    sampling: SamplingParams,
-    questions: Iterable[Question],
-) -> Iterator[tuple[int, list[str] | None]]:
-    """Answer by transformers' beam search, over prompts of one length and limit of new tokens at a time.
-
-    Nothing is padded, so that no answer depends on the others of its batch.
-    """
-    plain, ends = base_model(model), sorted(end_ids(model, tokenizer))
-    failed: Tensor
-
-    def watch(_: Tensor, scores: Tensor) -> Tensor:
-        """Note of which beams a logit was NaN or infinite: then its log-probabilities are NaN."""
-        failed.logical_or_(scores.isnan().any(-1))
-        return scores
-
-    for (_, limit), group in groupby(
-        questions, lambda each: (len(each.sample.input_ids), each.max_new_tokens)
-    ):
-        settings = GenerationConfig(
-            do_sample=False,
-            num_beams=num_beams,
-            repetition_penalty=sampling.repetition_penalty,
-            no_repeat_ngram_size=sampling.no_repeat_ngram_size,
-            max_new_tokens=limit,
-            eos_token_id=ends,
-            pad_token_id=tokenizer.pad_id,
-        )
-        while batch := [*islice(group, batch_size)]:
-            prompts = collate_prompts([each.sample for each in batch], tokenizer.pad_id)
-            with torch.inference_mode(), warnings.catch_warnings():
-                # Penalties look at the answer alone, as in greedy decoding.
-                warnings.filterwarnings("ignore", message="Passing .* with `inputs_embeds`")
-                embeddings = embed_prompts(plain, prompts)
-                mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
-                failed = torch.zeros(len(batch) * num_beams, dtype=torch.bool, device=embeddings.device)
-                rows = plain.generate(
-                    inputs_embeds=embeddings,
-                    attention_mask=mask,
-                    generation_config=settings,
-                    logits_processor=LogitsProcessorList([watch]),
-                ).tolist()
-            without = failed.view(len(batch), num_beams).any(1).tolist()
-            for question, ids, is_lost in zip(batch, rows, without, strict=True):
-                yield question.key, None if is_lost else [tokenizer.decode(ids)]

@@ -8,7 +8,7 @@ import soundfile
 import soxr
 
 from mdl_toolkit.audio.loading import load
-from mdl_toolkit.audio.mixdown import CLIPPED, FULL_SCALE, Mixdown, to_model_rate
+from mdl_toolkit.audio.resample import CLIPPED, FULL_SCALE, Mixdown, to_model_rate
 
 
 def mixed(samples: np.ndarray, rate: int, size: int) -> tuple[np.ndarray, Mixdown]:
