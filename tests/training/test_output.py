@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.config.yaml import read_settings
-from mdl_toolkit.errors import ModelError, RowsError, ToolkitError
+from mdl_toolkit.errors import InputError, ModelError, RowsError, ToolkitError
 from mdl_toolkit.training import datasets as training_data
 from mdl_toolkit.training import run as training
 from mdl_toolkit.training.run import train
@@ -106,6 +106,17 @@ def test_a_fresh_start_sets_an_earlier_run_aside(model, tmp_path, capsys):
 def test_resume_true_with_nothing_to_resume_warns(model, tmp_path, capsys):
     train(train_options(make_csv(tmp_path, 4), model, tmp_path / "run", resume_from_checkpoint=True))
     assert "starting afresh" in capsys.readouterr().err
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_log_that_is_a_fifo_is_refused(model, tmp_path, resume):
+    output = tmp_path / "run"
+    (output / "checkpoint-1").mkdir(parents=True)
+    (output / "mdl-toolkit.yaml").write_text("# mdl-toolkit train\n")
+    os.mkfifo(output / "log.jsonl")
+    with pytest.raises(InputError, match="log.jsonl: a FIFO"):
+        train(train_options(make_csv(tmp_path, 2), model, output, resume_from_checkpoint=resume))
 
 
 @pytest.mark.parametrize("output", ["run", "another"])

@@ -17,7 +17,13 @@ from mdl_toolkit.training.checkpoints import (
     step_of,
 )
 from mdl_toolkit.utils.console import say, warn
-from mdl_toolkit.utils.files import check_apart, recover_outputs, replace_file, report_write_errors
+from mdl_toolkit.utils.files import (
+    check_apart,
+    recover_outputs,
+    refuse_devices,
+    replace_file,
+    report_write_errors,
+)
 from mdl_toolkit.utils.ownership import maker, refuse, unused, visible
 from mdl_toolkit.utils.run_folder import LOG, PLOT, REPORT
 from mdl_toolkit.weights.provenance import PROVENANCE_FILE, Provenance
@@ -41,6 +47,7 @@ def check_run_folder(output: Path, options: TrainOptions) -> None:
     """
     if output.is_file():
         raise InputError("--output {output}: a file is there", output=output)
+    refuse_devices(output, InputError)
     if any((output / name).exists() for name in (ADAPTER_CONFIG, MODEL_CONFIG)):
         raise InputError(
             "--output {output}: a checkpoint or a model is there; give the folder of a run, or a new one",

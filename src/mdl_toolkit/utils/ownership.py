@@ -59,8 +59,9 @@ def remember(file: Path, kind: str) -> None:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    with suppress(OSError, ValueError, TypeError, KeyError):
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    file = folder / RECORD
+    with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         return {"files": dict(record["files"]), "is_whole": bool(record["is_whole"])}
     return {"files": {}, "is_whole": False}
 
@@ -129,7 +130,10 @@ def foreign_files(folder: Path, kind: str, *, hidden: bool = False) -> Iterator[
 
 def maker(folder: Path) -> str | None:
     """Return the command whose settings file lies in a folder; None if there is none."""
-    with suppress(OSError, ValueError), (folder / SETTINGS).open(encoding="utf-8") as file:
+    path = folder / SETTINGS
+    if not path.is_file():
+        return None
+    with suppress(OSError, ValueError), path.open(encoding="utf-8") as file:
         head, _, command = file.readline().strip().partition("# mdl-toolkit ")
         return None if head else command
     return None
