@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import re
 import struct
 from html.parser import HTMLParser
@@ -136,6 +137,16 @@ def test_settings_of_another_version_and_a_missing_record_leave_their_parts_out(
         "settings": [], "base": None, "prompts": [], "data": [], "curves": None, "evaluations": [],
         "outcome": [],
     }  # fmt: skip
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["mdl-toolkit.yaml", "mdl-toolkit.json", "log.jsonl"])
+def test_a_file_of_a_run_that_is_a_fifo_is_refused(tmp_path, capsys, name):
+    for each in {"mdl-toolkit.yaml", "log.jsonl"} - {name}:
+        (tmp_path / each).touch()
+    os.mkfifo(tmp_path / name)
+    assert run(["report", str(tmp_path)]) == 1
+    assert f"{name}: a FIFO" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):

@@ -12,6 +12,7 @@ from mdl_toolkit.config.yaml import SETTINGS_FILE, read_settings, word_of
 from mdl_toolkit.errors import InputError, ModelError
 from mdl_toolkit.evaluation.text_metrics import LOSS, TEXT_METRICS, Best
 from mdl_toolkit.i18n import Localized
+from mdl_toolkit.utils.files import refuse_devices
 from mdl_toolkit.utils.run_folder import LOG, SmoothedLoss, read_log, series
 from mdl_toolkit.weights.provenance import read_provenance
 
@@ -61,6 +62,7 @@ def run_values(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: the folder is no training's output.
     """
+    refuse_devices(folder, InputError)
     if not any((folder / name).is_file() for name in (LOG, SETTINGS_FILE)):
         raise InputError(
             "{folder}: neither {log} nor {file} is in it; give the --output of a training",
