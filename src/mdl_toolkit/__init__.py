@@ -3,7 +3,6 @@
 Importing this package imports nothing heavy; each name below brings its module along when first used.
 """
 
-import logging
 from importlib import import_module
 
 __version__ = "0.2.0.dev0"
@@ -29,10 +28,6 @@ _MODULE_OF = {
 }
 
 __all__ = ["__version__", *_MODULE_OF]
-
-# bitsandbytes says on import that it did not find kernels of the hub; it works without them. It comes along
-# with transformers' Trainer, so this must be said before anything else is imported.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> object:

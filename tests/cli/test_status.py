@@ -296,18 +296,21 @@ def test_every_name_that_python_callers_are_offered_is_there():
 
 
 INTERRUPTED = """
-import runpy, sys
+import pkgutil, runpy, sys
 class Interrupting:
     def find_spec(self, name, *_):
-        if name == "mdl_toolkit.cli.main":
+        if name not in ("mdl_toolkit", "mdl_toolkit.__main__") and FIRST in (name, ""):
+            sys.meta_path.remove(self)
             raise KeyboardInterrupt
 sys.meta_path.insert(0, Interrupting())
 runpy.run_module("mdl_toolkit", run_name="__main__")
 """
 
 
-def test_an_interrupt_while_our_modules_are_imported_is_one_line():
-    done = python("-c", INTERRUPTED, LANGUAGE="en")
+@pytest.mark.parametrize("first", ["", "mdl_toolkit.cli.main"])
+def test_an_interrupt_while_our_modules_are_imported_is_one_line(first):
+    """At a module of ours, and at the very first one that we import, whatever that is."""
+    done = python("-c", f"FIRST = {first!r}{INTERRUPTED}", LANGUAGE="en")
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 

@@ -24,3 +24,9 @@ Modules:
     optimization/            when the weights change, and at which learning rate
     memory/                  plan memory, and go on when it runs out
 """
+
+import logging
+
+# bitsandbytes comes along with PEFT, and says on import that it did not find kernels of the hub; it works
+# without them.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
