@@ -113,8 +113,9 @@ def check_numbers(model: "torch.nn.Module", folder: Path) -> None:
     import torch
 
     for name, tensor in model.state_dict().items():
-        # Any of these makes the sum one; float32 does not overflow where float16 would.
-        if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite():
+        # Any of these makes the sum one. Only float16 would overflow; with a dtype the others are copied.
+        dtype = torch.float32 if tensor.dtype == torch.float16 else None
+        if tensor.is_floating_point() and not tensor.sum(dtype=dtype).isfinite():
             raise ModelError(
                 "{folder}: the tensor {name} holds NaN or infinity; fetch the model again, or go back to an "
                 "earlier checkpoint",
