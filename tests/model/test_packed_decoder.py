@@ -87,7 +87,7 @@ def test_a_shared_prefix_is_computed_once(golden, name, targets, checkpointing, 
     ours = learnt(model, batch)
     # 7 tokens are shared by all four sequences, 5 more by the first and the last.
     assert counts[0] == needed(batch) - 3 * 7 - 5
-    monkeypatch.setattr(modeling, "has_dropout", lambda _: True)
+    monkeypatch.setattr(modeling, "can_drop", lambda _: True)
     apart = learnt(model, batch)
     assert counts[-1] == needed(batch)
     padded(monkeypatch)

@@ -69,18 +69,11 @@ def split_dataset(options: SplitOptions) -> dict[str, Path]:
         )
     rows_of = {part: [row for row, its in zip(rows, parts, strict=True) if its == part] for part in shares}
     write_parts(options, manifest, rows_of)
-    for part in shares:
-        own = [group for group, its in zip(groups, parts, strict=True) if its == part]
-        say(
-            "{file}: {rows:,} rows ({share:.1%}) in {groups:,} groups",
-            file=output / f"{part}.csv",
-            rows=len(own),
-            share=len(own) / len(rows),
-            groups=len({*own}),
-        )
+    files = {part: output / f"{part}.csv" for part in shares}
+    say_sizes(files, groups, parts)
     if options.stratify is not None:
         warn_of_unseen(labels, parts, options.stratify)
-    return {part: output / f"{part}.csv" for part in shares}
+    return files
 
 
 def part_shares(options: SplitOptions) -> dict[str, float]:
@@ -115,6 +108,19 @@ def write_parts(options: SplitOptions, manifest: Manifest, parts: Mapping[str, S
                 writer.writerow(manifest.file.columns)
                 writer.writerows(row.cells for row in rows)
         (work / SETTINGS_FILE).write_text(to_yaml(options), encoding="utf-8")
+
+
+def say_sizes(files: Mapping[str, Path], groups: Sequence[int], parts: Sequence[str]) -> None:
+    """Say how many rows and groups the file of each part holds."""
+    for part, file in files.items():
+        own = [group for group, its in zip(groups, parts, strict=True) if its == part]
+        say(
+            "{file}: {rows:,} rows ({share:.1%}) in {groups:,} groups",
+            file=file,
+            rows=len(own),
+            share=len(own) / len(parts),
+            groups=len({*own}),
+        )
 
 
 def warn_of_unseen(labels: Sequence[str], parts: Sequence[str], column: str) -> None:

@@ -48,7 +48,6 @@ from mdl_toolkit.utils.signals import Interruption, raise_if_interrupted
 from mdl_toolkit.utils.worker_pool import end_unguarded_script
 from mdl_toolkit.weights.loading import choose_dtype, explaining_memory, find_with_base
 from mdl_toolkit.weights.provenance import fingerprint, read_provenance
-from mdl_toolkit.weights.schemas import TOKENIZER_CONFIG
 from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 
 MEMORY_REMEDY = Localized("lower --batch-size, or give --bf16 true or --quantization 4bit")
@@ -161,9 +160,7 @@ class _Inference:
         find = partial(find_with_base, options.model_name, from_modelscope=options.from_modelscope)
         has_weights = not is_server(options.engine)
         folder, base = find(weights=has_weights and Path(options.model_name).is_dir())
-        # Adapters from elsewhere lie in their folder alone.
-        with_text = folder if base is None or (folder / TOKENIZER_CONFIG).is_file() else base
-        tokenizer = ChatTokenizer(read_tokenizer_files(with_text, base or folder))
+        tokenizer = ChatTokenizer(read_tokenizer_files(folder, base))
         if (origin := read_provenance(folder)) is not None:
             manifest = with_training_prompts(manifest, origin.prompts)
         required = TokenBudget.of_choices(self.choices, tokenizer, options)

@@ -184,20 +184,9 @@ async def send(
         else:
             if response.is_success:
                 return response.json() if is_json(response) else None
-            reason = reason_of(response)
-            if response.status_code == httpx.codes.UNAUTHORIZED:
-                raise ModelError(
-                    "{server}: the server wants a key; set the environment variable {variable}",
-                    server=server,
-                    variable=KEY,
-                )
             if response.status_code not in TRANSIENT:
-                raise ModelError(
-                    "{server}: the server refuses {place} ({reason})",
-                    server=server,
-                    place=place or Localized("the request"),
-                    reason=reason,
-                )
+                raise refusal(server, response, place)
+            reason = reason_of(response)
             wait = response.headers.get("Retry-After", "")
             pause = min(float(wait) if wait.isdecimal() else pause, LONGEST_PAUSE)
         if attempt + 1 < tries:
@@ -206,6 +195,22 @@ async def send(
         "{server}: the server does not answer ({reason}); is it running, and is the address right?",
         server=server,
         reason=reason,
+    )
+
+
+def refusal(server: str, response: httpx.Response, place: Localized | None) -> ModelError:
+    """Return the error that says why a server refuses a request for good."""
+    if response.status_code == httpx.codes.UNAUTHORIZED:
+        return ModelError(
+            "{server}: the server wants a key; set the environment variable {variable}",
+            server=server,
+            variable=KEY,
+        )
+    return ModelError(
+        "{server}: the server refuses {place} ({reason})",
+        server=server,
+        place=place or Localized("the request"),
+        reason=reason_of(response),
     )
 
 

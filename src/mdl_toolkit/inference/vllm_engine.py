@@ -7,7 +7,7 @@ there is room, so that no answer waits for the slowest of its batch.
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import groupby, islice
 from pathlib import Path
@@ -49,6 +49,53 @@ def quiet_vllm() -> Iterator[None]:
             logging.disable(logging.NOTSET)
 
 
+def load_engine(
+    options: InferenceOptions, folder: Path, most_tokens: int, settings: Mapping[str, Any]
+) -> Any:
+    """Load a whole model into an engine of vLLM.
+
+    Args:
+        options: the inference's.
+        folder: the model's.
+        most_tokens: of a row, its answer included.
+        settings: of the engine, beside those that the options give.
+
+    Raises:
+        ModelError: vLLM cannot load the model.
+    """
+    say_loading(folder)
+    os.environ |= {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
+    # A recording must fit.
+    room = {"max_num_batched_tokens": most_tokens} if most_tokens > FEWEST_BATCHED else {}
+    with quiet_vllm():
+        from vllm import LLM
+
+        try:
+            return LLM(
+                model=str(folder),
+                dtype=str(choose_dtype(options.bf16)).removeprefix("torch."),
+                max_model_len=most_tokens,
+                max_num_seqs=options.batch_size,
+                limit_mm_per_prompt={"audio": 1},
+                # No recording comes twice.
+                mm_processor_cache_gb=0,
+                # On a CPU, compiling takes longer than most runs.
+                enforce_eager=not torch.cuda.is_available(),
+                trust_remote_code=False,
+                use_tqdm_on_load=False,
+                **room,
+                **settings,
+            ).llm_engine
+        # It raises a dozen kinds of errors; each means that it cannot serve the model here.
+        except Exception as problem:
+            if describe_oom(problem) is not None:
+                raise
+            reason = " ".join(str(problem).split())
+            raise ModelError(
+                "{folder}: vLLM cannot load it: {reason}", folder=folder, reason=reason
+            ) from problem
+
+
 class VllmAnswerer:
     """Answer questions with vLLM, as many at once as the batch size."""
 
@@ -80,38 +127,10 @@ class VllmAnswerer:
                 "max_lora_rank": lora.rank,
                 "enable_tower_connector_lora": lora.in_towers,
             }
-        say_loading(base or folder)
-        os.environ |= {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
+        self._engine = load_engine(options, base or folder, most_tokens, settings)
         with quiet_vllm():
-            from vllm import LLM, SamplingParams
+            from vllm import SamplingParams
             from vllm.lora.request import LoRARequest
-        if most_tokens > FEWEST_BATCHED:
-            # A recording must fit.
-            settings["max_num_batched_tokens"] = most_tokens
-        try:
-            with quiet_vllm():
-                self._engine = LLM(
-                    model=str(base or folder),
-                    dtype=str(choose_dtype(options.bf16)).removeprefix("torch."),
-                    max_model_len=most_tokens,
-                    max_num_seqs=options.batch_size,
-                    limit_mm_per_prompt={"audio": 1},
-                    # No recording comes twice.
-                    mm_processor_cache_gb=0,
-                    # On a CPU, compiling takes longer than most runs.
-                    enforce_eager=not torch.cuda.is_available(),
-                    trust_remote_code=False,
-                    use_tqdm_on_load=False,
-                    **settings,
-                ).llm_engine
-        # It raises a dozen kinds of errors; each means that it cannot serve the model here.
-        except Exception as problem:
-            if describe_oom(problem) is not None:
-                raise
-            reason = " ".join(str(problem).split())
-            raise ModelError(
-                "{folder}: vLLM cannot load it: {reason}", folder=base or folder, reason=reason
-            ) from problem
         self._params, self._tokenizer, self._options = SamplingParams, tokenizer, options
         self._lora = None if base is None else LoRARequest("adapter", 1, str(folder))
         self._audio = tokenizer.id_of(dict(tokenizer.files.specials)["audio_token"])

@@ -26,7 +26,7 @@ from mdl_toolkit.model.configuration import MiDashengLMConfig
 from mdl_toolkit.model.constants import IGNORE_INDEX
 from mdl_toolkit.model.encoder import AcousticEncoder, AudioProjector, LayerScale, MiDashengEncoder
 from mdl_toolkit.model.kernels.cross_entropy import head_loss, slice_size
-from mdl_toolkit.model.packed_decoder import PACKED_LAYERS, has_dropout, packed_states
+from mdl_toolkit.model.packed_decoder import PACKED_LAYERS, can_drop, packed_states
 from mdl_toolkit.model.packing import PackingPlan, Plan, true_indices
 from mdl_toolkit.model.transformers_names import CACHE_NAMES
 
@@ -269,9 +269,7 @@ class MiDashengLMModel(PreTrainedModel, GenerationMixin):
         """
         if labels is not None and plan is None:
             ids = input_ids if inputs_embeds is None else None
-            made = self.plan_loss(
-                ids, attention_mask, labels, shares_prefix=not has_dropout(self.decoder.model)
-            )
+            made = self.plan_loss(ids, attention_mask, labels, is_training=self.decoder.training)
             plan = made.to(labels.device, non_blocking=True)
         if inputs_embeds is None:
             placeholders = None if plan is None else plan.placeholders
@@ -280,8 +278,7 @@ class MiDashengLMModel(PreTrainedModel, GenerationMixin):
         if plan is not None:
             if unheeded := {*UNHEEDED} & {name for name, value in kwargs.items() if value is not None}:
                 raise ValueError(f"labels do not go with {min(unheeded)}")
-            states = packed_states(self.decoder.model, inputs_embeds, plan.packing)
-            loss = self._mean_loss(states, plan.targets, num_items_in_batch)
+            loss = self._mean_loss(inputs_embeds, plan, num_items_in_batch)
             if not return_logits:
                 return MiDashengLMOutput(loss=loss)
         inputs = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "return_dict": True}
@@ -291,7 +288,7 @@ class MiDashengLMModel(PreTrainedModel, GenerationMixin):
         return MiDashengLMOutput(loss=loss, logits=self.decoder.lm_head(states[:, kept]), **outputs)
 
     def plan_loss(
-        self, ids: Tensor | None, mask: Tensor | None, labels: Tensor, *, shares_prefix: bool
+        self, ids: Tensor | None, mask: Tensor | None, labels: Tensor, *, is_training: bool
     ) -> LossPlan:
         """Plan a loss without padding, and in the last layer at supervised tokens only, on the CPU.
 
@@ -299,7 +296,7 @@ class MiDashengLMModel(PreTrainedModel, GenerationMixin):
             ids: `[batch, tokens]` that the embeddings come from; None if not known.
             mask: `[batch, tokens]`, 0 at padding.
             labels: `[batch, tokens]`.
-            shares_prefix: compute tokens once with which several sequences begin; not where some are dropped.
+            is_training: dropout acts where there is some, and every sequence is computed by itself.
         """
         following = functional.pad(labels.cpu()[:, 1:], (0, 1), value=IGNORE_INDEX)
         supervised = following != IGNORE_INDEX
@@ -310,17 +307,19 @@ class MiDashengLMModel(PreTrainedModel, GenerationMixin):
         prefix_ids, placeholders = None, torch.zeros(0, dtype=torch.int64)
         if ids is not None:
             ids = ids.cpu()
+            shares_prefix = not (is_training and can_drop(self.decoder.model))
             placeholders = true_indices(ids == self.config.audio_token_id)
             prefix_ids = self.prefix_ids(ids, supervised) if shares_prefix else None
         packing = PackingPlan.of(needed, supervised, prefix_ids)
         return LossPlan(packing, following[supervised], placeholders)
 
-    def _mean_loss(self, states: Tensor, targets: Tensor, divisor: int | Tensor | None) -> Tensor:
-        """Average the cross entropy of states `[supervised, hidden_size]` over targets `[supervised]`.
+    def _mean_loss(self, embeddings: Tensor, plan: LossPlan, divisor: int | Tensor | None) -> Tensor:
+        """Average the cross entropy of embeddings `[batch, tokens, hidden_size]` over a plan's targets.
 
         The sum is divided by `divisor` where one is given. More than one slice of logits does not exist at
         once: the backward pass makes each slice again.
         """
+        states, targets = packed_states(self.decoder.model, embeddings, plan.packing), plan.targets
         head: Any = self.decoder.lm_head
         smoothing = self.label_smoothing if self.training else 0.0
         is_linear = type(head) is nn.Linear

@@ -121,13 +121,8 @@ class PackedQwen3Layer(PackedLayer, Qwen3DecoderLayer):
 PACKED_LAYERS = {Qwen2DecoderLayer: PackedQwen2Layer, Qwen3DecoderLayer: PackedQwen3Layer}
 
 
-def has_dropout(model: Any) -> bool:
-    """Tell whether a decoder drops activations at random, so that no prefix can be shared."""
-    return model.training and can_drop(model)
-
-
 def can_drop(model: Any) -> bool:
-    """Tell whether a decoder drops activations at random while it is trained."""
+    """Tell whether a decoder drops activations at random while it is trained, so that no prefix is shared."""
     drops = any(isinstance(part, nn.Dropout) and part.p > 0 for part in model.modules())
     return drops or bool(model.config.attention_dropout)
 

@@ -17,7 +17,7 @@ from mdl_toolkit.utils.console import say, warn
 from mdl_toolkit.weights.loading import base_of, explaining_memory, find_with_base, load_for_inference
 from mdl_toolkit.weights.provenance import Prompts, read_provenance
 from mdl_toolkit.weights.resolve import BITSANDBYTES, find_model, require_package
-from mdl_toolkit.weights.schemas import ADAPTER_CONFIG, TOKENIZER_CONFIG
+from mdl_toolkit.weights.schemas import ADAPTER_CONFIG
 from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 
 VLLM = "vllm"
@@ -113,9 +113,7 @@ def run_server(
 
     models = {}
     for name, (folder, base) in places.items():
-        # Adapters from elsewhere lie in their folder alone.
-        with_text = folder if base is None or (folder / TOKENIZER_CONFIG).is_file() else base
-        tokenizer, origin = ChatTokenizer(read_tokenizer_files(with_text)), read_provenance(folder)
+        tokenizer, origin = ChatTokenizer(read_tokenizer_files(folder, base)), read_provenance(folder)
         render_template(tokenizer)
         model = load_for_inference(folder, base, bf16=options.bf16, quantization=options.quantization)
         # PEFT's layers read the weights that would be laid out anew.

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from mdl_toolkit.data.collate import Batch, Collator, SampleSource, items_of, pin_batch
 from mdl_toolkit.model.modeling import LossPlan
-from mdl_toolkit.model.packed_decoder import can_drop
 from mdl_toolkit.training.checkpoints import Checkpoint
 from mdl_toolkit.training.lora import load_adapter
 from mdl_toolkit.training.lora_layer import AdapterCasts
@@ -53,9 +52,8 @@ class ForwardPass:
     def _plan(self, batch: Batch, *, is_training: bool) -> LossPlan:
         """Plan the loss of a batch on the CPU."""
         base = self.model.get_base_model()
-        shares_prefix = not (is_training and can_drop(base.decoder.model))
         ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
-        plan: LossPlan = base.plan_loss(ids, mask, labels, shares_prefix=shares_prefix)
+        plan: LossPlan = base.plan_loss(ids, mask, labels, is_training=is_training)
         return plan
 
     def loss(self, batch: Batch, tokens: int) -> Tensor:

@@ -56,16 +56,20 @@ class TokenizerFiles:
         return hashlib.sha256(self.chat_template.encode()).hexdigest()[:16]
 
 
-def read_tokenizer_files(folder: Path, model: Path | None = None) -> TokenizerFiles:
-    """Read tokenizer, chat template and special tokens of a model folder.
+def read_tokenizer_files(folder: Path, base: Path | None = None) -> TokenizerFiles:
+    """Read tokenizer, chat template and special tokens of a model folder, or of an adapter's.
 
     Args:
         folder: that of a model or adapter.
-        model: that of the model which the ids must fit; the same one if not given.
+        base: that of an adapter's base, which the ids must fit; it is read where the adapter lies alone in
+            its folder, as those from elsewhere do.
 
     Raises:
         ModelError: the tokenizer or the chat template is missing, broken or another model's.
     """
+    model = base or folder
+    if not (folder / TOKENIZER_CONFIG).is_file():
+        folder = model
     config, processor = read_json(folder / TOKENIZER_CONFIG), folder / PROCESSOR_CONFIG
     config |= read_json(processor) if processor.is_file() else {}
     specials = dict(USUAL_TOKENS)
@@ -75,7 +79,7 @@ def read_tokenizer_files(folder: Path, model: Path | None = None) -> TokenizerFi
         if name.endswith("_token") and isinstance(token, str) and token:
             specials[name] = token
     tokenizer = _tokenizer_json(folder)
-    check_ids(tokenizer, specials["audio_token"], model or folder)
+    check_ids(tokenizer, specials["audio_token"], model)
     file, old = folder / "chat_template.jinja", folder / TEMPLATE_CONFIG
     template = read_text(file) if file.is_file() else config.get("chat_template")
     if template is None and old.is_file():
