@@ -11,6 +11,7 @@ from functools import cache, reduce
 from gettext import NullTranslations, translation
 from numbers import Number
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 DOMAIN = "mdl_toolkit"
@@ -58,6 +59,17 @@ def _escape(message: str) -> str:
     return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), message)
 
 
+class PluralFormatter(Formatter):
+    """Format fields as `str.format` does; of `{count:row|rows}`, the first for 1, else the second."""
+
+    def format_field(self, value: Any, format_spec: str) -> Any:
+        """Return a field's text."""
+        one, has_two, several = format_spec.partition("|")
+        if has_two:
+            return one if value in (1, "1") else several
+        return super().format_field(value, format_spec)
+
+
 class Localized:
     """Hold a message: a template and the values of its fields; `str()` renders it in the reader's language.
 
@@ -67,7 +79,8 @@ class Localized:
     escaped, and a very long one is cut.
 
     Args:
-        template: English, with fields as `str.format` has them; braces that are meant literally are doubled.
+        template: English, with fields as `str.format` has them, or `{count:row|rows}` for a word by number;
+            braces that are meant literally are doubled.
         fields: their values; a message among them is rendered in the language of the whole.
 
     Example:
@@ -90,13 +103,13 @@ class Localized:
     def en(self) -> str:
         """The English text."""
         fields = {name: getattr(value, "en", cut(value)) for name, value in self.fields.items()}
-        return _escape(self.template.format(**fields))
+        return _escape(PluralFormatter().vformat(self.template, (), fields))
 
     @property
     def zh(self) -> str:
         """The Chinese text."""
         fields = {name: getattr(value, "zh", cut(value)) for name, value in self.fields.items()}
-        return _escape(chinese().gettext(self.template).format(**fields))
+        return _escape(PluralFormatter().vformat(chinese().gettext(self.template), (), fields))
 
     def __str__(self) -> str:
         return self.zh if is_chinese() else self.en

@@ -145,7 +145,7 @@ def test_what_cannot_be_split_is_said(place, tmp_path):
     with pytest.raises(InputError, match="no column 'Speaker'; there are audio, prediction, speaker, note"):
         parts_of(place, tmp_path / "x", group_by=("Speaker",))
     write_csv(place / "one.csv", [{**row, "speaker": "one"} for row in read(place / "all.csv")])
-    with pytest.raises(InputError, match=r"hang together in 1 groups, too few for eval\.csv, test\.csv"):
+    with pytest.raises(InputError, match=r"hang together in 1 group, too few for eval\.csv, test\.csv"):
         split_dataset(
             SplitOptions(
                 input=str(place / "one.csv"), output=str(tmp_path / "x"), base_dir=str(place), eval=0.1,

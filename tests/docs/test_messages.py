@@ -155,6 +155,22 @@ def test_a_template_without_translation_stays_english():
     assert Localized("no such {word}", word="template").zh == "no such template"
 
 
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [(0, "rows have"), (1, "row has"), (1.0, "row has"), ("1", "row has"), (1.5, "rows have")],
+)
+def test_a_word_follows_its_number(count, said):
+    assert Localized("{count:row has|rows have} no answer", count=count).en == f"{said} no answer"
+
+
+def test_no_count_has_a_plural_whatever_it_is():
+    nouns = "rows|clips|steps|epochs|requests|predictions|recordings"
+    fixed = re.compile(rf"(?<!of )(?<!all )(?<!first )\{{\w+[^{{}}|]*\}} ({nouns})\b")
+    assert fixed.search("done: {steps} steps")
+    assert not fixed.search("{done:,} of {rows} rows")
+    assert [message.id for message in translated() if message.id and fixed.search(message.id)] == []
+
+
 def test_messages_are_values():
     one, same, other = (Localized("{a} of {b}", a=1, b=b) for b in ("x", Path("x"), "y"))
     assert one == same != other

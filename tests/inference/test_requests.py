@@ -193,4 +193,4 @@ def test_the_prompts_of_the_training(model, tmp_path, capsys):
     assert "warning: user prompt: 4 rows have another one than the training" in capsys.readouterr().err
     rows[2]["user_prompt"] = "Something else"
     infer(options(write_csv(tmp_path / "told.csv", rows), final, tmp_path / "4.csv"))
-    assert "1 rows have another one than the training (line 4: 'Something else'" in capsys.readouterr().err
+    assert "1 row has another one than the training (line 4: 'Something else'" in capsys.readouterr().err

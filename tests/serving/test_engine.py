@@ -92,7 +92,7 @@ def test_a_failure_ends_those_that_were_being_answered_and_no_other(asked, monke
     assert isinstance(problem, RequestError)
     assert problem.status_code == 500
     assert problem.message.en == "it cannot be answered: the machine ran out of memory"
-    assert "1 requests failed: the machine ran out of memory" in capsys.readouterr().err
+    assert "1 request failed: the machine ran out of memory" in capsys.readouterr().err
     monkeypatch.setattr(Answerer, "answers", answers)
     assert asyncio.run(together(batch, some[:2])) == [alone(answerer, q) for q in some[:2]]
     assert batch.is_alive

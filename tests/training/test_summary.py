@@ -65,7 +65,7 @@ def test_the_briefing(tmp_path, capsys):
     ):
         (line,) = [line for line in targets if line.startswith(f"training {target}: ")]
         count = sum(tensor.numel() for key, tensor in adapter.items() if name in key)
-        assert f" layers, {count:,} parameters (" in line
+        assert f", {count:,} parameters (" in line
     trained = sum(tensor.numel() for tensor in adapter.values())
     found = re.fullmatch(r"training ([\d,]+) of ([\d,]+) parameters \(([\d.]+)%\)", targets[-1])
     there = int(found[2].replace(",", ""))

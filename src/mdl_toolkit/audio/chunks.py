@@ -137,9 +137,9 @@ def check_uncounted(data: Blocks, position: int, counted: int) -> None:
         and not data.at(position, 16).startswith(ADDED)
     ):
         raise AudioError(
-            "the header counts {counted} bytes of sound, and {more} bytes follow that nothing explains: its "
-            "size is stale, or the file damaged; export it again, or read all of a WAV with: "
-            "ffmpeg -ignore_length 1 -i FILE new.flac",
+            "the header counts {counted} bytes of sound, and {more} {more:byte follows|bytes follow} that "
+            "nothing explains: its size is stale, or the file damaged; export it again, or read all of a "
+            "WAV with: ffmpeg -ignore_length 1 -i FILE new.flac",
             counted=counted,
             more=more,
         )

@@ -114,7 +114,9 @@ def _reason(problem: object) -> str:
 def _check_hours(seconds: float, most: float) -> None:
     """Raise TooLongError for a recording that is longer than some hours."""
     if seconds > most * 3600:
-        raise TooLongError("it is longer than {most:g} hours; cut it, or set --max-audio-hours", most=most)
+        raise TooLongError(
+            "it is longer than {most:g} {most:hour|hours}; cut it, or set --max-audio-hours", most=most
+        )
 
 
 def _seconds_missing(promised: float, present: float) -> Localized:

@@ -116,7 +116,10 @@ class Cut:
             if not len(part):
                 self.problem = SegmentError(
                     "channel",
-                    Localized("the recording has {channels} channels; correct it", channels=len(block)),
+                    Localized(
+                        "the recording has {channels} {channels:channel|channels}; correct it",
+                        channels=len(block),
+                    ),
                 )
                 return
         try:

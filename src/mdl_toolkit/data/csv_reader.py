@@ -145,9 +145,11 @@ def open_rows(path: Path, wanted: Sequence[str]) -> CsvFile:
         say("{path}: taken for {what}", path=path, what=form.describe())
     left_out = []
     if width < len(columns):
-        left_out.append(Localized("{count} empty columns at the end", count=len(columns) - width))
+        left_out.append(
+            Localized("{count} empty {count:column|columns} at the end", count=len(columns) - width)
+        )
     if empty:
-        left_out.append(Localized("{count} rows of empty cells", count=empty))
+        left_out.append(Localized("{count} {count:row|rows} of empty cells", count=empty))
     if left_out:
         say("{path}: left out: {what}", path=path, what=join_messages(left_out, "{left}, {right}"))
     return CsvFile(path, form, columns[:width], header, rows, stamp)
@@ -273,7 +275,8 @@ def cell_problems(columns: Sequence[str], line: Line) -> Iterator[RowProblem]:
     width, cells = len(columns), len(line.cells)
     if cells > width:
         reason = Localized(
-            "the row has {cells} cells, the header {columns}; put text that holds a comma in double quotes",
+            "the row has {cells} {cells:cell|cells}, the header {columns}; put text that holds a comma in "
+            "double quotes",
             cells=cells,
             columns=width,
         )

@@ -60,7 +60,8 @@ def list_recordings(given: str) -> list[str]:
     odd = [name for name in files if re.search("[\udc80-\udcff]", name)]
     if odd:
         raise InputError(
-            "{words}: {count} names of files are not UTF-8, the first is {name!r}; rename them",
+            "{words}: {count} {count:name of a file is|names of files are} not UTF-8, the first is "
+            "{name!r}; rename {count:it|them}",
             words=given,
             count=len(odd),
             name=odd[0],

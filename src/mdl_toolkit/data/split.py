@@ -61,8 +61,8 @@ def split_dataset(options: SplitOptions) -> dict[str, Path]:
     parts = deal(groups, labels, shares, options.seed)
     if missing := [part for part in shares if part not in parts]:
         raise InputError(
-            "{input}: its rows hang together in {groups} groups, too few for {parts}; give larger shares, or "
-            "fewer --group-by",
+            "{input}: its rows hang together in {groups} {groups:group|groups}, too few for {parts}; give "
+            "larger shares, or fewer --group-by",
             input=options.input,
             groups=len({*groups}),
             parts=", ".join(f"{part}.csv" for part in missing),
@@ -115,7 +115,7 @@ def say_sizes(files: Mapping[str, Path], groups: Sequence[int], parts: Sequence[
     for part, file in files.items():
         own = [group for group, its in zip(groups, parts, strict=True) if its == part]
         say(
-            "{file}: {rows:,} rows ({share:.1%}) in {groups:,} groups",
+            "{file}: {rows:,} {rows:row|rows} ({share:.1%}) in {groups:,} {groups:group|groups}",
             file=file,
             rows=len(own),
             share=len(own) / len(parts),
@@ -128,7 +128,7 @@ def warn_of_unseen(labels: Sequence[str], parts: Sequence[str], column: str) -> 
     trained = {label for label, part in zip(labels, parts, strict=True) if part == TRAIN}
     if unseen := sorted({*labels} - trained):
         warn(
-            "{count} values of {column} are in no training row: {named}",
+            "{count} {count:value|values} of {column} {count:is|are} in no training row: {named}",
             count=len(unseen),
             column=column,
             named=", ".join(map(repr, unseen[:MOST_NAMED])),

@@ -155,8 +155,8 @@ def warn_of_leaks(train_set: ConvertedDataset, eval_set: ConvertedDataset) -> bo
     ]
     if parts:
         warn(
-            "{count} of {rows} evaluation rows have a recording that is also trained on: {parts}; the "
-            "evaluation looks better than it is, so take them out of one of the two",
+            "{count} of {rows} evaluation rows {count:has|have} a recording that is also trained on: "
+            "{parts}; the evaluation looks better than it is, so take them out of one of the two",
             count=len(leaks.same) + len(leaks.other_text),
             rows=len(eval_set),
             parts=join_messages(parts, "{left}; {right}"),
@@ -233,8 +233,9 @@ class LossWatch:
         if step > 1 and last <= (1 - LEAST_FALL_OF_FEW_STEPS) * first:
             return False
         warn(
-            "{step} steps are too few to learn much: the loss was {first:.4f} at first, {last:.4f} at last; "
-            "give more --num-epochs, or a smaller --batch-size or --gradient-accumulation-steps",
+            "{step} {step:step is|steps are} too few to learn much: the loss was {first:.4f} at first, "
+            "{last:.4f} at last; give more --num-epochs, or a smaller --batch-size or "
+            "--gradient-accumulation-steps",
             step=step,
             first=first,
             last=last,

@@ -130,8 +130,8 @@ def join_tables(left: Table, right: Table) -> tuple[Table, Localized]:
             _check_file_names(left, right)
     if len(left) != len(right):
         raise InputError(
-            "{left} has {count} rows and {right} {right_rows}, and they cannot be joined by audio "
-            "({why}); give files with the same rows.",
+            "{left} has {count} {count:row|rows} and {right} {right_rows}, and they cannot be joined by "
+            "audio ({why}); give files with the same rows.",
             left=left.path,
             count=len(left),
             right=right.path,
@@ -146,8 +146,8 @@ def _check_known(table: Table, other: Table, known: Container[Recording], keys: 
     lost = [row for row, key in enumerate(keys) if key not in known]
     if lost:
         raise InputError(
-            "{path}: {lost} of {rows} recordings are not in {other} ({examples}); give files with the same "
-            "rows.",
+            "{path}: {lost} of {rows} recordings {lost:is|are} not in {other} ({examples}); give files with "
+            "the same rows.",
             path=table.path,
             lost=len(lost),
             rows=len(table),

@@ -34,7 +34,11 @@ def as_text(evaluation: Evaluation) -> str:
 
 def _metrics_table(evaluation: Evaluation) -> str:
     """Lay out the metrics of all rows, with `--compare` those of the other file and their differences."""
-    head = [str(Localized("{rows} rows", rows=len(evaluation.rows))), str(Localized("value")), str(INTERVAL)]
+    head = [
+        str(Localized("{rows} {rows:row|rows}", rows=len(evaluation.rows))),
+        str(Localized("value")),
+        str(INTERVAL),
+    ]
     lines = [[_title(each), *_cells(each)] for each in evaluation.metrics]
     pairs = [each.comparison for each in evaluation.metrics if each.comparison]
     tests = {"p": "p_value"} if pairs else {}
@@ -58,7 +62,11 @@ def _groups_table(groups: Sequence[Group]) -> str:
         cells = [cell for each in group.metrics for cell in _cells(each)]
         lines.append([group.name or str(EMPTY), str(group.rows), *cells])
     left_out = len(groups) - len(lines)
-    more = str(Localized("\n... and {left_out} smaller groups", left_out=left_out)) if left_out else ""
+    more = (
+        str(Localized("\n... and {left_out} smaller {left_out:group|groups}", left_out=left_out))
+        if left_out
+        else ""
+    )
     return align_columns([head, *lines]) + more
 
 

@@ -69,7 +69,8 @@ class AnswerJournal:
                 was_stopped = isinstance(problem, (KeyboardInterrupt, PeerLostError))
                 if answered := sum(cells is not None for cells in self.answers().values()):
                     say(
-                        "{answered} rows are answered (in {path}): the same command goes on from there",
+                        "{answered} {answered:row is|rows are} answered (in {path}): the same command goes "
+                        "on from there",
                         answered=answered,
                         path=self.path,
                     )
@@ -102,8 +103,9 @@ class AnswerJournal:
                 folder.mkdir()
                 _move_answers(self.path, folder)
                 say(
-                    "{answered} answers here are of other work (another input, model, options or version): "
-                    "they are set aside in {place}, and used when that is asked for again",
+                    "{answered} {answered:answer here is|answers here are} of other work (another input, "
+                    "model, options or version): {answered:it is|they are} set aside in {place}, and used "
+                    "when that is asked for again",
                     answered=answered,
                     place=folder,
                 )

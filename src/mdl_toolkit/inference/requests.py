@@ -187,8 +187,8 @@ def with_training_prompts(manifest: Manifest, trained: Prompts) -> Manifest:
             line, other = others[0]
             is_list = manifest.listed is not None
             warn(
-                "{kind}: {count} rows have another one than the training ({where}: {theirs}; the training: "
-                "{prompt}); answers may be worse",
+                "{kind}: {count} {count:row has|rows have} another one than the training ({where}: "
+                "{theirs}; the training: {prompt}); answers may be worse",
                 kind=kind,
                 count=len(others),
                 where=Localized("here") if is_list else Localized("line {line}", line=line),

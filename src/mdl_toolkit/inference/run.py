@@ -115,7 +115,8 @@ def infer(options: InferenceOptions) -> list[str]:
                 report_answers(options)
     if problems:
         raise InputError(
-            "{output}: written, but {problems} of its rows have no prediction; see the column `{column}`",
+            "{output}: written, but {problems} of its rows {problems:has|have} no prediction; see the "
+            "column `{column}`",
             output=output,
             problems=problems,
             column=ERROR,
@@ -178,9 +179,9 @@ class _Inference:
             world.wait()
             if answered := journal.begin(self._fingerprint(inputs, *find(weights=has_weights))):
                 say(
-                    "going on from an earlier run: {answered} of {count} rows are answered already",
-                    answered=answered,
-                    count=len(inputs.lines),
+                    "going on from an earlier run: {done} of {rows} rows {done:is|are} answered already",
+                    done=answered,
+                    rows=len(inputs.lines),
                 )
         world.wait()
         left = inputs.order({*journal.answers()}, options.batch_size)
@@ -286,7 +287,16 @@ class _Inference:
             work.write_text(to_yaml(self.options), encoding="utf-8")
         figures = {"predictions": len(predictions) - len(problems), "without": len(problems)}
         if problems:
-            say("{output}: {predictions} predictions, {without} rows without one", output=output, **figures)
+            say(
+                "{output}: {predictions} {predictions:prediction|predictions}, {without} {without:row|rows} "
+                "without one",
+                output=output,
+                **figures,
+            )
         else:
-            say("{output}: {predictions} predictions", output=output, predictions=len(predictions))
+            say(
+                "{output}: {predictions} {predictions:prediction|predictions}",
+                output=output,
+                predictions=len(predictions),
+            )
         return predictions

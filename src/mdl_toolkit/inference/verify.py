@@ -113,9 +113,9 @@ def verify_merge(base: Path, adapter: Path, merged: Path, samples: Sequence[Samp
             adapter=adapter,
         )
     say(
-        "proven: {count} rows through base + adapter and through the merged model: largest logit "
-        "difference {difference} (allowed {allowed}, largest logit {largest}), {same} of {count} greedy "
-        "texts the same",
+        "proven: {count} {count:row|rows} through base + adapter and through the merged model: largest "
+        "logit difference {difference} (allowed {allowed}, largest logit {largest}), {same} of {count} "
+        "greedy texts the same",
         count=len(samples),
         same=difference.same_texts,
         **figures,

@@ -81,8 +81,8 @@ def audio_values(
     folder = re.sub(r"[^/]*$", "", os.path.commonprefix([link for link in links if link]))  # noqa: RUF071
     if missing:
         warn(
-            "{count} of {rows} recordings are not there, the first is {first}; --base-dir says where "
-            "paths start",
+            "{count} of {rows} recordings {count:is|are} not there, the first is {first}; --base-dir says "
+            "where paths start",
             count=len(missing),
             rows=len(cells),
             first=missing[0],
@@ -136,7 +136,7 @@ def _embedded(cells: Sequence[str], segments: Sequence[Segment], base_dir: str |
             addresses[row] = f"data:{media_type};base64,{base64.b64encode(file.getvalue()).decode()}"
     if linked:
         warn(
-            "{count} recordings are linked, not embedded, the first is {first}",
+            "{count} {count:recording is|recordings are} linked, not embedded, the first is {first}",
             count=len(linked),
             first=linked[0],
         )

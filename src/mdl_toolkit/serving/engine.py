@@ -104,7 +104,7 @@ class ContinuousBatch:
             except Exception as problem:  # noqa: BLE001
                 reason = describe_oom(problem) or f"{type(problem).__name__}: {problem}"
                 failed = [key for key in arrivals.keys if key in self._listeners]
-                warn("{count} requests failed: {reason}", count=len(failed), reason=reason)
+                warn("{count} {count:request|requests} failed: {reason}", count=len(failed), reason=reason)
                 for key in failed:
                     self._tell(key, FailedError("it cannot be answered: {reason}", reason=reason))
                 self._answerer = self._make_answerer()

@@ -84,8 +84,8 @@ class AnswerEvaluator:
                 break
         if unanswered:
             warn(
-                "evaluation: {count} rows have no answer, which counts as an empty one (line {line} first): "
-                "{reason}",
+                "evaluation: {count} {count:row has|rows have} no answer, which counts as an empty one "
+                "(line {line} first): {reason}",
                 count=len(unanswered),
                 line=min(map(self.dataset.line, unanswered)),
                 reason=not_finite(base_model(model).dtype),

@@ -85,8 +85,8 @@ def open_sets(
             refusals.append(refusal)
             if name != next(reversed(manifests)):
                 warn(
-                    "{path}: {count} rows cannot be used; looking at the training rows too, to report all "
-                    "at once",
+                    "{path}: {count} {count:row|rows} cannot be used; looking at the training rows too, to "
+                    "report all at once",
                     path=path,
                     count=refusal.count,
                 )

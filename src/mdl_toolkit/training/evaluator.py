@@ -203,7 +203,8 @@ class Evaluator:
         if self.score is not None and abs(best.value - self.score) < margin:
             warn(
                 "--keep-best: {metric} {best:.4f} after step {step} against {last:.4f} at last, but {rows} "
-                "rows tell it to +-{margin:.2g} only: chance may have chosen; evaluate on more rows",
+                "{rows:row tells|rows tell} it to +-{margin:.2g} only: chance may have chosen; evaluate on "
+                "more rows",
                 metric=answers.metric.name,
                 best=best.value,
                 step=best.step,

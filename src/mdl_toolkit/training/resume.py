@@ -161,8 +161,8 @@ def check_together(world: World, step: int, identity: dict[str, Any], total: int
     """
     if not world.agrees(f"{step} {total} {sorted(identity.items())}"):
         raise ToolkitError(
-            "process {rank} would go on from step {step} of {total} with {rows} rows, another one "
-            "differently; all need the same options, data and --output, in folders they share",
+            "process {rank} would go on from step {step} of {total} with {rows} {rows:row|rows}, another "
+            "one differently; all need the same options, data and --output, in folders they share",
             rank=world.rank,
             step=step,
             total=total,
@@ -213,8 +213,9 @@ def say_resumed(resume: Checkpoint, total: int, best: Best, patience: int | None
         )
     elif patience is not None and best.worse >= patience:
         warn(
-            "{folder}: its run was stopped early, {worse} evaluations in a row were no better; its result "
-            "is written; to go on, raise --early-stopping-patience",
+            "{folder}: its run was stopped early, {worse} "
+            "{worse:evaluation in a row was|evaluations in a row were} no better; its result is written; to "
+            "go on, raise --early-stopping-patience",
             folder=resume.folder,
             worse=best.worse,
         )
@@ -237,7 +238,7 @@ def compare_options(resume: Checkpoint, options: TrainOptions, world: World) -> 
     now = options.batch_size * options.gradient_accumulation_steps * world.size
     if steps != now:
         raise ToolkitError(
-            "{folder}: its steps had {before} rows, now it would be {now}; --batch-size x "
+            "{folder}: its steps had {before} {before:row|rows}, now it would be {now}; --batch-size x "
             "--gradient-accumulation-steps x processes ({size}) must be what it was",
             folder=resume.folder,
             before=steps,

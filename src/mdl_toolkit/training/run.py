@@ -226,7 +226,7 @@ def _run(run: _RunPlan) -> TrainResult:
         report_training(output)
     run.world.wait()
     final = output / FINAL
-    say("done: {steps} steps; the result is in {final}", steps=done.steps, final=final)
+    say("done: {steps} {steps:step|steps}; the result is in {final}", steps=done.steps, final=final)
     return TrainResult(final, done.steps, done.loss, done.eval_loss)
 
 

@@ -60,15 +60,15 @@ def _data_size(dataset: ConvertedDataset) -> Localized:
     """Return the number of a dataset's examples and the hours of their audio, in words."""
     seconds = float(dataset.audio_lengths.sum()) / SAMPLE_RATE
     hours = f"{seconds / HOUR:.2f}" if seconds >= 0.1 * HOUR else f"{seconds / HOUR:.2g}"
-    return Localized("{rows:,} rows, {hours} hours of audio", rows=len(dataset), hours=hours)
+    return Localized("{rows:,} {rows:row|rows}, {hours} hours of audio", rows=len(dataset), hours=hours)
 
 
 def say_steps(options: TrainOptions, sampler: BatchSampler, total: int) -> None:
     """Say the number of steps and the effective batch; warn of a warm-up that is longer than the run."""
     factors = f"{sampler.batch_size} x {sampler.accumulation} x {sampler.processes}"
     say(
-        "steps: {total:,} in {epochs:g} epochs of {per_epoch:,}; effective batch: {effective} = {factors} "
-        "(batch x accumulation x processes)",
+        "steps: {total:,} in {epochs:g} {epochs:epoch|epochs} of {per_epoch:,}; effective batch: "
+        "{effective} = {factors} (batch x accumulation x processes)",
         total=total,
         epochs=options.num_epochs if options.max_steps is None else total / sampler.steps_per_epoch,
         per_epoch=sampler.steps_per_epoch,
@@ -77,8 +77,8 @@ def say_steps(options: TrainOptions, sampler: BatchSampler, total: int) -> None:
     )
     if options.warmup_steps >= total:
         warn(
-            "--warmup-steps {warmup:,} is not less than the run's {total:,} steps: the learning rate "
-            "never gets beyond {share:.2g} of --lr",
+            "--warmup-steps {warmup:,} is not less than the run's {total:,} {total:step|steps}: the "
+            "learning rate never gets beyond {share:.2g} of --lr",
             warmup=options.warmup_steps,
             total=total,
             share=(total - 1) / options.warmup_steps,
@@ -94,9 +94,9 @@ def say_steps(options: TrainOptions, sampler: BatchSampler, total: int) -> None:
 def say_recipe(options: TrainOptions, warmup: int) -> None:
     """Say how the weights are going to change, after a warm-up of so many steps."""
     say(
-        "recipe: {optimizer}, learning rate {lr} ({scheduler}, warm-up {warmup:,} steps), beta2 {beta2:g}, "
-        "weight decay {decay:g}, gradient norm at most {norm:g}, label smoothing {smoothing:g}, LoRA+ ratio "
-        "{ratio:g}",
+        "recipe: {optimizer}, learning rate {lr} ({scheduler}, warm-up {warmup:,} {warmup:step|steps}), "
+        "beta2 {beta2:g}, weight decay {decay:g}, gradient norm at most {norm:g}, label smoothing "
+        "{smoothing:g}, LoRA+ ratio {ratio:g}",
         optimizer=options.optimizer,
         lr=", ".join(options.lr) if isinstance(options.lr, tuple) else f"{options.lr:g}",
         scheduler=options.lr_scheduler,
@@ -123,7 +123,7 @@ def say_targets(counts: list[TargetCount], model: Any) -> None:
     trained, total = model.get_nb_trainable_parameters()
     for count in counts:
         say(
-            "training {target}: {layers} layers, {parameters:,} parameters ({share})",
+            "training {target}: {layers} {layers:layer|layers}, {parameters:,} parameters ({share})",
             target=count.target,
             layers=count.layers,
             parameters=count.parameters,
@@ -157,8 +157,8 @@ def say_results(output: Path, best: int | None, pace: Pace) -> None:
         smooth = SmoothedLoss()
         losses = [smooth.add(line["loss"]) for line in steps]
         say(
-            "trained: {step:,} steps, {epoch:.3g} epochs; smoothed loss: {first:.4f} at first, {last:.4f} at "
-            "last",
+            "trained: {step:,} {step:step|steps}, {epoch:.3g} {epoch:epoch|epochs}; smoothed loss: "
+            "{first:.4f} at first, {last:.4f} at last",
             step=steps[-1]["step"],
             epoch=steps[-1]["epoch"],
             first=losses[0],

@@ -145,7 +145,7 @@ class Trainer:
         self.evaluator.warn_of_chance()
         if first < self.step < self.schedule.total:
             say(
-                "stopped early after step {step}: {worse} evaluations in a row no better",
+                "stopped early after step {step}: {worse} {worse:evaluation|evaluations} in a row no better",
                 step=self.step,
                 worse=best.worse,
             )

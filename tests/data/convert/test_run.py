@@ -194,7 +194,7 @@ def test_a_very_short_clip_is_padded_to_one_audio_token(place, capsys, samples):
     assert len(dataset[0].waveform) == 3200
     assert not dataset[0].waveform[samples:].any()
     assert dataset.record.padded == 1
-    assert "1 clips are shorter than 0.2 s and were padded to one audio token" in capsys.readouterr().err
+    assert "1 clip is shorter than 0.2 s and was padded to one audio token" in capsys.readouterr().err
 
 
 def test_a_clip_of_one_token_is_not_padded(place, capsys):

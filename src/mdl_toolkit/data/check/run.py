@@ -225,7 +225,9 @@ def _report(figures: Figures, manifest: Manifest, findings: Findings, options: C
             sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
     bad = [(file["path"], file["bad"]["rows"]) for file in figures["files"] if file["bad"]["rows"]]
-    reasons = [Localized("{path}: {rows} rows cannot be used", path=path, rows=rows) for path, rows in bad]
+    reasons = [
+        Localized("{path}: {rows} {rows:row|rows} cannot be used", path=path, rows=rows) for path, rows in bad
+    ]
     if problem := (figures["training"] or {}).get("problem"):
         reasons.append(Verbatim(**problem))
     if reasons:

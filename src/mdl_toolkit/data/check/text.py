@@ -67,7 +67,7 @@ def report_lines(figures: Figures, *, coloured: bool) -> Iterator[Localized]:
     """Yield the lines of the report; what is learnt is coloured, or in brackets."""
     for file in figures["files"]:
         yield Localized(
-            "{path} ({role}): {rows:,} rows, {hours:,.3f} hours",
+            "{path} ({role}): {rows:,} {rows:row|rows}, {hours:,.3f} hours",
             path=file["path"],
             role=ROLES[file["role"]],
             rows=file["rows"],
@@ -86,7 +86,7 @@ def report_lines(figures: Figures, *, coloured: bool) -> Iterator[Localized]:
         yield from _training_lines(figures["training"])
     if fixed := figures["fixed"]:
         if fixed["rows"]:
-            yield Localized("{path}: {rows:,} rows written, {left_out:,} left out", **fixed)
+            yield Localized("{path}: {rows:,} {rows:row|rows} written, {left_out:,} left out", **fixed)
         else:
             yield Localized("{path}: not written, as no row can be used", path=fixed["path"])
 
@@ -197,7 +197,7 @@ def _training_lines(training: Figures) -> Iterator[Localized]:
         f"{training[name]:,}" for name in ("steps", "steps_per_epoch", "effective_batch")
     )
     yield Localized(
-        "  steps: {steps} in {epochs} epochs of {each}, effective batch {batch} on one GPU",
+        "  steps: {steps} in {epochs} {epochs:epoch|epochs} of {each}, effective batch {batch} on one GPU",
         steps=steps,
         epochs=epochs,
         each=steps_per_epoch,

@@ -168,14 +168,15 @@ class _Conversion:
         """
         if finished := self.work.begin(self.plan, keeps_going=self.keeps_going):
             say(
-                "going on from an earlier run: {done} of {rows} rows are converted already",
+                "going on from an earlier run: {done} of {rows} rows {done:is|are} converted already",
                 done=finished,
                 rows=self.plan.rows,
             )
         # Who has bad rows already may not want to wait.
         if self.plan.problems.count and not self.keeps_going and self.plan.rows >= FEW_ROWS:
             warn(
-                "{problems} rows cannot be used; looking at all recordings, to report everything at once",
+                "{problems} {problems:row|rows} cannot be used; looking at all recordings, to report "
+                "everything at once",
                 problems=self.plan.problems.count,
             )
         if wanted := {shard.number for shard in self.plan.shards if self.work.entry(shard) is None}:
@@ -303,7 +304,8 @@ def _clear_up(work: WorkFolder, plan: Plan | None, problem: BaseException) -> No
         work.remove()
         return
     say(
-        "{finished} of {rows} rows are finished (in {path}): the same command goes on from there",
+        "{finished} of {rows} rows {finished:is|are} finished (in {path}): the same command goes on from "
+        "there",
         finished=finished,
         rows=plan.rows,
         path=work.path,

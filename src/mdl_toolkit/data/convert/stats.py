@@ -167,25 +167,29 @@ def warn_of_clips(stats: ConversionStats, *, is_list: bool = False) -> None:
             )
     more = stats.truncated.count - len(stats.truncated.first)
     if more:
-        warn("{more} more recordings were cut off", more=more)
+        warn("{more} more {more:recording was|recordings were} cut off", more=more)
     if stats.padded:
-        warn("{padded} clips are shorter than 0.2 s and were padded to one audio token", padded=stats.padded)
+        warn(
+            "{padded} {padded:clip is|clips are} shorter than 0.2 s and {padded:was|were} padded to one "
+            "audio token",
+            padded=stats.padded,
+        )
     if stats.silent:
-        warn("{silent} clips are silent", silent=stats.silent)
+        warn("{silent} {silent:clip is|clips are} silent", silent=stats.silent)
     if stats.cancelled:
         warn(
-            "{cancelled} of them have sound, but their channels cancel each other out (opposite phase); "
-            "choose one in a column `channel`: 1, 2, left or right",
+            "{cancelled} of them {cancelled:has|have} sound, but {cancelled:its|their} channels cancel each "
+            "other out (opposite phase); choose one in a column `channel`: 1, 2, left or right",
             cancelled=stats.cancelled,
         )
     if stats.clipped:
-        warn("{clipped} clips are clipped (recorded too loud)", clipped=stats.clipped)
+        warn("{clipped} {clipped:clip is|clips are} clipped (recorded too loud)", clipped=stats.clipped)
 
 
 def say_summary(output: Path, record: Record) -> None:
     """Say what was converted."""
     say(
-        "{output}: {rows:,} rows, {hours:,.2f} hours, {tokens:,} tokens",
+        "{output}: {rows:,} {rows:row|rows}, {hours:,.2f} hours, {tokens:,} tokens",
         output=output,
         rows=record.rows,
         hours=record.seconds / 3600,

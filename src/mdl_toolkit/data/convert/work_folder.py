@@ -82,8 +82,9 @@ class WorkFolder:
             entries = {f"{number}.json" for number in kept}
             if stale := sum(path.name not in entries for path in self._entries.glob("*.json")):
                 say(
-                    "{path}: {shards} shards of an earlier run are damaged, or of other rows, recordings, "
-                    "options or versions; they are removed, and converted anew where they are needed",
+                    "{path}: {shards} {shards:shard of an earlier run is|shards of an earlier run are} "
+                    "damaged, or of other rows, recordings, options or versions; {shards:it is|they are} "
+                    "removed, and converted anew where needed",
                     path=self.path,
                     shards=stale,
                 )

@@ -64,7 +64,7 @@ class MicroBatcher:
                 continue
             self.most = (min(self.most, examples) + 1) // 2
             warn(
-                "{lack}: {most} rows at once from now on, {what}",
+                "{lack}: {most} {most:row|rows} at once from now on, {what}",
                 lack=lack,
                 most=self.most,
                 what=self._purpose,
