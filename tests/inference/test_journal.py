@@ -247,8 +247,9 @@ def test_a_signal_stops_it_and_it_says_how_to_go_on(model, tmp_path, number, ran
         assert [job.end() for job in jobs] == [130] * ranks, [job.said() for job in jobs]
     kept = journal.answers()
     assert 0 < len(kept) < 9
+    rows = "1 row is" if len(kept) == 1 else f"{len(kept)} rows are"
     assert jobs[0].said().splitlines()[-2:] == [
-        f"{len(kept)} rows are answered (in {journal.path}): the same command goes on from there",
+        f"{rows} answered (in {journal.path}): the same command goes on from there",
         "interrupted",
     ]
     assert infer(options(tmp_path / "train.csv", model, tmp_path / "out.csv")) == whole

@@ -107,7 +107,7 @@ def test_processes_that_rows_do_not_divide_evenly_follow_one(place, tmp_path, st
     jobs = start_ranks(start, words, processes, only_the_first_converts)
     assert [job.end() for job in jobs] == [0] * processes, [job.said() for job in jobs]
     assert [job.said() for job in jobs[1:]] == [""] * (processes - 1)
-    assert jobs[0].said().splitlines()[-1].startswith(f"done: {steps} steps; ")
+    assert jobs[0].said().splitlines()[-1].startswith(f"done: {steps} step")
     check_follows(tmp_path / "run", tmp_path / "one")
 
 

@@ -102,7 +102,8 @@ def test_batches_are_halved_until_they_fit_and_the_steps_stay_what_they_were(
         if line.startswith("warning") and "too few" not in line
     ]
     assert warnings == [
-        f"warning: the GPU ran out of memory: {rows} rows at once from now on, the same effective batch"
+        f"warning: the GPU ran out of memory: {rows} {'rows' if rows > 1 else 'row'} at once from now on, "
+        "the same effective batch"
         for rows in said
     ]
     assert max(calls[-10:]) == min(most, split[0])  # nor are smaller batches made than need be
@@ -137,7 +138,7 @@ def test_one_row_that_does_not_fit_is_the_end(tmp_path, compute, capsys):
     with pytest.raises(ModelError, match="ran out of memory; lower --batch-size"):
         train(options)
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-1", "checkpoint-2"]
-    assert capsys.readouterr().err.count("rows at once from now on") == 2
+    assert capsys.readouterr().err.count(" at once from now on") == 2
 
 
 def test_activations_that_are_kept_are_given_up_before_rows_are_halved(tmp_path, compute, capsys):
@@ -227,7 +228,7 @@ def test_an_evaluation_that_does_not_fit_is_computed_in_parts(tmp_path, compute,
     done = train(train_options(csv, MODEL, tmp_path / "run", **changes))
     assert done.eval_loss == pytest.approx(whole.eval_loss, rel=1e-5)
     said = capsys.readouterr().err
-    assert said.count("rows at once from now on, when evaluating") == (1 if most == 3 else 3)
+    assert said.count(" at once from now on, when evaluating") == (1 if most == 3 else 3)
     assert said.count("rows at once") == said.count("when evaluating")
 
 
@@ -267,7 +268,7 @@ def test_answers_that_do_not_fit_are_made_with_fewer_rows_at_once(tmp_path, monk
     capsys.readouterr()
     train(train_options(csv, MODEL, tmp_path / "run", **changes))
     assert sizes == [6, 3, 2, 2]
-    assert capsys.readouterr().err.count("rows at once from now on, when answering") == 2
+    assert capsys.readouterr().err.count(" at once from now on, when answering") == 2
     found = [line["eval_cer"] for line in evaluations(tmp_path / "run")]
     assert found == [line["eval_cer"] for line in evaluations(tmp_path / "whole")]
 
