@@ -87,7 +87,9 @@ class TrainOptions(ConversionOptions):
     lora_alpha: float = option(
         POSITIVE, 32.0, TRAINING, "LoRA's alpha: the adapters are scaled by alpha / rank."
     )
-    lora_dropout: float = option(SHARE, 0.0, TRAINING, "Dropout rate of the LoRA adapters.")
+    lora_dropout: float = option(
+        SHARE, 0.0, TRAINING, "Dropout rate of the LoRA adapters; above 0, steps take more time and memory."
+    )
     lora_plus_ratio: float = option(
         POSITIVE, 1.0, TRAINING, "LoRA+: the matrices B learn so many times as fast as A; 16 is usual there."
     )
