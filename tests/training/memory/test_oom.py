@@ -229,7 +229,7 @@ def test_an_evaluation_that_does_not_fit_is_computed_in_parts(tmp_path, compute,
     assert done.eval_loss == pytest.approx(whole.eval_loss, rel=1e-5)
     said = capsys.readouterr().err
     assert said.count(" at once from now on, when evaluating") == (1 if most == 3 else 3)
-    assert said.count("rows at once") == said.count("when evaluating")
+    assert said.count(" at once from now on") == said.count("when evaluating")
 
 
 def test_no_more_rows_are_tried_than_there_are(capsys):
