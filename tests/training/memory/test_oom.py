@@ -267,7 +267,8 @@ def test_answers_that_do_not_fit_are_made_with_fewer_rows_at_once(tmp_path, monk
     monkeypatch.setattr(Answerer, "__init__", scarce)
     capsys.readouterr()
     train(train_options(csv, MODEL, tmp_path / "run", **changes))
-    assert sizes == [6, 3, 2, 2]
+    # Beside each stands one that answers row by row what a batch could not.
+    assert [size for size in sizes if size > 1] == [6, 3, 2, 2]
     assert capsys.readouterr().err.count(" at once from now on, when answering") == 2
     found = [line["eval_cer"] for line in evaluations(tmp_path / "run")]
     assert found == [line["eval_cer"] for line in evaluations(tmp_path / "whole")]
