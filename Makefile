@@ -51,11 +51,12 @@ test: $(STAMP) $(BROWSER_STAMP)
 test-fast: $(STAMP) $(BROWSER_STAMP)
 	$(PYTEST) -m 'not slow'
 
+# At least 200 kills of each command: hours on a small machine; less with fewer `--moments` and `--tries`.
 stress: $(STAMP)
 	$(BIN)/python -m tests.stress.convert --moments 200
-	$(BIN)/python -m tests.stress.train --tries 60
-	$(BIN)/python -m tests.stress.infer --tries 60
-	$(BIN)/python -m tests.stress.merge --tries 60
+	$(BIN)/python -m tests.stress.train --tries 100
+	$(BIN)/python -m tests.stress.infer --tries 100
+	$(BIN)/python -m tests.stress.merge --tries 100
 
 # Thousands of spoilt inputs, in under ten minutes; `python -m tests.stress.fuzz --scale 5` for more.
 fuzz: $(STAMP)

@@ -1,16 +1,18 @@
 """Kill a conversion at hundreds of moments, let the same command go on, and compare every byte.
 
-`python -m tests.stress.convert --moments 200 [--seed N] [--only N]` in the repository's root, or
-`make stress`. The command is the real one, with 2 workers and small shards. `--moments` says at how many
-moments it is killed: half are spread evenly over the seconds of an unbroken run, half over the shards that
-are written down. Others come on top: at the very end, and before an exact file operation. Some resumed runs
-are killed again; in some tries a dataset is there already. After each kill the output must be whole or,
-between the two renames, whole where it is put back from.
+`python -m tests.stress.convert --moments 200 [--seed N] [--only N]` in the repository's root, or `make
+stress`. The command is the real one, with 2 workers and small shards. `--moments` says at how many moments it
+is killed: half are spread evenly over the seconds of an unbroken run, half over the shards that are written
+down. It is killed by SIGKILL of one process or all, by SIGHUP, or by closing its terminal. Others come on
+top: at the very end, and before an exact file operation. Some resumed runs are killed again; in some tries a
+dataset is there already. After each kill the output must be whole or, between the two renames, whole where it
+is put back from.
 """
 
 import argparse
 import json
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -22,11 +24,12 @@ from random import Random
 
 from tests.stress.files import Files, check_same, listing, write_listing
 from tests.stress.inputs import make_csv, write_csv
-from tests.stress.processes import FailedError, Run, say
+from tests.stress.processes import GENTLE, FailedError, Run, say
 from tests.support.paths import MODEL
 
 PHRASES = 175  # recordings; some odd ones come on top
 OUT, WORK = "out", ".out.partial"
+VICTIMS = ("parent", "group", "worker", "hangup", "terminal")
 LAST_STEPS = 60  # file operations before the end, each of which is tried
 END = 0.02  # seconds after the metadata are written, within which a run ends
 
@@ -104,7 +107,7 @@ def all_tries(setting: Setting, moments: int, seed: int) -> Iterator[Try]:
         random = Random(f"{seed}-{number}")
         more = random.choices((0, 1, 2), (6, 3, 1))[0]
         chain = [first, *(_any_moment(setting, random) for _ in range(more))]
-        kills = tuple((moment, random.choice(("parent", "group", "worker"))) for moment in chain)
+        kills = tuple((moment, random.choice(VICTIMS)) for moment in chain)
         is_last = first.kind == "step" and first.number > setting.steps - LAST_STEPS
         yield Try(number, seed, kills, is_last or random.random() < 0.35)
 
@@ -160,9 +163,9 @@ class Attempt:
         shutil.rmtree(self.folder)
         shutil.rmtree(self.logs)
 
-    def _start(self, *words: str) -> Run:
+    def _start(self, *words: str, in_terminal: bool = False) -> Run:
         log = self.logs / f"{len(self.runs)}.log"
-        self.runs.append(Run([*words, *self.setting.command], self.folder, log))
+        self.runs.append(Run([*words, *self.setting.command], self.folder, log, in_terminal=in_terminal))
         return self.runs[-1]
 
     def _kill(self, moment: Moment, victim: str) -> None:
@@ -171,13 +174,14 @@ class Attempt:
             who = "one" if victim == "parent" else "group"
             run, done = self._start("--die-before", str(moment.number), who), who
         else:
-            run = self._start()
+            run = self._start(in_terminal=victim == "terminal")
             done = run.kill(victim, self.random) if self._wait_for(run, moment) else "nobody"
         status = run.wait()
         if self.random.random() < 0.5:  # in the other half the next run begins beside what is left
             self._see_off(run)
         self.counts.victims[done] = self.counts.victims.get(done, 0) + 1
-        if status not in ((0, 1) if done in ("worker", "nobody") else (0, -9)):
+        ends = {"worker": 1, "nobody": 1, **dict.fromkeys(GENTLE, -signal.SIGHUP)}
+        if status not in (0, ends.get(done, -signal.SIGKILL)):
             raise FailedError(f"exit status {status} after {done} was killed")
         self._check_said(run, status, kept)
 

@@ -1,17 +1,16 @@
 """Kill an inference at random moments, let the same command go on, and compare every byte of the end.
 
 `python -m tests.stress.infer --tries 50 [--seed N] [--only N]` in the repository's root, or `make stress`.
-How it is killed is told in `tries.py`; a step is an answer that is written down, and some kills are a SIGTERM
-or a Ctrl-C. Rows may be spoilt and kept, answers may be chosen, and the output may be the input. After each
-kill the output must be whole or what it was, and no answer may be lost; no run may begin a row that is
-answered already; at the end the output must be that of the unbroken run, and nothing else may be left.
+How it is killed is told in `tries.py`; a step is an answer that is written down. Rows may be spoilt and
+kept, answers may be chosen, and the output may be the input. After each kill the output must be whole or what
+it was, and no answer may be lost; no run may begin a row that is answered already; at the end the output must
+be that of the unbroken run, and nothing else may be left.
 """
 
 import csv
 import json
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -41,8 +40,6 @@ GOES_ON = "the same command goes on from there"
 
 class Inference(Attempt):
     """An inference that is killed."""
-
-    SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
     def __init__(self, *words: Any) -> None:
         super().__init__(*words)
@@ -130,7 +127,8 @@ class Inference(Attempt):
         """No row was begun that had been answered, and none twice; no more is lost than was under way."""
         begun = self._begun()
         for job in jobs:
-            if job.end() == 1 and not any(words in job.said() for words in (HAS_ROWS_WITHOUT, *LOST)):
+            is_told = any(words in job.said() for words in (HAS_ROWS_WITHOUT, *LOST))
+            if job.end() == 1 and job.terminal is None and not is_told:
                 raise FailedError(f"it ended with 1, and said: {job.said()}")
         if len({*begun}) < len(begun):
             raise FailedError(f"some rows were begun twice in one run: {sorted(begun)}")
@@ -144,7 +142,8 @@ class Inference(Attempt):
             raise FailedError(f"rows {sorted(lost)} were begun, and are not answered")
         said = jobs[0].said()
         has_begun = len(begun) > 0 or TAKEN_OVER in said  # before that it has not looked at what is there
-        if jobs[0].end() == INTERRUPTED and has_begun and self.answers() and GOES_ON not in said:
+        is_heard = jobs[0].end() == INTERRUPTED and jobs[0].terminal is None
+        if is_heard and has_begun and self.answers() and GOES_ON not in said:
             raise FailedError(f"it does not say how to go on: {said}")
 
     def check_broken(self) -> None:
@@ -169,7 +168,6 @@ def _begin(folder: str, act: Callable[[int], object], notes: str) -> None:
     plan.CHUNK_ROWS, plan.FEWEST_BYTES = ROWS, 1
     make = inference.make_engine
     inference.make_engine = lambda *words: _noting(make(*words), notes)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # whose parent runs in the background lacks it
     begin(folder, act)
 
 

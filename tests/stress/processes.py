@@ -6,11 +6,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from random import Random
 
+from tests.support.terminals import Terminal, own_terminal
+
 RUNNER = Path(__file__).with_name("small_shards.py")
 LONGEST = 120.0  # seconds that a run may take on a busy machine
+GENTLE = ("hangup", "terminal")  # ways to end it that let it tidy up
 GONE = 20.0  # seconds in which processes end whose parent was killed
 
 
@@ -25,17 +29,18 @@ def say(text: str) -> None:
 
 
 class Run:
-    """The command in a session of its own, with what it says in a file."""
+    """The command in a session of its own, perhaps in a terminal; what it says is in a file."""
 
-    def __init__(self, words: list[str], folder: Path, log: Path) -> None:
+    def __init__(self, words: list[str], folder: Path, log: Path, *, in_terminal: bool = False) -> None:
         self.log = log
         self.began = time.monotonic()
-        with log.open("wb") as said:
-            self._process = subprocess.Popen(
-                [sys.executable, str(RUNNER), *words],
-                cwd=folder, start_new_session=True, stdin=subprocess.DEVNULL, stdout=said, stderr=said,
-                env={**os.environ, "LANGUAGE": "en", "OMP_NUM_THREADS": "1"},
-            )  # fmt: skip
+        self._terminal = Terminal(log) if in_terminal else None
+        self._process = subprocess.Popen(
+            [sys.executable, str(RUNNER), *words],
+            cwd=folder, start_new_session=True, stdin=subprocess.DEVNULL,
+            preexec_fn=partial(_open_streams, str(log) if self._terminal is None else self._terminal.name),
+            env={**os.environ, "LANGUAGE": "en", "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
 
     def wait(self) -> int:
         """Its exit status; -9 if it was killed."""
@@ -64,13 +69,20 @@ class Run:
         return True
 
     def kill(self, victim: str, random: Random) -> str:
-        """Kill `group`, `parent`, or a random `worker` (the parent if there is none); say which it was."""
+        """Kill `group`, `parent`, or a random `worker` (the parent if there is none); say which it was.
+
+        Or close the `terminal`, or send the group what that sends it, a `hangup`.
+        """
+        if victim == "terminal" and self._terminal is not None:
+            self._terminal.close()
+            return victim
         workers = self._workers() if victim == "worker" else []
         if victim == "worker" and not workers:
             victim = "parent"
         pid = random.choice(workers) if workers else self._process.pid
+        number = signal.SIGHUP if victim in GENTLE else signal.SIGKILL
         try:
-            (os.killpg if victim == "group" else os.kill)(pid, signal.SIGKILL)
+            (os.killpg if victim in ("group", *GENTLE) else os.kill)(pid, number)
         except ProcessLookupError:
             return "nobody"
         return victim
@@ -101,6 +113,15 @@ class Run:
     def _workers(self) -> list[int]:
         children = sorted(pid for pid, parent in self._members().items() if parent == self._process.pid)
         return [pid for pid in children if b"spawn_main" in _words(pid)]
+
+
+def _open_streams(name: str) -> None:
+    """Let the new session write there; whose parent runs in the background ignores a hangup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    descriptor = own_terminal(name)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
 
 
 def _status(folder: Path) -> list[str] | None:

@@ -41,6 +41,7 @@ class Counter:
 
 def main(words: list[str]) -> int:
     plan.CHUNK_ROWS, plan.FEWEST_BYTES = ROWS, 1
+    cli.open_streams()
     if words[0] == "--die-before":
         victim = os.getpid() if words[2] == "one" else -os.getpgrp()
         Counter(int(words[1]), lambda: os.kill(victim, signal.SIGKILL))

@@ -10,8 +10,10 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from mdl_toolkit.training.checkpoints import checkpoints, damage
+from mdl_toolkit.utils.ownership import RECORD
 from mdl_toolkit.utils.run_folder import read_log
 from tests.stress.files import Files, check_same, listing
 from tests.stress.inputs import make_csv
@@ -20,6 +22,7 @@ from tests.stress.tries import OUT, Attempt, main
 from tests.support.paths import MODEL
 
 PHRASES, ANSWERED = 9, 4  # recordings to learn (some odd ones come on top) and to be evaluated on
+LIMIT = 2  # checkpoints that are kept
 TIMES = {"elapsed", "waited"}  # in the log: never the same
 MADE = re.compile(rb'"made":"[^"]*"')  # when the report was
 
@@ -27,7 +30,9 @@ MADE = re.compile(rb'"made":"[^"]*"')  # when the report was
 class Training(Attempt):
     """A training that is killed."""
 
-    resumed = ""  # the checkpoint from which the last run goes on
+    def __init__(self, *words: Any) -> None:
+        super().__init__(*words)
+        self.resumed: list[int] = []  # steps of checkpoints from which runs have gone on
 
     @staticmethod
     def make_inputs(place: Path) -> None:
@@ -45,7 +50,7 @@ class Training(Attempt):
             "--resume-from-checkpoint", "true", "--num-epochs", "3", "--batch-size", split[0],
             "--gradient-accumulation-steps", split[1], "--lora-dropout", dropout, "--lora-rank", "4",
             "--lr", "1e-3", "--warmup-steps", "2", "--save-steps", "2", "--eval-steps", "3",
-            "--save-total-limit", "2", "--gradient-checkpointing", "false", "--num-workers", "1",
+            "--save-total-limit", str(LIMIT), "--gradient-checkpointing", "false", "--num-workers", "1",
             "--train-target", "encoder", "--train-target", "projector", "--train-target", "decoder",
             "--train-target", "lm_head",
         ]  # fmt: skip
@@ -72,11 +77,14 @@ class Training(Attempt):
             files["log.jsonl"] = json.dumps(lines).encode()
         if "report.html" in files:
             files["report.html"] = MADE.sub(b"", files["report.html"])
+        if RECORD in files:
+            # Names; the report has the time when it was made.
+            files[RECORD] = json.dumps(sorted(json.loads(files[RECORD])["files"])).encode()
         return files
 
     def check_broken(self) -> None:
         """Checkpoints are whole, and so is the result if it is there."""
-        self.resumed = f"checkpoint-{self.kept()}/"
+        self.resumed.append(self.kept())
         self.counts.found["a checkpoint half saved"] += any(self.out.glob(".checkpoint-*.partial-*"))
         for path in checkpoints(self.out):
             if reason := damage(path):
@@ -85,21 +93,35 @@ class Training(Attempt):
             check_same(final, _final(self.unbroken.files), "the result")
 
     def check_end(self) -> None:
-        """All is there, and nothing but what is due."""
+        """All is there, nothing but what is due; a stop's checkpoint may take an older one's place."""
         found, expected = self.result(), self.unbroken.files
-        more = {name for name in found.keys() - expected.keys() if _is_due(name, self.resumed)}
-        check_same({n: b for n, b in found.items() if n not in more}, expected, "what the run left")
+        kept = sorted({_step(name) for name in found})[-LIMIT:]
+        # That from which the last run has gone on stays beside them.
+        stops = {*self.resumed[-1:], *({*kept} & {*self.resumed})} - {0}
+        new = found.keys() - expected.keys()
+        more = {name for name in new if _is_record(name) or _step(name) in stops}
+        displaced = {name for name in expected.keys() - found.keys() if 0 < _step(name) < kept[0]}
+        check_same(
+            {name: found[name] for name in found.keys() - more},
+            {name: expected[name] for name in expected.keys() - displaced},
+            "what the run left",
+        )
 
 
 def _final(files: Files) -> Files:
     return {name: content for name, content in files.items() if name.startswith("final/")}
 
 
-def _is_due(name: str, resumed: str) -> bool:
-    """What only a broken run leaves: the checkpoint it has gone on from, and records of lives without any."""
+def _is_record(name: str) -> bool:
+    """Tell whether a file is in the record of a life without a checkpoint; broken runs leave them."""
     folder, _, file = name.partition("/")
-    is_life = folder.startswith("previous-") and file in ("log.jsonl", "mdl-toolkit.json", "mdl-toolkit.yaml")
-    return is_life or name.startswith(resumed)
+    return folder.startswith("previous-") and file in ("log.jsonl", "mdl-toolkit.json", "mdl-toolkit.yaml")
+
+
+def _step(name: str) -> int:
+    """The step of the checkpoint that a file is in; 0 if it is in none."""
+    found = re.match(r"checkpoint-(\d+)/", name)
+    return int(found[1]) if found else 0
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Commands that are killed several times each before they may end.
 
 Each try kills the command several times: at a moment of the clock, a little after a step, or right before an
-exact file operation. In every third try of a command that may run as two processes it does, and one of them,
+exact file operation; by SIGKILL, or by what ends it in an orderly way: SIGTERM, Ctrl-C, SIGHUP, a terminal
+that is closed. In every third try of a command that may run as two processes it does, and one of them,
 or both, are killed. Then the same command may come to its end. Each script has its own kind of `Attempt`,
 which knows the command, and what must be found after a kill and in the end.
 """
@@ -45,14 +46,14 @@ class Moment:
         share: of the run that lies before it, from 0 to 1.
         delay: seconds after a step.
         victim: `first`, `second` or `both`; of one process `first`.
-        signal: what kills; before an operation always SIGKILL.
+        signal: what kills; None closes the terminal; before an operation always SIGKILL.
     """
 
     kind: str
     share: float
     delay: float
     victim: str
-    signal: signal.Signals
+    signal: signal.Signals | None
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class Counts:
     tries: int = 0
     failures: int = 0
     kills: Counter[str] = field(default_factory=Counter)
+    means: Counter[str] = field(default_factory=Counter)
     too_late: int = 0
     resumed: list[int] = field(default_factory=list)
     found: Counter[str] = field(default_factory=Counter)
@@ -93,7 +95,7 @@ class Counts:
     def __str__(self) -> str:
         fresh = sum(not step for step in self.resumed)
         return (
-            f"{self.tries} tries, {self.kills.total()} kills {dict(self.kills)}; "
+            f"{self.tries} tries, {self.kills.total()} kills {dict(self.kills)} by {dict(self.means)}; "
             f"then found {dict(self.found)}; {len(self.resumed)} runs begun again, {fresh} from nothing; "
             f"{self.too_late} kills came too late; {self.failures} failures"
         )
@@ -152,7 +154,9 @@ class Attempt:
     """
 
     KINDS: ClassVar[tuple[str, ...]] = ("clock", "step", "operation")
-    SIGNALS: ClassVar[tuple[signal.Signals, ...]] = (signal.SIGKILL,)
+    SIGNALS: ClassVar[tuple[signal.Signals | None, ...]] = (
+        *[signal.SIGKILL] * 4, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, None,
+    )  # fmt: skip
     MOST: ClassVar[int] = 2
     status = 0
     unbroken: Unbroken | None = None
@@ -246,14 +250,14 @@ class Attempt:
             raise FailedError(f"the last run ended with {ends}, and said: {[job.said() for job in jobs]}")
         self.check_run(jobs)
 
-    def _start(self, act: Callable[[int], object] = nothing) -> list[Job]:
+    def _start(self, act: Callable[[int], object] = nothing, in_terminal: tuple[int, ...] = ()) -> list[Job]:
         """The command as one process or two; in the first one something is done before each operation."""
         for file in self._ready():
             file.unlink()
         hooks = [self.hook(each) for each in [act, *[nothing] * (self.tried.processes - 1)]]
         if len(hooks) > 1:
-            return start_ranks(self.launch, self.words(), len(hooks), hooks)
-        return [self.launch(self.words(), hooks[0])]
+            return start_ranks(self.launch, self.words(), len(hooks), hooks, in_terminal)
+        return [self.launch(self.words(), hooks[0], in_terminal=0 in in_terminal)]
 
     def _ready(self) -> list[Path]:
         """A file of each process that is about to begin the command."""
@@ -262,12 +266,14 @@ class Attempt:
     def _kill(self, moment: Moment) -> None:
         victims = {"first": (0,), "second": (1,), "both": (0, 1)}[moment.victim]
         by_itself = moment.kind in ("operation", "end") and moment.victim == "first"
-        jobs = self._start(partial(die_at, self._operation(moment)) if by_itself else nothing)
+        by = signal.SIGKILL if by_itself else moment.signal
+        act = partial(die_at, self._operation(moment)) if by_itself else nothing
+        jobs = self._start(act, victims if by is None else ())
         if not by_itself and self._wait_for(moment, jobs):
             for victim in victims:
-                jobs[victim].signal(moment.signal)
+                jobs[victim].end_by(by)
         ends = [job.end() for job in jobs]
-        self._count(moment, ends, jobs)
+        self._count(moment, by, ends, jobs)
         self.check_run(jobs)
         self.counts.resumed.append(self.kept())
 
@@ -291,8 +297,11 @@ class Attempt:
         ends = began + moment.share * self._left() * self.unbroken.seconds
         return jobs[0].until(lambda: time.monotonic() >= ends and len(self._ready()) == len(jobs))
 
-    def _count(self, moment: Moment, ends: list[int | None], jobs: list[Job]) -> None:
-        killed = [end for end in ends if end in (-signal.SIGKILL, -moment.signal, INTERRUPTED)]
+    def _count(
+        self, moment: Moment, by: signal.Signals | None, ends: list[int | None], jobs: list[Job]
+    ) -> None:
+        deaths = (-signal.SIGKILL, -(by or signal.SIGHUP), INTERRUPTED)
+        killed = [end for end in ends if end in deaths]
         if not killed:
             self.counts.too_late += 1
             if {*ends} != {self.status}:
@@ -302,13 +311,15 @@ class Attempt:
             return
         who = f"{moment.victim} of two" if len(jobs) == 2 else "the only one"
         self.counts.kills[who] += len(killed)
+        self.counts.means["a closed terminal" if by is None else by.name] += len(killed)
         for end, job in zip(ends, jobs, strict=True):
             self._check_said(None if end in killed else end, job)
 
     def _check_said(self, end: int | None, job: Job) -> None:
         """Whoever is left behind says so, or had done all already; nobody is at a loss."""
         said = job.said()
-        if end not in (None, self.status) and not (end == 1 and any(words in said for words in LOST)):
+        is_told = job.terminal is not None or any(words in said for words in LOST)
+        if end not in (None, self.status) and not (end == 1 and is_told):
             raise FailedError(f"who was left behind ended with {end}, and said: {said}")
         if "Traceback" in said or "a bug in" in said:
             raise FailedError(f"it said: {said}")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.processes import PATIENCE, wait_for
+from tests.support.terminals import Terminal, own_terminal
 
 PRELOADED = [
     "mdl_toolkit.cli.main",
@@ -49,11 +50,15 @@ def _serve(words: list[str], log: str, environment: dict[str, str], before: Call
 
     gc.freeze()  # what the libraries hold need not be looked through again and again
     os.setsid()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # whose parent runs in the background lacks it
-    with Path(log).open("ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    # Whose parent runs in the background lacks them.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    descriptor = own_terminal(log)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
     os.environ.update(environment)
+    cli.open_streams()
     before()
     sys.exit(cli.run(words))
 
@@ -95,15 +100,25 @@ def slowly(owner: Any, name: str, seconds: float) -> None:
 
 
 class Job:
-    """One process; `log` holds what it says."""
+    """One process; `log` holds what it says.
+
+    Attributes:
+        terminal: to which it says that, if it has one.
+    """
 
     def __init__(
-        self, words: list[str], log: Path, environment: dict[str, str], before: Callable[[], object]
+        self,
+        words: list[str],
+        log: Path,
+        environment: dict[str, str],
+        before: Callable[[], object],
+        in_terminal: bool,
     ) -> None:
         context = get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
-        self.log = log
-        self._process = context.Process(target=_serve, args=(words, str(log), environment, before))
+        self.log, self.terminal = log, Terminal(log) if in_terminal else None
+        place = str(log) if self.terminal is None else self.terminal.name
+        self._process = context.Process(target=_serve, args=(words, place, environment, before))
         self._process.start()
 
     @property
@@ -117,6 +132,14 @@ class Job:
         with suppress(ProcessLookupError):
             os.kill(self._process.pid, number)
 
+    def end_by(self, number: int | None) -> None:
+        """Send it a signal, or close its terminal."""
+        if number is not None:
+            self.signal(number)
+        else:
+            assert self.terminal is not None
+            self.terminal.close()
+
     def until(self, condition: Callable[[], Any]) -> bool:
         """Wait for a condition; False if the process ended before."""
         wait_for(lambda: condition() or not self.is_running)
@@ -126,6 +149,8 @@ class Job:
         """Wait for its end; the exit status, or minus the signal that ended it."""
         self._process.join(PATIENCE)
         assert not self.is_running, f"it does not end, and said: {self.said()}"
+        if self.terminal is not None:
+            self.terminal.close()
         return self._process.exitcode
 
     def kill(self) -> int | None:
@@ -146,8 +171,14 @@ def fleet(folder: Path, name: str = "said") -> Iterator[Start]:
     """Starts commands: `start(words, before=..., RANK="0")`; none of them outlives the context."""
     jobs: list[Job] = []
 
-    def start(words: list[str], before: Callable[[], object] = nothing, **environment: str) -> Job:
-        jobs.append(Job(words, folder / f"{name}-{len(jobs)}.log", environment, before))
+    def start(
+        words: list[str],
+        before: Callable[[], object] = nothing,
+        *,
+        in_terminal: bool = False,
+        **environment: str,
+    ) -> Job:
+        jobs.append(Job(words, folder / f"{name}-{len(jobs)}.log", environment, before, in_terminal))
         return jobs[-1]
 
     try:
@@ -158,9 +189,16 @@ def fleet(folder: Path, name: str = "said") -> Iterator[Start]:
 
 
 def start_ranks(
-    start: Start, words: list[str], count: int = 2, before: Callable[[], object] | list[Any] = nothing
+    start: Start,
+    words: list[str],
+    count: int = 2,
+    before: Callable[[], object] | list[Any] = nothing,
+    in_terminal: tuple[int, ...] = (),
 ) -> list[Job]:
-    """The command as so many processes that train together, as any launcher starts them."""
+    """The command as so many processes that train together, some with a terminal, as any launcher starts."""
     befores = before if isinstance(before, list) else [before] * count
     there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
-    return [start(words, befores[rank], RANK=str(rank), **there) for rank in range(count)]
+    return [
+        start(words, befores[rank], in_terminal=rank in in_terminal, RANK=str(rank), **there)
+        for rank in range(count)
+    ]
