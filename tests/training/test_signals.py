@@ -1,12 +1,10 @@
 """SIGTERM and SIGINT: a checkpoint after the step under way, then the end; once more, the end at once."""
 
 import os
-import pty
 import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -316,34 +314,17 @@ def test_a_signal_outside_the_steps_ends_the_run_tidily(place, tmp_path, start, 
 # --- two processes ------------------------------------------------------------------------------------------
 
 
-SLOW = "from tests.support import fleet; fleet.slow_steps(0.3); from mdl_toolkit.cli.main import main; main()"
-
-
-def test_a_terminal_that_is_closed_leaves_a_checkpoint(place, tmp_path):
+def test_a_terminal_that_is_closed_leaves_a_checkpoint(place, tmp_path, start):
     """With a bar on it, which cannot be drawn any more."""
-    child, terminal = pty.fork()
-    if child == 0:
-        os.execv(sys.executable, [sys.executable, "-c", SLOW, *command(place, tmp_path / "run")])
-    heard = threading.Thread(target=drain, args=(terminal,), daemon=True)
-    heard.start()
-    wait_for(lambda: len(steps_in(place, tmp_path / "run")) >= 2)
-    # Closing the descriptor alone would wait for the thread that reads it.
-    os.kill(child, signal.SIGSTOP)
-    os.close(terminal)
-    os.kill(child, signal.SIGHUP)
-    os.kill(child, signal.SIGCONT)
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 130
+    words = command(place, tmp_path / "run")
+    job = start(words, partial(slow_steps, 0.3), in_terminal=True, TERM="xterm")
+    assert job.until(lambda: len(steps_in(place, tmp_path / "run")) >= 2 and "\x1b[" in job.said())
+    job.end_by(None)
+    assert job.end() == 130
     (saved,) = checkpoints(tmp_path / "run")
     assert damage(saved) is None
     assert saved.name == f"checkpoint-{steps_in(place, tmp_path / 'run')[-1]}"
     assert steps_in(place, tmp_path / "run")[-1] < 8
-
-
-def drain(terminal):
-    with suppress(OSError):
-        while os.read(terminal, 1 << 16):
-            pass
 
 
 @pytest.mark.parametrize("gone", ["2>&-", "2>/dev/full", "2>&1 | head -1"])

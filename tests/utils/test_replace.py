@@ -1,12 +1,17 @@
 """Outputs are put in place whole or not at all, apart from inputs."""
 
+import itertools
+import os
 import shutil
+import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from mdl_toolkit.errors import InputError
-from mdl_toolkit.utils.files import check_apart, replace_folder
+from mdl_toolkit.utils.files import check_apart, remove_folder, replace_folder
 from mdl_toolkit.utils.ownership import RECORD, seal
 
 # --- putting in place ------------------------------------------------------------------------------------
@@ -19,6 +24,9 @@ def content(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.name != RECORD
     }
+
+
+NEW = {"new": "new"}
 
 
 def fill(work: Path) -> None:
@@ -128,6 +136,45 @@ def test_what_a_killed_process_left_behind_is_removed_or_put_back(old, tmp_path,
         fill(work)
     assert content(old) == {"new": "new"}
     assert {path.name for path in tmp_path.iterdir()} == {"out"} | others
+
+
+def replace(output: Path) -> None:
+    with replace_folder(output, "x") as work:
+        fill(work)
+
+
+@pytest.mark.parametrize("act", [replace, lambda output: remove_folder(output, "x")])
+def test_a_process_killed_at_any_change_leaves_what_was_there_or_what_is_new_and_no_rest(old, tmp_path, act):
+    (old / "more").write_text("more")
+    seal(old, "x")
+    before = content(old)
+    for number in itertools.count(1):
+        place = tmp_path / f"place-{number}"
+        shutil.copytree(old, place / "out")
+        is_killed = kill_before(number, act, place / "out")
+        with replace_folder(place / "out", "x") as work:
+            assert not (place / "out").exists() or content(place / "out") in (before, NEW)
+            fill(work)
+        assert content(place) == {"out": "folder", "out/new": "new"}
+        if not is_killed:
+            break
+    assert number > len(before) + 2
+
+
+def kill_before(number: int, act: Callable[[Path], object], output: Path) -> bool:
+    """Act in a process that is killed before a change of folders, counted from 1; tell whether it was."""
+    child = os.fork()
+    if not child:
+        changes = itertools.count(1)
+
+        def hear(event: str, _: object) -> None:
+            if event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir") and next(changes) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hear)
+        act(output)
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == signal.SIGKILL
 
 
 def test_an_output_below_a_file(tmp_path):

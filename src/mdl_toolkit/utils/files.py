@@ -211,7 +211,7 @@ def recover_outputs(folder: Path, *names: str, kind: str) -> None:
                 old.rename(target)
             _remove(work)
             if old.exists():
-                discard(old, target, kind)
+                discard(old, target, kind, work)
 
 
 @contextmanager
@@ -227,7 +227,7 @@ def _reserve(target: Path, kind: str) -> Iterator[tuple[Path, Path]]:
         finally:
             _remove(work)
             if old.exists():
-                discard(old, target, kind)
+                discard(old, target, kind, work)
 
 
 def _temporary_paths(target: Path, mark: str) -> tuple[Path, Path, Path]:

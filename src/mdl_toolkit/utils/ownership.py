@@ -200,8 +200,11 @@ def check_not_inside(output: Path, option: str = "--output") -> None:
             )
 
 
-def discard(old: Path, target: Path, kind: str) -> None:
+def discard(old: Path, target: Path, kind: str, trash: Path) -> None:
     """Remove what was at a target, as far as it is ours; what is not is kept.
+
+    What is removed is renamed to `trash` first, a path that whoever comes next removes: of a process that is
+    killed meanwhile nothing is left that could be put back, or taken for the user's.
 
     Hidden files of others go over to what is at the target now. If anything else is not ours, the whole is
     set aside.
@@ -218,7 +221,9 @@ def discard(old: Path, target: Path, kind: str) -> None:
     for path, place in zip(hidden, places, strict=True):
         place.parent.mkdir(parents=True, exist_ok=True)
         path.rename(place)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(trash, ignore_errors=True)
+    old.rename(trash)
+    shutil.rmtree(trash, ignore_errors=True)
 
 
 def unused(path: Path) -> Path:

@@ -7,6 +7,7 @@ It lies beside the output, `.NAME.partial`, and is gone when the dataset is comp
     dataset/        the finished shards; in the end it takes the output's place
     writing/        files that are being written
     previous/       what was at the output's place, for the moment of putting in place
+    discarded/      the same while it is removed
     downloads/      recordings that were fetched
 
 A shard counts as finished when its line in the journal is on the disk, and that is written after the shard
@@ -141,7 +142,7 @@ class WorkFolder:
 
     def _discard_previous(self) -> None:
         if self._previous.exists():
-            discard(self._previous, self._target, KIND)
+            discard(self._previous, self._target, KIND, self.path / "discarded")
 
     def remove(self) -> None:
         """Remove the folder with all that is in it; the lock last, which keeps others out meanwhile."""
