@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mdl_toolkit.errors import InputError
-from mdl_toolkit.utils.files import check_apart, remove_folder, replace_folder
+from mdl_toolkit.utils.files import check_apart, remove_folder, replace_file, replace_folder
 from mdl_toolkit.utils.ownership import RECORD, seal
 
 # --- putting in place ------------------------------------------------------------------------------------
@@ -159,6 +159,24 @@ def test_a_process_killed_at_any_change_leaves_what_was_there_or_what_is_new_and
         if not is_killed:
             break
     assert number > len(before) + 2
+
+
+def test_a_file_replaced_by_a_process_killed_at_any_change_stays_known_as_ours(tmp_path):
+    for number in itertools.count(1):
+        place = tmp_path / f"place-{number}"
+        write(place / "out", "old")
+        is_killed = kill_before(number, lambda output: write(output, "new"), place / "out")
+        assert (place / "out").read_text() in ("old", "new")
+        write(place / "out", "newer")
+        assert content(place) == {"out": "newer"}
+        if not is_killed:
+            break
+    assert number > 4
+
+
+def write(output: Path, text: str) -> None:
+    with replace_file(output, "x") as work:
+        work.write_text(text)
 
 
 def kill_before(number: int, act: Callable[[Path], object], output: Path) -> bool:

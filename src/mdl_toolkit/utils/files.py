@@ -120,6 +120,7 @@ def replace_file(output: Path, kind: str) -> Iterator[Path]:
             shutil.copymode(target, work)
             if target.stat().st_size and not is_ours(target, kind):
                 set_aside(target, target)
+        remember(target, kind, work)
         work.replace(target)
         remember(target, kind)
 

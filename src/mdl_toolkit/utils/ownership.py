@@ -47,13 +47,21 @@ def seal(folder: Path, kind: str, *, is_whole: bool = True) -> None:
     (folder / RECORD).write_text(_to_json({"files": files, "is_whole": is_whole}), encoding="utf-8")
 
 
-def remember(file: Path, kind: str) -> None:
-    """Add a file to the record of its folder; without a word if that is not possible."""
+def remember(file: Path, kind: str, coming: Path | None = None) -> None:
+    """Add a file to the record of its folder; without a word if that is not possible.
+
+    Args:
+        file: it has just been written.
+        kind: of output.
+        coming: what is about to be renamed to it, and is recorded beside what was there.
+    """
     with suppress(OSError), hold_lock(file.with_name(f"{RECORD}.lock"), remove=True):
         record = _read(file.parent)
         files = {name: value for name, value in record["files"].items() if (file.parent / name).exists()}
         work = file.with_name(f"{RECORD}.partial")
-        text = _to_json({**record, "files": {**files, file.name: _digest(file, kind)}})
+        before = str(files.get(file.name, "")).split() if coming else []
+        digests = [*before, _digest(coming or file, kind)]
+        text = _to_json({**record, "files": {**files, file.name: " ".join(digests)}})
         work.write_text(text, encoding="utf-8")
         work.replace(file.with_name(RECORD))
 
@@ -109,7 +117,7 @@ def _is_recorded(folder: Path, name: str, kind: str, files: dict[str, str]) -> b
         is_old = about.st_mtime <= recorded + TOLERANCE
         if files[name] == ANY:
             return is_old
-        return (is_old or about.st_size <= BLOCK * BLOCKS) and _digest(file, kind) == files[name]
+        return (is_old or about.st_size <= BLOCK * BLOCKS) and _digest(file, kind) in str(files[name]).split()
     return False
 
 
