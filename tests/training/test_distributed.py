@@ -195,7 +195,9 @@ def test_a_killed_process_ends_the_other_one_with_one_line(place, tmp_path, star
     jobs[killed].kill()
     assert jobs[1 - killed].end() == 1
     lines = jobs[1 - killed].said().splitlines()
-    usual = ("device", "recipe", "memory", "loading", "training", "steps", "time", "evaluation", "what was converted")
+    usual = (
+        "device", "evaluation", "loading", "memory", "recipe", "steps", "time", "training", "what"
+    )  # fmt: skip
     assert [line for line in lines if not line.startswith(usual)] == [LOST]
     assert all(damage(path) is None for path in checkpoints(tmp_path / "run"))
 
