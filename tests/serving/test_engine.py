@@ -1,10 +1,15 @@
 """Requests that join a batch: those that fail, are given up, or are too many."""
 
 import asyncio
+import threading
+from contextlib import ExitStack
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 
+from mdl_toolkit.data.dataset import Sample
 from mdl_toolkit.inference.generate import Answerer, SamplingParams
 from mdl_toolkit.serving.engine import WAITING, ContinuousBatch
 from mdl_toolkit.serving.protocol import RequestError
@@ -98,24 +103,110 @@ def test_a_failure_ends_those_that_were_being_answered_and_no_other(asked, monke
     assert batch.is_alive
 
 
-def test_more_than_can_be_answered_soon_are_refused(asked, monkeypatch):
+def test_more_than_can_be_answered_soon_are_refused(asked):
+    """A place is taken before the recording is read, and is free again when the request ends, however."""
+    answerer, _ = asked
+    batch = ContinuousBatch(answerer, 2)
+    with ExitStack() as taken:
+        for _ in range(2 * (1 + WAITING)):
+            taken.enter_context(batch.place())
+        batch_is_full = pytest.raises(RequestError, match="too many requests are waiting; try again")
+        with batch_is_full as caught, batch.place():
+            pass
+    assert caught.value.status_code == 503
+    with batch.place():
+        pass
+
+
+def test_a_question_that_nobody_waits_for_any_more_is_not_computed(asked, monkeypatch):
     answerer, some = asked
-    monkeypatch.setattr(Answerer, "answers", lambda *_: iter(()))
+    taken, is_open = [], threading.Event()
+    answers = Answerer.answers
+
+    def noted(self, questions):
+        is_open.wait(60)
+        return answers(self, (taken.append(each.key) or each for each in questions))
+
+    monkeypatch.setattr(Answerer, "answers", noted)
     batch = ContinuousBatch(answerer, 2)
 
-    async def many():
-        waiting = [asyncio.create_task(ids(batch, some[0])) for _ in range(2 * (1 + WAITING))]
-        await asyncio.sleep(0)
-        batch_is_full = pytest.raises(RequestError, match="too many requests are waiting; try again")
-        with batch_is_full as caught:
-            batch.check_room()
-        for task in waiting:
-            task.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)
-        batch.check_room()
-        return caught.value.status_code
+    async def give_up():
+        # The first one is taken at once, and is waited for by the others.
+        tasks = [asyncio.create_task(ids(batch, question)) for question in some[:3]]
+        await asyncio.sleep(0.1)
+        tasks[1].cancel()
+        await asyncio.gather(tasks[1], return_exceptions=True)
+        is_open.set()
+        return [await tasks[0], await tasks[2]]
 
-    assert asyncio.run(many()) == 503
+    assert asyncio.run(give_up()) == [alone(answerer, some[0]), alone(answerer, some[2])]
+    assert 1 not in taken
+    assert len(taken) >= 2
+
+
+class PanicException(BaseException):
+    """What a library in Rust raises that gives up."""
+
+
+def test_a_library_that_gives_up_ends_those_requests_alone(asked, monkeypatch):
+    answerer, some = asked
+    batch, answers = ContinuousBatch(answerer, 2), Answerer.answers
+
+    def panicking(self, questions):
+        next(iter(questions))
+        raise PanicException("no")
+
+    monkeypatch.setattr(Answerer, "answers", panicking)
+    (problem,) = asyncio.run(asyncio.wait_for(together(batch, some[:1]), 60))
+    assert problem.message.en == "it cannot be answered: a library gave up on it: no"
+    monkeypatch.setattr(Answerer, "answers", answers)
+    assert asyncio.run(together(batch, some[:1])) == [alone(answerer, some[0])]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_when_no_batch_can_be_made_any_more_nobody_waits_for_ever(asked, monkeypatch):
+    answerer, some = asked
+    made = []
+
+    def once():
+        if made:
+            raise RuntimeError("the device is lost")
+        made.append(answerer())
+        return made[0]
+
+    def failing(self, questions):
+        next(iter(questions))
+        raise RuntimeError("the device is lost")
+
+    monkeypatch.setattr(Answerer, "answers", failing)
+    batch = ContinuousBatch(once, 2)
+    problems = asyncio.run(asyncio.wait_for(together(batch, some[:2]), 60))
+    assert {problem.status_code for problem in problems} == {500}
+    wait_for(lambda: not batch.is_alive)
+    with pytest.raises(RequestError, match="answers no more"), batch.place():
+        pass
+    (problem,) = asyncio.run(asyncio.wait_for(together(batch, some[:1]), 60))
+    assert "answers no more" in str(problem.message)
+
+
+def test_a_row_without_numbers_takes_no_other_with_it(asked):
+    """They share a prefix, through which NaN gets from one row to the other."""
+    answerer, some = asked
+    model = answerer()._model
+    mark, sample = 399, some[1].sample
+    with torch.no_grad():
+        model.decoder.model.embed_tokens.weight[mark] = float("nan")
+    plain = np.where(sample.input_ids == mark, 5, sample.input_ids)
+    good = replace(some[1], sample=replace(sample, input_ids=plain), max_new_tokens=3)
+    ids_ = [*plain, mark]
+    lost = replace(
+        good, sample=Sample(np.array(ids_, np.int32), np.full(len(ids_), -100, np.int32), sample.waveform)
+    )
+    wanted = alone(answerer, good)
+    batch = ContinuousBatch(answerer, 4)
+    found = asyncio.run(together(batch, [lost, good, good]))
+    assert found[1:] == [wanted, wanted]
+    assert "NaN" in str(found[0].message)
 
 
 def test_rows_may_be_drawn_each_in_its_own_way(asked):

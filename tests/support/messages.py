@@ -20,7 +20,7 @@ MO = PO.with_suffix(".mo")
 ERRORS = (
     "ToolkitError", "UsageError", "InputError", "AudioError", "TooLongError", "DatasetError", "ModelError",
     "NotMergeableError", "RequestError", "UnauthorizedError", "UnknownModelError", "TooLargeError",
-    "FailedError", "BusyError",
+    "FailedError", "BusyError", "ForbiddenError", "GoneError",
 )  # fmt: skip
 # What takes a template, and as which of its arguments.
 TAKES = {

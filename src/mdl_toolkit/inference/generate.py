@@ -90,7 +90,11 @@ class SamplingParams:
         is_finite = logits.sum(-1, dtype=torch.float32).isfinite()
         if not self.temperature:
             return [*map(int, logits.argmax(-1).where(is_finite, NOT_FINITE).tolist())]
-        probabilities, tokens = (logits.float() / self.temperature).softmax(-1).sort(-1, descending=True)
+        plain = logits.float()
+        # So that none is infinite, however low the temperature.
+        below = plain - plain.amax(-1, keepdim=True)
+        temperature = max(self.temperature, torch.finfo(below.dtype).tiny)
+        probabilities, tokens = (below / temperature).softmax(-1).sort(-1, descending=True)
         cumulated = probabilities.cumsum(-1)
         in_nucleus = cumulated - probabilities < self.top_p
         mass = torch.where(in_nucleus, cumulated, 0.0).amax(-1, keepdim=True)

@@ -4,13 +4,16 @@ Whatever cannot be answered is refused with a status, and one sentence in OpenAI
 """
 
 import asyncio
+import ipaddress
 import json
 import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -27,6 +30,8 @@ from mdl_toolkit.serving.engine import Answer, ServedModel, answers
 from mdl_toolkit.serving.page import page_and_policy
 from mdl_toolkit.serving.protocol import (
     ChatRequest,
+    ForbiddenError,
+    GoneError,
     Prompt,
     RequestError,
     TooLargeError,
@@ -40,6 +45,18 @@ from mdl_toolkit.serving.protocol import (
 TRANSCRIBE = "Transcribe the recording."
 # Kinds of pydantic's errors that say that there is no object at all.
 NO_OBJECT = {"json_invalid", "model_attributes_type", "missing"}
+# What everybody may see: the page, and whether the models answer.
+PUBLIC = ("/", "/health")
+
+
+async def closing_stack() -> AsyncIterator[AsyncExitStack]:
+    """Give a request what closes when its response has been sent, or its client is gone."""
+    async with AsyncExitStack() as stack:
+        yield stack
+
+
+# The argument of that name of a request's handler.
+Closing = Annotated[AsyncExitStack, Depends(closing_stack)]
 
 
 @dataclass(frozen=True)
@@ -96,23 +113,23 @@ class Service:
         ]
         return JSONResponse({"object": "list", "data": listed, "limits": vars(self.limits)})
 
-    async def chat(self, asked: ChatRequest) -> Response:
+    async def chat(self, request: Request, asked: ChatRequest, closing: Closing) -> Response:
         """Answer a chat."""
         asked.check()
         model, prompt = self.model(asked.model), read_messages(asked.messages)
         most = asked.max_completion_tokens or asked.max_tokens
-        length, coming = await self.begin(model, prompt, most, asked.sampling)
+        length, coming = await self.begin(closing, model, prompt, most, asked.sampling)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.name}
         if asked.stream:
             has_usage = asked.stream_options is not None and asked.stream_options.include_usage
             return _streamed(chat_chunks(head, coming, length if has_usage else None))
-        answer = await _last(coming)
+        answer = await whole_answer(request, coming)
         message = {"role": "assistant", "content": answer.text}
         choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason, "logprobs": None}
         whole = {"object": "chat.completion", "choices": [choice], "usage": _usage(length, answer)}
         return JSONResponse({**head, **whole})
 
-    async def transcribe(self, request: Request) -> Response:
+    async def transcribe(self, request: Request, closing: Closing) -> Response:
         """Answer a form with a recording, by the prompt of the training if it has none."""
         async with request.form(max_files=1) as form:
             file = form.get("file")
@@ -126,10 +143,10 @@ class Service:
         model = self.model(asked.model)
         prompt = Prompt(None, asked.prompt or model.prompts.user or TRANSCRIBE, recording)
         most = asked.max_completion_tokens or asked.max_tokens
-        _, coming = await self.begin(model, prompt, most, asked.sampling)
+        _, coming = await self.begin(closing, model, prompt, most, asked.sampling)
         if asked.stream:
             return _streamed(transcript_events(coming))
-        answer = await _last(coming)
+        answer = await whole_answer(request, coming)
         is_plain = asked.response_format == "text"
         return PlainTextResponse(answer.text) if is_plain else JSONResponse({"text": answer.text})
 
@@ -147,7 +164,12 @@ class Service:
         return self.models[name]
 
     async def begin(
-        self, model: ServedModel, prompt: Prompt, most: int | None, sampling: SamplingParams
+        self,
+        closing: AsyncExitStack,
+        model: ServedModel,
+        prompt: Prompt,
+        most: int | None,
+        sampling: SamplingParams,
     ) -> tuple[int, AsyncIterator[Answer]]:
         """Decode a prompt, and return the number of its tokens and the answer to come.
 
@@ -159,7 +181,7 @@ class Service:
             raise RequestError(
                 "max_tokens {most}: at most {limit} are given here (--max-new-tokens)", most=most, limit=limit
             )
-        model.batch.check_room()
+        closing.enter_context(model.batch.place())
         sample = await asyncio.to_thread(model.sample_of, prompt, self.limits.audio_seconds)
         length, budget = len(sample.input_ids), limit if most is None else most
         if length + budget > model.context:
@@ -170,7 +192,8 @@ class Service:
                 budget=budget,
                 context=model.context,
             )
-        return length, answers(model, sample, budget, sampling)
+        coming = answers(model, sample, budget, sampling)
+        return length, await closing.enter_async_context(aclosing(coming))
 
 
 class BodyLimit:
@@ -197,30 +220,90 @@ class BodyLimit:
         await self._app(scope, counted, send)
 
 
-def create_app(service: Service, token: str | None) -> FastAPI:
+class Gate:
+    """Refuse, before its body is read, a request of another site's page, and one without the token.
+
+    Args:
+        app: what answers the others.
+        token: what requests have to send; None for nothing.
+        host: the name or address that is listened at.
+    """
+
+    def __init__(self, app: ASGIApp, token: str | None, host: str) -> None:
+        self._app, self._token, self._names = app, token, ("localhost", host.lower())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request."""
+        try:
+            if scope["type"] == "http":
+                self.check(Request(scope))
+        except RequestError as problem:
+            response = await error_response(Request(scope), problem)
+            await response(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    def check(self, request: Request) -> None:
+        """Refuse what must not be answered.
+
+        Raises:
+            RequestError: why.
+        """
+        host = request.headers.get("host", "")
+        # A site whose name is made to lead here is asked by its name; no name belongs to an address.
+        if self._token is None and not is_address(name := host_name(host)) and name not in self._names:
+            raise ForbiddenError(
+                "{host}: this server is not asked by that name without a token; give --token, or --host with "
+                "that name",
+                host=host,
+            )
+        if request.url.path in PUBLIC:
+            return
+        site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
+        is_foreign = origin is not None and urlsplit(origin).netloc != host
+        if site not in ("same-origin", "none") if site is not None else is_foreign:
+            raise ForbiddenError("pages of other sites are not answered ({origin})", origin=origin or site)
+        sent = request.headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")
+        if self._token is not None and not secrets.compare_digest(sent, self._token.encode()):
+            raise UnauthorizedError("the token is missing or wrong; send Authorization: Bearer TOKEN")
+
+
+def host_name(host: str) -> str:
+    """Return the name or address in a header `Host`, without port and brackets."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def is_address(name: str) -> bool:
+    """Tell an IP address from a name."""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def create_app(service: Service, token: str | None, host: str) -> FastAPI:
     """Make the application.
 
     Args:
         service: what answers.
         token: what requests have to send; None for nothing.
+        host: the name or address that is listened at.
     """
-
-    def authorize(request: Request) -> None:
-        sent = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if token is not None and not secrets.compare_digest(sent.encode(), token.encode()):
-            raise UnauthorizedError("the token is missing or wrong; send Authorization: Bearer TOKEN")
-
     # Its pages of documentation load scripts from elsewhere.
     app = FastAPI(title="mdl-toolkit", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(BodyLimit, most=service.limits.request_mb)
+    app.add_middleware(Gate, token=token, host=host)
     for problem in (RequestValidationError, ValidationError, HTTPException, ToolkitError):
         app.add_exception_handler(problem, error_response)
     app.add_api_route("/", service.page)
     app.add_api_route("/health", service.health)
-    allowed = [Depends(authorize)]
-    app.add_api_route("/v1/models", service.list_models, dependencies=allowed)
-    app.add_api_route("/v1/chat/completions", service.chat, methods=["POST"], dependencies=allowed)
-    app.add_api_route("/v1/audio/transcriptions", service.transcribe, methods=["POST"], dependencies=allowed)
+    app.add_api_route("/v1/models", service.list_models)
+    app.add_api_route("/v1/chat/completions", service.chat, methods=["POST"])
+    app.add_api_route("/v1/audio/transcriptions", service.transcribe, methods=["POST"])
     return app
 
 
@@ -250,11 +333,32 @@ async def error_response(request: Request, problem: Exception) -> Response:
     return JSONResponse({"error": error}, status, headers)
 
 
-async def _last(coming: AsyncIterator[Answer]) -> Answer:
-    """Wait for the whole answer."""
-    async for answer in coming:
-        last = answer
-    return last
+async def whole_answer(request: Request, coming: AsyncIterator[Answer]) -> Answer:
+    """Wait for the whole answer.
+
+    Raises:
+        GoneError: the client has hung up.
+    """
+
+    async def last() -> Answer:
+        async for answer in coming:
+            found = answer
+        return found
+
+    async def hang_up() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    whole, gone = asyncio.create_task(last()), asyncio.create_task(hang_up())
+    try:
+        await asyncio.wait((whole, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not whole.done():
+            raise GoneError("the client has hung up")
+        return whole.result()
+    finally:
+        whole.cancel()
+        gone.cancel()
+        await asyncio.gather(whole, gone, return_exceptions=True)
 
 
 def _usage(length: int, answer: Answer) -> dict[str, int]:

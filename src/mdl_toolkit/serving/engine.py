@@ -10,8 +10,8 @@ import queue
 import tempfile
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Container, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from mdl_toolkit.data.chat_template import messages_of
 from mdl_toolkit.data.dataset import Sample
 from mdl_toolkit.data.manifest import Row
 from mdl_toolkit.data.tokenization import ChatTokenizer
-from mdl_toolkit.errors import AudioError, TooLongError
+from mdl_toolkit.errors import AudioError, TooLongError, breakdown, is_error
 from mdl_toolkit.inference.generate import Answerer, Question, SamplingParams, not_finite
 from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.serving.protocol import BusyError, FailedError, Prompt, RequestError, TooLargeError
@@ -42,6 +42,9 @@ class ContinuousBatch:
     Args:
         answerer: what computes; nothing else may use it.
         places: its batch size.
+
+    Attributes:
+        is_alive: questions are answered.
     """
 
     def __init__(self, answerer: Callable[[], Answerer], places: int) -> None:
@@ -49,24 +52,31 @@ class ContinuousBatch:
         self._answerer = answerer()
         self._waiting: queue.SimpleQueue[Question] = queue.SimpleQueue()
         self._listeners: dict[int, Callable[[Item], object]] = {}
-        self._keys = itertools.count()
+        self._keys, self._taken, self.is_alive = itertools.count(), 0, True
         self._thread = threading.Thread(target=self._run, name="answers", daemon=True)
         self._thread.start()
-
-    @property
-    def is_alive(self) -> bool:
-        """Tell whether questions are answered."""
-        return self._thread.is_alive()
 
     @property
     def ends(self) -> set[int]:
         """Return the tokens that end an answer."""
         return self._answerer.ends
 
-    def check_room(self) -> None:
-        """Raise BusyError if so many are waiting already that one more would wait for long."""
-        if len(self._listeners) >= self._most:
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Keep a place for a request among those that are answered or wait.
+
+        Raises:
+            BusyError: so many are waiting already that one more would wait for long.
+            FailedError: no question is answered any more.
+        """
+        self._check_alive()
+        if self._taken >= self._most:
             raise BusyError("too many requests are waiting; try again in a while")
+        self._taken += 1
+        try:
+            yield
+        finally:
+            self._taken -= 1
 
     async def tokens(
         self, sample: Sample, max_new_tokens: int, sampling: SamplingParams
@@ -80,6 +90,7 @@ class ContinuousBatch:
         self._listeners[key] = lambda item: loop.call_soon_threadsafe(items.put_nowait, item)
         self._waiting.put(Question(key, sample, max_new_tokens, sampling))
         try:
+            self._check_alive()
             while (item := await items.get()) is not None:
                 if isinstance(item, Exception):
                     raise item
@@ -89,25 +100,54 @@ class ContinuousBatch:
             if self._listeners.pop(key, None):
                 self._answerer.cancelled.add(key)
 
+    def _check_alive(self) -> None:
+        if not self.is_alive:
+            raise FailedError("this model answers no more; start the server again")
+
     def _run(self) -> None:
-        while True:
-            arrivals = _Arrivals(self._waiting, self._waiting.get())
-            self._answerer.listener = self._tell
-            try:
-                for key, answer in self._answerer.answers(arrivals):
-                    if answer is not None:
-                        self._tell(key, None)
-                        continue
-                    lost = not_finite(self._answerer.dtype)
-                    self._tell(key, FailedError("it cannot be answered: {reason}", reason=lost))
-            # Whatever it is, only these requests fail of it: the next ones have a new batch.
-            except Exception as problem:  # noqa: BLE001
-                reason = describe_oom(problem) or f"{type(problem).__name__}: {problem}"
-                failed = [key for key in arrivals.keys if key in self._listeners]
-                warn("{count} {count:request|requests} failed: {reason}", count=len(failed), reason=reason)
-                for key in failed:
-                    self._tell(key, FailedError("it cannot be answered: {reason}", reason=reason))
-                self._answerer = self._make_answerer()
+        try:
+            while True:
+                arrivals = _Arrivals(self._waiting, self._waiting.get(), self._listeners)
+                try:
+                    self.answer(arrivals)
+                # Whatever it is, only these requests fail of it: the next ones have a new batch.
+                except BaseException as problem:
+                    if not is_error(problem):
+                        raise
+                    name = f"{type(problem).__name__}: {problem}"
+                    self.fail(arrivals, describe_oom(problem) or breakdown(problem) or name)
+                    self._answerer = self._make_answerer()
+        finally:
+            self.is_alive = False
+            for key in [*self._listeners]:
+                self._tell(key, FailedError("this model answers no more; start the server again"))
+
+    def answer(self, arrivals: "_Arrivals") -> None:
+        """Answer questions; those without finite logits once more alone, if nothing of them was heard yet."""
+        heard: set[int] = set()
+
+        def listen(key: int, token: int) -> None:
+            heard.add(key)
+            self._tell(key, token)
+
+        answerer = self._answerer
+        answerer.listener = listen
+        for key, answer in answerer.answers(arrivals):
+            text, question = answer, arrivals.given.pop(key)
+            if text is None and key not in heard:
+                alone = self._make_answerer()
+                alone.listener, alone.cancelled = listen, answerer.cancelled
+                ((_, text),) = alone.answers([question])
+            lost = not_finite(answerer.dtype)
+            failed = FailedError("it cannot be answered: {reason}", reason=lost)
+            self._tell(key, failed if text is None else None)
+
+    def fail(self, arrivals: "_Arrivals", reason: object) -> None:
+        """Tell those that were being answered why they have no answer."""
+        failed = [key for key in arrivals.given if key in self._listeners]
+        warn("{count} {count:request|requests} failed: {reason}", count=len(failed), reason=reason)
+        for key in failed:
+            self._tell(key, FailedError("it cannot be answered: {reason}", reason=reason))
 
     def _tell(self, key: int, item: Item) -> None:
         """Hand an item to whoever waits for it."""
@@ -126,25 +166,29 @@ class _Arrivals:
     Attributes:
         waiting: the questions.
         first: one that comes before them.
-        keys: of all that were given.
+        wanted: the keys of those whose answers somebody waits for; others are passed over.
+        given: the questions that were given, by key.
     """
 
     waiting: "queue.SimpleQueue[Question]"
     first: Question | None
-    keys: list[int] = field(default_factory=list)
+    wanted: Container[int]
+    given: dict[int, Question] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Question]:
         return self
 
     def __next__(self) -> Question:
-        question, self.first = self.first, None
-        if question is None:
-            try:
-                question = self.waiting.get_nowait()
-            except queue.Empty:
-                raise StopIteration from None
-        self.keys.append(question.key)
-        return question
+        while True:
+            question, self.first = self.first, None
+            if question is None:
+                try:
+                    question = self.waiting.get_nowait()
+                except queue.Empty:
+                    raise StopIteration from None
+            if question.key in self.wanted:
+                self.given[question.key] = question
+                return question
 
 
 def render_template(tokenizer: ChatTokenizer) -> None:
@@ -225,7 +269,7 @@ class Answer:
 
 async def answers(
     model: ServedModel, sample: Sample, max_new_tokens: int, sampling: SamplingParams
-) -> AsyncIterator[Answer]:
+) -> AsyncGenerator[Answer, None]:
     """Yield an answer again and again, longer each time; the last one is complete.
 
     A letter of several bytes is shown when all of them are there.

@@ -49,6 +49,12 @@ class UnauthorizedError(RequestError):
     status = 401
 
 
+class ForbiddenError(RequestError):
+    """Refuse a request that a page of another site sends."""
+
+    status = 403
+
+
 class UnknownModelError(RequestError):
     """Refuse a request to a model that is not served."""
 
@@ -59,6 +65,12 @@ class TooLargeError(RequestError):
     """Refuse a request that is larger, or whose recording is longer, than is taken."""
 
     status = 413
+
+
+class GoneError(RequestError):
+    """End a request whose client has hung up."""
+
+    status = 499
 
 
 class FailedError(RequestError):

@@ -129,12 +129,12 @@ def run_server(
             batch=ContinuousBatch(answerer, options.batch_size),
         )
     limits = Limits(options.max_request_mb, options.max_audio_seconds, options.max_new_tokens)
-    app = create_app(Service(models, limits), token)
+    app = create_app(Service(models, limits), token, options.host)
     host, port = listener.getsockname()[:2]
     say(
         "{models}: served at http://{host}:{port} (Ctrl-C stops it)",
         models=", ".join(models),
-        host=host,
+        host=f"[{host}]" if ":" in host else host,
         port=port,
     )
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
