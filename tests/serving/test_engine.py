@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mdl_toolkit.data.dataset import Sample
-from mdl_toolkit.inference.generate import Answerer, SamplingParams
+from mdl_toolkit.inference.generate import Answerer, Question, SamplingParams
 from mdl_toolkit.serving.engine import WAITING, ContinuousBatch
 from mdl_toolkit.serving.protocol import RequestError
 from tests.support.processes import wait_for
@@ -189,23 +189,24 @@ def test_when_no_batch_can_be_made_any_more_nobody_waits_for_ever(asked, monkeyp
     assert "answers no more" in str(problem.message)
 
 
-def test_a_row_without_numbers_takes_no_other_with_it(asked):
+def test_a_row_without_numbers_takes_no_other_with_it(golden):
     """They share a prefix, through which NaN gets from one row to the other."""
-    answerer, some = asked
-    model = answerer()._model
-    mark, sample = 399, some[1].sample
+    model, tokenizer = load_checkpoint(golden, "A-small")
+    mark, sample = 399, next(questions(model, 1)).sample
     with torch.no_grad():
         model.decoder.model.embed_tokens.weight[mark] = float("nan")
-    plain = np.where(sample.input_ids == mark, 5, sample.input_ids)
-    good = replace(some[1], sample=replace(sample, input_ids=plain), max_new_tokens=3)
-    ids_ = [*plain, mark]
-    lost = replace(
-        good, sample=Sample(np.array(ids_, np.int32), np.full(len(ids_), -100, np.int32), sample.waveform)
+    ids_good = np.where(sample.input_ids == mark, 5, sample.input_ids)
+    ids_lost = np.append(ids_good, np.int32(mark))
+    good, lost = (
+        Question(0, Sample(each, np.full_like(each, -100), sample.waveform), 3)
+        for each in (ids_good, ids_lost)
     )
-    wanted = alone(answerer, good)
-    batch = ContinuousBatch(answerer, 4)
-    found = asyncio.run(together(batch, [lost, good, good]))
-    assert found[1:] == [wanted, wanted]
+
+    def answerer():
+        return Answerer(model, tokenizer, 4)
+
+    found = asyncio.run(together(ContinuousBatch(answerer, 4), [lost, good, good]))
+    assert found[1:] == [alone(answerer, good)] * 2
     assert "NaN" in str(found[0].message)
 
 
