@@ -2,7 +2,8 @@
 
 Modules:
     serve         `serve`: find and load the models, listen, or start vLLM
-    app           the addresses, and what is refused
+    app           the addresses, and their answers
+    gate          who may ask, how much, and the form of a refusal
     protocol      requests as they are sent, and what they ask for
     engine        prompts to tokens: requests join the running batch of their model
     command       the command line of vLLM's server
