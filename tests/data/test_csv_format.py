@@ -232,8 +232,8 @@ def refused(name: str) -> str:
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("x.jsonl", b'{"audio": "a.wav", "prediction": "x"}\n', "this is JSON; write it as CSV"),
-        ("x.json", b'[{"audio": "a.wav"}]', "this is JSON; write it as CSV"),
+        ("x.jsonl", b'{"audio": "a.wav"}\n{"audio": 1,\n}\n', "line 2 is no valid JSON"),
+        ("x.json", b'[{"audio": "a.wav"}, 3]', "line 2: expected an object, not 3"),
         ("wav.scp", b"utt1 /data/a.wav\nutt2 /data/b.wav\n", "Kaldi's wav.scp; write a CSV"),
         ("list", b"utt1 sox a.flac -t wav - |\n", "'audio' is missing"),
         ("wav.scp", b"utt1 sox a.flac -t wav - |\n", "Kaldi's wav.scp; write a CSV"),

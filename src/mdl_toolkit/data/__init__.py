@@ -1,8 +1,9 @@
 """From a CSV to batches of tensors.
 
 Modules:
-    csv_format       what a file of rows is: encoding, separator, line ends, workbook
+    csv_format       what a file of rows is: encoding, separator, line ends, workbook, JSON
     csv_reader       a CSV file to lines of cells
+    json_reader      JSON Lines, chats and manifests of others to cells by column
     column_names     which names of columns are read, forgiven or not known
     segment_columns  which columns name a segment and a channel
     manifest         lines to `Row`s; every problem at once

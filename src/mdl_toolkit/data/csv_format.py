@@ -2,7 +2,7 @@
 
 A CSV is UTF-8 with commas. What spreadsheets write besides is read too where it can be told for sure: by a
 byte order mark, by a column name that must be there, by the statistics of charset-normalizer on enough text.
-What is no table at all is refused with what to do about it.
+JSON is told by how it begins. What is no table at all is refused with what to do about it.
 """
 
 import codecs
@@ -21,10 +21,16 @@ from mdl_toolkit.i18n import Localized, join_messages
 
 # Bytes read at once.
 BLOCK_BYTES = 1 << 20
-# What `surrogateescape` makes of bytes that are not of the encoding.
-BAD_BYTE = re.compile("[\udc80-\udcff]")
+# What `surrogateescape` makes of bytes that are not of the encoding, or JSON writes that is no character.
+BAD_BYTE = re.compile("[\ud800-\udfff]")
 ASCII = bytes(range(128))
 WORKBOOK = "xlsx"
+# How JSON is written, by what it begins with.
+LINES, ARRAY = "{", "["
+JSON_NAMES = {
+    LINES: Localized("JSON Lines"),
+    ARRAY: Localized("a JSON array, whose objects are counted as lines"),
+}
 # Encodings that spreadsheets write, as Python and people call them; they are told apart by the bytes outside
 # ASCII of a sample. Of fewer than 32 such bytes one guess in twenty was wrong, of more none in three hundred.
 ENCODINGS = {
@@ -70,6 +76,7 @@ class CsvFormat:
         delimiter: what separates cells.
         line_end: how the first line ends.
         is_named: the first line says what separates cells.
+        json: `LINES` or `ARRAY` if it is JSON, whose objects name their cells.
     """
 
     encoding: str = "utf-8"
@@ -77,11 +84,17 @@ class CsvFormat:
     delimiter: str = ","
     line_end: str = "\r\n"
     is_named: bool = False
+    json: str = ""
+
+    @property
+    def is_csv(self) -> bool:
+        """Tell whether it is a CSV, not a workbook or JSON."""
+        return self.encoding != WORKBOOK and not self.json
 
     @property
     def is_usual(self) -> bool:
         """Tell whether it is UTF-8 with commas."""
-        return self.encoding == "utf-8" and self.delimiter == ","
+        return self.encoding == "utf-8" and self.delimiter == "," and self.is_csv
 
     @property
     def newline(self) -> str:
@@ -91,6 +104,8 @@ class CsvFormat:
     def describe(self) -> Localized:
         """Describe what it was taken for."""
         parts = [Localized("a workbook, its active sheet")] if self.encoding == WORKBOOK else []
+        if self.json:
+            parts.append(JSON_NAMES[self.json])
         if self.encoding in ENCODINGS:
             parts.append(Localized("{encoding} text", encoding=ENCODINGS[self.encoding]))
         if self.delimiter != ",":
@@ -142,9 +157,16 @@ def detect_format(path: Path, file: BinaryIO, wanted: Sequence[str]) -> CsvForma
         header = line
     text.detach()
     delimiter = named[1] if named else detect_delimiter(header, wanted)
-    _refuse_other_text(path, header, delimiter, wanted)
+    has_names = {*map(fold_name, header.split(delimiter))} & {*wanted}
+    json = "" if has_names else next(filter(header.lstrip().startswith, JSON_NAMES), "")
+    # A list of Kaldi's has an identifier and a path, which may be of a pipe, and no column names.
+    if not has_names and delimiter == "," and "," not in header and KALDI.fullmatch(header.strip()):
+        name = header.strip().rstrip("|").split()[-1]
+        if Path(name).suffix.lower() in SUFFIXES or path.suffix == ".scp":
+            reason = Localized("this is a list such as Kaldi's wav.scp; write a CSV with the column `audio`")
+            raise csv_error(path, reason)
     has_bom = encoding != "utf-8" or head.startswith(codecs.BOM_UTF8)
-    return CsvFormat(encoding, has_bom, delimiter, ending, is_named=named is not None)
+    return CsvFormat(encoding, has_bom, delimiter, ending, is_named=named is not None, json=json)
 
 
 def detect_encoding(head: bytes, file: BinaryIO, wanted: Sequence[str]) -> str:
@@ -221,22 +243,3 @@ def detect_delimiter(header: str, wanted: Sequence[str]) -> str:
 def fold_name(column: str) -> str:
     """Return a column name without regard to case, and to what stands around and between its words."""
     return re.sub(r"[\s_-]+", "_", column.strip("\ufeff").strip().casefold())
-
-
-def _refuse_other_text(path: Path, header: str, delimiter: str, wanted: Sequence[str]) -> None:
-    """Refuse JSON and lists of Kaldi's, which have no column names."""
-    names = {*map(fold_name, header.split(delimiter))}
-    if names & {*wanted}:
-        return
-    if header.lstrip().startswith(("{", "[")):
-        raise csv_error(
-            path, Localized("this is JSON; write it as CSV, such as with pandas: read_json and to_csv")
-        )
-    # An identifier and a path; the path may be of a pipe.
-    if delimiter == "," and "," not in header and KALDI.fullmatch(header.strip()):
-        name = header.strip().rstrip("|").split()[-1]
-        if Path(name).suffix.lower() in SUFFIXES or path.suffix == ".scp":
-            raise csv_error(
-                path,
-                Localized("this is a list such as Kaldi's wav.scp; write a CSV with the column `audio`"),
-            )

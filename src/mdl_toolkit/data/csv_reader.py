@@ -22,6 +22,7 @@ from mdl_toolkit.data.csv_format import (
     csv_error,
     detect_format,
 )
+from mdl_toolkit.data.json_reader import read_json_rows
 from mdl_toolkit.errors import InputError, RowProblem, breakdown
 from mdl_toolkit.i18n import Localized, join_messages
 from mdl_toolkit.utils.console import say
@@ -86,12 +87,12 @@ class CsvFile:
     def copy_rows(self, target: BinaryIO, is_wanted: Callable[[int], bool]) -> None:
         """Copy the file without the rows that are not wanted, by the lines where they start, byte for byte.
 
-        A workbook's rows are written as a CSV.
+        Rows of a workbook, or of JSON, are written as a CSV.
 
         Raises:
             InputError: it is no valid CSV any more, or it was changed in the meantime.
         """
-        if self.format.encoding == WORKBOOK:
+        if not self.format.is_csv:
             with write_csv(target, self.format) as writer:
                 writer.writerow(self.columns)
                 writer.writerows(line.cells for line in self if is_wanted(line.number))
@@ -196,6 +197,13 @@ def read_lines(path: Path, file: BinaryIO, form: CsvFormat) -> Iterator[Line]:
     """
     if form.encoding == WORKBOOK:
         yield from _read_workbook(path, file)
+        return
+    if form.json:
+        # The names of all objects' cells are the columns, before the first line.
+        columns = [*dict.fromkeys(name for _, cells in read_json_rows(path, file, form) for name in cells)]
+        yield Line(0, columns)
+        for number, named in read_json_rows(path, file, form):
+            yield Line(number, [named.get(name, "") for name in columns])
         return
     csv.field_size_limit(LONGEST_CELL)
     text = form.text(file)

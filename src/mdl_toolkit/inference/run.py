@@ -20,7 +20,6 @@ from mdl_toolkit import __version__
 from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, to_yaml
 from mdl_toolkit.data.convert.run import PLAN_FILE, convert_rows
-from mdl_toolkit.data.csv_format import WORKBOOK
 from mdl_toolkit.data.csv_reader import file_stamp
 from mdl_toolkit.data.listing import is_listing, list_recordings, write_listing
 from mdl_toolkit.data.manifest import Manifest, Row, read_manifest
@@ -204,7 +203,7 @@ class _Inference:
         if not is_listing(options.input):
             manifest = read_manifest(options.input, options, needs_prediction=False)
             # What is written is a CSV, whatever was read.
-            if manifest.file.format.encoding == WORKBOOK:
+            if not manifest.file.format.is_csv:
                 check_apart(Path(options.output), manifest.file.path)
             return manifest
         if self.world.is_first:
