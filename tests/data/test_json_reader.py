@@ -75,7 +75,10 @@ def test_every_way_of_writing_gives_the_rows_of_the_csv(tmp_path, rows, capsys, 
     assert [row[1:] for row in found] == [row[1:] for row in expected]
     # Lines of the file, or objects of the array.
     assert [row[0] for row in found] == [1, 2, 3, 4, 5]
-    said = {"lines": "JSON Lines\n", "array": "a JSON array, whose objects are counted as lines\n"}
+    said = {
+        "lines": "JSON Lines, an object on each\n",
+        "array": "a JSON array, whose objects are counted as lines\n",
+    }
     assert f"{file}: taken for {said[form]}" in capsys.readouterr().err
 
 

@@ -28,7 +28,7 @@ WORKBOOK = "xlsx"
 # How JSON is written, by what it begins with.
 LINES, ARRAY = "{", "["
 JSON_NAMES = {
-    LINES: Localized("JSON Lines"),
+    LINES: Localized("JSON Lines, an object on each"),
     ARRAY: Localized("a JSON array, whose objects are counted as lines"),
 }
 # Encodings that spreadsheets write, as Python and people call them; they are told apart by the bytes outside
