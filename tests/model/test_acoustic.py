@@ -1,6 +1,7 @@
 """The optional acoustic branch of the encoder: against plain numpy, under the checkpoint's own names."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from mdl_toolkit.model import CheckpointError, MiDashengLMModel
 from mdl_toolkit.training.lora import add_adapters, check_targets
 from mdl_toolkit.weights.loading import load_model
 from mdl_toolkit.weights.merge import merge
+from tests.support.model_folders import find, refused
 from tests.support.paths import GOLDEN
 from tests.support.runs import copy_checkpoint
 from tests.support.waves import padded, wave
@@ -132,6 +134,20 @@ def test_names_are_those_that_the_configuration_gives(folder, tmp_path):
     load(other).save_pretrained(tmp_path / "again")
     kept = {name for name in weights if "front_end" not in name}
     assert load_file(tmp_path / "again/model.safetensors").keys() == kept
+
+
+def test_its_folder_is_a_model_s(folder, tmp_path):
+    assert find(folder) == folder
+    assert "audio_encoder_config.depth: expected 3, as many layers as are stored" in refused_with(
+        folder, tmp_path / "depth", depth=2
+    )
+    assert "fits the tensor" in refused_with(folder, tmp_path / "ratio", mlp_ratio=2)
+    for wrong in ({"n_mels_patch": 0}, {"semantic_module": "a.b"}, {"acoustic_norm_module": 5}):
+        assert next(iter(wrong)) in refused_with(folder, tmp_path / next(iter(wrong)), **wrong)
+
+
+def refused_with(folder: Path, copy: Path, **changes) -> str:
+    return refused(find, configure(Path(shutil.copytree(folder, copy)), **changes))
 
 
 def test_a_branch_that_is_not_configured_is_unknown(folder, tmp_path):

@@ -59,6 +59,19 @@ def test_an_option_that_differs_is_named(place, tmp_path, words):
     assert not any("a bug in" in each for each in said)
 
 
+def test_folders_may_have_other_names(tmp_path):
+    asked = []
+
+    class Alone(World):
+        def differences(self, values):
+            asked.append({*values})
+            return {}
+
+    resume.check_options(Alone(), train_options("d", MODEL, tmp_path))
+    assert {"--lr", "--seed"} <= asked[1]
+    assert not {"--output", "--train-dataset", "--model-name"} & asked[1]
+
+
 def another_version():
     resume.__version__ = "0.0.1"
 

@@ -1,6 +1,7 @@
 """Checkpoints: what is in one, whether it is whole, what is deleted and what is set aside."""
 
 import errno
+import hashlib
 import json
 import os
 import pickletools
@@ -166,6 +167,17 @@ def test_a_path_is_taken_even_if_it_is_not_the_newest(tmp_path):
     for path, message in (tmp_path, "not a complete checkpoint"), (tmp_path / "nowhere", "no such folder"):
         with pytest.raises(ModelError, match=message):
             to_resume(output, str(path))
+
+
+@pytest.mark.parametrize("memory", ["8", -1, 1.5])
+def test_a_state_that_is_none_is_told(tmp_path, memory):
+    folder = make(tmp_path, 3) / "checkpoint-3"
+    state = json.dumps({"step": 3, "memory": memory})
+    (folder / "state.json").write_text(state)
+    sums = json.loads((folder / "checksums.json").read_text())
+    sums["state.json"] = {"bytes": len(state), "sha256": hashlib.sha256(state.encode()).hexdigest()}
+    (folder / "checksums.json").write_text(json.dumps(sums))
+    assert str(damage(folder)).startswith("memory: expected a whole number")
 
 
 # --- writing it ---------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from mdl_toolkit.training import run as training
 from mdl_toolkit.training import trainer
 from mdl_toolkit.training.checkpoints import checkpoints
 from mdl_toolkit.training.evaluator import Evaluator
+from mdl_toolkit.training.resume import check_shape
 from mdl_toolkit.training.run import train
 from mdl_toolkit.utils.run_folder import read_log
 from mdl_toolkit.weights.config_files import read_json
@@ -256,6 +257,19 @@ def test_a_full_disk_costs_no_checkpoint_for_an_evaluation(options, tmp_path, mo
 def finds_nothing_in_its_own_folder():
     if os.environ["RANK"] == "1":
         training.to_resume = lambda *_: None
+
+
+def test_another_shape_is_refused_by_the_options_to_give(options, tmp_path):
+    """Also of a checkpoint that is older than an option."""
+    before = {"train_target": ("decoder",), "lora_rank": 4}
+    now = replace(options, train_target=("decoder",), lora_rank=4)
+    check_shape(tmp_path, before, now)
+    check_shape(tmp_path, {**before, "adapter": "start"}, replace(now, adapter="elsewhere"))
+    with pytest.raises(ModelError, match=r"trained with --optimizer adamw; give the same"):
+        check_shape(tmp_path, before, replace(now, optimizer="adamw_8bit"))
+    # Its scales may not be those of a new one.
+    with pytest.raises(ModelError, match=r"trained with --adapter start; give the same"):
+        check_shape(tmp_path, {**before, "adapter": "start"}, now)
 
 
 def test_processes_that_find_different_checkpoints_do_not_train(options, tmp_path):

@@ -14,6 +14,7 @@ from mdl_toolkit.config.yaml import as_command
 from mdl_toolkit.training import log as runlog
 from mdl_toolkit.training import summary as briefing
 from mdl_toolkit.training.log import Pace, TimeForecast
+from mdl_toolkit.training.optimization.schedule import Schedule
 from mdl_toolkit.training.run import train
 from mdl_toolkit.training.sampler import BatchSampler
 from mdl_toolkit.training.summary import say_results
@@ -117,13 +118,22 @@ def sampler(rows=400):
     return BatchSampler(lengths, lengths // 4, 2, 2, 1, seed=3)
 
 
-@pytest.mark.parametrize(("warmup", "told"), [(2, []), (3, ["0.67"]), (30, ["0.067"])])
-def test_a_warm_up_that_never_ends_is_warned_of(tmp_path, capsys, warmup, told):
-    options = train_options("d", MODEL, tmp_path, warmup_steps=warmup)
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"warmup_steps": 2}, []),
+        ({"warmup_steps": 3}, ["0.67"]),
+        ({"warmup_steps": 30}, ["0.067"]),
+        ({"warmup_ratio": 0.9}, ["0.67"]),
+        ({"warmup_steps": 30, "lr_scheduler": "constant"}, []),
+    ],
+)
+def test_a_warm_up_that_never_ends_is_warned_of(tmp_path, capsys, changes, told):
+    options = train_options("d", MODEL, tmp_path, num_epochs=1, **changes)
     lengths = np.ones(12, np.int64)
-    briefing.say_steps(options, BatchSampler(lengths, lengths, 4, 1, 1, 0), 3)
+    briefing.say_steps(options, BatchSampler(lengths, lengths, 4, 1, 1, 0), Schedule.of(3, options))
     assert [
-        line.split()[-3] for line in lines_of(capsys) if line.startswith("warning: --warmup-steps")
+        line.split()[-3] for line in lines_of(capsys) if line.startswith("warning: the warm-up takes")
     ] == told
 
 
@@ -132,8 +142,8 @@ def test_a_warm_up_that_never_ends_is_warned_of(tmp_path, capsys, warmup, told):
 )
 def test_a_run_that_saves_nothing_before_its_end_says_so(tmp_path, capsys, every, told):
     lengths = np.ones(12, np.int64)
-    options = train_options("d", MODEL, tmp_path, save_steps=every)
-    briefing.say_steps(options, BatchSampler(lengths, lengths, 4, 1, 1, 0), 3)
+    options = train_options("d", MODEL, tmp_path, save_steps=every, num_epochs=1)
+    briefing.say_steps(options, BatchSampler(lengths, lengths, 4, 1, 1, 0), Schedule.of(3, options))
     line = f"nothing is saved before the end, after step 3: --save-steps is {every}"
     assert (line in lines_of(capsys)) == told
 

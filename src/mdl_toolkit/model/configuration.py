@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from mdl_toolkit.model.constants import SAMPLE_RATE, TEXT_MODEL_TYPES
+from mdl_toolkit.model.constants import SAMPLE_RATE, SEMANTIC_MODULE, TEXT_MODEL_TYPES
 
 
 class MiDashengEncoderConfig(PreTrainedConfig):
@@ -44,7 +44,7 @@ class MiDashengEncoderConfig(PreTrainedConfig):
     sample_rate: int = SAMPLE_RATE
     center: bool = True
     n_mels_patch: int | None = None
-    semantic_module: str = "model"
+    semantic_module: str = SEMANTIC_MODULE
     acoustic_patch_embed_module: str = "patch_embed"
     acoustic_norm_module: str = "norm"
 

@@ -8,3 +8,5 @@ IGNORE_INDEX = -100
 MOST_LOGITS = 2**26
 # The kinds of decoder that a MiDashengLM has, as `text_config.model_type` names them.
 TEXT_MODEL_TYPES = ("qwen2_5_omni_text", "qwen2", "qwen3")
+# The module of the encoder in one with an acoustic branch, where its configuration does not name it.
+SEMANTIC_MODULE = "model"

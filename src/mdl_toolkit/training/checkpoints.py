@@ -61,6 +61,7 @@ _STATE: Schema = {
     "losses": FIGURE,
     "since": integer(),
     "most_rows": integer(1),
+    "memory": optional(integer(0, 2**62)),
 }
 _CHECKSUM = object_of({"bytes": required(integer(0, 2**62)), "sha256": required(TEXT)})
 _CHECKSUMS = mapping_of(_CHECKSUM, FILE_NAME)

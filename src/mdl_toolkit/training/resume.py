@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mdl_toolkit import __version__
 from mdl_toolkit.config.options import spec_of, spelling
 from mdl_toolkit.config.train import TrainOptions
-from mdl_toolkit.config.types import NAME, PATH, RESUME, ValueType
+from mdl_toolkit.config.types import NAME, OUTPUT, PATH, RESUME, ValueType
 from mdl_toolkit.config.yaml import SETTINGS_FILE, read_settings, word_of
 from mdl_toolkit.data.collate import SampleSource
 from mdl_toolkit.data.dataset import ConvertedDataset
@@ -90,7 +90,7 @@ def check_options(world: World, options: TrainOptions) -> None:
     values = {
         spelling(field.name): repr(getattr(options, field.name))
         for field in dataclasses.fields(options)
-        if field.name not in ANY_PROCESS and spec_of(field).type not in (PATH, NAME, RESUME)
+        if field.name not in ANY_PROCESS and spec_of(field).type not in (PATH, OUTPUT, NAME, RESUME)
     }
     _refuse_differences(world, values)
 
@@ -263,7 +263,7 @@ def check_shape(folder: Path, before: dict[str, Any], options: TrainOptions) -> 
         options: the run's.
 
     Raises:
-        ModelError: `--lora-rank`, `--train-target` or `--optimizer` differs.
+        ModelError: `--lora-rank`, `--train-target` or `--optimizer` differs, or `--adapter` is left out.
     """
     targets = before["train_target"]
     has_rank = LORA_TARGETS.keys() & {*targets}
@@ -271,8 +271,13 @@ def check_shape(folder: Path, before: dict[str, Any], options: TrainOptions) -> 
     shape = shape if has_rank else []
     if {*targets} != {*options.train_target}:
         shape += [f"--train-target {target}" for target in targets]
-    if before.get("optimizer", ADAMW.name) != options.optimizer:
-        shape.append(f"--optimizer {before['optimizer']}")
+    # Older checkpoints do not say it.
+    optimizer = before.get("optimizer", ADAMW.name)
+    if optimizer != options.optimizer:
+        shape.append(f"--optimizer {optimizer}")
+    # Which scales a new one would not have (rsLoRA, DoRA, patterns).
+    if before.get("adapter") and options.adapter is None:
+        shape.append(f"--adapter {before['adapter']}")
     if shape:
         raise ModelError(
             "{checkpoint}: it was trained with {words}; give the same, or start afresh",
@@ -304,7 +309,7 @@ def warn_changed(before: dict[str, Any], options: TrainOptions) -> None:
 
 def _meaning(value_type: ValueType, value: Any) -> Any:
     """Return an option's value, a path in its one absolute spelling."""
-    is_path = value is not None and value_type in (PATH, NAME)
+    is_path = value is not None and value_type in (PATH, OUTPUT, NAME)
     return Path(value).expanduser().resolve() if is_path else value
 
 

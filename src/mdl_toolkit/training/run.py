@@ -199,7 +199,7 @@ def _run(run: _RunPlan) -> TrainResult:
     if run.start is not None:
         say_start(options)
     say_data(train_set, run.eval_set)
-    say_steps(options, run.sampler, run.schedule.total)
+    say_steps(options, run.sampler, run.schedule)
     say_recipe(options, run.schedule.warmup)
     examples = (train_set.tokens(index).input_ids for index in prefix_sample(len(train_set)))
     prefix = run.tokenizer.shared_prefix_length(examples)
@@ -221,7 +221,7 @@ def _run(run: _RunPlan) -> TrainResult:
             )
             raise
         say_results(output, done.best.step, pace)
-        say_throughput(pace, device, plan.total)
+        say_throughput(pace, device, plan.total, run.world.size)
         plot(output)
         report_training(output)
     run.world.wait()

@@ -17,7 +17,7 @@ from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.training.log import Pace
 from mdl_toolkit.training.lora import TargetCount
 from mdl_toolkit.training.memory.plan import MemoryPlan
-from mdl_toolkit.training.optimization.schedule import due_steps
+from mdl_toolkit.training.optimization.schedule import Schedule, due_steps
 from mdl_toolkit.training.sampler import BatchSampler
 from mdl_toolkit.utils.console import clock, say, size, warn
 from mdl_toolkit.utils.device import device_name, peak_memory, peak_of
@@ -63,8 +63,9 @@ def _data_size(dataset: ConvertedDataset) -> Localized:
     return Localized("{rows:,} {rows:row|rows}, {hours} hours of audio", rows=len(dataset), hours=hours)
 
 
-def say_steps(options: TrainOptions, sampler: BatchSampler, total: int) -> None:
+def say_steps(options: TrainOptions, sampler: BatchSampler, schedule: Schedule) -> None:
     """Say the number of steps and the effective batch; warn of a warm-up that is longer than the run."""
+    total, warmup = schedule.total, schedule.warmup
     factors = f"{sampler.batch_size} x {sampler.accumulation} x {sampler.processes}"
     say(
         "steps: {total:,} in {epochs:g} {epochs:epoch|epochs} of {per_epoch:,}; effective batch: "
@@ -75,13 +76,13 @@ def say_steps(options: TrainOptions, sampler: BatchSampler, total: int) -> None:
         effective=sampler.effective,
         factors=factors,
     )
-    if options.warmup_steps >= total:
+    if warmup >= total:
         warn(
-            "--warmup-steps {warmup:,} is not less than the run's {total:,} {total:step|steps}: the "
-            "learning rate never gets beyond {share:.2g} of --lr",
-            warmup=options.warmup_steps,
+            "the warm-up takes {warmup:,} {warmup:step|steps}, not less than the run's {total:,}: the learning rate "
+            "never gets beyond {share:.2g} of --lr",
+            warmup=warmup,
             total=total,
-            share=(total - 1) / options.warmup_steps,
+            share=(total - 1) / warmup,
         )
     if options.save_steps != 0 and len(due_steps(options.save_steps, sampler.steps_per_epoch, total)) == 1:
         say(
@@ -196,18 +197,19 @@ def _say_evaluations(lines: list[dict[str, Any]], best: int | None) -> None:
                 say("{columns}", columns=columns)
 
 
-def say_throughput(pace: Pace, device: torch.device, planned: int) -> None:
+def say_throughput(pace: Pace, device: torch.device, planned: int, processes: int = 1) -> None:
     """Say how well an accelerator was used, of what is known of it; nothing of a CPU.
 
     Args:
-        pace: of the run.
+        pace: of the run, all processes together.
         device: of this process.
         planned: bytes that were predicted.
+        processes: number of them, of which each has its device.
     """
     most = peak_memory(device)
     if most is None or not pace.examples:
         return
-    name, seconds = device_name(device), max(pace.seconds, 1e-9)
+    name, seconds = device_name(device), max(pace.seconds, 1e-9) * processes
     parts = [Localized("{tokens:,.0f} tokens/s", tokens=pace.tokens / seconds)]
     if peak := peak_of(name):
         parts.append(

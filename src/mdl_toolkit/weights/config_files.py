@@ -14,7 +14,15 @@ from mdl_toolkit.errors import ModelError
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.files import parse_json
 from mdl_toolkit.utils.schema import Schema, find_fault, not_wanted
-from mdl_toolkit.weights.schemas import LAYER_COUNTS, MODEL_CONFIG, RELATIONS, SCHEMAS, STORED_SIZES, sizes_of
+from mdl_toolkit.weights.schemas import (
+    LAYER_COUNTS,
+    MODEL_CONFIG,
+    RELATIONS,
+    SCHEMAS,
+    STORED_SIZES,
+    plain_name,
+    sizes_of,
+)
 
 if TYPE_CHECKING:
     from mdl_toolkit.weights.safetensors_stream import TensorEntry, WeightFile
@@ -84,7 +92,9 @@ def check_tensors(folder: Path, files: "Sequence[WeightFile]") -> None:
     """
     path = folder / MODEL_CONFIG
     config = read_json(path)
-    sizes, entries = sizes_of(config), {entry.name: (file, entry) for file in files for entry in file.entries}
+    stored_entries = [(file, entry) for file in files for entry in file.entries]
+    entries = {plain_name(entry.name, config): (file, entry) for file, entry in stored_entries}
+    sizes = sizes_of(config)
     for stored in STORED_SIZES:
         # Quantised weights may be packed in integers of another shape; a key that is not there has a default.
         entry = entries[stored.tensor][1] if stored.tensor in entries else None

@@ -4,12 +4,13 @@ A key is in a table if the model, the processor, the chat template, transformers
 far from any published model's, and near enough that no number within them exhausts memory or time.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mdl_toolkit.i18n import Localized
-from mdl_toolkit.model.constants import SAMPLE_RATE, TEXT_MODEL_TYPES
+from mdl_toolkit.model.constants import SAMPLE_RATE, SEMANTIC_MODULE, TEXT_MODEL_TYPES
 from mdl_toolkit.utils.schema import (
     BOOLEAN,
     FILE_NAME,
@@ -62,6 +63,10 @@ PATCH = Rule(
     lambda value: None not in pair_of(value) and all(map(SIZE.accepts, as_list(value))),
 )
 TEXTS = optional(list_of(TEXT))
+MODULE_NAME = Rule(
+    Localized("a name of letters, digits and underscores"),
+    lambda value: isinstance(value, str) and re.fullmatch(r"\w+", value) is not None,
+)
 TOKEN = optional(either(TEXT, object_of({"content": required(TEXT)})))
 TEMPLATE = optional(either(TEXT, list_of(object_of({"name": required(TEXT), "template": required(TEXT)}))))
 TOKENS: Schema = {
@@ -96,6 +101,8 @@ ENCODER: Schema = {
     "f_max": number(0, SAMPLE_RATE / 2),
     "sample_rate": one_of(SAMPLE_RATE),
     "center": one_of(True),
+    "n_mels_patch": optional(integer(1, 2**12)),
+    **dict.fromkeys(("semantic_module", "acoustic_patch_embed_module", "acoustic_norm_module"), MODULE_NAME),
     "dtype": DTYPE,
 }
 ROPE_TYPE = one_of("default", "linear", "dynamic", "yarn", "longrope", "llama3")
@@ -286,7 +293,7 @@ class StoredSize:
     Attributes:
         key: the way to it.
         factors: names of numbers (`sizes_of`) whose product is the size of a dimension.
-        tensor: the tensor's name.
+        tensor: the tensor's name (`plain_name`).
         dimension: the one that has this size.
     """
 
@@ -306,6 +313,14 @@ def sizes_of(config: Mapping[str, Any]) -> dict[str, Any]:
         sizes["frames"] = pair_of(sizes["patch_stride"])[1]
         sizes["chunk"] = sizes["target_length"] // sizes["frames"]
     return sizes
+
+
+def plain_name(tensor: str, config: Mapping[str, Any]) -> str:
+    """Return the name that a tensor of the encoder has in a model without an acoustic branch."""
+    audio = config.get("audio_encoder_config", {})
+    within = f"audio_encoder.{audio.get('semantic_module', SEMANTIC_MODULE)}."
+    has_branch = audio.get("n_mels_patch") and tensor.startswith(within)
+    return f"audio_encoder.{tensor.removeprefix(within)}" if has_branch else tensor
 
 
 _LAYER, _BLOCK = "decoder.model.layers.0.", "audio_encoder.blocks.0."

@@ -140,6 +140,7 @@ def test_learning_rates_are_those_of_transformers(name, changes, warmup):
     options = TrainOptions(train_dataset="d", output="o", lr_scheduler=name, max_steps=20, lr=3e-4, **changes)
     schedule = Schedule.of(7, options)
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
+    assert schedule.warmup == (0 if name == "constant" else warmup)
     scheduler, expected = EXPLICIT[name](optimizer, warmup, 20), []
     for _ in range(20):
         expected += scheduler.get_last_lr()

@@ -19,7 +19,7 @@ class Schedule:
     Attributes:
         per_epoch: steps in a whole epoch; a partial last one counts.
         total: steps of the run; at least 1.
-        warmup: steps over which the learning rate rises.
+        warmup: steps over which the learning rate rises; none where it is constant.
         saving: steps after which a checkpoint is due.
         evaluating: steps after which an evaluation is due.
         rate: gives the share of the learning rate at a step, from 0.
@@ -39,6 +39,7 @@ class Schedule:
 
         total = options.max_steps or max(1, math.ceil(options.num_epochs * per_epoch - 1e-9))
         warmup = options.warmup_steps or math.ceil(options.warmup_ratio * total)
+        warmup = 0 if options.lr_scheduler == "constant" else warmup
         evaluating = due_steps(options.eval_steps, per_epoch, total) if options.eval_dataset else frozenset()
         saving = due_steps(options.save_steps, per_epoch, total)
         # Any optimizer will do: what is wanted is the function of the step.
