@@ -68,9 +68,18 @@ SPELLINGS: dict[str, tuple[Accepted, list[str]]] = {
             "encoder=2e-5": ("encoder=2e-05",),
             "decoder=1e-4,encoder=2e-5": ("encoder=2e-05", "decoder=0.0001"),
             "1e-4, lm_head=1": ("0.0001", "lm_head=1.0"),
-            "decoder=1,decoder=2": ("decoder=2.0",),
         },
-        [*NO_POSITIVES, "=1", "encoder=", "encoder=0", "encoder=x", "tower=1", "encoder", "encoder=1,"],
+        [
+            *NO_POSITIVES,
+            "=1",
+            "encoder=",
+            "encoder=0",
+            "encoder=x",
+            "tower=1",
+            "encoder",
+            "encoder=1,",
+            "decoder=1,decoder=2",
+        ],
     ),
     "--lora-plus-ratio": (POSITIVES, NO_POSITIVES),
     "--repetition-penalty": (POSITIVES, NO_POSITIVES),
@@ -268,14 +277,19 @@ def test_every_spelling_in_the_table_belongs_to_an_option():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("lr", True), ("lr", [1]), ("lr", 10**400), ("output", 5), ("output", "a\0b"), ("system_prompt", 12),
-        ("system_prompt", "a\0"), ("report_to", 5), ("report_to", [1]),
+        ("lr", True), ("lr", [None]), ("lr", [True]), ("lr", 10**400), ("output", 5), ("output", "a\0b"),
+        ("system_prompt", 12), ("system_prompt", "a\0"), ("report_to", 5), ("report_to", [1]),
         ("lora_rank", None), ("merge_lora", []), ("quantization", ["4bit"]), ("report_to", "[" * 100_000),
     ],
 )  # fmt: skip
 def test_values_of_the_wrong_type_are_refused(field, value):
     with pytest.raises(UsageError, match="expected"):
         TrainOptions(**{"train_dataset": "x", "output": "y", field: value})
+
+
+def test_a_list_of_learning_rates_may_have_a_number():
+    options = TrainOptions(train_dataset="x", output="y", lr=[0.0001, "encoder=2e-5"])
+    assert options.lr == ("0.0001", "encoder=2e-05")
 
 
 def test_all_bad_values_in_one_message():

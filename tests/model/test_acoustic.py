@@ -147,7 +147,8 @@ def test_its_folder_is_a_model_s(folder, tmp_path):
 
 
 def refused_with(folder: Path, copy: Path, **changes) -> str:
-    return refused(find, configure(Path(shutil.copytree(folder, copy)), **changes))
+    configure(Path(shutil.copytree(folder, copy)), **changes)
+    return refused(find, copy)
 
 
 def test_a_branch_that_is_not_configured_is_unknown(folder, tmp_path):

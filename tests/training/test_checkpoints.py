@@ -177,7 +177,7 @@ def test_a_state_that_is_none_is_told(tmp_path, memory):
     sums = json.loads((folder / "checksums.json").read_text())
     sums["state.json"] = {"bytes": len(state), "sha256": hashlib.sha256(state.encode()).hexdigest()}
     (folder / "checksums.json").write_text(json.dumps(sums))
-    assert str(damage(folder)).startswith("memory: expected a whole number")
+    assert "memory: expected a whole number" in damage(folder).en
 
 
 # --- writing it ---------------------------------------------------------------------------------------------

@@ -228,8 +228,6 @@ def _parse_adapters(value: Any) -> tuple[str, ...]:
 def _parse_learning_rates(value: Any) -> float | tuple[str, ...]:
     """Read one number, or words `TARGET=NUMBER`; a number among these is for the other targets."""
     items = [f"{name}={rate}" for name, rate in value.items()] if isinstance(value, dict) else value
-    if isinstance(items, list | tuple) and not all(isinstance(item, str) for item in items):
-        raise refuse("expected a number, or words such as encoder=2e-5")
     items = items if isinstance(items, list | tuple) else [items]
     words = [part for item in items for part in (item.split(",") if isinstance(item, str) else [item])]
     rates: dict[str, float] = {}
@@ -239,6 +237,8 @@ def _parse_learning_rates(value: Any) -> float | tuple[str, ...]:
         if name not in ("", *TRAIN_TARGETS) or (equals and not name):
             listed = ", ".join(TRAIN_TARGETS)
             raise refuse("expected a number, or TARGET=NUMBER with one of {listed}", listed=listed)
+        if name and name in rates:
+            raise refuse("expected each target once")
         rates[name] = POSITIVE.parse(number if equals else word)
     if {*rates} == {""}:
         return rates[""]
