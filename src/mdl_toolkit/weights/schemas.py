@@ -109,9 +109,7 @@ ROPE_TYPE = one_of("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 ROPE = optional(
     object_of(
         {
-            **dict.fromkeys(
-                ("rope_type", "type"), one_of("default", "linear", "dynamic", "yarn", "longrope", "llama3")
-            ),
+            **dict.fromkeys(("rope_type", "type"), ROPE_TYPE),
             "rope_theta": POSITIVE,
             "factor": POSITIVE,
             "mrope_section": list_of(integer()),

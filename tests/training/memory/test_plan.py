@@ -310,5 +310,9 @@ def test_remedies_are_those_that_are_not_yet_taken(base, rows):
         "--gradient-checkpointing true", "--batch-size 2 --gradient-accumulation-steps 2",
         "--quantization 4bit", "--train-target (- lm_head)", "--lora-rank 8",
     ]  # fmt: skip
+    # An adapter that training goes on from has its rank and targets.
+    going_on = plan(base, rows, replace(all_of_them, adapter="start")).remedies
+    assert not {"trained"} & {figure for figure, _ in going_on}
+    assert going_on
     none = options_of(gradient_checkpointing=True, batch_size=1, quantization="4bit")
     assert plan(base, rows, none).remedies == ()

@@ -296,12 +296,14 @@ def _remedies(
     less = next((each for each in range(batch // 2, 0, -1) if batch % each == 0), batch)
     more = options.gradient_accumulation_steps * batch // less
     full = " ".join(target for target in options.train_target if target in FULL_TARGETS)
+    # An adapter that training goes on from has its rank and targets.
+    is_new = options.adapter is None
     possible = (
         (not options.gradient_checkpointing, "activations", "--gradient-checkpointing true"),
         (less < batch, "activations", f"--batch-size {less} --gradient-accumulation-steps {more}"),
         (dtype == torch.float32 and device != CPU, "weights", "--bf16 true"),
         (quantization is None, "weights", "--quantization 4bit"),
-        (full != "", "trained", f"--train-target (- {full})"),
-        (options.lora_rank > LOW_RANK, "trained", f"--lora-rank {LOW_RANK}"),
+        (is_new and full != "", "trained", f"--train-target (- {full})"),
+        (is_new and options.lora_rank > LOW_RANK, "trained", f"--lora-rank {LOW_RANK}"),
     )
     return tuple((figure, option) for is_possible, figure, option in possible if is_possible)
