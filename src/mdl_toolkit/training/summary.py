@@ -78,8 +78,8 @@ def say_steps(options: TrainOptions, sampler: BatchSampler, schedule: Schedule) 
     )
     if warmup >= total:
         warn(
-            "the warm-up takes {warmup:,} {warmup:step|steps}, not less than the run's {total:,}: the learning rate "
-            "never gets beyond {share:.2g} of --lr",
+            "the warm-up takes {warmup:,} {warmup:step|steps}, not less than the run's {total:,}: the "
+            "learning rate never gets beyond {share:.2g} of --lr",
             warmup=warmup,
             total=total,
             share=(total - 1) / warmup,
