@@ -183,7 +183,7 @@ def test_bad_rows_are_named_together_as_those_of_a_csv(tmp_path, rows):
 
 def test_answers_and_corrected_rows_are_written_as_a_csv(tmp_path, rows):
     file = lines(tmp_path / "a.jsonl", [*rows, {"audio": "gone.wav", "note": "é"}])
-    with pytest.raises(InputError, match="1 rows cannot be used"):
+    with pytest.raises(InputError, match="1 row cannot be used"):
         check(
             CheckOptions(input=(str(file),), model_name=str(MODEL), write_fixed=str(tmp_path / "fixed.csv"))
         )

@@ -94,5 +94,5 @@ def test_a_name_that_is_no_text_is_named(tree, given):
     (tree / os.fsdecode(b"top/\xff.wav")).write_bytes(b"x")
     with pytest.raises(InputError) as caught:
         list_recordings(os.fsdecode(given))
-    assert r"1 names of files are not UTF-8, the first is 'top/\udcff.wav'; rename them" in str(caught.value)
+    assert r"1 name of a file is not UTF-8, the first is 'top/\udcff.wav'; rename it" in str(caught.value)
     str(caught.value).encode()

@@ -208,9 +208,8 @@ def test_a_run_too_short_to_learn_is_told_of_at_its_end(capsys, losses, warmup, 
     capsys.readouterr()
     assert watch.end(len(losses)) == warns
     assert watched == [False] * len(watched) or len(losses) == 50
-    assert [f"{len(losses)} steps are too few to learn much" in line for line in said(capsys)] == [
-        True
-    ] * warns
+    few = "1 step is" if len(losses) == 1 else f"{len(losses)} steps are"
+    assert [f"{few} too few to learn much" in line for line in said(capsys)] == [True] * warns
 
 
 def test_a_short_run_whose_losses_are_not_known_is_not_judged(capsys):
