@@ -87,7 +87,7 @@ def test_by_number_otherwise(tmp_path, left, right):
         (
             ["a"],
             ["b", "a"],
-            "r.csv: 1 of 2 recordings are not in {}/l.csv ('b' on line 2); give files with the",
+            "r.csv: 1 of 2 recordings is not in {}/l.csv ('b' on line 2); give files with the",
         ),
         (
             ["a", "b", "a"],
@@ -129,7 +129,7 @@ def test_segments_of_one_recording_are_joined_by_their_times(tmp_path):
     assert found.column("x") == ["0", "1", "2", "3"]
     assert by.en == "joined by recording and segment"
     right[0]["offset"] = "0.5"
-    with pytest.raises(InputError, match="1 of 4 recordings are not in"):
+    with pytest.raises(InputError, match="1 of 4 recordings is not in"):
         join_tables(tables[0], read_table(write_csv(tmp_path / "1.csv", right)))
     right[0]["offset"] = "1"
     found, by = join_tables(tables[0], read_table(write_csv(tmp_path / "1.csv", right)))
