@@ -230,7 +230,7 @@ def test_without_references_the_answers_are_shown_as_they_are(place, capsys):
     assert cells(values["rows"]["error"]) == ["", "too long"]
     said = capsys.readouterr().err
     assert "no references" in said
-    assert "1 of 2 recordings are not there" in said
+    assert "1 of 2 recordings is not there" in said
 
 
 def test_a_run_and_its_predictions_in_one_page_with_pictures(trained, place, capsys):
