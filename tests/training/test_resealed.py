@@ -88,6 +88,7 @@ WRONG = {
     "losses": (None, *LOSS),
     "since": COUNT,
     "most_rows": (*COUNT, 0),
+    "memory": COUNT[1:],
 }
 
 
