@@ -225,7 +225,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(place, tmp_path, start, number):
     stopped = f"stopped after step {step} of 8; to go on: --resume-from-checkpoint true"
     kept = f"what was converted stays in {tmp_path}/run/.dataset, for the next run with this --output"
     assert job.said().splitlines()[-4:] == [STOPPING, stopped, kept, "interrupted"]
-    usual = ("device", "memory", "training", "steps", "loading")
+    usual = ("device", "recipe", "memory", "training", "steps", "loading")
     assert [line for line in job.said().splitlines()[:-4] if not line.startswith(usual)] == []
     assert 2 <= step < 8
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
