@@ -13,7 +13,7 @@ from mdl_toolkit.cli.main import run
 from mdl_toolkit.config.serving import ServeOptions
 from mdl_toolkit.serving.serve import find_places
 from tests.support.adapters import make_adapter
-from tests.support.model_folders import change_json, refused
+from tests.support.model_folders import refused
 from tests.support.paths import MODEL
 from tests.support.runs import copy_checkpoint
 
@@ -76,8 +76,13 @@ def test_adapters_are_served_on_their_base(golden, program, tmp_path):
     # The least that vLLM takes and that is enough.
     assert values(words, "--max-lora-rank") == ["32"]
     assert values(words, "--max-loras") == ["2"]
-    assert {"--enable-lora", "--enable-tower-connector-lora"} <= {*words}
+    assert "--enable-lora" in words
+    # It is for adapters of the encoder or the projector.
+    assert "--enable-tower-connector-lora" not in words
     assert values(words, "--dtype") == ["float32"]
+    every = make_adapter(base, tmp_path / "every", ("encoder", "decoder"))
+    words, _, _ = started(program, str(base), "--adapter", f"every={every}")
+    assert "--enable-tower-connector-lora" in words
     words, _, _ = started(program, str(one))
     assert words[1] == str(base)
     assert values(words, "--lora-modules") == [f"{one}={one}"]
@@ -86,11 +91,10 @@ def test_adapters_are_served_on_their_base(golden, program, tmp_path):
 
 def test_a_rank_that_vllm_does_not_take_is_refused(golden, tmp_path, monkeypatch, capsys, program):
     base = copy_checkpoint(golden, "A-small", tmp_path)
-    adapter = make_adapter(base, tmp_path / "adapter", ("decoder",))
-    change_json(adapter / "adapter_config.json", rank_pattern={"q_proj": 600})
+    adapter = make_adapter(base, tmp_path / "adapter", ("decoder",), rank=600)
     monkeypatch.setenv("PATH", str(program))
     assert run(["serve", str(base), "--adapter", f"one={adapter}", "--engine", "vllm"]) == 1
-    assert "one: rank 600, and vLLM takes at most 512; merge it" in capsys.readouterr().err
+    assert "its rank 600 is above the 512 that vLLM takes; make one model of it" in capsys.readouterr().err
 
 
 def test_without_vllm_it_is_named(monkeypatch, tmp_path, capsys):

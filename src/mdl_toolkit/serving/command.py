@@ -9,11 +9,8 @@ from pathlib import Path
 
 from mdl_toolkit.config.serving import ServeOptions
 from mdl_toolkit.errors import ModelError, UsageError
-from mdl_toolkit.weights.config_files import read_json
-from mdl_toolkit.weights.schemas import ADAPTER_CONFIG
+from mdl_toolkit.weights.vllm_lora import read_vllm_lora
 
-# The ranks that vLLM has room for.
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # Options that only our own server heeds.
 NATIVE = ("quantization", "max_request_mb", "max_audio_seconds")
 
@@ -40,10 +37,10 @@ def vllm_command(options: ServeOptions, places: Mapping[str, tuple[Path, Path | 
         places: the folders of model and adapters, each with its base if it is an adapter, by name.
 
     Raises:
-        ModelError: vLLM is not installed, or an adapter's rank is higher than vLLM takes.
+        ModelError: vLLM is not installed, or cannot apply an adapter.
     """
     folder, base = places[options.model_name]
-    adapters = {name: place for name, (place, its_base) in places.items() if its_base is not None}
+    adapters = {name: (place, its_base) for name, (place, its_base) in places.items() if its_base is not None}
     whole = str(base or folder)
     names = [options.model_name] if base is None else [f"{options.model_name}-base"]
     words = [
@@ -56,26 +53,12 @@ def vllm_command(options: ServeOptions, places: Mapping[str, tuple[Path, Path | 
     if options.bf16 is not None:
         words += ["--dtype", "bfloat16" if options.bf16 else "float32"]
     if adapters:
-        rank = max(map(rank_of, adapters.values()))
-        if rank > RANKS[-1]:
-            raise ModelError(
-                "{adapters}: rank {rank}, and vLLM takes at most {most}; merge it with `mdl-toolkit merge`",
-                adapters=", ".join(adapters),
-                rank=rank,
-                most=RANKS[-1],
-            )
-        most = next(each for each in RANKS if each >= rank)
-        modules = [f"{name}={place}" for name, place in adapters.items()]
-        # Without it the parts of an adapter for encoder and projector are refused.
-        words += [
-            "--enable-tower-connector-lora",
-            "--enable-lora",
-            "--max-loras",
-            str(len(adapters)),
-            "--max-lora-rank",
-            str(most),
-        ]
-        words += ["--lora-modules", *modules]
+        read = [read_vllm_lora(*each) for each in adapters.values()]
+        words += ["--enable-lora", "--max-loras", str(len(read)), "--max-lora-rank"]
+        words.append(str(max(each.rank for each in read)))
+        if any(each.in_towers for each in read):
+            words.append("--enable-tower-connector-lora")
+        words += ["--lora-modules", *(f"{name}={place}" for name, (place, _) in adapters.items())]
     return words
 
 
@@ -93,9 +76,3 @@ def server_program() -> list[str]:
     raise ModelError(
         '--engine vllm: vLLM is not installed; `pip install "mdl-toolkit[vllm]"`, or put its program on PATH'
     )
-
-
-def rank_of(adapter: Path) -> int:
-    """Return the highest rank in an adapter."""
-    config = read_json(adapter / ADAPTER_CONFIG)
-    return max([int(config.get("r") or 0), *map(int, (config.get("rank_pattern") or {}).values())])

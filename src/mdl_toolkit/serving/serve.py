@@ -9,8 +9,8 @@ from pathlib import Path
 from mdl_toolkit.config.serving import ServeOptions
 from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import InputError, ModelError
-from mdl_toolkit.i18n import Localized
 from mdl_toolkit.inference.generate import Answerer, base_model
+from mdl_toolkit.inference.run import MEMORY_REMEDY
 from mdl_toolkit.model.kernels.matmul import prepack
 from mdl_toolkit.serving.command import check_vllm_options, vllm_command
 from mdl_toolkit.utils.console import say, warn
@@ -22,7 +22,6 @@ from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 
 VLLM = "vllm"
 LOCAL = ("127.0.0.1", "localhost", "::1")
-MEMORY_REMEDY = Localized("lower --batch-size, or give --bf16 true or --quantization 4bit")
 # Packages of the extra, by the names that are imported.
 PACKAGES = ("fastapi", "uvicorn", "python_multipart")
 
