@@ -84,22 +84,28 @@ def needs(language: str) -> str:
     """The table of gigabytes by model, weights, length of clips and batch."""
     batches = " | ".join(ROWS[language].format(batch=batch) for batch in SHOWN)
     lines = [NEEDS[language].format(batches=batches), "| --- " * (3 + len(SHOWN)) + "|"]
-    for model, form, seconds in product(DECODERS, FORMS, SECONDS):
-        figures = " | ".join(f"{planned(model, form, batch, seconds):.1f} GB" for batch in SHOWN)
-        lines.append(f"| {model} | {form} | {seconds} s | {figures} |")
-    return "\n".join(lines)
+    return "\n".join(lines + [needs_line(*each) for each in product(DECODERS, FORMS, SECONDS)])
+
+
+def needs_line(model: str, form: str, seconds: int) -> str:
+    """A line of that table."""
+    figures = " | ".join(f"{planned(model, form, batch, seconds):.1f} GB" for batch in SHOWN)
+    return f"| {model} | {form} | {seconds} s | {figures} |"
 
 
 def fits(language: str) -> str:
     """The table of the largest batches by size of the GPU, with and without gradient checkpointing."""
     cards = " | ".join(f"{card} GB" for card in CARDS)
     lines = [FITS[language].format(cards=cards), "| --- " * (3 + len(CARDS)) + "|"]
-    for model, form, seconds in product(DECODERS, FORMS, SECONDS):
-        cells = [
-            " / ".join(_largest(model, form, card, seconds, each) for each in (True, False)) for card in CARDS
-        ]
-        lines.append(f"| {model} | {form} | {seconds} s | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join(lines + [fits_line(*each) for each in product(DECODERS, FORMS, SECONDS)])
+
+
+def fits_line(model: str, form: str, seconds: int) -> str:
+    """A line of that table."""
+    cells = [
+        " / ".join(_largest(model, form, card, seconds, each) for each in (True, False)) for card in CARDS
+    ]
+    return f"| {model} | {form} | {seconds} s | {' | '.join(cells)} |"
 
 
 def _largest(model: str, form: str, card: int, seconds: int, checkpointing: bool) -> str:
