@@ -35,7 +35,11 @@ MOST_NAMED = 20
 
 
 def understand(
-    path: Path, columns: Sequence[str], known: Sequence[str], needed: Sequence[str]
+    path: Path,
+    columns: Sequence[str],
+    known: Sequence[str],
+    needed: Sequence[str],
+    also: Sequence[str] = (),
 ) -> tuple[str, ...]:
     """Return the names of the columns as they are understood, and say which are forgiven or not read.
 
@@ -44,6 +48,7 @@ def understand(
         columns: names as written.
         known: names that are read; in another case, or with white space, they are forgiven.
         needed: those of them that must be there.
+        also: names of others that are read, as they may be written.
 
     Raises:
         InputError: see `check_columns`.
@@ -52,7 +57,8 @@ def understand(
     check_columns(path, names, needed)
     for note in notes:
         say(note)
-    others = [name for name in names if name not in known and not WRITTEN.fullmatch(name)]
+    read = {*known, *(find_column(name, names) for name in also)}
+    others = [name for name in names if name not in read and not WRITTEN.fullmatch(name)]
     meanings = {name: suggest(name, [each for each in known if each not in names]) for name in others}
     # Those that may be meant come first.
     shown = [

@@ -172,7 +172,9 @@ class Manifest:
         return no_rows_error(self.file.path)
 
 
-def read_manifest(path: str | Path, options: ConversionOptions, *, needs_prediction: bool) -> Manifest:
+def read_manifest(
+    path: str | Path, options: ConversionOptions, *, needs_prediction: bool, also: Sequence[str] = ()
+) -> Manifest:
     """Open a CSV under the options' prompts and base folder, and check its columns.
 
     A row with fewer cells than the header is filled up with empty ones; blank lines are skipped.
@@ -181,6 +183,7 @@ def read_manifest(path: str | Path, options: ConversionOptions, *, needs_predict
         path: the CSV file.
         options: base folder, prompts for rows without their own, and whether an empty prediction is one.
         needs_prediction: the column `prediction` must be there and filled in (training).
+        also: further columns that the caller reads, as they may be written.
 
     Raises:
         InputError: the file cannot be read, its first line is no CSV; a column is missing or there twice.
@@ -188,7 +191,7 @@ def read_manifest(path: str | Path, options: ConversionOptions, *, needs_predict
     file = open_rows(Path(path), KNOWN[:1])
     # In inference, what is called like a prediction may be somebody's reference, and stays.
     known, needed = (KNOWN, (AUDIO, PREDICTION)) if needs_prediction else (KNOWN[:-1], (AUDIO,))
-    columns = understand(file.path, file.columns, (*known, *SEGMENT_COLUMNS), needed)
+    columns = understand(file.path, file.columns, (*known, *SEGMENT_COLUMNS), needed, also)
     check_segment_columns(file.path, columns)
     return Manifest(
         file,

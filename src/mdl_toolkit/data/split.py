@@ -2,7 +2,7 @@
 
 Rows that share a recording, the bytes of one, or a cell of `--group-by` hang together, also by way of others,
 and go to one side. Whole groups are dealt out, those of the rarest answer first, each to the side that lacks
-most of it (iterative stratification, Sechidis et al. 2011).
+most of it (iterative stratification, Sechidis et al. 2011); rows that stand alone by largest remainders.
 """
 
 import hashlib
@@ -16,16 +16,19 @@ import numpy as np
 from mdl_toolkit.audio.urls import is_url
 from mdl_toolkit.config.data import ConvertOptions, SplitOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, to_yaml
+from mdl_toolkit.data.column_names import find_column
 from mdl_toolkit.data.csv_reader import write_csv
 from mdl_toolkit.data.manifest import Manifest, Row, read_manifest
 from mdl_toolkit.errors import InputError, Problems, RowProblem, UsageError
 from mdl_toolkit.utils.console import progress, say, warn
-from mdl_toolkit.utils.files import check_apart, replace_folder, report_write_errors
-from mdl_toolkit.utils.ownership import check_output_folder
+from mdl_toolkit.utils.files import check_apart, claim_folder, replace_files, report_write_errors
+from mdl_toolkit.utils.ownership import check_output_files
 
-TRAIN, EVAL, TEST = "train", "eval", "test"
+PARTS = TRAIN, EVAL, TEST = "train", "eval", "test"
 # Answers that are named at most.
 MOST_NAMED = 10
+# What shares such as 1 - 0.1 - 0.1 are inexact by, times the rows.
+TINY = 1e-6
 
 
 def split_dataset(options: SplitOptions) -> dict[str, Path]:
@@ -51,10 +54,12 @@ def split_dataset(options: SplitOptions) -> dict[str, Path]:
         ```
     """
     shares, output = part_shares(options), Path(options.output)
-    check_output_folder(output, options.COMMAND)
-    check_apart(output, Path(options.input))
+    check_output_files(output, [*map(file_name, shares), SETTINGS_FILE], options.COMMAND)
+    for part in PARTS:
+        check_apart(output / file_name(part), Path(options.input))
     reading = ConvertOptions(input=options.input, output=options.output, base_dir=options.base_dir)
-    manifest = read_manifest(options.input, reading, needs_prediction=False)
+    used = [*options.group_by, *filter(None, [options.stratify])]
+    manifest = read_manifest(options.input, reading, needs_prediction=False, also=used)
     rows = _usable_rows(manifest)
     groups = group_rows(rows, [_cells(manifest, rows, name) for name in options.group_by])
     labels = [""] * len(rows) if options.stratify is None else _cells(manifest, rows, options.stratify)
@@ -65,11 +70,11 @@ def split_dataset(options: SplitOptions) -> dict[str, Path]:
             "larger shares, or fewer --group-by",
             input=options.input,
             groups=len({*groups}),
-            parts=", ".join(f"{part}.csv" for part in missing),
+            parts=", ".join(map(file_name, missing)),
         )
     rows_of = {part: [row for row, its in zip(rows, parts, strict=True) if its == part] for part in shares}
     write_parts(options, manifest, rows_of)
-    files = {part: output / f"{part}.csv" for part in shares}
+    files = {part: output / file_name(part) for part in shares}
     say_sizes(files, groups, parts)
     if options.stratify is not None:
         warn_of_unseen(labels, parts, options.stratify)
@@ -89,20 +94,26 @@ def part_shares(options: SplitOptions) -> dict[str, float]:
     return shares
 
 
+def file_name(part: str) -> str:
+    """Return the name of the file of a part."""
+    return f"{part}.csv"
+
+
 def write_parts(options: SplitOptions, manifest: Manifest, parts: Mapping[str, Sequence[Row]]) -> None:
-    """Write the rows of each part to its file in the output folder, which is replaced as a whole.
+    """Write the rows of each part to its file in the output folder, in place of an earlier split.
 
     Raises:
-        InputError: the folder cannot be written.
+        InputError: the folder cannot be written, or another process writes into it.
     """
-    output = Path(options.output)
+    output, names = Path(options.output), [*map(file_name, PARTS), SETTINGS_FILE]
     with (
+        claim_folder(output),
         report_write_errors(f"--output {output}", InputError),
-        replace_folder(output, options.COMMAND) as work,
+        replace_files(output, names, options.COMMAND) as work,
     ):
         for part, rows in parts.items():
             with (
-                (work / f"{part}.csv").open("wb") as file,
+                (work / file_name(part)).open("wb") as file,
                 write_csv(file, manifest.file.format) as writer,
             ):
                 writer.writerow(manifest.file.columns)
@@ -150,10 +161,10 @@ def _usable_rows(manifest: Manifest) -> list[Row]:
 
 
 def _cells(manifest: Manifest, rows: Sequence[Row], column: str) -> list[str]:
-    """Return the cells of a column, by the name in the file or the one that is understood."""
+    """Return the cells of a column, by the name in the file, in any case, or the one that is understood."""
     for names in (manifest.file.columns, manifest.columns):
-        if column in names:
-            return [row.cells[[*names].index(column)].strip() for row in rows]
+        if (name := find_column(column, names)) in names:
+            return [row.cells[[*names].index(name)].strip() for row in rows]
     raise InputError(
         "{input}: no column {column!r}; there are {columns}",
         input=manifest.source,
@@ -224,15 +235,26 @@ def deal(groups: Sequence[int], labels: Sequence[str], shares: Mapping[str, floa
     whole = {part: share * len(labels) for part, share in shares.items()}
     debt = dict.fromkeys(shares, 0.0)
     random = np.random.default_rng(seed)
-    # The rarest label first, then the largest group; `sorted` keeps the drawn order of the rest.
     drawn = [[*members][number] for number in random.permutation(len(members))]
     rarest = {
         group: min(counts, key=lambda label: (totals[label], label)) for group, counts in members.items()
     }
-    order = sorted(drawn, key=lambda group: (totals[rarest[group]], -members[group].total()))
+    largest: Counter[str] = Counter()
+    for group, label in rarest.items():
+        largest[label] = max(largest[label], members[group].total())
+    # Label by label, the rarest first, then the largest group; `sorted` keeps the drawn order of the rest.
+    places = {
+        group: (totals[label], -largest[label], label, -members[group].total())
+        for group, label in rarest.items()
+    }
     chosen: dict[int, str] = {}
-    for group in order:
-        scores = {part: (lack[part][rarest[group]] + debt[part], whole[part]) for part in shares}
+    for group in sorted(drawn, key=lambda group: places[group]):
+        label, is_one = rarest[group], members[group].total() == 1
+        # A row alone goes where a whole row is lacking, then to the largest remainder, debts included.
+        scores = {
+            part: (is_one and lacked > 1 - TINY, is_one and lacked > TINY, lacked + debt[part], whole[part])
+            for part, lacked in ((part, lack[part][label]) for part in shares)
+        }
         part = chosen[group] = max(scores, key=lambda each: scores[each])
         whole[part] -= members[group].total()
         for label, count in members[group].items():

@@ -125,6 +125,37 @@ def replace_file(output: Path, kind: str) -> Iterator[Path]:
         remember(target, kind)
 
 
+@contextmanager
+def replace_files(folder: Path, names: Iterable[str], kind: str) -> Iterator[Path]:
+    """Yield an empty folder to fill; its files replace those of given names when the context ends well.
+
+    The previous ones, if they are ours, are removed before the first new one is put in place, so that a kill
+    leaves no mixture. All else in the folder stays.
+
+    Args:
+        folder: where they are to lie; it is there, and this process alone writes such files into it.
+        names: of all files that an earlier call may have written.
+        kind: of output, for the record of the folder's files.
+
+    Raises:
+        OSError: a file cannot be written or put in place.
+    """
+    target = folder.resolve()
+    with _reserve(target / kind, kind) as (work, _):
+        work.mkdir()
+        yield work
+        for path in (target / name for name in names):
+            if is_ours(path, kind):
+                path.unlink()
+        for new in sorted(work.iterdir()):
+            path = target / new.name
+            if os.path.lexists(path):
+                set_aside(path, path)
+            remember(path, kind, new)
+            new.rename(path)
+        fsync(target)
+
+
 def is_special(path: Path) -> bool:
     """Tell whether a path is that of a device, a FIFO or a socket."""
     return path.exists() and not path.is_file() and not path.is_dir()

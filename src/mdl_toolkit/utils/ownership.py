@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -173,6 +173,20 @@ def check_output_folder(output: Path, command: str, option: str = "--output") ->
         file = output
     if file is not None:
         refuse(output, file, command, option)
+
+
+def check_output_files(output: Path, names: Iterable[str], command: str, option: str = "--output") -> None:
+    """Refuse a folder in which a file to write is there and was not written by the command.
+
+    Raises:
+        InputError: naming the file, or the dataset or model that the folder belongs to.
+    """
+    check_not_inside(output / SETTINGS, option)
+    if output.exists() and not output.is_dir():
+        refuse(output, output, command, option)
+    for file in (output / name for name in names):
+        if os.path.lexists(file) and not is_ours(file, command):
+            refuse(output, file, command, option)
 
 
 def refuse(output: Path, file: Path, command: str, option: str = "--output") -> None:
