@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from mdl_toolkit.config.serving import ServeOptions
+from mdl_toolkit.config.types import VLLM
 from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import InputError, ModelError
 from mdl_toolkit.inference.generate import Answerer, base_model
@@ -20,7 +21,6 @@ from mdl_toolkit.weights.resolve import BITSANDBYTES, find_model, require_packag
 from mdl_toolkit.weights.schemas import ADAPTER_CONFIG
 from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 
-VLLM = "vllm"
 LOCAL = ("127.0.0.1", "localhost", "::1")
 # Packages of the extra, by the names that are imported.
 PACKAGES = ("fastapi", "uvicorn", "python_multipart")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.i18n import Localized
+from mdl_toolkit.utils.device import CPU
 from mdl_toolkit.utils.machine import available_cpus
 from mdl_toolkit.weights.config_files import EMBEDDING, HEAD, is_tied, read_json, refusal
 from mdl_toolkit.weights.safetensors_stream import FLOATS, TensorEntry, WeightFile, weight_files
@@ -30,7 +31,6 @@ _UNSUPPORTED = (
     "alora_invocation_tokens", "layer_replication", "megatron_config", "use_bdlora", "arrow_config",
     "velora_config", "monteclora_config", "kasa_config",
 )  # fmt: skip
-CPU = torch.device("cpu")
 # PEFT's rank and alpha, where a configuration does not say them.
 DEFAULT = 8
 # Tensors that are merged at once.

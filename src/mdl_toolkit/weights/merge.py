@@ -20,7 +20,7 @@ from mdl_toolkit.utils.files import refuse_devices, replace_folder, report_write
 from mdl_toolkit.utils.machine import available_cpus
 from mdl_toolkit.weights.adapter import AdapterDelta
 from mdl_toolkit.weights.config_files import read_json
-from mdl_toolkit.weights.model_card import ResultMetadata, render_card
+from mdl_toolkit.weights.model_card import CARD, ResultMetadata, render_card
 from mdl_toolkit.weights.provenance import PROVENANCE_FILE
 from mdl_toolkit.weights.resolve import quantized_by
 from mdl_toolkit.weights.safetensors_stream import (
@@ -33,7 +33,6 @@ from mdl_toolkit.weights.safetensors_stream import (
 )
 from mdl_toolkit.weights.schemas import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX
 
-CARD = "README.md"
 # Dtypes as options spell them, and as files do.
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 # Files that are merged at once.

@@ -18,6 +18,7 @@ from mdl_toolkit.weights.config_files import read_json
 from mdl_toolkit.weights.provenance import Provenance
 from mdl_toolkit.weights.schemas import MODEL_CONFIG
 
+CARD = "README.md"
 # Keys of the base's front matter that hold for the result too.
 _INHERITED = ("license", "license_name", "license_link", "language")
 _SETTINGS = (
@@ -96,7 +97,7 @@ def shown_name(name: str) -> str:
 def _front_matter(name: str, base: Path, *, is_adapter: bool) -> dict[str, Any]:
     """Return the front matter, with keys of the base's card where there is one that can be read."""
     try:
-        match = _FRONT_MATTER.match((base / "README.md").read_text(encoding="utf-8"))
+        match = _FRONT_MATTER.match((base / CARD).read_text(encoding="utf-8"))
         values = yaml.safe_load(match[1]) if match else None
     except (OSError, ValueError, yaml.YAMLError):
         values = None

@@ -12,11 +12,11 @@ from mdl_toolkit.config.yaml import SETTINGS_FILE
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.utils.console import say, size, warn
 from mdl_toolkit.weights.hub import LOGINS, explain, status_of
+from mdl_toolkit.weights.model_card import CARD
 from mdl_toolkit.weights.provenance import read_provenance
 from mdl_toolkit.weights.resolve import check_is_no_run, check_weights, require_package
 from mdl_toolkit.weights.schemas import ADAPTER_CONFIG, MODEL_CONFIG
 
-CARD = "README.md"
 # The settings name files of this machine, and the card says what matters of them; hidden files are nobody's.
 NOT_SENT = (SETTINGS_FILE, ".*", "*/.*", "__pycache__/*")
 # What a hub takes as OWNER/NAME.
