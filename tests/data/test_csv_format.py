@@ -234,9 +234,9 @@ def refused(name: str) -> str:
     [
         ("x.jsonl", b'{"audio": "a.wav"}\n{"audio": 1,\n}\n', "line 2 is no valid JSON"),
         ("x.json", b'[{"audio": "a.wav"}, 3]', "line 2: expected an object, not 3"),
-        ("wav.scp", b"utt1 /data/a.wav\nutt2 /data/b.wav\n", "Kaldi's wav.scp; write a CSV"),
+        ("train.scp", b"utt1 /data/a.wav\nutt2 /data/b.wav\n", "Kaldi's; call it wav.scp, with `text`"),
         ("list", b"utt1 sox a.flac -t wav - |\n", "'audio' is missing"),
-        ("wav.scp", b"utt1 sox a.flac -t wav - |\n", "Kaldi's wav.scp; write a CSV"),
+        ("train.scp", b"utt1 sox a.flac -t wav - |\n", "Kaldi's; call it wav.scp, with `text`"),
         ("x.parquet", b"PAR1\x15\x04", "this is Parquet; write it as CSV"),
         ("x.csv", b"PK\x03\x04rest", "this is a zip archive; unpack it first"),
         ("x.csv.gz", b"\x1f\x8b\x08", "this is compressed with gzip; unpack it first"),

@@ -195,3 +195,86 @@ def test_answers_and_corrected_rows_are_written_as_a_csv(tmp_path, rows):
         assert [row[0] for row in csv.reader(answers)] == ["audio", *(row["audio"] for row in rows)]
     with pytest.raises(InputError, match="--output"):
         infer(infer_options(good, MODEL, good))
+
+
+# --- lhotse's cuts, as lhotse 1.33 wrote them ------------------------------------------------------------
+
+STEREO = {
+    "id": "call-1",
+    "sources": [{"type": "file", "channels": [0, 1], "source": "calls/1.wav"}],
+    "sampling_rate": 16000,
+    "num_samples": 64000,
+    "duration": 4.0,
+    "channel_ids": [0, 1],
+}
+SAID = {
+    "id": "s1",
+    "recording_id": "call-1",
+    "start": 0.0,
+    "duration": 1.5,
+    "channel": 1,
+    "text": "hello",
+    "language": "en",
+    "speaker": "ann",
+}
+WHOLE = {"id": "call-1", "start": 0.0, "duration": 4.0, "channel": [0, 1], "supervisions": []}
+PART = {"id": "c1", "start": 1.0, "duration": 1.5, "channel": 1, "supervisions": [SAID]}
+CUTS = [
+    {**WHOLE, "recording": STEREO, "type": "MultiCut"},
+    {**PART, "recording": STEREO, "custom": {"user_prompt": "What?", "snr": 12.5}, "type": "MonoCut"},
+]
+
+
+def changed(cut, where, value):
+    """A copy of a cut with another value at a place within."""
+    copy = json.loads(json.dumps(cut))
+    inside = copy
+    for name in where[:-1]:
+        inside = inside[name]
+    inside[where[-1]] = value
+    return copy
+
+
+def test_a_cut_of_lhotse_s_is_a_segment_with_its_channel(tmp_path):
+    file = lines(tmp_path / "cuts.jsonl", CUTS)
+    manifest = read_manifest(file, ConversionOptions(), needs_prediction=True)
+    columns = "audio channel duration id language prediction snr speaker start user_prompt"
+    assert sorted(manifest.columns) == columns.split()
+    rows = [*manifest.rows_unchecked()]
+    # The first has no text.
+    (problem, *_), row = [each for each in manifest if each.line == 1], rows[-1]
+    assert "not found" in str(problem.reason)
+    assert (row.audio, row.user_prompt, row.prediction) == ("calls/1.wav", "What?", "hello")
+    assert (row.segment.start, row.segment.end, row.segment.channel) == (1.0, 2.5, 2)
+    (whole,) = read_manifest(
+        lines(tmp_path / "whole.jsonl", CUTS[:1]), ConversionOptions(), needs_prediction=False
+    ).rows_unchecked()
+    assert whole.segment.is_whole
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "said"),
+    [
+        (["type"], "MixedCut", "not 'MixedCut'; write its sound to a file with lhotse's save_audios"),
+        (["recording"], None, "not 'MonoCut'"),
+        (["recording", "sources", 0, "type"], "command", "not 'command'"),
+        (["recording", "sources", 0, "type"], "memory", "not 'memory'"),
+        (["recording", "transforms"], [{"name": "Speed", "kwargs": {"factor": 1.1}}], "not 'transforms'"),
+        (["channel"], 3, "not 'channel 3'"),
+        (["recording", "sources"], [], "not 'channel 1'"),
+        (["recording", "sources"], {}, "recording.sources: expected a list"),
+        (["recording", "sources", 0, "source"], ["a"], r"recording.sources\[0\].source: expected a text"),
+        (
+            ["supervisions"],
+            [SAID, SAID],
+            "one supervision, not 2; make such with lhotse's trim_to_supervisions",
+        ),
+        (["supervisions"], ["hello"], r"supervisions\[0\]: expected an object"),
+        (["custom"], ["x"], "custom: expected an object or null"),
+        (["start"], None, "start: expected a text, not null"),
+    ],
+)
+def test_cuts_that_are_no_part_of_a_file_are_refused_with_their_line(tmp_path, where, value, said):
+    file = lines(tmp_path / "cuts.jsonl", [CUTS[1], changed(CUTS[1], where, value)])
+    with pytest.raises(InputError, match=f"line 2: .*{said}"):
+        rows_of(file)

@@ -2,7 +2,8 @@
 
 A CSV is UTF-8 with commas. What spreadsheets write besides is read too where it can be told for sure: by a
 byte order mark, by a column name that must be there, by the statistics of charset-normalizer on enough text.
-JSON is told by how it begins. What is no table at all is refused with what to do about it.
+JSON is told by how it begins, Kaldi's lists by their names. What is no table at all is refused with what to
+do about it.
 """
 
 import codecs
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from mdl_toolkit.data.listing import SUFFIXES
+from mdl_toolkit.data.listing import SEGMENTS, SUFFIXES, WAV_SCP
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.i18n import Localized, join_messages
 
@@ -25,11 +26,12 @@ BLOCK_BYTES = 1 << 20
 BAD_BYTE = re.compile("[\ud800-\udfff]")
 ASCII = bytes(range(128))
 WORKBOOK = "xlsx"
-# How JSON is written, by what it begins with.
-LINES, ARRAY = "{", "["
-JSON_NAMES = {
+# How rows are written that name their cells: JSON by what it begins with, and Kaldi's lists.
+LINES, ARRAY, KALDI = "{", "[", "kaldi"
+RECORD_NAMES = {
     LINES: Localized("JSON Lines, an object on each"),
     ARRAY: Localized("a JSON array, whose objects are counted as lines"),
+    KALDI: Localized("a list of Kaldi's, with those beside it"),
 }
 # Encodings that spreadsheets write, as Python and people call them; they are told apart by the bytes outside
 # ASCII of a sample. Of fewer than 32 such bytes one guess in twenty was wrong, of more none in three hundred.
@@ -63,7 +65,7 @@ SIGNATURES = (
     (b"\x1f\x8b", Localized("this is compressed with gzip; unpack it first")),
     (b"PK\x03\x04", Localized("this is a zip archive; unpack it first")),
 )
-KALDI = re.compile(r"\S+\s+\S.*")
+LIST_LINE = re.compile(r"\S+\s+\S.*")
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class CsvFormat:
         delimiter: what separates cells.
         line_end: how the first line ends.
         is_named: the first line says what separates cells.
-        json: `LINES` or `ARRAY` if it is JSON, whose objects name their cells.
+        records: `LINES`, `ARRAY` or `KALDI` if its rows name their cells.
     """
 
     encoding: str = "utf-8"
@@ -84,12 +86,12 @@ class CsvFormat:
     delimiter: str = ","
     line_end: str = "\r\n"
     is_named: bool = False
-    json: str = ""
+    records: str = ""
 
     @property
     def is_csv(self) -> bool:
-        """Tell whether it is a CSV, not a workbook or JSON."""
-        return self.encoding != WORKBOOK and not self.json
+        """Tell whether it is a CSV, not a workbook, JSON or a list."""
+        return self.encoding != WORKBOOK and not self.records
 
     @property
     def is_usual(self) -> bool:
@@ -104,8 +106,8 @@ class CsvFormat:
     def describe(self) -> Localized:
         """Describe what it was taken for."""
         parts = [Localized("a workbook, its active sheet")] if self.encoding == WORKBOOK else []
-        if self.json:
-            parts.append(JSON_NAMES[self.json])
+        if self.records:
+            parts.append(RECORD_NAMES[self.records])
         if self.encoding in ENCODINGS:
             parts.append(Localized("{encoding} text", encoding=ENCODINGS[self.encoding]))
         if self.delimiter != ",":
@@ -158,15 +160,22 @@ def detect_format(path: Path, file: BinaryIO, wanted: Sequence[str]) -> CsvForma
     text.detach()
     delimiter = named[1] if named else detect_delimiter(header, wanted)
     has_names = {*map(fold_name, header.split(delimiter))} & {*wanted}
-    json = "" if has_names else next(filter(header.lstrip().startswith, JSON_NAMES), "")
+    records = ""
+    if not has_names:
+        is_kaldi = path.name in (WAV_SCP, SEGMENTS) and path.with_name(WAV_SCP).is_file()
+        records = KALDI if is_kaldi else next(filter(header.lstrip().startswith, (LINES, ARRAY)), "")
     # A list of Kaldi's has an identifier and a path, which may be of a pipe, and no column names.
-    if not has_names and delimiter == "," and "," not in header and KALDI.fullmatch(header.strip()):
+    is_list = not has_names and not records and delimiter == "," and "," not in header
+    if is_list and LIST_LINE.fullmatch(header.strip()):
         name = header.strip().rstrip("|").split()[-1]
         if Path(name).suffix.lower() in SUFFIXES or path.suffix == ".scp":
-            reason = Localized("this is a list such as Kaldi's wav.scp; write a CSV with the column `audio`")
+            reason = Localized(
+                "this is a list such as Kaldi's; call it wav.scp, with `text` beside it, or write a CSV with "
+                "the column `audio`"
+            )
             raise csv_error(path, reason)
     has_bom = encoding != "utf-8" or head.startswith(codecs.BOM_UTF8)
-    return CsvFormat(encoding, has_bom, delimiter, ending, is_named=named is not None, json=json)
+    return CsvFormat(encoding, has_bom, delimiter, ending, is_named=named is not None, records=records)
 
 
 def detect_encoding(head: bytes, file: BinaryIO, wanted: Sequence[str]) -> str:

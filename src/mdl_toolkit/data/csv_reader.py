@@ -17,12 +17,15 @@ from typing import Any, BinaryIO, NamedTuple
 
 from mdl_toolkit.data.csv_format import (
     BAD_BYTE,
+    KALDI,
     WORKBOOK,
     CsvFormat,
     csv_error,
     detect_format,
 )
 from mdl_toolkit.data.json_reader import read_json_rows
+from mdl_toolkit.data.kaldi import lists_beside, read_kaldi_rows
+from mdl_toolkit.data.listing import rows_file
 from mdl_toolkit.errors import InputError, RowProblem, breakdown
 from mdl_toolkit.i18n import Localized, join_messages
 from mdl_toolkit.utils.console import say
@@ -50,7 +53,8 @@ class CsvFile:
         columns: the column names as they are written, without empty columns at the end.
         header: the line of the column names.
         rows: how many there are, usable or not.
-        stamp: size (bytes) and time of change (ns) when it was opened first.
+        stamps: size (bytes) and time of change (ns), when it was opened first, of it and of those beside it.
+        beside: other files that its rows are read from.
     """
 
     path: Path
@@ -58,7 +62,8 @@ class CsvFile:
     columns: tuple[str, ...]
     header: int
     rows: int
-    stamp: tuple[int, int]
+    stamps: tuple[tuple[int, int], ...]
+    beside: tuple[Path, ...] = ()
 
     def __iter__(self) -> Iterator[Line]:
         """Yield the rows that hold something, without the column names and empty cells beyond them.
@@ -76,9 +81,14 @@ class CsvFile:
                     is_wide = any(cells[width:])
                     yield Line(number, cells if is_wide else cells[:width])
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Return all files that the rows are read from."""
+        return self.path, *self.beside
+
     def check_unchanged(self, status: os.stat_result) -> None:
         """Raise InputError if the file is not any more what it was when it was opened first."""
-        if file_stamp(status) != self.stamp:
+        if _stamps(status, self.beside) != self.stamps:
             raise csv_error(
                 self.path,
                 Localized("the file was changed while it was being read; start again when it is complete"),
@@ -87,7 +97,7 @@ class CsvFile:
     def copy_rows(self, target: BinaryIO, is_wanted: Callable[[int], bool]) -> None:
         """Copy the file without the rows that are not wanted, by the lines where they start, byte for byte.
 
-        Rows of a workbook, or of JSON, are written as a CSV.
+        Rows of a workbook, of JSON or of a list are written as a CSV.
 
         Raises:
             InputError: it is no valid CSV any more, or it was changed in the meantime.
@@ -119,7 +129,7 @@ def open_rows(path: Path, wanted: Sequence[str]) -> CsvFile:
     """Open a file of rows and read it once, to say what it was taken for and what of it is left out.
 
     Args:
-        path: the file.
+        path: the file, or a data folder of Kaldi's.
         wanted: column names, one of which tells what separates cells.
 
     Raises:
@@ -127,8 +137,11 @@ def open_rows(path: Path, wanted: Sequence[str]) -> CsvFile:
     """
     columns: tuple[str, ...] = ()
     header, rows, empty, widest = 0, 0, 0, 0
+    path = rows_file(path)
     with open_csv(path) as file:
-        stamp, form = file_stamp(os.fstat(file.fileno())), detect_format(path, file, wanted)
+        form = detect_format(path, file, wanted)
+        beside = lists_beside(path) if form.records == KALDI else ()
+        stamps = _stamps(os.fstat(file.fileno()), beside)
         for number, cells in read_lines(path, file, form):
             if not _is_row(cells):
                 empty += 1
@@ -153,7 +166,7 @@ def open_rows(path: Path, wanted: Sequence[str]) -> CsvFile:
         left_out.append(Localized("{count} {count:row|rows} of empty cells", count=empty))
     if left_out:
         say("{path}: left out: {what}", path=path, what=join_messages(left_out, "{left}, {right}"))
-    return CsvFile(path, form, columns[:width], header, rows, stamp)
+    return CsvFile(path, form, columns[:width], header, rows, stamps, beside)
 
 
 # --- reading and writing -----------------------------------------------------------------------------
@@ -162,6 +175,10 @@ def open_rows(path: Path, wanted: Sequence[str]) -> CsvFile:
 def file_stamp(status: os.stat_result) -> tuple[int, int]:
     """Return a file's size (bytes) and time of change (ns), by which a change is recognised."""
     return status.st_size, status.st_mtime_ns
+
+
+def _stamps(status: os.stat_result, beside: Sequence[Path]) -> tuple[tuple[int, int], ...]:
+    return file_stamp(status), *(file_stamp(each.stat()) for each in beside)
 
 
 @contextmanager
@@ -198,11 +215,12 @@ def read_lines(path: Path, file: BinaryIO, form: CsvFormat) -> Iterator[Line]:
     if form.encoding == WORKBOOK:
         yield from _read_workbook(path, file)
         return
-    if form.json:
-        # The names of all objects' cells are the columns, before the first line.
-        columns = [*dict.fromkeys(name for _, cells in read_json_rows(path, file, form) for name in cells)]
+    if form.records:
+        read = read_kaldi_rows if form.records == KALDI else read_json_rows
+        # The names of all rows' cells are the columns, before the first line.
+        columns = [*dict.fromkeys(name for _, cells in read(path, file, form) for name in cells)]
         yield Line(0, columns)
-        for number, named in read_json_rows(path, file, form):
+        for number, named in read(path, file, form):
             yield Line(number, [named.get(name, "") for name in columns])
         return
     csv.field_size_limit(LONGEST_CELL)

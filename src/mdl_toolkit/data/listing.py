@@ -1,4 +1,4 @@
-"""Recordings without a CSV: a folder or a pattern becomes a CSV that names its files."""
+"""What an input is: a file of rows, or a folder or pattern of recordings, which becomes a CSV of them."""
 
 import csv
 import glob
@@ -23,10 +23,21 @@ SUFFIXES = frozenset(
     ]
 )  # fmt: skip
 
+# Of Kaldi's data folders: the recordings, and their segments where there are any.
+WAV_SCP, SEGMENTS = "wav.scp", "segments"
+
+
+def rows_file(given: str | Path) -> Path:
+    """Return the file that has a line for each row: of a data folder of Kaldi's, `segments` or `wav.scp`."""
+    path = Path(given)
+    folder = path.parent if path.name == WAV_SCP else path
+    names = [name for name in (SEGMENTS, WAV_SCP) if (folder / name).is_file()]
+    return folder / names[0] if WAV_SCP in names else path
+
 
 def is_listing(given: str) -> bool:
-    """Tell whether an input is a recording, a folder or a pattern, rather than a CSV file."""
-    path = Path(given)
+    """Tell whether an input is a recording, a folder or a pattern, rather than a file of rows."""
+    path = rows_file(given)
     if path.is_file():
         return path.suffix.lower() in SUFFIXES
     return path.is_dir() or (not path.exists() and glob.has_magic(given))

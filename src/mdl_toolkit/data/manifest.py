@@ -180,7 +180,7 @@ def read_manifest(
     A row with fewer cells than the header is filled up with empty ones; blank lines are skipped.
 
     Args:
-        path: the CSV file.
+        path: the CSV file, or another that rows are read from; or a data folder of Kaldi's.
         options: base folder, prompts for rows without their own, and whether an empty prediction is one.
         needs_prediction: the column `prediction` must be there and filled in (training).
         also: further columns that the caller reads, as they may be written.

@@ -1,9 +1,12 @@
 """Say why a recording is not found where a CSV names it: where, or how spelt, it is there."""
 
+import re
 import unicodedata
 from pathlib import Path
 
 from mdl_toolkit.i18n import Localized
+
+ARCHIVE = re.compile(r"\.ark:\d+$")
 
 
 def explain_missing(path: str, cell: str, folder: Path) -> Localized:
@@ -14,6 +17,11 @@ def explain_missing(path: str, cell: str, folder: Path) -> Localized:
         cell: it as the CSV has it.
         folder: where the CSV is.
     """
+    # As Kaldi and lhotse have them.
+    if cell.rstrip().endswith("|"):
+        return Localized("a command, which is never run; write its sound to a file, and name that")
+    if ARCHIVE.search(cell):
+        return Localized("a part of an archive; write each recording to a file of its own (wav-copy)")
     for form in ("NFC", "NFD"):
         if Path(unicodedata.normalize(form, path)).exists():
             return Localized(

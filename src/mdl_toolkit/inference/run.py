@@ -204,7 +204,7 @@ class _Inference:
             manifest = read_manifest(options.input, options, needs_prediction=False)
             # What is written is a CSV, whatever was read.
             if not manifest.file.format.is_csv:
-                check_apart(Path(options.output), manifest.file.path)
+                check_file(Path(options.output), manifest.file.files)
             return manifest
         if self.world.is_first:
             files, output = list_recordings(options.input), Path(options.output)

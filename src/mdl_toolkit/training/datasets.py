@@ -11,6 +11,7 @@ from mdl_toolkit.config.options import spec_of
 from mdl_toolkit.config.train import EVALUATION, TrainOptions
 from mdl_toolkit.data.convert.run import convert_rows
 from mdl_toolkit.data.dataset import ROUNDED_FORMAT, ConvertedDataset
+from mdl_toolkit.data.listing import rows_file
 from mdl_toolkit.data.manifest import read_manifest
 from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import DatasetError, InputError, RowsError, ToolkitError
@@ -70,7 +71,7 @@ def open_sets(
     manifests = {
         name: read_manifest(path, options, needs_prediction=True)
         for name, path in paths.items()
-        if path is not None and is_first_process() and not Path(path).is_dir()
+        if path is not None and is_first_process() and not rows_file(path).is_dir()
     }
     sets: dict[str, ConvertedDataset] = {}
     refusals: list[RowsError] = []
@@ -98,7 +99,7 @@ def open_sets(
 
 def _open_set(path: str, files: TokenizerFiles, private: Path) -> ConvertedDataset:
     """Open a converted dataset, or what a CSV was converted to."""
-    if Path(path).is_dir():
+    if rows_file(path).is_dir():
         dataset = ConvertedDataset(Path(path))
         dataset.check_model(files)
         if dataset.record.format == ROUNDED_FORMAT:
@@ -115,7 +116,7 @@ def _open_set(path: str, files: TokenizerFiles, private: Path) -> ConvertedDatas
 def warn_of_ignored(options: TrainOptions) -> None:
     """Warn of options that were given and have no effect, as a set is converted or nothing is evaluated."""
     paths = [path for path in (options.train_dataset, options.eval_dataset) if path is not None]
-    converted = [path for path in paths if Path(path).is_dir()]
+    converted = [path for path in paths if rows_file(path).is_dir()]
     converting = {field.name for field in dataclasses.fields(ConversionOptions)} - {"from_modelscope"}
     if len(converted) < len(paths):
         # Options of speed, which have their effect on the other set.

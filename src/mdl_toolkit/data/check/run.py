@@ -70,6 +70,8 @@ def check(options: CheckOptions, forecast: Forecast | None = None) -> Figures:
     manifests = [
         read_manifest(path, options, needs_prediction=not options.for_inference) for path in options.input
     ]
+    for name, output in outputs.items():
+        check_file(output, [file for manifest in manifests for file in manifest.file.files], name)
     folder, tokenizer = _find_tokenizer(options)
     # Recordings fetched from addresses are kept while all files are inspected.
     with tempfile.TemporaryDirectory(prefix="mdl-toolkit-check-") as temporary:
