@@ -77,6 +77,22 @@ def figures(output):
     return [{name: line[name] for name in names if name in line} for line in lines]
 
 
+# --- converting ---------------------------------------------------------------------------------------------
+
+
+def test_the_first_rank_converts_alone_and_the_others_end_as_it_does(place, tmp_path, start):
+    """What follows in a script of another node must not begin before there is a dataset, or without one."""
+    rows = make_rows(tmp_path / "audio", 4)
+    for name, some in (("good", rows), ("bad", [*rows, {"audio": "gone.wav", "prediction": "x"}])):
+        write_csv(tmp_path / f"{name}.csv", some)
+        words = ["convert-dataset", tmp_path / f"{name}.csv", "--output", tmp_path / name]
+        jobs = start_ranks(start, [*map(str, words), "--model-name", str(MODEL)])
+        status = 0 if name == "good" else 1
+        assert [job.end() for job in jobs] == [status, status]
+        assert (tmp_path / name).exists() == (name == "good")
+        assert ("gone.wav" in jobs[0].said()) == (LOST in jobs[1].said()) == (name == "bad")
+
+
 # --- the same curve -----------------------------------------------------------------------------------------
 
 

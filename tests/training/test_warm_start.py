@@ -217,6 +217,19 @@ def test_an_adapter_that_does_not_fit_is_refused(golden, tmp_path):
     save_file({**tensors, name: tensors[name][:, :-1].contiguous()}, file)
     with pytest.raises(ModelError, match="the adapter does not fit its base"):
         train(options_of(tmp_path, adapter))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    for targets in (["q_lin"], "transformer.*"):
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, "target_modules": targets}))
+        with pytest.raises(
+            ModelError, match=r"target_modules fits no module decoder\.model.*copy the adapter"
+        ):
+            train(options_of(tmp_path, adapter))
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    far = {key.replace("layers.0.", "layers.7."): tensor for key, tensor in tensors.items()}
+    save_file(far, file)
+    with pytest.raises(ModelError, match=r"A-small has no tensors decoder\.model\.layers\.7\."):
+        train(options_of(tmp_path, adapter))
+    assert not (tmp_path / "run").exists()
     save_file({key: tensor for key, tensor in tensors.items() if key != name}, file)
     with pytest.raises(ModelError, match="only lora_B of"):
         train(options_of(tmp_path, adapter))

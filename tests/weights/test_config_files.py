@@ -1,6 +1,7 @@
 """Configuration files that hold what they must not: refused by file and key before any weight is loaded."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mdl_toolkit.cli.main import run
-from mdl_toolkit.model import MiDashengLMModel
+from mdl_toolkit.model import MiDashengLMConfig, MiDashengLMModel
 from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 from tests.support.adapters import make_adapter
 from tests.support.model_folders import change_json, find, refused
@@ -26,6 +27,7 @@ COUNT = (None, True, "8", 1.5, [8], {"a": 8}, -1, HUGE, NAN)
 SIZE = (*COUNT, 0)
 IDS = (True, "8", 1.5, {"a": 8}, -1, HUGE, [None], ["8"], [[8]], [512], 512)
 ID = (True, "8", 1.5, [8], {"a": 8}, -1, HUGE, 512)
+OR_NONE = (True, "8", 1.5, [8], {"a": 8}, -2, HUGE, 512)
 TOKEN = (5, True, ["a"], {"content": None}, {"content": 5}, {})
 TEMPLATE = (5, True, {"a": 1}, ["x"], [{"name": "default"}], [{"name": 5, "template": "x"}])
 TEXTS = (5, "x", {"a": 1}, [5], [None], [["x"]])
@@ -38,7 +40,7 @@ WRONG: dict[str, dict[str, tuple[Any, ...]]] = {
     "config.json": {
         **dict.fromkeys(("audio_encoder_config", "text_config"), (None, *OBJECT)),
         "subsample_factor": SIZE,
-        "audio_token_id": (None, *ID),
+        "audio_token_id": ID,
         "tie_word_embeddings": BOOLEAN,
         "quantization_config": OBJECT,
         "quantization_config.quant_method": TEXT,
@@ -72,7 +74,8 @@ WRONG: dict[str, dict[str, tuple[Any, ...]]] = {
                 "max_position_embeddings",
             )
         },
-        **{f"text_config.{key}": SIZE[1:] for key in ("num_key_value_heads", "head_dim", "sliding_window")},
+        **{f"text_config.{key}": SIZE[1:] for key in ("num_key_value_heads", "head_dim")},
+        "text_config.sliding_window": COUNT[1:],
         "text_config.max_window_layers": COUNT,
         "text_config.model_type": (*TEXT, "llama"),
         "text_config.hidden_act": (*TEXT, "loud"),
@@ -88,16 +91,18 @@ WRONG: dict[str, dict[str, tuple[Any, ...]]] = {
         "text_config.rope_scaling.rope_type": (*TEXT, "other"),
         "text_config.rope_scaling.factor": (*NUMBER, 0),
         "text_config.rope_scaling.mrope_section": (None, 5, "x", {"a": 1}, ["x"], [None], [-1]),
-        **{f"text_config.{key}_token_id": ID for key in ("pad", "bos")},
+        "text_config.bos_token_id": ID,
+        "text_config.pad_token_id": OR_NONE,
         "text_config.eos_token_id": IDS,
     },
     "generation_config.json": {
         "eos_token_id": IDS,
-        **{f"{key}_token_id": ID for key in ("pad", "bos")},
+        "bos_token_id": ID,
+        "pad_token_id": OR_NONE,
         "do_sample": BOOLEAN[1:],
         "temperature": (*NUMBER[1:], -1),
         "top_p": SHARE[1:],
-        "top_k": COUNT[1:],
+        "top_k": (*COUNT[1:6], -2, *COUNT[7:]),
         **dict.fromkeys(("max_length", "max_new_tokens", "num_beams"), SIZE[1:]),
         "repetition_penalty": (*NUMBER[1:], 0),
     },
@@ -106,7 +111,8 @@ WRONG: dict[str, dict[str, tuple[Any, ...]]] = {
         "feature_size": (*SIZE, 2),
         "padding_value": NUMBER,
         "padding_side": (*TEXT, "both"),
-        **dict.fromkeys(("do_normalize", "return_attention_mask"), BOOLEAN),
+        "do_normalize": BOOLEAN,
+        "return_attention_mask": BOOLEAN[1:],
         "auto_map": OBJECT,
     },
     "processor_config.json": {
@@ -207,6 +213,49 @@ def test_a_wrong_value_is_refused_by_file_and_key(model, name, key):
         if before is not None:
             file.write_bytes(before)
     assert find(model, weights=False) == model
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("config.json", {"text_config.pad_token_id": -1, "text_config.sliding_window": 0}),
+        ("config.json", {"text_config.head_dim": 16, "text_config.num_key_value_heads": None}),
+        ("preprocessor_config.json", {"return_attention_mask": None}),
+        ("generation_config.json", {"top_k": -1, "pad_token_id": -1}),
+    ],
+)
+def test_unusual_values_that_transformers_takes_change_nothing(golden, model, name, values):
+    """Null key heads are as many as the others: each of the folder's is stored for both that share it."""
+    ids = torch.tensor([[5, 6, 7, 8]])
+    expected = MiDashengLMModel.from_pretrained(golden / "checkpoints/A-small")(input_ids=ids).logits
+    for key, value in values.items():
+        put(model / name, key, value)
+        if value is None and key.endswith("heads"):
+            tensors = load_file(model / "model.safetensors")
+            for each in [each for each in tensors if re.search(r"decoder.*\.[kv]_proj\.", each)]:
+                heads = tensors[each].unflatten(0, (2, 16))
+                tensors[each] = heads.repeat_interleave(2, 0).flatten(0, 1).contiguous()
+            save_file(tensors, model / "model.safetensors")
+    assert find(model) == model
+    read_tokenizer_files(model)
+    torch.testing.assert_close(MiDashengLMModel.from_pretrained(model)(input_ids=ids).logits, expected)
+
+
+def test_heads_of_a_width_of_their_own_need_not_divide_the_hidden_size(model):
+    """As in Qwen3; without `head_dim` they must."""
+    put(model / "config.json", "text_config.num_attention_heads", 6)
+    assert "hidden_size" in refused(find, model, weights=False)
+    put(model / "config.json", "text_config.head_dim", 16)
+    assert find(model, weights=False) == model
+
+
+@pytest.mark.parametrize("value", [None, 151646])
+def test_an_audio_token_that_is_not_said_is_the_published_one(model, value):
+    put(model / "config.json", "audio_token_id", value)
+    put(model / "config.json", "text_config.vocab_size", 151_700)
+    assert MiDashengLMConfig.from_pretrained(model).audio_token_id == 151_646
+    said = refused(read_tokenizer_files, find(model, weights=False))
+    assert "audio_token_id: expected 486, the id of <|AUDIO|> in tokenizer.json, not 151646" in said
 
 
 def test_no_file_of_a_folder_is_left_out(model):

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from mdl_toolkit.model.constants import SAMPLE_RATE, SEMANTIC_MODULE, TEXT_MODEL_TYPES
+from mdl_toolkit.model.constants import AUDIO_TOKEN_ID, SAMPLE_RATE, SEMANTIC_MODULE, TEXT_MODEL_TYPES
 
 
 class MiDashengEncoderConfig(PreTrainedConfig):
@@ -91,7 +91,7 @@ class MiDashengLMConfig(PreTrainedConfig):
     audio_encoder_config: dict[str, Any] | PreTrainedConfig | None = None
     text_config: dict[str, Any] | PreTrainedConfig | None = None
     subsample_factor: int = 5
-    audio_token_id: int | None = 151646
+    audio_token_id: int | None = AUDIO_TOKEN_ID
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -101,6 +101,8 @@ class MiDashengLMConfig(PreTrainedConfig):
             ValueError: the decoder is of a kind that no MiDashengLM has, or attends to a window only.
         """
         audio, text = self.audio_encoder_config, self.text_config
+        if self.audio_token_id is None:
+            self.audio_token_id = AUDIO_TOKEN_ID
         if not isinstance(audio, PreTrainedConfig):
             self.audio_encoder_config = MiDashengEncoderConfig(**(audio or {}))
         given = {"model_type": text.model_type} if isinstance(text, PreTrainedConfig) else text or {}

@@ -27,7 +27,7 @@ from mdl_toolkit.training.gradient_checkpointing import KeptBlocks
 from mdl_toolkit.training.log import Pace, RunLog
 from mdl_toolkit.training.lora import TargetCount, add_adapters
 from mdl_toolkit.training.memory.plan import plan_memory
-from mdl_toolkit.training.optimization.optimizer import learning_rates
+from mdl_toolkit.training.optimization.optimizer import check_tied_rates, learning_rates
 from mdl_toolkit.training.optimization.schedule import Schedule, check_warmup, warn_of_every_step
 from mdl_toolkit.training.output import check_run_folder, prepare_output, tidy_output
 from mdl_toolkit.training.result import origin_of, write_result
@@ -112,7 +112,7 @@ def train(options: TrainOptions) -> TrainResult:
     options, start = take_over(options)
     check_frozen(options)
     check_warmup(options)
-    learning_rates(options)
+    check_tied_rates(options)
     warn_of_every_step(options)
     if options.quantization is not None:
         require_package(BITSANDBYTES, "quantization", "--quantization")

@@ -15,10 +15,10 @@ from mdl_toolkit.config.types import TRAIN_TARGETS
 from mdl_toolkit.config.yaml import from_mapping, word_of
 from mdl_toolkit.errors import ModelError, UsageError
 from mdl_toolkit.training.checkpoints import CHECKSUMS, damage
-from mdl_toolkit.training.lora import FULL_TARGETS, LORA_TARGETS, load_adapter
+from mdl_toolkit.training.lora import FULL_TARGETS, LORA_TARGETS, load_adapter, saved_config
 from mdl_toolkit.utils.console import say
 from mdl_toolkit.utils.machine import describe_oom
-from mdl_toolkit.weights.adapter import adapter_entries
+from mdl_toolkit.weights.adapter import AdapterDelta, adapter_entries
 from mdl_toolkit.weights.config_files import read_json
 from mdl_toolkit.weights.loading import base_of, recorded_base
 from mdl_toolkit.weights.resolve import check_is_no_run, find_model, recorded_name
@@ -83,8 +83,11 @@ def take_over(options: TrainOptions) -> tuple[TrainOptions, Path | None]:
         )
     is_given = bool(options.given({"model_name"}))
     base = options.model_name if is_given else recorded_base(folder)
+    check_targeted(folder)
     try:
-        base_of(folder, from_modelscope=options.from_modelscope, name=base, weights=Path(base).is_dir())
+        found = base_of(
+            folder, from_modelscope=options.from_modelscope, name=base, weights=Path(base).is_dir()
+        )
     except ModelError as problem:
         if is_given:
             raise
@@ -94,9 +97,30 @@ def take_over(options: TrainOptions) -> tuple[TrainOptions, Path | None]:
             adapter=options.adapter,
             reason=problem.message,
         ) from problem
+    if Path(base).is_dir():
+        # All its tensors are tensors of the base.
+        AdapterDelta.read(folder, found)
     own = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
     taken = {**shape, "model_name": base, "adapter": recorded_name(options.adapter, folder)}
     return from_mapping(TrainOptions, {**own, **taken}, options.typed), folder
+
+
+def check_targeted(adapter: Path) -> None:
+    """Refuse an adapter with weights for a module that its configuration does not target.
+
+    Raises:
+        ModelError: naming the module.
+    """
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    config, (_, modules, _) = saved_config(adapter), adapter_entries(adapter)
+    if others := [name for name in modules if not check_target_module_exists(config, name)]:
+        raise ModelError(
+            "{path}: target_modules fits no module {name}, for which the adapter holds weights; copy the "
+            "adapter again",
+            path=adapter / ADAPTER_CONFIG,
+            name=others[0],
+        )
 
 
 def trained_targets(adapter: Path) -> tuple[str, ...]:

@@ -140,8 +140,11 @@ def _number_of(text: str) -> float:
 
 
 @contextmanager
-def join_world() -> Iterator[World]:
+def join_world(*, on_devices: bool = True) -> Iterator[World]:
     """Join the processes that a launcher started, and leave them when the context ends.
+
+    Args:
+        on_devices: let their accelerators meet too, where there are any.
 
     Raises:
         UsageError: the launcher's variables do not fit together.
@@ -168,7 +171,7 @@ def join_world() -> Iterator[World]:
         # A group's timeout is fixed when it is made: all that are here now make one with a longer timeout.
         group = distributed.new_group(timeout=GROUP_TIMEOUT)
         device = best_device()
-        devices = None if device == CPU else join_devices(device)
+        devices = join_devices(device) if on_devices and device != CPU else None
     store.set_timeout(GROUP_TIMEOUT)
     try:
         yield World(rank, size, group, devices)

@@ -77,8 +77,10 @@ def check_files(folder: Path) -> None:
     """
     configs = {name: read_json(folder / name) for name in SCHEMAS if (folder / name).is_file()}
     for relation in RELATIONS:
-        value = value_at(configs.get(relation.file, {}), relation.key)
-        other = value_at(configs.get(MODEL_CONFIG, {}), relation.other)
+        model = configs.get(MODEL_CONFIG, {})
+        if value_at(model, relation.unless) is not None:
+            continue
+        value, other = value_at(configs.get(relation.file, {}), relation.key), value_at(model, relation.other)
         if value is not None and other is not None and not relation.holds(value, other):
             wanted = relation.wanted(relation.other, other)
             raise refusal(folder / relation.file, relation.key, wanted, value)

@@ -57,6 +57,8 @@ EVEN = Rule(
 )
 SHARE, POSITIVE = number(0, 1), number(1e-30, 1e30)
 TOKEN_IDS = optional(either(TOKEN_ID, list_of(TOKEN_ID)))
+# Where transformers takes -1 for none.
+TOKEN_OR_NONE = optional(integer(-1))
 DTYPE = optional(one_of("float32", "bfloat16", "float16", "float64"))
 PATCH = Rule(
     Localized("a whole number, or a list of two"),
@@ -134,13 +136,14 @@ DECODER: Schema = {
     "attention_bias": BOOLEAN,
     "attention_dropout": SHARE,
     "use_sliding_window": BOOLEAN,
-    "sliding_window": optional(integer(1)),
+    "sliding_window": optional(integer()),
     "max_window_layers": integer(),
     "layer_types": optional(list_of(one_of("full_attention"))),
     "rope_theta": POSITIVE,
     "rope_scaling": ROPE,
     "rope_parameters": ROPE,
-    **dict.fromkeys(("pad_token_id", "bos_token_id"), optional(TOKEN_ID)),
+    "pad_token_id": TOKEN_OR_NONE,
+    "bos_token_id": optional(TOKEN_ID),
     "eos_token_id": TOKEN_IDS,
     **dict.fromkeys(("dtype", "torch_dtype"), DTYPE),
 }
@@ -149,7 +152,7 @@ SCHEMAS: Mapping[str, Schema] = {
         "audio_encoder_config": object_of(ENCODER),
         "text_config": object_of(DECODER),
         "subsample_factor": integer(1, 1000),
-        "audio_token_id": TOKEN_ID,
+        "audio_token_id": optional(TOKEN_ID),
         "tie_word_embeddings": BOOLEAN,
         "quantization_config": optional(
             object_of({"quant_method": TEXT, **dict.fromkeys(("load_in_4bit", "load_in_8bit"), BOOLEAN)})
@@ -160,11 +163,12 @@ SCHEMAS: Mapping[str, Schema] = {
     },
     GENERATION_CONFIG: {
         "eos_token_id": TOKEN_IDS,
-        **dict.fromkeys(("pad_token_id", "bos_token_id"), optional(TOKEN_ID)),
+        "pad_token_id": TOKEN_OR_NONE,
+        "bos_token_id": optional(TOKEN_ID),
         "do_sample": optional(BOOLEAN),
         "temperature": optional(number(0)),
         "top_p": optional(SHARE),
-        "top_k": optional(integer()),
+        "top_k": optional(integer(-1)),
         "repetition_penalty": optional(POSITIVE),
         **dict.fromkeys(("max_length", "max_new_tokens", "num_beams"), optional(integer(1))),
     },
@@ -173,7 +177,8 @@ SCHEMAS: Mapping[str, Schema] = {
         "feature_size": one_of(1),
         "padding_value": number(),
         "padding_side": one_of("right", "left"),
-        **dict.fromkeys(("do_normalize", "return_attention_mask"), BOOLEAN),
+        "do_normalize": BOOLEAN,
+        "return_attention_mask": optional(BOOLEAN),
         "auto_map": optional(OBJECT),
     },
     TOKENIZER_CONFIG: TOKENS,
@@ -224,6 +229,7 @@ class Relation:
         other: the way to the key of `config.json`.
         wanted: says so, given the other key and its value.
         holds: tells whether the two values belong together.
+        unless: the way to a key of `config.json` with which they need not.
     """
 
     file: str
@@ -231,6 +237,7 @@ class Relation:
     other: str
     wanted: Callable[[str, Any], Localized]
     holds: Callable[[Any, Any], bool]
+    unless: str = ""
 
 
 def below(value: Any, limit: int) -> bool:
@@ -264,7 +271,13 @@ AS_MANY = (
 )
 _AUDIO, _TEXT = "audio_encoder_config.", "text_config."
 RELATIONS = (
-    Relation(MODEL_CONFIG, f"{_TEXT}hidden_size", f"{_TEXT}num_attention_heads", *MULTIPLE),
+    Relation(
+        MODEL_CONFIG,
+        f"{_TEXT}hidden_size",
+        f"{_TEXT}num_attention_heads",
+        *MULTIPLE,
+        unless=f"{_TEXT}head_dim",
+    ),
     Relation(MODEL_CONFIG, f"{_TEXT}num_attention_heads", f"{_TEXT}num_key_value_heads", *MULTIPLE),
     Relation(MODEL_CONFIG, f"{_TEXT}layer_types", f"{_TEXT}num_hidden_layers", *AS_MANY),
     *(
@@ -307,6 +320,8 @@ def sizes_of(config: Mapping[str, Any]) -> dict[str, Any]:
     sizes = {**audio, **text, **config}
     if {"hidden_size", "num_attention_heads"} <= sizes.keys() and not sizes.get("head_dim"):
         sizes["head_dim"] = sizes["hidden_size"] // sizes["num_attention_heads"]
+    if sizes.get("num_key_value_heads", 0) is None:
+        sizes["num_key_value_heads"] = sizes.get("num_attention_heads")
     if {"patch_stride", "target_length"} <= sizes.keys():
         sizes["frames"] = pair_of(sizes["patch_stride"])[1]
         sizes["chunk"] = sizes["target_length"] // sizes["frames"]

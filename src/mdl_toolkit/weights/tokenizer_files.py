@@ -8,6 +8,7 @@ from typing import Any
 
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.i18n import Localized
+from mdl_toolkit.model.constants import AUDIO_TOKEN_ID
 from mdl_toolkit.utils.files import parse_json
 from mdl_toolkit.weights.config_files import read_json, read_text, refusal, value_at
 from mdl_toolkit.weights.schemas import (
@@ -113,11 +114,12 @@ def check_ids(tokenizer: str, audio_token: str, model: Path) -> None:
         return
     config, ids = read_json(path), ids_of(parse_json(tokenizer))
     size, audio_id = value_at(config, "text_config.vocab_size"), config.get("audio_token_id")
+    audio_id = AUDIO_TOKEN_ID if audio_id is None else audio_id
     highest = max(ids.values(), default=-1)
     if size is not None and highest >= size:
         wanted = Localized("more than {highest}, the highest id in tokenizer.json", highest=highest)
         raise refusal(path, "text_config.vocab_size", wanted, size)
-    if audio_id is not None and audio_id != ids.get(audio_token, audio_id):
+    if audio_id != ids.get(audio_token, audio_id):
         wanted = Localized(
             "{number}, the id of {token} in tokenizer.json", number=ids[audio_token], token=audio_token
         )

@@ -446,16 +446,6 @@ def test_workers_and_groups_change_no_byte(place):
             assert (place / str(number) / name).read_bytes() == (place / "0" / name).read_bytes(), name
 
 
-def test_the_first_rank_converts_alone(place, monkeypatch):
-    write_csv(Path("rows.csv"), phrases(4))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-    assert convert_dataset(options()) is None
-    assert files_below(place) == {"rows.csv"}
-    monkeypatch.setenv("RANK", "0")
-    assert convert_dataset(options()).rows == 4
-
-
 def test_nothing_heavy_is_imported(tmp_path):
     """Each process of a conversion would take a quarter of a gigabyte more with torch."""
     write_csv(tmp_path / "rows.csv", phrases(4))

@@ -1,6 +1,7 @@
 """The recipe: each option does what the libraries mean by it, and nothing changes without it."""
 
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 
 import bitsandbytes
@@ -13,7 +14,7 @@ from transformers import get_scheduler
 from mdl_toolkit.data.collate import Collator
 from mdl_toolkit.data.dataset import ConvertedDataset
 from mdl_toolkit.errors import ModelError, UsageError
-from mdl_toolkit.training.optimization.optimizer import OptimizerConfig, saved_state
+from mdl_toolkit.training.optimization.optimizer import OptimizerConfig, check_tied_rates, saved_state
 from mdl_toolkit.training.run import train, trainable_model
 from mdl_toolkit.training.sampler import BatchSampler
 from mdl_toolkit.utils.run_folder import read_log
@@ -229,3 +230,20 @@ def test_tied_embeddings_have_the_rate_of_the_one_that_is_named(golden, target):
     options = options_of("d", "o", train_target=("decoder", target), lr={"decoder": 0.1, target: 0.2})
     groups = OptimizerConfig.of(options).make(named, CPU).param_groups
     assert {group["lr"]: len(group["params"]) for group in groups} == {0.1: len(named) - 1, 0.2: 1}
+
+
+@pytest.mark.parametrize("name", ["B-small", "B-small-tied"])
+def test_two_rates_of_one_matrix_are_refused(golden, csv, tmp_path, name):
+    model = str(golden / "checkpoints" / name)
+    both = {"model_name": model, "train_target": ("embed_tokens", "lm_head")}
+    options = options_of(csv, tmp_path / "run", **both, lr=("embed_tokens=0.1", "lm_head=0.2"))
+    told = pytest.raises(
+        UsageError, match=r"--lr: embed_tokens / lm_head are one matrix in .*tied; give both"
+    )
+    with told if "tied" in name else nullcontext():
+        check_tied_rates(options)
+    if "tied" in name:
+        with pytest.raises(UsageError, match="one matrix"):
+            train(options)
+        assert not (tmp_path / "run").exists()
+    check_tied_rates(replace(options, lr=("embed_tokens=0.1", "0.1")))

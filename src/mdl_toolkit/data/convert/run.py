@@ -56,10 +56,12 @@ def convert_dataset(options: ConvertOptions) -> Record | None:
     """Convert a CSV into a dataset for training, replacing what is at the output.
 
     Returns:
-        The dataset's record; None in any but the first of several ranks, which converts alone. The dataset
-        itself is not opened: that would map a page of each of its batches.
+        The dataset's record; None in any but the first of several ranks, which converts alone while the
+        others wait, and fail if it does. The dataset itself is not opened: that would map a page of each of
+        its batches.
 
     Raises:
+        PeerLostError: another rank has ended.
         ToolkitError: bad rows (all of them in one message), a bad output folder, no model.
 
     Example:
@@ -75,8 +77,23 @@ def convert_dataset(options: ConvertOptions) -> Record | None:
         ```
     """
     end_unguarded_script()
-    if Ranks.from_environment().rank:
-        return None
+    if Ranks.from_environment().count == 1:
+        return convert_alone(options)
+    # It needs torch, which takes memory in every process of a conversion.
+    from mdl_toolkit.utils.distributed import join_world
+
+    with join_world(on_devices=False) as world:
+        record = convert_alone(options) if world.is_first else None
+        world.wait()
+        return record
+
+
+def convert_alone(options: ConvertOptions) -> Record:
+    """Convert a CSV into a dataset in this process and its workers, whatever others there are.
+
+    Raises:
+        ToolkitError: as `convert_dataset`.
+    """
     output = Path(options.output)
     check_output(output)
     check_apart(output, Path(options.input))

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.errors import UsageError
 from mdl_toolkit.training.lora import FULL_TARGETS, LORA_TARGETS
+from mdl_toolkit.weights.config_files import is_tied, read_json
+from mdl_toolkit.weights.resolve import find_model
+from mdl_toolkit.weights.schemas import MODEL_CONFIG
 
 # Tables of bitsandbytes, the same for all parameters: nothing to save.
 TABLES = {"qmap1", "qmap2"}
@@ -105,6 +108,24 @@ def learning_rates(options: TrainOptions) -> dict[str, float]:
     # Tied embeddings are one, whichever of the two is named.
     full = [rates[target] for target in FULL_TARGETS if target in rates]
     return {**dict.fromkeys(FULL_TARGETS if full else (), *full[:1]), **rates}
+
+
+def check_tied_rates(options: TrainOptions) -> None:
+    """Refuse two learning rates for embeddings and head of a model in which they are one matrix.
+
+    Raises:
+        UsageError: `--lr` gives them two.
+        ModelError: the model is not to be had.
+    """
+    rates = learning_rates(options)
+    if {*FULL_TARGETS} <= {*options.train_target} and len({rates[target] for target in FULL_TARGETS}) > 1:
+        name, hub = options.model_name, options.from_modelscope
+        if is_tied(read_json(find_model(name, from_modelscope=hub, weights=False) / MODEL_CONFIG)):
+            raise UsageError(
+                "--lr: {targets} are one matrix in {model}; give both the same learning rate",
+                targets=" / ".join(FULL_TARGETS),
+                model=name,
+            )
 
 
 def saved_state(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
