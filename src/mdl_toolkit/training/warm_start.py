@@ -81,13 +81,24 @@ def take_over(options: TrainOptions) -> tuple[TrainOptions, Path | None]:
             adapter=options.adapter,
             theirs=" ".join(theirs),
         )
-    is_given = bool(options.given({"model_name"}))
-    base = options.model_name if is_given else recorded_base(folder)
     check_targeted(folder)
+    base = find_base(options, folder)
+    own = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    taken = {**shape, "model_name": base, "adapter": recorded_name(options.adapter, folder)}
+    return from_mapping(TrainOptions, {**own, **taken}, options.typed), folder
+
+
+def find_base(options: TrainOptions, adapter: Path) -> str:
+    """Find the base of an adapter's folder, check its tensors where it is local, and return its name.
+
+    Raises:
+        ModelError: it is not to be had, or not the adapter's own.
+    """
+    is_given = bool(options.given({"model_name"}))
+    base = options.model_name if is_given else recorded_base(adapter)
+    is_here = Path(base).is_dir()
     try:
-        found = base_of(
-            folder, from_modelscope=options.from_modelscope, name=base, weights=Path(base).is_dir()
-        )
+        folder = base_of(adapter, from_modelscope=options.from_modelscope, name=base, weights=is_here)
     except ModelError as problem:
         if is_given:
             raise
@@ -97,12 +108,9 @@ def take_over(options: TrainOptions) -> tuple[TrainOptions, Path | None]:
             adapter=options.adapter,
             reason=problem.message,
         ) from problem
-    if Path(base).is_dir():
-        # All its tensors are tensors of the base.
-        AdapterDelta.read(folder, found)
-    own = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
-    taken = {**shape, "model_name": base, "adapter": recorded_name(options.adapter, folder)}
-    return from_mapping(TrainOptions, {**own, **taken}, options.typed), folder
+    if is_here:
+        AdapterDelta.read(adapter, folder)
+    return base
 
 
 def check_targeted(adapter: Path) -> None:
