@@ -47,6 +47,8 @@ LOWER = (
 )  # fmt: skip
 HIGHER = (
     "layer_norm",
+    "native_layer_norm",
+    "rms_norm",
     "exp",
     "log",
     "log10",
@@ -194,7 +196,7 @@ def _dispatch(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if function is ATEN.scaled_dot_product_attention.default:
         return _fused_attention(*args, **kwargs)
     # In inference mode these come here whole.
-    if torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), "CompositeImplicitAutograd"):
+    if function not in REAL and _is_composite(function):
         return function.decompose(*args, **kwargs)
     name = function._schema.name
     tensors = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, torch.Tensor)]
@@ -225,6 +227,12 @@ def _dispatch(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     else:
         result = REAL.get(function, function)(*inner_args, **inner_kwargs)
     return _wrap(function, args, kwargs, result)
+
+
+@cache
+def _is_composite(function: Any) -> bool:
+    """Tell whether an operation is made of others."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), "CompositeImplicitAutograd")
 
 
 def _wrap(function: Any, args: Any, kwargs: dict[str, Any], result: Any) -> Any:
@@ -425,6 +433,23 @@ def _attention_backward(
     return to_q, *(each.unflatten(1, (-1, groups)).sum(2) for each in others), None
 
 
+# --- norms -----------------------------------------------------------------------------------------------
+
+
+def _rms_norm(x: Any, shape: Any, weight: Any, eps: float) -> tuple[Any, Any]:
+    """Compute what CUDA's kernel does: in float32, rounded once; gives back the scales too."""
+    wide = x.float()
+    scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return (wide * scale * weight).to(x.dtype), scale
+
+
+def _rms_norm_backward(
+    gradient: Any, x: Any, shape: Any, scale: Any, weight: Any, wants: Any
+) -> tuple[Any, None]:
+    wide, normed = gradient.float() * weight, x.float() * scale
+    return (scale * (wide - normed * (wide * normed).mean(-1, keepdim=True))).to(x.dtype), None
+
+
 def _nothing(*_: Any, **__: Any) -> None:
     """Do nothing: a dry optimizer's step."""
 
@@ -432,6 +457,8 @@ def _nothing(*_: Any, **__: Any) -> None:
 REAL: dict[Any, Any] = {
     ATEN._scaled_dot_product_fused_attention_overrideable.default: _attention,
     ATEN._scaled_dot_product_fused_attention_overrideable_backward.default: _attention_backward,
+    ATEN._fused_rms_norm.default: _rms_norm,
+    ATEN._fused_rms_norm_backward.default: _rms_norm_backward,
 }
 DRY: dict[Any, Any] = {ATEN._fused_adamw_.default: _nothing}
 
@@ -516,6 +543,8 @@ def _register() -> list[torch.library.Library]:
     library.impl("empty.memory_format", _empty)
     library.impl("empty_strided", _empty_strided)
     library.impl("_copy_from", _copy_from)
+    # Tensors come to `_dispatch` before; it tells torch that there is such a kernel.
+    library.impl("_fused_rms_norm", _rms_norm)
     rest = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
     rest.fallback(torch.library.fallthrough_kernel)
     autocast = torch.library.Library("aten", "IMPL", "AutocastPrivateUse1")

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from mdl_toolkit.model.constants import MOST_LOGITS
-from mdl_toolkit.model.packed_decoder import packed_states, rms_norm
+from mdl_toolkit.model.kernels.norms import rms_norm
+from mdl_toolkit.model.packed_decoder import packed_states
 from mdl_toolkit.model.packing import PackingPlan
 
 # Tokens by which the key-value store grows, at least.

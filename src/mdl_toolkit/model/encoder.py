@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mdl_toolkit.model.configuration import MiDashengEncoderConfig
 from mdl_toolkit.model.kernels.attention import chunked_attention, padded_attention
+from mdl_toolkit.model.kernels.norms import LayerNorm
 from mdl_toolkit.model.lengths import patch_count, visible_patch_count
 from mdl_toolkit.model.mel import acoustic_log_mel, log_mel
 
@@ -180,9 +181,9 @@ class MiDashengEncoderBlock(GradientCheckpointingLayer):
     def __init__(self, config: MiDashengEncoderConfig) -> None:
         super().__init__()
         dim = config.embed_dim
-        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.norm1 = LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.attn = Attention(config)
-        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.norm2 = LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(config)
         scale = config.init_values
         self.ls1 = nn.Identity() if scale is None else LayerScale(dim, scale)
@@ -206,7 +207,7 @@ class MiDashengEncoder(nn.Module):
         self.time_pos_embed = nn.Parameter(torch.empty(1, config.embed_dim, 1, config.chunk_patches))
         self.freq_pos_embed = nn.Parameter(torch.empty(1, config.embed_dim, 1, 1))
         self.blocks = nn.ModuleList(MiDashengEncoderBlock(config) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(config.embed_dim, eps=LAYER_NORM_EPS)
+        self.norm = LayerNorm(config.embed_dim, eps=LAYER_NORM_EPS)
 
     def forward(self, waveforms: Tensor, lengths: list[int]) -> tuple[Tensor, PatchLayout]:
         """Encode clips.
@@ -245,7 +246,7 @@ class AcousticEncoder(nn.Module):
         self.add_module(config.semantic_module, MiDashengEncoder(config))
         patch_embed = nn.Conv2d(config.input_channels, config.embed_dim, kernel, stride=kernel)
         self.add_module(config.acoustic_patch_embed_module, patch_embed)
-        self.add_module(config.acoustic_norm_module, nn.LayerNorm(config.embed_dim, eps=ACOUSTIC_NORM_EPS))
+        self.add_module(config.acoustic_norm_module, LayerNorm(config.embed_dim, eps=ACOUSTIC_NORM_EPS))
 
     @property
     def blocks(self) -> nn.ModuleList:

@@ -20,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, rotate_half
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
+from mdl_toolkit.model.kernels.norms import rms_norm
 from mdl_toolkit.model.packing import PackedTokens, PackingPlan, TokenLayout
 
 
@@ -171,13 +172,6 @@ def linear_group(x: Tensor, *layers: Any) -> Sequence[Tensor]:
     return [layer(x) for layer in layers] if outputs is None else outputs
 
 
-def rms_norm(norm: Any, x: Tensor) -> Tensor:
-    """Compute an RMS norm of Qwen over `[..., width]`."""
-    if norm.weight.requires_grad:
-        return norm(x)
-    return _RMSNorm.apply(x, norm.weight, norm.variance_epsilon)
-
-
 def gated_linear_unit(activation: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
     """Compute activation(gate) * up, all `[..., intermediate_size]`."""
     if not isinstance(activation, nn.SiLU | SiLUActivation):
@@ -187,28 +181,24 @@ def gated_linear_unit(activation: nn.Module, gate: Tensor, up: Tensor) -> Tensor
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate `[tokens, heads, head_dim]` by the angles of a rotary embedding, `[tokens, 1, head_dim]`."""
-    return x * cos + rotate_half(x) * sin
+    rotated: Tensor = _Rotate.apply(x, cos, sin)
+    return rotated
 
 
-class _RMSNorm(torch.autograd.Function):
-    """Compute x / sqrt(mean(x^2) + eps), rounded to the dtype of x, times a frozen weight."""
+class _Rotate(torch.autograd.Function):
+    """Compute x * cos + rotate_half(x) * sin; plain autograd fills gradients of halves with zeros."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.float()
-        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        scale = scale.add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, scale)
-        normed = (wide * scale).to(x.dtype)
-        return normed.mul_(weight) if weight.dtype == x.dtype else weight * normed
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.dtype = x.dtype
+        return x * cos + rotate_half(x) * sin
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        x, weight, scale = ctx.saved_tensors
-        to_normed = (gradient * weight).float()
-        wide = x.float() * scale
-        share = torch.linalg.vecdot(to_normed, wide).unsqueeze(-1).div_(-x.shape[-1])
-        return to_normed.addcmul_(wide, share).mul_(scale).to(x.dtype), None, None
+        to_plain, to_rotated = ((gradient * each).to(ctx.dtype) for each in ctx.saved_tensors)
+        first, second = to_rotated.chunk(2, -1)
+        return to_plain.add_(torch.cat([second, first.neg()], -1)), None, None
 
 
 class _SwiGLU(torch.autograd.Function):

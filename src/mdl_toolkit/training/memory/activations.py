@@ -45,7 +45,7 @@ class ActivationEstimate:
         config: the model's.
         options: the run's.
         number: bytes of a number in matrix products: 4, or 2 under autocast to bfloat16.
-        on_gpu: whether autocast computes the encoder's norms in float32.
+        on_gpu: whether attention pads the encoder's chunks, and dropout keeps a byte for each number.
         quantization: of the decoder's matrices.
         gradients: float32, of each target.
         lengths: decoder tokens of every example, `[examples]`.
@@ -114,12 +114,12 @@ class ActivationEstimate:
     @property
     def block(self) -> int:
         """Return bytes of an encoder block: inputs of norms, linear layers and GELU; q, k, v, result."""
-        audio, norm = self.config.parts[0], FLOAT if self.on_gpu else self.number
+        audio = self.config.parts[0]
         if "encoder" not in self.gradients:
             return 0
         patches, padded = self._patches
         dim, hidden = audio.embed_dim, int(audio.embed_dim * audio.mlp_ratio)
-        patch = norm * 2 * dim + self.number * (3 * dim + 2 * hidden)
+        patch = self.number * (5 * dim + 2 * hidden)
         patch += self._copies(is_quantized=False) * (3 * dim + hidden)
         return patches * patch + padded * self.number * 4 * dim
 
