@@ -4,19 +4,22 @@
 the same in float32, and in bfloat16 as many are right as with our own engine.
 """
 
+import base64
 import csv
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
 
+from benchmarks.serving_throughput import throughput
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.demo import PROMPT, lay_out_phrases, make_tiny_model
 from mdl_toolkit.training.run import train
@@ -51,9 +54,12 @@ def main() -> int:
         with served(folder / "Qwen2", all=adapters["Qwen2"], decoder=decoder) as address:
             rows.append(compared("adapter of the decoder, API", decoder, engine=address))
             rows.append(compared("adapter of all, API", adapters["Qwen2"], engine=address))
-    print("| model | the same | right, ours | right, vLLM | ours, s | vLLM, s |\n|" + " --- |" * 6)
-    for row in rows:
-        print("| " + " | ".join(map(str, row)) + " |")
+            rows.append(
+                row_of("adapter of all, 8 kHz files in chats", adapters["Qwen2"], chatted(folder, address))
+            )
+        print_table(("model", "the same", "right, ours", "right, vLLM", "ours, s", "vLLM, s"), rows)
+        seconds = [f"{who}, {of} s" for of in ("wall", "CPU") for who in ("ours", "vLLM")]
+        print_table(("60 phrases, batch 16", *seconds), throughput(merged))
     failed = [row for row in rows if (row[1] < 60 and "bfloat16" not in row[0]) or row[3] < row[2]]
     return len(failed)
 
@@ -76,22 +82,52 @@ def trained(folder: Path, base: str, targets: tuple[str, ...]) -> Path:
 
 def compared(title: str, model: Path, *options: str, engine: str = "vllm") -> tuple[Any, ...]:
     """Answer with our engine and another, and return counts and seconds as a row of the table."""
-    answers, seconds = [], []
-    work = model.parents[1] if model.name == "final" else model.parent
-    for each in ("torch", engine):
-        words = [] if each.startswith("http") else options
-        begun = time.monotonic()
-        command(
-            "inference", work / "test.csv", "--base-dir", work / "phrases", "--model-name", model,
-            "--output", work / "out.csv", "--engine", each, *words,
-        )  # fmt: skip
-        seconds.append(round(time.monotonic() - begun, 1))
-        answers.append(column(work / "out.csv"))
-    ours, others = answers
-    wanted = column(work / "test.csv")
-    same = sum(a == b for a, b in zip(ours, others, strict=True))
-    right = [sum(a == b for a, b in zip(each, wanted, strict=True)) for each in answers]
-    return (title, same, *right, *seconds)
+    return row_of(title, model, answered(model, engine, *(options if engine == "vllm" else ())), *options)
+
+
+def row_of(title: str, model: Path, other: tuple[tuple[str, ...], float], *options: str) -> tuple[Any, ...]:
+    """Compare answers with those of our engine, and return counts and seconds as a row of the table."""
+    ours, wanted = answered(model, "torch", *options), column(work_of(model) / "test.csv")
+    same = sum(a == b for a, b in zip(ours[0], other[0], strict=True))
+    right = [sum(a == b for a, b in zip(each, wanted, strict=True)) for each, _ in (ours, other)]
+    return (title, same, *right, round(ours[1], 1), round(other[1], 1))
+
+
+def work_of(model: Path) -> Path:
+    """Return the folder in which everything is."""
+    return model.parents[1] if model.name == "final" else model.parent
+
+
+@cache
+def answered(model: Path, engine: str, *options: str) -> tuple[tuple[str, ...], float]:
+    """Answer the phrases with an engine, and return its answers and seconds."""
+    work, begun = work_of(model), time.monotonic()
+    command(
+        "inference", work / "test.csv", "--base-dir", work / "phrases", "--model-name", model,
+        "--output", work / "out.csv", "--engine", engine, *options,
+    )  # fmt: skip
+    return column(work / "out.csv"), time.monotonic() - begun
+
+
+def chatted(work: Path, address: str) -> tuple[tuple[str, ...], float]:
+    """Send the recordings as they are to a server's adapter `all`, and return its answers and seconds."""
+    answers, begun = [], time.monotonic()
+    with (work / "test.csv").open(encoding="utf-8", newline="") as lines:
+        for row in csv.DictReader(lines):
+            audio = base64.b64encode((work / "phrases" / row["audio"]).read_bytes()).decode()
+            recording = {"type": "input_audio", "input_audio": {"data": audio, "format": "flac"}}
+            content = [recording, {"type": "text", "text": PROMPT}]
+            body = {"model": "all", "messages": [{"role": "user", "content": content}], "temperature": 0}
+            answer = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=600).raise_for_status()
+            answers.append(answer.json()["choices"][0]["message"]["content"])
+    return tuple(answers), time.monotonic() - begun
+
+
+def print_table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Print a table in Markdown."""
+    titles = [*head]
+    for cells in (titles, ["---"] * len(titles), *rows):
+        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
 def command(*words: object) -> None:
@@ -99,10 +135,10 @@ def command(*words: object) -> None:
     subprocess.run([sys.executable, "-m", "mdl_toolkit", *map(str, words)], check=True)
 
 
-def column(file: Path) -> list[str]:
+def column(file: Path) -> tuple[str, ...]:
     """Read the answers of a CSV."""
     with file.open(encoding="utf-8", newline="") as lines:
-        return [row["prediction"] for row in csv.DictReader(lines)]
+        return tuple(row["prediction"] for row in csv.DictReader(lines))
 
 
 @contextmanager
@@ -119,7 +155,8 @@ def served(base: Path, **adapters: Path) -> Iterator[str]:
     server = subprocess.Popen([sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words])
     try:
         while server.poll() is None:
-            with suppress(OSError), urllib.request.urlopen(f"{address}/v1/models", timeout=5):
+            with suppress(httpx.TransportError):
+                httpx.get(f"{address}/v1/models", timeout=5)
                 break
             time.sleep(1)
         yield address

@@ -143,6 +143,10 @@ class TooLongError(AudioError):
     """Refuse a recording that is longer than is accepted."""
 
 
+class CutOffError(AudioError):
+    """Refuse a recording that is not all there; the field `missing` of its message says how that is known."""
+
+
 class DatasetError(ToolkitError):
     """Refuse a converted dataset that cannot be written, opened or used."""
 

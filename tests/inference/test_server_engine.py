@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from mdl_toolkit.errors import InputError
 from mdl_toolkit.inference import server_engine
 from mdl_toolkit.inference.run import infer
 from tests.support.inferences import infer_options, table
@@ -125,9 +126,35 @@ def test_a_server_gets_messages_and_samples_and_its_answers_stand_in_their_rows(
     assert [part["type"] for part in user["content"]] == ["input_audio", "text"]
     assert user["content"][1]["text"] == "Really?"
     assert [len(bodies[len(each)]["messages"]) for each in recordings] == [1, 2, 1, 1, 1]
-    settings = {name: [body[name] for body in server.bodies] for name in ("model", "max_tokens", "top_p")}
-    assert settings == {"model": ["A-small"] * 5, "max_tokens": [7] * 5, "top_p": [0.9] * 5}
+    names = ("model", "max_tokens", "top_p", "temperature")
+    settings = {name: [body[name] for body in server.bodies] for name in names}
+    assert settings == {
+        "model": ["A-small"] * 5, "max_tokens": [7] * 5, "top_p": [0.9] * 5, "temperature": [0.5] * 5,
+    }  # fmt: skip
     assert sorted(body["seed"] for body in server.bodies) == [3, 4, 5, 6, 7]
+
+
+def test_what_a_model_s_own_settings_would_change_is_said_each_time(tmp_path, server, options):
+    """vLLM takes from `generation_config.json` what a request leaves out."""
+    infer(options(make_csv(tmp_path, 1)))
+    (body,) = server.bodies
+    assert {name: body[name] for name in ("temperature", "top_p", "top_k", "min_p")} == {
+        "temperature": 0, "top_p": 1, "top_k": -1, "min_p": 0,
+    }  # fmt: skip
+    penalties = {name: value for name, value in body.items() if name.endswith("_penalty")}
+    assert penalties == {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
+
+
+@pytest.mark.parametrize("fills_in", [True, False])
+def test_an_empty_prompt_is_sent_to_a_server_that_would_fill_one_in(tmp_path, server, options, fills_in):
+    if fills_in:
+        server.models = [{"id": "A-small", "prompts": {"system": "Listen well.", "user": "What?"}}]
+    row = {"audio": make_rows(tmp_path / "audio", 1)[0]["audio"]}
+    infer(options(write_csv(tmp_path / "in.csv", [row]), system_prompt="", user_prompt=""))
+    messages = server.bodies[0]["messages"]
+    texts = [part["text"] for part in messages[-1]["content"] if part["type"] == "text"]
+    assert texts == [""] * fills_in
+    assert messages[:-1] == [{"role": "system", "content": ""}] * fills_in
 
 
 def test_as_many_requests_as_the_batch_size_are_under_way(tmp_path, server, options):
@@ -167,6 +194,51 @@ def test_a_row_that_the_server_refuses_is_named(tmp_path, server, options):
     message = refused(infer, options(make_csv(tmp_path, 3), batch_size=1))
     assert "refuses line" in message
     assert "400 Bad Request: the audio is broken" in message
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_refused_row_is_kept_with_its_reason(tmp_path, server, options, status):
+    server.failures = [0, status]
+    source = make_csv(tmp_path, 4)
+    with pytest.raises(InputError, match="1 of its rows has no prediction"):
+        infer(options(source, batch_size=1, on_error="keep"))
+    assert len(server.bodies) == 4
+    rows = table(tmp_path / "out.csv")
+    (lost,) = (number for number, row in enumerate(rows) if not row["prediction"])
+    assert f"the server refuses line {lost + 2} ({status} " in rows[lost]["error"]
+    assert [bool(row["error"]) for row in rows].count(True) == 1
+
+
+def test_a_refused_row_is_not_asked_for_again_after_an_interruption(tmp_path, server, options, monkeypatch):
+    monkeypatch.setattr(server_engine, "TRIES", 1)
+    source, changes = make_csv(tmp_path, 5), {"batch_size": 1, "on_error": "keep"}
+    server.failures = [0, 400, 0, "dead"]
+    assert "does not answer" in refused(infer, options(source, **changes))
+    del server.bodies[:]
+    with pytest.raises(InputError, match="1 of its rows has no prediction"):
+        infer(options(source, **changes))
+    assert len(server.bodies) == 2
+    errors = [row["error"] for row in table(tmp_path / "out.csv") if row["error"]]
+    assert len(errors) == 1
+    assert "400 Bad Request: the audio is broken" in errors[0]
+
+
+def test_rows_that_are_all_refused_are_told_at_the_first_batch(tmp_path, server, options, capsys):
+    server.failures = [400] * 5
+    with pytest.raises(InputError, match="5 of its rows have no prediction"):
+        infer(options(make_csv(tmp_path, 5), batch_size=2, on_error="keep"))
+    said = capsys.readouterr().err
+    assert "warning: none of the first 2 rows has an answer: " in said
+    assert "400 Bad Request: the audio is broken" in said
+    assert all(row["error"] for row in table(tmp_path / "out.csv"))
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_refusal_that_is_not_of_the_row_ends_the_run(tmp_path, server, options, status):
+    server.failures = [0, status]
+    refused(infer, options(make_csv(tmp_path, 4), batch_size=1, on_error="keep"))
+    assert len(server.bodies) == 2
+    assert not (tmp_path / "out.csv").exists()
 
 
 def test_an_answer_that_is_no_completion_is_refused(tmp_path, server, options, monkeypatch):

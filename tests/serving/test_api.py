@@ -1,7 +1,9 @@
 """The server's interface: answers are those of `inference`, and what cannot be answered is refused."""
 
 import io
+import re
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 
 import httpx
 import numpy as np
@@ -9,6 +11,8 @@ import pytest
 import soundfile
 
 from mdl_toolkit import demo
+from mdl_toolkit.config.options import spelling
+from mdl_toolkit.config.serving import ServeOptions
 from mdl_toolkit.inference.run import infer
 from tests.support.inferences import infer_options
 from tests.support.server import needs_server
@@ -110,6 +114,22 @@ def test_prompts_that_are_sent_win_over_those_of_the_training(served, place):
     assert len({trained, ask("Who speaks?"), ask(demo.PROMPT, ""), ask(demo.PROMPT, "Be brief.")}) == 4
 
 
+def test_inference_by_this_server_is_inference_without_it(served, place, tmp_path, monkeypatch):
+    """Cells that have no prompt get none, though the server would fill one in."""
+    monkeypatch.chdir(place)
+    (place / "tuned").symlink_to(place / "adapter")
+    prompts = [(demo.PROMPT, "Listen well."), ("", ""), (demo.PROMPT, ""), ("", "Listen well.")] * 2
+    rows = [f"{row['audio']},{user},{system}\n" for row, (user, system) in zip(ROWS, prompts, strict=False)]
+    (tmp_path / "rows.csv").write_text("".join(["audio,user_prompt,system_prompt\n", *rows]))
+    changes = {"base_dir": str(place), "max_new_tokens": TOKENS}
+    here, there = (
+        infer(infer_options(tmp_path / "rows.csv", "tuned", tmp_path / f"{number}.csv", **more, **changes))
+        for number, more in enumerate(({}, {"engine": served.url}))
+    )
+    assert here == there
+    assert len({*here}) > 4
+
+
 def test_the_seed_decides_what_is_drawn(served):
     def draw(seed):
         return text_of(served.ask(SHORT, "?", temperature=1.5, top_p=0.9, seed=seed, max_tokens=20))
@@ -165,12 +185,19 @@ REFUSED = {
     "no turn": ({"messages": []}, 400, "not none; earlier turns are not taken"),
     "a field": (chat(SHORT, stop=["."]), 400, "stop is not supported here; leave it out"),
     "several answers": (chat(SHORT, n=3), 400, "n is not supported here"),
+    "tools": (chat(SHORT, tools=[{"type": "function"}]), 400, "tools is not supported here"),
+    "a form": (chat(SHORT, response_format={"type": "json_object"}), 400, "response_format is not supported"),
+    "probabilities": (chat(SHORT, logprobs=True), 400, "logprobs is not supported here"),
+    "other sampling": (chat(SHORT, top_k=5), 400, "top_k is not supported here"),
+    "an unknown field": (chat(SHORT, temprature=0.5), 400, "temprature is not supported here"),
+    "cut off": (chat(SHORT[:-9_000]), 400, "the recording was cut off: "),
     "temperature": (chat(SHORT, temperature=-1), 400, "temperature: Input should be greater than"),
     "tokens": (chat(SHORT, max_tokens=201), 400, "max_tokens 201: at most 200 are given here"),
     "no tokens": (chat(SHORT, max_tokens=0), 400, "max_tokens: Input should be greater than"),
     "long": (chat(recording(wave(22 * 8_000, 1), 8_000)), 413, "longer than 20 s, the most that is taken"),
     "large": (chat(b"0" * 2_000_000), 413, "the request is larger than 2 MB"),
     "room": (chat(SHORT, "word " * 50_000), 400, "tokens and the answer up to 200; this model has room for"),
+    "text": (chat(recording(wave(16_000, 1))[:20]), 400, "the recording"),
 }  # fmt: skip
 
 
@@ -179,6 +206,21 @@ def test_what_cannot_be_answered_is_refused_in_one_sentence(served, case):
     body, status, words = REFUSED[case]
     said = refused(served.client.post("/v1/chat/completions", json=body), status)
     assert words in said
+    # What is to be done can be done here.
+    assert {*re.findall(r"--[a-z-]+", said)} <= {spelling(each.name) for each in fields(ServeOptions)}
+
+
+def test_fields_that_change_nothing_are_taken(served):
+    """What OpenAI's clients and our own engine send."""
+    usual = {
+        "user": "u", "store": True, "metadata": {"a": "b"}, "service_tier": "auto",
+        "parallel_tool_calls": True, "stream_options": None, "n": 1, "stop": None, "tools": [],
+        "tool_choice": "auto", "logprobs": False, "response_format": {"type": "text"}, "temperature": 0,
+        "top_p": 1, "top_k": -1, "min_p": 0, "repetition_penalty": 1.0, "presence_penalty": 0,
+        "frequency_penalty": 0.0, "logit_bias": {},
+    }  # fmt: skip
+    plain = text_of(served.ask(SHORT, "?", max_tokens=20))
+    assert text_of(served.ask(SHORT, "?", max_tokens=20, **usual)) == plain
 
 
 def refused(response: httpx.Response, status: int) -> str:
@@ -212,9 +254,12 @@ def test_forms_that_cannot_be_answered_are_refused(served):
     assert refused(post(address, data={"file": "a.wav"}), 400).startswith("file: expected a recording")
     assert "0 bytes" in refused(transcribe(served, b""), 400)
     assert "'json' or 'text'" in refused(transcribe(served, SHORT, response_format="srt"), 400)
+    for name in ("include[]", "timestamp_granularities[]", "temprature"):
+        assert f"{name} is not supported here" in refused(transcribe(served, SHORT, **{name: "x"}), 400)
     assert refused(transcribe(served, SHORT, model="gpt"), 404).startswith("no model gpt")
     assert "larger than 2 MB" in refused(transcribe(served, b"0" * 2_100_000), 413)
-    assert transcribe(served, SHORT, language="en", max_tokens="3").status_code == 200
+    usual = {"language": "en", "chunking_strategy": "auto", "user": "u", "max_tokens": "3"}
+    assert transcribe(served, SHORT, **usual).status_code == 200
 
 
 def test_a_refusal_is_in_the_language_that_is_asked_for(served):

@@ -12,6 +12,7 @@ import pytest
 from mdl_toolkit.cli.main import run
 from mdl_toolkit.config.serving import ServeOptions
 from mdl_toolkit.serving.serve import find_places
+from mdl_toolkit.weights.provenance import Base, Prompts, Provenance
 from tests.support.adapters import make_adapter
 from tests.support.model_folders import refused
 from tests.support.paths import MODEL
@@ -131,12 +132,38 @@ def test_adapters_that_do_not_belong_there_are_refused(golden, tmp_path):
     assert "no such folder" in refused(places, base, "one=./nowhere")
 
 
+def test_folders_without_weights_and_adapters_of_another_base_are_refused(golden, tmp_path):
+    base, other = (copy_checkpoint(golden, name, tmp_path) for name in ("A-small", "B-small"))
+    adapter = make_adapter(base, tmp_path / "adapter", ("decoder",))
+    Provenance(Base.of(base, str(base)), Prompts()).write(adapter)
+    assert [*places(base, f"one={adapter}")] == [str(base), "one"]
+    said = refused(places, other, f"one={adapter}")
+    assert f"{adapter}: it was trained on {base}" in said
+    assert "B-small" in said
+    (base / "model.safetensors").unlink()
+    assert "no weights (*.safetensors)" in refused(places, base)
+    (adapter / "adapter_model.safetensors").unlink()
+    assert "no weights (adapter_model.safetensors)" in refused(places, other, f"one={adapter}")
+
+
 def test_words_that_are_no_adapter_are_refused(capsys):
     for words in (["folder"], ["=folder"], ["a=", "b=c"], ["a=b", "a=c"]):
         given = [part for word in words for part in ("--adapter", word)]
         assert run(["serve", str(MODEL), *given]) == 2
         assert "--adapter: expected " in capsys.readouterr().err
     assert run(["serve", str(MODEL), "--port", "70000"]) == 2
+
+
+@pytest.mark.parametrize("token", ["", " ", "two words", "ключ"])
+def test_a_token_that_cannot_be_sent_is_refused(monkeypatch, capsys, token):
+    """An empty one, of a variable that is not set, would let everybody in."""
+    assert run(["serve", str(MODEL), "--token", token]) == 2
+    assert "--token: expected ASCII letters, digits and signs without spaces" in capsys.readouterr().err
+    monkeypatch.setenv("MDL_TOKEN", token)
+    assert run(["serve", str(MODEL)]) == 2
+    said = capsys.readouterr().err
+    assert "MDL_TOKEN in the environment: expected ASCII letters" in said
+    assert not token.strip() or token not in said
 
 
 def test_a_missing_package_is_named(monkeypatch, capsys):

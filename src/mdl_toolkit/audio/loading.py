@@ -17,7 +17,7 @@ from mdl_toolkit.audio.integrity import check_integrity
 from mdl_toolkit.audio.mpeg import after_id3
 from mdl_toolkit.audio.resample import SILENCE, Floats, to_model_rate
 from mdl_toolkit.audio.segments import OVERSHOOT, Cut, Cutter, Segment, SegmentError, read_channel
-from mdl_toolkit.errors import AudioError
+from mdl_toolkit.errors import AudioError, CutOffError
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.model.constants import SAMPLE_RATE as SAMPLE_RATE
 from mdl_toolkit.model.lengths import MIN_SAMPLES
@@ -199,7 +199,7 @@ class _File(io.BufferedReader):
 
 def _check_complete(missing: Localized | None, allow_truncated: bool) -> None:
     if missing and not allow_truncated:
-        raise AudioError(
+        raise CutOffError(
             "the file was cut off: {missing}; get all of it, or accept it with --allow-truncated",
             missing=missing,
         )

@@ -4,7 +4,18 @@ from dataclasses import dataclass
 
 from mdl_toolkit.config.data import COMMON, DYNAMIC_BF16, HubOptions
 from mdl_toolkit.config.options import REQUIRED, Options, option
-from mdl_toolkit.config.types import ADAPTERS, BOOLEAN, COUNT, NAME, PATH, PORT, POSITIVE, TEXT, choice
+from mdl_toolkit.config.types import (
+    ADAPTERS,
+    BOOLEAN,
+    COUNT,
+    NAME,
+    PATH,
+    PORT,
+    POSITIVE,
+    SECRET,
+    TEXT,
+    choice,
+)
 from mdl_toolkit.i18n import Localized
 
 SERVING = Localized("Serving options")
@@ -45,7 +56,7 @@ class ServeOptions(HubOptions):
     )
     port: int = option(PORT, 8000, SERVING, "Port to listen at.")
     token: str | None = option(
-        TEXT,
+        SECRET,
         None,
         SERVING,
         "What a request has to send as `Authorization: Bearer TOKEN`; MDL_TOKEN in the environment does too.",

@@ -139,6 +139,14 @@ def _parse_prompt(value: Any) -> str:
     return text
 
 
+def _parse_secret(value: Any) -> str:
+    """Read what is sent in a header, which holds no spaces at its ends and no letters of other scripts."""
+    text = _parse_text(value)
+    if not re.fullmatch("[!-~]+", text):
+        raise refuse("expected ASCII letters, digits and signs without spaces, at least one")
+    return text
+
+
 def _parse_path(value: Any) -> str:
     text = _parse_text(str(value) if isinstance(value, Path) else value)
     if not text:
@@ -275,6 +283,7 @@ def some_of(*choices: str, least: int) -> ValueType:
 
 BOOLEAN = ValueType("true|false", _parse_boolean, takes=is_boolean_word)
 TEXT = ValueType("TEXT", _parse_prompt)
+SECRET = ValueType("TEXT", _parse_secret)
 PATH = ValueType("PATH", _parse_path)
 OUTPUT = ValueType("PATH", _parse_output)
 NAME = ValueType("NAME|PATH", _parse_path)

@@ -9,6 +9,7 @@ from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.config.types import ENGINES, OURS, VLLM
 from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import UsageError
+from mdl_toolkit.i18n import Localized
 from mdl_toolkit.inference.beam_search import beam_search
 from mdl_toolkit.inference.choices import Chooser
 from mdl_toolkit.inference.generate import (
@@ -26,9 +27,9 @@ from mdl_toolkit.utils.launcher import Ranks
 from mdl_toolkit.weights.loading import load_for_inference
 from mdl_toolkit.weights.resolve import BITSANDBYTES, require_package
 
-# Yields each question's key and the cells of its answer, in the order in which they are computed; None in
-# place of the cells where a logit is NaN or infinite.
-Engine = Callable[[Iterable[Question]], Iterator[tuple[int, list[str] | None]]]
+# Yields each question's key and the cells of its answer, in the order in which they are computed; in place of
+# the cells None where a logit is NaN or infinite, or why a server refuses the row.
+Engine = Callable[[Iterable[Question]], Iterator[tuple[int, list[str] | Localized | None]]]
 
 
 def is_server(engine: str) -> bool:
@@ -122,7 +123,7 @@ def make_engine(
         options.no_repeat_ngram_size,
     )
 
-    def engine(batch_size: int) -> Engine:
+    def engine(batch_size: int) -> Callable[[Iterable[Question]], Iterator[tuple[int, list[str] | None]]]:
         if choices is not None:
             sizes = (batch_size, options.top_k, options.normalize_scores)
             return Chooser(model, tokenizer, choices, *sizes).answers

@@ -187,6 +187,10 @@ class Answerer:
         dtype: torch.dtype = self._model.dtype
         return dtype
 
+    def check_device(self) -> None:
+        """Compute something, which raises an error where the model's device does not answer any more."""
+        torch.zeros(1, device=self._model.device).add(1).item()
+
     def answers(self, questions: Iterable[Question]) -> Iterator[tuple[int, str | None]]:
         """Yield the key and the answer of each question, as they become complete; None without finite logits.
 

@@ -18,10 +18,12 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from mdl_toolkit.data.csv_reader import CsvFile, write_csv
 from mdl_toolkit.data.manifest import Row
 from mdl_toolkit.errors import InputError
+from mdl_toolkit.i18n import Localized, Verbatim
 from mdl_toolkit.utils.console import say
 from mdl_toolkit.utils.distributed import PeerLostError
 from mdl_toolkit.utils.files import parse_json, replace_file, report_write_errors
@@ -67,7 +69,7 @@ class AnswerJournal:
             except BaseException as problem:
                 unfinished = self.dataset.with_name(f".{self.dataset.name}.partial")
                 was_stopped = isinstance(problem, (KeyboardInterrupt, PeerLostError))
-                if answered := sum(cells is not None for cells in self.answers().values()):
+                if answered := sum(isinstance(cells, list) for cells in self.answers().values()):
                     say(
                         "{answered} {answered:row is|rows are} answered (in {path}): the same command goes "
                         "on from there",
@@ -115,15 +117,15 @@ class AnswerJournal:
             (self.path / RUN).write_text(json.dumps(fingerprint), encoding="utf-8")
         return len(self.answers())
 
-    def answers(self) -> dict[int, list[str] | None]:
-        """Read the cells of every answer, or None for a row that has none, by the row's index."""
-        answers: dict[int, list[str] | None] = {}
+    def answers(self) -> dict[int, list[str] | Localized | None]:
+        """Read the cells of every answer by the row's index: for a row that has none, why, or None."""
+        answers: dict[int, list[str] | Localized | None] = {}
         for file in _answers_in(self.path):
             for line in file.read_text(encoding="utf-8").splitlines():
                 # The last line is broken where a run was killed.
                 with suppress(ValueError, TypeError):
                     row, cells = parse_json(line)
-                    answers[row] = cells
+                    answers[row] = Verbatim(**cells) if isinstance(cells, dict) else cells
         return answers
 
     @contextmanager
@@ -134,13 +136,17 @@ class AnswerJournal:
             self._file.write("\n")
             yield
 
-    def add(self, row: int, cells: Sequence[str] | None) -> None:
+    def add(self, row: int, cells: Sequence[str] | Localized | None) -> None:
         """Append and flush the cells of a row's answer; a NUL, which no CSV can hold, becomes U+FFFD.
 
         Raises:
             InputError: the disk is full.
         """
-        writable = cells and [cell.replace("\0", "\N{REPLACEMENT CHARACTER}") for cell in cells]
+        writable: Any = cells
+        if isinstance(cells, Localized):
+            writable = cells.to_json()
+        elif cells:
+            writable = [cell.replace("\0", "\N{REPLACEMENT CHARACTER}") for cell in cells]
         with report_write_errors(self._file.name, InputError):
             self._file.write(json.dumps([row, writable]) + "\n")
             self._file.flush()

@@ -193,7 +193,11 @@ class _Inference:
                 self._answer(inputs, rows, engine)
         world.wait()
         reason = not_finite(choose_dtype(options.bf16))
-        unanswered = {index: reason for index, cells in journal.answers().items() if cells is None}
+        unanswered = {
+            index: cells or reason
+            for index, cells in journal.answers().items()
+            if not isinstance(cells, list)
+        }
         inputs.leave_out(unanswered, keeps_going=options.on_error == KEEP)
         return (self._write(manifest, inputs) if world.is_first else []), len(inputs.problems)
 
@@ -242,19 +246,19 @@ class _Inference:
             failed = 0
             for done, (row, cells) in enumerate(engine(chain.from_iterable(batches)), 1):
                 self.journal.add(row, cells)
-                failed += cells is None
-                if done == failed == self.options.batch_size > 1:
-                    self._report_lost_batch(failed)
+                if not isinstance(cells, list):
+                    failed, lost = failed + 1, cells or not_finite(choose_dtype(self.options.bf16))
+                    if done == failed == self.options.batch_size > 1:
+                        self._report_lost_batch(failed, lost)
                 bar.advance()
                 raise_if_interrupted()
 
-    def _report_lost_batch(self, count: int) -> None:
-        """Warn that the whole first batch has no answer.
+    def _report_lost_batch(self, count: int, reason: Localized) -> None:
+        """Warn that the whole first batch has no answer, and why the last of it has none.
 
         Raises:
             ModelError: rows without an answer are not to be kept.
         """
-        reason = not_finite(choose_dtype(self.options.bf16))
         message = Localized(
             "none of the first {count} rows has an answer: {reason}", count=count, reason=reason
         )
@@ -275,7 +279,8 @@ class _Inference:
 
         def rows() -> Iterator[tuple[Row, list[str]]]:
             for row, index in () if inputs is None else inputs:
-                cells = (answers[index] if index is not None else None) or [""] * len(names)
+                answer = None if index is None else answers[index]
+                cells = answer if isinstance(answer, list) else [""] * len(names)
                 predictions.append(cells[0])
                 reason = str(problems[row.line].reason) if row.line in problems else ""
                 others = {REFERENCE: row.prediction or "", ERROR: reason}

@@ -1,7 +1,8 @@
 """Answer with a server that speaks OpenAI's chat API with audio, such as `vllm serve` on another machine.
 
 A bounded number of requests is under way at once. What fails for a time is tried again; a server that stays
-away ends the inference, which goes on from its last answer with the same command.
+away ends the inference, which goes on from its last answer with the same command. A row that the server
+refuses does so too, or with `--on-error keep` has the refusal in place of its answer.
 """
 
 import asyncio
@@ -9,6 +10,7 @@ import base64
 import io
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,10 @@ from mdl_toolkit.audio.http import LONGEST_PAUSE, TRANSIENT
 from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.data.chat_template import Message, messages_of
 from mdl_toolkit.data.dataset import Sample
-from mdl_toolkit.errors import ModelError
+from mdl_toolkit.errors import ModelError, ToolkitError
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.inference.generate import Question
-from mdl_toolkit.inference.requests import Inputs
+from mdl_toolkit.inference.requests import KEEP, Inputs
 from mdl_toolkit.model.constants import SAMPLE_RATE
 
 # Tries of a row, with pauses of 1, 2, 4 and 8 s between them.
@@ -34,6 +36,34 @@ TIMEOUT = httpx.Timeout(600.0, connect=10.0)
 KEY = "VLLM_API_KEY"
 # Characters of a server's message that are shown.
 MOST_SHOWN = 300
+# Statuses with which a server refuses a row for what is in it: it cannot be read, or is too large.
+ROW = {
+    httpx.codes.BAD_REQUEST, httpx.codes.REQUEST_ENTITY_TOO_LARGE, httpx.codes.UNSUPPORTED_MEDIA_TYPE,
+    httpx.codes.UNPROCESSABLE_ENTITY,
+}  # fmt: skip
+# Where a request is silent a server may take these from the model's `generation_config.json`, which
+# `inference` does not heed: they leave the probabilities as they are.
+NEUTRAL = {
+    "top_k": -1, "min_p": 0, "repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """Hold what a server tells of a model.
+
+    Attributes:
+        name: what requests call it.
+        has_prompts: where a request has no prompt it takes those of the training, as `serve` does, so that an
+            empty one has to be sent for none.
+    """
+
+    name: str
+    has_prompts: bool
+
+
+class RefusedRowError(ToolkitError):
+    """Say why a server refuses one row for good."""
 
 
 class ServerAnswerer:
@@ -55,13 +85,13 @@ class ServerAnswerer:
         }
         self._model = asyncio.run(find_served_model(options))
 
-    def answers(self, questions: Iterable[Question]) -> Iterator[tuple[int, list[str]]]:
-        """Yield each question's key and its answer, as they come.
+    def answers(self, questions: Iterable[Question]) -> Iterator[tuple[int, list[str] | Localized]]:
+        """Yield each question's key and its answer, as they come, or why the server refuses it.
 
         Raises:
             ModelError: the server refuses a row, or does not answer.
         """
-        waiting, running = iter(questions), set[asyncio.Task[tuple[int, str]]]()
+        waiting, running = iter(questions), set[asyncio.Task[tuple[int, list[str] | Localized]]]()
         # Between two answers the loop stands still, while rows are read and answers recorded.
         loop, client = asyncio.new_event_loop(), make_client()
         try:
@@ -73,29 +103,36 @@ class ServerAnswerer:
                 first = asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 done, running = loop.run_until_complete(first)
                 for task in done:
-                    key, text = task.result()
-                    yield key, [text]
+                    yield task.result()
         finally:
             loop.run_until_complete(cancel(running, client))
             loop.close()
 
-    async def ask(self, client: httpx.AsyncClient, question: Question) -> tuple[int, str]:
-        """Send a question, and return its key and its answer."""
+    async def ask(self, client: httpx.AsyncClient, question: Question) -> tuple[int, list[str] | Localized]:
+        """Send a question, and return its key and its answer, or why it is refused."""
         assert isinstance(question.sample, Sample)
         audio = as_wav(question.sample.waveform)
         body = {
-            "model": self._model,
-            "messages": as_json(self._conversations[question.key], audio),
+            "model": self._model.name,
+            "messages": as_json(
+                self._conversations[question.key], audio, has_prompts=self._model.has_prompts
+            ),
             "max_tokens": question.max_new_tokens,
             "temperature": self._options.temperature,
             "top_p": self._options.top_p,
             "seed": self._options.seed + question.key,
+            **NEUTRAL,
         }
         place = Localized("line {line}", line=int(self._lines[question.key]))
         path = "/v1/chat/completions"
-        answer = await send(client, "POST", address_of(self._options) + path, body, place, TRIES)
         try:
-            return question.key, str(answer["choices"][0]["message"]["content"] or "")
+            answer = await send(client, "POST", address_of(self._options) + path, body, place, TRIES)
+        except RefusedRowError as problem:
+            if self._options.on_error != KEEP:
+                raise ModelError(problem.message) from problem
+            return question.key, problem.message
+        try:
+            return question.key, [str(answer["choices"][0]["message"]["content"] or "")]
         except (KeyError, IndexError, TypeError):
             raise ModelError(
                 "{address}: what the server answers is no chat completion; give the address of an "
@@ -112,8 +149,8 @@ async def cancel(running: Iterable[asyncio.Task[Any]], client: httpx.AsyncClient
     await client.aclose()
 
 
-async def find_served_model(options: InferenceOptions) -> str:
-    """Find the name under which a server has the model of `--model-name`; it may be its only model.
+async def find_served_model(options: InferenceOptions) -> FoundModel:
+    """Find what a server calls the model of `--model-name`; it may be its only model.
 
     Raises:
         ModelError: the server does not answer, or has several models and none of that name.
@@ -124,13 +161,12 @@ async def find_served_model(options: InferenceOptions) -> str:
     listed = answer.get("data") if isinstance(answer, dict) else None
     models = [each for each in listed or () if isinstance(each, dict) and each.get("id")]
     # vLLM tells the folder of a model or adapter as its root.
-    names = {str(alias): str(each["id"]) for each in models for alias in (each.get("root"), each["id"])}
+    found = {str(alias): each for each in models for alias in (each.get("root"), each["id"])}
     folder = Path(name).expanduser().resolve()
-    for wanted in (name, str(folder), folder.name):
-        if wanted in names:
-            return names[wanted]
-    if len(models) == 1:
-        return str(models[0]["id"])
+    wanted = [found[each] for each in (name, str(folder), folder.name) if each in found]
+    if wanted or len(models) == 1:
+        model = (wanted or models)[0]
+        return FoundModel(str(model["id"]), "prompts" in model)
     raise ModelError(
         "{address}: the server has no model called {name}, but {names}; start it with "
         "--served-model-name {name}, or name the folder as one of these",
@@ -172,7 +208,8 @@ async def send(
         tries: how often it is sent, if the failure is of a passing kind.
 
     Raises:
-        ModelError: the server refuses it, or does not answer at the last try.
+        RefusedRowError: the server refuses it for what is in it.
+        ModelError: the server refuses it for another reason, or does not answer at the last try.
     """
     server = address.partition("/v1/")[0]
     for attempt in range(tries):
@@ -198,7 +235,7 @@ async def send(
     )
 
 
-def refusal(server: str, response: httpx.Response, place: Localized | None) -> ModelError:
+def refusal(server: str, response: httpx.Response, place: Localized | None) -> ToolkitError:
     """Return the error that says why a server refuses a request for good."""
     if response.status_code == httpx.codes.UNAUTHORIZED:
         return ModelError(
@@ -206,7 +243,8 @@ def refusal(server: str, response: httpx.Response, place: Localized | None) -> M
             server=server,
             variable=KEY,
         )
-    return ModelError(
+    kind = RefusedRowError if place is not None and response.status_code in ROW else ModelError
+    return kind(
         "{server}: the server refuses {place} ({reason})",
         server=server,
         place=place or Localized("the request"),
@@ -240,19 +278,22 @@ def as_wav(waveform: Any) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def as_json(messages: Sequence[Message], audio: str) -> list[dict[str, Any]]:
+def as_json(messages: Sequence[Message], audio: str, *, has_prompts: bool) -> list[dict[str, Any]]:
     """Return a conversation as OpenAI's API takes it, the recording before the text.
 
     Args:
         messages: of the row.
         audio: base64 of a WAV file.
+        has_prompts: empty prompts are there too, as the server would fill them in.
     """
     turns: list[dict[str, Any]] = []
+    if has_prompts and messages[0].role != "system":
+        turns.append({"role": "system", "content": ""})
     for message in messages:
         turn: dict[str, Any] = {"role": message.role, "content": message.text}
         if message.has_audio:
             recording = {"type": "input_audio", "input_audio": {"data": audio, "format": "wav"}}
-            text = [{"type": "text", "text": message.text}] if message.text else []
+            text = [{"type": "text", "text": message.text or ""}] if message.text or has_prompts else []
             turn["content"] = [recording, *text]
         turns.append(turn)
     return turns

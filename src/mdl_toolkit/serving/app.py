@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 from mdl_toolkit.errors import ToolkitError
 from mdl_toolkit.inference.generate import SamplingParams
 from mdl_toolkit.serving.engine import Answer, ServedModel, answers
-from mdl_toolkit.serving.gate import BodyLimit, Gate, error_response
+from mdl_toolkit.serving.gate import BodyLimit, Gate, error_of, error_response
 from mdl_toolkit.serving.page import page_and_policy
 from mdl_toolkit.serving.protocol import (
     ChatRequest,
@@ -111,7 +111,7 @@ class Service:
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.name}
         if asked.stream:
             has_usage = asked.stream_options is not None and asked.stream_options.include_usage
-            return _streamed(chat_chunks(head, coming, length if has_usage else None))
+            return streamed(request, chat_chunks(head, coming, length if has_usage else None))
         answer = await whole_answer(request, coming)
         message = {"role": "assistant", "content": answer.text}
         choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason, "logprobs": None}
@@ -129,12 +129,13 @@ class Service:
             texts = {name: value for name, value in form.items() if isinstance(value, str) and value}
             recording = await file.read()
         asked = TranscriptionRequest.model_validate(texts)
+        asked.check()
         model = self.model(asked.model)
         prompt = Prompt(None, asked.prompt or model.prompts.user or TRANSCRIBE, recording)
         most = asked.max_completion_tokens or asked.max_tokens
         _, coming = await self.begin(closing, model, prompt, most, asked.sampling)
         if asked.stream:
-            return _streamed(transcript_events(coming))
+            return streamed(request, transcript_events(coming))
         answer = await whole_answer(request, coming)
         is_plain = asked.response_format == "text"
         return PlainTextResponse(answer.text) if is_plain else JSONResponse({"text": answer.text})
@@ -176,7 +177,7 @@ class Service:
         if length + budget > model.context:
             raise RequestError(
                 "the prompt takes {length} tokens and the answer up to {budget}; this model has room for "
-                "{context}",
+                "{context}: send less, or ask for fewer with max_tokens",
                 length=length,
                 budget=budget,
                 context=model.context,
@@ -240,16 +241,16 @@ def _usage(length: int, answer: Answer) -> dict[str, int]:
     return {"prompt_tokens": length, "completion_tokens": count, "total_tokens": length + count}
 
 
-def _streamed(events: AsyncIterator[Any]) -> StreamingResponse:
-    """Send events as they come; what goes wrong on the way becomes the last one."""
+def streamed(request: Request, events: AsyncIterator[Any]) -> StreamingResponse:
+    """Send events as they come; what goes wrong on the way becomes the last one, worded as a refusal."""
 
     async def lines() -> AsyncIterator[str]:
         try:
             async for event in events:
                 yield f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
         except HTTPException as problem:
-            error = {"message": problem.detail, "type": "server_error", "code": problem.status_code}
-            yield f"data: {json.dumps({'error': error}, ensure_ascii=False)}\n\n"
+            error = {"error": error_of(request, problem)}
+            yield f"data: {json.dumps(error, ensure_ascii=False)}\n\n"
         yield "data: [DONE]\n\n"
 
     return StreamingResponse(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})

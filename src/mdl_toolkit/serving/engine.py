@@ -21,7 +21,7 @@ from mdl_toolkit.data.chat_template import messages_of
 from mdl_toolkit.data.dataset import Sample
 from mdl_toolkit.data.manifest import Row
 from mdl_toolkit.data.tokenization import ChatTokenizer
-from mdl_toolkit.errors import AudioError, TooLongError, breakdown, is_error
+from mdl_toolkit.errors import AudioError, CutOffError, TooLongError, breakdown, is_error
 from mdl_toolkit.inference.generate import Answerer, Question, SamplingParams, not_finite
 from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.serving.protocol import BusyError, FailedError, Prompt, RequestError, TooLargeError
@@ -117,6 +117,8 @@ class ContinuousBatch:
                     name = f"{type(problem).__name__}: {problem}"
                     self.fail(arrivals, describe_oom(problem) or breakdown(problem) or name)
                     self._answerer = self._make_answerer()
+                    # A device that is lost stays lost: then this thread ends, which `/health` tells.
+                    self._answerer.check_device()
         finally:
             self.is_alive = False
             for key in [*self._listeners]:
@@ -240,6 +242,11 @@ class ServedModel:
                     "the recording is longer than {seconds:g} s, the most that is taken here "
                     "(--max-audio-seconds)",
                     seconds=max_seconds,
+                ) from problem
+            except CutOffError as problem:
+                missing = problem.message.fields["missing"]
+                raise RequestError(
+                    "the recording was cut off: {missing}; send all of it", missing=missing
                 ) from problem
             except AudioError as problem:
                 raise RequestError("the recording: {reason}", reason=problem.message) from problem

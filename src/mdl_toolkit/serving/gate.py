@@ -2,6 +2,7 @@
 
 import ipaddress
 import secrets
+from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi import Request
@@ -110,8 +111,8 @@ def is_address(name: str) -> bool:
     return True
 
 
-async def error_response(request: Request, problem: Exception) -> Response:
-    """Answer with the reason why a request is refused, in the language that it prefers."""
+def error_of(request: Request, problem: Exception) -> dict[str, Any]:
+    """Return OpenAI's form of the reason why a request has no answer, in the language that it prefers."""
     status, message = 400, Localized.of(Verbatim(str(problem), str(problem)), {})
     if isinstance(problem, HTTPException):
         status = problem.status_code
@@ -131,6 +132,11 @@ async def error_response(request: Request, problem: Exception) -> Response:
     wanted = request.headers.get("accept-language", "")[:2]
     text = {"zh": message.zh, "en": message.en}.get(wanted, str(message))
     kind = "invalid_request_error" if status < 500 else "server_error"
-    error = {"message": text, "type": kind, "param": None, "code": status}
-    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
-    return JSONResponse({"error": error}, status, headers)
+    return {"message": text, "type": kind, "param": None, "code": status}
+
+
+async def error_response(request: Request, problem: Exception) -> Response:
+    """Answer with the reason why a request is refused."""
+    error = error_of(request, problem)
+    headers = {"WWW-Authenticate": "Bearer"} if error["code"] == 401 else None
+    return JSONResponse({"error": error}, error["code"], headers)

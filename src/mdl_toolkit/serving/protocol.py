@@ -1,7 +1,7 @@
 """Read requests as OpenAI's interface has them, and say what they ask for.
 
 One question is answered: at most one system message, and one user message with one recording and a text.
-What would change the answer and is not supported is refused, never ignored.
+What would change the answer and is not supported, or is not known, is refused by name, never ignored.
 """
 
 import base64
@@ -16,11 +16,20 @@ from starlette.exceptions import HTTPException
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.inference.generate import SamplingParams
 
+# Fields that clients send and that no answer depends on, whatever they say.
+HARMLESS = frozenset(
+    {
+        "chunking_strategy", "language", "metadata", "parallel_tool_calls", "prediction", "priority",
+        "prompt_cache_key", "prompt_cache_retention", "request_id", "safety_identifier", "service_tier",
+        "store", "stream_options", "user",
+    }
+)  # fmt: skip
 # What a request may say of fields that are not supported: what is usual anyway.
 USUAL: dict[str, tuple[Any, ...]] = {
     "n": (1,), "best_of": (1,), "stop": ("", []), "logprobs": (False,), "top_logprobs": (0,), "tools": ([],),
     "tool_choice": ("none", "auto"), "response_format": ({"type": "text"},), "frequency_penalty": (0,),
     "presence_penalty": (0,), "repetition_penalty": (1,), "logit_bias": ({},), "modalities": (["text"],),
+    "top_k": (0, -1), "min_p": (0,),
 }  # fmt: skip
 
 
@@ -134,9 +143,21 @@ class RequestSampling(SamplingParams):
         return super().generator(0)
 
 
-class SamplingFields(BaseModel):
-    """Hold how the tokens of an answer are chosen: greedily if nothing else is said."""
+class StreamOptions(BaseModel):
+    """Say what a stream holds beside the answer."""
 
+    include_usage: bool = False
+
+
+class AnswerRequest(BaseModel):
+    """Hold what both kinds of requests have: model, length, and how tokens are chosen."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str | None = None
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    stream: bool = False
     temperature: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     top_p: float | None = Field(default=None, gt=0, le=1)
     seed: int | None = Field(default=None, ge=0, lt=2**32)
@@ -147,45 +168,29 @@ class SamplingFields(BaseModel):
         given = {name: getattr(self, name) for name in ("temperature", "top_p", "seed")}
         return RequestSampling(**{name: value for name, value in given.items() if value is not None})
 
-
-class StreamOptions(BaseModel):
-    """Say what a stream holds beside the answer."""
-
-    include_usage: bool = False
-
-
-class ChatRequest(SamplingFields):
-    """Hold a request to `/v1/chat/completions`."""
-
-    model_config = ConfigDict(extra="allow")
-
-    model: str | None = None
-    messages: list[ChatMessage]
-    max_tokens: int | None = Field(default=None, ge=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-
     def check(self) -> None:
-        """Refuse fields that would change the answer and are not supported.
+        """Refuse fields that would change the answer and are not supported, and those that nobody knows.
 
         Raises:
             RequestError: naming the first of them.
         """
         for name, value in (self.model_extra or {}).items():
-            if name in USUAL and value is not None and value not in USUAL[name]:
+            if name not in HARMLESS and value is not None and value not in USUAL.get(name, ()):
                 raise RequestError("{name} is not supported here; leave it out", name=name)
 
 
-class TranscriptionRequest(SamplingFields):
+class ChatRequest(AnswerRequest):
+    """Hold a request to `/v1/chat/completions`."""
+
+    messages: list[ChatMessage]
+    stream_options: StreamOptions | None = None
+
+
+class TranscriptionRequest(AnswerRequest):
     """Hold the fields of a request to `/v1/audio/transcriptions`, but for the file."""
 
-    model: str | None = None
     prompt: str | None = None
     response_format: Literal["json", "text"] = "json"
-    max_tokens: int | None = Field(default=None, ge=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
-    stream: bool = False
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 
 from mdl_toolkit.config.serving import ServeOptions
-from mdl_toolkit.config.types import VLLM
+from mdl_toolkit.config.types import SECRET, VLLM
 from mdl_toolkit.data.tokenization import ChatTokenizer
-from mdl_toolkit.errors import InputError, ModelError
+from mdl_toolkit.errors import InputError, ModelError, UsageError
 from mdl_toolkit.inference.generate import Answerer, base_model
 from mdl_toolkit.inference.run import MEMORY_REMEDY
 from mdl_toolkit.model.kernels.matmul import prepack
@@ -21,6 +21,8 @@ from mdl_toolkit.weights.resolve import BITSANDBYTES, find_model, require_packag
 from mdl_toolkit.weights.schemas import ADAPTER_CONFIG
 from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
 
+# The variable in which a token is looked for where --token is not given.
+TOKEN = "MDL_TOKEN"
 LOCAL = ("127.0.0.1", "localhost", "::1")
 # Packages of the extra, by the names that are imported.
 PACKAGES = ("fastapi", "uvicorn", "python_multipart")
@@ -32,7 +34,7 @@ def serve(options: ServeOptions) -> None:
     Raises:
         ToolkitError: a model cannot be found or loaded, a package is missing, or the port is taken.
     """
-    token = options.token or os.environ.get("MDL_TOKEN") or None
+    token = read_token(options)
     if options.engine == VLLM:
         check_vllm_options(options)
     else:
@@ -51,6 +53,23 @@ def serve(options: ServeOptions) -> None:
     listener = listen(options.host, options.port)
     with listener, explaining_memory(MEMORY_REMEDY):
         run_server(options, token, places, listener)
+
+
+def read_token(options: ServeOptions) -> str | None:
+    """Return what requests have to send, from the option or the environment; None for nothing.
+
+    Raises:
+        UsageError: the environment has one that cannot be sent; an empty one would let everybody in.
+    """
+    given = os.environ.get(TOKEN)
+    if options.token is not None or given is None:
+        return options.token
+    try:
+        return str(SECRET.parse(given))
+    except ValueError as problem:
+        raise UsageError(
+            "{variable} in the environment: {accepted}", variable=TOKEN, accepted=problem.args[0]
+        ) from None
 
 
 def find_places(options: ServeOptions) -> dict[str, tuple[Path, Path | None]]:
