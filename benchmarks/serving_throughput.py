@@ -101,7 +101,7 @@ if __name__ == "__main__":
     answer_when_told(
         Path(folder),
         InferenceOptions(
-            input=str(place / "test.csv"), base_dir=str(place / "phrases"), output="-", model_name=folder,
-            user_prompt=PROMPT, engine=engine, bf16=bf16 == "true", batch_size=BATCH,
+            input=str(place / "test.csv"), base_dir=str(place / "phrases"), output=str(place / "out.csv"),
+            model_name=folder, user_prompt=PROMPT, engine=engine, bf16=bf16 == "true", batch_size=BATCH,
         ),
     )  # fmt: skip

@@ -18,9 +18,9 @@ SOURCE = PACKAGE
 PO = SOURCE / "locale/zh/LC_MESSAGES/mdl_toolkit.po"
 MO = PO.with_suffix(".mo")
 ERRORS = (
-    "ToolkitError", "UsageError", "InputError", "AudioError", "TooLongError", "DatasetError", "ModelError",
-    "NotMergeableError", "RequestError", "UnauthorizedError", "UnknownModelError", "TooLargeError",
-    "FailedError", "BusyError", "ForbiddenError", "GoneError",
+    "ToolkitError", "UsageError", "InputError", "AudioError", "TooLongError", "CutOffError", "DatasetError",
+    "ModelError", "RefusedRowError", "NotMergeableError", "RequestError", "UnauthorizedError",
+    "UnknownModelError", "TooLargeError", "FailedError", "BusyError", "ForbiddenError", "GoneError",
 )  # fmt: skip
 # What takes a template, and as which of its arguments.
 TAKES = {

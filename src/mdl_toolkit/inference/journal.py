@@ -128,6 +128,10 @@ class AnswerJournal:
                     answers[row] = Verbatim(**cells) if isinstance(cells, dict) else cells
         return answers
 
+    def unanswered(self, reason: Localized) -> dict[int, Localized]:
+        """Return why rows have no answer, by their index: what is recorded, or else a reason."""
+        return {row: cells or reason for row, cells in self.answers().items() if not isinstance(cells, list)}
+
     @contextmanager
     def appending(self, rank: int) -> Iterator[None]:
         """Open the file of one process's answers for the context."""

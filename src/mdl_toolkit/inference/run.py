@@ -192,12 +192,7 @@ class _Inference:
                 engine = make_engine(options, *find(weights=has_weights), tokenizer, self.choices, inputs)
                 self._answer(inputs, rows, engine)
         world.wait()
-        reason = not_finite(choose_dtype(options.bf16))
-        unanswered = {
-            index: cells or reason
-            for index, cells in journal.answers().items()
-            if not isinstance(cells, list)
-        }
+        unanswered = journal.unanswered(not_finite(choose_dtype(options.bf16)))
         inputs.leave_out(unanswered, keeps_going=options.on_error == KEEP)
         return (self._write(manifest, inputs) if world.is_first else []), len(inputs.problems)
 

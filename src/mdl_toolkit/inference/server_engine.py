@@ -243,13 +243,14 @@ def refusal(server: str, response: httpx.Response, place: Localized | None) -> T
             server=server,
             variable=KEY,
         )
-    kind = RefusedRowError if place is not None and response.status_code in ROW else ModelError
-    return kind(
+    message = Localized(
         "{server}: the server refuses {place} ({reason})",
         server=server,
         place=place or Localized("the request"),
         reason=reason_of(response),
     )
+    is_of_row = place is not None and response.status_code in ROW
+    return RefusedRowError(message) if is_of_row else ModelError(message)
 
 
 def reason_of(response: httpx.Response) -> str:
