@@ -173,6 +173,13 @@ class TrainOptions(ConversionOptions):
         MEMORY,
         "Quantise the decoder's base weights (needs the extra `quantization`).",
     )
+    shard_weights: bool = option(
+        BOOLEAN,
+        False,
+        MEMORY,
+        "Divide the base's blocks among the processes of a run, which gather each while it is computed: less "
+        "memory on each GPU, more traffic between them.",
+    )
     eval_dataset: str | None = option(
         PATH,
         None,

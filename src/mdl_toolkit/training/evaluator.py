@@ -64,8 +64,9 @@ class Evaluator:
         self._has_warned = False
         self._judged_by = judged_by(self.dataset, self.answers)
         self._batch_size = self.options.eval_batch_size or self.options.batch_size
-        device = self.forward.device
-        self._loss_batcher = MicroBatcher(self._batch_size, device, Localized("when evaluating"))
+        device, is_fixed = self.forward.device, self.world.is_sharding
+        purpose = Localized("when evaluating")
+        self._loss_batcher = MicroBatcher(self._batch_size, device, purpose, is_fixed=is_fixed)
         self._answer_batcher = MicroBatcher(self._batch_size, device, Localized("when answering"))
 
     def is_due(self, step: int) -> bool:
@@ -106,7 +107,7 @@ class Evaluator:
 
         Args:
             step: optimizer steps made.
-            is_stopped: tells whether this process is asked to stop.
+            is_stopped: tells whether this process is asked to stop; if weights are sharded, whether any is.
 
         Returns:
             Whether any process was: then the evaluation is given up.
@@ -136,9 +137,13 @@ class Evaluator:
         assert self.dataset is not None
         dataset, device, every = self.dataset, self.forward.device, self.options.eval_accumulation_steps
         # Batches of similar length.
-        order = (-dataset.token_counts).argsort(kind="stable")[self.world.rank :: self.world.size]
-        size = self._batch_size
-        batches = (order[start : start + size] for start in range(0, len(order), size))
+        order, world, size = (-dataset.token_counts).argsort(kind="stable"), self.world, self._batch_size
+        shares = (order[rank :: world.size] for rank in (world.rank, 0))
+        batches, most = ([share[start : start + size] for start in range(0, len(share), size)] for share in shares)
+        own = len(batches)
+        if world.is_sharding:
+            # As many as the first process has; what is not counted is the shortest example.
+            batches += [order[-1:]] * (len(most) - own)
         sums = torch.zeros(2, dtype=torch.float64)
         pending = torch.zeros(2, dtype=torch.float64, device=device)
         loader = Prefetcher.for_device(device, partial(self.forward.batch, dataset, is_training=False))
@@ -147,6 +152,8 @@ class Evaluator:
                 break
             loss = self._loss_batcher.run(len(batch["input_ids"]), partial(self._sum_of_parts, batch))
             tokens = (batch["labels"][:, 1:] != IGNORE_INDEX).sum().double()
+            if number > own:
+                continue
             pending += torch.stack([loss, tokens.to(device)])
             if every is not None and number % every == 0:
                 sums, pending = sums + pending.cpu(), torch.zeros_like(pending)

@@ -189,6 +189,9 @@ class FeatureCache:
         shares = [order[rank :: self._world.size] for rank in range(self._world.size)]
         files = [self._folder / f"{number}-{rank}" for rank in range(self._world.size)]
         own, base, checksums = shares[self._world.rank], model.get_base_model(), []
+        # Weights that are to be sharded are still on the host.
+        base.audio_encoder.to(self._device)
+        base.audio_projector.to(self._device)
         batches = [own[start : start + self._batch_size] for start in range(0, len(own), self._batch_size)]
         loader = Prefetcher.for_device(
             self._device, lambda batch: Collator(0)([dataset[int(index)] for index in batch])

@@ -38,7 +38,7 @@ ANY_TIME = frozenset(
     {
         "output", "resume_from_checkpoint", "num_workers", "tokenizing_batch_size", "download_cache",
         "max_download_mb", "max_audio_hours", "from_modelscope", "report_to", "cache_audio_features",
-        "verify",
+        "verify", "shard_weights",
     }
 )  # fmt: skip
 

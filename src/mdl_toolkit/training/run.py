@@ -27,6 +27,7 @@ from mdl_toolkit.training.gradient_checkpointing import KeptBlocks
 from mdl_toolkit.training.log import Pace, RunLog
 from mdl_toolkit.training.lora import TargetCount, add_adapters
 from mdl_toolkit.training.memory.plan import plan_memory
+from mdl_toolkit.training.memory.sharding import check_sharding, shard_blocks, sharding_world
 from mdl_toolkit.training.optimization.optimizer import check_tied_rates, learning_rates
 from mdl_toolkit.training.optimization.schedule import Schedule, check_warmup, warn_of_every_step
 from mdl_toolkit.training.output import check_run_folder, prepare_output, tidy_output
@@ -49,7 +50,7 @@ from mdl_toolkit.training.trackers import Trackers, check_trackers
 from mdl_toolkit.training.trainer import Outcome, Trainer
 from mdl_toolkit.training.warm_start import load_start, say_start, take_over
 from mdl_toolkit.utils.console import is_first_process, progress, say
-from mdl_toolkit.utils.device import best_device, fast_float32, reset_peak_memory
+from mdl_toolkit.utils.device import CPU, best_device, fast_float32, reset_peak_memory
 from mdl_toolkit.utils.distributed import World, join_world
 from mdl_toolkit.utils.files import claim_folder, report_write_errors
 from mdl_toolkit.utils.launcher import warn_of_idle_gpus
@@ -65,7 +66,7 @@ from mdl_toolkit.weights.loading import (
     say_loading,
 )
 from mdl_toolkit.weights.provenance import Provenance
-from mdl_toolkit.weights.resolve import BITSANDBYTES, FINAL, find_model, recorded_name, require_package
+from mdl_toolkit.weights.resolve import BITSANDBYTES, FINAL, find_model, quantized_by, recorded_name, require_package
 
 OOM_REMEDY = Localized(
     "lower --batch-size and raise --gradient-accumulation-steps, or try --quantization 4bit"
@@ -111,6 +112,7 @@ def train(options: TrainOptions) -> TrainResult:
     check_trackers(options.report_to)
     options, start = take_over(options)
     check_frozen(options)
+    check_sharding(options, options.quantization)
     check_warmup(options)
     check_tied_rates(options)
     warn_of_every_step(options)
@@ -127,7 +129,7 @@ def train(options: TrainOptions) -> TrainResult:
                 tidy_output(output)
         with join_world() as world:
             check_options(world, options)
-            return _prepare_and_run(options, start, world)
+            return _prepare_and_run(options, start, sharding_world(world, options))
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,7 @@ def _prepare_and_run(options: TrainOptions, start: Path | None, world: World) ->
             base = find_model(name, from_modelscope=hub, weights=True)
         else:
             base = base_of(start, from_modelscope=hub, name=name)
+        check_sharding(options, quantized_by(base))
         if world.is_first:
             world.wait()
         with explaining_memory(OOM_REMEDY):
@@ -235,10 +238,14 @@ def _train(run: _RunPlan, kept: KeptBlocks, device: torch.device, dtype: torch.d
     options, output, schedule, world = run.options, Path(run.options.output), run.schedule, run.world
     cached = sets_to_cache(options, schedule, run.train_set, run.eval_set)
     cache = FeatureCache(output / PRIVATE / FEATURES, options, run.base, world, cached)
-    model, counts = trainable_model(options, run.base, device, dtype, run.start)
+    # Blocks that are sharded come from the host, one by one.
+    place = CPU if world.is_sharding else device
+    model, counts = trainable_model(options, run.base, place, dtype, run.start)
     say_targets(counts, model)
     examples: SampleSource = cache.precomputed(run.train_set, model)
     eval_examples = None if run.eval_set is None else cache.precomputed(run.eval_set, model)
+    if world.is_sharding:
+        shard_blocks(model, world, device)
     with progress(schedule.total, "training") as shown:
         # They begin when what an earlier run left, their files too, is set aside.
         trackers = partial(Trackers, options, schedule.total)

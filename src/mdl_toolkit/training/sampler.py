@@ -63,6 +63,14 @@ class BatchSampler:
         starts = range(0, len(indices), self.batch_size)
         return [indices[start : start + self.batch_size] for start in starts[process :: self.processes]]
 
+    def even_batches(self, step: int, process: int) -> list[Indices]:
+        """Return a process's share of a step and, to have as many batches as any other, some of one example.
+
+        The first process has the most; the batches after `batches` count for nothing.
+        """
+        own, most = self.batches(step, process), self.batches(step, 0)
+        return [*own, *(batch[-1:] for batch in most[len(own) :])]
+
     def tokens(self, step: int) -> int:
         """Return the number of supervised tokens of a step, in all processes together."""
         return int(self.supervised[self.examples(step)].sum())

@@ -97,7 +97,11 @@ class Trainer:
         # The sum of all steps' losses, and the step after which it began.
         self.losses, self.since = 0.0, 0
         purpose = Localized("the same effective batch")
-        self.micro_batcher = MicroBatcher(self.options.batch_size, self.forward.device, purpose)
+        is_fixed = self.world.is_sharding
+        self.micro_batcher = MicroBatcher(
+            self.options.batch_size, self.forward.device, purpose, is_fixed=is_fixed
+        )
+        self.batches = self.sampler.even_batches if is_fixed else self.sampler.batches
         self.request, self.must_stop = StopRequest(), False
         self.resumed: Checkpoint | None = None
         # Whether there is a checkpoint to go on from, and the step of the best one saved.
@@ -117,7 +121,7 @@ class Trainer:
         wanted = (
             indices
             for step in range(self.step, self.schedule.total)
-            for indices in self.sampler.batches(step, self.world.rank)
+            for indices in self.batches(step, self.world.rank)
         )
         identity = {**identity_of(self.sampler), **self.evaluator.state()}
         check_together(self.world, self.step, identity, self.schedule.total)
@@ -125,7 +129,7 @@ class Trainer:
         first = self.step
         if self.resumed is not None and self.world.is_first:
             self._delete_oldest()
-        with self.request, closing(self.loader.batches(wanted)) as batches:
+        with self.request, self.world.gathering(), closing(self.loader.batches(wanted)) as batches:
             if self.evaluator.is_owed(self.step):
                 self._make_owed_evaluation()
             while self.step < self.schedule.total and not self.must_stop and not self.evaluator.is_enough:
@@ -176,7 +180,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         """Evaluate, and note whether any process was asked to stop meanwhile."""
-        self.must_stop = self.evaluator.evaluate(self.step, lambda: self.request.is_made)
+        self.must_stop = self.evaluator.evaluate(self.step, lambda: self.world.any(self.request.is_made))
 
     def make_step(self, batches: Iterator[Batch]) -> float:
         """Make an optimizer step, and note whether any process was asked to stop; return the loss."""
@@ -237,7 +241,7 @@ class Trainer:
 
     def _accumulate(self, batches: Iterator[Batch]) -> Tensor:
         """Add up the gradients of this process's batches; return the sum of their losses, a scalar."""
-        wanted = self.sampler.batches(self.step, self.world.rank)
+        wanted, own = self.batches(self.step, self.world.rank), self.sampler.batches(self.step, self.world.rank)
         tokens = max(1, self.sampler.tokens(self.step))
         made: Iterable[Batch] = (next(batches) for _ in wanted)
 
@@ -247,6 +251,9 @@ class Trainer:
                 torch.manual_seed(self.sampler.dropout_seed(self.step, number, self.world.rank))
                 for part in split(batch, most):
                     loss = self.forward.loss(part, tokens)
+                    # Computed for the others alone.
+                    if number >= len(own):
+                        loss = loss * 0
                     loss.backward()
                     total += loss.detach()
             return total
@@ -376,5 +383,6 @@ class Trainer:
         self.losses, self.since = state.get("losses", 0.0), state.get("since", checkpoint.step)
         before, now = state.get("memory"), total_memory(self.forward.device)
         # A larger device may take the rows together that a smaller one did not.
-        if before is None or now is None or now <= before:
+        is_fixed = self.world.is_sharding
+        if not is_fixed and (before is None or now is None or now <= before):
             batcher.most = min(batcher.most, state.get("most_rows", batcher.most))

@@ -63,12 +63,14 @@ class World:
         size: number of processes.
         group: torch's process group for sums on the host; None for the default one.
         devices: for sums on the processes' accelerators; None where there are none.
+        is_sharding: whether each process holds a share of the weights, so that none can compute alone.
     """
 
     rank: int = 0
     size: int = 1
     group: distributed.ProcessGroup | None = None
     devices: distributed.ProcessGroup | None = None
+    is_sharding: bool = False
 
     @property
     def is_first(self) -> bool:
@@ -99,6 +101,25 @@ class World:
                 sums.append(distributed.all_reduce(parameter.grad, group=group, async_op=True))
             for each in sums:
                 each.wait()
+
+    def any(self, is_so: bool) -> bool:
+        """Tell whether something is so in this process; if none can compute alone, in any process."""
+        return bool(self.sum(torch.tensor(float(is_so)))) if self.is_sharding else is_so
+
+    @contextmanager
+    def gathering(self) -> Iterator[None]:
+        """Notice in the context that weights cannot be gathered, as another process has ended.
+
+        Raises:
+            PeerLostError: another process has ended.
+        """
+        try:
+            yield
+        except RuntimeError as problem:
+            is_closed = any(word in str(problem) for word in CLOSED) and not describe_oom(problem)
+            if not (self.is_sharding and is_closed):
+                raise
+            raise PeerLostError(problem) from problem
 
     def agrees(self, text: str) -> bool:
         """Tell whether all processes give the same text."""

@@ -20,13 +20,16 @@ class MicroBatcher:
         most: examples in a micro-batch, to begin with.
         device: where they are computed.
         purpose: ends the warning that micro-batches are smaller from now on.
+        is_fixed: whether the size stays, as other processes take part in each computation.
 
     Attributes:
         most: examples in a micro-batch from now on.
     """
 
-    def __init__(self, most: int, device: torch.device, purpose: Localized) -> None:
-        self.most = most
+    def __init__(
+        self, most: int, device: torch.device, purpose: Localized, *, is_fixed: bool = False
+    ) -> None:
+        self.most, self._is_fixed = most, is_fixed
         self._device, self._purpose = device, purpose
 
     def run(
@@ -53,7 +56,7 @@ class MicroBatcher:
             except OOM_ERRORS as problem:
                 lack = describe_oom(problem)
                 is_spared = has_reserve()
-                if lack is None or (min(self.most, examples) <= 1 and not is_spared):
+                if lack is None or self._is_fixed or (min(self.most, examples) <= 1 and not is_spared):
                     raise
             # Not in the handler: what had been computed is freed only here.
             if before_retry is not None:
