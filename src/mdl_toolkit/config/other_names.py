@@ -30,6 +30,7 @@ ALSO_CALLED = {
     "eval-steps": "eval-strategy evaluation-strategy",
     "save-steps": "save-strategy",
     "quantization": "load-in-4bit load-in-8bit",
+    "shard-weights": "fsdp fully-shard shard-model",
     "keep-best": "load-best-model-at-end",
     "early-stopping-patience": "early-stopping",
     "user-prompt": "prompt instruction",
@@ -44,7 +45,7 @@ ALSO_CALLED = {
 }
 # What they have and we do not: another option would mislead.
 NOT_HERE = (
-    "deepspeed logging-steps fp16 fsdp adam-beta1 adam-epsilon group-by-length "
+    "deepspeed logging-steps fp16 adam-beta1 adam-epsilon group-by-length "
     "packing gpus num-gpus device use-cpu tf32 torch-compile "
     "logging-dir run-name do-train do-eval flash-attn attn-impl use-lora lora-bias use-rslora use-dora "
     "trust-remote-code do-sample length-penalty language stage template cutoff-len"

@@ -165,18 +165,19 @@ class MiDashengLMModel(PreTrainedModel, GenerationMixin):
         """Replace the decoder's output head."""
         self.decoder.set_output_embeddings(value)
 
-    def audio_features(self, input_values: Tensor, audio_length: Tensor | None = None) -> Tensor:
+    def audio_features(self, input_values: Tensor, audio_length: Tensor | list[int] | None = None) -> Tensor:
         """Encode and project clips.
 
         Args:
             input_values: `[clips, longest]` samples at 16 kHz.
-            audio_length: `[clips]` in samples; all have the longest if not given.
+            audio_length: `[clips]` in samples, a tensor or numbers; all have the longest if not given.
 
         Returns:
             `[audio tokens of all clips, hidden_size]`.
         """
         longest = [input_values.shape[-1]] * len(input_values)
-        lengths = longest if audio_length is None else audio_length.tolist()
+        given = audio_length.tolist() if isinstance(audio_length, Tensor) else audio_length
+        lengths = longest if given is None else given
         encoded, layout = self.audio_encoder(input_values, lengths)
         return self.audio_projector(encoded, layout)
 
@@ -184,7 +185,7 @@ class MiDashengLMModel(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor | None,
         input_values: Tensor | None,
-        audio_length: Tensor | None,
+        audio_length: Tensor | list[int] | None,
         audio_features: Tensor | None = None,
         placeholders: Tensor | None = None,
     ) -> Tensor:
@@ -241,7 +242,7 @@ class MiDashengLMModel(PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         input_values: Tensor | None = None,
-        audio_length: Tensor | None = None,
+        audio_length: Tensor | list[int] | None = None,
         labels: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -257,7 +258,7 @@ class MiDashengLMModel(PreTrainedModel, GenerationMixin):
             input_ids: `[batch, tokens]`.
             attention_mask: `[batch, tokens]`, 0 at the padding on the left.
             input_values: `[clips, longest]` samples at 16 kHz.
-            audio_length: `[clips]` in samples; all have the longest if not given.
+            audio_length: `[clips]` in samples, a tensor or numbers; all have the longest if not given.
             labels: `[batch, tokens]`, -100 where a token is not supervised; shifted here.
             inputs_embeds: fused embeddings in place of ids and audio.
             logits_to_keep: only the last so many tokens' logits (0: all).

@@ -139,7 +139,9 @@ class Evaluator:
         # Batches of similar length.
         order, world, size = (-dataset.token_counts).argsort(kind="stable"), self.world, self._batch_size
         shares = (order[rank :: world.size] for rank in (world.rank, 0))
-        batches, most = ([share[start : start + size] for start in range(0, len(share), size)] for share in shares)
+        batches, most = (
+            [share[start : start + size] for start in range(0, len(share), size)] for share in shares
+        )
         own = len(batches)
         if world.is_sharding:
             # As many as the first process has; what is not counted is the shortest example.

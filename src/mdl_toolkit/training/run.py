@@ -27,7 +27,12 @@ from mdl_toolkit.training.gradient_checkpointing import KeptBlocks
 from mdl_toolkit.training.log import Pace, RunLog
 from mdl_toolkit.training.lora import TargetCount, add_adapters
 from mdl_toolkit.training.memory.plan import plan_memory
-from mdl_toolkit.training.memory.sharding import check_sharding, shard_blocks, sharding_world
+from mdl_toolkit.training.memory.sharding import (
+    check_sharding,
+    load_to_shard,
+    shard_blocks,
+    sharding_world,
+)
 from mdl_toolkit.training.optimization.optimizer import check_tied_rates, learning_rates
 from mdl_toolkit.training.optimization.schedule import Schedule, check_warmup, warn_of_every_step
 from mdl_toolkit.training.output import check_run_folder, prepare_output, tidy_output
@@ -50,7 +55,7 @@ from mdl_toolkit.training.trackers import Trackers, check_trackers
 from mdl_toolkit.training.trainer import Outcome, Trainer
 from mdl_toolkit.training.warm_start import load_start, say_start, take_over
 from mdl_toolkit.utils.console import is_first_process, progress, say
-from mdl_toolkit.utils.device import CPU, best_device, fast_float32, reset_peak_memory
+from mdl_toolkit.utils.device import best_device, fast_float32, reset_peak_memory
 from mdl_toolkit.utils.distributed import World, join_world
 from mdl_toolkit.utils.files import claim_folder, report_write_errors
 from mdl_toolkit.utils.launcher import warn_of_idle_gpus
@@ -66,10 +71,20 @@ from mdl_toolkit.weights.loading import (
     say_loading,
 )
 from mdl_toolkit.weights.provenance import Provenance
-from mdl_toolkit.weights.resolve import BITSANDBYTES, FINAL, find_model, quantized_by, recorded_name, require_package
+from mdl_toolkit.weights.resolve import (
+    BITSANDBYTES,
+    FINAL,
+    find_model,
+    quantized_by,
+    recorded_name,
+    require_package,
+)
 
 OOM_REMEDY = Localized(
     "lower --batch-size and raise --gradient-accumulation-steps, or try --quantization 4bit"
+)
+SHARDED_REMEDY = Localized(
+    "lower --batch-size and raise --gradient-accumulation-steps, or start more processes"
 )
 
 
@@ -176,7 +191,7 @@ def _prepare_and_run(options: TrainOptions, start: Path | None, world: World) ->
         check_sharding(options, quantized_by(base))
         if world.is_first:
             world.wait()
-        with explaining_memory(OOM_REMEDY):
+        with explaining_memory(SHARDED_REMEDY if world.is_sharding else OOM_REMEDY):
             sampler = BatchSampler(
                 train_set.token_counts,
                 train_set.supervised_counts,
@@ -238,14 +253,13 @@ def _train(run: _RunPlan, kept: KeptBlocks, device: torch.device, dtype: torch.d
     options, output, schedule, world = run.options, Path(run.options.output), run.schedule, run.world
     cached = sets_to_cache(options, schedule, run.train_set, run.eval_set)
     cache = FeatureCache(output / PRIVATE / FEATURES, options, run.base, world, cached)
-    # Blocks that are sharded come from the host, one by one.
-    place = CPU if world.is_sharding else device
-    model, counts = trainable_model(options, run.base, place, dtype, run.start)
+    is_sharding = world.is_sharding
+    model, counts = trainable_model(options, run.base, device, dtype, run.start, is_on_host=is_sharding)
     say_targets(counts, model)
     examples: SampleSource = cache.precomputed(run.train_set, model)
     eval_examples = None if run.eval_set is None else cache.precomputed(run.eval_set, model)
-    if world.is_sharding:
-        shard_blocks(model, world, device)
+    if is_sharding:
+        shard_blocks(model, world, device, dtype)
     with progress(schedule.total, "training") as shown:
         # They begin when what an earlier run left, their files too, is set aside.
         trackers = partial(Trackers, options, schedule.total)
@@ -278,8 +292,18 @@ def trainable_model(
     device: torch.device,
     dtype: torch.dtype,
     start: Path | None = None,
+    *,
+    is_on_host: bool = False,
 ) -> tuple[Any, list[TargetCount]]:
     """Load a base model and add the adapters that train, new ones or those of an adapter's folder.
+
+    Args:
+        options: the run's.
+        base: folder of the base model.
+        device: where the model is put.
+        dtype: of the base's weights.
+        start: the adapter's folder, if training goes on from one.
+        is_on_host: whether the model stays on the host, to be sharded from there.
 
     Returns:
         The `PeftModel`, and the count of each target.
@@ -287,7 +311,10 @@ def trainable_model(
     quiet_libraries()
     torch.manual_seed(options.seed)
     say_loading(base)
-    model = load_model(base, dtype=dtype, device=device, quantization=options.quantization)
+    if is_on_host:
+        model = load_to_shard(base, dtype)
+    else:
+        model = load_model(base, dtype=dtype, device=device, quantization=options.quantization)
     model.label_smoothing = options.label_smoothing
     model, counts = add_adapters(
         model,

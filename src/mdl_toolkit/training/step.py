@@ -60,8 +60,8 @@ class ForwardPass:
         """Return the sum of the losses of a batch's tokens, divided by `tokens`; a scalar."""
         plan = batch.get("plan") or self._plan(batch, is_training=self.model.training)
         on_device: dict[str, Any] = {name: self._move(tensor) for name, tensor in items_of(batch)}
-        # Its lengths are numbers for the host.
-        on_device |= {"audio_length": batch["audio_length"], "plan": plan.map(self._move)}
+        # Its lengths are numbers for the host; tensors would be moved, where weights are sharded.
+        on_device |= {"audio_length": batch["audio_length"].tolist(), "plan": plan.map(self._move)}
         with self.precision():
             loss: Tensor = self.model(**on_device, num_items_in_batch=tokens).loss
         return loss

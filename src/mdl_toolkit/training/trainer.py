@@ -241,7 +241,10 @@ class Trainer:
 
     def _accumulate(self, batches: Iterator[Batch]) -> Tensor:
         """Add up the gradients of this process's batches; return the sum of their losses, a scalar."""
-        wanted, own = self.batches(self.step, self.world.rank), self.sampler.batches(self.step, self.world.rank)
+        wanted, own = (
+            self.batches(self.step, self.world.rank),
+            self.sampler.batches(self.step, self.world.rank),
+        )
         tokens = max(1, self.sampler.tokens(self.step))
         made: Iterable[Batch] = (next(batches) for _ in wanted)
 

@@ -55,7 +55,7 @@ def check_launch() -> None:
         if os.environ.get(variable) == "true":
             warn(
                 "the launcher asks for {name}, which is not used: every process holds the whole model; where "
-                "memory is short, use --quantization 4bit",
+                "memory is short, use --quantization 4bit, or --shard-weights true to divide the model",
                 name=name,
             )
 

@@ -249,6 +249,14 @@ def test_no_more_rows_are_tried_than_there_are(capsys):
     assert capsys.readouterr().err.count("2 rows at once from now on, here") == 1
 
 
+def test_a_size_that_others_depend_on_stays(capsys):
+    batcher = MicroBatcher(8, torch.device("cpu"), Verbatim("here", "此处"), is_fixed=True)
+    with pytest.raises(MemoryError):
+        batcher.run(8, raising(MemoryError()), has_reserve=lambda: True)
+    assert batcher.most == 8
+    assert capsys.readouterr().err == ""
+
+
 def test_answers_that_do_not_fit_are_made_with_fewer_rows_at_once(tmp_path, monkeypatch, capsys):
     """As many times as need be, and then for good."""
     csv, real, sizes = make_csv(tmp_path, 6), Answerer.__init__, []

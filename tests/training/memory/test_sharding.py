@@ -3,25 +3,40 @@
 import json
 import os
 import shutil
+import signal
+from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
+from torch import distributed
 from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mdl_toolkit.config.yaml import as_command
+from mdl_toolkit.data.collate import Collator
+from mdl_toolkit.data.dataset import Sample
 from mdl_toolkit.errors import UsageError
+from mdl_toolkit.model import MiDashengLMConfig, MiDashengLMModel
+from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.training import run as training
-from mdl_toolkit.training.checkpoints import Checkpoint, checkpoints
-from mdl_toolkit.training.memory.sharding import blocks_of
-from mdl_toolkit.training.run import train
+from mdl_toolkit.training.checkpoints import Checkpoint, checkpoints, damage
+from mdl_toolkit.training.gradient_checkpointing import checkpoint_gradients
+from mdl_toolkit.training.memory.plan import GATHERED, plan_memory
+from mdl_toolkit.training.memory.sharding import blocks_of, shard_blocks
+from mdl_toolkit.training.run import train, trainable_model
+from mdl_toolkit.training.sampler import BatchSampler
+from mdl_toolkit.utils.distributed import World
 from mdl_toolkit.utils.run_folder import read_log
 from tests.support.fleet import fleet, start_ranks
+from tests.support.memory import peak_bytes
 from tests.support.paths import MODEL
 from tests.support.runs import files_below, history, make_csv, train_options
 
+CPU = torch.device("cpu")
 LOST = "error: another process of this run has ended; its own message says why"
-EXACT = dict(rel=1e-5)
+EXACT = {"rel": 1e-5}
 
 
 def options_of(place, output, **changes):
@@ -59,8 +74,8 @@ def write_shares(folder):
     """Note how many of the blocks' frozen numbers the process holds once they are sharded."""
     shard = training.shard_blocks
 
-    def shard_and_write(model, world, device):
-        shard(model, world, device)
+    def shard_and_write(model, *words):
+        shard(model, *words)
         frozen = [p for block in blocks_of(model) for p in block.parameters() if not p.requires_grad]
         own = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in frozen)
         shares = {"own": own, "all": sum(p.numel() for p in frozen)}
@@ -99,8 +114,8 @@ def test_four_processes_of_which_some_have_no_rows_follow_one(place, tmp_path):
     shutil.copy(place / "eval.csv", tmp_path)
     make_csv(tmp_path, 9)
     changes = {
-        "train_target": ("decoder", "lm_head"), "cache_audio_features": True, "gradient_accumulation_steps": 1,
-        "gradient_checkpointing": False,
+        "train_target": ("decoder", "lm_head"), "cache_audio_features": True,
+        "gradient_accumulation_steps": 1, "gradient_checkpointing": False,
     }  # fmt: skip
     train(options_of(tmp_path, tmp_path / "one", **{**changes, "gradient_accumulation_steps": 4}))
     run_sharded(tmp_path, tmp_path / "four", 4, **changes)
@@ -117,6 +132,33 @@ def test_a_run_that_goes_on_makes_the_same_bits(place, tmp_path):
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
 
 
+def start_long(start, place, output):
+    """Two processes with many steps, evaluations and checkpoints before them."""
+    changes = {"shard_weights": True, "save_steps": 1, "eval_steps": 1, "num_epochs": 500}
+    jobs = start_ranks(start, as_command(options_of(place, output, **changes)).split()[1:])
+    assert jobs[0].until(lambda: len(checkpoints(output)) >= 2), jobs[0].said()
+    return jobs
+
+
+def test_a_killed_process_ends_the_other_one(place, tmp_path):
+    with fleet(tmp_path) as start:
+        jobs = start_long(start, place, tmp_path / "run")
+        jobs[1].kill()
+        assert jobs[0].end() == 1
+    assert jobs[0].said().splitlines()[-1] == LOST
+    assert all(damage(path) is None for path in checkpoints(tmp_path / "run"))
+
+
+def test_all_stop_when_one_is_asked_to(place, tmp_path):
+    """In the middle of an evaluation, too: where one does not go on, no other one can."""
+    with fleet(tmp_path) as start:
+        jobs = start_long(start, place, tmp_path / "run")
+        jobs[1].signal(signal.SIGTERM)
+        assert [job.end() for job in jobs] == [130, 130], jobs[0].said()
+    steps = [line["step"] for line in read_log(tmp_path / "run/log.jsonl")]
+    assert checkpoints(tmp_path / "run")[-1].name == f"checkpoint-{steps[-1]}"
+
+
 def test_one_process_has_nothing_to_share(place, tmp_path, capsys):
     options = options_of(place, tmp_path / "run", gradient_accumulation_steps=4, shard_weights=True)
     train(options)
@@ -129,3 +171,84 @@ def test_what_cannot_be_shared_is_refused(place, tmp_path, changes):
     with pytest.raises(UsageError, match="--shard-weights: "):
         train(options_of(place, tmp_path / "run", shard_weights=True, **changes))
     assert not (tmp_path / "run").exists()
+
+
+# --- one of four processes, the others pretended ------------------------------------------------------------
+
+
+@pytest.fixture
+def first_of_four():
+    """What is gathered is never sent, so that only its size is right."""
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    yield World(0, 4, distributed.group.WORLD, is_sharding=True)
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A random model whose blocks are larger than what they compute."""
+    config = json.loads((MODEL / "config.json").read_text(encoding="utf-8"))
+    config["audio_encoder_config"] |= {"embed_dim": 128, "depth": 6}
+    config["text_config"] |= {"hidden_size": 256, "intermediate_size": 768}
+    folder = tmp_path_factory.mktemp("model")
+    MiDashengLMModel(MiDashengLMConfig(**config)).save_pretrained(folder)
+    return folder
+
+
+def sharded(options, base, world, dtype=torch.float32):
+    model, _ = trainable_model(options, base, CPU, dtype, is_on_host=True)
+    shard_blocks(model, world, CPU, dtype)
+    return model
+
+
+def test_a_share_is_the_first_rows_of_the_weights_in_their_dtype(base, first_of_four):
+    options, dtype = train_options(base, base, "run", train_target=("encoder", "lm_head")), torch.bfloat16
+    whole, _ = trainable_model(options, base, CPU, dtype)
+    expected = dict(whole.named_parameters())
+    count = 0
+    for name, found in sharded(options, base, first_of_four, dtype).named_parameters():
+        wanted = expected[name].detach()
+        if isinstance(found, DTensor):
+            count += 1
+            found, wanted = found.to_local(), wanted.chunk(4)[0]
+        assert found.dtype == wanted.dtype
+        assert "lora_A" in name or torch.equal(found, wanted), name
+    assert count == sum(not p.requires_grad for block in blocks_of(whole) for p in block.parameters())
+
+
+def test_the_plan_counts_shares_and_what_is_gathered(base, first_of_four):
+    options = train_options(base, base, "run", gradient_checkpointing=True)
+    lengths = np.full(8, 40)
+    plans = [
+        plan_memory(
+            base, options_, BatchSampler(lengths, lengths // 2, 2, 1, processes, 0), 16_000 * lengths, 0,
+            CPU, torch.float32,
+        )
+        for options_, processes in ((options, 4), (replace(options, shard_weights=True), 4))
+    ]  # fmt: skip
+    measured = []
+    for is_sharded in (False, True):
+        if is_sharded:
+            model = sharded(options, base, first_of_four)
+        else:
+            model, _ = trainable_model(options, base, CPU, torch.float32)
+        checkpoint_gradients(model.train())
+        step(model)
+        model.zero_grad()
+        held = sum(
+            (p.to_local() if isinstance(p, DTensor) else p).nbytes
+            for p in model.parameters()
+            if not p.requires_grad
+        )
+        measured.append((held, peak_bytes(partial(step, model))))
+    gathered = measured[1][1] - measured[0][1]
+    largest = max(sum(p.nbytes for p in b.parameters() if not p.requires_grad) for b in blocks_of(model))
+    assert (GATHERED - 1) * largest < gathered <= GATHERED * largest
+    saved = measured[0][0] - measured[1][0] - GATHERED * largest
+    assert plans[0].weights - plans[1].weights == pytest.approx(saved, rel=1e-3)
+
+
+def step(model):
+    ids = np.array([1] * 10 + [model.config.audio_token_id] * audio_token_count(16_000) + [3] * 10)
+    labels = np.where(np.arange(len(ids)) < len(ids) - 10, -100, ids)
+    model(**Collator(0)([Sample(ids, labels, np.zeros(16_000, np.float32))])).loss.backward()

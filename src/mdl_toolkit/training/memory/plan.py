@@ -9,6 +9,7 @@ evaluation, batches that are read ahead, eager attention.
 """
 
 import re
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,10 @@ BLOCK, BLOCKS, TABLES = 64, 256, 4 * (256 + 16 + 1)
 # Of the memory that nothing needs: gradient checkpointing keeps activations in it. A GPU has no other use for
 # its memory, and where the prediction was too low all activations are computed again.
 KEPT_SHARE, GPU_SHARE = 0.25, 0.7
+# What is sharded, and how often the largest block of it may be there whole: as weights, and as it arrived,
+# this one and the next.
+IN_BLOCK = re.compile(r".*?\.(?:blocks|layers)\.\d+\.")
+GATHERED = 3
 
 
 @dataclass(frozen=True)
@@ -150,7 +155,8 @@ def plan_memory(
     """
     model = meta_model(base)
     quantization = options.quantization or stored_quantization(base)
-    weights, widest = _weights(model, dtype, quantization)
+    processes = sampler.processes
+    weights, widest = _weights(model, dtype, quantization, processes if options.shard_weights else 1)
     sizes, gradients = _trained(model, options, start)
     settings = (model.config, options, dtype.itemsize, device != CPU, quantization, gradients)
     steps = [
@@ -166,10 +172,12 @@ def plan_memory(
     least = total + FLOAT * max(sizes)
     kept = NONE
     if options.gradient_checkpointing and free is not None:
-        share = KEPT_SHARE if device == CPU else GPU_SHARE
+        # Sharded, nothing could be computed again where too much was kept: other processes would wait.
+        is_fixed = options.shard_weights and processes > 1
+        share = KEPT_SHARE if device == CPU or is_fixed else GPU_SHARE
         kept = _blocks_to_keep(steps, least, free - weights - total - states - held, share)
     peak = max(*(replace(step, kept=kept).peak for step in steps), least) + held
-    remedies = _remedies(options, device, dtype, quantization)
+    remedies = _remedies(options, device, dtype, quantization, processes)
     blocks = steps[0].blocks if options.gradient_checkpointing else None
     return MemoryPlan(weights, total, total, states, peak - total, free, remedies, kept, blocks)
 
@@ -242,16 +250,21 @@ def meta_model(base: Path) -> Any:
         raise ModelError("{base}: cannot be loaded: {reason}", base=base, reason=reason) from problem
 
 
-def _weights(model: Any, dtype: torch.dtype, quantization: str | None) -> tuple[int, int]:
-    """Return bytes of all base weights, and the numbers in the largest quantised matrix."""
+def _weights(model: Any, dtype: torch.dtype, quantization: str | None, shares: int) -> tuple[int, int]:
+    """Return bytes of all base weights in so many shares, and the numbers in the largest quantised matrix."""
     # Statistics and frequencies keep their dtype.
     total, widest = sum(buffer.nbytes for buffer in model.buffers()), 0
+    blocks: Counter[str] = Counter()
     linear = re.compile(LORA_TARGETS["decoder"] + r"\.weight")
     for name, tensor in model.named_parameters():
         form = "float32" if ".init_bn." in name else str(dtype).removeprefix("torch.")
         if quantization is not None and linear.fullmatch(name):
             form, widest = quantization, max(widest, tensor.numel())
         total += stored_size(tensor, form)
+        if block := IN_BLOCK.match(name):
+            blocks[block[0]] += stored_size(tensor, form)
+    if shares > 1:
+        total += GATHERED * max(blocks.values()) - blocks.total() * (shares - 1) // shares
     return total, widest
 
 
@@ -289,7 +302,7 @@ def _trained(model: Any, options: TrainOptions, start: Path | None) -> tuple[lis
 
 
 def _remedies(
-    options: TrainOptions, device: torch.device, dtype: torch.dtype, quantization: str | None
+    options: TrainOptions, device: torch.device, dtype: torch.dtype, quantization: str | None, processes: int
 ) -> tuple[tuple[str, str], ...]:
     """Return figures of the plan with options that lower them; of the same figure, the cheapest first."""
     batch = options.batch_size
@@ -297,12 +310,13 @@ def _remedies(
     more = options.gradient_accumulation_steps * batch // less
     full = " ".join(target for target in options.train_target if target in FULL_TARGETS)
     # An adapter that training goes on from has its rank and targets.
-    is_new = options.adapter is None
+    is_new, can_divide = options.adapter is None, quantization is None and not options.shard_weights
     possible = (
         (not options.gradient_checkpointing, "activations", "--gradient-checkpointing true"),
         (less < batch, "activations", f"--batch-size {less} --gradient-accumulation-steps {more}"),
         (dtype == torch.float32 and device != CPU, "weights", "--bf16 true"),
-        (quantization is None, "weights", "--quantization 4bit"),
+        (can_divide and processes > 1, "weights", "--shard-weights true"),
+        (can_divide, "weights", "--quantization 4bit"),
         (is_new and full != "", "trained", f"--train-target (- {full})"),
         (is_new and options.lora_rank > LOW_RANK, "trained", f"--lora-rank {LOW_RANK}"),
     )

@@ -1,12 +1,13 @@
-"""Shard the frozen weights of encoder blocks and decoder layers over the processes of a run, by torch's FSDP2.
+"""Shard the frozen weights of encoder blocks and decoder layers over a run's processes, by torch's FSDP2.
 
-Each process keeps an equal share of every block. All processes gather a block right before one of them, and so
-all, computes it, forward or backward, and free what is not theirs after it. Everything else stays whole on
-each process: adapters and full copies, whose gradients are summed as without sharding; embeddings, output
-head, norms and projector. As no process can compute a block alone, all make equally many passes.
+Each process keeps an equal share of every block. Right before a block is computed, forward or backward, all
+processes gather it, and after that they free what is not theirs. Everything else stays whole on each process:
+adapters and full copies, whose gradients are summed as without sharding; embeddings, output head, norms and
+projector. As no process can compute a block alone, all make equally many passes.
 """
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,10 @@ from torch.distributed.tensor import DTensor
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.errors import UsageError
 from mdl_toolkit.utils.console import say, size, warn
+from mdl_toolkit.utils.device import CPU
 from mdl_toolkit.utils.distributed import World
+from mdl_toolkit.weights.loading import load_model
+from mdl_toolkit.weights.safetensors_stream import stored_dtype
 
 
 def check_sharding(options: TrainOptions, quantization: str | None) -> None:
@@ -57,7 +61,21 @@ def blocks_of(model: Any) -> list[torch.nn.Module]:
     return [*base.audio_encoder.blocks, *base.decoder.model.layers]
 
 
-def shard_blocks(model: Any, world: World, device: torch.device) -> None:
+def load_to_shard(base: Path, dtype: torch.dtype) -> Any:
+    """Load a base model onto the host, in a dtype but for the decoder's layers.
+
+    These stay in float32 if they are stored so. What is as it is stored is mapped from its file: processes of
+    one machine share that memory, and the system takes it back when it needs it.
+    """
+    is_float32 = stored_dtype(base) == torch.float32
+    model = load_model(base, dtype=torch.float32 if is_float32 else dtype, device=CPU)
+    for name, parameter in model.named_parameters():
+        if not name.startswith("decoder.model.layers.") and ".init_bn." not in name:
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def shard_blocks(model: Any, world: World, device: torch.device, dtype: torch.dtype) -> None:
     """Put a `PeftModel` from the host onto a device: of each block this process's share, and all the rest.
 
     At most one block is whole on the device at once.
@@ -65,15 +83,17 @@ def shard_blocks(model: Any, world: World, device: torch.device) -> None:
     group, blocks = world.devices or world.group, blocks_of(model)
     assert group is not None
     mesh = DeviceMesh.from_group(group, device.type)
-    whole = {parameter for parameter in model.parameters() if parameter.requires_grad}
-    for block in blocks:
-        fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
-    for parameter in model.parameters():
-        if not isinstance(parameter, DTensor):
-            parameter.data = parameter.data.to(device)
-            whole.add(parameter)
-    # It has no share itself, but knows the order of the blocks: the next is gathered while one is computed.
-    fully_shard(model, mesh=mesh, ignored_params=whole)
+    # The whole model, last, has no share, but knows the order of blocks: the next is gathered meanwhile.
+    for part in (*blocks, model):
+        whole = set()
+        for name, parameter in part.named_parameters():
+            if isinstance(parameter, DTensor):
+                continue
+            own = parameter.dtype if parameter.requires_grad or ".init_bn." in name else dtype
+            parameter.data = parameter.data.to(device, own)
+            if parameter.requires_grad or part is model:
+                whole.add(parameter)
+        fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     shares = [p for block in blocks for p in block.parameters() if isinstance(p, DTensor)]
     say(
         "weights sharded: each of {count} processes keeps {own} of the {total} in {blocks} blocks",
