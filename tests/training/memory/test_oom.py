@@ -250,10 +250,15 @@ def test_no_more_rows_are_tried_than_there_are(capsys):
 
 
 def test_a_size_that_others_depend_on_stays(capsys):
-    batcher = MicroBatcher(8, torch.device("cpu"), Verbatim("here", "此处"), is_fixed=True)
+    batcher, tried = MicroBatcher(8, torch.device("cpu"), Verbatim("here", "此处"), is_fixed=True), []
+
+    def scarce(most):
+        tried.append(most)
+        raise MemoryError
+
     with pytest.raises(MemoryError):
-        batcher.run(8, raising(MemoryError()), has_reserve=lambda: True)
-    assert batcher.most == 8
+        batcher.run(8, scarce, has_reserve=lambda: True)
+    assert tried == [8]
     assert capsys.readouterr().err == ""
 
 

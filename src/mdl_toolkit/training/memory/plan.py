@@ -43,7 +43,8 @@ MOST_STEPS = 20_000
 # and two tables and an offset per matrix. Equal to what bitsandbytes 0.50 allocates.
 BLOCK, BLOCKS, TABLES = 64, 256, 4 * (256 + 16 + 1)
 # Of the memory that nothing needs: gradient checkpointing keeps activations in it. A GPU has no other use for
-# its memory, and where the prediction was too low all activations are computed again.
+# its memory, and where the prediction was too low all activations are computed again; not where weights are
+# sharded, as no process can compute again alone.
 KEPT_SHARE, GPU_SHARE = 0.25, 0.7
 # What is sharded, and how often the largest block of it may be there whole: as weights, and as it arrived,
 # this one and the next.
@@ -155,8 +156,8 @@ def plan_memory(
     """
     model = meta_model(base)
     quantization = options.quantization or stored_quantization(base)
-    processes = sampler.processes
-    weights, widest = _weights(model, dtype, quantization, processes if options.shard_weights else 1)
+    shares = sampler.processes if options.shard_weights else 1
+    weights, widest = _weights(model, dtype, quantization, shares)
     sizes, gradients = _trained(model, options, start)
     settings = (model.config, options, dtype.itemsize, device != CPU, quantization, gradients)
     steps = [
@@ -172,12 +173,10 @@ def plan_memory(
     least = total + FLOAT * max(sizes)
     kept = NONE
     if options.gradient_checkpointing and free is not None:
-        # Sharded, nothing could be computed again where too much was kept: other processes would wait.
-        is_fixed = options.shard_weights and processes > 1
-        share = KEPT_SHARE if device == CPU or is_fixed else GPU_SHARE
+        share = KEPT_SHARE if device == CPU or shares > 1 else GPU_SHARE
         kept = _blocks_to_keep(steps, least, free - weights - total - states - held, share)
     peak = max(*(replace(step, kept=kept).peak for step in steps), least) + held
-    remedies = _remedies(options, device, dtype, quantization, processes)
+    remedies = _remedies(options, device, dtype, quantization, sampler.processes)
     blocks = steps[0].blocks if options.gradient_checkpointing else None
     return MemoryPlan(weights, total, total, states, peak - total, free, remedies, kept, blocks)
 
