@@ -20,7 +20,8 @@ MO = PO.with_suffix(".mo")
 ERRORS = (
     "ToolkitError", "UsageError", "InputError", "AudioError", "TooLongError", "CutOffError", "DatasetError",
     "ModelError", "RefusedRowError", "NotMergeableError", "RequestError", "UnauthorizedError",
-    "UnknownModelError", "TooLargeError", "FailedError", "BusyError", "ForbiddenError", "GoneError",
+    "UnknownModelError", "TooLargeError", "UnanswerableError", "FailedError", "BusyError",
+    "ForbiddenError", "GoneError",
 )  # fmt: skip
 # What takes a template, and as which of its arguments.
 TAKES = {

@@ -24,7 +24,14 @@ from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import AudioError, CutOffError, TooLongError, breakdown, is_error
 from mdl_toolkit.inference.generate import Answerer, Question, SamplingParams, not_finite
 from mdl_toolkit.model.lengths import audio_token_count
-from mdl_toolkit.serving.protocol import BusyError, FailedError, Prompt, RequestError, TooLargeError
+from mdl_toolkit.serving.protocol import (
+    BusyError,
+    FailedError,
+    Prompt,
+    RequestError,
+    TooLargeError,
+    UnanswerableError,
+)
 from mdl_toolkit.utils.console import warn
 from mdl_toolkit.utils.machine import describe_oom
 from mdl_toolkit.weights.provenance import Prompts
@@ -141,7 +148,7 @@ class ContinuousBatch:
                 alone.listener, alone.cancelled = listen, answerer.cancelled
                 ((_, text),) = alone.answers([question])
             lost = not_finite(answerer.dtype)
-            failed = FailedError("it cannot be answered: {reason}", reason=lost)
+            failed = UnanswerableError("it cannot be answered: {reason}", reason=lost)
             self._tell(key, failed if text is None else None)
 
     def fail(self, arrivals: "_Arrivals", reason: object) -> None:

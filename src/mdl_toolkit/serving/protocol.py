@@ -76,6 +76,12 @@ class TooLargeError(RequestError):
     status = 413
 
 
+class UnanswerableError(RequestError):
+    """Say that the model has no answer to this request, however often it is asked."""
+
+    status = 422
+
+
 class GoneError(RequestError):
     """End a request whose client has hung up."""
 
