@@ -20,6 +20,7 @@ from tests.support.inferences import infer_options, table
 from tests.support.model_folders import refused
 from tests.support.runs import copy_checkpoint, make_csv, make_rows, write_csv
 from tests.support.server import needs_server
+from tests.support.waves import wave
 
 pytestmark = needs_server
 MESSAGES = {400: {"error": {"message": "the audio\nis broken"}}}
@@ -155,6 +156,16 @@ def test_an_empty_prompt_is_sent_to_a_server_that_would_fill_one_in(tmp_path, se
     texts = [part["text"] for part in messages[-1]["content"] if part["type"] == "text"]
     assert texts == [""] * fills_in
     assert messages[:-1] == [{"role": "system", "content": ""}] * fills_in
+
+
+def test_a_server_is_asked_about_each_window(tmp_path, server, options):
+    file = tmp_path / "long.wav"
+    soundfile.write(file, wave(71 * 1600, 3), 16_000, subtype="PCM_16")
+    source = write_csv(tmp_path / "in.csv", [{"audio": str(file), "user_prompt": "?"}])
+    answers = infer(options(source, window=3, overlap=1, join="list", max_new_tokens=7))
+    assert answers == ["48000", "48000", "49600"]
+    sent = {len(each): each for each in map(heard, server.bodies)}
+    assert np.array_equal(sent[49_600], soundfile.read(file, dtype="float32")[0][64_000:])
 
 
 def test_as_many_requests_as_the_batch_size_are_under_way(tmp_path, server, options):

@@ -7,11 +7,11 @@ import io
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from mdl_toolkit.audio.decoders import decode
+from mdl_toolkit.audio.decoders import Decoded, decode
 from mdl_toolkit.audio.file_parts import Blocks, Splice
 from mdl_toolkit.audio.integrity import check_integrity
 from mdl_toolkit.audio.mpeg import after_id3
@@ -124,6 +124,28 @@ def load_segments(
     Raises:
         AudioError: see `load`; of the file as a whole.
     """
+    cutter = Cutter(segments)
+    decoded = decode_whole(path, cutter, allow_truncated, max_hours)
+    return [_clip(decoded.format, cutter, cut, decoded.missing, decoded.has_length) for cut in cutter.cuts]
+
+
+def load_length(path: str | Path, allow_truncated: bool = False, max_hours: float = math.inf) -> float:
+    """Decode a local file, and return its length in seconds; memory does not grow with that.
+
+    Raises:
+        AudioError: see `load`; of the file as a whole.
+    """
+    cutter = Cutter(())
+    decode_whole(path, cutter, allow_truncated, max_hours)
+    return cutter.length / cutter.rate
+
+
+def decode_whole(path: str | Path, cutter: Cutter, allow_truncated: bool, max_hours: float) -> Decoded:
+    """Decode a local file to its end for a cutter, and check that all of it came.
+
+    Raises:
+        AudioError: see `load`; of the file as a whole.
+    """
     try:
         plain = io.FileIO(path)
     except (OSError, ValueError) as problem:
@@ -139,14 +161,12 @@ def load_segments(
         _check_complete(integrity.missing, allow_truncated)
         if integrity.parts:
             file = _File(Splice(file, integrity.parts))
-        cutter = Cutter(segments)
         decoded = decode(file, integrity, cutter, max_hours)
     missing = integrity.missing or decoded.missing
     _check_complete(missing, allow_truncated)
     if not cutter.length:
         raise AudioError("{name}: there are no samples in it; get it again", name=decoded.format)
-    has_length = integrity.has_length or decoded.has_length
-    return [_clip(decoded.format, cutter, cut, missing, has_length) for cut in cutter.cuts]
+    return replace(decoded, missing=missing, has_length=integrity.has_length or decoded.has_length)
 
 
 def _clip(

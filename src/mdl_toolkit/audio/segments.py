@@ -58,6 +58,11 @@ class Segment:
             raise SegmentError("channel", Localized("channels are counted from 1; correct it"))
 
     @property
+    def length(self) -> float:
+        """Return the seconds that it names, infinity if it ends with the recording."""
+        return math.inf if self.end is None else self.end - self.start
+
+    @property
     def is_whole(self) -> bool:
         """Tell whether it is all of the recording, with its channels averaged."""
         return self == WHOLE_RECORDING

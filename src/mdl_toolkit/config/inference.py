@@ -48,7 +48,13 @@ class InferenceOptions(ConversionOptions):
         "The CSV file; or a recording, a folder of them, or a pattern such as 'clips/*.wav'.",
         positional=True,
     )
-    output: str = option(OUTPUT, REQUIRED, INFERENCE, "The CSV file to write; an existing file is replaced.")
+    output: str = option(
+        OUTPUT,
+        REQUIRED,
+        INFERENCE,
+        "The file to write: a CSV, or subtitles of one recording where its name ends in .srt or .vtt; an "
+        "existing file is replaced.",
+    )
     report: str | None = option(
         OUTPUT, None, INFERENCE, "An HTML file to write too, with all answers to look at and listen to."
     )
@@ -106,6 +112,22 @@ class InferenceOptions(ConversionOptions):
     top_k: int = option(COUNT, 1, INFERENCE, "With --choices: how many of the best are given.")
     normalize_scores: bool = option(
         BOOLEAN, False, INFERENCE, "With --choices: divide each score by the choice's number of tokens."
+    )
+    window: float | None = option(
+        POSITIVE,
+        None,
+        INFERENCE,
+        "Answer recordings that are longer than so many seconds in windows of that length, such as 30.",
+    )
+    overlap: float = option(
+        NOT_NEGATIVE, 2.0, INFERENCE, "Seconds that neighbouring windows share; at most half of --window."
+    )
+    join: str = option(
+        choice("transcript", "list"),
+        "transcript",
+        INFERENCE,
+        "transcript: windows make one text, in which words that were heard twice stand once; list: a row for "
+        "each window, with its `start` and `end`.",
     )
     keep_reference: bool = option(
         BOOLEAN,

@@ -35,6 +35,8 @@ ALSO_CALLED = {
     "early-stopping-patience": "early-stopping",
     "user-prompt": "prompt instruction",
     "system-prompt": "system",
+    "window": "chunk-length chunk-length-s chunk-size",
+    "overlap": "stride-length-s",
     "num-beams": "beam-size",
     "max-new-tokens": "max-tokens",
     "adapter": "adapters adapter-path adapter-name-or-path resume-from-adapter lora-path",

@@ -282,6 +282,13 @@ class ConvertedDataset:
         return int(batch.column("line")[row].as_py()) if "line" in batch.schema.names else index + 2
 
     @cached_property
+    def lines(self) -> NDArray[np.int64]:
+        """Return the line of the CSV where the row of every example starts, `[examples]`."""
+        if "line" not in SCHEMAS[self.record.format].names:
+            return np.arange(len(self), dtype=np.int64) + 2
+        return np.concatenate([np.zeros(0, np.int64), *(b.column("line").to_numpy() for b in self._batches)])
+
+    @cached_property
     def token_counts(self) -> NDArray[np.int64]:
         """Return the tokens of every example, `[examples]`."""
         counts = [batch.column(0).value_lengths().to_numpy() for batch in self._batches]

@@ -96,6 +96,7 @@ class Manifest:
         user_prompt: likewise.
         requires_prediction: an empty prediction is a problem.
         listed: the folder or pattern of recordings that the file is a list of, if it was made of one.
+        parts: by line, the segments that its row is cut into, each of which is iterated over as a row.
     """
 
     file: CsvFile
@@ -105,6 +106,7 @@ class Manifest:
     user_prompt: str | None
     requires_prediction: bool
     listed: str | None = None
+    parts: Mapping[int, Sequence[Segment]] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Row | RowProblem]:
         """Yield each usable row, and each problem of the others, in the file's order.
@@ -112,7 +114,11 @@ class Manifest:
         Raises:
             InputError: from some line on it is no CSV, or it was changed in the meantime.
         """
-        return self._read(lambda row: find_recording(row, self.file.path.parent))
+        for item in self._read(lambda row: find_recording(row, self.file.path.parent)):
+            if isinstance(item, Row) and item.line in self.parts:
+                yield from (replace(item, segment=segment) for segment in self.parts[item.line])
+            else:
+                yield item
 
     def rows(self) -> Iterator[Row]:
         """Yield the usable rows, for callers that know of the problems already."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mdl_toolkit.audio.download_cache import Downloads
-from mdl_toolkit.audio.loading import Clip, load_segments
+from mdl_toolkit.audio.loading import Clip, load_length, load_segments
 from mdl_toolkit.audio.segments import Segment, SegmentError
 from mdl_toolkit.audio.urls import is_url
 from mdl_toolkit.data.csv_reader import file_stamp
@@ -59,6 +59,16 @@ class Recordings:
                 del recording.clips[row.segment]
             if not recording.clips:
                 del opened[visit]
+
+    def length(self, audio: str) -> float | None:
+        """Return the seconds of a recording, None if it cannot be used; why, `clips` says."""
+        try:
+            path = self.downloads.path_of(audio) if is_url(audio) else Path(audio)
+            return load_length(path, self.allow_truncated, self.max_hours)
+        except BaseException as problem:
+            if isinstance(problem, AudioError) or breakdown(problem) is not None:
+                return None
+            raise
 
     def _open(self, file: Path | Future[Path], segments: list[Segment]) -> "_Opened":
         """Decode a recording once; what is wrong with it is wrong with all of its segments."""

@@ -1,10 +1,12 @@
-"""Record answers on disk as they are computed, so that a killed run resumes; write the CSV of all answers.
+"""Record answers on disk as they are computed, so that a killed run resumes.
 
 While a run is at work, the folder `.NAME.partial` lies next to its output:
 
     lock             held by the process that is at work
     run.json         fingerprint of everything that the answers depend on
     input.csv        the recordings, where a folder or a pattern was given
+    lengths.json     seconds of each recording, where windows are asked for
+    downloads/       recordings that were fetched, likewise
     dataset/         the converted rows
     answers-R.jsonl  the answers of process R, one line each, written as soon as it is complete
 
@@ -15,18 +17,16 @@ are moved to `NAME.previous-N`, and taken over from there when a run asks for th
 import glob
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mdl_toolkit.data.csv_reader import CsvFile, write_csv
-from mdl_toolkit.data.manifest import Row
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.i18n import Localized, Verbatim
 from mdl_toolkit.utils.console import say
 from mdl_toolkit.utils.distributed import PeerLostError
-from mdl_toolkit.utils.files import parse_json, replace_file, report_write_errors
+from mdl_toolkit.utils.files import parse_json, report_write_errors
 from mdl_toolkit.utils.locks import hold_lock
 from mdl_toolkit.utils.ownership import unused
 
@@ -40,13 +40,16 @@ class AnswerJournal:
         output: the CSV to write.
         path: the work folder.
         listing: a CSV in it, for the recordings of a folder or pattern.
+        lengths: a file in it, for the recordings' lengths.
+        downloads: a folder in it, for recordings that are measured before they are converted.
         dataset: a folder in it, for the converted rows.
     """
 
     def __init__(self, output: Path) -> None:
         self._target = output.resolve()
         self.output, self.path = output, self._target.with_name(f".{self._target.name}.partial")
-        self.listing, self.dataset = self.path / "input.csv", self.path / "dataset"
+        self.listing, self.lengths = self.path / "input.csv", self.path / "lengths.json"
+        self.downloads, self.dataset = self.path / "downloads", self.path / "dataset"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -173,34 +176,3 @@ def _fingerprint_in(folder: Path) -> str | None:
     with suppress(OSError, ValueError):
         return str(parse_json((folder / RUN).read_text(encoding="utf-8")))
     return None
-
-
-def write_table(
-    output: Path, source: CsvFile, new: Sequence[str], rows: Iterable[tuple[Row, Sequence[str]]]
-) -> None:
-    """Write a CSV of the input's cells as they are and new ones, as a whole or not at all.
-
-    Args:
-        output: the CSV file; an existing one is replaced.
-        source: the input, whose columns, byte order mark and line ends it has.
-        new: names of the new columns, which come last; one that the input has is replaced where it is.
-        rows: the input's rows, each with its new cells.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    columns = source.columns
-    names = [*columns, *(name for name in new if name not in columns)]
-    indices = [names.index(name) for name in new]
-    with (
-        report_write_errors(f"--output {output}", InputError),
-        replace_file(output, "predictions") as work,
-        work.open("wb") as file,
-        write_csv(file, source.format) as writer,
-    ):
-        writer.writerow(names)
-        for row, cells in rows:
-            line = [*row.cells, *[""] * (len(names) - len(columns))]
-            for index, cell in zip(indices, cells, strict=True):
-                line[index] = cell
-            writer.writerow(line)

@@ -33,9 +33,9 @@ class Inputs:
 
     Attributes:
         manifest: the CSV.
-        dataset: its rows with usable recordings, converted without answers.
-        lines: line of the CSV of each of these, `[rows]`.
-        max_new_tokens: the most new tokens of each, `[rows]`.
+        dataset: its rows with usable recordings, or the windows of these, converted without answers.
+        lines: line of the CSV of each of these, `[examples]`.
+        max_new_tokens: the most new tokens of each, `[examples]`.
         problems: by line of the CSV, the reason why a row gets no answer.
     """
 
@@ -45,11 +45,13 @@ class Inputs:
     max_new_tokens: NDArray[np.int64]
     problems: dict[int, RowProblem]
 
-    def __iter__(self) -> Iterator[tuple[Row, int | None]]:
-        """Yield every row of the CSV, with its index in the dataset, or None for one without an answer."""
-        indices = {int(line): index for index, line in enumerate(self.lines)}
+    def __iter__(self) -> Iterator[tuple[Row, list[int]]]:
+        """Yield every row of the CSV, with its examples in the dataset: none for a row without an answer."""
+        indices: dict[int, list[int]] = {}
+        for index, line in enumerate(self.lines.tolist()):
+            indices.setdefault(line, []).append(index)
         for row in self.manifest.rows_unchecked():
-            yield row, None if row.line in self.problems else indices[row.line]
+            yield row, [] if row.line in self.problems else indices[row.line]
 
     @property
     def most_tokens(self) -> int:
@@ -160,11 +162,10 @@ def open_inputs(manifest: Manifest, folder: Path, options: InferenceOptions, req
     # Rows whose cells cannot be told apart cannot be written either.
     if unreadable := [problems[line] for line in problems.keys() - {*lines}]:
         manifest.check(Problems(unreadable, len(unreadable)))
-    kept = np.array([line for line in lines if line not in problems], dtype=np.int64)
     limits = options.max_length - dataset.token_counts
     if options.max_new_tokens is not None:
         limits = np.full(len(dataset), options.max_new_tokens, dtype=np.int64)
-    inputs = Inputs(manifest, dataset, kept, limits, problems)
+    inputs = Inputs(manifest, dataset, dataset.lines, limits, problems)
     inputs.leave_out(inputs.without_room(required, options.max_length), keeps_going=keeps_going)
     return inputs
 

@@ -6,7 +6,7 @@ tokens. That holds in float32; in bfloat16 rounding can change a token that is n
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdl_toolkit import __version__
+from mdl_toolkit.audio.segments import Segment
 from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, to_yaml
 from mdl_toolkit.data.convert.run import PLAN_FILE, convert_rows
@@ -30,7 +31,17 @@ from mdl_toolkit.i18n import Localized
 from mdl_toolkit.inference.choices import answer_columns, read_choices
 from mdl_toolkit.inference.engines import Engine, check_engine, is_server, make_engine
 from mdl_toolkit.inference.generate import JOINING, not_finite
-from mdl_toolkit.inference.journal import AnswerJournal, write_table
+from mdl_toolkit.inference.journal import AnswerJournal
+from mdl_toolkit.inference.output import (
+    answered_rows,
+    check_output,
+    check_single_recording,
+    is_subtitles,
+    lines_of,
+    time_columns,
+    write_subtitles,
+    write_table,
+)
 from mdl_toolkit.inference.requests import (
     KEEP,
     Inputs,
@@ -38,6 +49,7 @@ from mdl_toolkit.inference.requests import (
     open_inputs,
     with_training_prompts,
 )
+from mdl_toolkit.inference.windows import LIST, cut_rows
 from mdl_toolkit.reporting.report import report_answers
 from mdl_toolkit.utils.console import progress, say, warn
 from mdl_toolkit.utils.distributed import World, join_world
@@ -60,7 +72,7 @@ THREADS = 2
 CHANGEABLE = frozenset(
     {
         "batch_size", "num_workers", "tokenizing_batch_size", "download_cache", "max_download_mb", "report",
-        "keep_reference",
+        "keep_reference", "join",
     }
 )  # fmt: skip
 # Options that name content: the fingerprint covers the content, so that no spelling of a path matters.
@@ -76,7 +88,7 @@ def infer(options: InferenceOptions) -> list[str]:
     """Answer every row of a CSV and write the CSV with the answers in the column `prediction`.
 
     Returns:
-        The predictions, in the order of the rows; in any but the first of several processes, none.
+        The predictions, in the order of the rows written; in any but the first of several processes, none.
 
     Raises:
         ToolkitError: bad rows, rows that are too long (all of them in one message), no model. With
@@ -96,6 +108,7 @@ def infer(options: InferenceOptions) -> list[str]:
         ```
     """
     end_unguarded_script()
+    check_output(options)
     check_engine(options)
     output = Path(options.output)
     lists = [] if options.choices is None else [options.choices]
@@ -149,12 +162,13 @@ class _Inference:
     def run(self) -> tuple[list[str], int]:
         """Check, convert, answer and write; return the predictions, and the number of rows without one."""
         manifest, world, journal = self._open_manifest(), self.world, self.journal
+        check_single_recording(self.options, manifest)
         if self.options.keep_reference:
             check_reference(manifest)
         if not any(True for _ in manifest):
             if world.is_first:
                 journal.begin("no rows")
-            return (self._write(manifest, None) if world.is_first else []), 0
+            return (self._write(manifest, None, {}) if world.is_first else []), 0
         # A local folder is checked as a whole now; a hub's weights are downloaded once the rows are checked.
         options = self.options
         find = partial(find_with_base, options.model_name, from_modelscope=options.from_modelscope)
@@ -165,12 +179,9 @@ class _Inference:
             manifest = with_training_prompts(manifest, origin.prompts)
         required = TokenBudget.of_choices(self.choices, tokenizer, options)
         # The first process converts for all.
+        parts: Mapping[int, Sequence[Segment]] = {}
         if world.is_first:
-            keeps = options.on_error == KEEP
-            folder = journal.dataset
-            convert_rows(
-                manifest, folder, tokenizer, options, with_answer=False, reuse=True, keeps_going=keeps
-            )
+            parts = self.convert(manifest, tokenizer)
         else:
             world.wait()
         inputs = open_inputs(manifest, journal.dataset, options, required)
@@ -194,7 +205,25 @@ class _Inference:
         world.wait()
         unanswered = journal.unanswered(not_finite(choose_dtype(options.bf16)))
         inputs.leave_out(unanswered, keeps_going=options.on_error == KEEP)
-        return (self._write(manifest, inputs) if world.is_first else []), len(inputs.problems)
+        return (self._write(manifest, inputs, parts) if world.is_first else []), len(inputs.problems)
+
+    def convert(self, manifest: Manifest, tokenizer: ChatTokenizer) -> Mapping[int, Sequence[Segment]]:
+        """Convert all rows, and return the windows of those that were cut into some, by line."""
+        options, parts = self.options, {}
+        if options.window is not None:
+            # What is fetched to be measured is not fetched again to be converted.
+            options = replace(options, download_cache=options.download_cache or str(self.journal.downloads))
+            parts = cut_rows(manifest, options, self.journal.lengths)
+        convert_rows(
+            replace(manifest, parts=parts),
+            self.journal.dataset,
+            tokenizer,
+            options,
+            with_answer=False,
+            reuse=True,
+            keeps_going=options.on_error == KEEP,
+        )
+        return parts
 
     def _open_manifest(self) -> Manifest:
         """Open the input's CSV, which is made first where a folder or pattern is given."""
@@ -261,27 +290,39 @@ class _Inference:
             raise ModelError(message)
         warn(message)
 
-    def _write(self, manifest: Manifest, inputs: Inputs | None) -> list[str]:
-        """Write the output and its settings, and return the predictions."""
-        output, answers = Path(self.options.output), self.journal.answers()
-        names = ["prediction"]
-        if self.choices is not None:
-            names = answer_columns(len(self.choices), self.options.top_k)
-        more = [REFERENCE] * self.options.keep_reference + [ERROR] * (self.options.on_error == KEEP)
-        columns = [*names, *more]
+    def _write(
+        self, manifest: Manifest, inputs: Inputs | None, parts: Mapping[int, Sequence[Segment]]
+    ) -> list[str]:
+        """Write the output and its settings, and return the predictions.
+
+        Args:
+            manifest: the CSV.
+            inputs: its rows; None if it has none.
+            parts: by line, the windows in which its row was answered.
+        """
+        options, output = self.options, Path(self.options.output)
+        choices = self.choices
+        names = ["prediction"] if choices is None else answer_columns(len(choices), options.top_k)
+        more = [REFERENCE] * options.keep_reference + [ERROR] * (options.on_error == KEEP)
+        times = time_columns(manifest).values() if options.join == LIST else ()
         problems = {} if inputs is None else inputs.problems
+        answered = () if inputs is None else answered_rows(inputs, parts, self.journal.answers(), options)
         predictions: list[str] = []
 
-        def rows() -> Iterator[tuple[Row, list[str]]]:
-            for row, index in () if inputs is None else inputs:
-                answer = None if index is None else answers[index]
-                cells = answer if isinstance(answer, list) else [""] * len(names)
-                predictions.append(cells[0])
+        def rows() -> Iterator[tuple[Row, dict[str, str]]]:
+            for row, pieces in answered:
                 reason = str(problems[row.line].reason) if row.line in problems else ""
                 others = {REFERENCE: row.prediction or "", ERROR: reason}
-                yield row, [*cells, *(others[name] for name in more)]
+                for line in lines_of(pieces, names, manifest, options):
+                    predictions.append(line[names[0]])
+                    yield row, {**line, **{name: others[name] for name in more}}
 
-        write_table(output, manifest.file, columns, rows())
+        if is_subtitles(options):
+            pieces = [piece for _, its in answered for piece in its]
+            predictions = [piece.cells[0].strip() for piece in pieces]
+            write_subtitles(output, pieces)
+        else:
+            write_table(output, manifest, [*names, *times, *more], rows())
         with replace_file(output.with_name(f"{output.name}.{SETTINGS_FILE}"), "predictions") as work:
             work.write_text(to_yaml(self.options), encoding="utf-8")
         figures = {"predictions": len(predictions) - len(problems), "without": len(problems)}

@@ -81,7 +81,7 @@ class ServerAnswerer:
         """
         self._options, self._lines = options, inputs.lines
         self._conversations = {
-            index: messages_of(row, with_answer=False) for row, index in inputs if index is not None
+            index: messages_of(row, with_answer=False) for row, indices in inputs for index in indices
         }
         self._model = asyncio.run(find_served_model(options))
 

@@ -138,5 +138,7 @@ def report_answers(options: InferenceOptions) -> None:
     if not is_listing(options.input) and source.resolve() != Path(options.output).resolve():
         table = read_table(source)
         has_predictions = PREDICTION in table.columns and any(map(str.strip, table.column(PREDICTION)))
-        reference = options.input if has_predictions and REFERENCE not in table.columns else None
+        is_by_window = options.window is not None and options.join == "list"
+        if has_predictions and REFERENCE not in table.columns and not is_by_window:
+            reference = options.input
     report(ReportOptions(input=options.output, output=options.report, reference=reference))

@@ -1,0 +1,86 @@
+"""What the name of an output says: subtitles of one recording."""
+
+import pytest
+import soundfile
+
+from mdl_toolkit.errors import InputError, UsageError
+from mdl_toolkit.inference.output import Piece, write_subtitles
+from mdl_toolkit.inference.run import infer
+from tests.support.inferences import infer_options
+from tests.support.runs import copy_checkpoint, make_csv, write_csv
+from tests.support.waves import wave
+
+
+@pytest.fixture
+def model(golden, tmp_path):
+    return copy_checkpoint(golden, "A-small", tmp_path)
+
+
+PIECES = [
+    Piece(3661.0004, 3662.5, ["Tom & <Jerry>\n\n--> run"]),
+    Piece(0, 1.9996, [" one "]),
+    Piece(2, 3, [" \n"]),
+]
+
+
+def test_subtitles_are_as_their_formats_say(tmp_path):
+    write_subtitles(tmp_path / "a.srt", PIECES)
+    assert (tmp_path / "a.srt").read_bytes().decode() == (
+        "1\n00:00:00,000 --> 00:00:02,000\none\n\n"
+        "2\n01:01:01,000 --> 01:01:02,500\nTom & <Jerry>\n--> run\n\n"
+    )
+    write_subtitles(tmp_path / "a.VTT", PIECES)
+    assert (tmp_path / "a.VTT").read_bytes().decode() == (
+        "WEBVTT\n\n00:00:00.000 --> 00:00:02.000\none\n\n"
+        "01:01:01.000 --> 01:01:02.500\nTom &amp; &lt;Jerry&gt;\n--&gt; run\n\n"
+    )
+
+
+def test_ffmpeg_reads_the_subtitles(tmp_path):
+    """An independent reader finds the same times and texts."""
+    import av
+
+    for name in ("a.srt", "a.vtt"):
+        write_subtitles(tmp_path / name, PIECES)
+        with av.open(str(tmp_path / name)) as file:
+            cues = [packet for packet in file.demux(subtitles=0) if packet.size]
+        assert [float(cue.pts * cue.time_base) for cue in cues] == [0, 3661]
+        assert [float(cue.duration * cue.time_base) for cue in cues] == [2, 1.5]
+
+
+@pytest.mark.parametrize("join", ["transcript", "list"])
+def test_a_recording_becomes_subtitles(model, tmp_path, join):
+    file = tmp_path / "talk.wav"
+    soundfile.write(file, wave(6 * 16_000, 3), 16_000, subtype="PCM_16")
+    chosen = {"window": 3, "overlap": 1, "join": join}
+    answers = infer(infer_options(file, model, tmp_path / "out.srt", **chosen))
+    lines = (tmp_path / "out.srt").read_text(encoding="utf-8").splitlines()
+    times = [line for line in lines if " --> " in line]
+    # Shares of a transcript meet in the middle of the overlaps.
+    expected = [("0,000", "2,500"), ("2,500", "4,500"), ("4,500", "6,000")]
+    if join == "list":
+        expected = [("0,000", "3,000"), ("2,000", "5,000"), ("4,000", "6,000")]
+    assert times == [f"00:00:0{start} --> 00:00:0{end}" for start, end in expected]
+    assert [bool(answer) for answer in answers] == [True] * 3
+
+
+def test_rows_of_one_recording_are_its_subtitles(model, tmp_path):
+    file = tmp_path / "talk.wav"
+    soundfile.write(file, wave(4 * 16_000, 3), 16_000, subtype="PCM_16")
+    rows = [{"audio": str(file), "start": start, "end": end} for start, end in (("2", "3.5"), ("0", "1"))]
+    infer(infer_options(write_csv(tmp_path / "in.csv", rows), model, tmp_path / "out.vtt"))
+    lines = (tmp_path / "out.vtt").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if " --> " in line] == [
+        "00:00:00.000 --> 00:00:01.000",
+        "00:00:02.000 --> 00:00:03.500",
+    ]
+
+
+def test_several_recordings_and_what_subtitles_have_no_place_for_are_refused(model, tmp_path):
+    source = make_csv(tmp_path, 2)
+    with pytest.raises(InputError, match=r"subtitles are of one recording, and .*train.csv names 2"):
+        infer(infer_options(source, model, tmp_path / "out.srt"))
+    for changes in ({"report": "a.html"}, {"on_error": "keep"}, {"keep_reference": True}):
+        with pytest.raises(UsageError, match="do not go together"):
+            infer(infer_options(source, model, tmp_path / "out.srt", **changes))
+    assert not [*tmp_path.glob("*out.*")]
