@@ -13,11 +13,15 @@ NAMES = (
 
 
 def main(names: list[str]) -> int:
-    """Run benchmarks by name; each is a module with a function `figures`. `gpu` is another kind, alone."""
+    """Run benchmarks by name, each a module with `figures`; `gpu` and `little_data` are other kinds."""
     if names[:1] == ["gpu"]:
         from benchmarks.gpu import main as of_gpu
 
         return of_gpu(names[1:])
+    if names == ["little_data"]:
+        from benchmarks.little_data import main as of_little_data
+
+        return of_little_data()
     unknown = [name for name in names if name not in NAMES]
     if unknown:
         sys.stderr.write(f"no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}\n")

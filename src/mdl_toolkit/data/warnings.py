@@ -65,8 +65,8 @@ def warn_of_identical_answers(dataset: ConvertedDataset) -> bool:
     """Warn if all examples have one answer; tell whether they have. Reading ends at the first other one."""
     if len(dataset) < 2 or np.ptp(dataset.supervised_counts):
         return False
-    first = _answer_ids(dataset, 0)
-    if not all(np.array_equal(first, _answer_ids(dataset, row)) for row in range(1, len(dataset))):
+    first = answer_ids(dataset, 0)
+    if not all(np.array_equal(first, answer_ids(dataset, row)) for row in range(1, len(dataset))):
         return False
     warn(
         "all {count} rows have the same answer: there is nothing to learn but that one; check the column "
@@ -76,7 +76,8 @@ def warn_of_identical_answers(dataset: ConvertedDataset) -> bool:
     return True
 
 
-def _answer_ids(dataset: ConvertedDataset, row: int) -> NDArray[np.int32]:
+def answer_ids(dataset: ConvertedDataset, row: int) -> NDArray[np.int32]:
+    """Return the token ids of a row's answer."""
     labels = dataset.tokens(row).labels
     answer: NDArray[np.int32] = labels[labels != IGNORE_INDEX]
     return answer

@@ -50,6 +50,7 @@ from mdl_toolkit.training.summary import (
     say_steps,
     say_targets,
     say_throughput,
+    warn_of_little,
 )
 from mdl_toolkit.training.trackers import Trackers, check_trackers
 from mdl_toolkit.training.trainer import Outcome, Trainer
@@ -219,6 +220,7 @@ def _run(run: _RunPlan) -> TrainResult:
     say_data(train_set, run.eval_set)
     say_steps(options, run.sampler, run.schedule)
     say_recipe(options, run.schedule.warmup)
+    warn_of_little(options, run.schedule, train_set)
     examples = (train_set.tokens(index).input_ids for index in prefix_sample(len(train_set)))
     prefix = run.tokenizer.shared_prefix_length(examples)
     plan = plan_memory(

@@ -11,12 +11,14 @@ from numpy.typing import NDArray
 from mdl_toolkit.audio.loading import SAMPLE_RATE
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.data.dataset import ConvertedDataset
+from mdl_toolkit.data.warnings import answer_ids
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.i18n import Localized, join_messages
 from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.training.log import Pace
 from mdl_toolkit.training.lora import TargetCount
 from mdl_toolkit.training.memory.plan import MemoryPlan
+from mdl_toolkit.training.optimization.expectation import is_too_short, what_to_expect
 from mdl_toolkit.training.optimization.schedule import Schedule, due_steps
 from mdl_toolkit.training.sampler import BatchSampler
 from mdl_toolkit.utils.console import clock, say, size, warn
@@ -108,6 +110,13 @@ def say_recipe(options: TrainOptions, warmup: int) -> None:
         smoothing=options.label_smoothing,
         ratio=options.lora_plus_ratio,
     )
+
+
+def warn_of_little(options: TrainOptions, schedule: Schedule, train_set: ConvertedDataset) -> None:
+    """Warn before the first step of a run that is too short to learn a new task, with what would do."""
+    if is_too_short(options, schedule):
+        answers = {answer_ids(train_set, row).tobytes() for row in range(len(train_set))}
+        warn(what_to_expect(options, schedule, len(train_set), len(answers)))
 
 
 def say_memory(plan: MemoryPlan) -> None:

@@ -3,6 +3,7 @@
 No weights are loaded and no GPU is used. Memory grows by some 90 bytes with each row.
 """
 
+import dataclasses
 import json
 import secrets
 import sys
@@ -10,11 +11,11 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mdl_toolkit import __version__
 from mdl_toolkit.audio.download_cache import Downloads
-from mdl_toolkit.config.data import CheckOptions
+from mdl_toolkit.config.data import CheckOptions, ConversionOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, from_mapping, read_settings, to_yaml
 from mdl_toolkit.data.chat_template import messages_of
 from mdl_toolkit.data.check.findings import Figures, Findings
@@ -102,8 +103,15 @@ def _training_options(options: CheckOptions) -> "TrainOptions":
 
     config = options.train_config
     given = {} if config is None else read_settings(config, TrainOptions, "--train-config")
-    ours = {"train_dataset": options.input[0], "output": ".", "model_name": options.model_name}
-    return from_mapping(TrainOptions, {**given, **ours})
+    ours: dict[str, Any] = {
+        field.name: getattr(options, field.name)
+        for field in dataclasses.fields(ConversionOptions)
+        if getattr(options, field.name) != field.default
+    }
+    if len(options.input) > 1:
+        ours["eval_dataset"] = options.input[1]
+    ours |= {"train_dataset": options.write_fixed or options.input[0], "model_name": options.model_name}
+    return from_mapping(TrainOptions, {"output": "run", **given, **ours})
 
 
 def _find_tokenizer(options: CheckOptions) -> tuple[Path | None, ChatTokenizer | None]:

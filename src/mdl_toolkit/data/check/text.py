@@ -203,6 +203,8 @@ def _training_lines(training: Figures) -> Iterator[Localized]:
         each=steps_per_epoch,
         batch=batch,
     )
+    if expectation := training["expectation"]:
+        yield Localized("  warning: {warning}", warning=Verbatim(**expectation))
     operations = training["operations"]
     amount, hours = f"{operations / 1e12:,.4g}", f"{operations / (100e12 * 3600):.3g}"
     yield Localized(
@@ -211,3 +213,5 @@ def _training_lines(training: Figures) -> Iterator[Localized]:
         amount=amount,
         hours=hours,
     )
+    yield Localized("a training that fits rows, memory and device:")
+    yield Verbatim(f"  {training['command']}", f"  {training['command']}")

@@ -1,21 +1,29 @@
 """Forecast memory, steps and arithmetic of a training before it is run, for `check`."""
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from mdl_toolkit.config.train import TrainOptions
-from mdl_toolkit.data.check.findings import Figures, audio_tokens
+from mdl_toolkit.config.yaml import as_command
+from mdl_toolkit.data.check.findings import LEAST_ROWS, MOST_CLASSES, Figures, audio_tokens
 from mdl_toolkit.data.check.rows import Facts
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.training.memory.activations import shared_tokens
-from mdl_toolkit.training.memory.plan import meta_model, plan_memory
+from mdl_toolkit.training.memory.plan import MemoryPlan, meta_model, plan_memory
+from mdl_toolkit.training.optimization.expectation import is_too_short, longer_run, what_to_expect
 from mdl_toolkit.training.optimization.schedule import Schedule
 from mdl_toolkit.training.sampler import BatchSampler
 from mdl_toolkit.weights.resolve import check_trainable
 
+# A cadence by default, in steps; of a run with fewer than so many of these it is one in epochs. Checkpoints
+# that are kept then.
+CADENCE, FEW_CADENCES, KEPT = 500, 4, 2
 # Bytes of a `MemoryPlan`.
 PLANNED = ("total", "weights", "trained", "activations", "free")
 
@@ -38,29 +46,32 @@ def forecast_training(
     """
     if not len(facts):
         return None
-    sampler = BatchSampler(
-        (audio_tokens(facts) + facts["text"]).astype("int64"),
-        facts["supervised"].astype("int64"),
-        options.batch_size,
-        options.gradient_accumulation_steps,
-        1,
-        options.seed,
-    )
     dtype = torch.float32 if options.bf16 is False else torch.bfloat16
-    samples, device = facts["samples"], torch.device("cuda")
+    lengths = (audio_tokens(facts) + facts["text"]).astype("int64")
+
+    def plan(options: TrainOptions) -> tuple[BatchSampler, MemoryPlan]:
+        sizes = options.batch_size, options.gradient_accumulation_steps, 1, options.seed
+        sampler = BatchSampler(lengths, facts["supervised"].astype("int64"), *sizes)
+        rows = sampler, facts["samples"], shared_prefix
+        return sampler, plan_memory(folder, options, *rows, torch.device("cuda"), dtype)
+
     try:
         check_trainable(folder, quantization=options.quantization, merge=options.merge_lora)
-        plan = plan_memory(folder, options, sampler, samples, shared_prefix, device, dtype)
+        sampler, memory = plan(options)
         model = meta_model(folder)
     except ModelError as problem:
         return {"problem": problem.message.to_json()}
-    schedule, warning = Schedule.of(sampler.steps_per_epoch, options), plan.warning()
+    schedule, warning = Schedule.of(sampler.steps_per_epoch, options), memory.warning()
+    fitting = options
+    if warning is not None:
+        fitting = fit_memory(options, lambda other: plan(other)[1].warning() is None)
     epochs = options.num_epochs if options.max_steps is None else schedule.total / schedule.per_epoch
     return {
         "dtype": str(dtype).removeprefix("torch."),
-        "bytes": {name: getattr(plan, name) for name in PLANNED},
-        "memory": [line.to_json() for line in plan.lines()],
+        "bytes": {name: getattr(memory, name) for name in PLANNED},
+        "memory": [line.to_json() for line in memory.lines()],
         "warning": None if warning is None else warning.to_json(),
+        **advice(options, fitting, schedule, facts),
         "steps": schedule.total,
         "steps_per_epoch": schedule.per_epoch,
         "epochs": epochs,
@@ -69,6 +80,69 @@ def forecast_training(
             model, facts, options, epochs, shared_tokens(model.config, options, shared_prefix)
         ),
     }
+
+
+def advice(options: TrainOptions, fitting: TrainOptions, schedule: Schedule, facts: Facts) -> Figures:
+    """Say what to expect of a training, and the command of one that fits memory and rows.
+
+    Args:
+        options: of the training.
+        fitting: the same with a batch that fits.
+        schedule: its steps.
+        facts: of the training set's rows.
+    """
+    answers, rows = len(np.unique(facts["answer"])), len(facts)
+    expectation = None
+    if is_too_short(options, schedule):
+        expectation = what_to_expect(options, schedule, rows, answers).to_json()
+    are_classes = answers <= MOST_CLASSES and rows >= LEAST_ROWS * answers
+    command = as_command(recommend(fitting, schedule.per_epoch, are_classes=are_classes))
+    return {"expectation": expectation, "command": command}
+
+
+def fit_memory(options: TrainOptions, fits: Callable[[TrainOptions], bool]) -> TrainOptions:
+    """Return options with the largest batch that fits, accumulated to the same effective one; else the same.
+
+    Args:
+        options: of a training.
+        fits: tells whether a training's memory suffices, as far as that is known.
+    """
+    batch, effective = options.batch_size, options.batch_size * options.gradient_accumulation_steps
+    sizes = [size for size in range(batch, 0, -1) if batch % size == 0]
+    tries = [
+        replace(options, batch_size=size, gradient_accumulation_steps=effective // size) for size in sizes
+    ]
+    tries = [options, *(replace(each, gradient_checkpointing=True) for each in tries)]
+    if options.quantization is None:
+        tries.append(replace(tries[-1], quantization="4bit"))
+    return next(filter(fits, tries), options)
+
+
+def recommend(options: TrainOptions, per_epoch: int, *, are_classes: bool) -> TrainOptions:
+    """Return options with steps that teach a task, evaluated and saved several times; what was chosen stays.
+
+    Args:
+        options: of a training that fits.
+        per_epoch: its steps in an epoch.
+        are_classes: answers are few, each of several rows.
+    """
+    chosen = options.given({"num_epochs", "max_steps", "lr"})
+    options = options if chosen else longer_run(options, per_epoch)
+    epochs = Schedule.of(per_epoch, options).total / per_epoch
+    changes: dict[str, Any] = {}
+    if epochs * per_epoch < FEW_CADENCES * CADENCE:
+        changes |= (
+            {"eval_steps": "epoch", "save_steps": "epoch"}
+            if epochs >= 2
+            else {"eval_steps": 0.5, "save_steps": 0.5}
+        )
+        changes |= {"save_total_limit": KEPT}
+    if options.eval_dataset is None:
+        changes.pop("eval_steps", None)
+    else:
+        changes |= {"keep_best": True, **({"eval_metric": "accuracy"} if are_classes else {})}
+    free = {name: value for name, value in changes.items() if not options.given({name})}
+    return replace(options, **free)
 
 
 def count_operations(model: Any, facts: Facts, options: TrainOptions, epochs: float, shared: int) -> float:
