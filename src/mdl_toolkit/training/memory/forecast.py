@@ -47,13 +47,12 @@ def forecast_training(
     if not len(facts):
         return None
     dtype = torch.float32 if options.bf16 is False else torch.bfloat16
-    lengths = (audio_tokens(facts) + facts["text"]).astype("int64")
+    lengths, supervised = (audio_tokens(facts) + facts["text"]).astype("int64"), facts["supervised"]
 
     def plan(options: TrainOptions) -> tuple[BatchSampler, MemoryPlan]:
         sizes = options.batch_size, options.gradient_accumulation_steps, 1, options.seed
-        sampler = BatchSampler(lengths, facts["supervised"].astype("int64"), *sizes)
-        rows = sampler, facts["samples"], shared_prefix
-        return sampler, plan_memory(folder, options, *rows, torch.device("cuda"), dtype)
+        sampler, device = BatchSampler(lengths, supervised.astype("int64"), *sizes), torch.device("cuda")
+        return sampler, plan_memory(folder, options, sampler, facts["samples"], shared_prefix, device, dtype)
 
     try:
         check_trainable(folder, quantization=options.quantization, merge=options.merge_lora)
@@ -62,9 +61,8 @@ def forecast_training(
     except ModelError as problem:
         return {"problem": problem.message.to_json()}
     schedule, warning = Schedule.of(sampler.steps_per_epoch, options), memory.warning()
-    fitting = options
-    if warning is not None:
-        fitting = fit_memory(options, lambda other: plan(other)[1].warning() is None)
+    fits = warning is None
+    fitting = options if fits else fit_memory(options, lambda other: plan(other)[1].warning() is None)
     epochs = options.num_epochs if options.max_steps is None else schedule.total / schedule.per_epoch
     return {
         "dtype": str(dtype).removeprefix("torch."),
