@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import namedtuple
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -408,3 +409,23 @@ def test_an_environment_that_makes_no_sense_is_said(place, tmp_path, start, envi
     assert job.said().count("\n") == 1
     assert job.said().startswith("error: ")
     assert named in job.said()
+
+
+def test_gradients_are_summed_in_buckets_of_several_or_one(monkeypatch):
+    """The other process has the same ones; parameters without a gradient count as zero."""
+    sizes, work = [], namedtuple("Work", "wait")(lambda: None)
+    monkeypatch.setattr(distributed, "BUCKET", 40)
+    monkeypatch.setattr(
+        torch.distributed, "all_reduce", lambda flat, **_: (sizes.append(flat.numel()), flat.mul_(2), work)[2]
+    )
+    parameters = [
+        torch.nn.Parameter(torch.ones(shape)) for shape in ((2, 3), (4,), (20,), (1,), (3, 3), (2,))
+    ]
+    expected = []
+    for number, parameter in enumerate(parameters):
+        values = torch.arange(parameter.numel()).view_as(parameter) + 100.0 * number
+        parameter.grad = None if number == 3 else values.clone()
+        expected.append(torch.zeros(1) if number == 3 else 2 * values)
+    World(0, 2).sum_gradients(parameters)
+    assert sizes == [10, 20, 10, 2]
+    assert all(torch.equal(p.grad, wanted) for p, wanted in zip(parameters, expected, strict=True))

@@ -27,6 +27,8 @@ GROUP_TIMEOUT = timedelta(days=2)
 
 # The time within which all processes must bring their gradients, which they begin to do at once.
 SUMMING_TIMEOUT = timedelta(minutes=30)
+# Bytes of gradients that are summed at once: each sum has a latency. As many as in torch's DDP.
+BUCKET = 25 << 20
 # What NCCL says last is why.
 LAST_ERROR = "Last error:"
 
@@ -89,18 +91,30 @@ class World:
         return tensor
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Sum gradients over all processes; where a process has none, they count as zero."""
+        """Sum gradients over all processes, in buckets; where a process has none, they count as zero."""
         if self.size == 1:
             return
-        sums = []
+        buckets: list[list[Tensor]] = []
+        room = 0
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            room -= parameter.grad.nbytes
+            if room < 0:
+                buckets.append([])
+                room = BUCKET - parameter.grad.nbytes
+            buckets[-1].append(parameter.grad)
         with _peer_errors():
-            for parameter in parameters:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                group = self.devices or self.group
-                sums.append(distributed.all_reduce(parameter.grad, group=group, async_op=True))
-            for each in sums:
-                each.wait()
+            # What is in no bucket with others is summed where it lies.
+            flats = [torch.cat([*map(torch.ravel, each)]) if each[1:] else each[0] for each in buckets]
+            group = self.devices or self.group
+            for work in [distributed.all_reduce(flat, group=group, async_op=True) for flat in flats]:
+                work.wait()
+        for bucket, flat in zip(buckets, flats, strict=True):
+            if bucket[1:]:
+                parts = flat.split([gradient.numel() for gradient in bucket])
+                views = [part.view_as(each) for part, each in zip(parts, bucket, strict=True)]
+                torch._foreach_copy_(bucket, views)
 
     def any(self, is_so: bool) -> bool:
         """Tell whether something is so in this process; if none can compute alone, in any process."""
