@@ -1,13 +1,20 @@
-"""What the name of an output says: subtitles of one recording."""
+"""What the name of an output says: a workbook, or subtitles of one recording."""
+
+import importlib.util
+import re
+import sys
+import zipfile
 
 import pytest
 import soundfile
+from openpyxl import load_workbook
 
-from mdl_toolkit.errors import InputError, UsageError
+from mdl_toolkit.errors import InputError, ModelError, UsageError
+from mdl_toolkit.evaluation.csv_table import read_table
 from mdl_toolkit.inference.output import Piece, write_subtitles
 from mdl_toolkit.inference.run import infer
-from tests.support.inferences import infer_options
-from tests.support.runs import copy_checkpoint, make_csv, write_csv
+from tests.support.inferences import infer_options, stop_after
+from tests.support.runs import copy_checkpoint, make_csv, make_rows, write_csv
 from tests.support.waves import wave
 
 
@@ -84,3 +91,54 @@ def test_several_recordings_and_what_subtitles_have_no_place_for_are_refused(mod
         with pytest.raises(UsageError, match="do not go together"):
             infer(infer_options(source, model, tmp_path / "out.srt", **changes))
     assert not [*tmp_path.glob("*out.*")]
+
+
+# --- workbooks ---
+
+
+def test_a_workbook_holds_every_cell_as_text(model, tmp_path):
+    """A reader of the file's XML finds no formula, number or error among the cells."""
+    rows = make_rows(tmp_path / "audio", 3)
+    notes = ['=HYPERLINK("http://localhost","x")', "0012", "#N/A"]
+    others = ["+1", " two\nlines ", "bell\x07"]
+    source = write_csv(
+        tmp_path / "in.csv",
+        [{**row, "note": note, "=more": more} for row, note, more in zip(rows, notes, others, strict=True)],
+    )
+    answers = infer(infer_options(source, model, tmp_path / "out.xlsx"))
+    with zipfile.ZipFile(tmp_path / "out.xlsx") as file:
+        sheet = file.read("xl/worksheets/sheet1.xml").decode()
+    assert "<f>" not in sheet
+    assert set(re.findall(r'<c [^>]*t="(\w+)"', sheet)) == {"inlineStr"}
+    written = [[*row] for row in load_workbook(tmp_path / "out.xlsx").active.iter_rows(values_only=True)]
+    assert written[0] == ["audio", "user_prompt", "prediction", "note", "=more"]
+    # XML has no control characters.
+    shown = [re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", "\ufffd", answer) for answer in answers]
+    assert [row[2] for row in written[1:]] == shown
+    assert [row[3] for row in written[1:]] == notes
+    assert [row[4] for row in written[1:]] == [*others[:2], "bell\N{REPLACEMENT CHARACTER}"]
+    # What we write we read, and a CSV of the same says the same.
+    csv = infer_options(source, model, tmp_path / "out.csv")
+    assert infer(csv) == answers
+    assert read_table(tmp_path / "out.xlsx").column("note") == read_table(tmp_path / "out.csv").column("note")
+
+
+def test_a_text_that_no_cell_of_a_workbook_holds_is_not_cut(model, tmp_path):
+    (row,) = make_rows(tmp_path / "audio", 1)
+    source = write_csv(tmp_path / "in.csv", [{**row, "note": "x" * 32_768}])
+    with pytest.raises(InputError, match=r"32,768 characters, and a cell of a workbook holds 32,767"):
+        infer(infer_options(source, model, tmp_path / "out.xlsx"))
+    assert not (tmp_path / "out.xlsx").exists()
+    # As the message says, the answers are kept under another name.
+    (tmp_path / ".out.xlsx.partial").rename(tmp_path / ".out.csv.partial")
+    with pytest.MonkeyPatch.context() as patch:
+        asked = stop_after(patch, 99)
+        assert len(infer(infer_options(source, model, tmp_path / "out.csv"))) == 1
+    assert asked == []
+
+
+def test_a_workbook_needs_its_extra_before_any_work(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
+    with pytest.raises(ModelError, match=r"--output .*out.xlsx needs the package openpyxl: pip install"):
+        infer(infer_options(tmp_path / "in.csv", model, tmp_path / "out.xlsx"))

@@ -52,8 +52,8 @@ class InferenceOptions(ConversionOptions):
         OUTPUT,
         REQUIRED,
         INFERENCE,
-        "The file to write: a CSV, or subtitles of one recording where its name ends in .srt or .vtt; an "
-        "existing file is replaced.",
+        "The file to write: a CSV; a workbook where its name ends in .xlsx, subtitles of one recording where "
+        "it ends in .srt or .vtt. An existing file is replaced.",
     )
     report: str | None = option(
         OUTPUT, None, INFERENCE, "An HTML file to write too, with all answers to look at and listen to."

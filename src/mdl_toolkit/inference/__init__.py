@@ -11,6 +11,6 @@ Modules:
     vllm_engine    vLLM in this process
     server_engine  an OpenAI-compatible server
     journal        finished answers on disk, from which a killed run goes on
-    output         the CSV of the answers, or subtitles
+    output         the CSV or workbook of the answers, or subtitles
     verify         whether a merged model answers as base and adapter do
 """

@@ -1,9 +1,12 @@
-"""Write the answers of an inference as the output's name says: as a CSV, or as subtitles of one recording."""
+"""Write the answers of an inference as the output's name says: as a CSV, a workbook, or subtitles."""
 
 import html
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, BinaryIO
 
 from mdl_toolkit.audio.segments import Segment
 from mdl_toolkit.config.inference import InferenceOptions
@@ -12,13 +15,19 @@ from mdl_toolkit.data.manifest import Manifest, Row
 from mdl_toolkit.data.segment_columns import CHANNEL, DURATION, END, SEGMENT_COLUMNS, START
 from mdl_toolkit.errors import InputError, UsageError
 from mdl_toolkit.i18n import Localized
+from mdl_toolkit.inference.journal import AnswerJournal
 from mdl_toolkit.inference.requests import KEEP, Inputs
 from mdl_toolkit.inference.windows import LIST, check_windows, join_transcript
 from mdl_toolkit.model.constants import SAMPLE_RATE
 from mdl_toolkit.utils.files import replace_file, report_write_errors
+from mdl_toolkit.weights.resolve import require_package
 
-# Subtitles, by how names of files end.
-SRT, VTT = ".srt", ".vtt"
+# Subtitles and workbooks, by how names of files end.
+SRT, VTT, XLSX = ".srt", ".vtt", ".xlsx"
+# Characters of a cell of a workbook; openpyxl would cut longer ones off without a word.
+LONGEST_CELL = 32_767
+# Of a cell that stays text when somebody edits it.
+TEXT_FORMAT = "@"
 
 
 @dataclass(frozen=True)
@@ -41,13 +50,21 @@ def is_subtitles(options: InferenceOptions) -> bool:
     return Path(options.output).suffix.lower() in (SRT, VTT)
 
 
+def is_workbook(output: str | Path) -> bool:
+    """Tell whether the output is a workbook."""
+    return Path(output).suffix.lower() == XLSX
+
+
 def check_output(options: InferenceOptions) -> None:
     """Refuse options of windows that have no meaning, and those whose outcome subtitles have no place for.
 
     Raises:
         UsageError: naming them.
+        ModelError: a workbook is asked for, and openpyxl is not installed.
     """
     check_windows(options)
+    if is_workbook(options.output):
+        require_package("openpyxl", "xlsx", f"--output {options.output}")
     given = (
         ("--report", options.report is not None),
         ("--keep-reference", options.keep_reference),
@@ -150,11 +167,11 @@ def time_columns(manifest: Manifest) -> dict[str, str]:
 def write_table(
     output: Path, manifest: Manifest, new: Iterable[str], rows: Iterable[tuple[Row, Mapping[str, str]]]
 ) -> None:
-    """Write a CSV of the input's cells as they are and new ones, as a whole or not at all.
+    """Write the input's cells as they are and new ones to a CSV or workbook, as a whole or not at all.
 
     Args:
-        output: the CSV file; an existing one is replaced.
-        manifest: the input, whose columns, byte order mark and line ends it has.
+        output: the file; an existing one is replaced.
+        manifest: the input, whose columns a file has, and a CSV its byte order mark and line ends.
         new: names of the new columns, which come last; one that the input has is replaced where it is.
         rows: the input's rows, each with its new cells by column.
 
@@ -167,7 +184,9 @@ def write_table(
         report_write_errors(f"--output {output}", InputError),
         replace_file(output, "predictions") as work,
         work.open("wb") as file,
-        write_csv(file, manifest.file.format) as writer,
+        write_workbook(file, output)
+        if is_workbook(output)
+        else write_csv(file, manifest.file.format) as writer,
     ):
         writer.writerow(names)
         for row, cells in rows:
@@ -175,6 +194,49 @@ def write_table(
             for name, cell in cells.items():
                 line[names.index(name)] = cell
             writer.writerow(line)
+
+
+@contextmanager
+def write_workbook(target: BinaryIO, output: Path) -> Iterator[Any]:
+    """Yield a writer of rows to a workbook, all of whose cells are text, also those that begin with `=`.
+
+    Args:
+        target: the open file.
+        output: its name, for messages.
+
+    Raises:
+        InputError: a cell is too long for a workbook.
+    """
+    from openpyxl import Workbook
+    from openpyxl.cell import WriteOnlyCell
+    from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
+
+    book = Workbook(write_only=True)
+    sheet = book.create_sheet("predictions")
+
+    def text_cell(text: str) -> Any:
+        if len(text) > LONGEST_CELL:
+            raise InputError(
+                "--output {output}: a text of {count:,} characters, and a cell of a workbook holds {most:,}; "
+                "give an --output that ends in .csv, and rename {kept} in the same way to keep its answers",
+                output=output,
+                count=len(text),
+                most=LONGEST_CELL,
+                kept=AnswerJournal(output).path,
+            )
+        cell = WriteOnlyCell(sheet, ILLEGAL_CHARACTERS_RE.sub("\N{REPLACEMENT CHARACTER}", text))
+        cell.data_type, cell.number_format = "s", TEXT_FORMAT
+        return cell
+
+    def write(cells: Iterable[str]) -> None:
+        sheet.append([text_cell(each) if each else None for each in cells])
+
+    try:
+        yield SimpleNamespace(writerow=write)
+        book.save(target)
+    finally:
+        if not sheet.closed:
+            sheet.close()
 
 
 def write_subtitles(output: Path, pieces: Iterable[Piece]) -> None:
