@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,10 +51,10 @@ def losses(monkeypatch: pytest.MonkeyPatch) -> list[float | tuple[float, float]]
     wanted: list[float | tuple[float, float]] = []
     record = Evaluator.record
 
-    def recorded(self: Evaluator, step: int, loss: float, score: float, tokens: int) -> None:
+    def recorded(self: Evaluator, step: int, loss: float, score: float, *others: Any) -> None:
         found = wanted[len(evaluations(Path(self.options.output)))]
         loss, score = found if isinstance(found, tuple) else (found, score)
-        record(self, step, loss, score, tokens)
+        record(self, step, loss, score, *others)
 
     monkeypatch.setattr(Evaluator, "record", recorded)
     return wanted

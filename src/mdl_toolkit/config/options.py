@@ -21,9 +21,10 @@ class OptionSpec:
         type: reads and checks its value.
         group: the heading under which `--help` shows it.
         help: one text for `--help`, settings files and the reference.
-        nullable: the word `null` is accepted and means None, or none of several values.
+        nullable: the word `null` is accepted.
         dynamic: words shown for a default that depends on the machine.
         positional: the value stands on the command line without the option's name.
+        null: what the word `null` means.
     """
 
     type: ValueType
@@ -32,6 +33,7 @@ class OptionSpec:
     nullable: bool = False
     dynamic: Localized | None = None
     positional: bool = False
+    null: tuple[()] | None = None
 
     def parse(self, value: Any) -> Any:
         """Bring a value to the option's type.
@@ -40,7 +42,7 @@ class OptionSpec:
             ValueError: it is not accepted; the argument is a `Localized` that says which ones are.
         """
         if self.nullable and (value is None or value in ("null", ("null",), ["null"])):
-            return () if self.type.is_repeated else None
+            return self.null
         if value is None:
             raise refuse("expected a value")
         try:
@@ -67,6 +69,7 @@ def option(
         more: `dynamic`, `positional` and `nullable` of `OptionSpec`.
     """
     more.setdefault("nullable", default is None)
+    more.setdefault("null", () if default == () else None)
     spec = OptionSpec(value_type, group, Localized.of(help_text, {}), **more)
     return dataclasses.field(default=default, metadata={"spec": spec})
 

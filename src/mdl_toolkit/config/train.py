@@ -16,13 +16,13 @@ from mdl_toolkit.config.types import (
     BOOLEAN,
     CADENCE,
     COUNT,
+    DATASETS,
     LEARNING_RATES,
     LR_SCHEDULERS,
     NAME,
     NOT_NEGATIVE,
     OPTIMIZERS,
     OUTPUT,
-    PATH,
     POSITIVE,
     RESUME,
     SEED,
@@ -64,8 +64,13 @@ class TrainOptions(ConversionOptions):
     GROUPS = (TRAINING, MEMORY, EVALUATION, CHECKPOINTS, COMMON, DATASET)
 
     model_name: str = option(NAME, DEFAULT_MODEL, COMMON, MODEL_HELP)
-    train_dataset: str = option(
-        PATH, REQUIRED, TRAINING, "The training data: a CSV file or a folder written by convert-dataset."
+    train_dataset: str | tuple[str, ...] = option(
+        DATASETS,
+        REQUIRED,
+        TRAINING,
+        "The training data: a CSV file or a folder written by convert-dataset. May be given several times, "
+        "each with a weight (calls.csv=0.8): its share of the rows of an epoch; without weights, all rows "
+        "come once.",
     )
     lr: float | tuple[str, ...] = option(
         LEARNING_RATES,
@@ -180,12 +185,12 @@ class TrainOptions(ConversionOptions):
         "Divide the base's blocks among the processes of a run, which gather each while it is computed: less "
         "memory on each GPU, more traffic between them.",
     )
-    eval_dataset: str | None = option(
-        PATH,
+    eval_dataset: str | tuple[str, ...] | None = option(
+        DATASETS,
         None,
         EVALUATION,
         "Data to evaluate on: a CSV file or a converted folder. Without it the other evaluation options "
-        "are ignored.",
+        "are ignored. May be given several times: each has an evaluation loss of its own, too.",
     )
     eval_steps: int | float | str = option(
         CADENCE,

@@ -169,6 +169,12 @@ def _parse_paths(value: Any) -> tuple[str, ...]:
     return tuple(map(_parse_path, items))
 
 
+def _parse_datasets(value: Any) -> str | tuple[str, ...]:
+    """Read a path, or several; one alone is no list."""
+    paths = _parse_paths(value)
+    return paths if len(paths) > 1 else paths[0]
+
+
 def _parse_result_files(value: Any) -> tuple[str, ...]:
     """Read paths of files to write, whose suffixes say in which format."""
     paths = tuple(map(_parse_path, [value] if isinstance(value, str | Path) else value))
@@ -290,6 +296,7 @@ NAME = ValueType("NAME|PATH", _parse_path)
 CADENCE = ValueType("N|FRACTION|epoch", _parse_cadence)
 ADAPTERS = ValueType("NAME=FOLDER", _parse_adapters, is_repeated=True)
 PATHS = ValueType("PATH", _parse_paths, is_repeated=True)
+DATASETS = ValueType("PATH", _parse_datasets, is_repeated=True)
 RESUME = ValueType("true|false|PATH", _true_or(_parse_path), takes=lambda word: not word.startswith("-"))
 LEARNING_RATES = ValueType("X|TARGET=X", _parse_learning_rates, is_repeated=True)
 # A bare `--json` must not take the CSV after it for the file to write.

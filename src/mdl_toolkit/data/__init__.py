@@ -14,6 +14,7 @@ Modules:
     split            training, evaluation and test rows of a CSV, nothing on two sides
     tokenization     spans to `input_ids` and `labels`
     dataset          the converted dataset on disk, and its samples
+    concat           several of them as one
     dataset_writer   samples to that dataset
     collate          samples to one batch
     prefetch         batches ahead of time, in threads

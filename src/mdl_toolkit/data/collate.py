@@ -39,8 +39,8 @@ class SampleSource(Protocol):
     def token_counts(self) -> NDArray[np.int64]:
         """Return the tokens of every example, `[examples]`."""
 
-    def line(self, index: int) -> int:
-        """Return the line of the CSV that an example comes from."""
+    def where(self, index: int) -> str:
+        """Return the line of the CSV that an example comes from, and of several CSVs, which."""
 
     def __getitem__(self, index: int, /) -> Sample | PrecomputedSample:
         """Return one example."""

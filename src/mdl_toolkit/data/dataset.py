@@ -281,6 +281,10 @@ class ConvertedDataset:
         batch, row = self._locate(index)
         return int(batch.column("line")[row].as_py()) if "line" in batch.schema.names else index + 2
 
+    def where(self, index: int) -> str:
+        """Return where an example's row is, as messages name it: the line of the CSV."""
+        return str(self.line(index))
+
     @cached_property
     def lines(self) -> NDArray[np.int64]:
         """Return the line of the CSV where the row of every example starts, `[examples]`."""

@@ -148,7 +148,7 @@ def warn_of_leaks(train_set: ConvertedDataset, eval_set: ConvertedDataset) -> bo
             "{count} {kind} (line {lines})",
             count=len(indices),
             kind=kind,
-            lines=", ".join(str(eval_set.line(index)) for index in indices[:MOST_LEAKS_NAMED])
+            lines=", ".join(map(eval_set.where, indices[:MOST_LEAKS_NAMED]))
             + ", ..." * (len(indices) > MOST_LEAKS_NAMED),
         )
         for indices, kind in kinds

@@ -87,7 +87,7 @@ class AnswerEvaluator:
                 "evaluation: {count} {count:row has|rows have} no answer, which counts as an empty one "
                 "(line {line} first): {reason}",
                 count=len(unanswered),
-                line=min(map(self.dataset.line, unanswered)),
+                line=self.dataset.where(min(unanswered)),
                 reason=not_finite(base_model(model).dtype),
             )
         return tuple(sums.tolist())

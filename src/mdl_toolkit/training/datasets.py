@@ -1,6 +1,7 @@
-"""Open the training and evaluation sets, CSVs or converted datasets, before any weight is loaded."""
+"""Open the training and evaluation sets, one or several of each, before any weight is loaded."""
 
 import dataclasses
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -9,13 +10,15 @@ from pathlib import Path
 from mdl_toolkit.config.data import ConversionOptions
 from mdl_toolkit.config.options import spec_of
 from mdl_toolkit.config.train import EVALUATION, TrainOptions
+from mdl_toolkit.data.concat import ConcatDataset, join_datasets
 from mdl_toolkit.data.convert.run import convert_rows
 from mdl_toolkit.data.dataset import ROUNDED_FORMAT, ConvertedDataset
 from mdl_toolkit.data.listing import rows_file
 from mdl_toolkit.data.manifest import read_manifest
 from mdl_toolkit.data.tokenization import ChatTokenizer
-from mdl_toolkit.errors import DatasetError, InputError, RowsError, ToolkitError
+from mdl_toolkit.errors import DatasetError, InputError, RowsError, ToolkitError, UsageError
 from mdl_toolkit.i18n import join_messages
+from mdl_toolkit.training.sampler import Mixture
 from mdl_toolkit.utils.console import is_first_process, say, warn
 from mdl_toolkit.utils.distributed import PeerLostError
 from mdl_toolkit.utils.machine import describe_oom
@@ -24,6 +27,41 @@ from mdl_toolkit.weights.tokenizer_files import TokenizerFiles, read_tokenizer_f
 
 # In the output folder, until a run has come to its end: what its CSVs were converted to, and features of it.
 PRIVATE, FEATURES = ".dataset", "features"
+# A path with a weight.
+WEIGHTED = re.compile(r"(.+)=([0-9.]+(?:e-?[0-9]+)?)")
+
+
+def weighted_paths(given: str | tuple[str, ...] | None) -> dict[str, float | None]:
+    """Return the paths that an option names, each with its weight if it has one.
+
+    Args:
+        given: a path, or several, or none; what is there by its whole name has no weight.
+
+    Raises:
+        UsageError: some have weights and others none, a weight is not above 0, or a path stands twice.
+    """
+    paths: dict[str, float | None] = {}
+    words = [given] if isinstance(given, str) else given or ()
+    for word in words:
+        match = None if Path(word).exists() else WEIGHTED.fullmatch(word)
+        path, weight = (match[1], float(match[2])) if match else (word, None)
+        if path in paths:
+            raise UsageError("{path}: given twice; give it once, with a weight", path=path)
+        if weight == 0:
+            raise UsageError("{path}: expected a weight above 0", path=word)
+        paths[path] = weight
+    if None in paths.values() and len({*paths.values()}) > 1:
+        without = next(path for path, weight in paths.items() if weight is None)
+        raise UsageError("{path}: without a weight beside others; give each one or none", path=without)
+    return paths
+
+
+def mixture_of(options: TrainOptions, train_set: ConvertedDataset) -> Mixture | None:
+    """Return how an epoch is shared among the training sets; None without weights, where rows come once."""
+    weights = tuple(filter(None, weighted_paths(options.train_dataset).values()))
+    if not weights or not isinstance(train_set, ConcatDataset):
+        return None
+    return Mixture(tuple(map(len, train_set.parts.values())), weights)
 
 
 def open_data(
@@ -47,15 +85,23 @@ def open_data(
     check_trainable(folder, quantization=options.quantization, merge=options.merge_lora)
     files = read_tokenizer_files(folder)
     warn_of_ignored(options)
-    sets = open_sets({"eval": options.eval_dataset, "train": options.train_dataset}, options, files, private)
-    train_set, eval_set = sets["train"], sets.get("eval")
-    if not len(train_set):
-        raise DatasetError("{dataset}: no rows", dataset=options.train_dataset)
-    return files, train_set, eval_set
+    given = {"eval": weighted_paths(options.eval_dataset), "train": weighted_paths(options.train_dataset)}
+    paths = {
+        f"{kind}-{number}" if len(of_kind) > 1 else kind: path
+        for kind, of_kind in given.items()
+        for number, path in enumerate(of_kind, 1)
+    }
+    sets = open_sets(paths, options, files, private)
+    if empty := next((path for name, path in paths.items() if name != "eval" and not len(sets[name])), None):
+        raise DatasetError("{dataset}: no rows", dataset=empty)
+    eval_sets, train_sets = (
+        {path: sets[name] for name, path in paths.items() if name.startswith(kind)} for kind in given
+    )
+    return files, join_datasets(train_sets), join_datasets(eval_sets) if eval_sets else None
 
 
 def open_sets(
-    paths: Mapping[str, str | None], options: ConversionOptions, files: TokenizerFiles, private: Path
+    paths: Mapping[str, str], options: ConversionOptions, files: TokenizerFiles, private: Path
 ) -> dict[str, ConvertedDataset]:
     """Open converted datasets, and convert CSVs, in the first process; bad rows of all are told together.
 
@@ -71,7 +117,7 @@ def open_sets(
     manifests = {
         name: read_manifest(path, options, needs_prediction=True)
         for name, path in paths.items()
-        if path is not None and is_first_process() and not rows_file(path).is_dir()
+        if is_first_process() and not rows_file(path).is_dir()
     }
     sets: dict[str, ConvertedDataset] = {}
     refusals: list[RowsError] = []
@@ -80,8 +126,7 @@ def open_sets(
             if name in manifests:
                 tokenizer = ChatTokenizer(files)
                 convert_rows(manifests[name], private / name, tokenizer, options, reuse=True)
-            if path is not None:
-                sets[name] = _open_set(path, files, private / name)
+            sets[name] = _open_set(path, files, private / name)
         except RowsError as refusal:
             refusals.append(refusal)
             if name != next(reversed(manifests)):
@@ -115,7 +160,7 @@ def _open_set(path: str, files: TokenizerFiles, private: Path) -> ConvertedDatas
 
 def warn_of_ignored(options: TrainOptions) -> None:
     """Warn of options that were given and have no effect, as a set is converted or nothing is evaluated."""
-    paths = [path for path in (options.train_dataset, options.eval_dataset) if path is not None]
+    paths = [*weighted_paths(options.train_dataset), *weighted_paths(options.eval_dataset)]
     converted = [path for path in paths if rows_file(path).is_dir()]
     converting = {field.name for field in dataclasses.fields(ConversionOptions)} - {"from_modelscope"}
     if len(converted) < len(paths):
@@ -125,7 +170,8 @@ def warn_of_ignored(options: TrainOptions) -> None:
     if names and converted == paths:
         warn("the data are converted already: {names} ignored", names=names)
     elif names and converted:
-        warn("{path} is converted already: {names} ignored for it", path=converted[0], names=names)
+        for path in converted:
+            warn("{path} is converted already: {names} ignored for it", path=path, names=names)
     evaluating = {field.name for field in dataclasses.fields(options) if spec_of(field).group == EVALUATION}
     names = ", ".join(options.given(evaluating - {"report_to"}))
     if names and options.eval_dataset is None:

@@ -4,11 +4,12 @@ An evaluation that is given up, as the run is asked to stop, is owed: it comes f
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from mdl_toolkit.training.log import RunLog
 from mdl_toolkit.training.memory.oom import MicroBatcher
 from mdl_toolkit.training.optimization.schedule import Schedule
 from mdl_toolkit.training.resume import is_judged_alike, judged_by, still_best
+from mdl_toolkit.training.sampler import Indices
 from mdl_toolkit.training.step import ForwardPass
 from mdl_toolkit.utils.console import warn
 from mdl_toolkit.utils.distributed import World
@@ -42,6 +44,7 @@ class Evaluator:
         answers: generates answers to some of them and compares these, if asked for.
         world: the processes.
         log: takes the evaluations.
+        parts: indices of the examples of each dataset, by its name, if there are several.
     """
 
     options: TrainOptions
@@ -51,6 +54,7 @@ class Evaluator:
     answers: AnswerEvaluator | None
     world: World
     log: RunLog
+    parts: Mapping[str, Indices] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # Loss of the last evaluation, and the step after which it was made.
@@ -114,7 +118,9 @@ class Evaluator:
         """
         model, answers = self.forward.model, self.answers
         model.eval()
-        loss_and_tokens = self.sum_losses(is_stopped)
+        assert self.dataset is not None
+        parts = self.parts or {"": np.arange(len(self.dataset.token_counts))}
+        losses_and_tokens = [self.sum_losses(self.dataset, part, is_stopped) for part in parts.values()]
         score: Sequence[float] = (0.0,) * 5
         if answers is not None and not is_stopped():
             with self.forward.precision():
@@ -123,21 +129,26 @@ class Evaluator:
                 )
         model.train()
         others = torch.tensor([*score, is_stopped()], dtype=torch.float64)
-        loss, tokens, *score, stops = self.world.sum(torch.cat([loss_and_tokens, others])).tolist()
+        sums = self.world.sum(torch.cat([*losses_and_tokens, others])).tolist()
+        *score, stops = sums[2 * len(parts) :]
         if not stops:
             self.margin = half_interval(*score)
-            self.record(step, loss / max(tokens, 1), score[0] / max(score[1], 1), int(tokens))
+            losses, tokens = sums[: 2 * len(parts) : 2], sums[1 : 2 * len(parts) : 2]
+            means = [loss / max(count, 1) for loss, count in zip(losses, tokens, strict=True)]
+            loss = sum(losses) / max(sum(tokens), 1)
+            by_part = dict(zip(self.parts, means, strict=False))
+            self.record(step, loss, score[0] / max(score[1], 1), int(sum(tokens)), by_part)
         return bool(stops)
 
-    def sum_losses(self, is_stopped: Callable[[], bool]) -> Tensor:
+    def sum_losses(self, dataset: SampleSource, examples: Indices, is_stopped: Callable[[], bool]) -> Tensor:
         """Return the sum of losses and the number of supervised tokens of this process's examples, `[2]`.
 
         A stop ends it early, with the examples so far.
         """
-        assert self.dataset is not None
-        dataset, device, every = self.dataset, self.forward.device, self.options.eval_accumulation_steps
+        device, every = self.forward.device, self.options.eval_accumulation_steps
         # Batches of similar length.
-        order, world, size = (-dataset.token_counts).argsort(kind="stable"), self.world, self._batch_size
+        order = examples[(-dataset.token_counts[examples]).argsort(kind="stable")]
+        world, size = self.world, self._batch_size
         shares = (order[rank :: world.size] for rank in (world.rank, 0))
         batches, most = (
             [share[start : start + size] for start in range(0, len(share), size)] for share in shares
@@ -165,7 +176,7 @@ class Evaluator:
         """Return the sum of a batch's losses, computed in micro-batches of at most `most` examples."""
         return torch.stack([self.forward.loss(part, 1) for part in split(batch, most)]).double().sum()
 
-    def record(self, step: int, loss: float, score: float, tokens: int) -> None:
+    def record(self, step: int, loss: float, score: float, tokens: int, by_part: Mapping[str, float]) -> None:
         """Remember and log an evaluation, and whether it is the best so far.
 
         Args:
@@ -173,7 +184,9 @@ class Evaluator:
             loss: mean over the supervised tokens.
             score: the metric of the answers; without answers, anything.
             tokens: number of supervised tokens.
+            by_part: the loss on each dataset, if there are several.
         """
+        scores = {f"eval_loss_{name}": each for name, each in by_part.items()}
         self.step, self.loss = step, loss
         if not math.isfinite(loss):
             reason = not_finite(self.forward.dtype)
@@ -186,11 +199,11 @@ class Evaluator:
         self.recent = [*self.recent, loss][-3:]
         if self.answers is None:
             self.best = self.best.after(LOSS, step, loss, loss)
-            self.log.evaluation(step, loss, tokens, {})
+            self.log.evaluation(step, loss, tokens, scores)
         else:
             metric = self.answers.metric
             self.best = self.best.after(metric, step, score, loss)
-            self.log.evaluation(step, loss, tokens, {f"eval_{metric.name}": score})
+            self.log.evaluation(step, loss, tokens, {**scores, f"eval_{metric.name}": score})
             self.score = score
         if self.best.step == step:
             self.best_margin = self.margin

@@ -29,7 +29,7 @@ from mdl_toolkit.model import MiDashengLMConfig
 from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.training.memory.oom import MicroBatcher
 from mdl_toolkit.training.optimization.schedule import Schedule
-from mdl_toolkit.training.sampler import Indices
+from mdl_toolkit.training.sampler import BatchSampler, Indices
 from mdl_toolkit.utils.console import progress, say, size, warn
 from mdl_toolkit.utils.device import best_device
 from mdl_toolkit.utils.distributed import World
@@ -58,12 +58,17 @@ def check_frozen(options: TrainOptions) -> None:
 
 
 def sets_to_cache(
-    options: TrainOptions, schedule: Schedule, train_set: ConvertedDataset, eval_set: ConvertedDataset | None
+    options: TrainOptions,
+    schedule: Schedule,
+    sampler: BatchSampler,
+    train_set: ConvertedDataset,
+    eval_set: ConvertedDataset | None,
 ) -> list[ConvertedDataset]:
     """Return the datasets whose features `--cache-audio-features` keeps: those read more than once."""
     if not options.cache_audio_features:
         return []
-    repeated = [train_set] if schedule.total > schedule.per_epoch else []
+    is_repeated = schedule.total > schedule.per_epoch or sampler.mixture is not None
+    repeated = [train_set] if is_repeated else []
     if eval_set is not None and len(schedule.evaluating) > 1:
         repeated.append(eval_set)
     if not repeated:
@@ -98,9 +103,9 @@ class PrecomputedDataset:
         """Return the decoder tokens of every example, `[examples]`."""
         return self.dataset.token_counts
 
-    def line(self, index: int) -> int:
-        """Return the line of the CSV that an example comes from."""
-        return self.dataset.line(index)
+    def where(self, index: int) -> str:
+        """Return the line of the CSV that an example comes from, and of several CSVs, which."""
+        return self.dataset.where(index)
 
     def __getitem__(self, index: int) -> PrecomputedSample:
         """Return an example.
@@ -114,7 +119,7 @@ class PrecomputedDataset:
             raise DatasetError(
                 "audio features of line {line}: changed on the disk after they were written; start again "
                 "with --resume-from-checkpoint true, and they are computed anew",
-                line=self.dataset.line(index),
+                line=self.dataset.where(index),
             )
         self.verified[index] = True
         samples = int(self.dataset.audio_lengths[index])

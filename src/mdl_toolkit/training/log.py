@@ -61,7 +61,7 @@ class TimeForecast:
     def __init__(self, sampler: BatchSampler, total: int) -> None:
         self._lengths, self._total = sampler.lengths, total
         # Tokens of a step.
-        self._mean = float(sampler.lengths.sum()) / sampler.steps_per_epoch
+        self._mean = float(sampler.lengths[sampler.epoch(0)].sum()) / sampler.steps_per_epoch
         # Seconds and tokens of each.
         self._steps: list[tuple[float, int]] = []
         self._is_told = False
@@ -177,7 +177,7 @@ class RunLog:
             step: optimizer steps made.
             loss: mean over the supervised tokens.
             tokens: number of supervised tokens.
-            scores: other metrics by name, `eval_METRIC`.
+            scores: other metrics by name, `eval_METRIC`, and losses of each dataset, `eval_loss_NAME`.
         """
         values = {"eval_loss": loss, "eval_tokens": tokens, **scores, "epoch": step / self._epoch}
         self._write(step, values)
@@ -191,8 +191,10 @@ class RunLog:
             )
         ]
         for name, value in scores.items():
-            metric = TEXT_METRICS[name.removeprefix("eval_")].title
-            parts.append(Localized("{metric} {value:.4g}", metric=metric, value=value))
+            metric = TEXT_METRICS.get(name.removeprefix("eval_"))
+            part = name.removeprefix("eval_loss_")
+            title = Localized("loss of {name}", name=part) if metric is None else metric.title
+            parts.append(Localized("{metric} {value:.4g}", metric=title, value=value))
         say(join_messages(parts, "{left}, {right}"))
         self._mark = time.monotonic()
 

@@ -16,6 +16,7 @@ from mdl_toolkit.training.checkpoints import (
     save_state,
     step_of,
 )
+from mdl_toolkit.training.datasets import weighted_paths
 from mdl_toolkit.utils.console import say, warn
 from mdl_toolkit.utils.files import (
     check_apart,
@@ -67,15 +68,13 @@ def check_run_folder(output: Path, options: TrainOptions) -> None:
         if folder.is_dir():
             check_apart(output, folder)
     for option in ("train_dataset", "eval_dataset"):
-        value = getattr(options, option)
-        if value is None:
-            continue
-        if not Path(value).exists():
-            name = spelling(option)
-            raise InputError("{name} {value}: no such file or folder", name=name, value=value)
-        data = Path(value).resolve()
-        if data == output.resolve() or data in output.resolve().parents:
-            check_apart(output, Path(value))
+        for path in map(Path, weighted_paths(getattr(options, option))):
+            if not path.exists():
+                name = spelling(option)
+                raise InputError("{name} {value}: no such file or folder", name=name, value=path)
+            data = path.resolve()
+            if data == output.resolve() or data in output.resolve().parents:
+                check_apart(output, path)
 
 
 def tidy_output(output: Path) -> None:

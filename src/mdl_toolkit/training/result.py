@@ -9,10 +9,12 @@ import numpy as np
 from mdl_toolkit.audio.loading import SAMPLE_RATE
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, read_settings, to_yaml
+from mdl_toolkit.data.concat import ConcatDataset
 from mdl_toolkit.data.dataset import ConvertedDataset
 from mdl_toolkit.errors import InputError, ModelError
 from mdl_toolkit.inference.verify import choose_samples, verify_merge
 from mdl_toolkit.training.checkpoints import STATE, checkpoint_of, damage
+from mdl_toolkit.training.sampler import Mixture
 from mdl_toolkit.training.trainer import Outcome
 from mdl_toolkit.utils.console import say
 from mdl_toolkit.utils.run_folder import LOG, read_log
@@ -29,6 +31,7 @@ def origin_of(
     start: Path | None,
     train_set: ConvertedDataset,
     eval_set: ConvertedDataset | None,
+    mixture: Mixture | None = None,
 ) -> Provenance:
     """Return where a run's checkpoints and result come from: base, adapter, prompts and amounts of data.
 
@@ -38,6 +41,12 @@ def origin_of(
     data = _data_figures(train_set, "")
     if eval_set is not None:
         data |= _data_figures(eval_set, "evaluation_")
+    if isinstance(train_set, ConcatDataset):
+        data |= {f"rows_of_{name}": len(part) for name, part in train_set.parts.items()}
+        counts = () if mixture is None else mixture.counts
+        data |= {
+            f"rows_of_{name}_in_an_epoch": count for name, count in zip(train_set.parts, counts, strict=False)
+        }
     adapter = None if start is None else Base.of(start, str(options.adapter))
     model = Base.of(base, recorded_name(options.model_name, base))
     return Provenance(model, train_set.record.prompts, data, adapter=adapter)

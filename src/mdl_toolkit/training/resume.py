@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mdl_toolkit import __version__
 from mdl_toolkit.config.options import spec_of, spelling
 from mdl_toolkit.config.train import TrainOptions
-from mdl_toolkit.config.types import NAME, OUTPUT, PATH, RESUME, ValueType
+from mdl_toolkit.config.types import DATASETS, NAME, OUTPUT, PATH, RESUME, ValueType
 from mdl_toolkit.config.yaml import SETTINGS_FILE, read_settings, word_of
 from mdl_toolkit.data.collate import SampleSource
 from mdl_toolkit.data.dataset import ConvertedDataset
@@ -26,6 +26,7 @@ from mdl_toolkit.evaluation.text_metrics import Best
 from mdl_toolkit.i18n import Localized, join_messages
 from mdl_toolkit.training.answer_eval import AnswerEvaluator
 from mdl_toolkit.training.checkpoints import Checkpoint, checkpoint_of, damage
+from mdl_toolkit.training.datasets import weighted_paths
 from mdl_toolkit.training.lora import LORA_TARGETS
 from mdl_toolkit.training.optimization.optimizer import ADAMW
 from mdl_toolkit.training.sampler import BatchSampler
@@ -54,11 +55,13 @@ ANY_PROCESS = frozenset(
 
 def identity_of(sampler: BatchSampler) -> dict[str, Any]:
     """Return what the order of a run's examples depends on, as a checkpoint keeps it."""
+    mixture = sampler.mixture
     return {
         "rows": len(sampler.lengths),
         "lengths": _hash_arrays(sampler.lengths, sampler.supervised),
         "effective": sampler.effective,
         "seed": sampler.seed,
+        **({} if mixture is None else {"sizes": [*mixture.sizes], "weights": [*mixture.weights]}),
     }
 
 
@@ -90,7 +93,7 @@ def check_options(world: World, options: TrainOptions) -> None:
     values = {
         spelling(field.name): repr(getattr(options, field.name))
         for field in dataclasses.fields(options)
-        if field.name not in ANY_PROCESS and spec_of(field).type not in (PATH, OUTPUT, NAME, RESUME)
+        if field.name not in ANY_PROCESS and spec_of(field).type not in (DATASETS, PATH, OUTPUT, NAME, RESUME)
     }
     _refuse_differences(world, values)
 
@@ -309,6 +312,9 @@ def warn_changed(before: dict[str, Any], options: TrainOptions) -> None:
 
 def _meaning(value_type: ValueType, value: Any) -> Any:
     """Return an option's value, a path in its one absolute spelling."""
+    if value_type is DATASETS:
+        paths = weighted_paths(value)
+        return [(Path(path).expanduser().resolve(), weight) for path, weight in paths.items()]
     is_path = value is not None and value_type in (PATH, OUTPUT, NAME)
     return Path(value).expanduser().resolve() if is_path else value
 

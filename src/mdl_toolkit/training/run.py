@@ -11,6 +11,7 @@ import torch
 from mdl_toolkit.audio.loading import SAMPLE_RATE
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.data.collate import Collator, SampleSource
+from mdl_toolkit.data.concat import ConcatDataset
 from mdl_toolkit.data.dataset import ConvertedDataset
 from mdl_toolkit.data.tokenization import ChatTokenizer, prefix_sample
 from mdl_toolkit.data.warnings import LossWatch, advise
@@ -20,7 +21,7 @@ from mdl_toolkit.reporting.plots import plot
 from mdl_toolkit.reporting.report import report_training
 from mdl_toolkit.training.answer_eval import AnswerEvaluator
 from mdl_toolkit.training.checkpoints import Checkpoint, refusing_unloadable, to_resume
-from mdl_toolkit.training.datasets import FEATURES, PRIVATE, Converted, open_data
+from mdl_toolkit.training.datasets import FEATURES, PRIVATE, Converted, mixture_of, open_data
 from mdl_toolkit.training.evaluator import Evaluator
 from mdl_toolkit.training.feature_cache import FeatureCache, check_frozen, sets_to_cache
 from mdl_toolkit.training.gradient_checkpointing import KeptBlocks
@@ -200,10 +201,11 @@ def _prepare_and_run(options: TrainOptions, start: Path | None, world: World) ->
                 options.gradient_accumulation_steps,
                 world.size,
                 options.seed,
+                mixture_of(options, train_set),
             )
             schedule = Schedule.of(sampler.steps_per_epoch, options)
             data, tokenizer = (train_set, eval_set), ChatTokenizer(files)
-            origin = origin_of(options, base, start, *data)
+            origin = origin_of(options, base, start, *data, sampler.mixture)
             check_data(world, origin, choose_dtype(options.bf16), *data)
             models = base, start, origin, tokenizer
             return _run(_RunPlan(options, world, converted, resume, *models, *data, sampler, schedule))
@@ -217,7 +219,7 @@ def _run(run: _RunPlan) -> TrainResult:
     say_machine(device, dtype, options.quantization, run.world.size)
     if run.start is not None:
         say_start(options)
-    say_data(train_set, run.eval_set)
+    say_data(train_set, run.eval_set, run.sampler.mixture)
     say_steps(options, run.sampler, run.schedule)
     say_recipe(options, run.schedule.warmup)
     warn_of_little(options, run.schedule, train_set)
@@ -253,7 +255,7 @@ def _run(run: _RunPlan) -> TrainResult:
 def _train(run: _RunPlan, kept: KeptBlocks, device: torch.device, dtype: torch.dtype) -> tuple[Outcome, Pace]:
     """Load the model and train it; neither it nor its optimizer outlives the call."""
     options, output, schedule, world = run.options, Path(run.options.output), run.schedule, run.world
-    cached = sets_to_cache(options, schedule, run.train_set, run.eval_set)
+    cached = sets_to_cache(options, schedule, run.sampler, run.train_set, run.eval_set)
     cache = FeatureCache(output / PRIVATE / FEATURES, options, run.base, world, cached)
     is_sharding = world.is_sharding
     model, counts = trainable_model(options, run.base, device, dtype, run.start, is_on_host=is_sharding)
@@ -271,7 +273,8 @@ def _train(run: _RunPlan, kept: KeptBlocks, device: torch.device, dtype: torch.d
         log = RunLog(output, shown, trackers, run.sampler, samples / SAMPLE_RATE, watch, operations)
         answers = AnswerEvaluator.of(options, run.eval_set, run.tokenizer, world)
         forward = ForwardPass(model, Collator(run.tokenizer.pad_id), device, dtype)
-        evaluator = Evaluator(options, schedule, forward, eval_examples, answers, world, log)
+        parts = run.eval_set.indices if isinstance(run.eval_set, ConcatDataset) else {}
+        evaluator = Evaluator(options, schedule, forward, eval_examples, answers, world, log, parts)
         trainer = Trainer(options, schedule, run.sampler, examples, forward, evaluator, world, log, kept)
         if run.resume is not None:
             with refusing_unloadable(run.resume):

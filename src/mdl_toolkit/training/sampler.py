@@ -21,6 +21,53 @@ JITTER = 0.05
 Indices = NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """Share the examples of an epoch among datasets by their weights.
+
+    Each dataset's examples come in random order, again and again, whatever the epochs: none comes a second
+    time before all have come once.
+
+    Attributes:
+        sizes: examples of each dataset, which follow one another.
+        weights: of each.
+    """
+
+    sizes: tuple[int, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Return the examples of each dataset in an epoch, one at least; together as many as there are."""
+        total, weights = sum(self.sizes), np.array(self.weights)
+        counts = np.maximum(1, np.floor(total * weights / weights.sum())).astype(int)
+        counts[weights.argmax()] += total - counts.sum()
+        return tuple(counts.tolist())
+
+    def draw(self, epoch: int, seed: int, lengths: Indices) -> Indices:
+        """Return the indices of an epoch's examples, dataset by dataset.
+
+        Args:
+            epoch: counted from 0.
+            seed: of the order.
+            lengths: tokens of every example; each dataset's longest comes first of all.
+        """
+        drawn, first = [], 0
+        for number, (size, count) in enumerate(zip(self.sizes, self.counts, strict=True)):
+            places = np.arange(epoch * count, (epoch + 1) * count)
+            orders = []
+            for turn in range(places[0] // size, places[-1] // size + 1):
+                # The last number keeps these seeds apart from those of epochs.
+                order = np.random.default_rng([seed, number, turn, 1]).permutation(size)
+                if turn == 0:
+                    longest = int(lengths[first + order].argmax())
+                    order[[0, longest]] = order[[longest, 0]]
+                orders.append(order)
+            drawn.append(first + np.concatenate(orders)[places - places[0] // size * size])
+            first += size
+        return np.concatenate(drawn)
+
+
 @dataclass(frozen=True, eq=False)
 class BatchSampler:
     """Draw the examples of every step of a run, in random order, grouped by length.
@@ -32,6 +79,7 @@ class BatchSampler:
         accumulation: batches of a process in a step.
         processes: number of processes that work together.
         seed: of the order, and of dropout.
+        mixture: how an epoch is shared among datasets; without it every example comes once.
     """
 
     lengths: Indices
@@ -40,6 +88,7 @@ class BatchSampler:
     accumulation: int
     processes: int
     seed: int
+    mixture: Mixture | None = None
 
     @property
     def effective(self) -> int:
@@ -48,7 +97,7 @@ class BatchSampler:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Return the number of steps in which every example comes once; the last one may be partial."""
+        """Return the number of steps of an epoch; the last one may be partial."""
         return math.ceil(len(self.lengths) / self.effective)
 
     def examples(self, step: int) -> Indices:
@@ -82,9 +131,11 @@ class BatchSampler:
 
     @lru_cache(maxsize=2)  # noqa: B019 - a run has one sampler
     def epoch(self, epoch: int) -> Indices:
-        """Return the indices of all examples in the order of an epoch; a partial step stands at the end."""
+        """Return the indices of an epoch's examples in its order; a partial step stands at the end."""
         random = np.random.default_rng([self.seed, epoch])
         drawn = random.permutation(len(self.lengths))
+        if self.mixture is not None:
+            drawn = self.mixture.draw(epoch, self.seed, self.lengths)[drawn]
         # The longest example is never left over for a partial step; see below.
         if epoch == 0:
             longest = int(self.lengths[drawn].argmax())

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from mdl_toolkit.audio.loading import SAMPLE_RATE
 from mdl_toolkit.config.train import TrainOptions
+from mdl_toolkit.data.concat import ConcatDataset
 from mdl_toolkit.data.dataset import ConvertedDataset
 from mdl_toolkit.data.warnings import answer_ids
 from mdl_toolkit.errors import InputError
@@ -20,7 +21,7 @@ from mdl_toolkit.training.lora import TargetCount
 from mdl_toolkit.training.memory.plan import MemoryPlan
 from mdl_toolkit.training.optimization.expectation import is_too_short, what_to_expect
 from mdl_toolkit.training.optimization.schedule import Schedule, due_steps
-from mdl_toolkit.training.sampler import BatchSampler
+from mdl_toolkit.training.sampler import BatchSampler, Mixture
 from mdl_toolkit.utils.console import clock, say, size, warn
 from mdl_toolkit.utils.device import device_name, peak_memory, peak_of
 from mdl_toolkit.utils.run_folder import LOG, SmoothedLoss, read_log
@@ -49,13 +50,26 @@ def say_machine(device: torch.device, dtype: torch.dtype, quantization: str | No
     say("device: {device}; base weights: {weights}", device=shown, weights=weights)
 
 
-def say_data(train_set: ConvertedDataset, eval_set: ConvertedDataset | None) -> None:
+def say_data(
+    train_set: ConvertedDataset, eval_set: ConvertedDataset | None, mixture: Mixture | None = None
+) -> None:
     """Say how many examples and how much audio there are to learn from, and to evaluate on."""
     train = _data_size(train_set)
     if eval_set is None:
         say("training data: {train}", train=train)
     else:
         say("training data: {train}; evaluation data: {eval}", train=train, eval=_data_size(eval_set))
+    if not isinstance(train_set, ConcatDataset):
+        return
+    counts = mixture.counts if mixture else [*map(len, train_set.parts.values())]
+    for (name, part), count in zip(train_set.parts.items(), counts, strict=True):
+        say(
+            "  {name}: {size}; {share:.1%} of an epoch, in which a row comes {times:.3g} {times:time|times}",
+            name=name,
+            size=_data_size(part),
+            share=count / len(train_set),
+            times=count / len(part),
+        )
 
 
 def _data_size(dataset: ConvertedDataset) -> Localized:
@@ -192,13 +206,16 @@ def _say_evaluations(lines: list[dict[str, Any]], best: int | None) -> None:
     if not lines:
         return
     names = [name for name in lines[-1] if name not in ("step", "eval_loss", "eval_tokens", "epoch")]
-    metrics = "".join(f"{name.removeprefix('eval_'):>10}" for name in names)
+    widths = {name: max(10, len(name) - 3) for name in names}
+    metrics = "".join(f"{name.removeprefix('eval_'):>{widths[name]}}" for name in names)
     say("evaluation{columns}", columns=f"{'step':>9}{'loss':>10}{metrics}")
     first = len(lines) - MOST_EVALUATIONS
     for number, line in enumerate(lines):
         is_best = line["step"] == best
         if number >= first or is_best:
-            figures = "".join(f"{line[name]:>10.4f}" for name in ("eval_loss", *names) if name in line)
+            figures = "".join(
+                f"{line[name]:>{widths.get(name, 10)}.4f}" for name in ("eval_loss", *names) if name in line
+            )
             columns = f"{'':<10}{line['step']:>9}{figures}"
             if is_best:
                 say("{columns}  best", columns=columns)

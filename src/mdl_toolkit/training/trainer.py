@@ -201,7 +201,7 @@ class Trainer:
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 # Of the step before, if they are why.
                 self._check_weights()
-                lines = ", ".join(str(self.train_set.line(i)) for i in sorted(indices)[:MOST_ROWS_NAMED])
+                lines = ", ".join(map(self.train_set.where, sorted(indices)[:MOST_ROWS_NAMED]))
                 if self.forward.dtype == torch.bfloat16:
                     raise ToolkitError(
                         "step {next}: the loss or its gradient is not finite in bfloat16; try --bf16 false "
