@@ -37,8 +37,9 @@ PROMPT = "Which language is spoken?"
 EVAL_SHARE = 9
 # A folder that holds this file, and nothing that is not in MADE, may be cleared.
 MARK = ".mdl-toolkit-demo"
+SETS = {name: f"{name}-dataset" for name in ("train", "eval")}
 MADE = {
-    MARK, REPORT, "model", "phrases", "train.csv", "eval.csv", "test.csv", "train-dataset", "run",
+    MARK, REPORT, "model", "phrases", "train.csv", "eval.csv", "test.csv", "run", *SETS.values(),
     *(f"{name}.csv{end}" for name in ("before", "after") for end in ("", f".{SETTINGS_FILE}")),
 }  # fmt: skip
 VOCABULARY = 512
@@ -103,7 +104,7 @@ def _run_commands(folder: Path, seed: int) -> tuple[float, float]:
     """Run the commands as a user would, and return the accuracy before and after training."""
     model, test = str(folder / "model"), str(folder / "test.csv")
     before, after = str(folder / "before.csv"), str(folder / "after.csv")
-    sets, run = {name: str(folder / f"{name}-dataset") for name in ("train", "eval")}, str(folder / "run")
+    sets, run = {name: str(folder / dataset) for name, dataset in SETS.items()}, str(folder / "run")
     shared: dict[str, Any] = {"base_dir": str(folder / "phrases"), "user_prompt": PROMPT}
 
     def execute(command: Callable[[AnyOptions], Result], options: AnyOptions) -> Result:

@@ -5,13 +5,15 @@
     |-- InputError          a CSV, a configuration file or an output path
     |   `-- RowsError       rows of a CSV: all of them in one message
     |-- AudioError          one recording that cannot be used
-    |   `-- TooLongError    one that is longer than is accepted
+    |   |-- TooLongError    one that is longer than is accepted
+    |   `-- UnavailableError  one that may be had at another time
     |-- DatasetError        a converted dataset
     `-- ModelError          a model, tokenizer, adapter or checkpoint, or the way to it
 
 Anything else that reaches the user is a bug in this toolkit.
 """
 
+from bisect import insort
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -147,6 +149,10 @@ class CutOffError(AudioError):
     """Refuse a recording that is not all there; the field `missing` of its message says how that is known."""
 
 
+class UnavailableError(AudioError):
+    """Refuse a recording that may be had at another time: a server or a disk failed, or memory ran out."""
+
+
 class DatasetError(ToolkitError):
     """Refuse a converted dataset that cannot be written, opened or used."""
 
@@ -164,12 +170,14 @@ class RowProblem:
         column: the column's name.
         value: the cell's text.
         reason: what is wrong with it and what to do.
+        may_pass: the row may be fine at another time.
     """
 
     line: int
     column: str
     value: str
     reason: Localized
+    may_pass: bool = False
 
     def as_line(self, *, is_list: bool) -> Localized:
         """Return the problem as a line of a message.
@@ -209,6 +217,8 @@ class RowsError(InputError):
     alone are named.
     """
 
+    may_pass = False
+
     def __init__(
         self, source: str, problems: Sequence[RowProblem], count: int | None = None, *, is_list: bool = False
     ) -> None:
@@ -236,20 +246,28 @@ class Problems:
         first: those of the lowest lines, in order.
         count: how many were added.
         most: how many are kept; None for all.
+        may_pass: one of them may pass.
     """
 
     first: list[RowProblem] = field(default_factory=list)
     count: int = 0
     most: int | None = MOST_ROWS_SHOWN
+    may_pass: bool = False
 
     def add(self, problem: RowProblem) -> None:
         """Count a problem, and keep it if it is one of the first."""
-        self.merge(Problems([problem], 1))
+        insort(self.first, problem, key=attrgetter("line"))
+        if self.most is not None:
+            del self.first[self.most :]
+        self.count += 1
+        self.may_pass |= problem.may_pass
 
     def merge(self, other: "Problems") -> None:
         """Add all problems of another one."""
-        self.first = sorted([*self.first, *other.first], key=attrgetter("line"))[: self.most]
-        self.count += other.count
+        for problem in other.first:
+            self.add(problem)
+        self.count += other.count - len(other.first)
+        self.may_pass |= other.may_pass
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -258,4 +276,6 @@ class Problems:
     def check(self, source: str, *, is_list: bool = False) -> None:
         """Raise RowsError if there is any problem."""
         if self.count:
-            raise RowsError(source, self.first, self.count, is_list=is_list)
+            error = RowsError(source, self.first, self.count, is_list=is_list)
+            error.may_pass = self.may_pass
+            raise error

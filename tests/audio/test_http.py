@@ -1,6 +1,9 @@
 """An address is fetched whole or not at all, from a server on this machine that misbehaves on purpose."""
 
+import errno
 import gzip
+import io
+import os
 import sys
 import time
 import zlib
@@ -10,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mdl_toolkit.audio.http import FetchError, Limits, download_error, fetch
-from mdl_toolkit.errors import AudioError
+from mdl_toolkit.errors import AudioError, UnavailableError
 from tests.support.answers import BODY, basic, in_turn, reply
 
 pytestmark = pytest.mark.allow_hosts(["127.0.0.1"])
@@ -109,6 +112,19 @@ def test_a_connection_that_breaks_off(server, tmp_path):
 def test_too_large(server, tmp_path, length):
     server.answers["/a"] = reply(body=b"x" * 2_000_000, length=length)
     assert "larger than 1 MB (--max-download-mb)" in refuse(f"{server.url}/a", tmp_path)
+    assert len(server.asked) == 1
+
+
+def test_a_full_disk_is_no_fault_of_the_server_s(server, tmp_path, monkeypatch):
+    class Full(io.BytesIO):
+        def write(self, _):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    server.answers["/a"] = reply()
+    monkeypatch.setattr(Path, "open", lambda *_, **__: Full())
+    with pytest.raises(UnavailableError, match=rf"^{tmp_path}: cannot be written: .*No space left") as caught:
+        fetch(f"{server.url}/a", tmp_path / "x", Limits(1))
+    assert "address" not in str(caught.value)
     assert len(server.asked) == 1
 
 

@@ -15,7 +15,7 @@ def mixed(samples: np.ndarray, rate: int, size: int) -> tuple[np.ndarray, Mixdow
     """Mix `[channels, n]` down in blocks of a size."""
     mixdown = Mixdown()
     for start in range(0, samples.shape[1], size):
-        mixdown.add("x", samples[:, start : start + size], rate)
+        mixdown.add("x", samples[:, start : start + size], rate, start)
     return to_model_rate(*mixdown.finish()), mixdown
 
 

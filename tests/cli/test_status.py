@@ -1,5 +1,6 @@
 """What a command answers without work, and the status and the line it ends with."""
 
+import errno
 import os
 import resource
 import shlex
@@ -180,6 +181,23 @@ def test_an_interrupt_is_status_130(door, language, line, monkeypatch):
 def test_anything_else_is_a_bug_and_said_to_be(door, language, line, monkeypatch):
     monkeypatch.setenv("LANGUAGE", language)
     door.trouble = KeyError("a b")
+    done = door(*TRAIN)
+    assert done.status == 1
+    assert one_line(done) == line
+
+
+@pytest.mark.parametrize(
+    ("trouble", "line"),
+    [
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/x/a.csv"),
+            "error: /x/a.csv: Permission denied",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device"), "error: No space left on device"),
+    ],
+)
+def test_what_the_system_refuses_is_no_bug(door, trouble, line):
+    door.trouble = trouble
     done = door(*TRAIN)
     assert done.status == 1
     assert one_line(done) == line

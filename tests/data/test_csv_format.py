@@ -6,7 +6,8 @@ import io
 import random
 import sys
 import warnings
-from datetime import date
+import zipfile
+from datetime import date, time
 from pathlib import Path
 
 import pytest
@@ -198,15 +199,35 @@ def test_a_workbook_is_read(folder, capsys):
     found = [*read_manifest("x.xlsx", ConversionOptions(), needs_prediction=True)]
     assert [(row.line, row.cells) for row in found] == [
         (2, ("a.wav", "英语, ja", "12")), (4, ("a.wav", "TRUE", "0.1")),
-        (5, ("a.wav", "3", "2026-01-02 00:00:00")),
+        (5, ("a.wav", "3", "2026-01-02")),
     ]  # fmt: skip
     assert "x.xlsx: taken for a workbook, its active sheet\n" in capsys.readouterr().err
     target = io.BytesIO()
     open_rows(Path("x.xlsx"), ["audio"]).copy_rows(target, lambda line: line != 4)
     assert target.getvalue().decode() == (
-        '\ufeffaudio,prediction,note\r\na.wav,"英语, ja",12\r\na.wav,3,2026-01-02 00:00:00\r\n'
+        '\ufeffaudio,prediction,note\r\na.wav,"英语, ja",12\r\na.wav,3,2026-01-02\r\n'
     )
     assert read_table("x.xlsx", ["prediction"]).column("prediction") == ["英语, ja", "TRUE", "3"]
+
+
+def test_times_are_as_the_sheet_shows_them(folder):
+    """What is typed as 1:02 is kept as an hour and two minutes, and shown as 1:02."""
+    book = Workbook()
+    book.active.append(["audio", "start", "end", "prediction"])
+    book.active.append(["a.wav", time(1, 2), time(0, 1, 3, 500_000), "x"])
+    book.active["B2"].number_format, book.active["C2"].number_format = "h:mm", "mm:ss.0"
+    book.save("x.xlsx")
+    (row,) = read_manifest("x.xlsx", ConversionOptions(), needs_prediction=True)
+    assert (row.segment.start, row.segment.end) == (62, 63.5)
+
+
+def test_the_size_that_a_sheet_claims_is_not_believed(folder):
+    make_workbook(folder / "x.xlsx", [["audio", "prediction"], *(["a.wav", "x"] for _ in range(9))])
+    with zipfile.ZipFile("x.xlsx") as book, zipfile.ZipFile("y.xlsx", "w") as other:
+        for name in book.namelist():
+            content = book.read(name).replace(b'<dimension ref="A1:B10"', b'<dimension ref="A1"')
+            other.writestr(name, content)
+    assert len([*read_manifest("y.xlsx", ConversionOptions(), needs_prediction=True)]) == 9
 
 
 def test_a_damaged_workbook_and_no_openpyxl_say_what_to_do(folder, monkeypatch):
@@ -217,6 +238,9 @@ def test_a_damaged_workbook_and_no_openpyxl_say_what_to_do(folder, monkeypatch):
     content = Path("x.xlsx").read_bytes()
     Path("x.xlsx").write_bytes(content.replace(b"xl/workbook.xml", b"xl/workbook.xmx", 1))
     assert "save it as CSV UTF-8" in refused("x.xlsx")
+    # The list of the archive's files is no such list.
+    Path("x.xlsx").write_bytes(content.replace(b"PK\x01\x02", b"PK\x01\x03"))
+    assert "this is a zip archive" in refused("x.xlsx")
 
 
 # --- what is no file of rows -----------------------------------------------------------------------------
@@ -240,7 +264,7 @@ def refused(name: str) -> str:
         ("x.parquet", b"PAR1\x15\x04", "this is Parquet; write it as CSV"),
         ("x.csv", b"PK\x03\x04rest", "this is a zip archive; unpack it first"),
         ("x.csv.gz", b"\x1f\x8b\x08", "this is compressed with gzip; unpack it first"),
-        ("x.xls", b"\xd0\xcf\x11\xe0\xa1", "this is an old Excel workbook"),
+        ("x.xls", b"\xd0\xcf\x11\xe0\xa1", "this is an Excel workbook that is old or has a password"),
         ("x.mp3", b"ID3\x03", "this is a recording; give a CSV"),
     ],
 )

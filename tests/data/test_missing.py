@@ -30,6 +30,11 @@ def test_accents_in_another_form(tmp_path, there, written):
         assert f"unicodedata.normalize('{there}', text)" in said
 
 
+def test_a_name_that_is_too_long_in_another_form(tmp_path):
+    """Sixty syllables of Hangul are 180 bytes, or 540 in NFD: longer than a file's name may be."""
+    assert reason(tmp_path, "한" * 60 + ".wav", str(tmp_path)).startswith("not found (looked for ")
+
+
 def test_backslashes(tmp_path):
     (tmp_path / "calls").mkdir()
     (tmp_path / "calls" / "a.wav").write_bytes(b"x")

@@ -7,13 +7,16 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
 
 from mdl_toolkit import demo
 from mdl_toolkit.cli.main import run
+from mdl_toolkit.config.data import ConvertOptions
 from mdl_toolkit.config.inference import InferenceOptions
+from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.model import MiDashengLMModel
 from tests.support.paths import PHRASES
 from tests.support.readme import snippet_answers
@@ -82,6 +85,8 @@ def test_the_commands_shown_can_be_typed(tmp_path, monkeypatch, capsys):
         used.append(options)
         if isinstance(options, InferenceOptions):
             shutil.copyfile(options.input, options.output)
+        elif isinstance(options, ConvertOptions | TrainOptions):
+            Path(options.output).mkdir()
 
     for name in ("convert_dataset", "train", "infer"):
         monkeypatch.setattr(demo, name, listen)
@@ -113,6 +118,8 @@ def test_the_commands_shown_can_be_typed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("mdl_toolkit.api.evaluate", lambda options: again.append(options) or scored(options))
     assert [run(shlex.split(line)[1:]) for line in shown] == [0] * 7
     assert again == used
+    # What it made it may clear away.
+    assert run(["demo", "--output", str(tmp_path / "demo")]) == 0
 
 
 @pytest.mark.parametrize("mine", ["mine.txt", "model/config.json"])

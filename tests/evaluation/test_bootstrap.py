@@ -194,6 +194,10 @@ def test_two_equal_files_do_not_differ():
     assert np.isnan(p_values[1])
 
 
+def test_one_row_tells_no_difference():
+    assert np.isnan(permutation_test([mean_of(np.array([0.0, 1.0]))], 1, 100, seed=1)).all()
+
+
 @pytest.mark.parametrize(
     ("first", "second", "expected"),
     [

@@ -364,6 +364,18 @@ def test_an_inference_without_references_or_of_a_folder_makes_its_page(trained, 
     assert all((tmp_path / unquote(link)).is_file() for link in links(values))
 
 
+def test_no_rows_make_no_page(trained, tmp_path):
+    write_csv(tmp_path / "in.csv", [{"audio": "a.wav"}])
+    (tmp_path / "in.csv").write_text("audio\n", encoding="utf-8")
+    options = InferenceOptions(
+        input=str(tmp_path / "in.csv"), output=str(tmp_path / "p.csv"), model_name=str(trained / "run/final"),
+        report=str(tmp_path / "p.html"),
+    )  # fmt: skip
+    assert infer(options) == []
+    assert (tmp_path / "p.csv").read_text(encoding="utf-8") == "audio,prediction\n"
+    assert not (tmp_path / "p.html").exists()
+
+
 @pytest.mark.parametrize("there", ["input", "output", "folder"])
 def test_a_page_in_the_place_of_something_else_is_refused_before_any_work(tmp_path, capsys, there):
     csv = make_csv(tmp_path, 2)
@@ -410,6 +422,7 @@ def test_addresses_and_odd_names(tmp_path):
         "a/50%#?.wav",
         "a:b.wav",
         str(Path.home()),
+        "~nobody.wav",
     ]
     found = audio_values([{"audio": name} for name in names], str(tmp_path), tmp_path / "sub/p.html")
     shown = [found["folder"] + name if name else "" for name in found["names"]]
@@ -417,3 +430,4 @@ def test_addresses_and_odd_names(tmp_path):
         "https://example.org/a b.wav", "HTTP://example.org/x", "", "../a/50%25%23%3F.wav", "../a%3Ab.wav"
     ]  # fmt: skip
     assert (tmp_path / "sub" / unquote(shown[5])).resolve() == Path.home().resolve()
+    assert shown[6] == "../~nobody.wav"

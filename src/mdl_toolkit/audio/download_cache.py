@@ -64,7 +64,7 @@ class Downloads:
                     known = replace(record, en="", zh="") if is_known else _Record()
                     record = self._update(url, content, known)
         if record.en:
-            raise download_error(url, Verbatim(record.en, record.zh))
+            raise download_error(url, Verbatim(record.en, record.zh), may_pass=record.may_pass)
         return content
 
     def _update(self, url: str, content: Path, known: "_Record") -> "_Record":
@@ -77,7 +77,8 @@ class Downloads:
                 fetched = fetch(url, partial, limits, known)
             except FetchError as failure:
                 fetched = None
-                record = replace(known, en=failure.reason.en, zh=failure.reason.zh)
+                reason, may_pass = failure.reason, not failure.is_final
+                record = replace(known, en=reason.en, zh=reason.zh, may_pass=may_pass)
                 if not failure.is_answered:
                     self._unreached.add(host)
             if fetched is not None:
@@ -103,11 +104,13 @@ class _Record(RemoteVersion):
         run: the run that asked last.
         en: why it could not be had when asked last, or nothing.
         zh: the same in Chinese.
+        may_pass: another try may help.
     """
 
     run: str = ""
     en: str = ""
     zh: str = ""
+    may_pass: bool = False
 
     @classmethod
     def beside(cls, content: Path) -> "_Record":

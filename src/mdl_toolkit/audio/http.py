@@ -19,9 +19,10 @@ from mdl_toolkit import __version__
 from mdl_toolkit.audio.connections import PRIVATE_TARGET, ConnectionWatch, PrivateAddressError
 from mdl_toolkit.audio.unreadable import is_web_page
 from mdl_toolkit.audio.urls import without_credentials
-from mdl_toolkit.errors import AudioError
+from mdl_toolkit.errors import AudioError, UnavailableError
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.console import say
+from mdl_toolkit.utils.files import report_write_errors
 
 if TYPE_CHECKING:
     import httpx
@@ -108,10 +109,10 @@ class FetchError(Exception):
     pause_s: float = 0
 
 
-def download_error(url: str, reason: Localized) -> AudioError:
+def download_error(url: str, reason: Localized, *, may_pass: bool = False) -> AudioError:
     """Return the error for a recording whose address failed, with the address but no password."""
-    shown = without_credentials(url)
-    return AudioError(
+    shown, kind = without_credentials(url), UnavailableError if may_pass else AudioError
+    return kind(
         "{shown}: {reason}; check the address, or fetch the file yourself and give its path",
         shown=shown,
         reason=reason,
@@ -270,7 +271,10 @@ class _Transfer:
                     size += len(piece)
                     self._check_size(size)
                     self._check_time()
-                    file.write(piece)
+                    with report_write_errors(str(self.target.parent), UnavailableError):
+                        file.write(piece)
+                        # A full disk is met here and nowhere else.
+                        file.flush()
             # A connection that was cut off looks like the end of a body of unknown length.
             self._check_time()
             with self.target.open("rb") as file:

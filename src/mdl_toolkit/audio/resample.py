@@ -51,8 +51,8 @@ class Mixdown:
         # The last samples' being at full scale.
         self._tail = np.zeros(CLIPPED - 1, bool)
 
-    def add(self, name: str, block: Floats, rate: int) -> None:
-        """Add decoded samples, `[channels, n]` float32, averaged.
+    def add(self, name: str, block: Floats, rate: int, start: int) -> None:
+        """Add decoded samples, `[channels, n]` float32, averaged; `start` is the first one's in the source.
 
         Raises:
             AudioError: a sample is NaN or infinite; with the format's name.
@@ -69,7 +69,7 @@ class Mixdown:
             raise AudioError(
                 "{name}: NaN or infinite samples, the first at {seconds:.3f} s; export it again",
                 name=name,
-                seconds=(self.length + bad[0]) / rate,
+                seconds=(start + bad[0]) / rate,
             )
         self.length += len(mono)
         level = np.abs(mono)

@@ -128,7 +128,7 @@ class Cut:
                 )
                 return
         try:
-            self.mixdown.add(name, part, rate)
+            self.mixdown.add(name, part, rate, max(self.first, begin))
         except AudioError as problem:
             # Another segment may be sound.
             self.problem = problem

@@ -45,6 +45,11 @@ WRONG_USAGE = 2
 INTERRUPTED = 130
 # The descriptors of standard input, output and error end here.
 STANDARD_ERROR = 2
+# Refusals of the system, which a user can put right.
+MACHINE_ERRORS = {
+    errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENAMETOOLONG, errno.ENFILE,
+    errno.ENOSPC, errno.EPERM, errno.EROFS, errno.ESTALE,
+}  # fmt: skip
 # The name that click's completion scripts set.
 COMPLETION_VARIABLE = "_MDL_TOOLKIT_COMPLETE"
 
@@ -159,7 +164,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def _unforeseen(problem: BaseException) -> Localized:
-    """Tell a lack of memory, or a package that does not work, from a bug of ours."""
+    """Tell what the machine refuses, or a package that does not work, from a bug of ours."""
     lack = breakdown(problem) if isinstance(problem, MemoryError) else None
     if lack is None and "torch" in sys.modules:
         from mdl_toolkit.utils.machine import describe_oom
@@ -167,6 +172,9 @@ def _unforeseen(problem: BaseException) -> Localized:
         lack = describe_oom(problem)
     if lack is not None:
         return Localized("error: {lack}; free some and start again", lack=lack)
+    if isinstance(problem, OSError) and problem.errno in MACHINE_ERRORS:
+        where = "" if problem.filename is None else f"{problem.filename}: "
+        return Localized("error: {where}{reason}", where=where, reason=problem.strerror)
     what = " ".join(f"{type(problem).__name__}: {problem}".split())
     if package := broken_package(problem):
         return Localized(

@@ -177,7 +177,7 @@ def _parse_datasets(value: Any) -> str | tuple[str, ...]:
 
 def _parse_result_files(value: Any) -> tuple[str, ...]:
     """Read paths of files to write, whose suffixes say in which format."""
-    paths = tuple(map(_parse_path, [value] if isinstance(value, str | Path) else value))
+    paths = _parse_paths(value) if value else ()
     if not all(path.lower().endswith((".json", ".csv")) for path in paths):
         raise refuse("expected names that end with .json or .csv")
     return tuple(dict.fromkeys(paths))
@@ -230,7 +230,7 @@ def _parse_engine(value: Any) -> str:
 
 def _parse_adapters(value: Any) -> tuple[str, ...]:
     """Read NAME=FOLDER once or several times; no name may stand twice."""
-    items = tuple(map(_parse_path, [value] if isinstance(value, str) else value))
+    items = _parse_paths(value) if value else ()
     names = [item.partition("=")[0] for item in items]
     if not all(name and item.partition("=")[2] for name, item in zip(names, items, strict=True)):
         raise refuse("expected NAME=FOLDER")

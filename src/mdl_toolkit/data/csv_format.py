@@ -12,6 +12,7 @@ import io
 import re
 import zipfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -61,7 +62,10 @@ SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)
 # What files begin with that are no text.
 SIGNATURES = (
     (b"PAR1", Localized("this is Parquet; write it as CSV, such as with pandas: read_parquet and to_csv")),
-    (b"\xd0\xcf\x11\xe0", Localized("this is an old Excel workbook; save it as CSV UTF-8 or xlsx")),
+    (
+        b"\xd0\xcf\x11\xe0",
+        Localized("this is an Excel workbook that is old or has a password; save it as CSV UTF-8"),
+    ),
     (b"\x1f\x8b", Localized("this is compressed with gzip; unpack it first")),
     (b"PK\x03\x04", Localized("this is a zip archive; unpack it first")),
 )
@@ -141,8 +145,9 @@ def detect_format(path: Path, file: BinaryIO, wanted: Sequence[str]) -> CsvForma
         InputError: it is no file of rows.
     """
     head = file.read(BLOCK_BYTES)
-    if zipfile.is_zipfile(file) and "xl/workbook.xml" in zipfile.ZipFile(file).namelist():
-        return CsvFormat(WORKBOOK, has_bom=True)
+    with suppress(zipfile.BadZipFile):
+        if zipfile.is_zipfile(file) and "xl/workbook.xml" in zipfile.ZipFile(file).namelist():
+            return CsvFormat(WORKBOOK, has_bom=True)
     reason = next((reason for mark, reason in SIGNATURES if head.startswith(mark)), None)
     if path.suffix.lower() in SUFFIXES:
         reason = Localized("this is a recording; give a CSV with the column `audio` that names it")

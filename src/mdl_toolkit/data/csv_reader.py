@@ -11,6 +11,7 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime, time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, BinaryIO, NamedTuple
@@ -252,8 +253,10 @@ def _read_workbook(path: Path, file: BinaryIO) -> Iterator[Line]:
         raise csv_error(path, reason) from None
     try:
         sheet = load_workbook(file, read_only=True, data_only=True).active
-        for number, values in enumerate(sheet.iter_rows(values_only=True), 1):
-            cells = [*map(_cell_text, values)]
+        # What a file says of a sheet's size may be of another time.
+        sheet.reset_dimensions()
+        for number, row in enumerate(sheet.iter_rows(), 1):
+            cells = [*map(_cell_text, row)]
             if any(cells):
                 yield Line(number, cells)
     except MemoryError:
@@ -264,8 +267,15 @@ def _read_workbook(path: Path, file: BinaryIO) -> Iterator[Line]:
         raise csv_error(path, reason) from problem
 
 
-def _cell_text(value: Any) -> str:
-    """Return a workbook's value as text: a number without needless digits, a day as ISO 8601 has it."""
+def _cell_text(cell: Any) -> str:
+    """Return a workbook's cell as text: a number without needless digits, a day as ISO 8601 has it."""
+    value = cell.value
+    if isinstance(value, time):
+        # What was typed as 1:02 is shown as that, and is two minutes after one.
+        has_seconds = "s" in cell.number_format.lower()
+        return value.isoformat() if has_seconds else f"{value.hour}:{value:%M}"
+    if isinstance(value, datetime) and value.time() == time():
+        return value.date().isoformat()
     if isinstance(value, bool):
         return str(value).upper()
     if isinstance(value, float):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.i18n import Localized
+from mdl_toolkit.utils.files import is_there
 
 # Names that recordings go by, of whatever decoders read; with a pattern, whatever it matches is taken.
 SUFFIXES = frozenset(
@@ -31,7 +32,7 @@ def rows_file(given: str | Path) -> Path:
     """Return the file that has a line for each row: of a data folder of Kaldi's, `segments` or `wav.scp`."""
     path = Path(given)
     folder = path.parent if path.name == WAV_SCP else path
-    names = [name for name in (SEGMENTS, WAV_SCP) if (folder / name).is_file()]
+    names = [name for name in (SEGMENTS, WAV_SCP) if is_there(folder / name)]
     return folder / names[0] if WAV_SCP in names else path
 
 

@@ -5,6 +5,7 @@ import unicodedata
 from pathlib import Path
 
 from mdl_toolkit.i18n import Localized
+from mdl_toolkit.utils.files import is_there
 
 ARCHIVE = re.compile(r"\.ark:\d+$")
 
@@ -23,19 +24,19 @@ def explain_missing(path: str, cell: str, folder: Path) -> Localized:
     if ARCHIVE.search(cell):
         return Localized("a part of an archive; write each recording to a file of its own (wav-copy)")
     for form in ("NFC", "NFD"):
-        if Path(unicodedata.normalize(form, path)).exists():
+        if is_there(Path(unicodedata.normalize(form, path))):
             return Localized(
                 "not found, but {audio} is there with its accents in another form of Unicode, {form}; write "
                 "the column `audio` in it, in Python: unicodedata.normalize({form!r}, text)",
                 audio=path,
                 form=form,
             )
-    if "\\" in path and Path(path.replace("\\", "/")).exists():
+    if "\\" in path and is_there(Path(path.replace("\\", "/"))):
         return Localized(
             "not found, but {audio} is there; write / in place of \\ in paths", audio=path.replace("\\", "/")
         )
     for spelt in dict.fromkeys((cell, cell.replace("\\", "/"))):
-        if not Path(spelt).is_absolute() and (folder / spelt).exists():
+        if not Path(spelt).is_absolute() and is_there(folder / spelt):
             return Localized(
                 "not found (looked for {audio}), but it lies beside the CSV; add: --base-dir {folder}",
                 audio=path,

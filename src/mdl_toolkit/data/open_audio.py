@@ -13,7 +13,7 @@ from mdl_toolkit.audio.segments import Segment, SegmentError
 from mdl_toolkit.audio.urls import is_url
 from mdl_toolkit.data.csv_reader import file_stamp
 from mdl_toolkit.data.manifest import Row
-from mdl_toolkit.errors import AudioError, RowProblem, breakdown
+from mdl_toolkit.errors import AudioError, RowProblem, UnavailableError, breakdown
 
 # Recordings that a process fetches at the same time.
 FETCHED_AHEAD = 8
@@ -79,10 +79,14 @@ class Recordings:
             stamp = _stamp(path)
         except AudioError as problem:
             return _Opened(dict.fromkeys(segments, problem), stamp)
+        except OSError as problem:
+            failed = UnavailableError("the file cannot be read ({reason}); try again", reason=problem)
+            return _Opened(dict.fromkeys(segments, failed), stamp)
         except BaseException as problem:
             if (reason := breakdown(problem)) is None:
                 raise
-            refused = AudioError("it cannot be decoded: {reason}", reason=reason)
+            kind = UnavailableError if isinstance(problem, MemoryError) else AudioError
+            refused = kind("it cannot be decoded: {reason}", reason=reason)
             return _Opened(dict.fromkeys(segments, refused), stamp)
         return _Opened(dict(zip(segments, clips, strict=True)), stamp)
 
@@ -107,7 +111,8 @@ class _Opened:
         if isinstance(clip, Clip) and not is_url(row.audio) and self.stamp != row.stamp:
             clip = AudioError("the file was changed while it was being read; start again when it is complete")
         if isinstance(clip, AudioError):
-            return RowProblem(row.line, "audio", row.shown, clip.message)
+            may_pass = isinstance(clip, UnavailableError)
+            return RowProblem(row.line, "audio", row.shown, clip.message, may_pass)
         return clip
 
 

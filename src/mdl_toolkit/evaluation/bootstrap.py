@@ -125,9 +125,12 @@ def permutation_test(statistics: Sequence[Statistic], rows: int, resamples: int,
         seed: of their generator.
 
     Returns:
-        `[statistics]`; NaN where the metric is undefined.
+        `[statistics]`; NaN where the metric is undefined, and where there are fewer than two rows.
     """
     from scipy import stats
+
+    if rows < 2:
+        return np.full(len(statistics), np.nan)
 
     def differences(first: np.ndarray, _second: np.ndarray, axis: int) -> np.ndarray:
         """Subtract metrics, `[..., statistics]`, given the rows that count for the first, `[..., rows]`."""

@@ -53,7 +53,7 @@ from mdl_toolkit.inference.windows import LIST, cut_rows
 from mdl_toolkit.reporting.report import report_answers
 from mdl_toolkit.utils.console import progress, say, warn
 from mdl_toolkit.utils.distributed import World, join_world
-from mdl_toolkit.utils.files import check_apart, check_file, removing_empty, replace_file
+from mdl_toolkit.utils.files import check_apart, check_file, removing_empty, replace_file, report_write_errors
 from mdl_toolkit.utils.launcher import warn_of_idle_gpus
 from mdl_toolkit.utils.signals import Interruption, raise_if_interrupted
 from mdl_toolkit.utils.worker_pool import end_unguarded_script
@@ -122,8 +122,8 @@ def infer(options: InferenceOptions) -> list[str]:
         journal = AnswerJournal(output)
         with journal.locked() if world.is_first else nullcontext():
             predictions, problems = _Inference(options, choices, journal, world).run()
-            # The answers are kept until the report is written.
-            if options.report is not None and world.is_first:
+            # The answers are kept until the report is written; other processes and no rows give none.
+            if options.report is not None and predictions:
                 report_answers(options)
     if problems:
         raise InputError(
@@ -237,7 +237,8 @@ class _Inference:
         if self.world.is_first:
             files, output = list_recordings(options.input), Path(options.output)
             check_file(output, [file for file in files if Path(file).name == output.name])
-            write_listing(files, self.journal.listing)
+            with report_write_errors(f"--output {output}", InputError):
+                write_listing(files, self.journal.listing)
         self.world.wait()
         listing = read_manifest(self.journal.listing, replace(options, base_dir=None), needs_prediction=False)
         return replace(listing, listed=options.input)
@@ -323,7 +324,10 @@ class _Inference:
             write_subtitles(output, pieces)
         else:
             write_table(output, manifest, [*names, *times, *more], rows())
-        with replace_file(output.with_name(f"{output.name}.{SETTINGS_FILE}"), "predictions") as work:
+        with (
+            report_write_errors(f"--output {output}", InputError),
+            replace_file(output.with_name(f"{output.name}.{SETTINGS_FILE}"), "predictions") as work,
+        ):
             work.write_text(to_yaml(self.options), encoding="utf-8")
         figures = {"predictions": len(predictions) - len(problems), "without": len(problems)}
         if problems:

@@ -95,7 +95,7 @@ def audio_values(
 
 
 def _path(cell: str, base_dir: str | None) -> Path:
-    return Path(base_dir or "").expanduser().absolute() / Path(cell).expanduser()
+    return Path(base_dir or "").expanduser().absolute() / os.path.expanduser(cell)  # noqa: PTH111
 
 
 def _times(segment: Segment) -> str:

@@ -156,9 +156,14 @@ def replace_files(folder: Path, names: Iterable[str], kind: str) -> Iterator[Pat
         fsync(target)
 
 
+def is_there(path: Path) -> bool:
+    """Tell whether there is something at a path that can be seen; `Path.exists` raises for long names."""
+    return os.path.exists(path)  # noqa: PTH110
+
+
 def is_special(path: Path) -> bool:
     """Tell whether a path is that of a device, a FIFO or a socket."""
-    return path.exists() and not path.is_file() and not path.is_dir()
+    return is_there(path) and not path.is_file() and not path.is_dir()
 
 
 def remove_folder(folder: Path, kind: str) -> None:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from mdl_toolkit.data.collate import Collator
 from mdl_toolkit.data.convert.run import convert_dataset
 from mdl_toolkit.data.dataset import ConvertedDataset
 from mdl_toolkit.data.warnings import find_leaks
+from mdl_toolkit.errors import ModelError
 from mdl_toolkit.training.memory.plan import plan_memory
 from mdl_toolkit.training.sampler import BatchSampler
 from mdl_toolkit.utils.ownership import RECORD
@@ -142,6 +144,25 @@ def test_a_training_s_settings_that_cannot_be_read_are_named_by_their_option(run
     assert done.err == f"error: --train-config {other}: train has no option colour\n"
     other.write_text("lr: fast\n", encoding="utf-8")
     assert run(spoilt[0].path, "--train-config", other).err.startswith(f"error: --train-config {other}: ")
+
+
+def test_the_model_is_that_of_a_training_s_settings(tmp_path, model):
+    table = write_csv(tmp_path / "t.csv", phrases("train.csv")[:2])
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(f"model_name: {model}\n", encoding="utf-8")
+    options = CheckOptions(input=(str(table),), train_config=str(settings), num_workers=1)
+    assert check(options)["counted"] == "tokens"
+    with pytest.raises(ModelError):
+        check(replace(options, model_name=str(tmp_path)))
+
+
+def test_the_word_behind_json_is_no_file_of_the_user_s(run, tmp_path):
+    """A bare `--json` takes it, although it may have been meant as an input."""
+    mine = tmp_path / "train.json"
+    mine.write_text('[{"audio": "a.wav"}]', encoding="utf-8")
+    done = run("--json", mine, write_csv(tmp_path / "t.csv", phrases("train.csv")[:2]))
+    assert (done.status, mine.read_text(encoding="utf-8")) == (1, '[{"audio": "a.wav"}]')
+    assert done.err == f"error: --json {mine}: there is a file that check did not write; give a new name\n"
 
 
 def counted(folder, dataset, sampler):

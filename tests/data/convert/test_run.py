@@ -1,5 +1,6 @@
 """A CSV becomes a dataset: all of it, the same every time, or nothing at all and one message."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ import soundfile
 from mdl_toolkit import __version__
 from mdl_toolkit.config.data import ConvertOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, from_mapping, read_settings
+from mdl_toolkit.data import open_audio
 from mdl_toolkit.data.convert import plan
 from mdl_toolkit.data.convert.run import FEW_ROWS, convert_dataset, convert_rows
 from mdl_toolkit.data.dataset import FORMAT, ConvertedDataset
@@ -419,6 +421,26 @@ def test_a_warning_shows_no_password(place, server, capsys):
     said = capsys.readouterr().err
     assert f"warning: line 2: http://{server.host}/cut.wav: " in said
     assert "secret" not in said
+
+
+def test_what_may_be_fine_later_leaves_what_is_finished(place, small_shards, monkeypatch, capsys):
+    rows = make_rows(place / "audio", 17)
+    whole = convert(rows, output="whole").record
+    decode, broken = open_audio.load_segments, rows[-1]["audio"]
+
+    def fail(path, *more):
+        if str(path) == broken:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return decode(path, *more)
+
+    with monkeypatch.context() as at_first:
+        at_first.setattr(open_audio, "load_segments", fail)
+        with pytest.raises(RowsError, match=r"the file cannot be read \(Input/output error\); try again"):
+            convert(rows)
+    assert "16 of 17 rows are finished" in capsys.readouterr().err
+    assert convert(rows).record == whole
+    assert "going on from an earlier run: 16 of 17 rows are converted already" in capsys.readouterr().err
+    assert {path.name for path in place.iterdir()} == {"audio", "rows.csv", "whole", "out"}
 
 
 # --- always the same -------------------------------------------------------------------------------------

@@ -309,13 +309,14 @@ def _shared_recordings(facts: Facts, trained: Facts) -> tuple[Numbers, Numbers]:
         Their lines, 0 where there is none, each `[rows]`.
     """
     overlap_line, recording_line = np.zeros((2, len(facts)), np.int64)
-    by_recording: dict[int, list[int]] = {}
+    indices: dict[int, list[int]] = {}
     for index in np.flatnonzero(np.isin(trained["recording"], facts["recording"])).tolist():
-        by_recording.setdefault(int(trained["recording"][index]), []).append(index)
+        indices.setdefault(int(trained["recording"][index]), []).append(index)
+    by_recording = {recording: trained[theirs] for recording, theirs in indices.items()}
     for row, recording in enumerate(facts["recording"].tolist()):
         if recording not in by_recording:
             continue
-        theirs, one = trained[by_recording[recording]], facts[row]
+        theirs, one = by_recording[recording], facts[row]
         recording_line[row] = theirs["line"][0]
         together = np.minimum(theirs["end"], one["end"]) - np.maximum(theirs["start"], one["start"])
         can_hear = (one["channel"] == 0) | (theirs["channel"] == 0) | (theirs["channel"] == one["channel"])

@@ -31,6 +31,7 @@ from mdl_toolkit.i18n import Localized, Verbatim, join_messages
 from mdl_toolkit.utils.console import progress, warn
 from mdl_toolkit.utils.files import check_apart, check_file, replace_file, report_write_errors
 from mdl_toolkit.utils.machine import default_workers
+from mdl_toolkit.utils.ownership import is_ours
 from mdl_toolkit.utils.worker_pool import end_unguarded_script, work_through
 from mdl_toolkit.weights.resolve import find_model
 from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
@@ -61,13 +62,11 @@ def check(options: CheckOptions, forecast: Forecast | None = None) -> Figures:
         ModelError: the model's folder is here, and broken.
     """
     end_unguarded_script()
-    named = (("--write-fixed", options.write_fixed), ("--json", options.json))
-    outputs = {name: Path(path) for name, path in named if isinstance(path, str)}
-    for name, output in outputs.items():
-        check_file(output, options.input, name)
-    if len(outputs) == 2:
-        check_apart(outputs["--write-fixed"], outputs["--json"], "--write-fixed", "--json")
+    outputs = _outputs(options)
     training = None if options.for_inference else _training_options(options)
+    if training is not None:
+        own = {"model_name": training.model_name, "from_modelscope": training.from_modelscope}
+        options = dataclasses.replace(options, **own)
     manifests = [
         read_manifest(path, options, needs_prediction=not options.for_inference) for path in options.input
     ]
@@ -97,6 +96,27 @@ def check(options: CheckOptions, forecast: Forecast | None = None) -> Figures:
     return figures
 
 
+def _outputs(options: CheckOptions) -> dict[str, Path]:
+    """Return the files that are to be written, by option.
+
+    Raises:
+        InputError: one of them must not be written.
+    """
+    named = (("--write-fixed", options.write_fixed), ("--json", options.json))
+    outputs = {name: Path(path) for name, path in named if isinstance(path, str)}
+    for name, output in outputs.items():
+        check_file(output, options.input, name)
+    # The word after a bare `--json` may have been meant as an input.
+    path = outputs.get("--json")
+    if path is not None and path.is_file() and not is_ours(path.resolve(), "findings"):
+        raise InputError(
+            "--json {path}: there is a file that check did not write; give a new name", path=path
+        )
+    if len(outputs) == 2:
+        check_apart(outputs["--write-fixed"], outputs["--json"], "--write-fixed", "--json")
+    return outputs
+
+
 def _training_options(options: CheckOptions) -> "TrainOptions":
     """Return the options of the training that is predicted, with the files and the model of the check."""
     from mdl_toolkit.config.train import TrainOptions
@@ -108,9 +128,11 @@ def _training_options(options: CheckOptions) -> "TrainOptions":
         for field in dataclasses.fields(ConversionOptions)
         if getattr(options, field.name) != field.default
     }
+    if options.given(["model_name"]):
+        ours["model_name"] = options.model_name
     if len(options.input) > 1:
         ours["eval_dataset"] = options.input[1]
-    ours |= {"train_dataset": options.write_fixed or options.input[0], "model_name": options.model_name}
+    ours["train_dataset"] = options.write_fixed or options.input[0]
     return from_mapping(TrainOptions, {"output": "run", **given, **ours})
 
 

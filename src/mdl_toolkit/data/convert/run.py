@@ -2,7 +2,7 @@
 
 What comes out depends on the rows, the audio, the prompts and the tokenizer, never on the number of
 processes. Whole shards are the unit of work: a killed run goes on from those that it had finished. All bad
-rows are reported together, and then nothing is left behind.
+rows are reported together, and then nothing is left behind, unless one of them may be fine the next time.
 """
 
 import json
@@ -316,7 +316,8 @@ def _clear_up(work: WorkFolder, plan: Plan | None, problem: BaseException) -> No
     if plan is None:
         work.leave()
         return
-    finished = 0 if isinstance(problem, RowsError) else work.finished(plan)
+    is_final = isinstance(problem, RowsError) and not problem.may_pass
+    finished = 0 if is_final else work.finished(plan, with_problems=False)
     if not finished:
         work.remove()
         return

@@ -138,7 +138,7 @@ class ConversionStats:
         """
         positions = {int(length): int(rows) for length, rows in values["positions"].items()}
         lists = {
-            name: Problems([*map(RowProblem.from_json, each["first"])], each["count"], each["most"])
+            name: Problems(**{**each, "first": [*map(RowProblem.from_json, each["first"])]})
             for name in ("truncated", "problems")
             for each in (values[name],)
         }

@@ -125,10 +125,10 @@ class WorkFolder:
             return False
         return file.is_file() and file.stat().st_size == stats.bytes
 
-    def finished(self, plan: Plan) -> int:
-        """Count the rows of finished shards whose files are there."""
+    def finished(self, plan: Plan, *, with_problems: bool = True) -> int:
+        """Count the rows of finished shards whose files are there, those with bad rows among them or not."""
         self._count = len(plan.shards)
-        return sum(shard.rows for shard in plan.shards if self._is_good(shard))
+        return sum(shard.rows for shard in plan.shards if self._is_good(shard, with_problems))
 
     # --- the end ---
 
