@@ -5,8 +5,9 @@
     |-- InputError          a CSV, a configuration file or an output path
     |   `-- RowsError       rows of a CSV: all of them in one message
     |-- AudioError          one recording that cannot be used
-    |   |-- TooLongError    one that is longer than is accepted
-    |   `-- UnavailableError  one that may be had at another time
+    |   |-- TooLongError      longer than is accepted
+    |   |-- CutOffError       not all there
+    |   `-- UnavailableError  to be had at another time, perhaps
     |-- DatasetError        a converted dataset
     `-- ModelError          a model, tokenizer, adapter or checkpoint, or the way to it
 
