@@ -18,10 +18,10 @@ SOURCE = PACKAGE
 PO = SOURCE / "locale/zh/LC_MESSAGES/mdl_toolkit.po"
 MO = PO.with_suffix(".mo")
 ERRORS = (
-    "ToolkitError", "UsageError", "InputError", "AudioError", "TooLongError", "CutOffError", "DatasetError",
-    "ModelError", "RefusedRowError", "NotMergeableError", "RequestError", "UnauthorizedError",
-    "UnknownModelError", "TooLargeError", "UnanswerableError", "FailedError", "BusyError",
-    "ForbiddenError", "GoneError",
+    "ToolkitError", "UsageError", "InputError", "AudioError", "TooLongError", "CutOffError",
+    "UnavailableError", "DatasetError", "ModelError", "RefusedRowError", "NotMergeableError", "RequestError",
+    "UnauthorizedError", "UnknownModelError", "TooLargeError", "UnanswerableError", "FailedError",
+    "BusyError", "ForbiddenError", "GoneError",
 )  # fmt: skip
 # What takes a template, and as which of its arguments.
 TAKES = {

@@ -21,6 +21,8 @@ from torch.utils import backend_registration
 from torch.utils._foreach_utils import _foreach_supported_types as of_utilities
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from mdl_toolkit.model.kernels.norms import FUSED_ON
+
 NAME = "pretended"
 DEVICE_TYPE = torch._C._autograd.DeviceType.PrivateUse1
 ROUNDING = 512  # bytes, as CUDA's allocator
@@ -543,8 +545,9 @@ def _register() -> list[torch.library.Library]:
     library.impl("empty.memory_format", _empty)
     library.impl("empty_strided", _empty_strided)
     library.impl("_copy_from", _copy_from)
-    # Tensors come to `_dispatch` before; it tells torch that there is such a kernel.
+    # Tensors come to `_dispatch` before.
     library.impl("_fused_rms_norm", _rms_norm)
+    FUSED_ON.add(NAME)
     rest = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
     rest.fallback(torch.library.fallthrough_kernel)
     autocast = torch.library.Library("aten", "IMPL", "AutocastPrivateUse1")

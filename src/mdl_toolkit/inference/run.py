@@ -329,18 +329,14 @@ class _Inference:
             replace_file(output.with_name(f"{output.name}.{SETTINGS_FILE}"), "predictions") as work,
         ):
             work.write_text(to_yaml(self.options), encoding="utf-8")
-        figures = {"predictions": len(predictions) - len(problems), "without": len(problems)}
+        written = Localized(
+            "{output}: {predictions} {predictions:prediction|predictions}",
+            output=output,
+            predictions=len(predictions) - len(problems),
+        )
         if problems:
-            say(
-                "{output}: {predictions} {predictions:prediction|predictions}, {without} {without:row|rows} "
-                "without one",
-                output=output,
-                **figures,
+            written = Localized(
+                "{written}, {rows} {rows:row|rows} without one", written=written, rows=len(problems)
             )
-        else:
-            say(
-                "{output}: {predictions} {predictions:prediction|predictions}",
-                output=output,
-                predictions=len(predictions),
-            )
+        say(written)
         return predictions

@@ -112,7 +112,7 @@ class World:
                 work.wait()
         for bucket, flat in zip(buckets, flats, strict=True):
             if bucket[1:]:
-                parts = flat.split([gradient.numel() for gradient in bucket])
+                parts = torch.split(flat, [gradient.numel() for gradient in bucket])
                 views = [part.view_as(each) for part, each in zip(parts, bucket, strict=True)]
                 torch._foreach_copy_(bucket, views)
 

@@ -65,8 +65,8 @@ def check(options: CheckOptions, forecast: Forecast | None = None) -> Figures:
     outputs = _outputs(options)
     training = None if options.for_inference else _training_options(options)
     if training is not None:
-        own = {"model_name": training.model_name, "from_modelscope": training.from_modelscope}
-        options = dataclasses.replace(options, **own)
+        model, from_modelscope = training.model_name, training.from_modelscope
+        options = dataclasses.replace(options, model_name=model, from_modelscope=from_modelscope)
     manifests = [
         read_manifest(path, options, needs_prediction=not options.for_inference) for path in options.input
     ]

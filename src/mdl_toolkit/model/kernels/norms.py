@@ -3,12 +3,14 @@
 Autocast would copy input, weight and bias to float32 and the result back; kernels sum in float32 anyway.
 """
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+# Kinds of devices for which torch has a kernel for RMS norms, instead of operations one by one.
+FUSED_ON = {"cuda"}
 
 
 class LayerNorm(nn.LayerNorm):
@@ -26,19 +28,12 @@ def rms_norm(norm: Any, x: Tensor) -> Tensor:
     weight, eps = norm.weight, norm.variance_epsilon
     if weight.requires_grad:
         normed: Tensor = norm(x)
-    elif x.dtype == weight.dtype and has_fused_rms_norm(x.device.type):
+    elif x.dtype == weight.dtype and x.device.type in FUSED_ON:
         with torch.autocast(x.device.type, enabled=False):
             normed = functional.rms_norm(x, weight.shape, weight, eps)
     else:
         normed = _RMSNorm.apply(x, weight, eps)
     return normed
-
-
-@cache
-def has_fused_rms_norm(kind: str) -> bool:
-    """Tell whether torch has a kernel for RMS norms on a kind of device, instead of operations one by one."""
-    key = torch._C._dispatch_key_for_device(kind)
-    return torch._C._dispatch_has_kernel_for_dispatch_key("aten::_fused_rms_norm", key)
 
 
 class _RMSNorm(torch.autograd.Function):
