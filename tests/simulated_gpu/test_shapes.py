@@ -3,8 +3,10 @@
 import pytest
 import torch
 from benchmarks.gpu_model import config_of, random_model
+from benchmarks.roofline import BANDWIDTHS
 
 from mdl_toolkit.model.decoding_batch import DecodingBatch
+from mdl_toolkit.utils.device import peak_of
 from tests.support.pretended_device import pretending
 from tests.support.pretended_models import DEVICE, a_step
 
@@ -35,6 +37,11 @@ def test_a_step_takes_the_memory_that_was_planned_and_one_wait(
         assert sum(operations.values()) < (9000 if "quantization" in changes else 6600)
         lower, higher = (found.device.products[each] for each in (BF16, F32))
         assert higher < 1e-4 * lower if dtype == BF16 else lower == 0
+        # The README's speeds. 4-bit layers are one operation on a CPU, whose products are not seen.
+        for card, bandwidth in BANDWIDTHS.items():
+            least = found.device.least_seconds(peak_of(card), bandwidth)
+            if dtype == BF16 and not changes:
+                assert found.work.seconds(card, found.again) == pytest.approx(least, rel=0.15)
 
 
 def test_a_token_makes_nobody_wait_and_its_operations_are_few():

@@ -42,6 +42,14 @@ PRODUCTS = {
     "aten::mm": (0, 1), "aten::bmm": (0, 1), "aten::addmm": (1, 2), "aten::addmm_": (1, 2),
     "aten::baddbmm": (1, 2),
 }  # fmt: skip
+# With the position of queries among their arguments, and operations for each query, channel and key.
+ATTENTIONS = {
+    "aten::_scaled_dot_product_fused_attention_overrideable": (0, 4),
+    "aten::_scaled_dot_product_fused_attention_overrideable_backward": (1, 10),
+}
+# These move nothing, and those only what they return.
+ALLOCATING = {"aten::new_empty", "aten::empty", "aten::empty_like", "aten::_unsafe_view", "aten::detach"}
+SELECTING = {"aten::index_select", "aten::embedding", "aten::index", "aten::new_zeros"}
 # CUDA's autocast computes these in the lower precision, and those in float32.
 LOWER = (
     "linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum", "conv1d", "conv2d",
@@ -76,6 +84,7 @@ class Device:
         waits: what the host had to wait for, by name.
         copied: bytes from the device to the host.
         products: multiplications and additions of matrix products, by dtype.
+        work: floating-point operations in products, and bytes read and written, of each operation.
     """
 
     total: int = 24 * 10**9
@@ -88,12 +97,17 @@ class Device:
     operations: Counter[str] = field(default_factory=Counter)
     waits: Counter[str] = field(default_factory=Counter)
     products: Counter[torch.dtype] = field(default_factory=Counter)
+    work: list[tuple[int, int]] = field(default_factory=list)
 
     def forget(self) -> None:
         """Count anew; what tensors take stays."""
         self.peak, self.copied = self.used, 0
-        for each in (self.operations, self.waits, self.products):
+        for each in (self.operations, self.waits, self.products, self.work):
             each.clear()
+
+    def least_seconds(self, peak: float, bandwidth: float) -> float:
+        """Return the roofline of what was computed: operation by operation, products or memory."""
+        return sum(max(operations / peak, moved / bandwidth) for operations, moved in self.work)
 
 
 device = Device()
@@ -228,6 +242,9 @@ def _dispatch(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         result = DRY[function](*inner_args, **inner_kwargs)
     else:
         result = REAL.get(function, function)(*inner_args, **inner_kwargs)
+    if not (function.is_view or name in ALLOCATING):
+        outputs = [each for each in tree_flatten(result)[0] if isinstance(each, torch.Tensor)]
+        device.work.append(_work_of(name, args, tensors, outputs))
     return _wrap(function, args, kwargs, result)
 
 
@@ -280,6 +297,20 @@ def _note(function: Any, name: str, args: Any, tensors: list[torch.Tensor]) -> N
                     f"expected the same dtype, but got {left.dtype} and {right.dtype} ({name})"
                 )
             device.products[left.dtype] += left.numel() * right.shape[-1]
+
+
+def _work_of(name: str, args: Any, inputs: list[Any], outputs: list[Any]) -> tuple[int, int]:
+    """Return an operation's floating-point operations, if it is a product, and the bytes that it moves."""
+    written = sum(each.nbytes for each in outputs)
+    moved = 2 * written if name in SELECTING else written + sum(each.nbytes for each in inputs)
+    operations = 0
+    if name in PRODUCTS:
+        left, right = (args[number] for number in PRODUCTS[name])
+        operations = 2 * left.numel() * right.shape[-1]
+    elif name in ATTENTIONS:
+        first, share = ATTENTIONS[name]
+        operations = share * args[first].numel() * args[first + 1].shape[2]
+    return operations, moved
 
 
 def _refuse_mixing(name: str, tensors: list[torch.Tensor]) -> None:

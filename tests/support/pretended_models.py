@@ -3,29 +3,44 @@
 import re
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes
+import numpy as np
 import torch
 from benchmarks.gpu_model import Rows, config_of, options_of, plan_of, random_model, trainer_of
+from benchmarks.roofline import Work, matrix_bytes
 from bitsandbytes.functional import QuantState
 from torch import nn
 
+from mdl_toolkit.config.train import TrainOptions
+from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.training.lora import LORA_TARGETS
 from mdl_toolkit.training.memory.plan import BLOCK, BLOCKS, MemoryPlan
+from mdl_toolkit.training.summary import PATCHES_PER_TOKEN, operations_of
 from tests.support.pretended_device import META, NAME, Device, PretendedTensor, pretending
 
 DEVICE = f"{NAME}:0"
+RATE = 16_000
 
 
 @dataclass
 class Stepped:
-    """What the second step of a training took; the first one makes the optimizer's states."""
+    """What the second step of a training took; the first one makes the optimizer's states.
+
+    Attributes:
+        device: with what it has seen.
+        plan: of the memory.
+        work: what the roofline counts.
+        again: share of the operations that gradient checkpointing makes again.
+    """
 
     device: Device
     plan: MemoryPlan
+    work: Work
+    again: float
 
 
 @contextmanager
@@ -45,6 +60,7 @@ def a_step(
         rows = Rows(config, seconds)
         plan = plan_of(config, rows, options, dtype, where)
         model = random_model(config, dtype, where)
+        work, again = work_of(model, rows, options, plan, dtype)
         if options.quantization is not None:
             quantise_dry(model, dtype)
         trainer, _ = trainer_of(model, rows, options, dtype, where, plan.kept)
@@ -53,7 +69,26 @@ def a_step(
             trainer.make_step(batches)
             device.forget()
             trainer.make_step(batches)
-        yield Stepped(device, plan)
+        yield Stepped(device, plan, work, again)
+
+
+def work_of(
+    model: Any, rows: Rows, options: TrainOptions, plan: MemoryPlan, dtype: torch.dtype
+) -> tuple[Work, float]:
+    """Return what a step takes, and the share that gradient checkpointing computes again."""
+    samples, nothing = rows.samples, 0 * rows.samples
+    token, second = operations_of(model, np.array([1, 0]), np.array([0, RATE]))
+    patch = second / (PATCHES_PER_TOKEN * audio_token_count(RATE))
+    decoder = operations_of(model, rows.token_counts, nothing).sum()
+    encoder = operations_of(model, nothing, samples).sum()
+    again = 0.0
+    if (every := plan.blocks) is not None:
+        left = 1 - plan.kept.decoder / every.decoder, 1 - plan.kept.encoder / every.encoder
+        again = (decoder * left[0] + encoder * left[1]) / (decoder + encoder)
+    wide = replace(options, gradient_checkpointing=False)
+    activations = plan_of(model.config, rows, wide, dtype, torch.device(DEVICE)).activations
+    matrices = matrix_bytes(token, patch, options.quantization or "bfloat16")
+    return Work(decoder + encoder, *matrices, activations, plan.trained), again
 
 
 def quantise_dry(model: Any, dtype: torch.dtype) -> None:
