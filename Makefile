@@ -87,7 +87,7 @@ $(SERVING_STAMP): pyproject.toml benchmarks/serving_requirements.py
 	$(SERVING)/bin/python -m pip install --quiet --editable .
 	touch $@
 
-# Our own engine against vLLM, row by row; about a quarter of an hour, and 3.5 GB.
+# Our own engine against vLLM, row by row; about half an hour, and 4 GB.
 serving: $(SERVING_STAMP)
 	$(SERVING)/bin/python -m benchmarks.serving
 

@@ -6,6 +6,7 @@ the same in float32, and in bfloat16 as many are right as with our own engine.
 
 import base64
 import csv
+import os
 import subprocess
 import sys
 import tempfile
@@ -145,16 +146,13 @@ def column(file: Path) -> tuple[str, ...]:
 
 @contextmanager
 def served(base: Path, **adapters: Path) -> Iterator[str]:
-    """Run vLLM's server with adapters by name for the context, and give its address."""
-    address = f"http://127.0.0.1:{PORT}"
-    modules = [f"{name}={folder}" for name, folder in adapters.items()]
-    words = [
-        "--model", str(base), "--dtype", "float32", "--host", "127.0.0.1", "--port", str(PORT),
-        "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "16", "--enable-lora",
-        "--max-lora-rank", "32", "--enable-tower-connector-lora", "--kv-cache-memory-bytes", str(2**30),
-        "--lora-modules", *modules,
-    ]  # fmt: skip
-    server = subprocess.Popen([sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words])
+    """Run `serve --engine vllm` with adapters by name for the context, and give its address."""
+    address, memory = f"http://127.0.0.1:{PORT}", {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    words = ["serve", base, "--engine", "vllm", "--bf16", "false", "--port", PORT, "--batch-size", 16]
+    words += [word for name, folder in adapters.items() for word in ("--adapter", f"{name}={folder}")]
+    # vLLM takes the place of this process.
+    program = [sys.executable, "-m", "mdl_toolkit", *map(str, words)]
+    server = subprocess.Popen(program, env={**os.environ, **memory})
     try:
         while server.poll() is None:
             with suppress(httpx.TransportError):
