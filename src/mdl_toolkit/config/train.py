@@ -18,6 +18,7 @@ from mdl_toolkit.config.types import (
     COUNT,
     DATASETS,
     LEARNING_RATES,
+    LORA_VARIANTS,
     LR_SCHEDULERS,
     NAME,
     NOT_NEGATIVE,
@@ -84,7 +85,7 @@ class TrainOptions(ConversionOptions):
         None,
         TRAINING,
         "Go on from this adapter (a folder written by train, a checkpoint, or any LoRA of PEFT for this "
-        "model): its weights are the start; rank, alpha, targets and base are taken from it.",
+        "model): its weights are the start; rank, alpha, variant, targets and base are taken from it.",
     )
     lora_rank: int = option(
         COUNT, 32, TRAINING, "Rank of the LoRA adapters; 8 to 16 for simple tasks, 32 or more for hard ones."
@@ -94,6 +95,13 @@ class TrainOptions(ConversionOptions):
     )
     lora_dropout: float = option(
         SHARE, 0.0, TRAINING, "Dropout rate of the LoRA adapters; above 0, steps take more time and memory."
+    )
+    lora_variant: str = option(
+        choice(*LORA_VARIANTS),
+        "lora",
+        TRAINING,
+        "LoRA or a relative, as in PEFT: rslora scales by alpha / sqrt(rank); dora also learns the length of "
+        "each row of the weights, and takes more time and memory.",
     )
     lora_plus_ratio: float = option(
         POSITIVE, 1.0, TRAINING, "LoRA+: the matrices B learn so many times as fast as A; 16 is usual there."

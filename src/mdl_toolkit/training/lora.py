@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mdl_toolkit.errors import ModelError
+from mdl_toolkit.errors import ModelError, UsageError
 from mdl_toolkit.weights.loading import quiet_peft
 
 LORA_TARGETS = {
@@ -46,6 +46,7 @@ def add_adapters(
     alpha: float,
     dropout: float,
     base_name: str,
+    variant: str = "lora",
     start: Path | None = None,
 ) -> tuple[Any, list[TargetCount]]:
     """Wrap a MiDashengLM in PEFT so that exactly the targets train.
@@ -57,6 +58,7 @@ def add_adapters(
         alpha: adapters are scaled by alpha / rank.
         dropout: on the adapters' input.
         base_name: recorded in the adapter, so that it finds its base again.
+        variant: that of `--lora-variant`.
         start: folder of an adapter whose modules, ranks and scales are taken in place of these; its weights
             are not loaded.
 
@@ -72,7 +74,7 @@ def add_adapters(
 
     check_targets(model, targets)
     tied = bool(model.config.tie_word_embeddings)  # type: ignore[union-attr]
-    config = adapter_config(targets, rank, alpha, tied=tied) if start is None else saved_config(start)
+    config = saved_config(start) if start else adapter_config(targets, rank, alpha, variant, tied=tied)
     config.lora_dropout, config.base_model_name_or_path = dropout, base_name
     config.ensure_weight_tying = tied and bool(config.modules_to_save)
     with quiet_peft():
@@ -86,7 +88,9 @@ def add_adapters(
     return peft_model, [count_target(peft_model, target, tied=tied) for target in targets]
 
 
-def adapter_config(targets: tuple[str, ...], rank: int, alpha: float, *, tied: bool) -> Any:
+def adapter_config(
+    targets: tuple[str, ...], rank: int, alpha: float, variant: str = "lora", *, tied: bool
+) -> Any:
     """Return PEFT's configuration of new adapters for targets; `tied` tells whether the embeddings are."""
     from peft import LoraConfig
     from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -102,7 +106,27 @@ def adapter_config(targets: tuple[str, ...], rank: int, alpha: float, *, tied: b
         lora_alpha=alpha,
         target_modules="|".join(patterns) or str(DUMMY_TARGET_MODULES),
         modules_to_save=full or None,
+        use_rslora=variant == "rslora",
+        use_dora=variant == "dora",
     )
+
+
+def check_variant(variant: str, quantization: str | None) -> None:
+    """Refuse a variant that does not go with quantised weights.
+
+    Raises:
+        UsageError: DoRA, with weights in 8 bits.
+    """
+    if variant == "dora" and quantization == "8bit":
+        raise UsageError(
+            "--lora-variant dora: PEFT cannot compute it over weights in 8 bits; take --quantization 4bit, "
+            "or rslora"
+        )
+
+
+def variant_of(config: Mapping[str, Any]) -> str:
+    """Return the word of `--lora-variant` for a saved configuration; with DoRA, whatever its scale."""
+    return "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
 
 
 def saved_config(adapter: Path) -> Any:

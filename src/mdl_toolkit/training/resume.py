@@ -266,11 +266,15 @@ def check_shape(folder: Path, before: dict[str, Any], options: TrainOptions) -> 
         options: the run's.
 
     Raises:
-        ModelError: `--lora-rank`, `--train-target` or `--optimizer` differs, or `--adapter` is left out.
+        ModelError: `--lora-rank`, `--lora-variant`, `--train-target` or `--optimizer` differs, or `--adapter`
+            is left out.
     """
     targets = before["train_target"]
     has_rank = LORA_TARGETS.keys() & {*targets}
     shape = [f"--lora-rank {before['lora_rank']}"] if before["lora_rank"] != options.lora_rank else []
+    # Older checkpoints do not say it.
+    if (variant := before.get("lora_variant", options.lora_variant)) != options.lora_variant:
+        shape.append(f"--lora-variant {variant}")
     shape = shape if has_rank else []
     if {*targets} != {*options.train_target}:
         shape += [f"--train-target {target}" for target in targets]

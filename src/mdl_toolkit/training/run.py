@@ -26,8 +26,8 @@ from mdl_toolkit.training.evaluator import Evaluator
 from mdl_toolkit.training.feature_cache import FeatureCache, check_frozen, sets_to_cache
 from mdl_toolkit.training.gradient_checkpointing import KeptBlocks
 from mdl_toolkit.training.log import Pace, RunLog
-from mdl_toolkit.training.lora import TargetCount, add_adapters
-from mdl_toolkit.training.memory.plan import plan_memory
+from mdl_toolkit.training.lora import TargetCount, add_adapters, check_variant
+from mdl_toolkit.training.memory.plan import plan_memory, stored_quantization
 from mdl_toolkit.training.memory.sharding import (
     check_sharding,
     load_to_shard,
@@ -130,6 +130,7 @@ def train(options: TrainOptions) -> TrainResult:
     options, start = take_over(options)
     check_frozen(options)
     check_sharding(options, options.quantization)
+    check_variant(options.lora_variant, options.quantization)
     check_warmup(options)
     check_tied_rates(options)
     warn_of_every_step(options)
@@ -191,6 +192,7 @@ def _prepare_and_run(options: TrainOptions, start: Path | None, world: World) ->
         else:
             base = base_of(start, from_modelscope=hub, name=name)
         check_sharding(options, quantized_by(base))
+        check_variant(options.lora_variant, stored_quantization(base))
         if world.is_first:
             world.wait()
         with explaining_memory(SHARDED_REMEDY if world.is_sharding else OOM_REMEDY):
@@ -327,6 +329,7 @@ def trainable_model(
         rank=options.lora_rank,
         alpha=options.lora_alpha,
         dropout=options.lora_dropout,
+        variant=options.lora_variant,
         base_name=recorded_name(options.model_name, base),
         start=start,
     )

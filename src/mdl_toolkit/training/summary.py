@@ -124,6 +124,8 @@ def say_recipe(options: TrainOptions, warmup: int) -> None:
         smoothing=options.label_smoothing,
         ratio=options.lora_plus_ratio,
     )
+    if options.lora_variant != "lora":
+        say("adapters: {variant}", variant=options.lora_variant)
 
 
 def warn_of_little(options: TrainOptions, schedule: Schedule, train_set: ConvertedDataset) -> None:

@@ -15,7 +15,7 @@ from mdl_toolkit.config.types import TRAIN_TARGETS
 from mdl_toolkit.config.yaml import from_mapping, word_of
 from mdl_toolkit.errors import ModelError, UsageError
 from mdl_toolkit.training.checkpoints import CHECKSUMS, damage
-from mdl_toolkit.training.lora import FULL_TARGETS, LORA_TARGETS, load_adapter, saved_config
+from mdl_toolkit.training.lora import FULL_TARGETS, LORA_TARGETS, load_adapter, saved_config, variant_of
 from mdl_toolkit.utils.console import say
 from mdl_toolkit.utils.machine import describe_oom
 from mdl_toolkit.weights.adapter import AdapterDelta, adapter_entries
@@ -69,6 +69,7 @@ def take_over(options: TrainOptions) -> tuple[TrainOptions, Path | None]:
     shape = {
         "lora_rank": config.get("r"),
         "lora_alpha": config.get("lora_alpha"),
+        "lora_variant": variant_of(config),
         "train_target": trained_targets(folder),
     }
     different = [name for name, value in shape.items() if not _is_same(getattr(options, name), value)]

@@ -28,7 +28,7 @@ _SETTINGS = (
 # Settings that are named where they are not the defaults.
 _RECIPE = (
     "max_steps", "warmup_ratio", "lr_scheduler", "optimizer", "weight_decay", "adam_beta2", "max_grad_norm",
-    "label_smoothing", "lora_plus_ratio",
+    "label_smoothing", "lora_plus_ratio", "lora_variant",
 )  # fmt: skip
 _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?\n)---\s*(?:\n|\Z)", re.DOTALL)
 # Prefixes of the decoder types that vLLM serves by itself.

@@ -80,7 +80,7 @@ def adapted(base, options, dtype, kept):
     model = load_model(base, dtype=dtype, device=CPU, quantization=options.quantization)
     wrapped, _ = add_adapters(
         model, options.train_target, rank=options.lora_rank, alpha=8.0, dropout=options.lora_dropout,
-        base_name="",
+        variant=options.lora_variant, base_name="",
     )  # fmt: skip
     if options.gradient_checkpointing:
         checkpoint_gradients(wrapped, kept)
@@ -107,6 +107,7 @@ STEPS = [
     ({"quantization": "4bit"}, BF16),
     ({"quantization": "8bit"}, F32),
     ({"lora_dropout": 0.1}, F32),
+    ({"lora_variant": "dora"}, F32), ({"lora_variant": "dora"}, BF16),
 ]  # fmt: skip
 
 

@@ -121,6 +121,7 @@ class ActivationEstimate:
         dim, hidden = audio.embed_dim, int(audio.embed_dim * audio.mlp_ratio)
         patch = self.number * (5 * dim + 2 * hidden)
         patch += self._copies(is_quantized=False) * (3 * dim + hidden)
+        patch += self._magnitudes * (5 * dim + hidden)
         return patches * patch + padded * self.number * 4 * dim
 
     @cached_property
@@ -151,6 +152,7 @@ class ActivationEstimate:
         head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         query, key = text.num_attention_heads * head, text.num_key_value_heads * head
         before = self._stream + self._inputs(text.hidden_size, 3 * text.hidden_size)
+        before += self._magnitudes * ("decoder" in self.gradients) * (query + 2 * key + text.hidden_size)
         attended = self.number * len(self.lengths) * int(self.lengths.max()) * 2 * (query + key)
         return int(self._tokens * (before + self._inputs(query, query) + self._after) + attended)
 
@@ -160,6 +162,7 @@ class ActivationEstimate:
         text = self.config.parts[1]
         wide, hidden = text.intermediate_size, text.hidden_size
         inputs = self._inputs(hidden, 2 * hidden) + self._inputs(wide, wide)
+        inputs += self._magnitudes * ("decoder" in self.gradients) * (2 * wide + hidden)
         return int(self._stream + self.number * 2 * wide + inputs)
 
     def _inputs(self, together: int, apart: int) -> int:
@@ -212,6 +215,11 @@ class ActivationEstimate:
             # The input and the mask of dropout.
             return self.number + (1 if self.on_gpu else FLOAT)
         return self.number if is_quantized and self.number < FLOAT else 0
+
+    @property
+    def _magnitudes(self) -> int:
+        """Return bytes that DoRA keeps for each number of a layer's output: the base's and the adapter's."""
+        return 2 * self.number * (self.options.lora_variant == "dora")
 
     @property
     def loss(self) -> int:

@@ -42,6 +42,8 @@ MOST_STEPS = 20_000
 # NF4 with double quantisation: a byte for every block of 64 numbers, a float32 for every 256 of those bytes,
 # and two tables and an offset per matrix. Equal to what bitsandbytes 0.50 allocates.
 BLOCK, BLOCKS, TABLES = 64, 256, 4 * (256 + 16 + 1)
+# Matrices of a weight's size that exist at once while DoRA computes norms.
+NORMS = 3
 # Of the memory that nothing needs: gradient checkpointing keeps activations in it. A GPU has no other use for
 # its memory, and where the prediction was too low all activations are computed again; not where weights are
 # sharded, as no process can compute again alone.
@@ -168,7 +170,7 @@ def plan_memory(
     ]
     total, free, held = FLOAT * sum(sizes), free_memory(device), widest * dtype.itemsize
     states = OptimizerConfig.of(options).state_bytes(sizes)
-    held += _cast_bytes(gradients, options, dtype, quantization)
+    held += _cast_bytes(gradients, options, dtype, quantization) + _norm_bytes(model, options)
     # With a gradient that is made anew.
     least = total + FLOAT * max(sizes)
     kept = NONE
@@ -189,6 +191,22 @@ def _cast_bytes(
         return 0
     targets = {*LORA_TARGETS} - ({"decoder"} if quantization else set())
     return sum(gradients.get(target, 0) for target in targets) // FLOAT * dtype.itemsize
+
+
+def _norm_bytes(model: Any, options: TrainOptions) -> int:
+    """Return the bytes of the float32 matrices by which DoRA computes the norms of the largest weight's rows.
+
+    PEFT makes one of the size of B A by multiplying the identity.
+    """
+    if options.lora_variant != "dora":
+        return 0
+    targets = [re.compile(LORA_TARGETS[each]) for each in options.train_target if each in LORA_TARGETS]
+    shapes = [
+        module.weight.shape
+        for name, module in model.named_modules()
+        if any(target.fullmatch(name.removeprefix("base_model.model.")) for target in targets)
+    ]
+    return FLOAT * max((wide * (wide + NORMS * high) for high, wide in shapes), default=0)
 
 
 def _blocks_to_keep(steps: list[ActivationEstimate], least: int, rest: int, share: float) -> KeptBlocks:
@@ -288,6 +306,7 @@ def _trained(model: Any, options: TrainOptions, start: Path | None) -> tuple[lis
             rank=options.lora_rank,
             alpha=options.lora_alpha,
             dropout=options.lora_dropout,
+            variant=options.lora_variant,
             base_name="",
             start=start,
         )
