@@ -58,6 +58,11 @@ def test_a_whole_model_is_served(program):
     assert values(words, "--host") == ["127.0.0.1"]
     assert (values(words, "--port"), values(words, "--max-num-seqs")) == (["9"], ["7"])
     assert json.loads(values(words, "--limit-mm-per-prompt")[0]) == {"audio": 1}
+    # Greedy, as our own server, whatever `generation_config.json` says.
+    assert json.loads(values(words, "--override-generation-config")[0]) == {
+        "max_new_tokens": 256, "temperature": 0, "top_p": 1, "top_k": -1, "min_p": 0, "repetition_penalty": 1,
+        "presence_penalty": 0, "frequency_penalty": 0,
+    }  # fmt: skip
     assert not {"--enable-lora", "--dtype", "--trust-remote-code"} & {*words}
     # A command line is read by everybody on the machine.
     assert token == "s3cret"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mdl_toolkit.config.serving import ServeOptions
 from mdl_toolkit.errors import ModelError, UsageError
+from mdl_toolkit.inference.server_engine import NEUTRAL
 from mdl_toolkit.weights.vllm_lora import read_vllm_lora
 
 # Options that only our own server heeds.
@@ -43,12 +44,14 @@ def vllm_command(options: ServeOptions, places: Mapping[str, tuple[Path, Path | 
     adapters = {name: (place, its_base) for name, (place, its_base) in places.items() if its_base is not None}
     whole = str(base or folder)
     names = [options.model_name] if base is None else [f"{options.model_name}-base"]
+    # Greedy if a request says nothing else, as our own server, whatever the model's configuration says.
+    sampling = {"temperature": 0, "top_p": 1, **NEUTRAL, "max_new_tokens": options.max_new_tokens}
     words = [
         *server_program(),
         whole,
         *("--served-model-name", *names, "--host", options.host, "--port", str(options.port)),
         *("--max-num-seqs", str(options.batch_size), "--limit-mm-per-prompt", json.dumps({"audio": 1})),
-        *("--override-generation-config", json.dumps({"max_new_tokens": options.max_new_tokens})),
+        *("--override-generation-config", json.dumps(sampling)),
     ]
     if options.bf16 is not None:
         words += ["--dtype", "bfloat16" if options.bf16 else "float32"]
