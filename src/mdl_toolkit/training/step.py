@@ -20,8 +20,10 @@ from mdl_toolkit.training.optimization.optimizer import (
     restore_state,
     saved_state,
 )
+from mdl_toolkit.training.optimization.row_shares import RowShares
 from mdl_toolkit.training.sampler import Indices
 from mdl_toolkit.utils.device import CPU
+from mdl_toolkit.utils.distributed import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -78,10 +80,13 @@ class ForwardPass:
 class TrainableState:
     """Hold the trainable parameters of a `PeftModel` and their optimizer."""
 
-    def __init__(self, model: Any, device: torch.device, config: OptimizerConfig = ADAMW) -> None:
+    def __init__(
+        self, model: Any, device: torch.device, config: OptimizerConfig = ADAMW, world: World = ALONE
+    ) -> None:
         self._model = model
         self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._optimizer = config.make(self._named, device)
+        self._shares = RowShares(self._named, config, world)
+        self._optimizer = config.make(self._shares.stepped, device)
         self._casts = AdapterCasts(model)
 
     @property
@@ -102,7 +107,9 @@ class TrainableState:
         """Make an optimizer step at a share of the learning rates, and drop the gradients."""
         for group in self._optimizer.param_groups:
             group["lr"] = group[FULL_RATE] * share
+        self._shares.take_gradients()
         self._optimizer.step()
+        self._shares.spread()
         self._casts.refresh()
         self.drop_gradients()
 
@@ -113,7 +120,13 @@ class TrainableState:
 
     def drop_gradients(self) -> None:
         """Drop the gradients, and free their memory."""
-        self._optimizer.zero_grad(set_to_none=True)
+        for parameter in self._named.values():
+            parameter.grad = None
+
+    @property
+    def is_divided(self) -> bool:
+        """Tell whether processes hold shares of the optimizer's states, so that none can save them alone."""
+        return bool(self._shares)
 
     def save(self, folder: Path) -> None:
         """Write the adapter and full copies, as PEFT does."""
@@ -123,8 +136,11 @@ class TrainableState:
         (folder / "README.md").unlink(missing_ok=True)
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """Return the optimizer's tensors, named `PARAMETER/STATE`."""
-        return saved_state(self._optimizer, self._named)
+        """Return the optimizer's tensors, named `PARAMETER/STATE`.
+
+        Where they are divided, all processes call it, and the first one gets them whole.
+        """
+        return self._shares.gather(saved_state(self._optimizer, self._shares.stepped))
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Restore parameters and optimizer from a checkpoint.
@@ -133,6 +149,7 @@ class TrainableState:
             KeyError: the checkpoint has other parameters.
             ValueError: it is of another optimizer.
         """
-        restore_state(self._optimizer, self._named, checkpoint.optimizer())
+        states = self._shares.scatter(checkpoint.optimizer())
+        restore_state(self._optimizer, self._shares.stepped, states)
         load_adapter(self._model, checkpoint.adapter())
         self._casts.refresh()

@@ -90,7 +90,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.output = Path(self.options.output)
         optimizer = OptimizerConfig.of(self.options)
-        self.trainable = TrainableState(self.forward.model, self.forward.device, optimizer)
+        self.trainable = TrainableState(self.forward.model, self.forward.device, optimizer, self.world)
         if self.options.gradient_checkpointing:
             checkpoint_gradients(self.forward.model, self.kept)
         self.step = 0
@@ -227,16 +227,18 @@ class Trainer:
     def _leaving_a_checkpoint(self) -> Iterator[None]:
         """Save a checkpoint if this context fails, which has not touched the weights: no step is lost.
 
-        Nothing is deleted for it: the trouble may have begun in these steps.
+        Nothing is deleted for it: the trouble may have begun in these steps. Where processes hold shares of
+        the optimizer's states, none can save alone, and the steps since the last checkpoint are lost.
         """
         try:
             yield
         except Exception:
             is_there = self.step == 0 or checkpoint_of(self.output, self.step).exists()
-            if self.world.is_first and not is_there and self.trainable.is_finite:
+            can_save = self.world.is_first and not is_there and not self.trainable.is_divided
+            if can_save and self.trainable.is_finite:
                 # The first error is the one to tell.
                 with suppress(Exception):
-                    self._write()
+                    self._write(self.trainable.optimizer_state())
             raise
 
     def _accumulate(self, batches: Iterator[Batch]) -> Tensor:
@@ -298,16 +300,19 @@ class Trainer:
         Raises:
             ToolkitError: it is needed, and the disk does not take it.
         """
+        optimizer: dict[str, Tensor] = {}
+        if self.world.is_first or self.trainable.is_divided:
+            optimizer = self.trainable.optimizer_state()
         if not self.world.is_first:
             return
         try:
             try:
-                self._write()
+                self._write(optimizer)
             except OSError as problem:
                 # On a full disk, with one less of the checkpoints that may be deleted.
                 if problem.errno not in FULL or not self._delete_oldest(spared=1):
                     raise
-                self._write()
+                self._write(optimizer)
         except OSError as problem:
             if not is_needed:
                 self._warn_unsaved(problem)
@@ -319,13 +324,13 @@ class Trainer:
         self.best_saved = self.evaluator.best.step
         self._delete_oldest()
 
-    def _write(self) -> None:
-        """Write a checkpoint of this step."""
+    def _write(self, optimizer: dict[str, Tensor]) -> None:
+        """Write a checkpoint of this step, with the optimizer's states."""
         save(
             self.output,
             self.step,
             adapter=self.trainable.save,
-            optimizer=self.trainable.optimizer_state(),
+            optimizer=optimizer,
             state={
                 "sampling": identity_of(self.sampler),
                 **self.evaluator.state(),

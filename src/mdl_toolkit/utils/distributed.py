@@ -116,6 +116,12 @@ class World:
                 views = [part.view_as(each) for part, each in zip(parts, bucket, strict=True)]
                 torch._foreach_copy_(bucket, views)
 
+    def spread(self, parts: Sequence[Tensor]) -> None:
+        """Give all processes the parts of a tensor, one of each process, in place."""
+        with _peer_errors():
+            for rank, part in enumerate(parts):
+                distributed.broadcast(part, rank, group=self.devices or self.group)
+
     def any(self, is_so: bool) -> bool:
         """Tell whether something is so in this process; if none can compute alone, in any process."""
         return bool(self.sum(torch.tensor(float(is_so)))) if self.is_sharding else is_so
@@ -167,6 +173,10 @@ class World:
             PeerLostError: another process has ended.
         """
         self.sum(torch.zeros(1))
+
+
+# A process without others.
+ALONE = World()
 
 
 def _number_of(text: str) -> float:

@@ -27,6 +27,7 @@ from mdl_toolkit.training.memory.plan import GATHERED, plan_memory
 from mdl_toolkit.training.memory.sharding import blocks_of, shard_blocks
 from mdl_toolkit.training.run import train, trainable_model
 from mdl_toolkit.training.sampler import BatchSampler
+from mdl_toolkit.training.step import TrainableState
 from mdl_toolkit.utils.distributed import World
 from mdl_toolkit.utils.run_folder import read_log
 from tests.support.fleet import fleet, start_ranks
@@ -159,6 +160,14 @@ def test_all_stop_when_one_is_asked_to(place, tmp_path):
     assert checkpoints(tmp_path / "run")[-1].name == f"checkpoint-{steps[-1]}"
 
 
+def test_one_process_goes_on_from_what_two_saved(place, tmp_path):
+    """A checkpoint holds whole states, also of the full copy that each process updated half of."""
+    shutil.copytree(place / "two", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoint-4")
+    train(options_of(place, tmp_path / "run", gradient_accumulation_steps=4, resume_from_checkpoint=True))
+    check_follows(tmp_path / "run", place / "one")
+
+
 def test_one_process_has_nothing_to_share(place, tmp_path, capsys):
     options = options_of(place, tmp_path / "run", gradient_accumulation_steps=4, shard_weights=True)
     train(options)
@@ -214,6 +223,26 @@ def test_a_share_is_the_first_rows_of_the_weights_in_their_dtype(base, first_of_
         assert found.dtype == wanted.dtype
         assert "lora_A" in name or torch.equal(found, wanted), name
     assert count == sum(not p.requires_grad for block in blocks_of(whole) for p in block.parameters())
+
+
+def test_each_process_keeps_the_states_of_its_rows(base, first_of_four):
+    options = train_options(base, base, "run", train_target=("decoder", "lm_head"))
+    model = sharded(options, base, first_of_four)
+    trained = TrainableState(model, CPU, world=first_of_four)
+    step(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    trained.update(1.0)
+    rows = len(model.get_base_model().decoder.lm_head.weight)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_A" not in name:
+            changed = (parameter.detach() != before[name]).any(1).nonzero()
+            assert changed.numel() > 0
+            assert "lora" in name or changed.max() < rows / 4 + 1
+    states = trained.optimizer_state()
+    assert trained.is_divided
+    [head] = [name for name in states if "lm_head" in name and name.endswith("/exp_avg")]
+    assert states[head].shape == before[head.removesuffix("/exp_avg")].shape
+    assert states[head].any(1).nonzero().max() < rows / 4 + 1
 
 
 def test_the_plan_counts_shares_and_what_is_gathered(base, first_of_four):

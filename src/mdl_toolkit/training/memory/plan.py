@@ -24,7 +24,7 @@ from mdl_toolkit.model.configuration import MiDashengLMConfig
 from mdl_toolkit.training.gradient_checkpointing import NONE, KeptBlocks
 from mdl_toolkit.training.lora import FULL_TARGETS, LORA_TARGETS, add_adapters
 from mdl_toolkit.training.memory.activations import FLOAT, ActivationEstimate, Integers
-from mdl_toolkit.training.optimization.optimizer import OptimizerConfig
+from mdl_toolkit.training.optimization.optimizer import ADAMW, OptimizerConfig, target_of
 from mdl_toolkit.training.sampler import BatchSampler
 from mdl_toolkit.utils.console import size
 from mdl_toolkit.utils.device import CPU
@@ -159,8 +159,8 @@ def plan_memory(
     model = meta_model(base)
     quantization = options.quantization or stored_quantization(base)
     shares = sampler.processes if options.shard_weights else 1
-    weights, widest = _weights(model, dtype, quantization, shares)
-    sizes, gradients = _trained(model, options, start)
+    weights, widest = _weights(model, options, device, dtype, quantization, shares)
+    sizes, stepped, gradients = _trained(model, options, start, shares)
     settings = (model.config, options, dtype.itemsize, device != CPU, quantization, gradients)
     steps = [
         ActivationEstimate(
@@ -169,7 +169,7 @@ def plan_memory(
         for batch in largest_batches(sampler, samples)
     ]
     total, free, held = FLOAT * sum(sizes), free_memory(device), widest * dtype.itemsize
-    states = OptimizerConfig.of(options).state_bytes(sizes)
+    states = OptimizerConfig.of(options).state_bytes(stepped)
     held += _cast_bytes(gradients, options, dtype, quantization) + _norm_bytes(model, options)
     # With a gradient that is made anew.
     least = total + FLOAT * max(sizes)
@@ -267,13 +267,28 @@ def meta_model(base: Path) -> Any:
         raise ModelError("{base}: cannot be loaded: {reason}", base=base, reason=reason) from problem
 
 
-def _weights(model: Any, dtype: torch.dtype, quantization: str | None, shares: int) -> tuple[int, int]:
-    """Return bytes of all base weights in so many shares, and the numbers in the largest quantised matrix."""
+def _weights(
+    model: Any,
+    options: TrainOptions,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: str | None,
+    shares: int,
+) -> tuple[int, int]:
+    """Return bytes of a process's base weights, and the numbers in the largest quantised matrix."""
     # Statistics and frequencies keep their dtype.
     total, widest = sum(buffer.nbytes for buffer in model.buffers()), 0
     blocks: Counter[str] = Counter()
+    idle = set()
+    # What a full copy is a copy of stays on the host.
+    if shares > 1 and device != CPU and not model.config.tie_word_embeddings:
+        idle = {
+            f"{module}.weight" for target, module in FULL_TARGETS.items() if target in options.train_target
+        }
     linear = re.compile(LORA_TARGETS["decoder"] + r"\.weight")
     for name, tensor in model.named_parameters():
+        if name in idle:
+            continue
         form = "float32" if ".init_bn." in name else str(dtype).removeprefix("torch.")
         if quantization is not None and linear.fullmatch(name):
             form, widest = quantization, max(widest, tensor.numel())
@@ -297,8 +312,10 @@ def stored_size(tensor: torch.Tensor, form: str) -> int:
     return numbers * int(getattr(torch, form).itemsize)
 
 
-def _trained(model: Any, options: TrainOptions, start: Path | None) -> tuple[list[int], dict[str, int]]:
-    """Add the adapters; return the numbers in each trained tensor, and bytes of each target's gradients."""
+def _trained(
+    model: Any, options: TrainOptions, start: Path | None, shares: int
+) -> tuple[list[int], list[int], dict[str, int]]:
+    """Add adapters; return the numbers in each trained tensor, all and updated here, and bytes of gradients."""
     with torch.device("meta"):
         wrapped, counts = add_adapters(
             model,
@@ -316,7 +333,10 @@ def _trained(model: Any, options: TrainOptions, start: Path | None) -> tuple[lis
         tied = [gradients.pop(target) for target in FULL_TARGETS if target in gradients]
         if tied:
             gradients["lm_head"] = tied[0]
-    return [tensor.numel() for tensor in wrapped.parameters() if tensor.requires_grad], gradients
+    sizes = {name: each.numel() for name, each in wrapped.named_parameters() if each.requires_grad}
+    divided = FULL_TARGETS if options.optimizer == ADAMW.name else ()
+    stepped = [-(-n // shares) if target_of(name) in divided else n for name, n in sizes.items()]
+    return [*sizes.values()], stepped, gradients
 
 
 def _remedies(

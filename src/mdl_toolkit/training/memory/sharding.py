@@ -23,6 +23,9 @@ from mdl_toolkit.utils.distributed import World
 from mdl_toolkit.weights.loading import load_model
 from mdl_toolkit.weights.safetensors_stream import stored_dtype
 
+# A part of the names of weights beside which PEFT keeps a full copy that trains.
+ORIGINAL = ".original_module."
+
 
 def check_sharding(options: TrainOptions, quantization: str | None) -> None:
     """Refuse what does not go with weights that are sharded.
@@ -90,7 +93,9 @@ def shard_blocks(model: Any, world: World, device: torch.device, dtype: torch.dt
             if isinstance(parameter, DTensor):
                 continue
             own = parameter.dtype if parameter.requires_grad or ".init_bn." in name else dtype
-            parameter.data = parameter.data.to(device, own)
+            # What a full copy is a copy of is never computed; tied, it may be the head too.
+            is_idle = ORIGINAL in name and not model.config.tie_word_embeddings
+            parameter.data = parameter.data.to(CPU if is_idle else device, own)
             if parameter.requires_grad or part is model:
                 whole.add(parameter)
         fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
