@@ -315,7 +315,7 @@ def stored_size(tensor: torch.Tensor, form: str) -> int:
 def _trained(
     model: Any, options: TrainOptions, start: Path | None, shares: int
 ) -> tuple[list[int], list[int], dict[str, int]]:
-    """Add adapters; return the numbers in each trained tensor, all and updated here, and bytes of gradients."""
+    """Add adapters; return numbers in each trained tensor, all and updated here, and bytes of gradients."""
     with torch.device("meta"):
         wrapped, counts = add_adapters(
             model,
