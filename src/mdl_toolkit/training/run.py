@@ -319,7 +319,7 @@ def trainable_model(
     torch.manual_seed(options.seed)
     say_loading(base)
     if is_on_host:
-        model = load_to_shard(base, dtype)
+        model = load_to_shard(base, options, dtype)
     else:
         model = load_model(base, dtype=dtype, device=device, quantization=options.quantization)
     model.label_smoothing = options.label_smoothing

@@ -111,11 +111,11 @@ def test_each_process_holds_its_share_of_the_blocks(place):
 
 
 def test_four_processes_of_which_some_have_no_rows_follow_one(place, tmp_path):
-    """With features from the cache; of the last row three processes have nothing."""
+    """With DoRA, and features from the cache; of the last row three processes have nothing."""
     shutil.copy(place / "eval.csv", tmp_path)
     make_csv(tmp_path, 9)
     changes = {
-        "train_target": ("decoder", "lm_head"), "cache_audio_features": True,
+        "train_target": ("decoder", "lm_head"), "cache_audio_features": True, "lora_variant": "dora",
         "gradient_accumulation_steps": 1, "gradient_checkpointing": False,
     }  # fmt: skip
     train(options_of(tmp_path, tmp_path / "one", **{**changes, "gradient_accumulation_steps": 4}))
