@@ -180,6 +180,7 @@ SPELLINGS: dict[str, tuple[Accepted, list[str]]] = {
     "check --max-length": (COUNTS_OR_NULL, NO_COUNTS_NOR_NULL),
     "--for-inference": (YES_NO, NO_BOOLEANS),
     "--train-config": (PATHS_OR_NULL, [""]),
+    "--cut": ({**POSITIVES, "null": None}, [word for word in NO_POSITIVES if word != "null"]),
     "--write-fixed": (PATHS_OR_NULL, ["", "-"]),
     "--json": (
         {

@@ -180,6 +180,13 @@ class CheckOptions(ConversionOptions):
         CHECKING,
         "Write the first CSV to this file without the rows that cannot be used, otherwise byte for byte.",
     )
+    cut: float | None = option(
+        POSITIVE,
+        None,
+        CHECKING,
+        "With --write-fixed: put equal parts, by `start` and `end`, in the place of rows that are longer "
+        "than so many seconds; for labels that hold for each part, never for transcripts.",
+    )
     json: bool | str | None = option(
         JSON,
         None,

@@ -8,7 +8,7 @@ import csv
 import io
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, time
@@ -296,6 +296,30 @@ def write_csv(target: BinaryIO, form: CsvFormat) -> Iterator[Any]:
     yield csv.writer(SimpleNamespace(write=write))
     text.flush()
     text.detach()
+
+
+def write_rows(
+    writer: Any,
+    columns: Sequence[str],
+    new: Iterable[str],
+    rows: Iterable[tuple[Sequence[str], Mapping[str, str]]],
+) -> None:
+    """Write rows of a file under its column names and new ones, which come last.
+
+    Args:
+        writer: writes a row.
+        columns: of the file.
+        new: names of new columns; one that the file has stays where it is.
+        rows: the cells of each, and by column those that replace them.
+    """
+    names = [*dict.fromkeys([*columns, *new])]
+    indices = {name: index for index, name in enumerate(names)}
+    writer.writerow(names)
+    for cells, others in rows:
+        line = [*cells, *[""] * (len(names) - len(columns))]
+        for name, cell in others.items():
+            line[indices[name]] = cell
+        writer.writerow(line)
 
 
 # --- cells ---------------------------------------------------------------------------------------------

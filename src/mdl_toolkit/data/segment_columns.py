@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from mdl_toolkit.audio.segments import WHOLE_RECORDING, Segment, SegmentError, read_channel
@@ -76,3 +77,33 @@ def segment_or_whole(cells: Mapping[str, str]) -> Segment:
     """Return the part of the recording that a row's cells name, by columns; all of it if they name none."""
     segment = read_segment(segment_cells(cells))
     return segment if isinstance(segment, Segment) else WHOLE_RECORDING
+
+
+@dataclass(frozen=True)
+class TimeColumns:
+    """Name the columns of a file for the times of segments.
+
+    Attributes:
+        names: by what they mean: the file's own, else `start` and `end`.
+        whole: new cells, by column, of a row that is not cut: beside a start, the length of a whole recording
+            would be taken for a segment's.
+    """
+
+    names: Mapping[str, str]
+    whole: Mapping[str, str]
+
+    @classmethod
+    def of(cls, written: Sequence[str], columns: Sequence[str]) -> "TimeColumns":
+        """Find the columns of a file, by their names as written and as understood."""
+        names = zip(written, columns, strict=True)
+        own = {SEGMENT_COLUMNS[name]: column for column, name in names if name in SEGMENT_COLUMNS}
+        own.pop(CHANNEL, None)
+        whole = {own[DURATION]: ""} if DURATION in own and START not in own else {}
+        return cls({START: START, END: END, **own}, whole)
+
+    def cells(self, start: float, end: float) -> dict[str, str]:
+        """Return the cells of a segment, in seconds to a millisecond without needless zeros: 62.5."""
+        times = {START: start, END: end, DURATION: end - start}
+        return {
+            column: f"{times[name]:.3f}".rstrip("0").removesuffix(".") for name, column in self.names.items()
+        }

@@ -10,9 +10,9 @@ from typing import Any, BinaryIO
 
 from mdl_toolkit.audio.segments import Segment
 from mdl_toolkit.config.inference import InferenceOptions
-from mdl_toolkit.data.csv_reader import write_csv
+from mdl_toolkit.data.csv_reader import write_csv, write_rows
 from mdl_toolkit.data.manifest import Manifest, Row
-from mdl_toolkit.data.segment_columns import CHANNEL, DURATION, END, SEGMENT_COLUMNS, START
+from mdl_toolkit.data.segment_columns import TimeColumns
 from mdl_toolkit.errors import InputError, UsageError
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.inference.journal import AnswerJournal
@@ -140,28 +140,16 @@ def lines_of(
         manifest: the input.
         options: the inference's.
     """
-    if not pieces:
-        return [dict.fromkeys(names, "")]
-    if len(pieces) == 1:
-        return [dict(zip(names, pieces[0].cells, strict=True))]
-    if options.join != LIST:
+    if len(pieces) > 1 and options.join != LIST:
         return [{names[0]: "".join(piece.cells[0] for piece in pieces).strip()}]
-    columns = time_columns(manifest)
-    lines = []
-    for piece in pieces:
-        times = {START: piece.start, END: piece.end, DURATION: piece.end - piece.start}
-        # To a millisecond, without needless zeros: 62.5.
-        shown = {columns[key]: f"{times[key]:.3f}".rstrip("0").removesuffix(".") for key in columns}
-        lines.append({**dict(zip(names, piece.cells, strict=True)), **shown})
-    return lines
-
-
-def time_columns(manifest: Manifest) -> dict[str, str]:
-    """Return the columns that name a window, by their meaning: the input's, else `start` and `end`."""
-    written = zip(manifest.file.columns, manifest.columns, strict=True)
-    columns = {SEGMENT_COLUMNS[name]: column for column, name in written if name in SEGMENT_COLUMNS}
-    columns.pop(CHANNEL, None)
-    return {START: START, END: END, **columns}
+    columns = TimeColumns.of(manifest.file.columns, manifest.columns)
+    if len(pieces) > 1:
+        return [
+            {**dict(zip(names, piece.cells, strict=True)), **columns.cells(piece.start, piece.end)}
+            for piece in pieces
+        ]
+    cells = pieces[0].cells if pieces else [""] * len(names)
+    return [{**dict(zip(names, cells, strict=True)), **(columns.whole if options.join == LIST else {})}]
 
 
 def write_table(
@@ -178,8 +166,6 @@ def write_table(
     Raises:
         InputError: it cannot be written.
     """
-    columns = manifest.file.columns
-    names = [*dict.fromkeys([*columns, *new])]
     with (
         report_write_errors(f"--output {output}", InputError),
         replace_file(output, "predictions") as work,
@@ -188,12 +174,7 @@ def write_table(
         if is_workbook(output)
         else write_csv(file, manifest.file.format) as writer,
     ):
-        writer.writerow(names)
-        for row, cells in rows:
-            line = [*row.cells, *[""] * (len(names) - len(columns))]
-            for name, cell in cells.items():
-                line[names.index(name)] = cell
-            writer.writerow(line)
+        write_rows(writer, manifest.file.columns, new, ((row.cells, cells) for row, cells in rows))
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from mdl_toolkit.data.csv_reader import file_stamp
 from mdl_toolkit.data.listing import is_listing, list_recordings, write_listing
 from mdl_toolkit.data.manifest import Manifest, Row, read_manifest
 from mdl_toolkit.data.prefetch import Prefetcher
+from mdl_toolkit.data.segment_columns import TimeColumns
 from mdl_toolkit.data.tokenization import ChatTokenizer
 from mdl_toolkit.errors import InputError, ModelError
 from mdl_toolkit.i18n import Localized
@@ -38,7 +39,6 @@ from mdl_toolkit.inference.output import (
     check_single_recording,
     is_subtitles,
     lines_of,
-    time_columns,
     write_subtitles,
     write_table,
 )
@@ -305,7 +305,7 @@ class _Inference:
         choices = self.choices
         names = ["prediction"] if choices is None else answer_columns(len(choices), options.top_k)
         more = [REFERENCE] * options.keep_reference + [ERROR] * (options.on_error == KEEP)
-        times = time_columns(manifest).values() if options.join == LIST else ()
+        times = TimeColumns.of(manifest.file.columns, manifest.columns).names if options.join == LIST else {}
         problems = {} if inputs is None else inputs.problems
         answered = () if inputs is None else answered_rows(inputs, parts, self.journal.answers(), options)
         predictions: list[str] = []
@@ -323,7 +323,7 @@ class _Inference:
             predictions = [piece.cells[0].strip() for piece in pieces]
             write_subtitles(output, pieces)
         else:
-            write_table(output, manifest, [*names, *times, *more], rows())
+            write_table(output, manifest, [*names, *times.values(), *more], rows())
         with (
             report_write_errors(f"--output {output}", InputError),
             replace_file(output.with_name(f"{output.name}.{SETTINGS_FILE}"), "predictions") as work,

@@ -2,6 +2,8 @@
 
 # Hz, of the audio that the model takes.
 SAMPLE_RATE = 16_000
+# Seconds of the longest recordings that the authors of the published models give figures for.
+MEASURED_SECONDS = 30
 # The label of a token that is not supervised; cross entropy skips it, in transformers' models too.
 IGNORE_INDEX = -100
 # Logits that exist at once: 2**26 float32 are 256 MiB, or those of 441 tokens in a vocabulary of 152,064.

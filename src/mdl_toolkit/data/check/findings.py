@@ -21,6 +21,7 @@ from mdl_toolkit.data.check.copies import find_copies
 from mdl_toolkit.data.check.rows import FACTS, FLAGS, Facts, Inspected, digest, prompt_texts
 from mdl_toolkit.data.manifest import Manifest, Row
 from mdl_toolkit.errors import Problems, RowProblem
+from mdl_toolkit.model.constants import MEASURED_SECONDS
 from mdl_toolkit.model.lengths import audio_token_count
 
 # Lines that are named of a finding.
@@ -127,12 +128,14 @@ class Findings:
             findings += finding(name, rows["line"], shares)
         is_long = tokens > (max_length or np.inf)
         findings += finding("too_long", facts["line"][is_long], tokens[is_long])
+        long = facts[facts["samples"] > MEASURED_SECONDS * SAMPLE_RATE]
+        findings += finding("long", long["line"], np.round(long["samples"] / SAMPLE_RATE, 1))
         findings += _repeated(facts)
         findings += finding("copy", *find_copies(facts))
         if self.role != "inference":
             figures["answers"], unbalanced = self._class_balance(facts)
             findings += unbalanced
-            if not _are_texts(facts):
+            if not are_texts(facts):
                 findings += self._near_answers(facts)
         if trained is not None:
             findings += _leaks(facts, trained)
@@ -279,12 +282,12 @@ def _leaks(facts: Facts, trained: Facts) -> list[Figures]:
         for names in (("clip",), ("clip", "prompt", "answer"))
     )
     answer_line = _line_of(facts["answer"], trained["answer"], trained["line"])
-    are_texts = _are_texts(trained)
+    are_transcripts = are_texts(trained)
     overlap_line, recording_line = _shared_recordings(facts, trained)
     overlaps = (overlap_line > 0) & (clip_line == 0)
     shares = (recording_line > 0) & (overlap_line == 0) & (clip_line == 0)
     is_leak, has_other_text = same_line > 0, (clip_line > 0) & (same_line == 0)
-    has_same_answer = (answer_line > 0) & (clip_line == 0) & are_texts
+    has_same_answer = (answer_line > 0) & (clip_line == 0) & are_transcripts
     lines = facts["line"]
     return [
         *finding("leak", lines[is_leak], same_line[is_leak]),
@@ -292,12 +295,12 @@ def _leaks(facts: Facts, trained: Facts) -> list[Figures]:
         *finding("leak_overlap", lines[overlaps], overlap_line[overlaps]),
         *finding("same_recording", lines[shares], recording_line[shares]),
         *finding("same_text", lines[has_same_answer], answer_line[has_same_answer]),
-        *finding("unseen_answer", lines[(answer_line == 0) & (not are_texts)]),
+        *finding("unseen_answer", lines[(answer_line == 0) & (not are_transcripts)]),
         *finding("leak_copy", *find_copies(facts, trained)),
     ]
 
 
-def _are_texts(facts: Facts) -> bool:
+def are_texts(facts: Facts) -> bool:
     """Tell whether answers are texts rather than classes: more than half of them are different."""
     return 2 * len(np.unique(facts["answer"])) > len(facts)
 

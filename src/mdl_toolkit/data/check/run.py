@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 from mdl_toolkit import __version__
 from mdl_toolkit.audio.download_cache import Downloads
 from mdl_toolkit.config.data import CheckOptions, ConversionOptions
-from mdl_toolkit.config.yaml import SETTINGS_FILE, from_mapping, read_settings, to_yaml
+from mdl_toolkit.config.yaml import from_mapping, read_settings
 from mdl_toolkit.data.chat_template import messages_of
 from mdl_toolkit.data.check.findings import Figures, Findings
+from mdl_toolkit.data.check.fixed import write_fixed
 from mdl_toolkit.data.check.rows import Facts, Inspection
 from mdl_toolkit.data.check.text import report_lines
 from mdl_toolkit.data.convert.plan import TOGETHER_BYTES, expected_bytes
@@ -26,7 +27,7 @@ from mdl_toolkit.data.convert.run import FEW_ROWS
 from mdl_toolkit.data.manifest import Manifest, Row, read_manifest
 from mdl_toolkit.data.open_audio import Recordings
 from mdl_toolkit.data.tokenization import ChatTokenizer, prefix_sample
-from mdl_toolkit.errors import InputError, ModelError
+from mdl_toolkit.errors import InputError, ModelError, UsageError
 from mdl_toolkit.i18n import Localized, Verbatim, join_messages
 from mdl_toolkit.utils.console import progress, warn
 from mdl_toolkit.utils.files import check_apart, check_file, replace_file, report_write_errors
@@ -100,8 +101,14 @@ def _outputs(options: CheckOptions) -> dict[str, Path]:
     """Return the files that are to be written, by option.
 
     Raises:
+        UsageError: `--cut` has nothing to act on.
         InputError: one of them must not be written.
     """
+    if options.cut is not None and (options.write_fixed is None or options.for_inference):
+        raise UsageError(
+            "--cut is for rows to train on, and acts on what --write-fixed writes; long recordings are "
+            "answered by `inference --window`"
+        )
     named = (("--write-fixed", options.write_fixed), ("--json", options.json))
     outputs = {name: Path(path) for name, path in named if isinstance(path, str)}
     for name, output in outputs.items():
@@ -239,7 +246,7 @@ def _report(figures: Figures, manifest: Manifest, findings: Findings, options: C
         InputError: a file cannot be written; or something would stop a training or inference.
     """
     if options.write_fixed is not None:
-        figures["fixed"] = _write_fixed(Path(options.write_fixed), manifest, findings, options)
+        figures["fixed"] = write_fixed(Path(options.write_fixed), manifest, findings, options)
     if options.json is not None and options.json is not False:
         text = json.dumps(figures, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
         # Names of files need not be text; JSON escapes such bytes as Python does.
@@ -262,21 +269,12 @@ def _report(figures: Figures, manifest: Manifest, findings: Findings, options: C
     ]
     if problem := (figures["training"] or {}).get("problem"):
         reasons.append(Verbatim(**problem))
+    if (figures["fixed"] or {}).get("uncut"):
+        reasons.append(
+            Localized(
+                "--cut: no row was cut, as most answers are different, like transcripts, whose words belong "
+                "to their seconds; give each part its own row with `start` and `end`"
+            )
+        )
     if reasons:
         raise InputError(join_messages(reasons, "{left}; {right}"))
-
-
-def _write_fixed(output: Path, manifest: Manifest, findings: Findings, options: CheckOptions) -> Figures:
-    """Write a CSV without the rows that cannot be used, if any is left, and the options beside it.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    bad_lines = set(findings.bad_lines)
-    if findings.rows:
-        with report_write_errors(f"--write-fixed {output}", InputError):
-            with replace_file(output, "rows") as work, work.open("wb") as file:
-                manifest.file.copy_rows(file, lambda line: line not in bad_lines)
-            with replace_file(output.with_name(f"{output.name}.{SETTINGS_FILE}"), "rows") as work:
-                work.write_text(to_yaml(options), encoding="utf-8")
-    return {"path": str(output), "rows": findings.rows, "left_out": len(bad_lines)}

@@ -42,6 +42,7 @@ FINDINGS = {
     "space_answer": Localized("white space around the answer"),
     "space_prompt": Localized("white space around a prompt"),
     "too_long": Localized("longer than --max-length (its length)"),
+    "long": Localized("longer than 30 s, the longest that the model's authors give figures for (its length)"),
     "duplicate": Localized("recording, prompt and answer of an earlier row again"),
     "other_prompt": Localized("recording of an earlier row under another prompt"),
     "contradiction": Localized(
@@ -59,7 +60,7 @@ FINDINGS = {
     "near_prompts": Localized("prompts that differ in one letter"),
 }
 # The detail of a row behind its line; by default, another line.
-DETAILS = {"clipped": " ({:.1%})", "too_long": " ({})"}
+DETAILS = {"clipped": " ({:.1%})", "too_long": " ({})", "long": " ({:g} s)"}
 OTHER_LINE = " (= {})"
 
 
@@ -87,6 +88,10 @@ def report_lines(figures: Figures, *, coloured: bool) -> Iterator[Localized]:
     if fixed := figures["fixed"]:
         if fixed["rows"]:
             yield Localized("{path}: {rows:,} {rows:row|rows} written, {left_out:,} left out", **fixed)
+            if fixed.get("cut"):
+                yield Localized(
+                    "  {cut:,} {cut:row|rows} cut into parts: see that each has what its label says", **fixed
+                )
         else:
             yield Localized("{path}: not written, as no row can be used", path=fixed["path"])
 

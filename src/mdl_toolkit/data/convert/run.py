@@ -24,7 +24,7 @@ from mdl_toolkit.audio.urls import is_url
 from mdl_toolkit.config.data import ConversionOptions, ConvertOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, to_yaml
 from mdl_toolkit.data.convert.plan import Plan, make_plan, read_shards
-from mdl_toolkit.data.convert.stats import ConversionStats, say_summary, warn_of_clips
+from mdl_toolkit.data.convert.stats import ConversionStats, say_summary, warn_of_clips, warn_of_long_clips
 from mdl_toolkit.data.convert.work_folder import WorkFolder
 from mdl_toolkit.data.convert.worker import ShardConverter, ShardJob, ShardProgress
 from mdl_toolkit.data.dataset import FORMAT, ConvertedDataset, Record
@@ -210,6 +210,9 @@ class _Conversion:
                 (self.work.dataset / name).write_text(text, encoding="utf-8")
         self.work.finish()
         warn_of_clips(stats, is_list=self.manifest.listed is not None)
+        # Of what is to be answered, inference has its own way.
+        if self.with_answer:
+            warn_of_long_clips(stats)
         return record
 
     def _convert(self, wanted: set[int]) -> None:

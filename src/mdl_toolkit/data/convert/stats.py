@@ -13,12 +13,16 @@ from mdl_toolkit.config.data import ConversionOptions
 from mdl_toolkit.data.dataset import Record
 from mdl_toolkit.data.manifest import Row
 from mdl_toolkit.errors import Problems, RowProblem
+from mdl_toolkit.i18n import Localized
+from mdl_toolkit.model.constants import MEASURED_SECONDS
 from mdl_toolkit.utils.console import say, warn
 from mdl_toolkit.weights.provenance import Prompts
 from mdl_toolkit.weights.tokenizer_files import TokenizerFiles
 
 PCM_BYTES = 2  # a 16-bit sample
+MOST_LONG = 10  # long clips that are named
 DIFFERENT = 2  # prompts: as many as it takes to know that they are not all the same
+LISTS = ("truncated", "long", "problems")
 
 
 @dataclass
@@ -39,6 +43,7 @@ class ConversionStats:
         clipped: clips that were recorded too loud.
         cancelled: clips that are silent because their channels cancel each other out.
         truncated: clips that are shorter than their files promise.
+        long: clips that are longer than the authors of the model measured with.
         problems: rows that cannot be used.
         bytes: on disk.
         crc32: checksum of one shard; not for several.
@@ -57,6 +62,7 @@ class ConversionStats:
     clipped: int = 0
     cancelled: int = 0
     truncated: Problems = field(default_factory=Problems)
+    long: Problems = field(default_factory=lambda: Problems(most=MOST_LONG))
     problems: Problems = field(default_factory=Problems)
     bytes: int = 0
     crc32: int = 0
@@ -70,6 +76,9 @@ class ConversionStats:
         )  # fmt: skip
         if clip.truncated is not None:
             one.truncated.add(RowProblem(row.line, "audio", row.shown, clip.truncated))
+        if length > MEASURED_SECONDS * SAMPLE_RATE:
+            seconds = Localized("{seconds:.0f} s", seconds=length / SAMPLE_RATE)
+            one.long.add(RowProblem(row.line, "audio", row.shown, seconds))
         self.merge(one)
 
     def merge(self, other: "ConversionStats") -> None:
@@ -84,6 +93,7 @@ class ConversionStats:
             both = dict.fromkeys([*getattr(self, name), *getattr(other, name)])
             setattr(self, name, [*both][:DIFFERENT])
         self.truncated.merge(other.truncated)
+        self.long.merge(other.long)
         self.problems.merge(other.problems)
 
     def record(self, files: TokenizerFiles, options: ConversionOptions) -> Record:
@@ -127,7 +137,7 @@ class ConversionStats:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values that `from_json` understands."""
-        return {**asdict(self), "truncated": self.truncated.to_json(), "problems": self.problems.to_json()}
+        return {**asdict(self), **{name: getattr(self, name).to_json() for name in LISTS}}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "ConversionStats":
@@ -139,7 +149,7 @@ class ConversionStats:
         positions = {int(length): int(rows) for length, rows in values["positions"].items()}
         lists = {
             name: Problems(**{**each, "first": [*map(RowProblem.from_json, each["first"])]})
-            for name in ("truncated", "problems")
+            for name in LISTS
             for each in (values[name],)
         }
         return cls(**{**values, "positions": positions, **lists})
@@ -184,6 +194,19 @@ def warn_of_clips(stats: ConversionStats, *, is_list: bool = False) -> None:
         )
     if stats.clipped:
         warn("{clipped} {clipped:clip is|clips are} clipped (recorded too loud)", clipped=stats.clipped)
+
+
+def warn_of_long_clips(stats: ConversionStats) -> None:
+    """Say which clips are longer than those that the authors of the model measured with."""
+    if count := stats.long.count:
+        lines = [f"{each.line} ({each.reason})" for each in stats.long.first]
+        warn(
+            "{count:,} {count:row is|rows are} longer than {seconds} s, the longest that the model's authors "
+            "give figures for: line {lines}; `check --cut` cuts them where a label holds for each part",
+            count=count,
+            seconds=MEASURED_SECONDS,
+            lines=", ".join(lines) + ", ..." * (count > len(lines)),
+        )
 
 
 def say_summary(output: Path, record: Record) -> None:
