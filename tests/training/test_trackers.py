@@ -17,6 +17,7 @@ from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.config.yaml import as_command
 from mdl_toolkit.errors import InputError, ToolkitError
 from mdl_toolkit.training.run import train
+from mdl_toolkit.training.step import ForwardPass
 from mdl_toolkit.training.trackers import Trackers, check_trackers
 from mdl_toolkit.utils.run_folder import read_log
 from tests.support.fleet import fleet, slow_steps, start_ranks
@@ -176,6 +177,18 @@ def test_null_reports_to_nobody(tmp_path, names):
     options = TrainOptions(train_dataset="d", output=str(tmp_path), report_to=names)
     assert options.report_to in ((), ("none",))
     check_trackers(options.report_to)
+
+
+def test_a_tracker_is_told_also_of_a_run_that_fails(options, monkeypatch):
+    """Otherwise it would show it as running, or as crashed."""
+    from transformers.integrations import TensorBoardCallback
+
+    told = []
+    monkeypatch.setattr(TensorBoardCallback, "on_train_end", lambda *_, **__: told.append("end"))
+    monkeypatch.setattr(ForwardPass, "loss", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(options)
+    assert told == ["end"]
 
 
 @pytest.mark.parametrize("names", [(), ("none",)])

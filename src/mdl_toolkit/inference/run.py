@@ -75,6 +75,8 @@ CHANGEABLE = frozenset(
         "keep_reference", "join",
     }
 )  # fmt: skip
+# Suffixes of the files of a model that answers depend on.
+READ_OF_MODELS = {".safetensors", ".json", ".jinja", ".txt", ".model"}
 # Options that name content: the fingerprint covers the content, so that no spelling of a path matters.
 BY_CONTENT = frozenset(
     {
@@ -253,7 +255,8 @@ class _Inference:
         rows = [hashlib.sha256(array.tobytes()).hexdigest() for array in arrays]
         weights = []
         for folder in filter(None, folders):
-            files = (file for file in sorted(folder.iterdir()) if file.is_file())
+            # A model card may change.
+            files = (file for file in sorted(folder.iterdir()) if file.suffix in READ_OF_MODELS)
             weights.append((fingerprint(folder), [(file.name, *file_stamp(file.stat())) for file in files]))
         content = [__version__, options, self.choices, plan, *rows, *weights]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()

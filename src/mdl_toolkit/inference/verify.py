@@ -6,7 +6,7 @@ both have chosen the same tokens, their logits are comparable; the verdict rests
 
 import gc
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,8 @@ from mdl_toolkit.errors import ModelError
 from mdl_toolkit.inference.generate import prompt_of
 from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.utils.console import say
-from mdl_toolkit.utils.device import best_device, empty_cache
+from mdl_toolkit.utils.device import CPU, best_device, empty_cache
+from mdl_toolkit.utils.machine import OOM_ERRORS, describe_oom
 from mdl_toolkit.weights.loading import load_model, with_adapter
 from mdl_toolkit.weights.provenance import Prompts
 from mdl_toolkit.weights.safetensors_stream import stored_dtype
@@ -94,11 +95,14 @@ def verify_merge(base: Path, adapter: Path, merged: Path, samples: Sequence[Samp
     device = best_device()
     measured = None
     measure = partial(_measure, base, adapter, merged, samples, tokenizer, dtype)
-    # After a quantised training the GPU may be too small.
-    with suppress(torch.OutOfMemoryError):
+    try:
         measured = measure(device)
+    # After a quantised training the GPU may be too small.
+    except OOM_ERRORS as problem:
+        if device == CPU or describe_oom(problem) is None:
+            raise
     # Here the error, which holds what the first attempt had loaded, is gone.
-    difference, largest, allowed = measured or measure(torch.device("cpu"))
+    difference, largest, allowed = measured or measure(CPU)
     figures = {
         "difference": f"{difference.logits:.2g}",
         "allowed": f"{allowed:.2g}",

@@ -10,6 +10,7 @@ from pathlib import Path
 from mdl_toolkit.config.serving import ServeOptions
 from mdl_toolkit.errors import ModelError, UsageError
 from mdl_toolkit.inference.server_engine import NEUTRAL
+from mdl_toolkit.weights.loading import choose_dtype
 from mdl_toolkit.weights.vllm_lora import read_vllm_lora
 
 # Options that only our own server heeds.
@@ -53,8 +54,8 @@ def vllm_command(options: ServeOptions, places: Mapping[str, tuple[Path, Path | 
         *("--max-num-seqs", str(options.batch_size), "--limit-mm-per-prompt", json.dumps({"audio": 1})),
         *("--override-generation-config", json.dumps(sampling)),
     ]
-    if options.bf16 is not None:
-        words += ["--dtype", "bfloat16" if options.bf16 else "float32"]
+    # Left to itself, vLLM takes a 16-bit dtype for weights in float32 too.
+    words += ["--dtype", str(choose_dtype(options.bf16)).removeprefix("torch.")]
     if adapters:
         read = [read_vllm_lora(*each) for each in adapters.values()]
         words += ["--enable-lora", "--max-loras", str(len(read)), "--max-lora-rank"]

@@ -5,7 +5,8 @@ Only the first process speaks and writes.
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,7 @@ class RunLog:
         self._examples, self._audio, self._waited, self._has_warned = 0, 0.0, 0.0, False
         self._lengths, self._operations = sampler.lengths, operations
         self._tokens, self._computed = 0, 0.0
+        self._has_evaluated = False
         self._began = self._mark = time.monotonic()
 
     def begin(self, step: int) -> None:
@@ -204,10 +206,13 @@ class RunLog:
         seconds = time.monotonic() - self._began
         return Pace(self._examples, self._audio, seconds, self._waited, self._tokens, self._computed)
 
-    def close(self, step: int) -> None:
-        """Tell the trackers that the run is over, after a step, and judge it if it was a short one."""
-        self._trackers.close()
-        self._watch.end(step)
+    @contextmanager
+    def telling_trackers(self) -> Iterator[None]:
+        """Tell the trackers at the end of the context that the run is over, however it ends."""
+        try:
+            yield
+        finally:
+            self._trackers.close()
 
     def _write(self, step: int, values: dict[str, Any]) -> None:
         """Write the line of a step or an evaluation; a disk that does not take it is warned of once."""
@@ -215,7 +220,10 @@ class RunLog:
             return
         line = _line({"step": step, **values})
         try:
-            lines = read_log(self._file) if "eval_loss" in values and self._file.exists() else []
+            # A run that goes on may make its first evaluation again.
+            may_repeat = "eval_loss" in values and not self._has_evaluated and self._file.exists()
+            self._has_evaluated |= "eval_loss" in values
+            lines = read_log(self._file) if may_repeat else []
             others = [each for each in lines if each["step"] != step or "eval_loss" not in each]
             if len(others) < len(lines):
                 write_text(self._file, "".join(map(_line, others)) + line)

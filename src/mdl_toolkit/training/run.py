@@ -57,7 +57,7 @@ from mdl_toolkit.training.trackers import Trackers, check_trackers
 from mdl_toolkit.training.trainer import Outcome, Trainer
 from mdl_toolkit.training.warm_start import load_start, say_start, take_over
 from mdl_toolkit.utils.console import is_first_process, progress, say
-from mdl_toolkit.utils.device import best_device, fast_float32, reset_peak_memory
+from mdl_toolkit.utils.device import best_device, fast_float32, peak_memory, reset_peak_memory
 from mdl_toolkit.utils.distributed import World, join_world
 from mdl_toolkit.utils.files import claim_folder, report_write_errors
 from mdl_toolkit.utils.launcher import warn_of_idle_gpus
@@ -85,6 +85,7 @@ from mdl_toolkit.weights.resolve import (
 OOM_REMEDY = Localized(
     "lower --batch-size and raise --gradient-accumulation-steps, or try --quantization 4bit"
 )
+PROOF_REMEDY = Localized("close other programs, or leave out the result's proof with --verify false")
 SHARDED_REMEDY = Localized(
     "lower --batch-size and raise --gradient-accumulation-steps, or start more processes"
 )
@@ -233,19 +234,21 @@ def _run(run: _RunPlan) -> TrainResult:
     say_memory(plan)
     reset_peak_memory(device)
     done, pace = _train(run, plan.kept, device, dtype)
+    most = peak_memory(device)
     # From here on the model that was trained is gone: what is written may be loaded to be verified.
     if run.world.is_first:
         try:
             raise_if_interrupted()
-            write_result(options, run.base, run.origin, done, train_set)
+            with explaining_memory(PROOF_REMEDY):
+                write_result(options, run.base, run.origin, done, train_set)
         except BaseException:
             say(
                 "every step is made and saved; to write the result: the same with "
-                "--resume-from-checkpoint true"
+                "--resume-from-checkpoint true (and --verify false, to leave out its proof)"
             )
             raise
         say_results(output, done.best.step, pace)
-        say_throughput(pace, device, plan.total, run.world.size)
+        say_throughput(pace, device, most, plan.total, run.world.size)
         plot(output)
         report_training(output)
     run.world.wait()
@@ -287,9 +290,9 @@ def _train(run: _RunPlan, kept: KeptBlocks, device: torch.device, dtype: torch.d
         run.converted.is_wanted = True
         log.begin(trainer.step)
         raise_if_interrupted()
-        with fast_float32(device):
+        with fast_float32(device), log.telling_trackers():
             done = trainer.run()
-        log.close(done.steps)
+        watch.end(done.steps)
         return done, log.pace
 
 

@@ -23,7 +23,7 @@ from mdl_toolkit.training.optimization.expectation import is_too_short, what_to_
 from mdl_toolkit.training.optimization.schedule import Schedule, due_steps
 from mdl_toolkit.training.sampler import BatchSampler, Mixture
 from mdl_toolkit.utils.console import clock, say, size, warn
-from mdl_toolkit.utils.device import device_name, peak_memory, peak_of
+from mdl_toolkit.utils.device import device_name, peak_of
 from mdl_toolkit.utils.run_folder import LOG, SmoothedLoss, read_log
 
 # Shown at the end: the last ones, and the best one.
@@ -225,16 +225,18 @@ def _say_evaluations(lines: list[dict[str, Any]], best: int | None) -> None:
                 say("{columns}", columns=columns)
 
 
-def say_throughput(pace: Pace, device: torch.device, planned: int, processes: int = 1) -> None:
+def say_throughput(
+    pace: Pace, device: torch.device, most: int | None, planned: int, processes: int = 1
+) -> None:
     """Say how well an accelerator was used, of what is known of it; nothing of a CPU.
 
     Args:
         pace: of the run, all processes together.
         device: of this process.
+        most: bytes that tensors took at once; None where nothing tells.
         planned: bytes that were predicted.
         processes: number of them, of which each has its device.
     """
-    most = peak_memory(device)
     if most is None or not pace.examples:
         return
     name, seconds = device_name(device), max(pace.seconds, 1e-9) * processes

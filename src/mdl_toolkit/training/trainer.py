@@ -7,6 +7,7 @@ the step, and all else that matters is in the checkpoint.
 
 import errno
 import math
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -232,13 +233,15 @@ class Trainer:
         """
         try:
             yield
-        except Exception:
+        except Exception as problem:
             is_there = self.step == 0 or checkpoint_of(self.output, self.step).exists()
-            can_save = self.world.is_first and not is_there and not self.trainable.is_divided
-            if can_save and self.trainable.is_finite:
-                # The first error is the one to tell.
+            if self.world.is_first and not is_there and not self.trainable.is_divided:
+                # The first error is the one to tell. What it holds of a device's memory is needed.
                 with suppress(Exception):
-                    self._write(self.trainable.optimizer_state())
+                    traceback.clear_frames(problem.__traceback__)
+                    self.trainable.drop_gradients()
+                    if self.trainable.is_finite:
+                        self._write(self.trainable.optimizer_state())
             raise
 
     def _accumulate(self, batches: Iterator[Batch]) -> Tensor:
@@ -248,7 +251,8 @@ class Trainer:
             self.sampler.batches(self.step, self.world.rank),
         )
         tokens = max(1, self.sampler.tokens(self.step))
-        made: Iterable[Batch] = (next(batches) for _ in wanted)
+        # Reading ahead has ended where memory ran out in it.
+        made: Iterable[Batch] = (next(batches, None) or self.loader.make(indices) for indices in wanted)
 
         def compute(most: int) -> Tensor:
             total = torch.zeros((), device=self.forward.device)
@@ -326,6 +330,7 @@ class Trainer:
 
     def _write(self, optimizer: dict[str, Tensor]) -> None:
         """Write a checkpoint of this step, with the optimizer's states."""
+        most = self.micro_batcher.most
         save(
             self.output,
             self.step,
@@ -336,7 +341,7 @@ class Trainer:
                 **self.evaluator.state(),
                 "losses": self.losses,
                 "since": self.since,
-                "most_rows": self.micro_batcher.most,
+                **({"most_rows": most} if most < self.options.batch_size else {}),
                 "memory": total_memory(self.forward.device),
             },
             settings=to_yaml(self.options),

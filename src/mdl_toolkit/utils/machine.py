@@ -13,11 +13,13 @@ if TYPE_CHECKING:
 
 MOST_WORKERS = 32
 CGROUP, PROC = Path("/sys/fs/cgroup"), Path("/proc")
-# Microseconds of CPU time per period of so many: version 2 and version 1 of cgroups.
-CPU_QUOTAS = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))
-# Files of a cgroup with its limit and its use, and the line of its memory.stat for files that can be dropped.
-VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-VERSION_2 = ("memory.max", "memory.current", "inactive_file")
+# By version of cgroups: files with microseconds of CPU time per period of so many; files with the limit of
+# memory and its use, and the line of memory.stat for files that can be dropped.
+CPU_FILES = {1: ("cpu.cfs_quota_us", "cpu.cfs_period_us"), 2: ("cpu.max",)}
+MEMORY_FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
+}
 
 # The kinds of errors that tell of a lack of memory, and parts of the texts of those that also tell of others.
 OOM_ERRORS = (RuntimeError, MemoryError)
@@ -33,10 +35,10 @@ def default_workers() -> int:
 def available_cpus() -> int:
     """Return the number of CPUs that this process may use, by affinity and cgroup quota."""
     counts = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
-    for files in CPU_QUOTAS:
+    for folder, version in _cgroups("cpu"):
         # There is no such file, or it holds the word `max`.
         with suppress(OSError, ValueError):
-            text = " ".join((CGROUP / file).read_text(encoding="ascii") for file in files)
+            text = " ".join((folder / file).read_text(encoding="ascii") for file in CPU_FILES[version])
             quota, period = map(int, text.split())
             if quota > 0:
                 counts.append(quota // period)
@@ -56,7 +58,8 @@ def free_memory(device: "torch.device") -> int | None:
         return None if found is None else found[0]
     free = []
     # The bytes that the limits of this process's cgroups and their parents leave, caches as free.
-    for folder, (limit, used, cached) in _cgroups():
+    for folder, version in _cgroups("memory"):
+        limit, used, cached = MEMORY_FILES[version]
         # There is no such file, or it holds the word `max`.
         with suppress(OSError, ValueError):
             most, now = (int((folder / file).read_text(encoding="ascii")) for file in (limit, used))
@@ -69,16 +72,16 @@ def free_memory(device: "torch.device") -> int | None:
     return min(free) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if free else None
 
 
-def _cgroups() -> Iterator[tuple[Path, tuple[str, str, str]]]:
-    """Yield folders with memory limits and the names of the files there, of both versions of cgroups."""
+def _cgroups(controller: str) -> Iterator[tuple[Path, int]]:
+    """Yield the folders of this process's cgroups and their parents for a controller, with the version."""
     with suppress(OSError):
         for line in (PROC / "self/cgroup").read_text(encoding="utf-8").splitlines():
             _, controllers, inside = line.split(":", 2)
             path = PurePosixPath(inside.lstrip("/"))
             if not controllers:
-                yield from ((CGROUP / each, VERSION_2) for each in (path, *path.parents))
-            elif "memory" in controllers.split(","):
-                yield from ((CGROUP / "memory" / each, VERSION_1) for each in (path, *path.parents))
+                yield from ((CGROUP / each, 2) for each in (path, *path.parents))
+            elif controller in controllers.split(","):
+                yield from ((CGROUP / controller / each, 1) for each in (path, *path.parents))
 
 
 def describe_oom(problem: BaseException) -> Localized | None:

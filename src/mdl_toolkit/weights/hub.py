@@ -112,7 +112,7 @@ def check_before_download(
 def not_found(name: str, message: Localized) -> ModelError:
     """Make the error for a name that is neither a folder nor a model on a hub."""
     return ModelError(
-        "model {name}: not a folder here, and {message}. Give a local folder with --model-name, set "
+        "model {name}: not a folder here, and {message}. Give a local folder, set "
         "HF_ENDPOINT to a mirror that can be reached, or use --from-modelscope true",
         name=name,
         message=message,

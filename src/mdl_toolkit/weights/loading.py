@@ -289,6 +289,14 @@ def base_of(adapter: Path, *, from_modelscope: bool, name: str | None = None, we
     if not weights:
         return folder
     if recorded is not None and recorded.fingerprint != (base := Base.of(folder, named)).fingerprint:
+        if name is None:
+            raise ModelError(
+                "{adapter}: it was trained on {base}, and {other} has other weights; `mdl-toolkit merge "
+                "{adapter} --model-name FOLDER` takes its own base from another place",
+                adapter=adapter,
+                base=recorded,
+                other=base,
+            )
         raise ModelError(
             "{adapter}: it was trained on {base}, and {other} has other weights; give its own base "
             "with --model-name",
