@@ -207,7 +207,7 @@ SPELLINGS: dict[str, tuple[Accepted, list[str]]] = {
     "serve --max-new-tokens": (COUNTS, NO_COUNTS),
     "--host": ({"0.0.0.0": "0.0.0.0", "::1": "::1", "null": "null"}, []),
     "--port": ({"0": 0, "8000": 8000, "65535": 65535}, ["-1", "65536", "1.5", "null", "x", ""]),
-    "--token": (TEXTS, ["\udce4"]),
+    "--token": ({"s3cret": "s3cret", "null": None}, ["", " a", "two words", "ключ", "\udce4"]),
     "--max-request-mb": (POSITIVES, NO_POSITIVES),
     "--max-audio-seconds": (POSITIVES, NO_POSITIVES),
     "FOLDER": (PATHS, [""]),
