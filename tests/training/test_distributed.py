@@ -23,7 +23,7 @@ from mdl_toolkit.training.run import train
 from mdl_toolkit.utils import distributed
 from mdl_toolkit.utils.distributed import PeerLostError, World
 from mdl_toolkit.utils.run_folder import read_log
-from tests.support.fleet import fleet, free_port, start_ranks
+from tests.support.fleet import fleet, free_port, nothing, start_ranks
 from tests.support.paths import MODEL
 from tests.support.processes import children, wait_for
 from tests.support.runs import STOPPING, files_below, make_csv, make_rows, train_options, write_csv
@@ -76,6 +76,26 @@ def figures(output):
     names = ("step", "loss", "grad_norm", "learning_rate", "rows", "eval_loss", "eval_tokens", "epoch")
     lines = read_log(output / "log.jsonl")
     return [{name: line[name] for name in names if name in line} for line in lines]
+
+
+def turn_singular_vectors():
+    """Decompose with other signs, as another library may."""
+    svd = torch.linalg.svd
+
+    def turned(*words, **more):
+        u, s, v = svd(*words, **more)
+        return -u, s, -v
+
+    torch.linalg.svd = turned
+
+
+def test_two_that_decompose_weights_differently_follow_one(place, tmp_path, start):
+    settings = {"lora_variant": "pissa", "train_target": ("encoder", "decoder")}
+    train(options_of(place, tmp_path / "one", gradient_accumulation_steps=4, **settings))
+    words = command(place, tmp_path / "two", **settings)
+    jobs = start_ranks(start, words, before=[nothing, turn_singular_vectors])
+    assert [job.end() for job in jobs] == [0, 0], [job.said() for job in jobs]
+    check_follows(tmp_path / "two", tmp_path / "one")
 
 
 # --- converting ---------------------------------------------------------------------------------------------

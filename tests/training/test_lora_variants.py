@@ -25,6 +25,7 @@ from tests.support.runs import make_csv, train_options
 
 CPU = torch.device("cpu")
 FLAGS = {"rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
+VARIANTS = [*FLAGS, "pissa"]
 
 
 def options_of(csv, output, variant, **changes):
@@ -64,7 +65,36 @@ def test_loss_and_gradients_are_those_of_peft(variant, dtype):
     assert is_fast == (variant == "rslora")
 
 
-@pytest.mark.parametrize("variant", FLAGS)
+def test_pissa_is_that_of_peft():
+    """Its loss and gradients, at the start and after a change; half of our adapter does not train."""
+    model, _ = add_adapters(
+        load_model(MODEL, dtype=torch.float32, device=CPU), TARGETS, rank=4, alpha=6.0, dropout=0.0,
+        base_name="b", variant="pissa",
+    )  # fmt: skip
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=4, lora_alpha=6.0, init_lora_weights="pissa",
+        target_modules="|".join(f"(?:{LORA_TARGETS[target]})" for target in TARGETS),
+    )  # fmt: skip
+    with quiet_peft():
+        theirs = get_peft_model(load_model(MODEL, dtype=torch.float32, device=CPU), config)
+    batch, changed = batch_of(model), dict(theirs.named_parameters())
+    plain = load_model(MODEL, dtype=torch.float32, device=CPU).train()(**batch).loss.item()
+    for is_changed in (False, True):
+        loss, gradients = learnt(model.train(), batch)
+        expected = learnt(theirs.train(), batch)
+        halves = {name: gradient.split(4, int("lora_B" in name)) for name, gradient in gradients.items()}
+        assert_same((loss, {name: half[0] for name, half in halves.items()}), expected, 1e-3)
+        assert not any(half[1].any() for half in halves.values())
+        assert (loss == pytest.approx(plain, rel=1e-5)) != is_changed
+        torch.manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                change = 0.05 * torch.randn_like(changed[name])
+                changed[name].data += change
+                parameter.data.split(4, int("lora_B" in name))[0].add_(change)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_what_is_trained_merges_as_peft_merges_it(tmp_path, variant, capsys):
     csv = make_csv(tmp_path, 8)
     options = options_of(csv, tmp_path / "run", variant)
@@ -98,10 +128,10 @@ def test_what_is_trained_merges_as_peft_merges_it(tmp_path, variant, capsys):
     assert re.search(rf"lora.variant.*\b{variant}\b", (final / "README.md").read_text())
 
 
-@pytest.mark.parametrize("variant", FLAGS)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_resumed_it_ends_as_unbroken_bit_for_bit(tmp_path, variant):
     csv = make_csv(tmp_path, 8)
-    changes = {"save_steps": 1, "lora_dropout": 0.1, "merge_lora": False}
+    changes = {"save_steps": 1, "lora_dropout": 0.1 * (variant != "pissa"), "merge_lora": False}
     options = options_of(csv, tmp_path / "run", variant, **changes)
     train(options)
     (tmp_path / "again").mkdir()
@@ -113,16 +143,40 @@ def test_resumed_it_ends_as_unbroken_bit_for_bit(tmp_path, variant):
     for name in ("adapter_model.safetensors", "optimizer.safetensors"):
         whole, resumed = ((tmp_path / run / "checkpoint-4" / name).read_bytes() for run in ("run", "again"))
         assert whole == resumed
-    # A training that goes on from it has its variant.
+    # A training that goes on from it has its variant; PiSSA's is plain LoRA of twice the rank.
+    saved = "lora" if variant == "pissa" else variant
     onward = train_options(
         csv, MODEL, tmp_path / "onward", adapter=str(tmp_path / "run/final"), lora_rank=32, lora_alpha=32
     )
-    assert take_over(onward)[0].lora_variant == variant
-    other = {"lora": "rslora", "rslora": "dora", "dora": "rslora"}[variant]
-    with pytest.raises(
-        UsageError, match=rf"--lora-variant: not as in .*which has .*--lora-variant {variant};"
-    ):
+    assert take_over(onward)[0].lora_variant == saved
+    assert take_over(onward)[0].lora_rank == (8 if variant == "pissa" else 4)
+    other = {"lora": "rslora", "rslora": "dora", "dora": "rslora"}[saved]
+    with pytest.raises(UsageError, match=rf"--lora-variant: not as in .*which has .*--lora-variant {saved};"):
         take_over(replace(onward, lora_variant=other))
+
+
+def test_half_of_a_pissa_adapter_stays(tmp_path):
+    train(options_of(make_csv(tmp_path, 8), tmp_path / "run", "pissa", save_steps=1, optimizer="adamw_8bit"))
+    first, last = (
+        load_file(tmp_path / f"run/checkpoint-{step}/adapter_model.safetensors") for step in (1, 4)
+    )
+    for name, tensor in last.items():
+        (moves, stays), (moved, stayed) = (
+            each.split(4, int("lora_B" in name)) for each in (first[name], tensor)
+        )
+        assert torch.equal(stays, stayed)
+        assert not torch.equal(moves, moved)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"quantization": "4bit"}, {"lora_dropout": 0.1}, {"weight_decay": 0.1}], ids=str
+)
+def test_what_would_change_the_half_that_stays_is_refused(tmp_path, changes):
+    options = options_of(make_csv(tmp_path, 4), tmp_path / "run", "pissa", **changes)
+    (name,) = changes
+    with pytest.raises(UsageError, match=f"--lora-variant pissa: not with --{name.replace('_', '-')}"):
+        train(options)
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_peft_cannot_compute_is_refused_before_anything_is_loaded(tmp_path):

@@ -101,7 +101,8 @@ class TrainOptions(ConversionOptions):
         "lora",
         TRAINING,
         "LoRA or a relative, as in PEFT: rslora scales by alpha / sqrt(rank); dora also learns the length of "
-        "each row of the weights, and takes more time and memory.",
+        "each row of the weights, and takes more time and memory; pissa begins with the largest singular "
+        "values of the weights, and writes adapters of twice the rank.",
     )
     lora_plus_ratio: float = option(
         POSITIVE, 1.0, TRAINING, "LoRA+: the matrices B learn so many times as fast as A; 16 is usual there."

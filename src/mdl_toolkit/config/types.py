@@ -23,7 +23,7 @@ ENGINES = OURS, VLLM = "torch", "vllm"
 EPOCH = "epoch"
 # As transformers calls them.
 LR_SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")
-LORA_VARIANTS = ("lora", "rslora", "dora")
+LORA_VARIANTS = ("lora", "rslora", "dora", "pissa")
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 TRAIN_TARGETS = ("encoder", "projector", "decoder", "embed_tokens", "lm_head")
 

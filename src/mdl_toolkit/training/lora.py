@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.errors import ModelError, UsageError
 from mdl_toolkit.weights.loading import quiet_peft
 
@@ -21,6 +23,9 @@ LORA_TARGETS = {
     "decoder": r"decoder\.model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)",
 }
 FULL_TARGETS = {"embed_tokens": "decoder.model.embed_tokens", "lm_head": "decoder.lm_head"}
+
+# PiSSA decomposes weights of up to so many rows or columns exactly, larger ones in so many iterations.
+EXACT, ITERATIONS = 2048, 16
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,8 @@ def add_adapters(
     with quiet_peft():
         peft_model = get_peft_model(model, config, autocast_adapter_dtype=True)
     peft_model.peft_config["default"].base_model_name_or_path = base_name
+    if variant == "pissa" and start is None:
+        init_pissa(peft_model, rank)
     # PEFT leaves full copies in the dtype of the base.
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
@@ -100,10 +107,11 @@ def adapter_config(
     if full and tied:
         # They are one, named as the input's.
         full = [FULL_TARGETS["embed_tokens"]]
+    parts = 2 if variant == "pissa" else 1
     return LoraConfig(
         task_type="CAUSAL_LM",
-        r=rank,
-        lora_alpha=alpha,
+        r=parts * rank,
+        lora_alpha=parts * alpha,
         target_modules="|".join(patterns) or str(DUMMY_TARGET_MODULES),
         modules_to_save=full or None,
         use_rslora=variant == "rslora",
@@ -111,12 +119,54 @@ def adapter_config(
     )
 
 
-def check_variant(variant: str, quantization: str | None) -> None:
-    """Refuse a variant that does not go with quantised weights.
+def init_pissa(model: nn.Module, rank: int) -> None:
+    """Begin new adapters of twice a rank with the weights' largest singular values; let half of each train.
+
+    PiSSA takes B0 A0 out of each weight and trains B A from there. Here the weight stays, and the adapter is
+    [B, -B0] [A; A0], as PEFT converts it to LoRA: any reader of LoRA, and the same base, will do.
+    """
+    from peft.tuners.lora.layer import Linear
+
+    for module in model.modules():
+        if not isinstance(module, Linear) or module.weight.is_meta:
+            continue
+        a, b = (part["default"].weight for part in (module.lora_A, module.lora_B))
+        weight = module.weight.detach().to(torch.float32)
+        if min(weight.shape) <= EXACT:
+            u, s, v = torch.linalg.svd(weight, full_matrices=False)
+            u, s, v = u[:, :rank], s[:rank], v[:rank]
+        else:
+            u, s, v = torch.svd_lowrank(weight, rank, niter=ITERATIONS)
+            v = v.T
+        root, count = (s / module.scaling["default"]).sqrt(), len(s)
+        with torch.no_grad():
+            for start, sign in ((0, 1), (rank, -1)):
+                a[start : start + rank] = functional.pad(root[:, None] * v, (0, 0, 0, rank - count))
+                b[:, start : start + rank] = functional.pad(sign * u * root, (0, rank - count))
+        a.register_hook(lambda gradient: torch.cat([gradient[:rank], torch.zeros_like(gradient[rank:])]))
+        b.register_hook(
+            lambda gradient: torch.cat([gradient[:, :rank], torch.zeros_like(gradient[:, rank:])], 1)
+        )
+
+
+def check_variant(options: TrainOptions, quantization: str | None) -> None:
+    """Refuse a variant of LoRA that does not go with other options, or with quantised weights.
 
     Raises:
-        UsageError: DoRA, with weights in 8 bits.
+        UsageError: DoRA with weights in 8 bits; PiSSA with quantised weights, dropout or weight decay.
     """
+    variant = options.lora_variant
+    if variant == "pissa" and options.adapter is None:
+        others = {
+            "--quantization": quantization,
+            "--lora-dropout": options.lora_dropout,
+            "--weight-decay": options.weight_decay,
+        }
+        if given := [name for name, value in others.items() if value]:
+            raise UsageError(
+                "--lora-variant pissa: not with {given}, which would change what must stay of its adapters",
+                given=", ".join(given),
+            )
     if variant == "dora" and quantization == "8bit":
         raise UsageError(
             "--lora-variant dora: PEFT cannot compute it over weights in 8 bits; take --quantization 4bit, "

@@ -131,7 +131,7 @@ def train(options: TrainOptions) -> TrainResult:
     options, start = take_over(options)
     check_frozen(options)
     check_sharding(options, options.quantization)
-    check_variant(options.lora_variant, options.quantization)
+    check_variant(options, options.quantization)
     check_warmup(options)
     check_tied_rates(options)
     warn_of_every_step(options)
@@ -193,7 +193,7 @@ def _prepare_and_run(options: TrainOptions, start: Path | None, world: World) ->
         else:
             base = base_of(start, from_modelscope=hub, name=name)
         check_sharding(options, quantized_by(base))
-        check_variant(options.lora_variant, stored_quantization(base))
+        check_variant(options, stored_quantization(base))
         if world.is_first:
             world.wait()
         with explaining_memory(SHARDED_REMEDY if world.is_sharding else OOM_REMEDY):
@@ -265,6 +265,8 @@ def _train(run: _RunPlan, kept: KeptBlocks, device: torch.device, dtype: torch.d
     is_sharding = world.is_sharding
     model, counts = trainable_model(options, run.base, device, dtype, run.start, is_on_host=is_sharding)
     say_targets(counts, model)
+    if options.lora_variant == "pissa":
+        world.take_first([each for each in model.parameters() if each.requires_grad])
     examples: SampleSource = cache.precomputed(run.train_set, model)
     eval_examples = None if run.eval_set is None else cache.precomputed(run.eval_set, model)
     if is_sharding:

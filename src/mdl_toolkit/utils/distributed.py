@@ -141,6 +141,12 @@ class World:
                 raise
             raise PeerLostError(problem) from problem
 
+    def take_first(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Give all processes the parameters of the first one, where others may have computed other ones."""
+        for parameter in parameters if self.size > 1 else ():
+            own = parameter.detach().to(CPU, copy=True)
+            parameter.data.copy_(self.sum(own if self.is_first else own.zero_()))
+
     def agrees(self, text: str) -> bool:
         """Tell whether all processes give the same text."""
         hashes = torch.zeros(self.size, dtype=torch.float64)
