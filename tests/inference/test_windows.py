@@ -2,6 +2,7 @@
 
 import random
 import tracemalloc
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -10,11 +11,11 @@ import soundfile
 
 from mdl_toolkit.audio import loading
 from mdl_toolkit.audio.segments import Segment
-from mdl_toolkit.errors import RowsError, UsageError
+from mdl_toolkit.errors import InputError, RowsError, UsageError
 from mdl_toolkit.inference import windows as windowing
 from mdl_toolkit.inference.run import infer
 from mdl_toolkit.inference.windows import find_seam, join_transcript, windows
-from tests.support.inferences import infer_options, stopped, table
+from tests.support.inferences import infer_options, stop_after, stopped, table
 from tests.support.runs import copy_checkpoint, make_rows, write_csv
 from tests.support.waves import wave
 
@@ -169,18 +170,40 @@ def test_the_columns_of_the_input_name_the_windows(model, tmp_path):
     assert again == [row["prediction"] for row in written]
 
 
-def test_a_run_that_was_stopped_goes_on_with_the_same_bytes(model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("join", ["transcript", "list"])
+def test_a_run_that_was_stopped_goes_on_with_the_same_bytes(model, tmp_path, monkeypatch, join):
+    """Also if it is to be joined in another way than before."""
     rows = [{"audio": make_long(tmp_path, 4 + n, f"{n}.wav")} for n in range(3)]
     source = write_csv(tmp_path / "in.csv", rows)
-    whole = infer_options(source, model, tmp_path / "whole.csv", window=2, overlap=0.5)
+    whole = infer_options(source, model, tmp_path / "whole.csv", window=2, overlap=0.5, join=join)
     infer(whole)
-    asked = infer_options(source, model, tmp_path / "out.csv", window=2, overlap=0.5)
-    stopped(monkeypatch, 3, asked)
+    first = infer_options(source, model, tmp_path / "out.csv", window=2, overlap=0.5)
+    stopped(monkeypatch, 3, first)
     # Neither measured nor decoded again.
     monkeypatch.setattr(loading, "decode_whole", lambda *_: pytest.fail("decoded again"))
-    infer(asked)
+    asked = stop_after(monkeypatch, 99)
+    infer(replace(first, join=join))
+    assert len(asked) == 10 - 3
     assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
     assert not [*tmp_path.glob(".out*")]
+
+
+def test_a_window_that_cannot_be_used_leaves_its_row_alone_without_an_answer(model, tmp_path):
+    samples = wave(round(7.1 * RATE), 3).astype(np.float32)
+    whole = [make_long(tmp_path), str(tmp_path / "nan.wav")]
+    soundfile.write(whole[1], np.where(np.arange(len(samples)) == 5 * RATE, np.nan, samples), RATE, "FLOAT")
+    rows = [
+        {"audio": audio, "duration": "7"} for audio in (*whole, make_rows(tmp_path / "audio", 1)[0]["audio"])
+    ]
+    source = write_csv(tmp_path / "in.csv", rows)
+    chosen = {"window": 3, "overlap": 1, "on_error": "keep"}
+    with pytest.raises(InputError, match="1 of its rows has no prediction"):
+        infer(infer_options(source, model, tmp_path / "out.csv", **chosen, join="list"))
+    written = table(tmp_path / "out.csv")
+    assert [bool(row["prediction"]) for row in written] == [True, True, True, False, True]
+    assert ["NaN" in row["error"] for row in written] == [False, False, False, True, False]
+    # Beside a start, the length of a whole recording would be taken for a window's.
+    assert [row["duration"] for row in written] == ["3", "3", "3.1", "", ""]
 
 
 def test_an_hour_is_measured_in_little_memory(tmp_path):

@@ -213,7 +213,7 @@ class _Inference:
         """Convert all rows, and return the windows of those that were cut into some, by line."""
         options, parts = self.options, {}
         if options.window is not None:
-            # What is fetched to be measured is not fetched again to be converted.
+            # What is fetched to be measured is kept to be converted, unless it changes at its address.
             options = replace(options, download_cache=options.download_cache or str(self.journal.downloads))
             parts = cut_rows(manifest, options, self.journal.lengths)
         convert_rows(
