@@ -3,6 +3,7 @@
 import codecs
 import csv
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,15 @@ def test_rows_too_long_are_all_reported_before_weights_are_loaded(model, tmp_pat
     assert [problem.line for problem in caught.value.problems] == [2, 4]
     assert "must be at least" in str(caught.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["A-small", "audio", "in.csv"]
+
+
+def test_rows_beyond_the_positions_that_a_model_knows_are_warned_of(model, tmp_path, capsys):
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    config["text_config"]["max_position_embeddings"] = 8
+    (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert len(infer(options(make_csv(tmp_path, 2), model, tmp_path / "out.csv", max_new_tokens=2))) == 2
+    said = capsys.readouterr().err
+    assert f"tokens, and {model} has learnt no more than 8 positions" in said
 
 
 def test_a_budget_of_one_token_is_enough(model, tmp_path):

@@ -24,6 +24,7 @@ from mdl_toolkit.inference.server_engine import ServerAnswerer, find_served_mode
 from mdl_toolkit.inference.vllm_engine import VllmAnswerer
 from mdl_toolkit.model.kernels.matmul import prepack
 from mdl_toolkit.utils.launcher import Ranks
+from mdl_toolkit.weights.config_files import warn_beyond_positions
 from mdl_toolkit.weights.loading import load_for_inference
 from mdl_toolkit.weights.resolve import BITSANDBYTES, require_package
 
@@ -107,6 +108,7 @@ def make_engine(
     Raises:
         ModelError: the model cannot be loaded, or vLLM cannot use it, or a server does not answer.
     """
+    warn_beyond_positions(base or folder, int(inputs.dataset.token_counts.max()))
     if is_server(options.engine):
         return ServerAnswerer(options, inputs).answers
     if options.engine == VLLM:

@@ -132,6 +132,9 @@ class DecodingBatch:
         # A mask hides what a sequence leaves from the next one, but NaN.
         for store in self._stores:
             store[:, left : len(self)] = 0
+        # All places are as long as the longest sequence was.
+        if not left:
+            self._stores.clear()
         self.lengths = [self.lengths[slot] for slot in order]
         return order
 

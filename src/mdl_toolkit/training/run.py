@@ -64,6 +64,7 @@ from mdl_toolkit.utils.launcher import warn_of_idle_gpus
 from mdl_toolkit.utils.run_folder import LOG, read_log
 from mdl_toolkit.utils.signals import Interruption, raise_if_interrupted
 from mdl_toolkit.utils.worker_pool import end_unguarded_script
+from mdl_toolkit.weights.config_files import warn_beyond_positions
 from mdl_toolkit.weights.loading import (
     base_of,
     choose_dtype,
@@ -226,6 +227,7 @@ def _run(run: _RunPlan) -> TrainResult:
     say_steps(options, run.sampler, run.schedule)
     say_recipe(options, run.schedule.warmup)
     warn_of_little(options, run.schedule, train_set)
+    warn_beyond_positions(run.base, int(train_set.token_counts.max()))
     examples = (train_set.tokens(index).input_ids for index in prefix_sample(len(train_set)))
     prefix = run.tokenizer.shared_prefix_length(examples)
     plan = plan_memory(
