@@ -10,7 +10,8 @@ def main() -> None:
     except KeyboardInterrupt:
         from mdl_toolkit.i18n import Localized
 
-        sys.stderr.write(f"{Localized('interrupted')}\n")
+        message = Localized("interrupted")
+        sys.stderr.write(f"{message}\n")
         sys.exit(130)
     run_and_exit()
 
