@@ -261,7 +261,6 @@ def refused(name: str) -> str:
         ("train.scp", b"utt1 /data/a.wav\nutt2 /data/b.wav\n", "Kaldi's; call it wav.scp, with `text`"),
         ("list", b"utt1 sox a.flac -t wav - |\n", "'audio' is missing"),
         ("train.scp", b"utt1 sox a.flac -t wav - |\n", "Kaldi's; call it wav.scp, with `text`"),
-        ("x.parquet", b"PAR1\x15\x04", "this is Parquet; write it as CSV"),
         ("x.csv", b"PK\x03\x04rest", "this is a zip archive; unpack it first"),
         ("x.csv.gz", b"\x1f\x8b\x08", "this is compressed with gzip; unpack it first"),
         ("x.xls", b"\xd0\xcf\x11\xe0\xa1", "this is an Excel workbook that is old or has a password"),

@@ -10,6 +10,7 @@ Modules:
     chunks           the same for files of chunks or boxes: sizes in headers against the file
     ogg              the same for Ogg, page by page
     mpeg             the same for MP3 and its kin, frame by frame, between tags
+    embedded         recordings inside Parquet files, by file and row
     file_parts       read a file in blocks; show decoders only parts of it
     flac             store samples as FLAC, and read them back
     http             download one address

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from mdl_toolkit.audio.decoders import Decoded, decode
+from mdl_toolkit.audio.embedded import open_recording
 from mdl_toolkit.audio.file_parts import Blocks, Splice
 from mdl_toolkit.audio.integrity import check_integrity
 from mdl_toolkit.audio.mpeg import after_id3
@@ -147,7 +148,7 @@ def decode_whole(path: str | Path, cutter: Cutter, allow_truncated: bool, max_ho
         AudioError: see `load`; of the file as a whole.
     """
     try:
-        plain = io.FileIO(path)
+        plain = open_recording(path)
     except (OSError, ValueError) as problem:
         raise AudioError(
             "the file cannot be opened ({reason}); correct the path or its permissions", reason=problem

@@ -4,6 +4,7 @@ Modules:
     csv_format       what a file of rows is: encoding, separator, line ends, workbook, JSON, Kaldi's lists
     csv_reader       a CSV file to lines of cells
     json_reader      JSON Lines, chats, manifests and cuts of others to cells by column
+    parquet_reader   Parquet files to cells by column
     kaldi            Kaldi's data folders to cells by column
     column_names     which names of columns are read, forgiven or not known
     segment_columns  which columns name a segment and a channel

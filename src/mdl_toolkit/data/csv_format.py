@@ -27,12 +27,13 @@ BLOCK_BYTES = 1 << 20
 BAD_BYTE = re.compile("[\ud800-\udfff]")
 ASCII = bytes(range(128))
 WORKBOOK = "xlsx"
-# How rows are written that name their cells: JSON by what it begins with, and Kaldi's lists.
-LINES, ARRAY, KALDI = "{", "[", "kaldi"
+# How rows are written that name their cells: Kaldi's lists, and others by what they begin with.
+LINES, ARRAY, KALDI, PARQUET = "{", "[", "kaldi", "PAR1"
 RECORD_NAMES = {
     LINES: Localized("JSON Lines, an object on each"),
     ARRAY: Localized("a JSON array, whose objects are counted as lines"),
     KALDI: Localized("a list of Kaldi's, with those beside it"),
+    PARQUET: Localized("Parquet, whose rows are counted as lines"),
 }
 # Encodings that spreadsheets write, as Python and people call them; they are told apart by the bytes outside
 # ASCII of a sample. Of fewer than 32 such bytes one guess in twenty was wrong, of more none in three hundred.
@@ -61,7 +62,6 @@ DELIMITER_NAMES = {
 SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)
 # What files begin with that are no text.
 SIGNATURES = (
-    (b"PAR1", Localized("this is Parquet; write it as CSV, such as with pandas: read_parquet and to_csv")),
     (
         b"\xd0\xcf\x11\xe0",
         Localized("this is an Excel workbook that is old or has a password; save it as CSV UTF-8"),
@@ -82,7 +82,7 @@ class CsvFormat:
         delimiter: what separates cells.
         line_end: how the first line ends.
         is_named: the first line says what separates cells.
-        records: `LINES`, `ARRAY` or `KALDI` if its rows name their cells.
+        records: `LINES`, `ARRAY`, `KALDI` or `PARQUET` if its rows name their cells.
     """
 
     encoding: str = "utf-8"
@@ -148,6 +148,8 @@ def detect_format(path: Path, file: BinaryIO, wanted: Sequence[str]) -> CsvForma
     with suppress(zipfile.BadZipFile):
         if zipfile.is_zipfile(file) and "xl/workbook.xml" in zipfile.ZipFile(file).namelist():
             return CsvFormat(WORKBOOK, has_bom=True)
+    if head.startswith(PARQUET.encode()):
+        return CsvFormat(records=PARQUET)
     reason = next((reason for mark, reason in SIGNATURES if head.startswith(mark)), None)
     if path.suffix.lower() in SUFFIXES:
         reason = Localized("this is a recording; give a CSV with the column `audio` that names it")

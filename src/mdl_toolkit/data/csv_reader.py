@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 from mdl_toolkit.data.csv_format import (
     BAD_BYTE,
     KALDI,
+    PARQUET,
     WORKBOOK,
     CsvFormat,
     csv_error,
@@ -27,10 +28,14 @@ from mdl_toolkit.data.csv_format import (
 from mdl_toolkit.data.json_reader import read_json_rows
 from mdl_toolkit.data.kaldi import lists_beside, read_kaldi_rows
 from mdl_toolkit.data.listing import rows_file
+from mdl_toolkit.data.parquet_reader import read_parquet_rows, shards_beside
 from mdl_toolkit.errors import InputError, RowProblem, breakdown
 from mdl_toolkit.i18n import Localized, join_messages
 from mdl_toolkit.utils.console import say
 
+# Of rows that name their cells; JSON's where none is named.
+READERS = {KALDI: read_kaldi_rows, PARQUET: read_parquet_rows}
+FILES_BESIDE = {KALDI: lists_beside, PARQUET: shards_beside}
 NUL_BYTE = Localized("holds a NUL byte; remove it")
 NOT_UTF8 = Localized("not UTF-8 text; save the file as UTF-8")
 # The most that csv.field_size_limit takes where a C long has 32 bits; its default is 131,072.
@@ -141,7 +146,7 @@ def open_rows(path: Path, wanted: Sequence[str]) -> CsvFile:
     path = rows_file(path)
     with open_csv(path) as file:
         form = detect_format(path, file, wanted)
-        beside = lists_beside(path) if form.records == KALDI else ()
+        beside = FILES_BESIDE[form.records](path) if form.records in FILES_BESIDE else ()
         stamps = _stamps(os.fstat(file.fileno()), beside)
         for number, cells in read_lines(path, file, form):
             if not _is_row(cells):
@@ -217,7 +222,7 @@ def read_lines(path: Path, file: BinaryIO, form: CsvFormat) -> Iterator[Line]:
         yield from _read_workbook(path, file)
         return
     if form.records:
-        read = read_kaldi_rows if form.records == KALDI else read_json_rows
+        read = READERS.get(form.records, read_json_rows)
         # The names of all rows' cells are the columns, before the first line.
         columns = [*dict.fromkeys(name for _, cells in read(path, file, form) for name in cells)]
         yield Line(0, columns)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from mdl_toolkit.audio.embedded import embedded_stamp, split_reference
 from mdl_toolkit.audio.segments import WHOLE_RECORDING, Segment
 from mdl_toolkit.audio.urls import is_url, without_credentials
 from mdl_toolkit.config.data import ConversionOptions
@@ -226,6 +227,9 @@ def find_recording(row: Row, folder: Path) -> tuple[int, int] | Localized:
     if _SCHEME.match(row.audio):
         return _address_problem(row.audio) or (0, 0)
     try:
+        reference = split_reference(row.audio)
+        if reference is not None:
+            return embedded_stamp(*reference)
         status = os.stat(row.audio)  # noqa: PTH116
     except ValueError:
         # A NUL byte has its own message.

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mdl_toolkit.audio.download_cache import Downloads
+from mdl_toolkit.audio.embedded import embedded_stamp, split_reference
 from mdl_toolkit.audio.loading import Clip, load_length, load_segments
 from mdl_toolkit.audio.segments import Segment, SegmentError
 from mdl_toolkit.audio.urls import is_url
 from mdl_toolkit.data.csv_reader import file_stamp
 from mdl_toolkit.data.manifest import Row
 from mdl_toolkit.errors import AudioError, RowProblem, UnavailableError, breakdown
+from mdl_toolkit.i18n import Localized
 
 # Recordings that a process fetches at the same time.
 FETCHED_AHEAD = 8
@@ -127,7 +129,11 @@ def _visits(rows: list[Row]) -> Iterator[tuple[str, int]]:
 
 
 def _stamp(file: Path) -> tuple[int, int] | None:
+    reference = split_reference(file)
     try:
+        if reference is not None:
+            stamp = embedded_stamp(*reference)
+            return None if isinstance(stamp, Localized) else stamp
         return file_stamp(file.stat())
     except OSError:
         return None

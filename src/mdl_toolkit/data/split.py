@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mdl_toolkit.audio.embedded import open_recording, split_reference
 from mdl_toolkit.audio.urls import is_url
 from mdl_toolkit.config.data import ConvertOptions, SplitOptions
 from mdl_toolkit.config.yaml import SETTINGS_FILE, to_yaml
@@ -202,13 +203,18 @@ def group_rows(rows: Sequence[Row], columns: Iterable[Sequence[str]]) -> list[in
 
 def copied_content(paths: Sequence[str]) -> list[str]:
     """Return a digest of each file that may be a copy of another one, as it has its size; else nothing."""
-    sizes = {path: Path(path).stat().st_size for path in {*paths} if not is_url(path)}
+    # Recordings in a Parquet file may all have one size.
+    sizes = {
+        path: -1 if split_reference(path) else Path(path).stat().st_size
+        for path in {*paths}
+        if not is_url(path)
+    }
     counts = Counter(sizes.values())
     alike = [path for path, size in sizes.items() if counts[size] > 1]
     digests: dict[str, str] = {}
     with progress(len(alike), "comparing files of one size") as bar:
         for path in alike:
-            with Path(path).open("rb") as file:
+            with open_recording(path) as file:
                 digests[path] = hashlib.file_digest(file, "sha256").hexdigest()
             bar.advance()
     return [digests.get(path, "") for path in paths]

@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 import soundfile
 
+from mdl_toolkit.audio.embedded import split_reference
 from mdl_toolkit.audio.loading import SAMPLE_RATE, Clip, load_segments
 from mdl_toolkit.audio.segments import Segment
 from mdl_toolkit.audio.urls import is_url, without_credentials
@@ -64,10 +65,10 @@ def audio_values(
     start = os.path.dirname(os.path.abspath(page))  # noqa: PTH100, PTH120 - no link is followed
     links, missing = [], []
     for cell in cells:
-        if not cell or is_url(cell):
-            links.append(without_credentials(cell))
-            continue
         path = _path(cell, base_dir)
+        if not cell or is_url(cell) or split_reference(path):
+            links.append(without_credentials(cell) if is_url(cell) else "")
+            continue
         # Path.is_file refuses names that cannot be.
         if not os.path.isfile(path):  # noqa: PTH113
             missing.append(path)
