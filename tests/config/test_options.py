@@ -7,6 +7,7 @@ import pytest
 
 from mdl_toolkit.config.options import shown_name
 from mdl_toolkit.config.train import TrainOptions
+from mdl_toolkit.config.types import LORA_VARIANTS
 from mdl_toolkit.errors import UsageError
 from tests.support.command_line import (
     COMMANDS,
@@ -109,6 +110,8 @@ SPELLINGS: dict[str, tuple[Accepted, list[str]]] = {
         {name: name for name in ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")},
         ["Linear", "polynomial", "null", ""],
     ),
+    "--lora-variant": ({name: name for name in LORA_VARIANTS}, ["LoRA", "vera", "null", ""]),
+    "--shard-weights": (YES_NO, NO_BOOLEANS),
     "--optimizer": (
         {name: name for name in ("adamw", "adamw_8bit", "paged_adamw_8bit")},
         ["sgd", "adamw_torch", "null", ""],
