@@ -94,9 +94,8 @@ class Trainer:
         self.trainable = TrainableState(self.forward.model, self.forward.device, optimizer, self.world)
         if self.options.gradient_checkpointing:
             checkpoint_gradients(self.forward.model, self.kept)
-        self.step = 0
-        # The sum of all steps' losses, and the step after which it began.
-        self.losses, self.since = 0.0, 0
+        # Steps made, the sum of their losses, and the step after which that began.
+        self.step, self.losses, self.since = 0, 0.0, 0
         purpose = Localized("the same effective batch")
         is_fixed = self.world.is_sharding
         self.micro_batcher = MicroBatcher(
