@@ -32,7 +32,6 @@ from mdl_toolkit.training.memory.sharding import (
     check_sharding,
     load_to_shard,
     shard_blocks,
-    sharding_world,
 )
 from mdl_toolkit.training.optimization.optimizer import check_tied_rates, learning_rates
 from mdl_toolkit.training.optimization.schedule import Schedule, check_warmup, warn_of_every_step
@@ -147,9 +146,9 @@ def train(options: TrainOptions) -> TrainResult:
         if is_first_process():
             with report_write_errors(f"--output {output}", InputError):
                 tidy_output(output)
-        with join_world() as world:
+        with join_world(is_sharding=options.shard_weights) as world:
             check_options(world, options)
-            return _prepare_and_run(options, start, sharding_world(world, options))
+            return _prepare_and_run(options, start, world)
 
 
 @dataclass(frozen=True)

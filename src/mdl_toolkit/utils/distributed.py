@@ -16,6 +16,7 @@ from torch import Tensor, distributed
 from torch.distributed.rendezvous import rendezvous
 
 from mdl_toolkit.errors import ToolkitError
+from mdl_toolkit.utils.console import warn
 from mdl_toolkit.utils.device import CPU, accelerator, best_device
 from mdl_toolkit.utils.launcher import Ranks, check_launch
 from mdl_toolkit.utils.machine import describe_oom
@@ -191,11 +192,12 @@ def _number_of(text: str) -> float:
 
 
 @contextmanager
-def join_world(*, on_devices: bool = True) -> Iterator[World]:
+def join_world(*, on_devices: bool = True, is_sharding: bool = False) -> Iterator[World]:
     """Join the processes that a launcher started, and leave them when the context ends.
 
     Args:
         on_devices: let their accelerators meet too, where there are any.
+        is_sharding: whether each is to hold a share of the weights.
 
     Raises:
         UsageError: the launcher's variables do not fit together.
@@ -203,9 +205,11 @@ def join_world(*, on_devices: bool = True) -> Iterator[World]:
         PeerLostError: another process has ended.
     """
     if Ranks.from_environment().count == 1:
+        if is_sharding:
+            warn("--shard-weights: this run has one process, which holds all weights; ignored")
         yield World()
         return
-    check_launch()
+    check_launch(is_sharding=is_sharding)
     try:
         store, rank, size = next(rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
     except RuntimeError as problem:
@@ -225,7 +229,7 @@ def join_world(*, on_devices: bool = True) -> Iterator[World]:
         devices = join_devices(device) if on_devices and device != CPU else None
     store.set_timeout(GROUP_TIMEOUT)
     try:
-        yield World(rank, size, group, devices)
+        yield World(rank, size, group, devices, is_sharding)
     except BaseException:
         # It would wait here for processes that wait for this one, before the error is shown.
         if not must_leave_together():

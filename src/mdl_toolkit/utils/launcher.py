@@ -39,8 +39,11 @@ class Ranks:
         )
 
 
-def check_launch() -> None:
+def check_launch(*, is_sharding: bool = False) -> None:
     """Refuse a launch of several processes that cannot find each other; warn of one that divides the model.
+
+    Args:
+        is_sharding: whether the model is divided anyway, as FSDP does.
 
     Raises:
         UsageError: a variable is missing in the environment.
@@ -52,7 +55,7 @@ def check_launch() -> None:
             names=", ".join(missing),
         )
     for variable, name in MODEL_DIVISION.items():
-        if os.environ.get(variable) == "true":
+        if os.environ.get(variable) == "true" and not (is_sharding and name == "FSDP"):
             warn(
                 "the launcher asks for {name}, which is not used: every process holds the whole model; where "
                 "memory is short, use --quantization 4bit, or --shard-weights true to divide the model",

@@ -29,6 +29,7 @@ from mdl_toolkit.training.run import train, trainable_model
 from mdl_toolkit.training.sampler import BatchSampler
 from mdl_toolkit.training.step import TrainableState
 from mdl_toolkit.utils.distributed import World
+from mdl_toolkit.utils.launcher import check_launch
 from mdl_toolkit.utils.run_folder import read_log
 from tests.support.fleet import fleet, start_ranks
 from tests.support.memory import peak_bytes
@@ -101,6 +102,17 @@ def figures(output):
 
 def test_two_processes_that_share_the_weights_follow_one(place):
     check_follows(place / "two", place / "one")
+
+
+def test_a_launcher_that_asks_for_it_too_is_not_told_that_it_is_not_used(monkeypatch, capsys):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "0")
+    for name in ("FSDP", "DEEPSPEED"):
+        monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    for is_sharding, told in ((True, ["DeepSpeed"]), (False, ["FSDP", "DeepSpeed"])):
+        check_launch(is_sharding=is_sharding)
+        lines = capsys.readouterr().err.splitlines()
+        assert [line.split("asks for ")[1].split(",")[0] for line in lines] == told
 
 
 def test_each_process_holds_its_share_of_the_blocks(place):

@@ -6,7 +6,6 @@ adapters and full copies, whose gradients are summed as without sharding; embedd
 projector. As no process can compute a block alone, all make equally many passes.
 """
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.errors import UsageError
-from mdl_toolkit.utils.console import say, size, warn
+from mdl_toolkit.utils.console import say, size
 from mdl_toolkit.utils.device import CPU
 from mdl_toolkit.utils.distributed import World
 from mdl_toolkit.weights.loading import load_model
@@ -49,13 +48,6 @@ def check_sharding(options: TrainOptions, quantization: str | None) -> None:
             "--shard-weights: not with --eval-metric, as every token of an answer would gather all weights "
             "again; leave one of the two out (without, the evaluation loss is what is compared)"
         )
-
-
-def sharding_world(world: World, options: TrainOptions) -> World:
-    """Return the processes of a run, sharding weights if that is asked for and there are several."""
-    if options.shard_weights and world.size == 1:
-        warn("--shard-weights: this run has one process, which holds all weights; ignored")
-    return replace(world, is_sharding=options.shard_weights and world.size > 1)
 
 
 def blocks_of(model: Any) -> list[torch.nn.Module]:
