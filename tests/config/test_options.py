@@ -93,11 +93,6 @@ SPELLINGS: dict[str, tuple[Accepted, list[str]]] = {
     "--lora-rank": (COUNTS, NO_COUNTS),
     "--lora-alpha": (POSITIVES, NO_POSITIVES),
     "--lora-dropout": SHARES,
-    "--lora-variant": (
-        {name: name for name in ("lora", "rslora", "dora", "pissa")},
-        ["LoRA", "qlora", "null", ""],
-    ),
-    "--shard-weights": (YES_NO, NO_BOOLEANS),
     "--train-target": (
         {
             "encoder": ("encoder",),

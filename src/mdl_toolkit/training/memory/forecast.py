@@ -19,11 +19,14 @@ from mdl_toolkit.training.memory.plan import MemoryPlan, meta_model, plan_memory
 from mdl_toolkit.training.optimization.expectation import is_too_short, longer_run, what_to_expect
 from mdl_toolkit.training.optimization.schedule import Schedule
 from mdl_toolkit.training.sampler import BatchSampler
+from mdl_toolkit.utils.device import accelerator
 from mdl_toolkit.weights.resolve import check_trainable
 
 # A cadence by default, in steps; of a run with fewer than so many of these it is one in epochs. Checkpoints
 # that are kept then.
 CADENCE, FEW_CADENCES, KEPT = 500, 4, 2
+# Forecast for, where there is no accelerator.
+GPU = torch.device("cuda")
 # Bytes of a `MemoryPlan`.
 PLANNED = ("total", "weights", "trained", "activations", "free")
 
@@ -51,7 +54,7 @@ def forecast_training(
 
     def plan(options: TrainOptions) -> tuple[BatchSampler, MemoryPlan]:
         sizes = options.batch_size, options.gradient_accumulation_steps, 1, options.seed
-        sampler, device = BatchSampler(lengths, supervised.astype("int64"), *sizes), torch.device("cuda")
+        sampler, device = BatchSampler(lengths, supervised.astype("int64"), *sizes), accelerator() or GPU
         return sampler, plan_memory(folder, options, sampler, facts["samples"], shared_prefix, device, dtype)
 
     try:
