@@ -1,5 +1,6 @@
 """Several datasets: as one, shared by weights, evaluated one by one, and gone on with to the bit."""
 
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -167,6 +168,8 @@ def test_each_evaluation_set_has_the_loss_that_it_has_alone(place, tmp_path, cap
     said = capsys.readouterr().err
     assert f"loss of calls {both[-1]['eval_loss_calls']:.4g}, loss of general" in said
     assert "step      loss  loss_calls  loss_general\n" in said
+    page = (tmp_path / "both/report.html").read_text()
+    assert re.search(rf'"loss_calls": ?{both[-1]["eval_loss_calls"]}', page)
     metrics = read_provenance(tmp_path / "both/final").metrics
     assert metrics["eval_loss_calls"] == both[-1]["eval_loss_calls"]
 

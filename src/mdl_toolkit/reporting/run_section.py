@@ -86,6 +86,13 @@ def run_values(folder: Path) -> dict[str, Any]:
     # The page's names of the logged values.
     keys = {"step": "step", "epoch": "epoch", "evalLoss": "eval_loss"}
     keys |= {name: f"eval_{name}" for name in metrics}
+    # Of several evaluation sets.
+    keys |= {
+        name.removeprefix("eval_"): name
+        for line in evaluated
+        for name in line
+        if name.startswith("eval_loss_")
+    }
     return {
         "settings": _option_values(folder),
         **_provenance_values(folder),
