@@ -8,6 +8,7 @@ Each section prints a line of JSON for each figure as soon as it is known, and n
     resume     twice the same run, and one that was resumed: the same, bit for bit?
     steps      training steps of the 7B's shape: time, tokens, share of the peak, memory against the plan
     qlora      the same on 4-bit weights
+    cache      steps of the decoder on waveforms and on cached audio features: time, and the same loss
     oom        a limit that a batch does not fit: the loss is the same
     decode     tokens a second, by continuous batching and by transformers' generate
 
@@ -22,6 +23,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,9 @@ from mdl_toolkit.data.collate import Collator
 from mdl_toolkit.model import MiDashengLMModel
 from mdl_toolkit.model.decoding_batch import DecodingBatch
 from mdl_toolkit.training.checkpoints import checkpoint_of, to_resume
+from mdl_toolkit.training.feature_cache import FeatureCache
 from mdl_toolkit.training.summary import operations_of
+from mdl_toolkit.training.trainer import Trainer
 from mdl_toolkit.utils.device import (
     best_device,
     device_memory,
@@ -52,6 +56,7 @@ from mdl_toolkit.utils.device import (
     peak_memory,
     reset_peak_memory,
 )
+from mdl_toolkit.utils.distributed import World
 from mdl_toolkit.weights.loading import load_model, quiet_libraries
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -106,6 +111,12 @@ class Bench:
             if turn >= warm:
                 found.append(time.perf_counter() - start)
         return sorted(found)[len(found) // 2]
+
+    def step_seconds(self, trainer: Trainer) -> float:
+        """Return the median seconds of a training's steps."""
+        wanted = (each for step in range(100) for each in trainer.sampler.batches(step, 0))
+        with closing(trainer.loader.batches(wanted)) as batches:
+            return self.seconds(lambda: trainer.make_step(batches), 2, 2 if self.is_tiny else 5)
 
     # --- sections ---
 
@@ -206,12 +217,10 @@ class Bench:
             self.fresh()
             plan = plan_of(config, rows, options, BF16, self.device)
             model = random_model(config, BF16, self.device)
-            operations = operations_of(model, rows.token_counts, rows.samples).sum()
+            operations = operations_of(model, rows.token_counts, rows.audio_lengths).sum()
             prepare(model)
             trainer, log = trainer_of(model, rows, options, BF16, self.device, plan.kept)
-            wanted = (each for step in range(100) for each in trainer.sampler.batches(step, 0))
-            with closing(trainer.loader.batches(wanted)) as batches:
-                taken = self.seconds(lambda: trainer.make_step(batches), 2, 2 if self.is_tiny else 5)
+            taken = self.step_seconds(trainer)
             tokens, most = int(rows.token_counts.sum()), peak_memory(self.device)
             found = {
                 "ms": round(1e3 * taken, 1), "samples_per_s": round(len(seconds) / taken, 2),
@@ -224,6 +233,29 @@ class Bench:
                 rows_at_once=trainer.micro_batcher.most, waited=round(trainer.loader.waited, 3),
             )  # fmt: skip
             self.row[f"{section} {name}"] = f"{found['samples_per_s']} samples/s, MFU {found['mfu']:.1%}"
+
+    def cache(self) -> None:
+        """Time steps of the decoder alone, on waveforms and on features that are computed once."""
+        config, losses = config_of(self.shape), []
+        for name in ("waveforms", "features"):
+            self.fresh()
+            with tempfile.TemporaryDirectory() as place:
+                rows = Rows(config, [1.0 if self.is_tiny else 10.0] * 8)
+                options = options_of(
+                    Path(place), batch_size=8, train_target=("decoder",), cache_audio_features=True, bf16=True
+                )
+                config.save_pretrained(place)
+                cached = FeatureCache(Path(place, "features"), options, Path(place), World(), [rows])
+                source = partial(cached.precomputed, rows) if name == "features" else None
+                torch.manual_seed(0)
+                model = random_model(config, BF16, self.device)
+                trainer, log = trainer_of(model, rows, options, BF16, self.device, source=source)
+                taken = self.step_seconds(trainer)
+                losses.append(log.losses[0])
+                self.tell("cache", what=name, ms=round(1e3 * taken, 1))
+                self.row[f"decoder on {name}"] = f"{8 / taken:.2f} samples/s"
+        off = abs(losses[1] / losses[0] - 1)
+        self.tell("cache", losses=losses, off=off, is_good=off < 1e-2)
 
     def oom(self) -> None:
         """Limit the memory so that a batch does not fit, and compare the loss."""
@@ -326,7 +358,7 @@ def _wave(samples: int, seed: int) -> np.ndarray:
     return (tone * swell + 0.01 * r.standard_normal(samples)).astype(np.float32)
 
 
-SECTIONS = ("env", "parity", "alone", "resume", "steps", "qlora", "oom", "decode")
+SECTIONS = ("env", "parity", "alone", "resume", "steps", "qlora", "cache", "oom", "decode")
 
 
 def main(words: list[str]) -> int:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ class Rows:
             self.rows.append(Sample(ids, labels, noise))
         self.token_counts = np.array([len(row.input_ids) for row in self.rows])
         self.supervised = np.array([int((row.labels != -100).sum()) for row in self.rows])
-        self.samples = np.array([len(row.waveform) for row in self.rows])
+        self.audio_lengths = np.array([len(row.waveform) for row in self.rows])
 
     def __getitem__(self, index: int, /) -> Sample:
         return self.rows[index]
@@ -107,9 +107,13 @@ class Rows:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def line(self, index: int) -> int:
+    def where(self, index: int) -> str:
         """Return a number for an example."""
-        return index + 2
+        return str(index + 2)
+
+    def tokens(self, index: int) -> Sample:
+        """Return an example, with its ids and labels, as a dataset does."""
+        return self.rows[index]
 
 
 class Steps:
@@ -152,7 +156,7 @@ def plan_of(
     """Plan the memory of a run as the command does."""
     folder = Path(options.output)
     config.save_pretrained(folder)
-    return plan_memory(folder, options, sampler_of(rows, options), rows.samples, BEFORE, device, dtype)
+    return plan_memory(folder, options, sampler_of(rows, options), rows.audio_lengths, BEFORE, device, dtype)
 
 
 def trainer_of(
@@ -162,8 +166,12 @@ def trainer_of(
     dtype: torch.dtype,
     device: torch.device,
     kept: KeptBlocks = NONE,
+    source: Callable[[Any], Any] | None = None,
 ) -> tuple[Trainer, Steps]:
-    """Add adapters to a model, and return what trains it, with what takes the steps."""  # fmt: skip
+    """Add adapters to a model, and return what trains it, with what takes the steps.
+
+    Examples are `rows`, or what `source` makes of the model with its adapters.
+    """
     torch.manual_seed(options.seed)
     wrapped, _ = add_adapters(
         model, options.train_target, rank=options.lora_rank, alpha=options.lora_alpha,
@@ -175,7 +183,17 @@ def trainer_of(
         ForwardPass(wrapped.train(), Collator(0), device, dtype),
     )
     evaluator = Evaluator(options, schedule, forward, None, None, World(), log)  # type: ignore[arg-type]
-    trainer = Trainer(options, schedule, sampler, rows, forward, evaluator, World(), log, kept)  # type: ignore[arg-type]
+    trainer = Trainer(
+        options,
+        schedule,
+        sampler,
+        rows if source is None else source(wrapped),
+        forward,
+        evaluator,
+        World(),
+        log,
+        kept,
+    )  # type: ignore[arg-type]
     return trainer, log
 
 

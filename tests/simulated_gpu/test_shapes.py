@@ -44,6 +44,25 @@ def test_a_step_takes_the_memory_that_was_planned_and_one_wait(
                 assert found.work.seconds(card, found.again) == pytest.approx(least, rel=0.15)
 
 
+@pytest.mark.parametrize(
+    ("targets", "rows", "changes"),
+    [
+        (
+            ("encoder", "projector", "decoder", "embed_tokens", "lm_head"),
+            16,
+            {"batch_size": 8, "gradient_accumulation_steps": 2},
+        ),
+        (("lm_head",), 8, {}),
+    ],
+    ids=["with adapters, gradients of an earlier batch", "the head alone"],
+)
+def test_full_copies_take_the_memory_that_was_planned(tmp_path, targets, rows, changes):
+    with a_step(tmp_path, "7B", [10.0] * rows, BF16, total=48 * GB, train_target=targets, **changes) as found:
+        assert found.device.peak == pytest.approx(found.plan.total, rel=0.05)
+        # No gradient goes through a frozen decoder.
+        assert ("aten::silu_backward" in found.device.operations) == ("decoder" in targets)
+
+
 def test_a_token_makes_nobody_wait_and_its_operations_are_few():
     with pretending(is_dry=True) as device:
         config, where = config_of("7B"), torch.device(DEVICE)

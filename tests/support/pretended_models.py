@@ -56,7 +56,7 @@ def a_step(
     """Make two steps of a training as the command would make them, and count during the second."""
     with pretending(is_dry=True, total=total) as device:
         config, where = config_of(shape), torch.device(DEVICE)
-        options = options_of(folder, batch_size=len(seconds), **changes)
+        options = options_of(folder, **{"batch_size": len(seconds), **changes})
         rows = Rows(config, seconds)
         plan = plan_of(config, rows, options, dtype, where)
         model = random_model(config, dtype, where)
@@ -76,7 +76,7 @@ def work_of(
     model: Any, rows: Rows, options: TrainOptions, plan: MemoryPlan, dtype: torch.dtype
 ) -> tuple[Work, float]:
     """Return what a step takes, and the share that gradient checkpointing computes again."""
-    samples, nothing = rows.samples, 0 * rows.samples
+    samples, nothing = rows.audio_lengths, 0 * rows.audio_lengths
     token, second = operations_of(model, np.array([1, 0]), np.array([0, RATE]))
     patch = second / (PATCHES_PER_TOKEN * audio_token_count(RATE))
     decoder = operations_of(model, rows.token_counts, nothing).sum()

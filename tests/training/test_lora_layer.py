@@ -52,6 +52,18 @@ def test_checkpointing_changes_no_gradient(golden, name, targets):
     assert_same(learnt(model, batch), without, 1e-6)
 
 
+def test_no_gradient_goes_through_a_frozen_decoder(golden):
+    model = adapted(golden, "A-small", ("lm_head",))
+    batch, needed = batch_of(model), []
+    without = learnt(model, batch)
+    checkpoint_gradients(model)
+    for layer in model.get_base_model().decoder.model.layers:
+        layer.register_forward_hook(lambda *given: needed.append(given[2].requires_grad))
+    assert_same(learnt(model, batch), without, 1e-6)
+    assert needed
+    assert not any(needed)
+
+
 @pytest.mark.parametrize(
     "kept", [KeptBlocks(), KeptBlocks(1, 0), KeptBlocks(0, 1), KeptBlocks(1, 1)], ids=str
 )
@@ -109,15 +121,43 @@ def distances(model, batch):
     return distance(fast, exact), distance(plain, exact)
 
 
-def test_dropout_goes_the_plain_way(golden):
-    model = adapted(golden, "A-small", dropout=0.5)
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_is_pefts_own_with_the_same_random_numbers(golden, rate, checkpointing):
+    model = adapted(golden, "A-small", dropout=rate)
     batch = batch_of(model)
-    losses = []
-    for _ in range(2):
-        torch.manual_seed(1)
-        losses.append(learnt(model, batch)[0])
-        plainly(model)
-    assert losses[0] == losses[1]
+    if checkpointing:
+        checkpoint_gradients(model)
+
+    def drawn(seed):
+        torch.manual_seed(seed)
+        return learnt(model, batch)
+
+    fast, other = drawn(1), drawn(2)
+    assert abs(fast[0] - other[0]) > 1e-3
+    plainly(model)
+    assert_same(fast, drawn(1), 1e-5)
+
+
+def test_dropout_keeps_masks_and_no_copies(golden):
+    """Of each adapter's input, a byte for each number in place of four."""
+    batch = batch_of(adapted(golden, "A-small"))
+
+    def kept(model):
+        sizes = {}
+
+        def note(tensor):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            # Held until the sum is made, so that no memory is used twice.
+            loss = model(**batch).loss
+            return sum(sizes.values()) * bool(loss.isfinite())
+
+    without, with_dropout = (kept(adapted(golden, "A-small", dropout=rate)) for rate in (0.0, 0.1))
+    plain = kept(plainly(adapted(golden, "A-small", dropout=0.1)))
+    assert without < with_dropout < without + 0.3 * (plain - without)
 
 
 def test_an_adapter_that_is_switched_off_or_merged(golden):

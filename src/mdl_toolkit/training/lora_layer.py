@@ -3,7 +3,8 @@
 PEFT adds the adapter's output to the layer's, which passes over tensors of full width three times more, and
 as often again for the gradients. Here products of rank width add up in place; layers with the same input are
 computed together: one product with all A, and one gradient of the input. With gradient checkpointing, a
-block's last layer is not computed again: nothing that the backward pass needs comes from its output.
+block's last layer is not computed again: nothing that the backward pass needs comes from its output. Dropout
+draws what PEFT's layers would draw; of each adapter's input a mask is kept, not a copy.
 """
 
 from collections.abc import Sequence
@@ -20,12 +21,12 @@ from mdl_toolkit.training.gradient_checkpointing import is_recomputing
 ADAPTER = "default"
 # Layers whose output is only added up, in encoder and decoder blocks.
 LAST = ("mlp.fc2", "mlp.down_proj")
-# Weight, bias, A, B, the casts of both and scale, as `_FastLora` takes them for each layer.
-ARGUMENTS = 7
+# Weight, bias, A, B, the casts of both, scale and dropout rate, as `_FastLora` takes them for each layer.
+ARGUMENTS = 8
 
 
 class FastLoraLinear(Linear):
-    """Compute PEFT's LoRA layer faster, with the same results; where dropout acts, leave it to PEFT."""
+    """Compute PEFT's LoRA layer faster, with the same results."""
 
     is_last = False
     # A and B in the dtype of the base weight, and the versions that these are of.
@@ -49,10 +50,12 @@ class FastLoraLinear(Linear):
 
     @property
     def _parts(self) -> tuple[Any, ...]:
-        """Return weight, bias, A, B, the casts of these that are up to date, and the adapter's scale."""
+        """Return weight, bias, A, B, the casts of these that are up to date, scale and dropout rate."""
         base, (a, b) = self.get_base_layer(), self.adapter
         casts = self.casts if self.versions == (a._version, b._version) else None
-        return base.weight, base.bias, a, b, *(casts or (None, None)), self.scaling[ADAPTER]
+        dropout: Any = self.lora_dropout[ADAPTER]
+        rate = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        return base.weight, base.bias, a, b, *(casts or (None, None)), self.scaling[ADAPTER], rate
 
     @property
     def adapter(self) -> tuple[Tensor, Tensor]:
@@ -61,9 +64,8 @@ class FastLoraLinear(Linear):
 
     @property
     def _is_plain(self) -> bool:
-        """Tell whether base and adapter are added up without dropout."""
-        drops = self.training and not isinstance(self.lora_dropout[ADAPTER], nn.Identity)
-        return not (self.disable_adapters or self.merged or drops)
+        """Tell whether base and adapter are added up."""
+        return not (self.disable_adapters or self.merged)
 
 
 def use_fast_lora(model: nn.Module) -> None:
@@ -82,7 +84,6 @@ class AdapterCasts:
             layer
             for layer in model.modules()
             if isinstance(layer, FastLoraLinear)
-            and isinstance(layer.lora_dropout[ADAPTER], nn.Identity)
             and layer.get_base_layer().weight.dtype != layer.adapter[0].dtype
         ]
         for layer in self._layers:
@@ -110,7 +111,9 @@ class _FastLora(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, is_needed: bool, *parts: Any) -> tuple[Tensor, ...]:
-        weights, biases, downs, wide, *casts, scales = (parts[first::ARGUMENTS] for first in range(ARGUMENTS))
+        weights, biases, downs, wide, *casts, scales, rates = (
+            parts[first::ARGUMENTS] for first in range(ARGUMENTS)
+        )
         dtype = weights[0].dtype
         flat = x.reshape(-1, x.shape[-1]).to(dtype)
         a, b = (
@@ -120,10 +123,19 @@ class _FastLora(torch.autograd.Function):
         down = (a[0] if len(a) == 1 else torch.cat(a)).to(dtype)
         ups = [_scaled(each.to(dtype), scale) for each, scale in zip(b, scales, strict=True)]
         ranks = [up.shape[1] for up in ups]
-        lows = torch.split(flat @ down.T, ranks, 1)
+        lows: list[Tensor] = []
+        masks: list[Tensor] = []
+        if not any(rates):
+            lows += torch.split(flat @ down.T, ranks, 1)
+        else:
+            for rate, part in zip(rates, down.split(ranks), strict=True):
+                dropped, mask = torch.native_dropout(flat, rate, True)
+                lows.append(dropped @ part.T)
+                masks.append(mask)
         kept = weights if ctx.needs_input_grad[0] else ()
-        ctx.save_for_backward(flat, down, *ups, *lows, *kept)
+        ctx.save_for_backward(flat, down, *ups, *lows, *masks, *kept)
         ctx.scales, ctx.dtypes = scales, (x.dtype, downs[0].dtype, wide[0].dtype)
+        ctx.boosts = [1 / (1 - rate) for rate in rates if masks]
         shapes = [(*x.shape[:-1], len(weight)) for weight in weights]
         # Not a number: if anything did use it, the loss would say so.
         if not is_needed:
@@ -137,7 +149,8 @@ class _FastLora(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         flat, down, *saved = ctx.saved_tensors
         count = len(gradients)
-        ups, lows, weights = saved[:count], saved[count : 2 * count], saved[2 * count :]
+        ups, lows, saved = saved[:count], saved[count : 2 * count], saved[2 * count :]
+        masks, weights = saved[: len(ctx.boosts)], saved[len(ctx.boosts) :]
         x_dtype, a_dtype, b_dtype = ctx.dtypes
         wide = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
         narrow, ranks = flat.new_empty(len(flat), len(down)), [up.shape[1] for up in ups]
@@ -148,14 +161,30 @@ class _FastLora(torch.autograd.Function):
             to_x = wide[0] @ weights[0]
             for gradient, weight in zip(wide[1:], weights[1:], strict=True):
                 to_x.addmm_(gradient, weight)
-            to_x.addmm_(narrow, down)
+            if masks:
+                columns, rows = narrow.split(ranks, 1), down.split(ranks)
+                for part, a, *drop in zip(columns, rows, masks, ctx.boosts, strict=True):
+                    to_x.add_(_drop(part @ a, *drop))
+            else:
+                to_x.addmm_(narrow, down)
             to_x = to_x.view(*gradients[0].shape[:-1], to_x.shape[-1]).to(x_dtype)
         to_inputs: list[Tensor | None] = [to_x, None]
-        to_a = torch.split((narrow.T @ flat).to(a_dtype), ranks)
-        for each, gradient, low, scale in zip(to_a, wide, lows, ctx.scales, strict=True):
+        if masks:
+            parts = zip(narrow.split(ranks, 1), masks, ctx.boosts, strict=True)
+            to_a = torch.cat([part.T @ _drop(flat, *drop) for part, *drop in parts])
+        else:
+            to_a = narrow.T @ flat
+        to_each = zip(torch.split(to_a.to(a_dtype), ranks), wide, lows, ctx.scales, strict=True)
+        for each, gradient, low, scale in to_each:
             to_b = _scaled(gradient.T @ low, scale).to(b_dtype)
-            to_inputs += [None, None, each, to_b, None, None, None]
+            to_inputs += [None, None, each, to_b, None, None, None, None]
         return tuple(to_inputs)
+
+
+def _drop(x: Tensor, mask: Tensor, boost: float) -> Tensor:
+    """Return what dropout leaves of a matrix, or of a gradient."""
+    dropped: Tensor = torch.ops.aten.native_dropout_backward(x, mask, boost)
+    return dropped
 
 
 def _scaled(matrix: Tensor, scale: float) -> Tensor:

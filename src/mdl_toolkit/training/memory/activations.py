@@ -45,7 +45,7 @@ class ActivationEstimate:
         config: the model's.
         options: the run's.
         number: bytes of a number in matrix products: 4, or 2 under autocast to bfloat16.
-        on_gpu: whether attention pads the encoder's chunks, and dropout keeps a byte for each number.
+        on_gpu: whether attention pads the encoder's chunks, and PEFT's dropout keeps a byte for each number.
         quantization: of the decoder's matrices.
         gradients: float32, of each target.
         lengths: decoder tokens of every example, `[examples]`.
@@ -171,7 +171,7 @@ class ActivationEstimate:
         Some are kept once for all layers that share them, others for each adapter apart.
         """
         trains, copies = "decoder" in self.gradients, self._copies(is_quantized=self.quantization is not None)
-        shared = together if self.quantization == "8bit" or (trains and not copies) else 0
+        shared = together if self.quantization == "8bit" or (trains and copies < self.number) else 0
         return self.number * shared + copies * apart * trains
 
     @property
@@ -210,10 +210,11 @@ class ActivationEstimate:
         return max(layer // 4 if kept else 0, (7 * layer // 4 - kept * layer) if kept < layers else 0)
 
     def _copies(self, *, is_quantized: bool) -> int:
-        """Return bytes of a number in the copy of its input that each adapter keeps, as PEFT's layers do."""
+        """Return bytes that an adapter keeps for a number of its input: a mask, or as PEFT's layers do."""
         if self.options.lora_dropout > 0:
-            # The input and the mask of dropout.
-            return self.number + (1 if self.on_gpu else FLOAT)
+            # The mask of dropout; with PEFT's own layers the input too.
+            is_pefts = is_quantized or self.options.lora_variant == "dora"
+            return self.number + (1 if self.on_gpu else FLOAT) if is_pefts else 1
         return self.number if is_quantized and self.number < FLOAT else 0
 
     @property

@@ -170,7 +170,7 @@ def plan_memory(
     ]
     total, free, held = FLOAT * sum(sizes), free_memory(device), widest * dtype.itemsize
     states = OptimizerConfig.of(options).state_bytes(stepped)
-    held += _cast_bytes(gradients, options, dtype, quantization) + _norm_bytes(model, options)
+    held += _cast_bytes(gradients, dtype, quantization) + _norm_bytes(model, options)
     # With a gradient that is made anew.
     least = total + FLOAT * max(sizes)
     kept = NONE
@@ -183,11 +183,9 @@ def plan_memory(
     return MemoryPlan(weights, total, total, states, peak - total, free, remedies, kept, blocks)
 
 
-def _cast_bytes(
-    gradients: dict[str, int], options: TrainOptions, dtype: torch.dtype, quantization: str | None
-) -> int:
+def _cast_bytes(gradients: dict[str, int], dtype: torch.dtype, quantization: str | None) -> int:
     """Return the bytes of adapters that are kept in the dtype of the base too: not of PEFT's own layers."""
-    if dtype == torch.float32 or options.lora_dropout:
+    if dtype == torch.float32:
         return 0
     targets = {*LORA_TARGETS} - ({"decoder"} if quantization else set())
     return sum(gradients.get(target, 0) for target in targets) // FLOAT * dtype.itemsize
