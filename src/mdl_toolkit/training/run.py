@@ -339,6 +339,11 @@ def trainable_model(
         base_name=recorded_name(options.model_name, base),
         start=start,
     )
+    if is_on_host:
+        # As PEFT does where the weights have their dtype already.
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype).to(parameter.dtype)
     if start is not None:
         load_start(model, start)
     return model, counts
