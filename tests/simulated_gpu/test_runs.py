@@ -60,6 +60,22 @@ def test_a_gpu_with_bfloat16_trains_in_it(tmp_path, capfd):
     assert re.search(r"\(Pretended\): [\d,]+ tokens/s; most memory [\d.]+ MB, planned [\d.]+ MB", said)
 
 
+def test_a_gpu_without_float64_trains_and_evaluates(tmp_path):
+    csv = make_csv(tmp_path, 6)
+    options = {"eval_dataset": str(csv), "eval_steps": 1, "eval_accumulation_steps": 2, "merge_lora": False}
+    evaluated = []
+    for has_float64 in (True, False):
+        with pretending(has_float64=has_float64):
+            output = tmp_path / str(has_float64)
+            train(train_options(csv, MODEL, output, num_epochs=1, bf16=False, **options))
+            if not has_float64:
+                with pytest.raises(RuntimeError, match="fp64"):
+                    torch.ones(3, dtype=torch.float64, device=DEVICE)
+        evaluated.append(losses(output))
+    assert len(evaluated[0]) > 1
+    assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-6)
+
+
 def test_a_lack_of_memory_halves_the_rows_and_changes_nothing_else(tmp_path, capfd):
     csv = make_csv(tmp_path, 8)
     options = {"num_epochs": 2, "batch_size": 8, "bf16": False, "merge_lora": False, "save_steps": 1}

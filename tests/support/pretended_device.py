@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -78,6 +79,7 @@ class Device:
         total: bytes of its memory.
         is_dry: whether it computes shapes alone.
         has_bfloat16: natively.
+        has_float64: as some of Intel's GPUs have not.
         used: bytes that tensors take.
         peak: the most of these.
         operations: by name, views left out.
@@ -90,6 +92,7 @@ class Device:
     total: int = 24 * 10**9
     is_dry: bool = False
     has_bfloat16: bool = True
+    has_float64: bool = True
     is_there: bool = False
     used: int = 0
     peak: int = 0
@@ -173,6 +176,8 @@ class PretendedTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor) -> "PretendedTensor":
+        if inner.dtype == torch.float64 and not device.has_float64:
+            raise RuntimeError("Required aspect fp64 is not supported on the device")
         made: PretendedTensor = torch.Tensor._make_wrapper_subclass(
             cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(),
             dtype=inner.dtype, device=f"{NAME}:0",
@@ -512,6 +517,9 @@ class _Module(backend_registration._DummyBackendModule):
 
     def is_bf16_supported(self) -> bool:
         return device.has_bfloat16
+
+    def get_device_properties(self, _: Any = None) -> SimpleNamespace:
+        return SimpleNamespace(has_fp64=device.has_float64)
 
     def get_device_name(self, _: Any = None) -> str:
         return "Pretended"

@@ -29,6 +29,7 @@ from mdl_toolkit.training.resume import is_judged_alike, judged_by, still_best
 from mdl_toolkit.training.sampler import Indices
 from mdl_toolkit.training.step import ForwardPass
 from mdl_toolkit.utils.console import warn
+from mdl_toolkit.utils.device import summing_dtype
 from mdl_toolkit.utils.distributed import World
 
 
@@ -158,23 +159,24 @@ class Evaluator:
             # As many as the first process has; what is not counted is the shortest example.
             batches += [order[-1:]] * (len(most) - own)
         sums = torch.zeros(2, dtype=torch.float64)
-        pending = torch.zeros(2, dtype=torch.float64, device=device)
+        pending = torch.zeros(2, dtype=summing_dtype(device), device=device)
         loader = Prefetcher.for_device(device, partial(self.forward.batch, dataset, is_training=False))
         for number, batch in enumerate(loader.batches(batches), 1):
             if is_stopped():
                 break
             loss = self._loss_batcher.run(len(batch["input_ids"]), partial(self._sum_of_parts, batch))
-            tokens = (batch["labels"][:, 1:] != IGNORE_INDEX).sum().double()
+            tokens = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
             if number > own:
                 continue
-            pending += torch.stack([loss, tokens.to(device)])
+            pending += torch.stack([loss, tokens.to(device, pending.dtype)])
             if every is not None and number % every == 0:
                 sums, pending = sums + pending.cpu(), torch.zeros_like(pending)
         return sums + pending.cpu()
 
     def _sum_of_parts(self, batch: Batch, most: int) -> Tensor:
         """Return the sum of a batch's losses, computed in micro-batches of at most `most` examples."""
-        return torch.stack([self.forward.loss(part, 1) for part in split(batch, most)]).double().sum()
+        losses = torch.stack([self.forward.loss(part, 1) for part in split(batch, most)])
+        return losses.to(summing_dtype(losses.device)).sum()
 
     def record(self, step: int, loss: float, score: float, tokens: int, by_part: Mapping[str, float]) -> None:
         """Remember and log an evaluation, and whether it is the best so far.

@@ -71,6 +71,13 @@ def has_bfloat16(device: torch.device) -> bool:
     return bool(_ask(device, "is_bf16_supported", **options))
 
 
+def summing_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype in which a device sums losses: float64, or float32 where there is nothing wider."""
+    # Of Intel's GPUs some have it and some have not, and say so.
+    properties = _ask(device, "get_device_properties", device)
+    return torch.float64 if getattr(properties, "has_fp64", device.type != "mps") else torch.float32
+
+
 def device_memory(device: torch.device) -> tuple[int, int] | None:
     """Return the free and all bytes of an accelerator's memory; None where nothing tells."""
     found = _ask(device, "mem_get_info", device)
