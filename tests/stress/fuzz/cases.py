@@ -1,5 +1,6 @@
 """A case: a command line in a folder of its own whose input was spoilt, and what became of it."""
 
+import gc
 import os
 import resource
 import signal
@@ -82,6 +83,8 @@ def judge(case: Case) -> Verdict:
 
 def _become_command(case: Case, said: Path) -> None:
     """Run the command line in this process, which ends with it."""
+    # A decoder that is garbage here has threads that this process lacks: to free it would wait for them.
+    gc.freeze()
     os.setsid()
     resource.setrlimit(resource.RLIMIT_DATA, (case.limit, resource.RLIM_INFINITY))
     os.chdir(case.folder)
