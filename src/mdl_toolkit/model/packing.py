@@ -51,7 +51,7 @@ class TokenLayout(Plan):
         return padded
 
     def unpad(self, x: Tensor) -> Tensor:
-        """Take the tokens `[tokens, width]` out of `[sequences, longest, width]`."""
+        """Take the tokens `[tokens, ...]` out of `[sequences, longest, ...]`."""
         tokens: Tensor = _Unpad.apply(x, self.scatter)
         return tokens
 
@@ -181,7 +181,7 @@ class _Pad(torch.autograd.Function):
 
 
 class _Unpad(torch.autograd.Function):
-    """Take `[tokens, width]` from `[sequences, longest, width]`."""
+    """Take `[tokens, ...]` from `[sequences, longest, ...]`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scatter: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mdl_toolkit.model.packing import TokenLayout
+
 
 def chunked_attention(qkv: Tensor, chunks: Sequence[int], keys: Sequence[int], scaling: float) -> Tensor:
     """Attend in both directions within each chunk, one chunk after the other.
@@ -45,7 +47,8 @@ def padded_attention(
     Returns:
         `[patches, heads, head_dim]`.
     """
-    padded = qkv.index_select(0, gather.flatten()).unflatten(0, tuple(gather.shape))
-    q, k, v = padded.permute(2, 0, 3, 1, 4)
+    # Its gradients are taken where they lie; those of a plain index are added up, from zeros.
+    layout = TokenLayout(gather, scatter, None)
+    q, k, v = layout.pad(qkv).permute(2, 0, 3, 1, 4)
     out = functional.scaled_dot_product_attention(q, k, v, mask, scale=scaling)
-    return out.transpose(1, 2).flatten(0, 1).index_select(0, scatter)
+    return layout.unpad(out.transpose(1, 2))
