@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import signal
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -31,7 +32,7 @@ class ChatServer:
 
     def __init__(self):
         self.models, self.bodies, self.keys, self.failures = [{"id": "A-small"}], [], [], []
-        self.pause, self.at_once, self.most_at_once = 0.0, 0, 0
+        self.pause, self.at_once, self.most_at_once, self.places = 0.0, 0, 0, 99
         self.lock, self.ends, outer = threading.Lock(), threading.Event(), self
 
         class Handler(BaseHTTPRequestHandler):
@@ -44,13 +45,18 @@ class ChatServer:
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with outer.lock:
+                    is_full = outer.at_once >= outer.places
                     outer.at_once += 1
                     outer.most_at_once = max(outer.most_at_once, outer.at_once)
                     outer.bodies.append(body)
                     failure = outer.failures.pop(0) if outer.failures else 0
-                outer.ends.wait(outer.pause)
-                with outer.lock:
-                    outer.at_once -= 1
+                    if is_full:
+                        failure = 503
+                        outer.at_once -= 1
+                if not is_full:
+                    outer.ends.wait(outer.pause)
+                    with outer.lock:
+                        outer.at_once -= 1
                 if failure == "dead":
                     self.close_connection = True
                 elif failure:
@@ -180,6 +186,37 @@ def test_what_fails_for_a_time_is_asked_again(tmp_path, server, options):
     assert len(server.bodies) == 5
 
 
+def test_a_busy_server_is_waited_for_as_long_as_it_is_at_work(tmp_path, server, options, monkeypatch):
+    """It answers one request at once, and refuses more of them than there are tries."""
+    monkeypatch.setattr(server_engine, "TRIES", 2)
+    server.places, server.pause = 1, 0.3
+    assert len(infer(options(make_csv(tmp_path, 6), batch_size=6))) == 6
+    assert len(server.bodies) > 6
+
+
+def test_a_server_that_is_busy_with_nothing_of_ours_ends_the_run(tmp_path, server, options, monkeypatch):
+    monkeypatch.setattr(server_engine, "TRIES", 2)
+    server.failures = [503] * 99
+    message = refused(infer, options(make_csv(tmp_path, 4), batch_size=4))
+    assert "takes no further request (503" in message
+    assert "lower --batch-size" in message
+    assert len(server.bodies) < 30
+
+
+PROXIES = {"socks5://127.0.0.1:1080": "pip install 'httpx[socks]'", "socks://127.0.0.1:1": "cannot be used ("}
+
+
+@pytest.mark.parametrize("proxy", PROXIES)
+def test_a_proxy_that_cannot_be_used_is_said_and_matters_elsewhere_alone(
+    tmp_path, server, options, monkeypatch, proxy
+):
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    source = make_csv(tmp_path, 1)
+    assert PROXIES[proxy] in refused(infer, options(source, engine="http://example.org:8000"))
+    assert infer(options(source))
+
+
 def test_a_server_that_dies_ends_the_run_which_goes_on_later(tmp_path, server, options, monkeypatch):
     monkeypatch.setattr(server_engine, "TRIES", 1)
     source = make_csv(tmp_path, 6)
@@ -220,18 +257,22 @@ def test_a_refused_row_is_kept_with_its_reason(tmp_path, server, options, status
     assert [bool(row["error"]) for row in rows].count(True) == 1
 
 
-def test_a_refused_row_is_not_asked_for_again_after_an_interruption(tmp_path, server, options, monkeypatch):
+def test_a_refused_row_is_asked_for_again_after_an_interruption(
+    tmp_path, server, options, monkeypatch, capsys
+):
+    """The server may have been corrected: an answer then takes the refusal's place, in whatever file."""
     monkeypatch.setattr(server_engine, "TRIES", 1)
     source, changes = make_csv(tmp_path, 5), {"batch_size": 1, "on_error": "keep"}
     server.failures = [0, 400, 0, "dead"]
     assert "does not answer" in refused(infer, options(source, **changes))
+    (record,) = (tmp_path / ".out.csv.partial").glob("answers-*.jsonl")
+    record.rename(record.with_name("answers-1.jsonl"))
     del server.bodies[:]
-    with pytest.raises(InputError, match="1 of its rows has no prediction"):
-        infer(options(source, **changes))
-    assert len(server.bodies) == 2
-    errors = [row["error"] for row in table(tmp_path / "out.csv") if row["error"]]
-    assert len(errors) == 1
-    assert "400 Bad Request: the audio is broken" in errors[0]
+    capsys.readouterr()
+    assert all(infer(options(source, **changes)))
+    assert len(server.bodies) == 3
+    assert "2 of 5 rows are answered already" in capsys.readouterr().err
+    assert not any(row["error"] for row in table(tmp_path / "out.csv"))
 
 
 def test_rows_that_are_all_refused_are_told_at_the_first_batch(tmp_path, server, options, capsys):

@@ -9,7 +9,8 @@ import hashlib
 import re
 import ssl
 import time
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -38,7 +39,7 @@ LONGEST_PAUSE = 60.0
 MOST_DIGITS = 16
 SILENT_SERVER = Localized("the server does not answer in time")
 # The machine's certificates, read once.
-_certificates = lru_cache(maxsize=1)(ssl.create_default_context)
+machine_certificates = lru_cache(maxsize=1)(ssl.create_default_context)
 
 
 @dataclass(frozen=True)
@@ -166,8 +167,21 @@ def _client(timeout_s: float) -> "httpx.Client":
 
     # What is compressed on the way has no size to check at the start; some servers do it unasked.
     headers = {"User-Agent": f"mdl-toolkit/{__version__}", "Accept-Encoding": "identity"}
+    with refusing_proxies():
+        return httpx.Client(headers=headers, timeout=timeout_s, verify=machine_certificates())
+
+
+@contextmanager
+def refusing_proxies() -> Iterator[None]:
+    """Refuse the proxies of the environment that httpx cannot use, where a client is made in the context.
+
+    Raises:
+        FetchError: saying why.
+    """
+    import httpx
+
     try:
-        return httpx.Client(headers=headers, timeout=timeout_s, verify=_certificates())
+        yield
     except ImportError as problem:
         reason = Localized(
             "the environment names a SOCKS proxy, which needs another package: pip install 'httpx[socks]'"

@@ -101,7 +101,7 @@ class AnswerJournal:
             InputError: the disk does not take it.
         """
         if _fingerprint_in(self.path) == fingerprint:
-            return len(self.answers())
+            return len(self.answered())
         with report_write_errors(f"--output {self.output}", InputError):
             if answered := len(self.answers()):
                 folder = unused(self._target.with_name(f"{self._target.name}.previous"))
@@ -118,17 +118,25 @@ class AnswerJournal:
             if previous := next((each for each in older if _fingerprint_in(each) == fingerprint), None):
                 _move_answers(previous, self.path)
             (self.path / RUN).write_text(json.dumps(fingerprint), encoding="utf-8")
-        return len(self.answers())
+        return len(self.answered())
+
+    def answered(self) -> set[int]:
+        """Return the rows that need not be asked again: not those that a server refused, as it may change."""
+        return {row for row, cells in self.answers().items() if not isinstance(cells, Localized)}
 
     def answers(self) -> dict[int, list[str] | Localized | None]:
-        """Read the cells of every answer by the row's index: for a row that has none, why, or None."""
+        """Read the cells of every answer by the row's index: for a row that has none, why, or None.
+
+        An answer wins over why there was none, whichever process recorded it.
+        """
         answers: dict[int, list[str] | Localized | None] = {}
         for file in _answers_in(self.path):
             for line in file.read_text(encoding="utf-8").splitlines():
                 # The last line is broken where a run was killed.
                 with suppress(ValueError, TypeError):
                     row, cells = parse_json(line)
-                    answers[row] = Verbatim(**cells) if isinstance(cells, dict) else cells
+                    if isinstance(cells, list) or not isinstance(answers.get(row), list):
+                        answers[row] = Verbatim(**cells) if isinstance(cells, dict) else cells
         return answers
 
     def unanswered(self, reason: Localized) -> dict[int, Localized]:

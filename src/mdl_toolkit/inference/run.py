@@ -196,7 +196,7 @@ class _Inference:
                     rows=len(inputs.lines),
                 )
         world.wait()
-        left = inputs.order({*journal.answers()}, options.batch_size)
+        left = inputs.order(journal.answered(), options.batch_size)
         # No process writes another answer before all have read those that are there.
         world.wait()
         if len(rows := left[world.rank :: world.size]):

@@ -8,9 +8,11 @@ refuses does so too, or with `--on-error keep` has the refusal in place of its a
 import asyncio
 import base64
 import io
+import itertools
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,13 @@ from typing import Any
 import httpx
 import soundfile
 
-from mdl_toolkit.audio.http import LONGEST_PAUSE, TRANSIENT
+from mdl_toolkit.audio.http import (
+    LONGEST_PAUSE,
+    TRANSIENT,
+    FetchError,
+    machine_certificates,
+    refusing_proxies,
+)
 from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.data.chat_template import Message, messages_of
 from mdl_toolkit.data.dataset import Sample
@@ -28,10 +36,16 @@ from mdl_toolkit.inference.generate import Question
 from mdl_toolkit.inference.requests import KEEP, Inputs
 from mdl_toolkit.model.constants import SAMPLE_RATE
 
-# Tries of a row, with pauses of 1, 2, 4 and 8 s between them.
-TRIES = 5
+# Tries of a row, with pauses of 1, 2, 4 and 8 s between them; when it is busy still, with the longest.
+TRIES, LONGEST_WAIT = 5, 8.0
+# Seconds between two tries, whatever the server asks for.
+LEAST_PAUSE = 0.1
+# Statuses of a server that has as many requests as it takes.
+BUSY = {httpx.codes.TOO_MANY_REQUESTS, httpx.codes.SERVICE_UNAVAILABLE}
 # Seconds: for a connection, and for an answer, which may wait for others.
 TIMEOUT = httpx.Timeout(600.0, connect=10.0)
+# An address of this machine, to which no proxy leads.
+LOOPBACK = re.compile(r"https?://(localhost|127\.\d+\.\d+\.\d+|\[::1\])([:/]|$)", re.IGNORECASE)
 # The variable in which vLLM's server itself looks for its key.
 KEY = "VLLM_API_KEY"
 # Characters of a server's message that are shown.
@@ -62,6 +76,19 @@ class FoundModel:
     has_prompts: bool
 
 
+@dataclass(eq=False)
+class Traffic:
+    """Hold what a server has to do for us.
+
+    Attributes:
+        under_way: stands for each request that waits for its answer.
+        answered: number of those that have one.
+    """
+
+    under_way: set[object] = field(default_factory=set)
+    answered: int = 0
+
+
 class RefusedRowError(ToolkitError):
     """Say why a server refuses one row for good."""
 
@@ -83,7 +110,7 @@ class ServerAnswerer:
         self._conversations = {
             index: messages_of(row, with_answer=False) for row, indices in inputs for index in indices
         }
-        self._model = asyncio.run(find_served_model(options))
+        self._model, self._traffic = asyncio.run(find_served_model(options)), Traffic()
 
     def answers(self, questions: Iterable[Question]) -> Iterator[tuple[int, list[str] | Localized]]:
         """Yield each question's key and its answer, as they come, or why the server refuses it.
@@ -93,7 +120,7 @@ class ServerAnswerer:
         """
         waiting, running = iter(questions), set[asyncio.Task[tuple[int, list[str] | Localized]]]()
         # Between two answers the loop stands still, while rows are read and answers recorded.
-        loop, client = asyncio.new_event_loop(), make_client()
+        loop, client = asyncio.new_event_loop(), make_client(address_of(self._options))
         try:
             while True:
                 for question in islice(waiting, self._options.batch_size - len(running)):
@@ -126,7 +153,8 @@ class ServerAnswerer:
         place = Localized("line {line}", line=int(self._lines[question.key]))
         path = "/v1/chat/completions"
         try:
-            answer = await send(client, "POST", address_of(self._options) + path, body, place, TRIES)
+            address = address_of(self._options) + path
+            answer = await send(client, "POST", address, body, place, TRIES, self._traffic)
         except RefusedRowError as problem:
             if self._options.on_error != KEEP:
                 raise ModelError(problem.message) from problem
@@ -156,7 +184,7 @@ async def find_served_model(options: InferenceOptions) -> FoundModel:
         ModelError: the server does not answer, or has several models and none of that name.
     """
     address, name = address_of(options), options.model_name
-    async with make_client() as client:
+    async with make_client(address) as client:
         answer = await send(client, "GET", f"{address}/v1/models")
     listed = answer.get("data") if isinstance(answer, dict) else None
     models = [each for each in listed or () if isinstance(each, dict) and each.get("id")]
@@ -181,12 +209,28 @@ def address_of(options: InferenceOptions) -> str:
     return options.engine.rstrip("/").removesuffix("/v1")
 
 
-def make_client() -> httpx.AsyncClient:
-    """Make a client with the key of the environment; a server on this machine is not behind a proxy."""
+def make_client(address: str) -> httpx.AsyncClient:
+    """Make a client with the environment's key, and its proxies unless the server is on this machine.
+
+    Raises:
+        ModelError: there is a proxy that httpx cannot use.
+    """
     key = os.environ.get(KEY)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    direct = {f"all://{host}": None for host in ("localhost", "127.0.0.1", "[::1]")}
-    return httpx.AsyncClient(timeout=TIMEOUT, headers=headers, mounts=direct)
+    try:
+        with refusing_proxies():
+            return httpx.AsyncClient(
+                timeout=TIMEOUT,
+                headers=headers,
+                verify=machine_certificates(),
+                trust_env=not LOOPBACK.match(address),
+            )
+    except FetchError as failure:
+        raise ModelError(
+            "{server}: {reason}; set NO_PROXY for a server that needs no proxy",
+            server=address,
+            reason=failure.reason,
+        ) from failure
 
 
 async def send(
@@ -196,6 +240,7 @@ async def send(
     body: Mapping[str, Any] | None = None,
     place: Localized | None = None,
     tries: int = 1,
+    traffic: Traffic | None = None,
 ) -> Any:
     """Send a request, and return the JSON of its answer.
 
@@ -205,30 +250,57 @@ async def send(
         address: where to.
         body: JSON.
         place: what it is about, for messages.
-        tries: how often it is sent, if the failure is of a passing kind.
+        tries: how often it is sent, if the failure is of a passing kind; a server that is busy with
+            other requests of ours does not use one up.
+        traffic: these.
 
     Raises:
         RefusedRowError: the server refuses it for what is in it.
         ModelError: the server refuses it for another reason, or does not answer at the last try.
     """
-    server = address.partition("/v1/")[0]
-    for attempt in range(tries):
-        pause = 2.0**attempt
+    server, failed, traffic = address.partition("/v1/")[0], 0, traffic or Traffic()
+    for sent in itertools.count():
+        status, pause, mark = 0, min(2.0**sent, LONGEST_WAIT), object()
+        earlier, answered = {*traffic.under_way}, traffic.answered
+        traffic.under_way.add(mark)
         try:
             response = await client.request(method, address, json=body)
         except (httpx.TransportError, httpx.InvalidURL) as problem:
             reason = str(problem) or type(problem).__name__
         else:
+            status = response.status_code
             if response.is_success:
+                traffic.answered += 1
                 return response.json() if is_json(response) else None
-            if response.status_code not in TRANSIENT:
+            if status not in TRANSIENT:
                 raise refusal(server, response, place)
             reason = reason_of(response)
-            wait = response.headers.get("Retry-After", "")
-            pause = min(float(wait) if wait.isdecimal() else pause, LONGEST_PAUSE)
-        if attempt + 1 < tries:
-            await asyncio.sleep(pause)
-    raise ModelError(
+            pause = wanted_pause(response, pause)
+        finally:
+            traffic.under_way.remove(mark)
+        is_at_work = traffic.answered > answered or bool(earlier & traffic.under_way)
+        failed += not (status in BUSY and is_at_work)
+        if failed >= tries:
+            raise no_answer(server, reason, is_busy=status in BUSY and place is not None)
+        await asyncio.sleep(pause)
+
+
+def wanted_pause(response: httpx.Response, usual: float) -> float:
+    """Return the seconds after which a server wants to be asked again, within limits; or else the usual."""
+    wait = response.headers.get("Retry-After", "")
+    return min(max(float(wait), LEAST_PAUSE) if wait.isdecimal() else usual, LONGEST_PAUSE)
+
+
+def no_answer(server: str, reason: str, *, is_busy: bool) -> ModelError:
+    """Return the error for a server that has not answered at the last try, or takes no more requests."""
+    if is_busy:
+        return ModelError(
+            "{server}: the server takes no further request ({reason}); lower --batch-size, or give the same "
+            "command when the server has less to do: it goes on from here",
+            server=server,
+            reason=reason,
+        )
+    return ModelError(
         "{server}: the server does not answer ({reason}); is it running, and is the address right?",
         server=server,
         reason=reason,
