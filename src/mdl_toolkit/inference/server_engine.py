@@ -8,7 +8,6 @@ refuses does so too, or with `--on-error keep` has the refusal in place of its a
 import asyncio
 import base64
 import io
-import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -258,8 +257,8 @@ async def send(
         RefusedRowError: the server refuses it for what is in it.
         ModelError: the server refuses it for another reason, or does not answer at the last try.
     """
-    server, failed, traffic = address.partition("/v1/")[0], 0, traffic or Traffic()
-    for sent in itertools.count():
+    server, sent, failed, traffic = address.partition("/v1/")[0], 0, 0, traffic or Traffic()
+    while True:
         status, pause, mark = 0, min(2.0**sent, LONGEST_WAIT), object()
         earlier, answered = {*traffic.under_way}, traffic.answered
         traffic.under_way.add(mark)
@@ -279,7 +278,7 @@ async def send(
         finally:
             traffic.under_way.remove(mark)
         is_at_work = traffic.answered > answered or bool(earlier & traffic.under_way)
-        failed += not (status in BUSY and is_at_work)
+        sent, failed = sent + 1, failed + (status not in BUSY or not is_at_work)
         if failed >= tries:
             raise no_answer(server, reason, is_busy=status in BUSY and place is not None)
         await asyncio.sleep(pause)
