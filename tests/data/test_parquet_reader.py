@@ -2,6 +2,8 @@
 
 import datetime
 import io
+import os
+import random
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,12 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Audio, Dataset, load_from_disk
 
+from mdl_toolkit.audio import embedded
 from mdl_toolkit.audio.embedded import ParquetAudio
 from mdl_toolkit.audio.loading import load
 from mdl_toolkit.config.data import CheckOptions, ConversionOptions, SplitOptions
 from mdl_toolkit.data.check.run import check
 from mdl_toolkit.data.manifest import read_manifest
-from mdl_toolkit.data.split import split_dataset
+from mdl_toolkit.data.split import copied_content, split_dataset
 from mdl_toolkit.errors import AudioError, InputError
 from mdl_toolkit.inference.run import infer
 from mdl_toolkit.training.run import train
@@ -110,6 +113,54 @@ def test_rows_are_read_in_any_order_and_few_at_once(tmp_path, rows):
     assert len(reader) == 40
 
 
+def test_a_read_that_fails_gives_nobody_another_recording(tmp_path, rows, monkeypatch):
+    file = write(tmp_path / "a.parquet", rows * 8, group=40)
+    whole = pq.ParquetFile.iter_batches
+
+    def failing(*given):
+        for number, batch in enumerate(whole(*given)):
+            if number == 1:
+                raise OSError("Input/output error")
+            yield batch
+
+    reader = ParquetAudio(str(file))
+    with monkeypatch.context() as context:
+        context.setattr(pq.ParquetFile, "iter_batches", failing)
+        assert reader.read(1)
+        for _ in range(2):
+            with pytest.raises(OSError, match="Input/output"):
+                reader.read(18)
+    for number in (18, 19, 33, 1):
+        assert reader.read(number) == Path(rows[(number - 1) % 5]["audio"]).read_bytes()
+
+
+def test_long_recordings_are_held_one_by_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(embedded, "BATCH_BYTES", 1 << 20, raising=False)
+    sound = [random.randbytes(1 << 20) for _ in range(16)]
+    values = pa.array([{"bytes": each, "path": None} for each in sound], AUDIO)
+    form = {"compression": "none", "use_dictionary": False, "write_batch_size": 1}
+    pq.write_table(pa.table({"audio": values}), tmp_path / "a.parquet", **form)
+    reader = ParquetAudio(str(tmp_path / "a.parquet"))
+    before = pa.total_allocated_bytes()
+    for number, each in enumerate(sound, 1):
+        assert reader.read(number) == each
+        assert pa.total_allocated_bytes() - before < 6 << 20
+
+
+def test_copies_are_looked_for_in_the_order_of_the_file(tmp_path, rows, monkeypatch):
+    file = write(tmp_path / "a.parquet", rows * 4, group=20)
+    read, asked = ParquetAudio.read, []
+
+    def noted(self, row):
+        asked.append(row)
+        return read(self, row)
+
+    monkeypatch.setattr(ParquetAudio, "read", noted)
+    alike = copied_content([f"{file}#{number}" for number in range(1, 21)])
+    assert asked == [*range(1, 21)]
+    assert alike[:5] == alike[5:10]
+
+
 def test_shards_are_one_table_by_their_first(tmp_path, rows):
     for number, part in enumerate((rows[:2], rows[2:])):
         write(tmp_path / f"train-0000{number}-of-00002.parquet", part)
@@ -178,6 +229,31 @@ def test_what_is_wrong_is_said(tmp_path, rows):
     assert "line 3, column audio" in refused.value.message.en
     with pytest.raises(AudioError, match="cannot be opened"):
         load(tmp_path / "gone.parquet#1")
+    with pytest.raises(AudioError, match="the file has 5 rows"):
+        load(tmp_path / "good.parquet#9")
+
+
+def test_a_reference_into_what_holds_no_recordings_is_refused(tmp_path, rows):
+    pq.write_table(pa.table({"text": ["x"]}), tmp_path / "text.parquet")
+    os.mkfifo(tmp_path / "pipe.parquet")
+    (tmp_path / "folder.parquet").mkdir()
+    paths = [str(tmp_path / f"{name}.parquet#1") for name in ("text", "pipe", "folder")]
+    csv = write_csv(tmp_path / "a.csv", [{"audio": path, "prediction": "x"} for path in paths])
+    with pytest.raises(InputError) as refused:
+        convert(csv, MODEL, tmp_path / "out")
+    said = refused.value.message.en.splitlines()[1:]
+    for line, words in zip(
+        said, ("no column of the file", "device or pipe", "this is a folder"), strict=True
+    ):
+        assert words in line
+
+
+def test_a_row_without_audio_among_paths_is_its_own_problem(tmp_path, rows):
+    sound = [{"bytes": None, "path": rows[0]["audio"]}, None]
+    table = pa.table({"audio": pa.array(sound, AUDIO), "prediction": ["x", "y"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="line 2, column audio .*row 2 of the Parquet file holds no bytes"):
+        convert(tmp_path / "a.parquet", MODEL, tmp_path / "out")
 
 
 def test_a_file_with_such_a_name_is_itself(tmp_path, rows):

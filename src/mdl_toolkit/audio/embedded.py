@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,8 +20,9 @@ from mdl_toolkit.errors import AudioError
 from mdl_toolkit.i18n import Localized
 
 REFERENCE = re.compile(r"(.+\.parquet)#([0-9]+)", re.DOTALL)
-# Rows that are read at once.
-BATCH_ROWS = 16
+# Rows that are read at once, unless they have more bytes.
+BATCH_ROWS, BATCH_BYTES = 16, 64 << 20
+NO_COLUMN = Localized("no column of the file is known to hold its recordings; call it `audio`")
 
 
 def split_reference(audio: str | Path) -> tuple[str, int] | None:
@@ -53,18 +53,21 @@ class ParquetAudio:
     Args:
         path: the file.
 
+    Attributes:
+        column: with the bytes of recordings; None without any.
+
     Raises:
         OSError, ValueError: it is none.
     """
 
     def __init__(self, path: str) -> None:
         self._file = pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
-        self._column = audio_column(self._file.schema_arrow)
+        self.column = audio_column(self._file.schema_arrow)
         groups = [self._file.metadata.row_group(number) for number in range(self._file.num_row_groups)]
         self._sizes: list[int] = [group.total_byte_size // max(group.num_rows, 1) for group in groups]
         self._starts: list[int] = [0, *accumulate(group.num_rows for group in groups)]
         self._lock = threading.Lock()
-        self._group, self._begin, self._values = -1, 0, list[Any]()
+        self._group, self._begin, self._values = -1, 0, pa.array([])
         self._batches: Iterator[pa.RecordBatch] = iter(())
 
     def __len__(self) -> int:
@@ -79,16 +82,23 @@ class ParquetAudio:
 
         Raises:
             AudioError: there are none.
+            OSError, ValueError: the file cannot be read.
         """
+        index, group = row - 1, bisect_right(self._starts, row - 1) - 1
         with self._lock:
-            index, group = row - 1, bisect_right(self._starts, row - 1) - 1
-            if group != self._group or index < self._begin:
-                self._group, self._begin, self._values = group, self._starts[group], []
-                self._batches = self._file.iter_batches(BATCH_ROWS, [group], [self._column])
-            while index >= self._begin + len(self._values):
-                self._begin += len(self._values)
-                self._values = next(self._batches).column(0).to_pylist()
-            value = self._values[index - self._begin]
+            try:
+                if group != self._group or index < self._begin:
+                    self._group, self._begin, self._values = group, self._starts[group], pa.array([])
+                    rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(self._sizes[group], 1)))
+                    self._batches = self._file.iter_batches(rows, [group], [self.column])
+                while index >= self._begin + len(self._values):
+                    self._begin += len(self._values)
+                    self._values = next(self._batches).column(0)
+                value = self._values[index - self._begin].as_py()
+            except BaseException:
+                # Which rows come next is not known any more.
+                self._group = -1
+                raise
         content = value["bytes"] if isinstance(value, dict) else value
         if not content:
             raise AudioError("row {row} of the Parquet file holds no bytes; get it again", row=row)
@@ -111,6 +121,8 @@ def embedded_stamp(path: str, row: int) -> tuple[int, int] | Localized:
         parquet = _opened(path, (status.st_size, status.st_mtime_ns))
     except (ValueError, pa.ArrowException) as problem:
         return Localized("cannot be read as Parquet ({reason})", reason=problem)
+    if parquet.column is None:
+        return NO_COLUMN
     if not 1 <= row <= len(parquet):
         return Localized("the file has {rows} {rows:row|rows}; correct the number", rows=len(parquet))
     return parquet.size(row), status.st_mtime_ns
@@ -121,11 +133,14 @@ def open_recording(path: str | Path) -> io.FileIO | io.BytesIO:
 
     Raises:
         OSError, ValueError: there is none.
-        AudioError: the row holds none.
+        AudioError: there is no such row, or it holds none.
     """
     reference = split_reference(path)
     if reference is None:
         return io.FileIO(path)
+    stamp = embedded_stamp(*reference)
+    if isinstance(stamp, Localized):
+        raise AudioError(stamp)
     file, row = reference
     status = os.stat(file)  # noqa: PTH116
     return io.BytesIO(_opened(file, (status.st_size, status.st_mtime_ns)).read(row))

@@ -90,7 +90,7 @@ def _rows_of(path: Path, parquet: pq.ParquetFile) -> Iterator[dict[str, Any]]:
         batches = parquet.iter_batches(BATCH_ROWS, [number], columns) if columns else ()
         rows: Iterator[dict[str, Any]] = (row for batch in batches for row in batch.to_pylist())
         for index, row in enumerate(rows if columns else ({} for _ in range(group.num_rows)), first):
-            path_in_file = row.pop(audio)["path"] if has_paths and audio is not None else None
+            path_in_file = (row.pop(audio) or {}).get("path") if has_paths and audio is not None else None
             named = {} if audio is None else {"audio": path_in_file or f"{path.absolute()}#{index}"}
             yield {name: _plain(value) for name, value in (named | row).items()}
         first += group.num_rows

@@ -203,10 +203,10 @@ def group_rows(rows: Sequence[Row], columns: Iterable[Sequence[str]]) -> list[in
 
 def copied_content(paths: Sequence[str]) -> list[str]:
     """Return a digest of each file that may be a copy of another one, as it has its size; else nothing."""
-    # Recordings in a Parquet file may all have one size.
+    # Recordings in a Parquet file may all have one size, and are read fast in their order.
     sizes = {
         path: -1 if split_reference(path) else Path(path).stat().st_size
-        for path in {*paths}
+        for path in dict.fromkeys(paths)
         if not is_url(path)
     }
     counts = Counter(sizes.values())
