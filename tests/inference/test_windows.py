@@ -1,9 +1,13 @@
 """Long recordings in windows: where they lie, how transcripts are joined, and that a window is a row."""
 
+import errno
 import random
+import shlex
+import signal
 import tracemalloc
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +15,17 @@ import soundfile
 
 from mdl_toolkit.audio import loading
 from mdl_toolkit.audio.segments import Segment
-from mdl_toolkit.errors import InputError, RowsError, UsageError
+from mdl_toolkit.config.yaml import as_command
+from mdl_toolkit.data import open_audio
+from mdl_toolkit.errors import InputError, RowsError, UnavailableError, UsageError
 from mdl_toolkit.inference import windows as windowing
 from mdl_toolkit.inference.run import infer
 from mdl_toolkit.inference.windows import find_seam, join_transcript, windows
+from tests.support.fleet import fleet
 from tests.support.inferences import infer_options, stop_after, stopped, table
+from tests.support.processes import wait_for
 from tests.support.runs import copy_checkpoint, make_rows, write_csv
+from tests.support.server import FileServer, needs_server
 from tests.support.waves import wave
 
 RATE = 16_000
@@ -25,6 +34,14 @@ RATE = 16_000
 @pytest.fixture
 def model(golden, tmp_path):
     return copy_checkpoint(golden, "A-small", tmp_path)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    served = FileServer()
+    yield served
+    served.close()
 
 
 def make_long(folder, seconds=7.1, name="long.wav"):
@@ -204,6 +221,106 @@ def test_a_window_that_cannot_be_used_leaves_its_row_alone_without_an_answer(mod
     assert ["NaN" in row["error"] for row in written] == [False, False, False, True, False]
     # Beside a start, the length of a whole recording would be taken for a window's.
     assert [row["duration"] for row in written] == ["3", "3", "3.1", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("problem", "said"),
+    [
+        (UnavailableError("{n} busy", n=503), "503 busy"),
+        (OSError(errno.EIO, "Input/output error"), "the file cannot be read"),
+        (MemoryError(), "the machine ran out of memory"),
+    ],
+)
+def test_a_row_that_cannot_be_measured_is_not_answered_whole(model, tmp_path, monkeypatch, problem, said):
+    """A problem that passes: when the row would be converted, its recording is there again."""
+    measured = open_audio.load_length
+
+    def failing(path, *rest):
+        if "long" in str(path):
+            raise problem
+        return measured(path, *rest)
+
+    monkeypatch.setattr(open_audio, "load_length", failing)
+    rows = [{"audio": make_long(tmp_path)}, {"audio": make_rows(tmp_path / "audio", 1)[0]["audio"]}]
+    source = write_csv(tmp_path / "in.csv", rows)
+    with pytest.raises(InputError, match="1 of its rows has no prediction"):
+        infer(infer_options(source, model, tmp_path / "out.csv", window=2, overlap=0.5, on_error="keep"))
+    one, two = table(tmp_path / "out.csv")
+    assert said in one["error"]
+    assert (one["prediction"], bool(two["prediction"]), two["error"]) == ("", True, "")
+    with pytest.raises(RowsError, match=f"line 2, column audio .*{said}"):
+        infer(infer_options(source, model, tmp_path / "none.csv", window=2, overlap=0.5))
+
+
+def test_lengths_outlive_an_interruption(model, tmp_path, monkeypatch, capsys):
+    rows = [{"audio": make_long(tmp_path, 4 + n, f"{n}.wav")} for n in range(3)]
+    options = infer_options(
+        write_csv(tmp_path / "in.csv", rows), model, tmp_path / "out.csv", window=2, overlap=0.5
+    )
+    measured, asked = open_audio.load_length, []
+
+    def interrupted(path, *rest):
+        asked.append(path.name)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return measured(path, *rest)
+
+    monkeypatch.setattr(open_audio, "load_length", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        infer(options)
+    assert "recordings that were measured or fetched are kept" in capsys.readouterr().err
+    infer(options)
+    assert asked == ["0.wav", "1.wav", "2.wav", "2.wav"]
+    assert not [*tmp_path.glob(".out*")]
+
+
+@needs_server
+def test_what_is_fetched_to_be_measured_is_converted_and_measured_anew_the_next_time(
+    model, tmp_path, monkeypatch, server
+):
+    def serve(seconds):
+        server.files["/a.wav"] = Path(make_long(tmp_path, seconds)).read_bytes()
+
+    serve(7.1)
+    source = write_csv(tmp_path / "in.csv", [{"audio": f"{server.url}/a.wav"}])
+    options = infer_options(source, model, tmp_path / "out.csv", window=2, overlap=0.5, join="list")
+    stopped(monkeypatch, 1, options)
+    assert server.asked == ["/a.wav"]
+    serve(4)
+    infer(options)
+    assert [row["end"] for row in table(tmp_path / "out.csv")][-1] == "4"
+    assert server.asked == ["/a.wav"] * 2
+
+
+@needs_server
+def test_a_recording_that_never_comes_keeps_nobody_from_stopping(model, tmp_path, server):
+    rows = [{"audio": make_long(tmp_path)}, {"audio": f"{server.url}/slow"}]
+    source = write_csv(tmp_path / "in.csv", rows)
+    words = as_command(infer_options(source, model, tmp_path / "out.csv", window=2, overlap=0.5))
+    with fleet(tmp_path) as start:
+        job = start(shlex.split(words)[1:])
+        assert job.until(lambda: server.asked)
+        job.signal(signal.SIGINT)
+        wait_for(lambda: not job.is_running, 20)
+        assert job.end() == 130, job.said()
+
+
+def test_many_recordings_are_measured_in_processes(model, tmp_path, monkeypatch):
+    rows = [{"audio": make_long(tmp_path, 4 + n, f"{n}.wav")} for n in range(3)]
+    source = write_csv(tmp_path / "in.csv", [*rows, {"audio": str(tmp_path / "bad.wav")}])
+    (tmp_path / "bad.wav").write_bytes(b"no sound at all")
+    one, two = (tmp_path / name for name in ("one.csv", "two.csv"))
+    for output in (one, two):
+        with pytest.raises(InputError, match="1 of its rows has no prediction"):
+            infer(
+                infer_options(
+                    source, model, output, window=2, overlap=0.5, on_error="keep", join="list", num_workers=2
+                )
+            )
+        monkeypatch.setattr(windowing, "FEW_BYTES", 1)
+        monkeypatch.setattr(open_audio, "load_length", lambda *_: pytest.fail("in this process"))
+    assert one.read_bytes() == two.read_bytes()
+    assert len(table(one)) == 11
 
 
 def test_an_hour_is_measured_in_little_memory(tmp_path):

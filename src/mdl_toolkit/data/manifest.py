@@ -35,7 +35,7 @@ from mdl_toolkit.data.segment_columns import (
     read_segment,
     segment_cells,
 )
-from mdl_toolkit.errors import InputError, Problems, RowProblem
+from mdl_toolkit.errors import AudioError, InputError, Problems, RowProblem, UnavailableError
 from mdl_toolkit.i18n import Localized
 
 # The columns that are read.
@@ -84,6 +84,12 @@ class Row:
         column, cell = cells.get(field) or (field == END and cells.get(DURATION)) or (AUDIO, self.shown)
         return RowProblem(self.line, column, cell, reason)
 
+    def audio_problem(self, error: AudioError) -> RowProblem:
+        """Return the problem for a recording that cannot be used."""
+        return RowProblem(
+            self.line, AUDIO, self.shown, error.message, may_pass=isinstance(error, UnavailableError)
+        )
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -98,6 +104,7 @@ class Manifest:
         requires_prediction: an empty prediction is a problem.
         listed: the folder or pattern of recordings that the file is a list of, if it was made of one.
         parts: by line, the segments that its row is cut into, each of which is iterated over as a row.
+        refused: by line, the problem of a row that is not to be used.
     """
 
     file: CsvFile
@@ -108,6 +115,7 @@ class Manifest:
     requires_prediction: bool
     listed: str | None = None
     parts: Mapping[int, Sequence[Segment]] = field(default_factory=dict)
+    refused: Mapping[int, RowProblem] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Row | RowProblem]:
         """Yield each usable row, and each problem of the others, in the file's order.
@@ -116,7 +124,9 @@ class Manifest:
             InputError: from some line on it is no CSV, or it was changed in the meantime.
         """
         for item in self._read(lambda row: find_recording(row, self.file.path.parent)):
-            if isinstance(item, Row) and item.line in self.parts:
+            if isinstance(item, Row) and item.line in self.refused:
+                yield self.refused[item.line]
+            elif isinstance(item, Row) and item.line in self.parts:
                 yield from (replace(item, segment=segment) for segment in self.parts[item.line])
             else:
                 yield item
@@ -228,9 +238,14 @@ def find_recording(row: Row, folder: Path) -> tuple[int, int] | Localized:
         return _address_problem(row.audio) or (0, 0)
     try:
         reference = split_reference(row.audio)
-        if reference is not None:
-            return embedded_stamp(*reference)
-        status = os.stat(row.audio)  # noqa: PTH116
+        status = os.stat(reference[0] if reference else row.audio)  # noqa: PTH116
+        if stat.S_ISDIR(status.st_mode):
+            return Localized("this is a folder; give a file")
+        if not stat.S_ISREG(status.st_mode):
+            return Localized("this is a device or pipe; give a file")
+        if not status.st_size:
+            return Localized("the file is empty (0 bytes); get it again")
+        return embedded_stamp(*reference) if reference else file_stamp(status)
     except ValueError:
         # A NUL byte has its own message.
         return 0, 0
@@ -238,13 +253,6 @@ def find_recording(row: Row, folder: Path) -> tuple[int, int] | Localized:
         return explain_missing(row.audio, row.audio_text, folder)
     except OSError as problem:
         return Localized("cannot be used ({reason}); correct it", reason=problem)
-    if stat.S_ISDIR(status.st_mode):
-        return Localized("this is a folder; give a file")
-    if not stat.S_ISREG(status.st_mode):
-        return Localized("this is a device or pipe; give a file")
-    if not status.st_size:
-        return Localized("the file is empty (0 bytes); get it again")
-    return file_stamp(status)
 
 
 def _address_problem(url: str) -> Localized | None:

@@ -2,10 +2,11 @@
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from mdl_toolkit.audio.download_cache import Downloads
 from mdl_toolkit.audio.embedded import embedded_stamp, split_reference
@@ -17,6 +18,7 @@ from mdl_toolkit.data.manifest import Row
 from mdl_toolkit.errors import AudioError, RowProblem, UnavailableError, breakdown
 from mdl_toolkit.i18n import Localized
 
+T = TypeVar("T")
 # Recordings that a process fetches at the same time.
 FETCHED_AHEAD = 8
 
@@ -46,14 +48,11 @@ class Recordings:
         segments: dict[tuple[str, int], list[Segment]] = {}
         for visit, segment in uses:
             segments.setdefault(visit, []).append(segment)
-        files: dict[str, Path | Future[Path]] = {}
         opened: dict[tuple[str, int], _Opened] = {}
-        for number, (visit, row) in enumerate(zip(visits, rows, strict=True)):
-            for audio in (coming.audio for coming in rows[number : number + FETCHED_AHEAD]):
-                if audio not in files:
-                    files[audio] = _fetch(self.downloads, audio) if is_url(audio) else Path(audio)
+        files = self._files([row.audio for row in rows])
+        for visit, row, file in zip(visits, rows, files, strict=True):
             if visit not in opened:
-                opened[visit] = self._open(files[row.audio], segments[visit])
+                opened[visit] = self._open(file, segments[visit])
             recording = opened[visit]
             yield row, recording.clip_of(row)
             uses[visit, row.segment] -= 1
@@ -62,35 +61,33 @@ class Recordings:
             if not recording.clips:
                 del opened[visit]
 
-    def length(self, audio: str) -> float | None:
-        """Return the seconds of a recording, None if it cannot be used; why, `clips` says."""
-        try:
-            path = self.downloads.path_of(audio) if is_url(audio) else Path(audio)
-            return load_length(path, self.allow_truncated, self.max_hours)
-        except BaseException as problem:
-            if isinstance(problem, AudioError) or breakdown(problem) is not None:
-                return None
-            raise
+    def lengths(self, audios: list[str]) -> Iterator[tuple[str, float | AudioError]]:
+        """Yield each recording with its seconds, or what is wrong with it; addresses are fetched ahead."""
+        for audio, file in zip(audios, self._files(audios), strict=True):
+            yield audio, _read(file, lambda path: load_length(path, self.allow_truncated, self.max_hours))
 
     def _open(self, file: Path | Future[Path], segments: list[Segment]) -> "_Opened":
         """Decode a recording once; what is wrong with it is wrong with all of its segments."""
-        stamp = None
-        try:
-            path = file.result() if isinstance(file, Future) else file
-            clips = load_segments(path, segments, self.allow_truncated, self.max_hours)
-            stamp = _stamp(path)
-        except AudioError as problem:
-            return _Opened(dict.fromkeys(segments, problem), stamp)
-        except OSError as problem:
-            failed = UnavailableError("the file cannot be read ({reason}); try again", reason=problem)
-            return _Opened(dict.fromkeys(segments, failed), stamp)
-        except BaseException as problem:
-            if (reason := breakdown(problem)) is None:
-                raise
-            kind = UnavailableError if isinstance(problem, MemoryError) else AudioError
-            refused = kind("it cannot be decoded: {reason}", reason=reason)
-            return _Opened(dict.fromkeys(segments, refused), stamp)
+        read = _read(
+            file,
+            lambda path: (
+                load_segments(path, segments, self.allow_truncated, self.max_hours),
+                _stamp(path),
+            ),
+        )
+        if isinstance(read, AudioError):
+            return _Opened(dict.fromkeys(segments, read), None)
+        clips, stamp = read
         return _Opened(dict(zip(segments, clips, strict=True)), stamp)
+
+    def _files(self, audios: list[str]) -> Iterator[Path | Future[Path]]:
+        """Yield the file of each recording, or what will be it; addresses are fetched ahead."""
+        files: dict[str, Path | Future[Path]] = {}
+        for number, audio in enumerate(audios):
+            for coming in audios[number : number + FETCHED_AHEAD]:
+                if coming not in files:
+                    files[coming] = _fetch(self.downloads, coming) if is_url(coming) else Path(coming)
+            yield files[audio]
 
 
 @dataclass
@@ -112,10 +109,22 @@ class _Opened:
             return row.segment_problem(clip.field, clip.message)
         if isinstance(clip, Clip) and not is_url(row.audio) and self.stamp != row.stamp:
             clip = AudioError("the file was changed while it was being read; start again when it is complete")
-        if isinstance(clip, AudioError):
-            may_pass = isinstance(clip, UnavailableError)
-            return RowProblem(row.line, "audio", row.shown, clip.message, may_pass)
-        return clip
+        return row.audio_problem(clip) if isinstance(clip, AudioError) else clip
+
+
+def _read(file: Path | Future[Path], read: Callable[[Path], T]) -> T | AudioError:
+    """Return what is read of a recording, or what is wrong with it."""
+    try:
+        return read(file.result() if isinstance(file, Future) else file)
+    except AudioError as problem:
+        return problem
+    except OSError as problem:
+        return UnavailableError("the file cannot be read ({reason}); try again", reason=problem)
+    except BaseException as problem:
+        if (reason := breakdown(problem)) is None:
+            raise
+        kind = UnavailableError if isinstance(problem, MemoryError) else AudioError
+        return kind("it cannot be decoded: {reason}", reason=reason)
 
 
 def _visits(rows: list[Row]) -> Iterator[tuple[str, int]]:

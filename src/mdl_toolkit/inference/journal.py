@@ -55,8 +55,8 @@ class AnswerJournal:
     def locked(self) -> Iterator[None]:
         """Lock the folder against other runs for the context; keep its answers only if an error ends that.
 
-        Without answers, an error keeps converted rows if it is an interruption, and what an unfinished
-        conversion has kept to resume from.
+        Without answers, an error keeps converted rows and what was measured or fetched if it is an
+        interruption, and what an unfinished conversion has kept to resume from.
 
         Raises:
             InputError: another run is at work on the same output, or the folder cannot be made.
@@ -84,7 +84,16 @@ class AnswerJournal:
                         "all rows are converted (in {path}): the same command goes on from there",
                         path=self.path,
                     )
-                elif not unfinished.exists():
+                elif unfinished.exists():
+                    # The conversion has said what it keeps.
+                    pass
+                elif was_stopped and (self.lengths.exists() or self.downloads.exists()):
+                    say(
+                        "recordings that were measured or fetched are kept (in {path}): the same command "
+                        "goes on from there",
+                        path=self.path,
+                    )
+                else:
                     self._remove()
                 raise
             self._remove()

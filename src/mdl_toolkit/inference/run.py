@@ -6,6 +6,7 @@ tokens. That holds in float32; in bfloat16 rounding can change a token that is n
 
 import hashlib
 import json
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, fields, replace
@@ -211,21 +212,22 @@ class _Inference:
 
     def convert(self, manifest: Manifest, tokenizer: ChatTokenizer) -> Mapping[int, Sequence[Segment]]:
         """Convert all rows, and return the windows of those that were cut into some, by line."""
-        options, parts = self.options, {}
+        options, run = self.options, secrets.token_hex(8)
         if options.window is not None:
-            # What is fetched to be measured is kept to be converted, unless it changes at its address.
+            # What is fetched to be measured is what is converted.
             options = replace(options, download_cache=options.download_cache or str(self.journal.downloads))
-            parts = cut_rows(manifest, options, self.journal.lengths)
+            manifest = cut_rows(manifest, options, self.journal.lengths, run)
         convert_rows(
-            replace(manifest, parts=parts),
+            manifest,
             self.journal.dataset,
             tokenizer,
             options,
             with_answer=False,
             reuse=True,
             keeps_going=options.on_error == KEEP,
+            run=run,
         )
-        return parts
+        return manifest.parts
 
     def _open_manifest(self) -> Manifest:
         """Open the input's CSV, which is made first where a folder or pattern is given."""

@@ -8,21 +8,20 @@ windows.
 import json
 import math
 import re
-import secrets
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from mdl_toolkit.audio.download_cache import Downloads
 from mdl_toolkit.audio.segments import Segment
+from mdl_toolkit.audio.urls import is_url
 from mdl_toolkit.config.inference import InferenceOptions
+from mdl_toolkit.data.convert.plan import MEBIBYTE, URL_BYTES
 from mdl_toolkit.data.manifest import Manifest
 from mdl_toolkit.data.open_audio import Recordings
-from mdl_toolkit.data.prefetch import Prefetcher
-from mdl_toolkit.errors import InputError, UsageError
+from mdl_toolkit.errors import AudioError, InputError, RowProblem, UsageError
 from mdl_toolkit.evaluation.text_metrics import SPACELESS, are_mostly, normalized
 from mdl_toolkit.model.constants import SAMPLE_RATE
 from mdl_toolkit.model.lengths import MIN_SAMPLES
@@ -30,11 +29,16 @@ from mdl_toolkit.utils.console import progress
 from mdl_toolkit.utils.files import parse_json, report_write_errors, write_text
 from mdl_toolkit.utils.machine import default_workers
 from mdl_toolkit.utils.signals import raise_if_interrupted
+from mdl_toolkit.utils.worker_pool import work_through
 
 # The value of --join for a row of each window.
 LIST = "list"
 # Words, or characters of languages without spaces, that somebody who speaks fast says in a second.
 WORDS_PER_SECOND, CHARACTERS_PER_SECOND = 6, 12
+# Below this, starting processes costs more than they save; so many recordings are given to one at once.
+FEW_BYTES, MEASURED_TOGETHER = 16 * MEBIBYTE, 16
+# Seconds between two times that lengths are written down.
+KEPT_EVERY = 30
 # What a pair of the same words counts in an alignment, and a word without its like.
 MATCH, GAP = 2, -1
 
@@ -66,62 +70,99 @@ def check_windows(options: InferenceOptions) -> None:
 # --- where windows begin and end -------------------------------------------------------------------------
 
 
-def cut_rows(manifest: Manifest, options: InferenceOptions, lengths_file: Path) -> dict[int, list[Segment]]:
-    """Return the windows of every row that is longer than one, by its line.
+def cut_rows(manifest: Manifest, options: InferenceOptions, lengths_file: Path, run: str) -> Manifest:
+    """Return a manifest whose rows are cut where they are longer than a window, or refused if nobody knows.
 
     Args:
         manifest: the rows.
-        options: the inference's, with a window.
+        options: the inference's, with a window and a download cache.
         lengths_file: keeps the recordings' lengths, which a run that goes on does not measure again.
+        run: the name of this run to the download cache.
 
     Raises:
         InputError: the file cannot be written.
     """
-    cache = Path(options.download_cache or ".").expanduser()
-    downloads = Downloads(cache, options.max_download_mb, secrets.token_hex(8))
+    downloads = Downloads(Path(options.download_cache or ".").expanduser(), options.max_download_mb, run)
     recordings = Recordings(downloads, options.allow_truncated, options.max_audio_hours)
     window = options.window or math.inf
     long = [row for row in manifest.rows() if row.segment.length > window]
-    lengths = measure({row.audio: row.stamp for row in long}, recordings, lengths_file)
-    parts = {
-        row.line: windows(row.segment, length, window, options.overlap)
-        for row in long
-        if (length := lengths[row.audio]) is not None
-    }
-    return {line: segments for line, segments in parts.items() if len(segments) > 1}
+    workers = options.num_workers or default_workers()
+    lengths = measure({row.audio: row.stamp for row in long}, recordings, lengths_file, workers)
+    parts, refused = dict[int, list[Segment]](), dict[int, RowProblem]()
+    for row in long:
+        length = lengths[row.audio]
+        if isinstance(length, AudioError):
+            refused[row.line] = row.audio_problem(length)
+        elif len(segments := windows(row.segment, length, window, options.overlap)) > 1:
+            parts[row.line] = segments
+    return replace(manifest, parts=parts, refused=refused)
 
 
 def measure(
-    stamps: dict[str, tuple[int, int]], recordings: Recordings, file: Path
-) -> dict[str, float | None]:
+    stamps: Mapping[str, tuple[int, int]], recordings: Recordings, file: Path, workers: int
+) -> dict[str, float | AudioError]:
     """Return the seconds of recordings, by decoding those that a file has no length of; keep them there.
+
+    What lies at an address may be another recording the next time: its length is not kept.
 
     Args:
         stamps: size and time of change of each recording.
         recordings: opens them.
         file: JSON; may be missing.
+        workers: the most processes that decode.
 
     Raises:
         InputError: the file cannot be written.
     """
-    known: dict[str, list[float | None]] = {}
+    lengths = read_lengths(file, stamps)
+    names = [audio for audio in stamps if audio not in lengths]
+    size = sum(max(stamps[audio][0], URL_BYTES) for audio in names)
+    workers = min(workers, len(names)) if size >= FEW_BYTES else 1
+    # Rows of a Parquet file are read in their order by each process.
+    step = max(1, min(MEASURED_TOGETHER, len(names) // workers))
+    jobs = (names[start : start + step] for start in range(0, len(names), step))
+    kept = time.monotonic()
+    try:
+        with (
+            progress(len(names), "measuring recordings") as bar,
+            closing(work_through(jobs, recordings.lengths, workers)) as measured,
+        ):
+            for audio, length in measured:
+                lengths[audio] = length
+                bar.advance()
+                raise_if_interrupted()
+                if time.monotonic() > kept + KEPT_EVERY:
+                    write_lengths(file, stamps, lengths)
+                    kept = time.monotonic()
+    finally:
+        write_lengths(file, stamps, lengths)
+    return lengths
+
+
+def read_lengths(file: Path, stamps: Mapping[str, tuple[int, int]]) -> dict[str, float | AudioError]:
+    """Return what a file says of recordings that are still as they were when they were measured."""
+    known: dict[str, list[float]] = {}
     with suppress(OSError, ValueError, TypeError):
         known = dict(parse_json(file.read_text(encoding="utf-8")))
-    names = [audio for audio, stamp in stamps.items() if known.get(audio, [])[:2] != [*stamp]]
-    loader = Prefetcher(
-        lambda numbers: [recordings.length(names[number]) for number in numbers], default_workers()
-    )
-    with (
-        progress(len(names), "measuring recordings") as bar,
-        closing(loader.batches(np.arange(len(names))[:, None])) as batches,
-    ):
-        for name, (length,) in zip(names, batches, strict=True):
-            known[name] = [*stamps[name], length]
-            bar.advance()
-            raise_if_interrupted()
-    with report_write_errors(str(file), InputError):
-        write_text(file, json.dumps(known))
-    return {audio: known[audio][2] for audio in stamps}
+    return {audio: known[audio][2] for audio in stamps if known.get(audio, [])[:2] == [*stamps[audio]]}
+
+
+def write_lengths(
+    file: Path, stamps: Mapping[str, tuple[int, int]], lengths: Mapping[str, float | AudioError]
+) -> None:
+    """Write the lengths of recordings to a file, if there are any, with the stamps that they hold for.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    measured = {
+        audio: [*stamps[audio], length]
+        for audio, length in lengths.items()
+        if not is_url(audio) and not isinstance(length, AudioError)
+    }
+    if measured:
+        with report_write_errors(str(file), InputError):
+            write_text(file, json.dumps(measured))
 
 
 def windows(segment: Segment, length: float, window: float, overlap: float) -> list[Segment]:

@@ -119,6 +119,7 @@ def convert_rows(
     settings: str | None = None,
     reuse: bool = False,
     keeps_going: bool = False,
+    run: str = "",
 ) -> Record:
     """Convert all rows into a dataset that takes the place of what is at the output.
 
@@ -131,6 +132,7 @@ def convert_rows(
         settings: text of the dataset's settings file, if there is to be one.
         reuse: if the output is what would come out, leave it; such a dataset names its plan.
         keeps_going: leave rows out that cannot be used; `left_out` tells which.
+        run: the name under which addresses may have been asked for already, if there is one.
 
     Returns:
         The dataset's record.
@@ -148,7 +150,7 @@ def convert_rows(
                 work.remove()
                 return record
             files = {PLAN_FILE: plan.fingerprint if reuse else None, SETTINGS_FILE: settings}
-            conversion = _Conversion(manifest, plan, work, tokenizer, options, with_answer, keeps_going)
+            conversion = _Conversion(manifest, plan, work, tokenizer, options, with_answer, keeps_going, run)
             return conversion.run({name: text for name, text in files.items() if text is not None})
         except BaseException as problem:
             _clear_up(work, plan, problem)
@@ -167,6 +169,7 @@ class _Conversion:
         options: workers, downloads, tolerance for truncated files.
         with_answer: for training; otherwise prompts alone, and no labels.
         keeps_going: leave rows out that cannot be used.
+        run_name: under which addresses are asked for; empty for a new one.
     """
 
     manifest: Manifest
@@ -176,6 +179,7 @@ class _Conversion:
     options: ConversionOptions
     with_answer: bool
     keeps_going: bool
+    run_name: str
 
     def run(self, extra_files: dict[str, str]) -> Record:
         """Convert what is not finished, and put the dataset in place.
@@ -219,7 +223,7 @@ class _Conversion:
         """Convert the shards with these numbers."""
         options, rows = self.options, sum(self.plan.shards[number].rows for number in wanted)
         folder = Path(options.download_cache or self.work.downloads).expanduser()
-        downloads = Downloads(folder, options.max_download_mb, secrets.token_hex(8))
+        downloads = Downloads(folder, options.max_download_mb, self.run_name or secrets.token_hex(8))
         converter = ShardConverter(
             self.tokenizer,
             Recordings(downloads, options.allow_truncated, options.max_audio_hours),
