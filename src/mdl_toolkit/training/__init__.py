@@ -7,11 +7,11 @@ Modules:
     trainer                  the training loop
     sampler                  which examples make an optimizer step, on which process
     step                     one forward pass, and the trainable parameters with their optimizer
-    gradient_checkpointing   which blocks are computed again in the backward pass
+    gradient_checkpointing   let blocks be computed again in the backward pass; how many says memory/plan
     evaluator                evaluations while a run trains, and which was the best
     answer_eval              generated answers to evaluation examples, and their metric
     checkpoints              save, verify, find, rotate checkpoints
-    resume                   compare a resumed run with the one it goes on from, and processes with each other
+    resume                   may this run go on from that one; `Trainer.resume` restores its state
     log                      `log.jsonl`, the progress bar, smoothed loss
     trackers                 `--report-to`: TensorBoard and others, through transformers
     summary                  what a run says before its first step and after its last
