@@ -14,7 +14,7 @@ import soxr
 from mdl_toolkit.audio.decoders import decode
 from mdl_toolkit.audio.integrity import check_integrity
 from mdl_toolkit.audio.loading import SAMPLE_RATE, Clip, load
-from mdl_toolkit.audio.resample import Mixdown
+from mdl_toolkit.audio.segments import Cutter
 from tests.support import recordings
 from tests.support.ogg import crc
 from tests.support.paths import DOCS
@@ -89,7 +89,7 @@ def same(clip: Clip, expected: tuple[np.ndarray, int], *, frame: int = 0, below:
 
 def reader(path: Path) -> str:
     with path.open("rb") as file:
-        name = decode(file, check_integrity(file), Mixdown()).format
+        name = decode(file, check_integrity(file), Cutter(())).format
     return "libsndfile" if name in soundfile.available_formats() else "PyAV"
 
 

@@ -102,7 +102,10 @@ def test_completion_prints_a_script(door, shell, sign):
     ("words", "offered"),
     [
         ("tr", ["plain,train"]),
-        ("train --lora", [f"plain,--lora-{name}" for name in ("rank", "alpha", "dropout", "plus-ratio")]),
+        (
+            "train --lora",
+            [f"plain,--lora-{name}" for name in ("rank", "alpha", "dropout", "variant", "plus-ratio")],
+        ),
         ("train --lr x --nosuch 3 --num-e", ["plain,--num-epochs"]),
         ("train --quantization ", ["plain,8bit", "plain,4bit"]),
         ("train --bf16 t", ["plain,true"]),

@@ -19,9 +19,9 @@ PO = SOURCE / "locale/zh/LC_MESSAGES/mdl_toolkit.po"
 MO = PO.with_suffix(".mo")
 ERRORS = (
     "ToolkitError", "UsageError", "InputError", "AudioError", "TooLongError", "CutOffError",
-    "UnavailableError", "DatasetError", "ModelError", "RefusedRowError", "NotMergeableError", "RequestError",
-    "UnauthorizedError", "UnknownModelError", "TooLargeError", "UnanswerableError", "FailedError",
-    "BusyError", "ForbiddenError", "GoneError",
+    "UnavailableError", "DatasetError", "ModelError", "NotFoundError", "RefusedRowError", "NotMergeableError",
+    "RequestError", "UnauthorizedError", "UnknownModelError", "TooLargeError", "UnanswerableError",
+    "FailedError", "BusyError", "ForbiddenError", "GoneError",
 )  # fmt: skip
 # What takes a template, and as which of its arguments.
 TAKES = {

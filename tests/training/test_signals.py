@@ -299,8 +299,8 @@ def test_a_signal_outside_the_steps_ends_the_run_tidily(place, tmp_path, start, 
     job.signal(number)
     assert job.end() == 130
     assert job.said().splitlines()[-1] == "interrupted"
-    told = "every step is made and saved; to write the result: the same with --resume-from-checkpoint true"
-    assert (told in job.said().splitlines()) == (moment == "write_result")
+    told = "\nevery step is made and saved; to write the result: the same with --resume-from-checkpoint true"
+    assert (told in job.said()) == (moment == "write_result")
     left = {path.name for path in (tmp_path / "run").iterdir()} if (tmp_path / "run").exists() else set()
     written = {".mdl-toolkit-files.json", "checkpoint-1", "log.jsonl", "mdl-toolkit.json", "mdl-toolkit.yaml"}
     expected = {

@@ -43,12 +43,11 @@ def test_peaks_are_known_by_name(name, peak):
 
 def test_what_is_said_of_an_accelerator_and_not_of_a_cpu(monkeypatch, capsys):
     pace = Pace(10, 10.0, 2.0, 0.0, 3000, 989e12)
-    say_throughput(pace, torch.device("cpu"), 10**9)
+    say_throughput(pace, torch.device("cpu"), None, 10**9)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(summary, "device_name", lambda _: "cuda:0 (NVIDIA H200)")
-    with pretending() as device:
-        device.peak = 1_234_000_000
-        say_throughput(pace, torch.device(NAME, 0), 1_200_000_000)
+    with pretending():
+        say_throughput(pace, torch.device(NAME, 0), 1_234_000_000, 1_200_000_000)
     assert capsys.readouterr().err.strip() == (
         "cuda:0 (NVIDIA H200): 1,500 tokens/s; MFU 50.0% of 989 TFLOP/s (4 operations a parameter and "
         "token); most memory 1.2 GB, planned 1.2 GB"
@@ -58,5 +57,5 @@ def test_what_is_said_of_an_accelerator_and_not_of_a_cpu(monkeypatch, capsys):
 def test_of_several_devices_each_has_its_share(monkeypatch, capsys):
     monkeypatch.setattr(summary, "device_name", lambda _: "cuda:0 (NVIDIA H200)")
     with pretending():
-        say_throughput(Pace(10, 10.0, 2.0, 0.0, 3000, 989e12), torch.device(NAME, 0), 10**9, 4)
+        say_throughput(Pace(10, 10.0, 2.0, 0.0, 3000, 989e12), torch.device(NAME, 0), 10**9, 10**9, 4)
     assert "375 tokens/s; MFU 12.5% of 989 TFLOP/s" in capsys.readouterr().err

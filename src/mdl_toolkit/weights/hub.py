@@ -75,7 +75,7 @@ def download(name: str, revision: str | None, *, from_modelscope: bool, weights:
             other=names[1],
             second=second,
         )
-    raise not_found(name, message) from problems[name]
+    raise NotFoundError(name, message) from problems[name]
 
 
 def check_before_download(
@@ -109,14 +109,20 @@ def check_before_download(
         )
 
 
-def not_found(name: str, message: Localized) -> ModelError:
-    """Make the error for a name that is neither a folder nor a model on a hub."""
-    return ModelError(
-        "model {name}: not a folder here, and {message}. Give a local folder, set "
-        "HF_ENDPOINT to a mirror that can be reached, or use --from-modelscope true",
-        name=name,
-        message=message,
-    )
+class NotFoundError(ModelError):
+    """Say that a name is neither a folder nor a model on a hub.
+
+    Attributes:
+        reason: the same without a remedy, for whom other options name the model.
+    """
+
+    def __init__(self, name: str, message: Localized) -> None:
+        self.reason = Localized("model {name}: not a folder here, and {message}", name=name, message=message)
+        super().__init__(
+            "{reason}. Give a local folder with --model-name, set HF_ENDPOINT to a mirror that can be "
+            "reached, or use --from-modelscope true",
+            reason=self.reason,
+        )
 
 
 def _snapshot(name: str, revision: str | None, from_modelscope: bool, weights: bool, *, cached: bool) -> Path:

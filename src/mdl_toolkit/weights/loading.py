@@ -12,6 +12,7 @@ from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.console import say, size
 from mdl_toolkit.utils.machine import OOM_ERRORS, describe_oom
 from mdl_toolkit.weights.config_files import read_json
+from mdl_toolkit.weights.hub import NotFoundError
 from mdl_toolkit.weights.provenance import Base, read_provenance
 from mdl_toolkit.weights.resolve import BASE_NAME, find_model, quantized_by
 from mdl_toolkit.weights.schemas import ADAPTER_CONFIG
@@ -284,7 +285,7 @@ def base_of(adapter: Path, *, from_modelscope: bool, name: str | None = None, we
             "{adapter}: the adapter's base model cannot be used ({reason}); `mdl-toolkit merge {adapter} "
             "--model-name FOLDER` merges it into a copy of the base in another place",
             adapter=adapter,
-            reason=problem.message,
+            reason=problem.reason if isinstance(problem, NotFoundError) else problem.message,
         ) from problem
     if not weights:
         return folder

@@ -11,7 +11,7 @@ from mdl_toolkit.errors import ModelError
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.utils.files import refuse_devices
 from mdl_toolkit.weights.config_files import check_files, check_tensors, read_json
-from mdl_toolkit.weights.hub import download, not_found
+from mdl_toolkit.weights.hub import NotFoundError, download
 from mdl_toolkit.weights.provenance import read_provenance
 from mdl_toolkit.weights.schemas import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, MODEL_CONFIG
 
@@ -42,7 +42,7 @@ def find_model(name: str, *, from_modelscope: bool, weights: bool, revision: str
         refuse_devices(folder, ModelError)
         check_is_no_run(folder, MODEL_CONFIG, ADAPTER_CONFIG)
     elif folder.exists() or name.startswith((".", "~", "/")) or name.count("/") > 1:
-        raise not_found(name, Localized("there is no such folder"))
+        raise NotFoundError(name, Localized("there is no such folder"))
     else:
         if from_modelscope:
             require_package("modelscope", "modelscope", "--from-modelscope")

@@ -156,15 +156,6 @@ def test_the_model_is_that_of_a_training_s_settings(tmp_path, model):
         check(replace(options, model_name=str(tmp_path)))
 
 
-def test_the_word_behind_json_is_no_file_of_the_user_s(run, tmp_path):
-    """A bare `--json` takes it, although it may have been meant as an input."""
-    mine = tmp_path / "train.json"
-    mine.write_text('[{"audio": "a.wav"}]', encoding="utf-8")
-    done = run("--json", mine, write_csv(tmp_path / "t.csv", phrases("train.csv")[:2]))
-    assert (done.status, mine.read_text(encoding="utf-8")) == (1, '[{"audio": "a.wav"}]')
-    assert done.err == f"error: --json {mine}: there is a file that check did not write; give a new name\n"
-
-
 def counted(folder, dataset, sampler):
     """Operations that torch counts in the blocks' matrices in an epoch: forwards, back, forwards again."""
     loaded = load_model(folder, dtype=torch.float32, device=torch.device("cpu"))

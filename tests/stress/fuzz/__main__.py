@@ -22,7 +22,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from tests.stress.fuzz import cases, datasets, memory, models, recordings, servers, tables
 from tests.stress.fuzz.cases import Case, judge
@@ -55,7 +54,6 @@ def main() -> int:
     cases.SECONDS = given.seconds
     if given.keep:
         given.keep.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
     os.environ.update(
         HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", TOKENIZERS_PARALLELISM="false"
     )

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from mdl_toolkit.cli.main import run
 
@@ -85,6 +86,8 @@ def _become_command(case: Case, said: Path) -> None:
     """Run the command line in this process, which ends with it."""
     # A decoder that is garbage here has threads that this process lacks: to free it would wait for them.
     gc.freeze()
+    # Here, since torch refuses to count threads in a process that was forked from one where it did.
+    torch.set_num_threads(1)
     os.setsid()
     resource.setrlimit(resource.RLIMIT_DATA, (case.limit, resource.RLIM_INFINITY))
     os.chdir(case.folder)

@@ -32,7 +32,6 @@ from mdl_toolkit.i18n import Localized, Verbatim, join_messages
 from mdl_toolkit.utils.console import progress, warn
 from mdl_toolkit.utils.files import check_apart, check_file, replace_file, report_write_errors
 from mdl_toolkit.utils.machine import default_workers
-from mdl_toolkit.utils.ownership import is_ours
 from mdl_toolkit.utils.worker_pool import end_unguarded_script, work_through
 from mdl_toolkit.weights.resolve import find_model
 from mdl_toolkit.weights.tokenizer_files import read_tokenizer_files
@@ -113,12 +112,6 @@ def _outputs(options: CheckOptions) -> dict[str, Path]:
     outputs = {name: Path(path) for name, path in named if isinstance(path, str)}
     for name, output in outputs.items():
         check_file(output, options.input, name)
-    # The word after a bare `--json` may have been meant as an input.
-    path = outputs.get("--json")
-    if path is not None and path.is_file() and not is_ours(path.resolve(), "findings"):
-        raise InputError(
-            "--json {path}: there is a file that check did not write; give a new name", path=path
-        )
     if len(outputs) == 2:
         check_apart(outputs["--write-fixed"], outputs["--json"], "--write-fixed", "--json")
     return outputs
