@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mdl_toolkit.config.train import TrainOptions
+from mdl_toolkit.config.types import weighted_paths
 from mdl_toolkit.config.yaml import as_command, read_settings, to_yaml
 from mdl_toolkit.data.concat import ConcatDataset, join_datasets
 from mdl_toolkit.data.dataset import ConvertedDataset
-from mdl_toolkit.errors import ToolkitError
-from mdl_toolkit.training.datasets import weighted_paths
+from mdl_toolkit.errors import ToolkitError, UsageError
 from mdl_toolkit.training.run import train
 from mdl_toolkit.training.sampler import BatchSampler, Mixture
 from mdl_toolkit.weights.config_files import read_json
@@ -123,7 +123,27 @@ def test_datasets_are_joined_example_by_example(place, tmp_path):
         "general:11",
     ]
     assert joined.record.prompts == one.record.prompts
-    assert [*join_datasets({"a/x.csv": one, "b/x.csv": one, "c/x.csv": other}).parts] == ["x", "x-2", "x-3"]
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["a/x.csv", "b/x.csv", "c/x.csv"], ["x", "x-2", "x-3"]),
+        (["a/x.csv", "a/x-3.csv", "b/x.csv", "c/x.csv"], ["x", "x-3", "x-2", "x-4"]),
+        (["a/x.csv", "b/x.csv", "a/x-2.csv"], ["x", "x-2", "x-2-2"]),
+        (["calls-2026.11", "calls-2026.12", "calls.csv"], ["calls-2026.11", "calls-2026.12", "calls"]),
+    ],
+)
+def test_each_dataset_has_a_name_of_its_own_and_all_of_its_rows(place, tmp_path, monkeypatch, paths, names):
+    """Of a file without its suffix; a folder's name has none, whatever follows its points."""
+    one = ConvertedDataset(convert(place / "calls.csv", MODEL, tmp_path / "calls"))
+    monkeypatch.chdir(tmp_path)
+    for path in paths:
+        if not path.endswith(".csv"):
+            (tmp_path / path).mkdir()
+    joined = join_datasets(dict.fromkeys(paths, one))
+    assert [*joined.parts] == names
+    assert len(joined) == len(joined.token_counts) == len(paths) * len(one)
 
 
 def test_without_weights_a_run_is_that_of_the_rows_in_one_file(place, tmp_path):
@@ -231,16 +251,36 @@ def test_a_weight_is_what_no_file_is_called(tmp_path, monkeypatch):
     assert weighted_paths(None) == {}
 
 
+@pytest.mark.parametrize("number", ["2024.11.30", "1.2.3", "0..8", ".", "1e", ""])
+def test_what_is_no_number_is_a_part_of_the_path(place, tmp_path, number):
+    path = f"{place}/date={number}"
+    assert weighted_paths(path) == {path: None}
+    with pytest.raises(ToolkitError, match=re.escape(f"--train-dataset {path}: no such file or folder")):
+        train(train_options(path, MODEL, tmp_path / "run"))
+
+
+def test_a_weight_that_nothing_shares_is_told(place, tmp_path, capsys):
+    csv = place / "calls.csv"
+    train(replace(options_of(place, tmp_path / "run", max_steps=1), train_dataset=f"{csv}=0.8"))
+    assert f"{csv}: its weight is ignored, as there is no other --train-dataset" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
         (
             ("calls.csv=1", "general.csv"),
-            "general.csv: without a weight beside others; give each one or none",
+            "--train-dataset: expected a weight for each path, or for none, not 'calls.csv=1', 'general.csv'",
         ),
-        (("calls.csv", "calls.csv"), "calls.csv: given twice; give it once, with a weight"),
-        (("calls.csv=1", "general.csv=0"), "general.csv=0: expected a weight above 0"),
-        (("calls.csv", "gone.csv=2"), "calls.csv: without a weight"),
+        (("calls.csv", "calls.csv"), "--train-dataset: expected each path once"),
+        *(
+            (
+                ("calls.csv=1", f"general.csv={weight}"),
+                "--train-dataset: expected finite weights above 0, not",
+            )
+            for weight in ("0", "0e5", "1e999", "1e-999")
+        ),
+        (("calls.csv", "gone.csv=2"), "--train-dataset: expected a weight for each path, or for none"),
         (("calls.csv=1", "gone.csv=2"), "--train-dataset gone.csv: no such file or folder"),
     ],
 )
@@ -249,6 +289,12 @@ def test_what_cannot_be_mixed_is_refused_before_anything_is_made(place, tmp_path
     with pytest.raises(ToolkitError, match=said):
         train(replace(train_options("x", MODEL, tmp_path / "run"), train_dataset=given))
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_evaluated_has_no_weights():
+    for weighted in ("b.csv=0.5", ("b.csv=0.5", "c.csv=0.5")):
+        with pytest.raises(UsageError, match="--eval-dataset: expected paths without weights"):
+            TrainOptions(train_dataset="a.csv", output="run", eval_dataset=weighted)
 
 
 def test_bad_rows_of_all_files_are_told_together(place, tmp_path):

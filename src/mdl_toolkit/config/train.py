@@ -29,6 +29,7 @@ from mdl_toolkit.config.types import (
     SEED,
     SHARE,
     TARGETS,
+    WEIGHTED_DATASETS,
     WHOLE,
     WORDS,
     choice,
@@ -66,7 +67,7 @@ class TrainOptions(ConversionOptions):
 
     model_name: str = option(NAME, DEFAULT_MODEL, COMMON, MODEL_HELP)
     train_dataset: str | tuple[str, ...] = option(
-        DATASETS,
+        WEIGHTED_DATASETS,
         REQUIRED,
         TRAINING,
         "The training data: a CSV file or a folder written by convert-dataset. May be given several times, "

@@ -25,6 +25,8 @@ EPOCH = "epoch"
 LR_SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")
 LORA_VARIANTS = ("lora", "rslora", "dora", "pissa")
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
+# A path with a weight.
+WEIGHTED = re.compile(r"(.+)=((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e-?[0-9]+)?)")
 TRAIN_TARGETS = ("encoder", "projector", "decoder", "embed_tokens", "lm_head")
 
 
@@ -170,10 +172,43 @@ def _parse_paths(value: Any) -> tuple[str, ...]:
     return tuple(map(_parse_path, items))
 
 
+def weighted_paths(given: str | tuple[str, ...] | None) -> dict[str, float | None]:
+    """Return the paths that an option names, each with its weight if it has one.
+
+    Args:
+        given: a path, or several, or none; what is there by its whole name has no weight.
+
+    Raises:
+        ValueError: some have weights and others none, a weight is not above 0, or a path stands twice.
+    """
+    paths: dict[str, float | None] = {}
+    words = [given] if isinstance(given, str) else given or ()
+    for word in words:
+        match = WEIGHTED.fullmatch(word)
+        path, weight = (match[1], float(match[2])) if match and not Path(word).exists() else (word, None)
+        if path in paths:
+            raise refuse("expected each path once, with a weight if it is to count for more")
+        if weight is not None and not 0 < weight < math.inf:
+            raise refuse("expected finite weights above 0")
+        paths[path] = weight
+    if None in paths.values() and len({*paths.values()}) > 1:
+        raise refuse("expected a weight for each path, or for none")
+    return paths
+
+
+def _parse_weighted_datasets(value: Any) -> str | tuple[str, ...]:
+    """Read a path, or several, each with a weight or none; one alone is no list."""
+    paths = _parse_paths(value)
+    weighted_paths(paths)
+    return paths if len(paths) > 1 else paths[0]
+
+
 def _parse_datasets(value: Any) -> str | tuple[str, ...]:
     """Read a path, or several; one alone is no list."""
-    paths = _parse_paths(value)
-    return paths if len(paths) > 1 else paths[0]
+    datasets = _parse_weighted_datasets(value)
+    if any(weighted_paths(datasets).values()):
+        raise refuse("expected paths without weights")
+    return datasets
 
 
 def _parse_result_files(value: Any) -> tuple[str, ...]:
@@ -298,6 +333,7 @@ CADENCE = ValueType("N|FRACTION|epoch", _parse_cadence)
 ADAPTERS = ValueType("NAME=FOLDER", _parse_adapters, is_repeated=True)
 PATHS = ValueType("PATH", _parse_paths, is_repeated=True)
 DATASETS = ValueType("PATH", _parse_datasets, is_repeated=True)
+WEIGHTED_DATASETS = ValueType("PATH", _parse_weighted_datasets, is_repeated=True)
 RESUME = ValueType("true|false|PATH", _true_or(_parse_path), takes=lambda word: not word.startswith("-"))
 LEARNING_RATES = ValueType("X|TARGET=X", _parse_learning_rates, is_repeated=True)
 # A bare `--json` must not take the CSV after it for the file to write.

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +66,14 @@ def join_datasets(datasets: Mapping[str, ConvertedDataset]) -> ConvertedDataset:
     """
     if len(datasets) == 1:
         return next(iter(datasets.values()))
-    names: list[str] = []
-    for stem in (Path(path).stem for path in datasets):
-        count = names.count(stem) + sum(name.startswith(f"{stem}-") for name in names)
-        names.append(f"{stem}-{count + 1}" if stem in names else stem)
-    return ConcatDataset(dict(zip(names, datasets.values(), strict=True)))
+    parts: dict[str, ConvertedDataset] = {}
+    for path, dataset in datasets.items():
+        place = Path(path).absolute()
+        # What follows a point in the name of a folder is no suffix.
+        own = place.name if place.is_dir() else place.stem
+        names = (own if number == 1 else f"{own}-{number}" for number in count(1))
+        parts[next(name for name in names if name not in parts)] = dataset
+    return ConcatDataset(parts)
 
 
 def join_prompts(prompts: Iterable[Prompts]) -> Prompts:

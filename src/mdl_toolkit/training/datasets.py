@@ -1,7 +1,6 @@
 """Open the training and evaluation sets, one or several of each, before any weight is loaded."""
 
 import dataclasses
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -10,13 +9,14 @@ from pathlib import Path
 from mdl_toolkit.config.data import ConversionOptions
 from mdl_toolkit.config.options import spec_of
 from mdl_toolkit.config.train import EVALUATION, TrainOptions
+from mdl_toolkit.config.types import weighted_paths
 from mdl_toolkit.data.concat import ConcatDataset, join_datasets
 from mdl_toolkit.data.convert.run import convert_rows
 from mdl_toolkit.data.dataset import ROUNDED_FORMAT, ConvertedDataset
 from mdl_toolkit.data.listing import rows_file
 from mdl_toolkit.data.manifest import read_manifest
 from mdl_toolkit.data.tokenization import ChatTokenizer
-from mdl_toolkit.errors import DatasetError, InputError, RowsError, ToolkitError, UsageError
+from mdl_toolkit.errors import DatasetError, InputError, RowsError, ToolkitError
 from mdl_toolkit.i18n import join_messages
 from mdl_toolkit.training.sampler import Mixture
 from mdl_toolkit.utils.console import is_first_process, say, warn
@@ -27,33 +27,6 @@ from mdl_toolkit.weights.tokenizer_files import TokenizerFiles, read_tokenizer_f
 
 # In the output folder, until a run has come to its end: what its CSVs were converted to, and features of it.
 PRIVATE, FEATURES = ".dataset", "features"
-# A path with a weight.
-WEIGHTED = re.compile(r"(.+)=([0-9.]+(?:e-?[0-9]+)?)")
-
-
-def weighted_paths(given: str | tuple[str, ...] | None) -> dict[str, float | None]:
-    """Return the paths that an option names, each with its weight if it has one.
-
-    Args:
-        given: a path, or several, or none; what is there by its whole name has no weight.
-
-    Raises:
-        UsageError: some have weights and others none, a weight is not above 0, or a path stands twice.
-    """
-    paths: dict[str, float | None] = {}
-    words = [given] if isinstance(given, str) else given or ()
-    for word in words:
-        match = None if Path(word).exists() else WEIGHTED.fullmatch(word)
-        path, weight = (match[1], float(match[2])) if match else (word, None)
-        if path in paths:
-            raise UsageError("{path}: given twice; give it once, with a weight", path=path)
-        if weight == 0:
-            raise UsageError("{path}: expected a weight above 0", path=word)
-        paths[path] = weight
-    if None in paths.values() and len({*paths.values()}) > 1:
-        without = next(path for path, weight in paths.items() if weight is None)
-        raise UsageError("{path}: without a weight beside others; give each one or none", path=without)
-    return paths
 
 
 def mixture_of(options: TrainOptions, train_set: ConvertedDataset) -> Mixture | None:
@@ -160,7 +133,13 @@ def _open_set(path: str, files: TokenizerFiles, private: Path) -> ConvertedDatas
 
 def warn_of_ignored(options: TrainOptions) -> None:
     """Warn of options that were given and have no effect, as a set is converted or nothing is evaluated."""
-    paths = [*weighted_paths(options.train_dataset), *weighted_paths(options.eval_dataset)]
+    train_paths = weighted_paths(options.train_dataset)
+    if len(train_paths) == 1 and any(train_paths.values()):
+        warn(
+            "{path}: its weight is ignored, as there is no other --train-dataset",
+            path=next(iter(train_paths)),
+        )
+    paths = [*train_paths, *weighted_paths(options.eval_dataset)]
     converted = [path for path in paths if rows_file(path).is_dir()]
     converting = {field.name for field in dataclasses.fields(ConversionOptions)} - {"from_modelscope"}
     if len(converted) < len(paths):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mdl_toolkit.config.options import spelling
 from mdl_toolkit.config.train import TrainOptions
+from mdl_toolkit.config.types import weighted_paths
 from mdl_toolkit.config.yaml import SETTINGS_FILE, to_yaml
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.training.checkpoints import (
@@ -16,7 +17,6 @@ from mdl_toolkit.training.checkpoints import (
     save_state,
     step_of,
 )
-from mdl_toolkit.training.datasets import weighted_paths
 from mdl_toolkit.utils.console import say, warn
 from mdl_toolkit.utils.files import (
     check_apart,

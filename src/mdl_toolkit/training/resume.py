@@ -16,7 +16,16 @@ from numpy.typing import NDArray
 from mdl_toolkit import __version__
 from mdl_toolkit.config.options import spec_of, spelling
 from mdl_toolkit.config.train import TrainOptions
-from mdl_toolkit.config.types import DATASETS, NAME, OUTPUT, PATH, RESUME, ValueType
+from mdl_toolkit.config.types import (
+    DATASETS,
+    NAME,
+    OUTPUT,
+    PATH,
+    RESUME,
+    WEIGHTED_DATASETS,
+    ValueType,
+    weighted_paths,
+)
 from mdl_toolkit.config.yaml import SETTINGS_FILE, read_settings, word_of
 from mdl_toolkit.data.collate import SampleSource
 from mdl_toolkit.data.dataset import ConvertedDataset
@@ -26,7 +35,6 @@ from mdl_toolkit.evaluation.text_metrics import Best
 from mdl_toolkit.i18n import Localized, join_messages
 from mdl_toolkit.training.answer_eval import AnswerEvaluator
 from mdl_toolkit.training.checkpoints import Checkpoint, checkpoint_of, damage
-from mdl_toolkit.training.datasets import weighted_paths
 from mdl_toolkit.training.lora import LORA_TARGETS
 from mdl_toolkit.training.optimization.optimizer import ADAMW
 from mdl_toolkit.training.sampler import BatchSampler
@@ -46,6 +54,8 @@ ANY_TIME = frozenset(
 
 # Options that only the first process uses, or that change nothing but speed. Paths may differ from machine to
 # machine: what they hold is compared, and the step that is gone on from.
+# Types of options whose values are paths, of which each machine may have its own.
+PLACES = (DATASETS, WEIGHTED_DATASETS, NAME, OUTPUT, PATH)
 ANY_PROCESS = frozenset(
     {
         "num_workers", "tokenizing_batch_size", "max_download_mb", "from_modelscope", "report_to", "verify",
@@ -93,7 +103,7 @@ def check_options(world: World, options: TrainOptions) -> None:
     values = {
         spelling(field.name): repr(getattr(options, field.name))
         for field in dataclasses.fields(options)
-        if field.name not in ANY_PROCESS and spec_of(field).type not in (DATASETS, PATH, OUTPUT, NAME, RESUME)
+        if field.name not in ANY_PROCESS and spec_of(field).type not in (*PLACES, RESUME)
     }
     _refuse_differences(world, values)
 
@@ -316,10 +326,10 @@ def warn_changed(before: dict[str, Any], options: TrainOptions) -> None:
 
 def _meaning(value_type: ValueType, value: Any) -> Any:
     """Return an option's value, a path in its one absolute spelling."""
-    if value_type is DATASETS:
+    if value_type in (DATASETS, WEIGHTED_DATASETS):
         paths = weighted_paths(value)
         return [(Path(path).expanduser().resolve(), weight) for path, weight in paths.items()]
-    is_path = value is not None and value_type in (PATH, OUTPUT, NAME)
+    is_path = value is not None and value_type in PLACES
     return Path(value).expanduser().resolve() if is_path else value
 
 
