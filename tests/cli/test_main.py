@@ -210,6 +210,8 @@ SUGGESTED = [
     (("train", "--per_device_train_batch_size=1"), "train", "--per_device_train_batch_size", "--batch-size"),
     (("train", "--lr-scheduler-type", "cosine"), "train", "--lr-scheduler-type", "--lr-scheduler"),
     (("train", "--optim=adamw"), "train", "--optim", "--optimizer"),
+    (("train", "--use-dora", "true"), "train", "--use-dora", "--lora-variant"),
+    (("train", "--init-lora-weights=pissa"), "train", "--init-lora-weights", "--lora-variant"),
     (("inference", "--model", "x"), "inference", "--model", "--model-name"),
     (("--versoin",), "mdl-toolkit", "--versoin", "--version"),
 ]

@@ -107,6 +107,7 @@ def test_rows_beyond_the_positions_that_a_model_knows_are_warned_of(model, tmp_p
     assert len(infer(options(make_csv(tmp_path, 2), model, tmp_path / "out.csv", max_new_tokens=2))) == 2
     said = capsys.readouterr().err
     assert f"tokens, and {model} has learnt no more than 8 positions" in said
+    assert "or use --window" in said
 
 
 def test_a_budget_of_one_token_is_enough(model, tmp_path):

@@ -78,22 +78,16 @@ def figures(output):
     return [{name: line[name] for name in names if name in line} for line in lines]
 
 
-def turn_singular_vectors():
-    """Decompose with other signs, as another library may."""
-    svd = torch.linalg.svd
-
-    def turned(*words, **more):
-        u, s, v = svd(*words, **more)
-        return -u, s, -v
-
-    torch.linalg.svd = turned
+def decompose_nothing():
+    """Fail where a weight is decomposed."""
+    torch.linalg.svd = None
 
 
-def test_two_that_decompose_weights_differently_follow_one(place, tmp_path, start):
+def test_the_first_of_two_decomposes_weights_for_both(place, tmp_path, start):
     settings = {"lora_variant": "pissa", "train_target": ("encoder", "decoder")}
     train(options_of(place, tmp_path / "one", gradient_accumulation_steps=4, **settings))
     words = command(place, tmp_path / "two", **settings)
-    jobs = start_ranks(start, words, before=[nothing, turn_singular_vectors])
+    jobs = start_ranks(start, words, before=[nothing, decompose_nothing])
     assert [job.end() for job in jobs] == [0, 0], [job.said() for job in jobs]
     check_follows(tmp_path / "two", tmp_path / "one")
 

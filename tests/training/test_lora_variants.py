@@ -129,7 +129,7 @@ def test_what_is_trained_merges_as_peft_merges_it(tmp_path, variant, capsys):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_resumed_it_ends_as_unbroken_bit_for_bit(tmp_path, variant):
+def test_resumed_it_ends_as_unbroken_bit_for_bit(tmp_path, variant, monkeypatch):
     csv = make_csv(tmp_path, 8)
     changes = {"save_steps": 1, "lora_dropout": 0.1 * (variant != "pissa"), "merge_lora": False}
     options = options_of(csv, tmp_path / "run", variant, **changes)
@@ -139,6 +139,8 @@ def test_resumed_it_ends_as_unbroken_bit_for_bit(tmp_path, variant):
     again = replace(options, output=str(tmp_path / "again"), resume_from_checkpoint=True)
     with pytest.raises(ModelError, match=f"trained with --lora-variant {variant}; give the same"):
         train(replace(again, lora_variant="lora"))
+    # Weights are not decomposed again for what is read.
+    monkeypatch.setattr(torch.linalg, "svd", None)
     train(again)
     for name in ("adapter_model.safetensors", "optimizer.safetensors"):
         whole, resumed = ((tmp_path / run / "checkpoint-4" / name).read_bytes() for run in ("run", "again"))

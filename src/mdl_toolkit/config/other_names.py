@@ -23,6 +23,7 @@ ALSO_CALLED = {
     "output": "output-dir out-dir save-dir output-file",
     "lora-rank": "lora-r rank",
     "lora-alpha": "alpha",
+    "lora-variant": "use-rslora use-dora init-lora-weights",
     "train-target": "target-modules lora-target",
     "resume-from-checkpoint": "resume",
     "eval": "val-size eval-size eval-ratio validation-split",
@@ -49,7 +50,7 @@ ALSO_CALLED = {
 NOT_HERE = (
     "deepspeed logging-steps fp16 adam-beta1 adam-epsilon group-by-length "
     "packing gpus num-gpus device use-cpu tf32 torch-compile "
-    "logging-dir run-name do-train do-eval flash-attn attn-impl use-lora lora-bias use-rslora use-dora "
+    "logging-dir run-name do-train do-eval flash-attn attn-impl use-lora lora-bias "
     "trust-remote-code do-sample length-penalty language stage template cutoff-len"
 )
 OTHER_NAMES = {other: name for name, others in ALSO_CALLED.items() for other in others.split()}

@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,8 @@ from mdl_toolkit.data.tokenization import IGNORE_INDEX
 from mdl_toolkit.i18n import Localized, join_messages
 from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.utils.console import warn
+from mdl_toolkit.weights.config_files import read_json, value_at
+from mdl_toolkit.weights.schemas import MODEL_CONFIG
 
 # Examples that a message names.
 MOST_LEAKS_NAMED = 10
@@ -81,6 +84,27 @@ def answer_ids(dataset: ConvertedDataset, row: int) -> NDArray[np.int32]:
     labels = dataset.tokens(row).labels
     answer: NDArray[np.int32] = labels[labels != IGNORE_INDEX]
     return answer
+
+
+def warn_beyond_positions(folder: Path, dataset: ConvertedDataset, remedy: Localized) -> None:
+    """Warn of rows with more tokens than a model has learnt positions for: it computes, but no sense.
+
+    Args:
+        folder: the model's.
+        dataset: the rows.
+        remedy: what to do.
+    """
+    known = value_at(read_json(folder / MODEL_CONFIG), "text_config.max_position_embeddings")
+    tokens = int(dataset.token_counts.max())
+    if isinstance(known, int) and tokens > known:
+        warn(
+            "the longest row has {tokens:,} tokens, and {folder} has learnt no more than {known:,} "
+            "positions: answers to such rows make no sense; {remedy}",
+            tokens=tokens,
+            folder=folder,
+            known=known,
+            remedy=remedy,
+        )
 
 
 # --- evaluation examples that are trained on ------------------------------------------------------------

@@ -8,6 +8,7 @@ from pathlib import Path
 from mdl_toolkit.config.inference import InferenceOptions
 from mdl_toolkit.config.types import ENGINES, OURS, VLLM
 from mdl_toolkit.data.tokenization import ChatTokenizer
+from mdl_toolkit.data.warnings import warn_beyond_positions
 from mdl_toolkit.errors import UsageError
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.inference.beam_search import beam_search
@@ -24,13 +25,15 @@ from mdl_toolkit.inference.server_engine import ServerAnswerer, find_served_mode
 from mdl_toolkit.inference.vllm_engine import VllmAnswerer
 from mdl_toolkit.model.kernels.matmul import prepack
 from mdl_toolkit.utils.launcher import Ranks
-from mdl_toolkit.weights.config_files import warn_beyond_positions
 from mdl_toolkit.weights.loading import load_for_inference
 from mdl_toolkit.weights.resolve import BITSANDBYTES, require_package
 
 # Yields each question's key and the cells of its answer, in the order in which they are computed; in place of
 # the cells None where a logit is NaN or infinite, or why a server refuses the row.
 Engine = Callable[[Iterable[Question]], Iterator[tuple[int, list[str] | Localized | None]]]
+
+# What to do with rows that are too long.
+SHORTER = Localized("cut the recordings by `start` and `end`, or use --window")
 
 
 def is_server(engine: str) -> bool:
@@ -108,7 +111,7 @@ def make_engine(
     Raises:
         ModelError: the model cannot be loaded, or vLLM cannot use it, or a server does not answer.
     """
-    warn_beyond_positions(base or folder, int(inputs.dataset.token_counts.max()))
+    warn_beyond_positions(base or folder, inputs.dataset, SHORTER)
     if is_server(options.engine):
         return ServerAnswerer(options, inputs).answers
     if options.engine == VLLM:

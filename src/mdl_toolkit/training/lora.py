@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.errors import ModelError, UsageError
+from mdl_toolkit.utils.console import progress
 from mdl_toolkit.weights.loading import quiet_peft
 
 LORA_TARGETS = {
@@ -53,6 +54,7 @@ def add_adapters(
     base_name: str,
     variant: str = "lora",
     start: Path | None = None,
+    decomposes: bool = True,
 ) -> tuple[Any, list[TargetCount]]:
     """Wrap a MiDashengLM in PEFT so that exactly the targets train.
 
@@ -64,8 +66,8 @@ def add_adapters(
         dropout: on the adapters' input.
         base_name: recorded in the adapter, so that it finds its base again.
         variant: that of `--lora-variant`.
-        start: folder of an adapter whose modules, ranks and scales are taken in place of these; its weights
-            are not loaded.
+        start: folder of an adapter whose modules, ranks and scales, but no weights, are taken in place of these.
+        decomposes: whether PiSSA's adapters are made of the weights, and not left to be filled.
 
     Returns:
         The `PeftModel`, and the count of each target.
@@ -80,13 +82,12 @@ def add_adapters(
     check_targets(model, targets)
     tied = bool(model.config.tie_word_embeddings)  # type: ignore[union-attr]
     config = saved_config(start) if start else adapter_config(targets, rank, alpha, variant, tied=tied)
-    config.lora_dropout, config.base_model_name_or_path = dropout, base_name
-    config.ensure_weight_tying = tied and bool(config.modules_to_save)
+    config.lora_dropout, config.ensure_weight_tying = dropout, tied and bool(config.modules_to_save)
     with quiet_peft():
         peft_model = get_peft_model(model, config, autocast_adapter_dtype=True)
     peft_model.peft_config["default"].base_model_name_or_path = base_name
     if variant == "pissa" and start is None:
-        init_pissa(peft_model, rank)
+        init_pissa(peft_model, rank, decomposes=decomposes)
     # PEFT leaves full copies in the dtype of the base.
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
@@ -119,34 +120,48 @@ def adapter_config(
     )
 
 
-def init_pissa(model: nn.Module, rank: int) -> None:
+def init_pissa(model: nn.Module, rank: int, *, decomposes: bool = True) -> None:
     """Begin new adapters of twice a rank with the weights' largest singular values; let half of each train.
 
     PiSSA takes B0 A0 out of each weight and trains B A from there. Here the weight stays, and the adapter is
     [B, -B0] [A; A0], as PEFT converts it to LoRA: any reader of LoRA, and the same base, will do.
+
+    Args:
+        model: the `PeftModel`.
+        rank: of the half that trains.
+        decomposes: whether they begin so; otherwise somebody fills them.
     """
     from peft.tuners.lora.layer import Linear
 
-    for module in model.modules():
-        if not isinstance(module, Linear) or module.weight.is_meta:
-            continue
+    modules = [each for each in model.modules() if isinstance(each, Linear) and not each.weight.is_meta]
+    if modules and decomposes:
+        with progress(len(modules), "decomposing weights for PiSSA") as shown:
+            for module in modules:
+                decompose(module, rank)
+                shown.advance()
+    for module in modules:
         a, b = (part["default"].weight for part in (module.lora_A, module.lora_B))
-        weight = module.weight.detach().to(torch.float32)
-        if min(weight.shape) <= EXACT:
-            u, s, v = torch.linalg.svd(weight, full_matrices=False)
-            u, s, v = u[:, :rank], s[:rank], v[:rank]
-        else:
-            u, s, v = torch.svd_lowrank(weight, rank, niter=ITERATIONS)
-            v = v.T
-        root, count = (s / module.scaling["default"]).sqrt(), len(s)
-        with torch.no_grad():
-            for start, sign in ((0, 1), (rank, -1)):
-                a[start : start + rank] = functional.pad(root[:, None] * v, (0, 0, 0, rank - count))
-                b[:, start : start + rank] = functional.pad(sign * u * root, (0, rank - count))
         a.register_hook(lambda gradient: torch.cat([gradient[:rank], torch.zeros_like(gradient[rank:])]))
         b.register_hook(
             lambda gradient: torch.cat([gradient[:, :rank], torch.zeros_like(gradient[:, rank:])], 1)
         )
+
+
+def decompose(module: Any, rank: int) -> None:
+    """Fill the adapter of a PEFT layer with its weight's largest singular values: [B, -B] and [A; A]."""
+    a, b = (part["default"].weight for part in (module.lora_A, module.lora_B))
+    weight = module.weight.detach().to(torch.float32)
+    if min(weight.shape) <= EXACT:
+        u, s, v = torch.linalg.svd(weight, full_matrices=False)
+        u, s, v = u[:, :rank], s[:rank], v[:rank]
+    else:
+        u, s, v = torch.svd_lowrank(weight, rank, niter=ITERATIONS)
+        v = v.T
+    root, count = (s / module.scaling["default"]).sqrt(), len(s)
+    with torch.no_grad():
+        for start, sign in ((0, 1), (rank, -1)):
+            a[start : start + rank] = functional.pad(root[:, None] * v, (0, 0, 0, rank - count))
+            b[:, start : start + rank] = functional.pad(sign * u * root, (0, rank - count))
 
 
 def check_variant(options: TrainOptions, quantization: str | None) -> None:

@@ -14,7 +14,7 @@ from mdl_toolkit.data.collate import Collator, SampleSource
 from mdl_toolkit.data.concat import ConcatDataset
 from mdl_toolkit.data.dataset import ConvertedDataset
 from mdl_toolkit.data.tokenization import ChatTokenizer, prefix_sample
-from mdl_toolkit.data.warnings import LossWatch, advise
+from mdl_toolkit.data.warnings import LossWatch, advise, warn_beyond_positions
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.i18n import Localized
 from mdl_toolkit.reporting.plots import plot
@@ -63,7 +63,6 @@ from mdl_toolkit.utils.launcher import warn_of_idle_gpus
 from mdl_toolkit.utils.run_folder import LOG, read_log
 from mdl_toolkit.utils.signals import Interruption, raise_if_interrupted
 from mdl_toolkit.utils.worker_pool import end_unguarded_script
-from mdl_toolkit.weights.config_files import warn_beyond_positions
 from mdl_toolkit.weights.loading import (
     base_of,
     choose_dtype,
@@ -226,7 +225,7 @@ def _run(run: _RunPlan) -> TrainResult:
     say_steps(options, run.sampler, run.schedule)
     say_recipe(options, run.schedule.warmup)
     warn_of_little(options, run.schedule, train_set)
-    warn_beyond_positions(run.base, int(train_set.token_counts.max()))
+    warn_beyond_positions(run.base, train_set, Localized("cut the recordings by `start` and `end`"))
     examples = (train_set.tokens(index).input_ids for index in prefix_sample(len(train_set)))
     prefix = run.tokenizer.shared_prefix_length(examples)
     plan = plan_memory(
@@ -264,7 +263,11 @@ def _train(run: _RunPlan, kept: KeptBlocks, device: torch.device, dtype: torch.d
     cached = sets_to_cache(options, schedule, run.sampler, run.train_set, run.eval_set)
     cache = FeatureCache(output / PRIVATE / FEATURES, options, run.base, world, cached)
     is_sharding = world.is_sharding
-    model, counts = trainable_model(options, run.base, device, dtype, run.start, is_on_host=is_sharding)
+    # Other processes get what the first one made, and a run that goes on reads it.
+    decomposes = world.is_first and run.resume is None
+    model, counts = trainable_model(
+        options, run.base, device, dtype, run.start, is_on_host=is_sharding, decomposes=decomposes
+    )
     say_targets(counts, model)
     if options.lora_variant == "pissa":
         world.take_first([each for each in model.parameters() if each.requires_grad])
@@ -307,6 +310,7 @@ def trainable_model(
     start: Path | None = None,
     *,
     is_on_host: bool = False,
+    decomposes: bool = True,
 ) -> tuple[Any, list[TargetCount]]:
     """Load a base model and add the adapters that train, new ones or those of an adapter's folder.
 
@@ -317,6 +321,7 @@ def trainable_model(
         dtype: of the base's weights.
         start: the adapter's folder, if training goes on from one.
         is_on_host: whether the model stays on the host, to be sharded from there.
+        decomposes: whether PiSSA's adapters are made of the weights, and not left to be filled.
 
     Returns:
         The `PeftModel`, and the count of each target.
@@ -338,12 +343,12 @@ def trainable_model(
         variant=options.lora_variant,
         base_name=recorded_name(options.model_name, base),
         start=start,
+        decomposes=decomposes,
     )
-    if is_on_host:
-        # As PEFT does where the weights have their dtype already.
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+    # As PEFT does where the weights have their dtype already; PiSSA's adapters are made after that.
+    if is_on_host and options.lora_variant != "pissa":
+        for parameter in (each for each in model.parameters() if each.requires_grad):
+            parameter.data = parameter.data.to(dtype).to(parameter.dtype)
     if start is not None:
         load_start(model, start)
     return model, counts

@@ -19,10 +19,10 @@ from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.training.log import Pace
 from mdl_toolkit.training.lora import TargetCount
 from mdl_toolkit.training.memory.plan import MemoryPlan
-from mdl_toolkit.training.optimization.expectation import is_too_short, what_to_expect
+from mdl_toolkit.training.optimization.expectation import MANY_ANSWERS, is_too_short, what_to_expect
 from mdl_toolkit.training.optimization.schedule import Schedule, due_steps
 from mdl_toolkit.training.sampler import BatchSampler, Mixture
-from mdl_toolkit.utils.console import clock, say, size, warn
+from mdl_toolkit.utils.console import clock, is_first_process, say, size, warn
 from mdl_toolkit.utils.device import device_name, peak_of
 from mdl_toolkit.utils.run_folder import LOG, SmoothedLoss, read_log
 
@@ -130,8 +130,12 @@ def say_recipe(options: TrainOptions, warmup: int) -> None:
 
 def warn_of_little(options: TrainOptions, schedule: Schedule, train_set: ConvertedDataset) -> None:
     """Warn before the first step of a run that is too short to learn a new task, with what would do."""
-    if is_too_short(options, schedule):
-        answers = {answer_ids(train_set, row).tobytes() for row in range(len(train_set))}
+    if is_first_process() and is_too_short(options, schedule):
+        answers: set[bytes] = set()
+        for row in range(len(train_set)):
+            answers.add(answer_ids(train_set, row).tobytes())
+            if len(answers) == MANY_ANSWERS:
+                break
         warn(what_to_expect(options, schedule, len(train_set), len(answers)))
 
 

@@ -96,8 +96,7 @@ class Trainer:
             checkpoint_gradients(self.forward.model, self.kept)
         # Steps made, the sum of their losses, and the step after which that began.
         self.step, self.losses, self.since = 0, 0.0, 0
-        purpose = Localized("the same effective batch")
-        is_fixed = self.world.is_sharding
+        purpose, is_fixed = Localized("the same effective batch"), self.world.is_sharding
         self.micro_batcher = MicroBatcher(
             self.options.batch_size, self.forward.device, purpose, is_fixed=is_fixed
         )
@@ -186,6 +185,9 @@ class Trainer:
         """Make an optimizer step, and note whether any process was asked to stop; return the loss."""
         indices = self.sampler.examples(self.step)
         with self._leaving_a_checkpoint():
+            # GPUs that gather would wait for a process that has gone until their time is out.
+            if self.world.is_sharding:
+                self.world.wait()
             own_loss, must_stop = self._accumulate(batches), self.request.is_made
             if self.world.size > 1:
                 # First, as this is where a process that has gone is noticed on GPUs too.
@@ -245,10 +247,8 @@ class Trainer:
 
     def _accumulate(self, batches: Iterator[Batch]) -> Tensor:
         """Add up the gradients of this process's batches; return the sum of their losses, a scalar."""
-        wanted, own = (
-            self.batches(self.step, self.world.rank),
-            self.sampler.batches(self.step, self.world.rank),
-        )
+        wanted = self.batches(self.step, self.world.rank)
+        own = self.sampler.batches(self.step, self.world.rank)
         tokens = max(1, self.sampler.tokens(self.step))
         # Reading ahead has ended where memory ran out in it.
         made: Iterable[Batch] = (next(batches, None) or self.loader.make(indices) for indices in wanted)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 CPU = torch.device("cpu")
-# Kinds that are not used: MPS computes nothing in float64, and nothing here was ever tried on one.
+# Kinds that are not used, as nothing here was ever tried on one.
 UNTRIED = {"mps": "Apple GPU (MPS)"}
 
 # TFLOP/s of dense products in 16 bits, from the makers' data sheets, by a part of a device's name. The first

@@ -1,7 +1,8 @@
 """Join the processes that train or answer together, and sum tensors over them.
 
 Launchers (torchrun, accelerate launch, or any other that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT)
-start the processes. Every process holds the whole model; gradients are summed once per step.
+start the processes. Every process holds the whole model, or with `--shard-weights` a share of its blocks;
+gradients are summed once per step.
 """
 
 import hashlib

@@ -55,10 +55,17 @@ def check_launch(*, is_sharding: bool = False) -> None:
             names=", ".join(missing),
         )
     for variable, name in MODEL_DIVISION.items():
-        if os.environ.get(variable) == "true" and not (is_sharding and name == "FSDP"):
+        if os.environ.get(variable) != "true":
+            continue
+        if not is_sharding:
             warn(
                 "the launcher asks for {name}, which is not used: every process holds the whole model; where "
                 "memory is short, use --quantization 4bit, or --shard-weights true to divide the model",
+                name=name,
+            )
+        elif name != "FSDP":
+            warn(
+                "the launcher asks for {name}, which is not used: --shard-weights divides the model",
                 name=name,
             )
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.i18n import Localized
-from mdl_toolkit.utils.console import warn
 from mdl_toolkit.utils.files import parse_json
 from mdl_toolkit.utils.schema import Schema, find_fault, not_wanted
 from mdl_toolkit.weights.schemas import (
@@ -144,20 +143,6 @@ def is_tied(config: dict[str, Any]) -> bool:
     """Tell whether a model's input and output embeddings are one; what its decoder says counts first."""
     text = config.get("text_config") or {}
     return bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
-
-
-def warn_beyond_positions(folder: Path, tokens: int) -> None:
-    """Warn of rows with more tokens than a model has learnt positions for: it computes, but no sense."""
-    known = value_at(read_json(folder / MODEL_CONFIG), "text_config.max_position_embeddings")
-    if isinstance(known, int) and tokens > known:
-        warn(
-            "the longest row has {tokens:,} tokens, and {folder} has learnt no more than {known:,} "
-            "positions: answers to such rows make no sense; cut the recordings by `start` and `end`, "
-            "or use --window",
-            tokens=tokens,
-            folder=folder,
-            known=known,
-        )
 
 
 def value_at(values: dict[str, Any], key: str) -> Any:

@@ -23,11 +23,12 @@ from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.training import run as training
 from mdl_toolkit.training.checkpoints import Checkpoint, checkpoints, damage
 from mdl_toolkit.training.gradient_checkpointing import checkpoint_gradients
+from mdl_toolkit.training.log import RunLog
 from mdl_toolkit.training.memory.plan import GATHERED, plan_memory
 from mdl_toolkit.training.memory.sharding import blocks_of, shard_blocks
 from mdl_toolkit.training.run import train, trainable_model
 from mdl_toolkit.training.sampler import BatchSampler
-from mdl_toolkit.training.step import TrainableState
+from mdl_toolkit.training.step import ForwardPass, TrainableState
 from mdl_toolkit.utils.distributed import World
 from mdl_toolkit.utils.launcher import check_launch
 from mdl_toolkit.utils.run_folder import read_log
@@ -120,6 +121,7 @@ def test_a_launcher_that_asks_for_it_too_is_not_told_that_it_is_not_used(monkeyp
         check_launch(is_sharding=is_sharding)
         lines = capsys.readouterr().err.splitlines()
         assert [line.split("asks for ")[1].split(",")[0] for line in lines] == told
+        assert all(("--shard-weights true" in line) != is_sharding for line in lines)
 
 
 def test_each_process_holds_its_share_of_the_blocks(place):
@@ -167,6 +169,36 @@ def test_a_killed_process_ends_the_other_one(place, tmp_path):
         assert jobs[0].end() == 1
     assert jobs[0].said().splitlines()[-1] == LOST
     assert all(damage(path) is None for path in checkpoints(tmp_path / "run"))
+
+
+def note_losses_and_die_after(step, folder):
+    """Let the second process end right after a step, and the first one note each loss that it computes."""
+    compute, log = ForwardPass.loss, RunLog.step
+
+    def compute_and_note(self, *words, **more):
+        if os.environ["RANK"] == "0":
+            with (folder / "losses").open("a") as file:
+                file.write("a loss\n")
+        return compute(self, *words, **more)
+
+    def log_and_die(self, number, **more):
+        log(self, number, **more)
+        if os.environ["RANK"] == "1" and number == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    ForwardPass.loss, RunLog.step = compute_and_note, log_and_die
+
+
+def test_a_process_that_has_gone_is_noticed_before_anything_is_gathered(place, tmp_path):
+    """On GPUs a sum over NCCL would wait for it for half an hour."""
+    changes = {"shard_weights": True, "save_steps": 0, "eval_steps": 0}
+    words = as_command(options_of(place, tmp_path / "run", **changes)).split()[1:]
+    with fleet(tmp_path) as start:
+        jobs = start_ranks(start, words, before=partial(note_losses_and_die_after, 2, tmp_path))
+        assert [job.end() for job in jobs] == [1, -signal.SIGKILL], jobs[0].said()
+    assert jobs[0].said().splitlines()[-1] == LOST
+    # The steps have 8 and 5 rows, in batches of 2 for each process.
+    assert (tmp_path / "losses").read_text().splitlines() == ["a loss"] * 4
 
 
 def test_all_stop_when_one_is_asked_to(place, tmp_path):
@@ -229,9 +261,11 @@ def sharded(options, base, world, dtype=torch.float32):
     return model
 
 
-def test_a_share_is_the_first_rows_of_the_weights_in_their_dtype(base, first_of_four):
-    targets = ("encoder", "decoder", "lm_head")
-    options, dtype = train_options(base, base, "run", train_target=targets), torch.bfloat16
+@pytest.mark.parametrize("variant", ["lora", "dora", "pissa"])
+def test_a_share_is_the_first_rows_of_the_weights_in_their_dtype(base, first_of_four, variant):
+    """And adapters begin as they do without sharding, to the bit."""
+    settings = {"train_target": ("encoder", "decoder", "lm_head"), "lora_variant": variant}
+    options, dtype = train_options(base, base, "run", **settings), torch.bfloat16
     whole, _ = trainable_model(options, base, CPU, dtype)
     expected = dict(whole.named_parameters())
     count = 0

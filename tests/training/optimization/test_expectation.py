@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import get_scheduler
 
+from mdl_toolkit.training import summary
+from mdl_toolkit.training.optimization import expectation
 from mdl_toolkit.training.optimization.expectation import (
     HIGHEST,
     MOST,
@@ -67,6 +69,13 @@ def test_what_is_too_little_is_told_with_what_would_do(changes, per_epoch, remed
         there = Schedule.of(per_epoch, other)
         is_most = there.total >= MOST_EPOCHS * per_epoch and other.lr in (HIGHEST, options.lr)
         assert is_most or rate_sum(other, there) >= 0.9 * MOST
+
+
+def test_answers_are_counted_up_to_a_bound(tmp_path, capsys, monkeypatch):
+    for module in (expectation, summary):
+        monkeypatch.setattr(module, "MANY_ANSWERS", 3)
+    train(train_options(make_csv(tmp_path, 8), MODEL, tmp_path / "run", lr=1e-4, num_epochs=1))
+    assert "8 rows, at least 3 different answers: too little" in capsys.readouterr().err
 
 
 def test_a_run_says_so_before_its_first_step(tmp_path, capsys):

@@ -59,11 +59,11 @@ def blocks_of(model: Any) -> list[torch.nn.Module]:
 def load_to_shard(base: Path, options: TrainOptions, dtype: torch.dtype) -> Any:
     """Load a base model onto the host, in a dtype but for the decoder's layers.
 
-    These stay in float32 if they are stored so, unless DoRA begins with the norms of their rows. What is as
-    it is stored is mapped from its file: processes of one machine share that memory, and the system takes it
-    back when it needs it.
+    These stay in float32 if they are stored so, unless adapters begin with what DoRA or PiSSA makes of them.
+    What is as it is stored is mapped from its file: processes of one machine share that memory, and the
+    system takes it back when it needs it.
     """
-    is_float32 = stored_dtype(base) == torch.float32 and options.lora_variant != "dora"
+    is_float32 = stored_dtype(base) == torch.float32 and options.lora_variant not in ("dora", "pissa")
     model = load_model(base, dtype=torch.float32 if is_float32 else dtype, device=CPU)
     for name, parameter in model.named_parameters():
         if not name.startswith("decoder.model.layers.") and ".init_bn." not in name:

@@ -19,6 +19,8 @@ from mdl_toolkit.training.optimization.schedule import Schedule
 NOTHING, MOST = 0.005, 0.025
 # What is suggested at most.
 MOST_EPOCHS, HIGHEST = 10, 5e-4
+# So many different answers are not told from more.
+MANY_ANSWERS = 1000
 # Steps whose learning rates are looked at.
 LOOKED_AT = 1000
 
@@ -62,22 +64,25 @@ def what_to_expect(options: TrainOptions, schedule: Schedule, rows: int, answers
         options: of the run.
         schedule: its steps.
         rows: to learn from.
-        answers: different ones among them.
+        answers: different ones among them; from `MANY_ANSWERS` on there may be more.
     """
     other = longer_run(options, schedule.per_epoch)
     higher = Localized("a higher --lr")
+    different = Localized("{count:,} different {count:answer|answers}", count=answers)
+    if answers >= MANY_ANSWERS:
+        different = Localized("at least {count:,} different answers", count=answers)
     remedies = [
         Localized("{option}", option=f"{spelling(name)} {word_of(getattr(other, name))}")
         for name in ("num_epochs", "max_steps", "lr")
         if getattr(options, name) != getattr(other, name)
     ]
     return Localized(
-        "{steps:,} {steps:step|steps} at a learning rate of {rate:g}, {rows:,} {rows:row|rows}, {answers:,} "
-        "different {answers:answer|answers}: too little to learn a new task (small models learnt nothing "
+        "{steps:,} {steps:step|steps} at a learning rate of {rate:g}, {rows:,} {rows:row|rows}, "
+        "{different}: too little to learn a new task (small models learnt nothing "
         "from so much); try {remedy}",
         steps=schedule.total,
         rate=max(learning_rates(options).values()),
         rows=rows,
-        answers=answers,
+        different=different,
         remedy=join_messages(remedies or [higher], "{left} {right}"),
     )
