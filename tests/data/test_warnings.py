@@ -1,5 +1,8 @@
 """Warnings that save a day: each is given when it is due, and not when it is not."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import soundfile
@@ -259,6 +262,16 @@ def test_a_fall_that_is_none(capsys):
     assert "2.0000 in the first 20 steps, 1.9700 in the last 25 up to step 50 of 50; " in line
     assert "another --lr than 0.0001" in line
     assert watched([*[2.0] * 20, *[1.95] * 30]) is None
+
+
+def test_a_training_on_rows_beyond_the_positions_is_advised_what_it_has(tmp_path, capsys):
+    model = shutil.copytree(MODEL, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    config["text_config"]["max_position_embeddings"] = 8
+    (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    train(train_options(make_csv(tmp_path, 2), model, tmp_path / "run", max_steps=1, merge_lora=False))
+    (line,) = [line for line in said(capsys) if "has learnt no more than 8 positions" in line]
+    assert line.endswith("; cut the recordings by `start` and `end`")
 
 
 @pytest.mark.parametrize(("rate", "warns"), [(1e-9, True), (1e-2, False)])

@@ -66,7 +66,7 @@ def add_adapters(
         dropout: on the adapters' input.
         base_name: recorded in the adapter, so that it finds its base again.
         variant: that of `--lora-variant`.
-        start: folder of an adapter whose modules, ranks and scales, but no weights, are taken in place of these.
+        start: folder of an adapter whose modules, ranks and scales, but no weights, replace these.
         decomposes: whether PiSSA's adapters are made of the weights, and not left to be filled.
 
     Returns:
