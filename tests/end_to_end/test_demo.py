@@ -34,7 +34,7 @@ def in_own_process(folder, seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_it_learns_from_scratch_to_at_least_80_percent(tmp_path, seed):
     said = in_own_process(tmp_path / "demo", seed)
     answers = column(tmp_path / "demo/after.csv", "prediction")
