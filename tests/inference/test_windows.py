@@ -1,6 +1,7 @@
 """Long recordings in windows: where they lie, how transcripts are joined, and that a window is a row."""
 
 import errno
+import json
 import random
 import shlex
 import signal
@@ -19,6 +20,7 @@ from mdl_toolkit.config.yaml import as_command
 from mdl_toolkit.data import open_audio
 from mdl_toolkit.errors import InputError, RowsError, UnavailableError, UsageError
 from mdl_toolkit.inference import windows as windowing
+from mdl_toolkit.inference.journal import AnswerJournal
 from mdl_toolkit.inference.run import infer
 from mdl_toolkit.inference.windows import find_seam, join_transcript, windows
 from tests.support.fleet import fleet
@@ -272,6 +274,23 @@ def test_lengths_outlive_an_interruption(model, tmp_path, monkeypatch, capsys):
     infer(options)
     assert asked == ["0.wav", "1.wav", "2.wav", "2.wav"]
     assert not [*tmp_path.glob(".out*")]
+
+
+def test_lengths_are_written_down_on_the_way(model, tmp_path, monkeypatch):
+    """A run that is killed loses what it has measured since they were, not more."""
+    rows = [{"audio": make_long(tmp_path, 4 + n, f"{n}.wav")} for n in range(3)]
+    source = write_csv(tmp_path / "in.csv", rows)
+    monkeypatch.setattr(windowing, "KEPT_EVERY", -1)
+    file, found = AnswerJournal(tmp_path / "out.csv").lengths, []
+    measured = open_audio.load_length
+
+    def noted(*given):
+        found.append([values[2] for values in json.loads(file.read_text()).values()] if file.exists() else [])
+        return measured(*given)
+
+    monkeypatch.setattr(open_audio, "load_length", noted)
+    infer(infer_options(source, model, tmp_path / "out.csv", window=2, overlap=0.5))
+    assert found == [[], [4], [4, 5]]
 
 
 @needs_server
