@@ -11,6 +11,7 @@ from openpyxl import load_workbook
 
 from mdl_toolkit.errors import InputError, ModelError, UsageError
 from mdl_toolkit.evaluation.csv_table import read_table
+from mdl_toolkit.inference import output
 from mdl_toolkit.inference.output import Piece, write_subtitles
 from mdl_toolkit.inference.run import infer
 from tests.support.inferences import infer_options, stop_after
@@ -135,6 +136,26 @@ def test_a_text_that_no_cell_of_a_workbook_holds_is_not_cut(model, tmp_path):
         asked = stop_after(patch, 99)
         assert len(infer(infer_options(source, model, tmp_path / "out.csv"))) == 1
     assert asked == []
+
+
+def test_more_rows_than_a_sheet_holds_are_refused_before_any_work(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(output, "MOST_ROWS", 3)
+    source, asked = make_csv(tmp_path, 3), stop_after(monkeypatch, 99)
+    with pytest.raises(InputError, match=r"3 rows, and a sheet of a workbook holds 3 .* ends in \.csv"):
+        infer(infer_options(source, model, tmp_path / "out.xlsx"))
+    assert asked == []
+    assert not (tmp_path / ".out.xlsx.partial").exists()
+    assert len(infer(infer_options(make_csv(tmp_path, 2), model, tmp_path / "out.xlsx"))) == 2
+
+
+def test_more_windows_than_a_sheet_holds_are_refused_with_their_answers_kept(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(output, "MOST_ROWS", 3)
+    soundfile.write(tmp_path / "long.wav", wave(71 * 1600, 3), 16_000, subtype="PCM_16")
+    source = write_csv(tmp_path / "in.csv", [{"audio": str(tmp_path / "long.wav"), "user_prompt": "?"}])
+    with pytest.raises(InputError, match="more rows than the 3 of a workbook"):
+        infer(infer_options(source, model, tmp_path / "out.xlsx", window=3, overlap=1, join="list"))
+    assert not (tmp_path / "out.xlsx").exists()
+    assert (tmp_path / ".out.xlsx.partial").is_dir()
 
 
 def test_a_workbook_needs_its_extra_before_any_work(model, tmp_path, monkeypatch):

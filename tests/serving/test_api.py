@@ -258,7 +258,9 @@ def test_forms_that_cannot_be_answered_are_refused(served):
         assert f"{name} is not supported here" in refused(transcribe(served, SHORT, **{name: "x"}), 400)
     assert refused(transcribe(served, SHORT, model="gpt"), 404).startswith("no model gpt")
     assert "larger than 2 MB" in refused(transcribe(served, b"0" * 2_100_000), 413)
+    assert "n is not supported here" in refused(transcribe(served, SHORT, n="2"), 400)
     usual = {"language": "en", "chunking_strategy": "auto", "user": "u", "max_tokens": "3"}
+    usual |= {"top_k": "-1", "min_p": "0", "repetition_penalty": "1.0", "presence_penalty": "0.0", "n": "1"}
     assert transcribe(served, SHORT, **usual).status_code == 200
 
 

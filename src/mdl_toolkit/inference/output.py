@@ -4,6 +4,7 @@ import html
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, BinaryIO
@@ -26,6 +27,8 @@ from mdl_toolkit.weights.resolve import require_package
 SRT, VTT, XLSX = ".srt", ".vtt", ".xlsx"
 # Characters of a cell of a workbook; openpyxl would cut longer ones off without a word.
 LONGEST_CELL = 32_767
+# Rows of a sheet, with its header.
+MOST_ROWS = 1_048_576
 # Of a cell that stays text when somebody edits it.
 TEXT_FORMAT = "@"
 
@@ -93,6 +96,23 @@ def check_single_recording(options: InferenceOptions, manifest: Manifest) -> Non
             output=options.output,
             input=manifest.source,
             count=count,
+        )
+
+
+def check_rows(options: InferenceOptions, manifest: Manifest) -> None:
+    """Refuse a workbook of more rows than its sheet holds.
+
+    Raises:
+        InputError: saying how many there are.
+    """
+    if is_workbook(options.output) and manifest.file.rows >= MOST_ROWS:
+        raise InputError(
+            "--output {output}: {input} has {rows:,} rows, and a sheet of a workbook holds {most:,} with its "
+            "header; give an --output that ends in .csv",
+            output=options.output,
+            input=manifest.source,
+            rows=manifest.file.rows,
+            most=MOST_ROWS,
         )
 
 
@@ -186,7 +206,7 @@ def write_workbook(target: BinaryIO, output: Path) -> Iterator[Any]:
         output: its name, for messages.
 
     Raises:
-        InputError: a cell is too long for a workbook.
+        InputError: a cell is too long for a workbook, or there are too many rows.
     """
     from openpyxl import Workbook
     from openpyxl.cell import WriteOnlyCell
@@ -209,7 +229,18 @@ def write_workbook(target: BinaryIO, output: Path) -> Iterator[Any]:
         cell.data_type, cell.number_format = "s", TEXT_FORMAT
         return cell
 
+    written = count(1)
+
     def write(cells: Iterable[str]) -> None:
+        # Windows that are listed are more than the input's rows.
+        if next(written) > MOST_ROWS:
+            raise InputError(
+                "--output {output}: more rows than the {most:,} of a workbook's sheet; give an --output that "
+                "ends in .csv, and rename {kept} in the same way to keep its answers",
+                output=output,
+                most=MOST_ROWS,
+                kept=AnswerJournal(output).path,
+            )
         sheet.append([text_cell(each) if each else None for each in cells])
 
     try:

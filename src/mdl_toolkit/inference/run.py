@@ -37,6 +37,7 @@ from mdl_toolkit.inference.journal import AnswerJournal
 from mdl_toolkit.inference.output import (
     answered_rows,
     check_output,
+    check_rows,
     check_single_recording,
     is_subtitles,
     lines_of,
@@ -166,6 +167,7 @@ class _Inference:
         """Check, convert, answer and write; return the predictions, and the number of rows without one."""
         manifest, world, journal = self._open_manifest(), self.world, self.journal
         check_single_recording(self.options, manifest)
+        check_rows(self.options, manifest)
         if self.options.keep_reference:
             check_reference(manifest)
         if not any(True for _ in manifest):

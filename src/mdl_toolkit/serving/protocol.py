@@ -193,7 +193,11 @@ class ChatRequest(AnswerRequest):
 
 
 class TranscriptionRequest(AnswerRequest):
-    """Hold the fields of a request to `/v1/audio/transcriptions`, but for the file."""
+    """Hold the fields of a request to `/v1/audio/transcriptions`, but for the file; numbers come as texts."""
+
+    __pydantic_extra__: dict[str, Annotated[float | str, Field(union_mode="left_to_right")]] = Field(
+        init=False
+    )
 
     prompt: str | None = None
     response_format: Literal["json", "text"] = "json"

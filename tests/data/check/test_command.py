@@ -2,10 +2,12 @@
 
 import json
 import shlex
+from itertools import pairwise
 
 import yaml
 
 from mdl_toolkit.cli import main as cli
+from mdl_toolkit.config.train import TrainOptions
 from mdl_toolkit.training.memory import plan as planning
 from mdl_toolkit.training.memory.forecast import fit_memory
 from mdl_toolkit.utils.run_folder import read_log
@@ -60,6 +62,30 @@ def test_what_was_chosen_stays(run, tmp_path):
     assert "--lr " not in command
     assert "--eval" not in command
     assert "--save-total-limit 2" in command
+
+
+def test_what_was_chosen_stays_where_it_is_the_default(run, tmp_path):
+    settings, chosen = tmp_path / "train.yaml", {"num_epochs": 1, "save_steps": 500, "eval_steps": 500}
+    settings.write_text(yaml.safe_dump(chosen))
+    train, held = make_csv(tmp_path, 18), make_csv(tmp_path, 6, seed=50, name="held.csv")
+    options = TrainOptions(train_dataset="t", output="o")
+    assert {name: getattr(options, name) for name in chosen} == chosen
+    _, command = advised(run, tmp_path, train, held, "--train-config", settings)
+    assert not any(f"--{name.replace('_', '-')}" in command for name in chosen)
+    assert "--keep-best" in command
+
+
+def test_all_evaluation_files_are_in_it_and_other_training_sets_are_told(run, tmp_path, capsys):
+    settings = tmp_path / "train.yaml"
+    settings.write_text("train_dataset: [a.csv=0.8, b.csv=0.2]\neval_dataset: c.csv\n")
+    train, *held = (make_csv(tmp_path, 6, seed=seed, name=f"{seed}.csv") for seed in (1, 2, 3))
+    found = tmp_path / "found.json"
+    done = run(train, *held, "--train-config", settings, "--json", found)
+    words = shlex.split(json.loads(found.read_text(encoding="utf-8"))["training"]["command"])
+    named = [after for word, after in pairwise(words) if word == "--eval-dataset"]
+    assert named == [*map(str, held)]
+    assert words[words.index("--train-dataset") + 1] == str(train)
+    assert f"the training is predicted on {train} alone, not on the 2 datasets of train_dataset" in done.err
 
 
 def test_the_batch_fits_what_is_free(run, tmp_path, monkeypatch):

@@ -8,6 +8,8 @@ import soundfile
 
 from mdl_toolkit.audio.loading import load
 from mdl_toolkit.config.data import ConvertOptions
+from mdl_toolkit.data.check.fixed import equal_parts
+from mdl_toolkit.data.check.rows import FACTS
 from mdl_toolkit.data.convert.run import convert_dataset
 from mdl_toolkit.data.dataset import ConvertedDataset
 from tests.support.runs import write_csv
@@ -74,6 +76,29 @@ def test_parts_hold_the_sound_of_their_row_and_its_label(run, rows, tmp_path, go
     again = run(fixed, "--write-fixed", tmp_path / "again.csv", "--cut", "30")
     assert again.status == 0
     assert (tmp_path / "again.csv").read_bytes() == fixed.read_bytes()
+
+
+def test_the_training_that_is_forecast_is_that_on_the_parts(run, rows, tmp_path):
+    table, fixed = write_csv(tmp_path / "in.csv", rows), tmp_path / "fixed.csv"
+    forecast, of_parts = (
+        run(*words, "--json").figures["training"]
+        for words in ([table, "--write-fixed", fixed, "--cut", "30"], [fixed])
+    )
+    assert forecast["steps"] == of_parts["steps"] == 2
+    assert forecast["command"] == of_parts["command"]
+    assert forecast["operations"] == pytest.approx(of_parts["operations"], rel=1e-3)
+    assert forecast["bytes"]["activations"] == pytest.approx(of_parts["bytes"]["activations"], rel=1e-3)
+
+
+def test_rows_as_long_as_a_part_are_not_cut():
+    """Whatever rounding makes of their ends."""
+    facts = np.zeros(1000, FACTS)
+    facts["line"], facts["start"] = np.arange(1000), np.arange(1000) / 10
+    facts["end"] = facts["start"] + 30.0
+    assert max(facts["end"] - facts["start"]) > 30
+    assert equal_parts(facts, 30) == {}
+    facts["end"] += 30.0
+    assert {len(each) for each in equal_parts(facts, 30).values()} == {2}
 
 
 def test_transcripts_are_not_cut(run, rows, tmp_path):

@@ -18,6 +18,9 @@ from mdl_toolkit.data.segment_columns import TimeColumns
 from mdl_toolkit.errors import InputError
 from mdl_toolkit.utils.files import replace_file, report_write_errors
 
+# Seconds by which a part may be longer than is asked for.
+TOLERANCE = 0.001
+
 
 def write_fixed(output: Path, manifest: Manifest, findings: Findings, options: CheckOptions) -> Figures:
     """Write a CSV without the rows that cannot be used, if any is left, and the options beside it.
@@ -29,9 +32,7 @@ def write_fixed(output: Path, manifest: Manifest, findings: Findings, options: C
         InputError: it cannot be written.
     """
     bad_lines, facts = {*findings.bad_lines}, findings.facts()
-    parts = equal_parts(facts, options.cut or math.inf)
-    if is_uncut := bool(parts) and are_texts(facts):
-        parts = {}
+    parts, is_uncut = planned_parts(facts, options)
     if len(facts):
         with report_write_errors(f"--write-fixed {output}", InputError):
             with replace_file(output, "rows") as work, work.open("wb") as file:
@@ -46,6 +47,22 @@ def write_fixed(output: Path, manifest: Manifest, findings: Findings, options: C
     return figures if options.cut is None else {**figures, "cut": len(parts), "uncut": is_uncut}
 
 
+def planned_parts(facts: Facts, options: CheckOptions) -> tuple[dict[int, list[tuple[float, float]]], bool]:
+    """Return the parts that `--cut` makes of rows, and whether it makes none as answers are texts."""
+    parts = equal_parts(facts, options.cut or math.inf)
+    is_uncut = bool(parts) and are_texts(facts)
+    return ({} if is_uncut else parts), is_uncut
+
+
+def cut_facts(facts: Facts, options: CheckOptions) -> Facts:
+    """Return the facts of the rows that `--write-fixed` writes: of each part, its share of the samples."""
+    parts, _ = planned_parts(facts, options)
+    counts = [len(parts.get(line, [line])) for line in facts["line"].tolist()]
+    cut = np.repeat(facts, counts)
+    cut["samples"] = -(-cut["samples"] // np.repeat(counts, counts))
+    return cut
+
+
 def equal_parts(facts: Facts, longest: float) -> dict[int, list[tuple[float, float]]]:
     """Return the parts of every row that is too long, by its line: where each begins and ends, in seconds.
 
@@ -55,8 +72,9 @@ def equal_parts(facts: Facts, longest: float) -> dict[int, list[tuple[float, flo
     """
     parts = {}
     for line, start, end in facts[["line", "start", "end"]].tolist():
-        if end - start > longest:
-            edges = np.linspace(start, end, math.ceil((end - start) / longest) + 1).tolist()
+        # Times are rounded: a row that is a hair longer is not cut, nor has it a part more.
+        if (count := math.ceil((end - start - TOLERANCE) / longest)) > 1:
+            edges = np.linspace(start, end, count + 1).tolist()
             parts[line] = [*pairwise(edges)]
     return parts
 

@@ -19,7 +19,7 @@ from mdl_toolkit.config.data import CheckOptions, ConversionOptions
 from mdl_toolkit.config.yaml import from_mapping, read_settings
 from mdl_toolkit.data.chat_template import messages_of
 from mdl_toolkit.data.check.findings import Figures, Findings
-from mdl_toolkit.data.check.fixed import write_fixed
+from mdl_toolkit.data.check.fixed import cut_facts, write_fixed
 from mdl_toolkit.data.check.rows import Facts, Inspection
 from mdl_toolkit.data.check.text import report_lines
 from mdl_toolkit.data.convert.plan import TOGETHER_BYTES, expected_bytes
@@ -91,7 +91,9 @@ def check(options: CheckOptions, forecast: Forecast | None = None) -> Figures:
             for number, row in usable
             if number in chosen
         )
-        figures["training"] = forecast(folder, training, findings[0].facts(), prefix_length)
+        figures["training"] = forecast(
+            folder, training, cut_facts(findings[0].facts(), options), prefix_length
+        )
     _report(figures, manifests[0], findings[0], options)
     return figures
 
@@ -131,9 +133,17 @@ def _training_options(options: CheckOptions) -> "TrainOptions":
     if options.given(["model_name"]):
         ours["model_name"] = options.model_name
     if len(options.input) > 1:
-        ours["eval_dataset"] = options.input[1]
+        ours["eval_dataset"] = options.input[1:]
     ours["train_dataset"] = options.write_fixed or options.input[0]
-    return from_mapping(TrainOptions, {"output": "run", **given, **ours})
+    if isinstance(named := given.get("train_dataset"), tuple):
+        warn(
+            "--train-config {config}: the training is predicted on {input} alone, not on the {count} "
+            "datasets of its train_dataset; to train on them, name them in the command instead",
+            config=config,
+            input=options.input[0],
+            count=len(named),
+        )
+    return from_mapping(TrainOptions, {"output": "run", **given, **ours}, {*given, *ours})
 
 
 def _find_tokenizer(options: CheckOptions) -> tuple[Path | None, ChatTokenizer | None]:

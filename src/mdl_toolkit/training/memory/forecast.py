@@ -97,7 +97,7 @@ def advice(options: TrainOptions, fitting: TrainOptions, schedule: Schedule, fac
     if is_too_short(options, schedule):
         expectation = what_to_expect(options, schedule, rows, answers).to_json()
     are_classes = answers <= MOST_CLASSES and rows >= LEAST_ROWS * answers
-    command = as_command(recommend(fitting, schedule.per_epoch, are_classes=are_classes))
+    command = as_command(recommend(options, fitting, schedule.per_epoch, are_classes=are_classes))
     return {"expectation": expectation, "command": command}
 
 
@@ -119,16 +119,19 @@ def fit_memory(options: TrainOptions, fits: Callable[[TrainOptions], bool]) -> T
     return next(filter(fits, tries), options)
 
 
-def recommend(options: TrainOptions, per_epoch: int, *, are_classes: bool) -> TrainOptions:
+def recommend(
+    chosen: TrainOptions, options: TrainOptions, per_epoch: int, *, are_classes: bool
+) -> TrainOptions:
     """Return options with steps that teach a task, evaluated and saved several times; what was chosen stays.
 
     Args:
-        options: of a training that fits.
+        chosen: options as they were asked for.
+        options: the same, or others that fit.
         per_epoch: its steps in an epoch.
         are_classes: answers are few, each of several rows.
     """
-    chosen = options.given({"num_epochs", "max_steps", "lr"})
-    options = options if chosen else longer_run(options, per_epoch)
+    if not chosen.given({"num_epochs", "max_steps", "lr"}):
+        options = longer_run(options, per_epoch)
     epochs = Schedule.of(per_epoch, options).total / per_epoch
     changes: dict[str, Any] = {}
     if epochs * per_epoch < FEW_CADENCES * CADENCE:
@@ -142,7 +145,7 @@ def recommend(options: TrainOptions, per_epoch: int, *, are_classes: bool) -> Tr
         changes.pop("eval_steps", None)
     else:
         changes |= {"keep_best": True, **({"eval_metric": "accuracy"} if are_classes else {})}
-    free = {name: value for name, value in changes.items() if not options.given({name})}
+    free = {name: value for name, value in changes.items() if not chosen.given({name})}
     return replace(options, **free)
 
 
