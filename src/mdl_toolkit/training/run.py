@@ -27,7 +27,7 @@ from mdl_toolkit.training.feature_cache import FeatureCache, check_frozen, sets_
 from mdl_toolkit.training.gradient_checkpointing import KeptBlocks
 from mdl_toolkit.training.log import Pace, RunLog
 from mdl_toolkit.training.lora import TargetCount, add_adapters, check_variant
-from mdl_toolkit.training.memory.plan import plan_memory, stored_quantization
+from mdl_toolkit.training.memory.plan import may_quantize, plan_memory, stored_quantization
 from mdl_toolkit.training.memory.sharding import (
     check_sharding,
     load_to_shard,
@@ -81,9 +81,8 @@ from mdl_toolkit.weights.resolve import (
     require_package,
 )
 
-OOM_REMEDY = Localized(
-    "lower --batch-size and raise --gradient-accumulation-steps, or try --quantization 4bit"
-)
+OOM_REMEDY = Localized("lower --batch-size and raise --gradient-accumulation-steps")
+QUANTIZED_REMEDY = Localized("{remedy}, or try --quantization 4bit", remedy=OOM_REMEDY)
 PROOF_REMEDY = Localized("close other programs, or leave out the result's proof with --verify false")
 SHARDED_REMEDY = Localized(
     "lower --batch-size and raise --gradient-accumulation-steps, or start more processes"
@@ -195,7 +194,10 @@ def _prepare_and_run(options: TrainOptions, start: Path | None, world: World) ->
         check_variant(options, stored_quantization(base))
         if world.is_first:
             world.wait()
-        with explaining_memory(SHARDED_REMEDY if world.is_sharding else OOM_REMEDY):
+        remedy = SHARDED_REMEDY if world.is_sharding else OOM_REMEDY
+        if may_quantize(options, stored_quantization(base)):
+            remedy = QUANTIZED_REMEDY
+        with explaining_memory(remedy):
             sampler = BatchSampler(
                 train_set.token_counts,
                 train_set.supervised_counts,

@@ -4,6 +4,7 @@ import json
 import shlex
 from itertools import pairwise
 
+import pytest
 import yaml
 
 from mdl_toolkit.cli import main as cli
@@ -85,7 +86,7 @@ def test_all_evaluation_files_are_in_it_and_other_training_sets_are_told(run, tm
     named = [after for word, after in pairwise(words) if word == "--eval-dataset"]
     assert named == [*map(str, held)]
     assert words[words.index("--train-dataset") + 1] == str(train)
-    assert f"the training is predicted on {train} alone, not on the 2 datasets of train_dataset" in done.err
+    assert f"the training is predicted on {train} alone, not on the 2 datasets of its train_dataset" in done.err
 
 
 def test_the_batch_fits_what_is_free(run, tmp_path, monkeypatch):
@@ -107,6 +108,24 @@ def test_the_batch_fits_what_is_free(run, tmp_path, monkeypatch):
 
 def test_four_bits_are_the_last_resort():
     options = train_options("d", MODEL, "o", batch_size=2)
-    fitting = fit_memory(options, lambda each: each.quantization == "4bit")
+    fitting = fit_memory(options, None, lambda each: each.quantization == "4bit")
     assert (fitting.batch_size, fitting.gradient_accumulation_steps, fitting.quantization) == (1, 2, "4bit")
     assert fitting.gradient_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("changes", "stored"),
+    [({"lora_variant": "pissa"}, None), ({"shard_weights": True}, None), ({}, "8bit")],
+)
+def test_no_four_bits_where_training_refuses_them(changes, stored):
+    options = train_options("d", MODEL, "o", **changes)
+    assert fit_memory(options, stored, lambda each: each.quantization == "4bit") == options
+
+
+def test_no_answers_are_generated_where_weights_are_shared(run, tmp_path):
+    settings = tmp_path / "train.yaml"
+    settings.write_text("shard_weights: true\n")
+    words = make_csv(tmp_path, 18), make_csv(tmp_path, 6, seed=50, name="held.csv")
+    _, command = advised(run, tmp_path, *words, "--train-config", settings)
+    assert "--keep-best" in command
+    assert "--eval-metric" not in command

@@ -67,12 +67,12 @@ def options_of(**changes):
     return TrainOptions(**{**settings, **changes})
 
 
-def plan(base, rows, options, dtype=torch.float32):
+def plan(base, rows, options, dtype=torch.float32, processes=1):
     lengths = np.array([len(row.input_ids) for row in rows])
     supervised = np.array([int((row.labels != -100).sum()) for row in rows])
     samples = np.array([len(row.waveform) for row in rows])
     accumulation = options.gradient_accumulation_steps
-    sampler = BatchSampler(lengths, supervised, options.batch_size, accumulation, 1, 0)
+    sampler = BatchSampler(lengths, supervised, options.batch_size, accumulation, processes, 0)
     return plan_memory(base, options, sampler, samples, BEGINNING, CPU, dtype)
 
 
@@ -315,5 +315,12 @@ def test_remedies_are_those_that_are_not_yet_taken(base, rows):
     going_on = plan(base, rows, replace(all_of_them, adapter="start")).remedies
     assert not {"trained"} & {figure for figure, _ in going_on}
     assert going_on
+    # Neither is one that training refuses.
+    pissa = plan(base, rows, replace(all_of_them, lora_variant="pissa")).remedies
+    assert "--batch-size 2 --gradient-accumulation-steps 2" in [words for _, words in pissa]
+    assert "--quantization 4bit" not in [words for _, words in pissa]
+    for metric, is_offered in ((None, True), ("accuracy", False)):
+        shared = plan(base, rows, replace(all_of_them, eval_metric=metric), processes=2).remedies
+        assert ("--shard-weights true" in [words for _, words in shared]) == is_offered
     none = options_of(gradient_checkpointing=True, batch_size=1, quantization="4bit")
     assert plan(base, rows, none).remedies == ()

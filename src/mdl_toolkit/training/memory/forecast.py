@@ -15,7 +15,14 @@ from mdl_toolkit.data.check.findings import LEAST_ROWS, MOST_CLASSES, Figures, a
 from mdl_toolkit.data.check.rows import Facts
 from mdl_toolkit.errors import ModelError
 from mdl_toolkit.training.memory.activations import shared_tokens
-from mdl_toolkit.training.memory.plan import MemoryPlan, meta_model, plan_memory
+from mdl_toolkit.training.memory.plan import (
+    MemoryPlan,
+    is_accepted,
+    may_quantize,
+    meta_model,
+    plan_memory,
+    stored_quantization,
+)
 from mdl_toolkit.training.optimization.expectation import is_too_short, longer_run, what_to_expect
 from mdl_toolkit.training.optimization.schedule import Schedule
 from mdl_toolkit.training.sampler import BatchSampler
@@ -63,9 +70,10 @@ def forecast_training(
         model = meta_model(folder)
     except ModelError as problem:
         return {"problem": problem.message.to_json()}
+    stored = stored_quantization(folder)
     schedule, warning = Schedule.of(sampler.steps_per_epoch, options), memory.warning()
     fits = warning is None
-    fitting = options if fits else fit_memory(options, lambda other: plan(other)[1].warning() is None)
+    fitting = options if fits else fit_memory(options, stored, lambda other: plan(other)[1].warning() is None)
     epochs = options.num_epochs if options.max_steps is None else schedule.total / schedule.per_epoch
     return {
         "dtype": str(dtype).removeprefix("torch."),
@@ -101,11 +109,14 @@ def advice(options: TrainOptions, fitting: TrainOptions, schedule: Schedule, fac
     return {"expectation": expectation, "command": command}
 
 
-def fit_memory(options: TrainOptions, fits: Callable[[TrainOptions], bool]) -> TrainOptions:
+def fit_memory(
+    options: TrainOptions, stored: str | None, fits: Callable[[TrainOptions], bool]
+) -> TrainOptions:
     """Return options with the largest batch that fits, accumulated to the same effective one; else the same.
 
     Args:
         options: of a training.
+        stored: the quantization of the base's weights, if they are stored so.
         fits: tells whether a training's memory suffices, as far as that is known.
     """
     batch, effective = options.batch_size, options.batch_size * options.gradient_accumulation_steps
@@ -114,7 +125,7 @@ def fit_memory(options: TrainOptions, fits: Callable[[TrainOptions], bool]) -> T
         replace(options, batch_size=size, gradient_accumulation_steps=effective // size) for size in sizes
     ]
     tries = [options, *(replace(each, gradient_checkpointing=True) for each in tries)]
-    if options.quantization is None:
+    if may_quantize(options, stored):
         tries.append(replace(tries[-1], quantization="4bit"))
     return next(filter(fits, tries), options)
 
@@ -144,7 +155,8 @@ def recommend(
     if options.eval_dataset is None:
         changes.pop("eval_steps", None)
     else:
-        changes |= {"keep_best": True, **({"eval_metric": "accuracy"} if are_classes else {})}
+        may_generate = are_classes and is_accepted(replace(options, eval_metric="accuracy"), None)
+        changes |= {"keep_best": True, **({"eval_metric": "accuracy"} if may_generate else {})}
     free = {name: value for name, value in changes.items() if not chosen.given({name})}
     return replace(options, **free)
 

@@ -18,12 +18,13 @@ import numpy as np
 import torch
 
 from mdl_toolkit.config.train import TrainOptions
-from mdl_toolkit.errors import ModelError
+from mdl_toolkit.errors import ModelError, UsageError
 from mdl_toolkit.i18n import Localized, join_messages
 from mdl_toolkit.model.configuration import MiDashengLMConfig
 from mdl_toolkit.training.gradient_checkpointing import NONE, KeptBlocks
-from mdl_toolkit.training.lora import FULL_TARGETS, LORA_TARGETS, add_adapters
+from mdl_toolkit.training.lora import FULL_TARGETS, LORA_TARGETS, add_adapters, check_variant
 from mdl_toolkit.training.memory.activations import FLOAT, ActivationEstimate, Integers
+from mdl_toolkit.training.memory.sharding import check_sharding
 from mdl_toolkit.training.optimization.optimizer import ADAMW, OptimizerConfig, target_of
 from mdl_toolkit.training.sampler import BatchSampler
 from mdl_toolkit.utils.console import size
@@ -337,6 +338,27 @@ def _trained(
     return [*sizes.values()], stepped, gradients
 
 
+def is_accepted(options: TrainOptions, stored: str | None) -> bool:
+    """Tell whether a training accepts its options, over weights that are stored quantised or not."""
+    try:
+        check_sharding(options, options.quantization or stored)
+        check_variant(options, options.quantization or stored)
+    except UsageError:
+        return False
+    return True
+
+
+def may_quantize(options: TrainOptions, stored: str | None) -> bool:
+    """Tell whether a training of a base that is stored quantised or not may take `--quantization 4bit`."""
+    is_full = options.quantization is None and stored is None
+    return is_full and is_accepted(replace(options, quantization="4bit"), stored)
+
+
+def may_shard(options: TrainOptions, stored: str | None) -> bool:
+    """Tell whether a training of a base that is stored quantised or not may take `--shard-weights`."""
+    return not options.shard_weights and is_accepted(replace(options, shard_weights=True), stored)
+
+
 def _remedies(
     options: TrainOptions, device: torch.device, dtype: torch.dtype, quantization: str | None, processes: int
 ) -> tuple[tuple[str, str], ...]:
@@ -346,13 +368,13 @@ def _remedies(
     more = options.gradient_accumulation_steps * batch // less
     full = " ".join(target for target in options.train_target if target in FULL_TARGETS)
     # An adapter that training goes on from has its rank and targets.
-    is_new, can_divide = options.adapter is None, quantization is None and not options.shard_weights
+    is_new = options.adapter is None
     possible = (
         (not options.gradient_checkpointing, "activations", "--gradient-checkpointing true"),
         (less < batch, "activations", f"--batch-size {less} --gradient-accumulation-steps {more}"),
         (dtype == torch.float32 and device != CPU, "weights", "--bf16 true"),
-        (can_divide and processes > 1, "weights", "--shard-weights true"),
-        (can_divide, "weights", "--quantization 4bit"),
+        (may_shard(options, quantization) and processes > 1, "weights", "--shard-weights true"),
+        (may_quantize(options, quantization), "weights", "--quantization 4bit"),
         (is_new and full != "", "trained", f"--train-target (- {full})"),
         (is_new and options.lora_rank > LOW_RANK, "trained", f"--lora-rank {LOW_RANK}"),
     )
