@@ -107,8 +107,8 @@ def check_rows(options: InferenceOptions, manifest: Manifest) -> None:
     """
     if is_workbook(options.output) and manifest.file.rows >= MOST_ROWS:
         raise InputError(
-            "--output {output}: {input} has {rows:,} rows, and a sheet of a workbook holds {most:,} with its "
-            "header; give an --output that ends in .csv",
+            "--output {output}: {input} has {rows:,} {rows:row|rows}, and a sheet of a workbook holds {most:,} "
+            "with its header; give an --output that ends in .csv",
             output=options.output,
             input=manifest.source,
             rows=manifest.file.rows,

@@ -86,7 +86,9 @@ def test_all_evaluation_files_are_in_it_and_other_training_sets_are_told(run, tm
     named = [after for word, after in pairwise(words) if word == "--eval-dataset"]
     assert named == [*map(str, held)]
     assert words[words.index("--train-dataset") + 1] == str(train)
-    assert f"the training is predicted on {train} alone, not on the 2 datasets of its train_dataset" in done.err
+    assert (
+        f"the training is predicted on {train} alone, not on the 2 datasets of its train_dataset" in done.err
+    )
 
 
 def test_the_batch_fits_what_is_free(run, tmp_path, monkeypatch):
