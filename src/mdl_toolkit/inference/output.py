@@ -107,8 +107,8 @@ def check_rows(options: InferenceOptions, manifest: Manifest) -> None:
     """
     if is_workbook(options.output) and manifest.file.rows >= MOST_ROWS:
         raise InputError(
-            "--output {output}: {input} has {rows:,} {rows:row|rows}, and a sheet of a workbook holds {most:,} "
-            "with its header; give an --output that ends in .csv",
+            "--output {output}: {input} has {rows:,} {rows:row|rows}, and a sheet of a workbook holds "
+            "{most:,} with its header; give an --output that ends in .csv",
             output=options.output,
             input=manifest.source,
             rows=manifest.file.rows,
@@ -212,7 +212,7 @@ def write_workbook(target: BinaryIO, output: Path) -> Iterator[Any]:
     from openpyxl.cell import WriteOnlyCell
     from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 
-    book = Workbook(write_only=True)
+    book, written = Workbook(write_only=True), count(1)
     sheet = book.create_sheet("predictions")
 
     def text_cell(text: str) -> Any:
@@ -228,8 +228,6 @@ def write_workbook(target: BinaryIO, output: Path) -> Iterator[Any]:
         cell = WriteOnlyCell(sheet, ILLEGAL_CHARACTERS_RE.sub("\N{REPLACEMENT CHARACTER}", text))
         cell.data_type, cell.number_format = "s", TEXT_FORMAT
         return cell
-
-    written = count(1)
 
     def write(cells: Iterable[str]) -> None:
         # Windows that are listed are more than the input's rows.

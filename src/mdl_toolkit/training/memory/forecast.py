@@ -67,10 +67,9 @@ def forecast_training(
     try:
         check_trainable(folder, quantization=options.quantization, merge=options.merge_lora)
         sampler, memory = plan(options)
-        model = meta_model(folder)
+        model, stored = meta_model(folder), stored_quantization(folder)
     except ModelError as problem:
         return {"problem": problem.message.to_json()}
-    stored = stored_quantization(folder)
     schedule, warning = Schedule.of(sampler.steps_per_epoch, options), memory.warning()
     fits = warning is None
     fitting = options if fits else fit_memory(options, stored, lambda other: plan(other)[1].warning() is None)
