@@ -3,6 +3,7 @@
 import socket
 import threading
 import time
+from functools import partial
 
 import httpx
 import pytest
@@ -14,7 +15,7 @@ from mdl_toolkit.serving.app import Limits, Service, create_app
 from mdl_toolkit.serving.engine import ContinuousBatch, ServedModel
 from mdl_toolkit.weights.provenance import Prompts
 from tests.support.processes import wait_for
-from tests.support.questions import load_checkpoint
+from tests.support.questions import endless, load_checkpoint
 from tests.support.recordings import pcm_wav
 from tests.support.server import needs_server
 from tests.support.serving import chat, events_of
@@ -51,13 +52,7 @@ def steps(monkeypatch):
 def client(golden):
     """A client of a server whose answers have as many tokens as they may."""
     model, tokenizer = load_checkpoint(golden, "A-small")
-
-    def answerer():
-        made = Answerer(model, tokenizer, 2)
-        made.ends = set()
-        return made
-
-    batch = ContinuousBatch(answerer, 2)
+    batch = ContinuousBatch(partial(endless, model, tokenizer), 2)
     served = ServedModel("m", None, tokenizer, Prompts(), 2 * ENDLESS, batch)
     app = create_app(Service({"m": served}, Limits(5, 20, ENDLESS)), None, "127.0.0.1")
     listener = socket.create_server(("127.0.0.1", 0))

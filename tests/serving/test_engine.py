@@ -4,6 +4,7 @@ import asyncio
 import threading
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from mdl_toolkit.inference.generate import Answerer, Question, SamplingParams
 from mdl_toolkit.serving.engine import WAITING, ContinuousBatch
 from mdl_toolkit.serving.protocol import RequestError
 from tests.support.processes import wait_for
-from tests.support.questions import load_checkpoint, questions
+from tests.support.questions import endless, load_checkpoint, questions
 
 GREEDY = SamplingParams()
 
@@ -23,13 +24,7 @@ GREEDY = SamplingParams()
 def asked(golden):
     """A model of which every answer has as many tokens as it may, and questions."""
     model, tokenizer = load_checkpoint(golden, "A-small")
-
-    def answerer():
-        made = Answerer(model, tokenizer, 2)
-        made.ends = set()
-        return made
-
-    return answerer, [*questions(model, 6)]
+    return partial(endless, model, tokenizer), [*questions(model, 6)]
 
 
 async def ids(batch, question, count=None):

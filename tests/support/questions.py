@@ -6,7 +6,7 @@ import torch
 from mdl_toolkit.data.collate import collate_prompts
 from mdl_toolkit.data.dataset import Sample
 from mdl_toolkit.data.tokenization import ChatTokenizer
-from mdl_toolkit.inference.generate import Question, embed_prompts
+from mdl_toolkit.inference.generate import Answerer, Question, embed_prompts
 from mdl_toolkit.model.decoding_batch import DecodingBatch
 from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.weights.loading import load_model
@@ -20,6 +20,13 @@ def load_checkpoint(golden, name):
     model = load_model(folder, dtype=torch.float32, device=torch.device("cpu")).eval()
     model.generation_config.eos_token_id = None  # every row is answered to its budget
     return model, ChatTokenizer(read_tokenizer_files(folder))
+
+
+def endless(model, tokenizer):
+    """Make what answers two rows at once, each with as many tokens as it may have."""
+    made = Answerer(model, tokenizer, 2)
+    made.ends = set()
+    return made
 
 
 def questions(model, count, seed=0, longest=40):

@@ -18,15 +18,16 @@ from mdl_toolkit.config.yaml import as_command
 from mdl_toolkit.data.convert import run as conversion
 from mdl_toolkit.training import datasets as training_data
 from mdl_toolkit.training import run as training
-from mdl_toolkit.training.checkpoints import Checkpoint, checkpoints, damage
+from mdl_toolkit.training.checkpoints import checkpoints, damage
 from mdl_toolkit.training.run import train
 from mdl_toolkit.utils import distributed
 from mdl_toolkit.utils.distributed import PeerLostError, World
 from mdl_toolkit.utils.run_folder import read_log
+from tests.support.compared import check_follows, figures
 from tests.support.fleet import fleet, free_port, nothing, start_ranks
 from tests.support.paths import MODEL
 from tests.support.processes import children, wait_for
-from tests.support.runs import STOPPING, files_below, make_csv, make_rows, train_options, write_csv
+from tests.support.runs import STOPPING, make_csv, make_rows, train_options, write_csv
 
 LOST = "error: another process of this run has ended; its own message says why"
 BIN = Path(sys.executable).parent
@@ -60,22 +61,6 @@ def place(tmp_path_factory):
 def start(tmp_path):
     with fleet(tmp_path) as start:
         yield start
-
-
-def check_follows(output, one):
-    """Losses and gradient norms of each step, evaluations, weights, and the files that are left."""
-    for found, expected in zip(figures(output), figures(one), strict=True):
-        assert found == pytest.approx(expected, rel=1e-4)
-    adapters = [Checkpoint(checkpoints(run)[-1], {}).adapter() for run in (output, one)]
-    assert adapters[0].keys() == adapters[1].keys()
-    assert all(torch.allclose(t, adapters[1][n], atol=1e-4, rtol=1e-4) for n, t in adapters[0].items())
-    assert files_below(output) == files_below(one)
-
-
-def figures(output):
-    names = ("step", "loss", "grad_norm", "learning_rate", "rows", "eval_loss", "eval_tokens", "epoch")
-    lines = read_log(output / "log.jsonl")
-    return [{name: line[name] for name in names if name in line} for line in lines]
 
 
 def decompose_nothing():

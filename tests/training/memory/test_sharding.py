@@ -21,7 +21,7 @@ from mdl_toolkit.errors import UsageError
 from mdl_toolkit.model import MiDashengLMConfig, MiDashengLMModel
 from mdl_toolkit.model.lengths import audio_token_count
 from mdl_toolkit.training import run as training
-from mdl_toolkit.training.checkpoints import Checkpoint, checkpoints, damage
+from mdl_toolkit.training.checkpoints import checkpoints, damage
 from mdl_toolkit.training.gradient_checkpointing import checkpoint_gradients
 from mdl_toolkit.training.log import RunLog
 from mdl_toolkit.training.memory.plan import GATHERED, plan_memory
@@ -32,14 +32,15 @@ from mdl_toolkit.training.step import ForwardPass, TrainableState
 from mdl_toolkit.utils.distributed import World
 from mdl_toolkit.utils.launcher import check_launch
 from mdl_toolkit.utils.run_folder import read_log
+from tests.support.compared import check_follows
 from tests.support.fleet import fleet, start_ranks
 from tests.support.memory import peak_bytes
 from tests.support.paths import MODEL
-from tests.support.runs import files_below, history, make_csv, train_options
+from tests.support.runs import history, make_csv, train_options
 
 CPU = torch.device("cpu")
 LOST = "error: another process of this run has ended; its own message says why"
-EXACT = {"rel": 1e-5}
+EXACT = 1e-5
 
 
 def options_of(place, output, **changes):
@@ -87,22 +88,8 @@ def write_shares(folder):
     training.shard_blocks = shard_and_write
 
 
-def check_follows(output, one):
-    for found, expected in zip(figures(output), figures(one), strict=True):
-        assert found == pytest.approx(expected, **EXACT)
-    adapters = [Checkpoint(checkpoints(run)[-1], {}).adapter() for run in (output, one)]
-    assert adapters[0].keys() == adapters[1].keys()
-    assert all(torch.allclose(t, adapters[1][n], atol=1e-5, rtol=1e-4) for n, t in adapters[0].items())
-    assert files_below(output) == files_below(one)
-
-
-def figures(output):
-    names = ("step", "loss", "grad_norm", "learning_rate", "rows", "eval_loss", "eval_tokens", "epoch")
-    return [{name: line[name] for name in names if name in line} for line in read_log(output / "log.jsonl")]
-
-
 def test_two_processes_that_share_the_weights_follow_one(place):
-    check_follows(place / "two", place / "one")
+    check_follows(place / "two", place / "one", EXACT)
 
 
 def test_they_make_the_bits_of_two_that_do_not_share(place, tmp_path):
@@ -141,7 +128,7 @@ def test_four_processes_of_which_some_have_no_rows_follow_one(place, tmp_path):
     }  # fmt: skip
     train(options_of(tmp_path, tmp_path / "one", **{**changes, "gradient_accumulation_steps": 4}))
     run_processes(tmp_path, tmp_path / "four", 4, **changes)
-    check_follows(tmp_path / "four", tmp_path / "one")
+    check_follows(tmp_path / "four", tmp_path / "one", EXACT)
 
 
 def test_a_run_that_goes_on_makes_the_same_bits(place, tmp_path):
@@ -216,7 +203,7 @@ def test_one_process_goes_on_from_what_two_saved(place, tmp_path):
     shutil.copytree(place / "two", tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoint-4")
     train(options_of(place, tmp_path / "run", gradient_accumulation_steps=4, resume_from_checkpoint=True))
-    check_follows(tmp_path / "run", place / "one")
+    check_follows(tmp_path / "run", place / "one", EXACT)
 
 
 def test_one_process_has_nothing_to_share(place, tmp_path, capsys):
